@@ -1,0 +1,14 @@
+"""Fused kernels, with backward, for video diffusion transformers."""
+
+from .backends import use_backend as use_backend
+from .ops.adaln import adaln as adaln
+from .ops.gate_residual import gate_residual as gate_residual
+from .ops.gate_residual_adaln import gate_residual_adaln as gate_residual_adaln
+from .ops.gelu_mlp import gelu_mlp as gelu_mlp
+from .ops.patch_embed import patch_embed as patch_embed
+from .ops.unpatchify import unpatchify as unpatchify
+from .ops.window_attention import Rope as Rope
+from .ops.window_attention import rope_3d as rope_3d
+from .ops.window_attention import window_attention as window_attention
+
+__version__ = "0.1.0"

@@ -1,0 +1,153 @@
+"""Which backends exist here, which one serves a call, and why. The only place that dispatches.
+
+- ``reference``: plain PyTorch, any device and dtype. The oracle, the fallback and the eager baseline.
+- ``cpu``: C++ (``csrc/cpu``), one library per vector width, the width chosen at load.
+- ``cuda``: CUDA C++ (``csrc/cuda``).
+- ``triton``: Triton kernels (``minisora_kernels/triton``).
+
+An explicit choice (``backend=``, :func:`use_backend` or the environment variable ``MINISORA_BACKEND``, read once at
+import) runs or raises the reason. An automatic choice takes the first backend of :data:`PREFERENCE` that is built, has the
+op and does not refuse the call; each refusal is logged once at INFO level.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+
+# The automatic order per device type; any other device is served by the reference. The order cuda before triton has
+# not been measured: no kernel of either has been run on a GPU yet.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+# An op's table: backend name -> predicate. The predicate gets the call's arguments and returns why this backend cannot
+# serve them, or None if it can.
+Refusal = Callable[..., "str | None"]
+Table = Mapping[str, Refusal]
+
+# Schemas are defined here in Python; the C++ libraries only implement them.
+LIBRARY = torch.library.Library("minisora", "DEF")
+
+_log = logging.getLogger("minisora_kernels")
+_logged: set[tuple[str, str, str]] = set()
+_package = Path(__file__).parent
+_unavailable: dict[str, str | None] = {"reference": None}
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; it may be one of {', '.join(BACKENDS)}")
+    return name
+
+
+_forced: str | None = os.environ.get("MINISORA_BACKEND") or None
+if _forced is not None:
+    _check_name(_forced, "the environment variable MINISORA_BACKEND")
+
+
+def build_record() -> dict:
+    """What ``setup.py`` built, and why it did not build the rest; empty for a tree that was never installed."""
+    path = _package / "build_record.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _load(name: str, variant: str | None, wanted: str) -> str | None:
+    """Load ``_<variant>.so``; the reason it is not there, or None. A library that exists and fails to load raises."""
+    libraries = [] if variant is None else sorted(_package.glob(f"_{variant}.*so"))
+    if not libraries:
+        why = build_record().get(name, {}).get("not_built", "the package was not built: run `pip install -e .`")
+        return f"{wanted}: {why}"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        raise ImportError(
+            f"{libraries[0].name} is built but does not load with torch {torch.__version__}: {error}. Rebuild it with "
+            "`pip install -e .`, or set MINISORA_BACKEND=reference to run without it."
+        ) from error
+    return None
+
+
+def _load_libraries() -> None:
+    if _forced == "reference":
+        for name in ("cpu", "cuda"):
+            _unavailable[name] = "MINISORA_BACKEND=reference: the libraries were not loaded"
+        return
+    capability = torch.backends.cpu.get_cpu_capability()
+    variant = {"AVX2": "cpu_avx2", "AVX512": "cpu_avx512"}.get(capability)
+    if variant is None:
+        _unavailable["cpu"] = f"the kernels need AVX2 or AVX-512; this CPU offers {capability}"
+    else:
+        _unavailable["cpu"] = _load("cpu", variant, f"no library for {capability}")
+    if torch.version.cuda is None:
+        _unavailable["cuda"] = f"torch {torch.__version__} has no CUDA"
+    else:
+        _unavailable["cuda"] = _load("cuda", "cuda", "no CUDA library")
+
+
+_load_libraries()
+
+
+def unavailable(name: str) -> str | None:
+    """Why the backend cannot be used on this machine at all, or None if it can."""
+    if name == "triton":
+        return "no Triton kernels yet"
+    return _unavailable[_check_name(name, "name")]
+
+
+def refusal(table: Table, name: str, *call: object) -> str | None:
+    """Why backend ``name`` cannot serve this call, or None if it can."""
+    if name not in table:
+        return f"the op has no {name} kernel"
+    return unavailable(name) or table[name](*call)
+
+
+def choose(op: str, table: Table, device: torch.device, backend: str | None, *call: object) -> str:
+    """The backend that serves this call of ``op``.
+
+    Raises ValueError if an explicitly chosen backend refuses this call, RuntimeError if it is not there at all.
+    """
+    explicit = _forced if backend is None else _check_name(backend, "backend")
+    if explicit is not None:
+        missing = unavailable(explicit)
+        if missing is not None:
+            raise RuntimeError(f"{op}: backend {explicit!r} is not available: {missing}")
+        reason = refusal(table, explicit, *call)
+        if reason is None and explicit != "reference" and explicit not in PREFERENCE.get(device.type, ()):
+            reason = f"it does not run on {device.type} tensors"
+        if reason is not None:
+            raise ValueError(f"{op}: backend {explicit!r} cannot serve this call: {reason}")
+        return explicit
+    for name in PREFERENCE.get(device.type, ("reference",)):
+        reason = refusal(table, name, *call)
+        if reason is None:
+            return name
+        if not torch.compiler.is_compiling():
+            _log_once(op, name, reason)
+    raise RuntimeError(f"{op}: no backend serves this call on {device.type}")
+
+
+def _log_once(op: str, name: str, reason: str) -> None:
+    if (op, name, reason) not in _logged:
+        _logged.add((op, name, reason))
+        _log.info("%s: not the %s backend: %s", op, name, reason)
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the block every op runs on backend ``name`` or raises; ``None`` restores the automatic choice.
+
+    The choice is process-wide, not per thread. Raises ValueError for an unknown name.
+    """
+    global _forced
+    previous, _forced = _forced, None if name is None else _check_name(name, "name")
+    try:
+        yield
+    finally:
+        _forced = previous

@@ -1,0 +1,157 @@
+"""Adaptive layer norm: normalise each token, then scale and shift it by rows computed from the condition.
+
+    h = norm(x)                      over D; "layer": (x - mean) / sqrt(var + eps), "rms": x / sqrt(mean(x^2) + eps)
+    a = h * weight + bias            only if an affine weight (and bias) is given
+    y = a * (1 + scale) + shift      row of token n: n // (N / R)
+
+Source: Peebles & Xie 2022 (arXiv 2212.09748), adaLN-Zero; the affine form is CogVideoX's (arXiv 2408.06072).
+
+Backward, with rstd = 1 / sqrt(var + eps), sums in fp32 over the tokens of a row, in a fixed order:
+
+    dshift = sum dy                  dscale = sum dy * a            da = dy * (1 + scale)
+    dweight = sum da * h             dbias = sum da                 dh = da * weight
+    dx = rstd * (dh - mean(dh) - h * mean(dh * h))                  (without mean(dh) for "rms")
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from ..backends import LIBRARY
+from ..modulation import check_affine, check_norm, check_tokens, compute_dtype, kernel_refusal, rows, spread
+
+
+def reference(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+) -> Tensor:
+    """The equation in plain PyTorch. ``shift``, ``scale``: ``[B, R, D]``."""
+    out_dtype = compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        cast = [None if p is None else p.to(x.dtype) for p in (weight, bias)]
+        if norm == "layer":
+            h = F.layer_norm(x, x.shape[-1:], cast[0], cast[1], eps)
+        else:
+            h = F.rms_norm(x, x.shape[-1:], cast[0], eps)
+        h, gain = spread(h, 1 + scale)
+        y = h * gain
+        y, offset = spread(y.flatten(1, 2), shift)
+        return (y + offset).flatten(1, 2).to(out_dtype)
+
+
+LIBRARY.define(
+    "adaln_fwd(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, bool rms, float eps, "
+    "ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)"
+)
+LIBRARY.define(
+    "adaln_bwd(Tensor dy, Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+    "bool rms) -> (Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias)"
+)
+
+
+@torch.library.register_fake("minisora::adaln_fwd")
+def _(x, shift, scale, weight, bias, rms, eps, out_dtype):
+    statistic = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=out_dtype), statistic, torch.empty_like(statistic)
+
+
+@torch.library.register_fake("minisora::adaln_bwd")
+def _(dy, x, shift, scale, weight, bias, mean, rstd, rms):
+    return (
+        x.new_empty(x.shape),
+        shift.new_empty(shift.shape),
+        scale.new_empty(scale.shape),
+        _affine_gradient(weight, x),
+        _affine_gradient(bias, x),
+    )
+
+
+def _affine_gradient(parameter: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0) if parameter is None else parameter.new_empty(parameter.shape)
+
+
+class _AdaLN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, shift, scale, weight, bias, rms, eps, out_dtype):
+        x = x.contiguous()
+        y, mean, rstd = torch.ops.minisora.adaln_fwd(x, shift, scale, weight, bias, rms, eps, out_dtype)
+        ctx.save_for_backward(x, shift, scale, weight, bias, mean, rstd)
+        ctx.rms = rms
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any):
+        x, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
+        dx, dshift, dscale, dweight, dbias = torch.ops.minisora.adaln_bwd(
+            gradients[0].contiguous(), x, shift, scale, weight, bias, mean, rstd, ctx.rms
+        )
+        return (
+            dx,
+            dshift,
+            dscale,
+            None if weight is None else dweight,
+            None if bias is None else dbias,
+            None,
+            None,
+            None,
+        )
+
+
+def _cpu(x, shift, scale, weight, bias):
+    return kernel_refusal(x=x, shift=shift, scale=scale, weight=weight, bias=bias)
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu, "cuda": _cpu}
+
+
+def adaln(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """``norm(x) * [weight] + [bias]``, then ``* (1 + scale) + shift``. Differentiable in every tensor.
+
+    Args:
+        x: tokens ``[B, N, D]``, any D; float16, bfloat16, float32 (float64: reference only).
+        shift, scale: ``[B, D]`` per sample, or ``[B, R, D]`` with R dividing N: ``R = T`` per frame, ``R = N`` per token.
+            Views with strides (chunks of a ``[B, 6D]`` projection) are read in place. Their dtype may differ from x's.
+        weight, bias: affine parameters ``[D]`` of the norm; ``bias`` only with ``norm="layer"``.
+        norm: ``"layer"`` or ``"rms"``.
+        eps: added to the variance (or mean square).
+        backend: ``None`` chooses; a name runs that backend or raises.
+
+    Returns:
+        ``[B, N, D]`` in x's dtype; inside autocast in autocast's dtype. Statistics, ``1 + scale`` and sums are fp32, and
+        the result is rounded once.
+
+    Raises:
+        ValueError: a shape, device or option that does not fit, or a backend that refuses the call.
+        TypeError: an argument that is not a floating-point tensor.
+        RuntimeError: an explicitly chosen backend that is not there.
+    """
+    check_tokens("adaln", "x", x)
+    check_norm("adaln", norm, bias)
+    shift, scale = rows("adaln", "shift", shift, x), rows("adaln", "scale", scale, x)
+    check_affine("adaln", "weight", weight, x)
+    check_affine("adaln", "bias", bias, x)
+    chosen = backends.choose("adaln", BACKENDS, x.device, backend, x, shift, scale, weight, bias)
+    if chosen == "reference":
+        return reference(x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
+    return _AdaLN.apply(x, shift, scale, weight, bias, norm == "rms", eps, compute_dtype(x))

@@ -1,0 +1,84 @@
+"""Gated residual: add a branch to the tokens, each channel weighted by a gate computed from the condition.
+
+    y = x + gate * branch            row of token n: n // (N / R)
+
+Source: Peebles & Xie 2022 (arXiv 2212.09748), the alpha of adaLN-Zero.
+
+Backward, the sum in fp32 over the tokens of a row, in a fixed order:
+
+    dx = dy                          dbranch = gate * dy            dgate = sum dy * branch
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import LIBRARY
+from ..modulation import check_tokens, kernel_refusal, rows, spread
+
+
+def reference(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """The equation in plain PyTorch. ``gate``: ``[B, R, D]``."""
+    spread_branch, gain = spread(branch, gate)
+    return (x + (gain * spread_branch).flatten(1, 2)).to(x.dtype)
+
+
+LIBRARY.define("gate_residual_fwd(Tensor x, Tensor branch, Tensor gate) -> Tensor")
+LIBRARY.define("gate_residual_bwd(Tensor dy, Tensor branch, Tensor gate) -> (Tensor dbranch, Tensor dgate)")
+
+
+@torch.library.register_fake("minisora::gate_residual_fwd")
+def _(x, branch, gate):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("minisora::gate_residual_bwd")
+def _(dy, branch, gate):
+    return branch.new_empty(branch.shape), gate.new_empty(gate.shape)
+
+
+class _GateResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, branch, gate):
+        branch = branch.contiguous()
+        ctx.save_for_backward(branch, gate)
+        return torch.ops.minisora.gate_residual_fwd(x.contiguous(), branch, gate)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any):
+        dy = gradients[0].contiguous()
+        dbranch, dgate = torch.ops.minisora.gate_residual_bwd(dy, *ctx.saved_tensors)
+        return dy, dbranch, dgate
+
+
+def _cpu(x, branch, gate):
+    return kernel_refusal(x=x, branch=branch, gate=gate)
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu}
+
+
+def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
+    """``x + gate * branch``. Differentiable in every tensor.
+
+    Args:
+        x, branch: tokens ``[B, N, D]``, any D; float16, bfloat16, float32 (float64: reference only); dtypes may differ.
+        gate: ``[B, D]`` per sample, or ``[B, R, D]`` with R dividing N; strided views are read in place.
+        backend: ``None`` chooses; a name runs that backend or raises.
+
+    Returns:
+        ``[B, N, D]`` in x's dtype, computed in fp32 and rounded once.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.
+    """
+    check_tokens("gate_residual", "x", x)
+    check_tokens("gate_residual", "branch", branch, like=x)
+    gate = rows("gate_residual", "gate", gate, x)
+    if backends.choose("gate_residual", BACKENDS, x.device, backend, x, branch, gate) == "reference":
+        return reference(x, branch, gate)
+    return _GateResidual.apply(x, branch, gate)

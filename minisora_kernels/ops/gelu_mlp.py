@@ -1,0 +1,75 @@
+"""The MLP of a DiT block: Linear, tanh-GELU, Linear, keeping the pre-activation only.
+
+    h = x w1^T + b1
+    a = gelu(h) = h / 2 * (1 + tanh(sqrt(2 / pi) * (h + 0.044715 h^3)))
+    y = a w2^T + b2
+
+Backward recomputes a from h in the pass that makes dh, so neither a nor gelu'(h) is kept:
+
+    da = dy w2          dh = da * gelu'(h)          dw2 = dy^T a       db2 = sum dy
+    dx = dh w1          dw1 = dh^T x                db1 = sum dh
+
+Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415), the tanh form.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from ..modulation import FLOATS, compute_dtype
+
+
+def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    """The equation in plain PyTorch."""
+    return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None}
+
+
+def gelu_mlp(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, backend: str | None = None
+) -> Tensor:
+    """Linear, tanh-GELU, Linear. Differentiable in every tensor.
+
+    Args:
+        x: ``[..., D]``; float16, bfloat16, float32 (float64: reference only).
+        w1, b1: ``[hidden, D]``, ``[hidden]`` or None, as nn.Linear keeps them.
+        w2, b2: ``[D_out, hidden]``, ``[D_out]`` or None.
+        backend: ``None`` chooses; a name runs that backend or raises.
+
+    Returns:
+        ``[..., D_out]`` in x's dtype; inside autocast in autocast's dtype. The matrix products are torch's on every
+        backend; the kernel is the activation, forward and backward.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.
+    """
+    op = "gelu_mlp"
+    tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    for name, tensor in tensors.items():
+        if tensor is None and name in ("b1", "b2"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; it may be float16, bfloat16, float32 or float64")
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {x.device}; they must be on one device")
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x must be [..., D], got a scalar")
+    if w1.dim() != 2 or w1.shape[1] != x.shape[-1]:
+        raise ValueError(f"{op}: w1 has shape {tuple(w1.shape)}; it must be [hidden, D] with D = {x.shape[-1]}")
+    if w2.dim() != 2 or w2.shape[1] != w1.shape[0]:
+        raise ValueError(f"{op}: w2 has shape {tuple(w2.shape)}; it must be [D_out, hidden] with hidden = {w1.shape[0]}")
+    for name, b, w in (("b1", b1, w1), ("b2", b2, w2)):
+        if b is not None and tuple(b.shape) != (w.shape[0],):
+            raise ValueError(f"{op}: {name} has shape {tuple(b.shape)}; it must be [{w.shape[0]}]")
+    dtype = compute_dtype(x)
+    x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
+    b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
+    backends.choose(op, BACKENDS, x.device, backend, x)
+    return reference(x, w1, b1, w2, b2)

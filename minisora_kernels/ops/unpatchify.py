@@ -1,0 +1,64 @@
+"""Tokens back to a video: the inverse of the gather of patch embedding, with channels last inside a patch.
+
+    video[b, c, t*pt + i, h*ph + j, w*pw + k] = tokens[b, (t, h, w), ((i * ph + j) * pw + k) * C + c]
+
+Source: Peebles & Xie 2022 (arXiv 2212.09748). The backward is the same map read the other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..modulation import check_tokens
+
+
+def reference(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int) -> Tensor:
+    """The map in plain PyTorch; ``grid`` and ``patch`` are triples."""
+    x = tokens.reshape(tokens.shape[0], *grid, *patch, channels)
+    x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
+    return x.reshape(tokens.shape[0], channels, *(n * p for n, p in zip(grid, patch, strict=True)))
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None}
+
+
+def unpatchify(
+    tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int, *, backend: str | None = None
+) -> Tensor:
+    """``[B, N, pt*ph*pw*C]`` to ``[B, C, T, H, W]``. Differentiable.
+
+    Args:
+        tokens: ``[B, N, pt*ph*pw*C]``, channels last inside a patch; float16, bfloat16, float32 (float64: reference only).
+        grid: tokens per axis ``(T', H', W')``; ``(H', W')`` for images.
+        patch: ``(pt, ph, pw)``; ``(ph, pw)`` for images.
+        channels: C.
+        backend: ``None`` chooses; a name runs that backend or raises.
+
+    Returns:
+        ``[B, C, T'*pt, H'*ph, W'*pw]``, contiguous, of the tokens' dtype; ``[B, C, H, W]`` for images.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.
+    """
+    check_tokens("unpatchify", "tokens", tokens)
+    if len(grid) not in (2, 3) or len(grid) != len(patch) or any(n < 1 for n in (*grid, *patch)):
+        raise ValueError(
+            f"unpatchify: grid is {tuple(grid)} and patch is {tuple(patch)}; both must be (T, H, W) or both (H, W), positive"
+        )
+    if channels < 1:
+        raise ValueError(f"unpatchify: channels is {channels}; it must be positive")
+    grid3, patch3 = ((1,) * (3 - len(grid)) + tuple(value) for value in (grid, patch))
+    count = grid3[0] * grid3[1] * grid3[2]
+    width = patch3[0] * patch3[1] * patch3[2] * channels
+    if tokens.shape[1] != count or tokens.shape[2] != width:
+        raise ValueError(
+            f"unpatchify: tokens have shape {tuple(tokens.shape)}; grid {tuple(grid)}, patch {tuple(patch)} and "
+            f"{channels} channels need [B, {count}, {width}]"
+        )
+    backends.choose("unpatchify", BACKENDS, tokens.device, backend, tokens)
+    video = reference(tokens, grid3, patch3, channels)
+    return video.squeeze(2) if len(grid) == 2 else video

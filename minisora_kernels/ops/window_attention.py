@@ -1,0 +1,282 @@
+"""Attention inside non-overlapping windows of a (T, H, W) grid of tokens, straight from the packed projection.
+
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]                    each [B, N, heads, head_dim]
+    q, k    = norm(q) * q_weight, norm(k) * k_weight                      only with qk_norm; over head_dim
+    q, k    = rotate(q), rotate(k)                                        only with rope; by the token's place in the grid
+    P       = softmax(scale * q k^T + bias)                               inside each window
+    out     = P v
+
+Windows are boxes of ``(wt, wh, ww)`` tokens laid from the origin; boxes at the far edge are smaller. Temporal attention is
+``(T, 1, 1)``, spatial ``(1, H, W)``, joint ``(T, H, W)``, W.A.L.T's (arXiv 2312.06662) ``(1, h, w)`` and ``(T, h, w)``;
+``(1, 1, 1)`` passes v through. Rotary embedding: Su et al. 2021 (arXiv 2104.09864); QK-norm: Dehghani et al. 2023
+(arXiv 2302.05442); relative position bias: Liu et al. 2021 (arXiv 2103.14030).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from ..modulation import FLOATS
+
+Grid = tuple[int, int, int]
+
+
+class Rope(NamedTuple):
+    """Rotary tables, one row a token: ``cos`` and ``sin`` are ``[N, head_dim / 2]``, column i turns pair i.
+
+    Pair i is channels ``(2i, 2i + 1)`` if ``interleaved`` (diffusers' video models), else ``(i, i + head_dim / 2)``.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool = True
+
+
+def rope_3d(
+    grid: Sequence[int],
+    head_dim: int,
+    *,
+    theta: float = 10_000.0,
+    split: Sequence[int] | None = None,
+    interleaved: bool = True,
+    device: torch.device | str | None = None,
+) -> Rope:
+    """Rotary tables for a (T, H, W) grid: each axis turns its own share of the channels.
+
+    Axis a with ``split[a]`` channels turns pair j of its share by ``position * theta ** (-2 j / split[a])`` radians.
+
+    Args:
+        grid: ``(T, H, W)``.
+        head_dim: even.
+        split: channels of the t, h and w axes, each even, sum head_dim; by default equal thirds, with what is left over
+            given to t.
+        interleaved: the pairing that the tables will be used with (see :class:`Rope`).
+
+    Returns:
+        :class:`Rope` with fp32 tables ``[T*H*W, head_dim / 2]``.
+
+    Raises:
+        ValueError: a head_dim that is odd, or a split that does not fit it.
+    """
+    if head_dim % 2 or head_dim <= 0:
+        raise ValueError(f"rope_3d: head_dim is {head_dim}; it must be even and positive")
+    if split is None:
+        third = head_dim // 6 * 2
+        split = (head_dim - 2 * third, third, third)
+    if len(split) != 3 or sum(split) != head_dim or any(s < 0 or s % 2 for s in split):
+        raise ValueError(f"rope_3d: split is {tuple(split)}; it must be three even numbers with sum {head_dim}")
+    places = torch.meshgrid(*(torch.arange(n, device=device, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = []
+    for place, share in zip(places, split, strict=True):
+        frequency = theta ** (-torch.arange(0, share, 2, device=device, dtype=torch.float64) / max(share, 1))
+        angles.append(place.reshape(-1, 1) * frequency)
+    angle = torch.cat(angles, dim=1)
+    return Rope(angle.cos().float(), angle.sin().float(), interleaved)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """``x [B, N, heads, head_dim]`` turned by the tables; in plain PyTorch."""
+    cos, sin = rope.cos.to(x.dtype)[:, None], rope.sin.to(x.dtype)[:, None]
+    if rope.interleaved:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def boxes(grid: Sequence[int], window: Sequence[int]) -> list[tuple[tuple[int, int, int], ...]]:
+    """The grid cut into at most eight regions of equal windows: per axis ``(start, windows, size)``."""
+    axes = []
+    for n, w in zip(grid, window, strict=True):
+        whole = n // w
+        regions = [(0, whole, w)]
+        if n % w:
+            regions.append((whole * w, 1, n % w))
+        axes.append(regions)
+    return list(product(*axes))
+
+
+def reference(
+    qkv: Tensor,
+    grid: Grid,
+    window: Grid,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    qk_norm: str | None = None,
+    rope: Rope | None = None,
+    bias: Tensor | None = None,
+    scale: float,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The equation in plain PyTorch: norm, rotate, permute to windows, attend, permute back."""
+    batch, tokens, _, heads, head_dim = qkv.shape
+    q, k, v = qkv.unbind(2)
+    q, k = _norm(q, qk_norm, q_weight, eps), _norm(k, qk_norm, k_weight, eps)
+    if rope is not None:
+        q, k = rotate(q, rope), rotate(k, rope)
+    q, k, v = (part.unflatten(1, grid) for part in (q, k, v))
+    out = torch.empty_like(v) if not torch.is_grad_enabled() else torch.zeros_like(v)
+    pieces = []
+    for region in boxes(grid, window):
+        place = (slice(None), *(slice(start, start + count * size) for start, count, size in region))
+        counts, sizes = [count for _, count, _ in region], [size for _, _, size in region]
+        length = sizes[0] * sizes[1] * sizes[2]
+        parts = []
+        for part in (q, k, v):
+            part = part[place].unflatten(3, (counts[2], sizes[2])).unflatten(2, (counts[1], sizes[1]))
+            part = part.unflatten(1, (counts[0], sizes[0]))  # [B, nt, wt, nh, wh, nw, ww, heads, head_dim]
+            parts.append(part.permute(0, 1, 3, 5, 7, 2, 4, 6, 8).reshape(-1, heads, length, head_dim))
+        pair = None
+        if bias is not None:
+            pair = bias.unflatten(2, window).unflatten(1, window)
+            inside = [slice(size) for size in sizes]
+            pair = pair[(slice(None), *inside, *inside)].reshape(heads, length, length).to(v.dtype)
+        piece = _attend(*parts, pair, scale)
+        piece = piece.unflatten(2, sizes).unflatten(0, (batch, *counts)).permute(0, 1, 5, 2, 6, 3, 7, 4, 8)
+        pieces.append((place, piece.flatten(5, 6).flatten(3, 4).flatten(1, 2)))
+    if len(pieces) == 1:
+        return pieces[0][1].reshape(batch, tokens, heads * head_dim)
+    for place, piece in pieces:
+        out[place] = piece
+    return out.reshape(batch, tokens, heads * head_dim)
+
+
+def _norm(x: Tensor, kind: str | None, weight: Tensor | None, eps: float) -> Tensor:
+    if kind is None:
+        return x
+    shape = x.shape[-1:]
+    x = F.layer_norm(x, shape, None, None, eps) if kind == "layer" else F.rms_norm(x, shape, None, eps)
+    return x if weight is None else x * weight.to(x.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    # Up to 64 tokens two batched matmuls beat SDPA, whose flash backward is several times slower on short sequences.
+    if bias is None and q.shape[2] > 64:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(-1) @ v
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None}
+
+
+def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[Grid, Grid]:
+    op = "window_attention"
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"{op}: qkv must be a tensor, got {type(qkv).__name__}")
+    if qkv.dtype not in FLOATS:
+        raise TypeError(f"{op}: qkv has dtype {qkv.dtype}; it may be float16, bfloat16, float32 or float64")
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"{op}: qkv must be [B, N, 3, heads, head_dim], got shape {tuple(qkv.shape)}")
+    _, tokens, _, heads, head_dim = qkv.shape
+    for name, value in (("grid", grid), ("window", window)):
+        if len(value) != 3 or any(n < 1 for n in value):
+            raise ValueError(f"{op}: {name} is {tuple(value)}; it must be three positive numbers (T, H, W)")
+    t, h, w = grid
+    if t * h * w != tokens:
+        raise ValueError(f"{op}: grid {t} x {h} x {w} has {t * h * w} tokens, qkv has {tokens}")
+    wt, wh, ww = window
+    if wt > t or wh > h or ww > w:
+        raise ValueError(f"{op}: window {wt} x {wh} x {ww} is larger than the grid {t} x {h} x {w}")
+    if qk_norm not in (None, "rms", "layer"):
+        raise ValueError(f"{op}: qk_norm is {qk_norm!r}; it may be None, 'rms' or 'layer'")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is None:
+            continue
+        if qk_norm is None:
+            raise ValueError(f"{op}: {name} was given without qk_norm; choose 'rms' or 'layer'")
+        if tuple(weight.shape) not in ((head_dim,), (heads, head_dim)):
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(weight.shape)}; it may be [head_dim] or [heads, head_dim] with "
+                f"heads = {heads}, head_dim = {head_dim}"
+            )
+    tensors = {"q_weight": q_weight, "k_weight": k_weight, "bias": bias}
+    if rope is not None:
+        if not isinstance(rope, Rope):
+            raise TypeError(f"{op}: rope must be a Rope(cos, sin, interleaved), got {type(rope).__name__}")
+        tensors |= {"rope.cos": rope.cos, "rope.sin": rope.sin}
+        if head_dim % 2:
+            raise ValueError(f"{op}: rope needs an even head_dim, got {head_dim}")
+        for name in ("rope.cos", "rope.sin"):
+            if tuple(tensors[name].shape) != (tokens, head_dim // 2):
+                raise ValueError(
+                    f"{op}: {name} has shape {tuple(tensors[name].shape)}; it must be [N, head_dim / 2] = "
+                    f"[{tokens}, {head_dim // 2}]"
+                )
+            if tensors[name].requires_grad:
+                raise ValueError(f"{op}: {name} requires a gradient; the rotary tables are constants")
+    length = wt * wh * ww
+    if bias is not None and tuple(bias.shape) != (heads, length, length):
+        raise ValueError(
+            f"{op}: bias has shape {tuple(bias.shape)}; it must be [heads, L, L] = [{heads}, {length}, {length}]"
+        )
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; it may be float16, bfloat16, float32 or float64")
+        if tensor.device != qkv.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, qkv is on {qkv.device}; they must be on one device")
+    return (t, h, w), (wt, wh, ww)
+
+
+def window_attention(
+    qkv: Tensor,
+    grid: Sequence[int],
+    window: Sequence[int],
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    qk_norm: str | None = None,
+    rope: Rope | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention inside windows of the grid, from ``qkv`` as one Linear wrote it. Differentiable in qkv, weights and bias.
+
+    Args:
+        qkv: ``[B, N, 3, heads, head_dim]`` with ``N = T*H*W``, time-major; float16, bfloat16, float32 (float64:
+            reference only).
+        grid: ``(T, H, W)``.
+        window: ``(wt, wh, ww)``, no larger than the grid; windows at the far edge are smaller.
+        q_weight, k_weight: learned weights of the QK-norm, ``[head_dim]`` or ``[heads, head_dim]``.
+        qk_norm: None, ``"rms"`` or ``"layer"``, over head_dim, with ``eps``.
+        rope: rotary tables (:func:`rope_3d`), applied after the norm.
+        bias: relative position bias ``[heads, L, L]``, ``L = wt*wh*ww``; an edge window reads its corner.
+        scale: of the scores; by default ``head_dim ** -0.5``.
+        backend: ``None`` chooses; a name runs that backend or raises.
+
+    Returns:
+        ``[B, N, heads * head_dim]``, contiguous, in qkv's dtype. Norm, scores, softmax and sums are fp32.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.
+    """
+    grid, window = _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    call = (qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias)
+    backends.choose("window_attention", BACKENDS, qkv.device, backend, *call)
+    return reference(
+        qkv,
+        grid,
+        window,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        qk_norm=qk_norm,
+        rope=rope,
+        bias=bias,
+        scale=scale,
+        eps=eps,
+    )
