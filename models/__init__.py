@@ -1,0 +1,1 @@
+"""Reference models, objectives, data, trainer and sampler. Run from a checkout; not installed with the package."""

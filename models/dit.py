@@ -1,0 +1,360 @@
+"""DiT: the diffusion transformer with adaLN-Zero (Peebles & Xie 2022, arXiv 2212.09748), for images and for video.
+
+    c      = t_embed(t) + y_embed(y)                                       [B, D], or [B, T', D] with per-frame t
+    x      = patch_embed(video) + pos                                      [B, N, D], N = T' * H' * W' tokens
+    x      = x + gate_msa * attention(adaln(x, shift_msa, scale_msa))      depth times, modulation = Linear(SiLU(c))
+    x      = x + gate_mlp * mlp(adaln(x, shift_mlp, scale_mlp))
+    output = unpatchify(Linear(adaln(x, shift, scale)))
+
+All modulations depend on c only, so each residual sum is fused with the norm that reads it, in whatever block that is.
+
+Video: 3-D patches; attention over all tokens ("joint", as OpenDiT's VDiT) or over space in even and time in odd blocks
+("factorized", as Latte, arXiv 2401.03048).
+
+Weights of Meta's DiT load with ``strict=True`` into ``DiTConfig(input_size=(32, 32), patch=(2, 2), channels=4,
+num_classes=1000, learn_sigma=True, **SIZES["XL"])``. The parameters:
+
+    pos_embed                               [1, N, D], frozen
+    x_embedder.proj.{weight,bias}           [D, C, ph, pw] for images, [D, C, pt, ph, pw] for video
+    t_embedder.mlp.{0,2}.{weight,bias}      256 -> D -> D
+    y_embedder.embedding_table.weight       [num_classes + 1, D], the last row is the null class
+    blocks.i.attn.{qkv,proj}.{weight,bias}  qkv rows in the order (q|k|v, heads, head_dim)
+    blocks.i.attn.{q_norm,k_norm}.weight    [head_dim], only with qk_norm; Meta's DiT has none
+    blocks.i.mlp.{fc1,fc2}.{weight,bias}
+    blocks.i.adaLN_modulation.1.*           D -> 6D: shift, scale, gate of the attention, then of the MLP
+    final_layer.adaLN_modulation.1.*        D -> 2D: shift, scale
+    final_layer.linear.*                    D -> prod(patch) * out_channels, channels last
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minisora_kernels import adaln, gate_residual_adaln, gelu_mlp, patch_embed, unpatchify, window_attention
+
+Grid = tuple[int, int, int]
+
+SIZES = {
+    "S": {"width": 384, "depth": 12, "heads": 6},
+    "B": {"width": 768, "depth": 12, "heads": 12},
+    "L": {"width": 1024, "depth": 24, "heads": 16},
+    "XL": {"width": 1152, "depth": 28, "heads": 16},
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """What a DiT is built from; survives ``dataclasses.asdict``, JSON and ``DiTConfig(**values)``.
+
+    Args:
+        input_size: cells of the input, pixels or latents: ``(T, H, W)`` for video, ``(H, W)`` for images.
+        patch: cells per token, one number per axis of ``input_size``, each dividing it.
+        channels: of the input.
+        width, depth, heads: D, blocks, attention heads; D is a multiple of 4 and of ``heads``.
+        mlp_ratio: hidden width of the MLP over D.
+        attention: ``"joint"`` or ``"factorized"`` (video only).
+        num_classes: 0 for an unconditional model.
+        class_dropout: share of training labels replaced by the null class, for classifier-free guidance.
+        learn_sigma: the output has ``2 * channels``: prediction, then variance.
+        qk_norm: None, ``"rms"`` or ``"layer"``: norm of queries and keys over head_dim, with a learned weight.
+
+    Raises:
+        ValueError: a value that does not fit, by name.
+    """
+
+    input_size: tuple[int, ...]
+    patch: tuple[int, ...]
+    channels: int
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    attention: str = "joint"
+    num_classes: int = 0
+    class_dropout: float = 0.1
+    learn_sigma: bool = False
+    qk_norm: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "patch"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.input_size) not in (2, 3) or any(n < 1 for n in self.input_size):
+            raise ValueError(f"input_size is {self.input_size}; it must be (T, H, W) or (H, W), positive")
+        if len(self.patch) != len(self.input_size) or any(p < 1 for p in self.patch):
+            raise ValueError(f"patch is {self.patch}; it must have one positive number per axis of {self.input_size}")
+        if any(n % p for n, p in zip(self.input_size, self.patch, strict=True)):
+            raise ValueError(f"patch is {self.patch}; it must divide input_size {self.input_size}")
+        for name in ("channels", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width is {self.width}; it must be a multiple of 4 and of heads = {self.heads}")
+        if int(self.width * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; the MLP must have at least one hidden unit")
+        if self.attention not in ("joint", "factorized"):
+            raise ValueError(f"attention is {self.attention!r}; it may be 'joint' or 'factorized'")
+        if self.attention == "factorized" and len(self.input_size) == 2:
+            raise ValueError("attention is 'factorized'; an image has no time axis, so it must be 'joint'")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes is {self.num_classes}; it must be 0 (unconditional) or positive")
+        if not 0 <= self.class_dropout <= 1:
+            raise ValueError(f"class_dropout is {self.class_dropout}; it must be in [0, 1]")
+        if self.qk_norm not in (None, "rms", "layer"):
+            raise ValueError(f"qk_norm is {self.qk_norm!r}; it may be None, 'rms' or 'layer'")
+
+    @property
+    def grid(self) -> Grid:
+        """Tokens per axis ``(T', H', W')``; T' is 1 for images."""
+        t, h, w = (1,) * (3 - len(self.patch)) + tuple(n // p for n, p in zip(self.input_size, self.patch, strict=True))
+        return t, h, w
+
+
+def sincos(positions: Tensor, width: int) -> Tensor:
+    """``[..., width]``, float64: sin, then cos, of ``position * 10000 ** (-2 i / width)`` for i < width / 2."""
+    frequencies = 10_000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    angles = positions.double()[..., None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def grid_positions(grid: Grid, width: int, *, video: bool) -> Tensor:
+    """Fixed position embedding ``[1, N, width]``, fp32: of the place in the frame, plus, for video, of the frame.
+
+    The first half of a place's channels encodes the column and the second the row, as in Meta's DiT.
+    """
+    t, h, w = grid
+    column = sincos(torch.arange(w), width // 2).expand(h, w, -1)
+    row = sincos(torch.arange(h), width // 2)[:, None].expand(h, w, -1)
+    positions = torch.cat((column, row), dim=-1).expand(t, h, w, width)
+    if video:
+        positions = positions + sincos(torch.arange(t), width)[:, None, None]
+    return positions.reshape(1, t * h * w, width).float()
+
+
+class PatchEmbedder(nn.Module):
+    """Holds the convolution's parameters; the op reads them in place."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        convolution: Any = nn.Conv3d if len(config.patch) == 3 else nn.Conv2d
+        self.proj = convolution(config.channels, config.width, config.patch, config.patch)
+
+    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
+        return patch_embed(x, self.proj.weight, self.proj.bias, pos)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid of 256 channels [cos | sin] with periods up to 10^4, in fp32, then Linear, SiLU, Linear."""
+
+    channels = 256
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    @staticmethod
+    def sinusoid(t: Tensor) -> Tensor:
+        """``[...]`` to ``[..., 256]``, fp32: cos, then sin, of ``t * 10000 ** (-i / 128)`` for i < 128."""
+        places = torch.arange(128, device=t.device, dtype=torch.float32)
+        angles = t.float()[..., None] * torch.exp(places * (-math.log(10_000.0) / 128))
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.mlp(self.sinusoid(t).to(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A table of classes; its last row is the null class, which replaces dropped labels in training."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.null_class = config.num_classes
+        self.dropout = config.class_dropout
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.training and self.dropout > 0:
+            dropped = torch.rand(y.shape, device=y.device) < self.dropout
+            y = torch.where(dropped, self.null_class, y)
+        return self.embedding_table(y)
+
+
+class Scale(nn.Module):
+    """Holds the weight of a norm, ``[width]``; the op that normalises reads it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside windows of the token grid."""
+
+    def __init__(self, config: DiTConfig, window: Grid) -> None:
+        super().__init__()
+        self.grid, self.window = config.grid, window
+        self.heads, self.qk_norm = config.heads, config.qk_norm
+        head_dim = config.width // config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+        if config.qk_norm is not None:
+            self.q_norm, self.k_norm = (Scale(head_dim) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q_weight, k_weight = (None, None) if self.qk_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        return self.proj(
+            window_attention(qkv, self.grid, self.window, q_weight=q_weight, k_weight=k_weight, qk_norm=self.qk_norm)
+        )
+
+
+class MLP(nn.Module):
+    """Linear, tanh-GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+
+def modulation(width: int, count: int) -> nn.Sequential:
+    """``c`` to ``count`` vectors of ``width``; starts at zero."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
+
+
+class Block(nn.Module):
+    """One adaLN-Zero block.
+
+    ``y`` comes in normalised for this block's attention and leaves normalised for whatever reads x next: the next block
+    or the final layer. That is why the model, not the block, computes the modulations.
+    """
+
+    def __init__(self, config: DiTConfig, window: Grid) -> None:
+        super().__init__()
+        self.attn = Attention(config, window)
+        self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
+        self.adaLN_modulation = modulation(config.width, 6)
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        gate_msa: Tensor,
+        shift_mlp: Tensor,
+        scale_mlp: Tensor,
+        gate_mlp: Tensor,
+        next_shift: Tensor,
+        next_scale: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        x, y = gate_residual_adaln(x, self.attn(y), gate_msa, shift_mlp, scale_mlp)
+        return gate_residual_adaln(x, self.mlp(y), gate_mlp, next_shift, next_scale)
+
+
+class FinalLayer(nn.Module):
+    """The last modulation and the Linear from a token to its patch."""
+
+    def __init__(self, config: DiTConfig, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.width, math.prod(config.patch) * out_channels)
+        self.adaLN_modulation = modulation(config.width, 2)
+
+
+class DiT(nn.Module):
+    """The diffusion transformer.
+
+    Attributes:
+        config: what it was built from.
+        out_channels: ``channels``, twice that with ``learn_sigma``.
+        null_class: the label of "no class"; None if unconditional.
+        checkpointing: recompute each block in backward instead of keeping its activations. False at first.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.out_channels = config.channels * (2 if config.learn_sigma else 1)
+        self.null_class = config.num_classes or None
+        self.checkpointing = False
+        t, h, w = config.grid
+
+        self.x_embedder = PatchEmbedder(config)
+        self.t_embedder = TimestepEmbedder(config.width)
+        self.y_embedder = LabelEmbedder(config) if config.num_classes else None
+        positions = grid_positions(config.grid, config.width, video=len(config.patch) == 3)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        windows = [(t, h, w)] if config.attention == "joint" else [(1, h, w), (t, 1, 1)]
+        self.blocks = nn.ModuleList(Block(config, windows[i % len(windows)]) for i in range(config.depth))
+        self.final_layer = FinalLayer(config, self.out_channels)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Xavier, except that every block starts as the identity and the model as zero."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or "adaLN_modulation" in name or name == "final_layer.linear.weight":
+                nn.init.zeros_(parameter)
+            elif name.startswith(("t_embedder.", "y_embedder.")):
+                nn.init.normal_(parameter, std=0.02)
+            elif parameter.requires_grad and parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter.flatten(1))
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """N, the tokens of one sample."""
+        return math.prod(self.config.grid)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """What the objective asks for: velocity, noise, or noise and variance.
+
+        Args:
+            x: ``[B, C, T, H, W]``, or ``[B, C, H, W]`` in image mode.
+            t: timesteps in [0, 1000]: ``[B]``, or ``[B, T']`` with one per frame of tokens.
+            y: classes ``[B]``, int64, ``null_class`` for none; None if and only if the model is unconditional.
+
+        Returns:
+            x's shape with ``out_channels`` channels.
+
+        Raises:
+            ValueError: an argument whose shape does not fit the config, or a y that is missing or not wanted.
+        """
+        self._check(x, t, y)
+        c = self.t_embedder(t, self.pos_embed.dtype)
+        if self.y_embedder is not None:
+            label = self.y_embedder(y)
+            c = c + (label if t.dim() == 1 else label[:, None])
+
+        # Under autocast the embedding comes out in half precision; the residual stream keeps the parameters' dtype.
+        x = self.x_embedder(x, self.pos_embed).to(self.pos_embed.dtype)
+        modulations = [block.adaLN_modulation(c).chunk(6, dim=-1) for block in self.blocks]
+        modulations.append(self.final_layer.adaLN_modulation(c).chunk(2, dim=-1))
+        y = adaln(x, modulations[0][0], modulations[0][1])
+        for block, (_, _, *own), (shift, scale, *_) in zip(self.blocks, modulations, modulations[1:], strict=False):
+            if self.checkpointing and torch.is_grad_enabled():
+                # A block draws no random numbers, so there is no generator state to restore.
+                x, y = checkpoint(block, x, y, *own, shift, scale, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, y = block(x, y, *own, shift, scale)
+
+        grid = self.config.grid[-len(self.config.patch) :]
+        return unpatchify(self.final_layer.linear(y), grid, self.config.patch, self.out_channels)
+
+    def _check(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+        expected = (self.config.channels, *self.config.input_size)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, {', '.join(map(str, expected))}]")
+        batch, frames = x.shape[0], self.config.grid[0]
+        if tuple(t.shape) not in ((batch,), (batch, frames)):
+            raise ValueError(f"t has shape {tuple(t.shape)}; it may be [{batch}] or, per frame, [{batch}, {frames}]")
+        if self.y_embedder is None:
+            if y is not None:
+                raise ValueError("y was given to an unconditional model (num_classes = 0)")
+        elif y is None or tuple(y.shape) != (batch,):
+            got = "None" if y is None else f"of shape {tuple(y.shape)}"
+            raise ValueError(f"y is {got}; a model with {self.null_class} classes needs [{batch}]")
