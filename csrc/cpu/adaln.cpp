@@ -1,0 +1,114 @@
+// adaln: equation and derivation in minisora_kernels/ops/adaln.py.
+#include "rows.h"
+
+namespace minisora {
+namespace {
+
+struct Scratch {
+  std::vector<float> row, gain, offset, one_plus_scale, h, dh;
+  explicit Scratch(int64_t width) : row(width), gain(width), offset(width), one_plus_scale(width), h(width), dh(width) {}
+};
+
+// gain = weight * (1 + scale), offset = bias * (1 + scale) + shift
+void read_rows(Scratch& s, const Rows& shift, const Rows& scale, const float* weight, const float* bias, int64_t b, int64_t n, int64_t width) {
+  scale.read(b, n, 1.0f, s.one_plus_scale.data(), width);
+  shift.read(b, n, 0.0f, s.offset.data(), width);
+  for (int64_t i = 0; i < width; ++i) {
+    s.gain[i] = weight[i] * s.one_plus_scale[i];
+    s.offset[i] += bias[i] * s.one_plus_scale[i];
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
+    const Tensor& x, const Tensor& shift, const Tensor& scale, std::optional<Tensor> weight, std::optional<Tensor> bias,
+    bool rms, double eps, ScalarType out_dtype) {
+  STD_TORCH_CHECK(x.dim() == 3, "x must be [B, N, D]");
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  check_dense(x, "x", {batch, tokens, width});
+  const Rows shift_rows(shift, "shift", batch, tokens, width), scale_rows(scale, "scale", batch, tokens, width);
+  const auto w = affine(weight, "weight", 1.0f, width), c = affine(bias, "bias", 0.0f, width);
+  Tensor y = empty_like_shape(x, {batch, tokens, width}, out_dtype);
+  Tensor mean = empty_like_shape(x, {batch, tokens}, ScalarType::Float), rstd = empty_like_shape(x, {batch, tokens}, ScalarType::Float);
+  float* means = static_cast<float*>(mean.mutable_data_ptr());
+  float* rstds = static_cast<float*>(rstd.mutable_data_ptr());
+
+  with_type(x.scalar_type(), [&](auto x_tag) {
+    with_type(out_dtype, [&](auto y_tag) {
+      const auto* in = static_cast<const decltype(x_tag)*>(x.const_data_ptr());
+      auto* out = static_cast<decltype(y_tag)*>(y.mutable_data_ptr());
+      for_tokens(batch, tokens, common_rows({&shift_rows, &scale_rows}), [&] { return Scratch(width); },
+        [&](Scratch& s, int64_t b, int64_t n, bool new_run) {
+          if (new_run) read_rows(s, shift_rows, scale_rows, w.data(), c.data(), b, n, width);
+          const int64_t token = b * tokens + n;
+          Sum sum;
+          for_columns(width, [&](int64_t i, auto count, auto u) {
+            const Vec value = load(in + token * width + i, count);
+            store(s.row.data() + i, value, count);
+            sum.part[u] = sum.part[u] + value;
+          });
+          statistics(s.row.data(), sum.total(), width, rms, static_cast<float>(eps), means + token, rstds + token);
+          modulate(s.row.data(), means[token], rstds[token], s.gain.data(), s.offset.data(), out + token * width, width);
+        });
+    });
+  });
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_bwd(
+    const Tensor& dy, const Tensor& x, const Tensor& shift, const Tensor& scale, std::optional<Tensor> weight,
+    std::optional<Tensor> bias, const Tensor& mean, const Tensor& rstd, bool rms) {
+  STD_TORCH_CHECK(x.dim() == 3, "x must be [B, N, D]");
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  check_dense(x, "x", {batch, tokens, width});
+  check_dense(dy, "dy", {batch, tokens, width});
+  check_statistic(mean, "mean", {batch, tokens});
+  check_statistic(rstd, "rstd", {batch, tokens});
+  const Rows shift_rows(shift, "shift", batch, tokens, width), scale_rows(scale, "scale", batch, tokens, width);
+  const auto w = affine(weight, "weight", 1.0f, width), c = affine(bias, "bias", 0.0f, width);
+  const int64_t rows = common_rows({&shift_rows, &scale_rows});
+  Tensor dx = empty_like_shape(x, {batch, tokens, width}, x.scalar_type());
+  RowGradient dshift(shift, rows, tokens, width), dscale(scale, rows, tokens, width);
+  AffineGradient dweight(weight, x, chunk_count(batch, tokens), width), dbias(bias, x, chunk_count(batch, tokens), width);
+  const float* means = static_cast<const float*>(mean.const_data_ptr());
+  const float* rstds = static_cast<const float*>(rstd.const_data_ptr());
+
+  with_type(x.scalar_type(), [&](auto x_tag) {
+    with_type(dy.scalar_type(), [&](auto y_tag) {
+      using TX = decltype(x_tag);
+      const auto* in = static_cast<const TX*>(x.const_data_ptr());
+      const auto* grad = static_cast<const decltype(y_tag)*>(dy.const_data_ptr());
+      auto* out = static_cast<TX*>(dx.mutable_data_ptr());
+      sum_over_rows<2>(batch, tokens, rows, width, [&] { return Scratch(width); },
+        [&](Scratch& s, int64_t b, int64_t n, bool new_run, float** sums) {
+          if (new_run) read_rows(s, shift_rows, scale_rows, w.data(), c.data(), b, n, width);
+          const int64_t token = b * tokens + n;
+          const TokenSums token_sums = adaln_backward_sums(
+              in + token * width, grad + token * width, means[token], rstds[token], s.gain.data(), s.h.data(), s.dh.data(), sums[0],
+              sums[1], width);
+          const TokenGradient gradient(token_sums, rstds[token], width, rms);
+          for_columns(width, [&](int64_t i, auto count, auto) {
+            store(out + token * width + i, gradient(load(s.h.data() + i, count), load(s.dh.data() + i, count)), count);
+          });
+        },
+        [&](Scratch& s, int64_t, int64_t, int64_t task, float** sums) {
+          dweight.add(task, s.one_plus_scale.data(), sums[1]);
+          dbias.add(task, s.one_plus_scale.data(), sums[0]);
+        },
+        [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) {
+          dshift.set(b, row, first, last, sums[0]);
+          for (int64_t i = first; i < last; ++i) sums[1][i] = w[i] * sums[1][i] + c[i] * sums[0][i];
+          dscale.set(b, row, first, last, sums[1]);
+        });
+    });
+  });
+  return {dx, dshift.result(), dscale.result(), dweight.result(), dbias.result()};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minisora, CPU, m) {
+  m.impl("adaln_fwd", TORCH_BOX(&adaln_fwd));
+  m.impl("adaln_bwd", TORCH_BOX(&adaln_bwd));
+}
+
+} // namespace minisora

@@ -1,0 +1,157 @@
+// What every CPU kernel shares: argument checks at the boundary, fp32 vectors over any float dtype, loops over columns.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace minisora {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Vec = at::vec::Vectorized<float>;
+using BFloat16 = c10::BFloat16;
+using Half = c10::Half;
+
+constexpr int64_t V = Vec::size();
+
+// ---- checks
+
+inline void check_dtype(const Tensor& tensor, const char* name) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+      name, " must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+}
+
+inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(), " dimensions, got ", tensor.dim());
+  int64_t dim = 0;
+  for (const int64_t size : shape) {
+    STD_TORCH_CHECK(tensor.size(dim) == size, name, " must have size ", size, " in dimension ", dim, ", got ", tensor.size(dim));
+    ++dim;
+  }
+}
+
+// A dense tensor of one of the three dtypes: the kernels index it with no strides.
+inline void check_dense(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  check_dtype(tensor, name);
+  check_shape(tensor, name, shape);
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+inline void check_statistic(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  check_dense(tensor, name, shape);
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
+}
+
+inline Tensor empty_like_shape(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+}
+
+// ---- dtypes
+
+template <class F>
+inline void with_type(ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Half{});
+    default:
+      STD_TORCH_CHECK(false, "the CPU kernels take float32, bfloat16 and float16");
+  }
+}
+
+// The number of columns a step touches: a constant in the body of a row, a variable in its tail.
+using Full = std::integral_constant<int64_t, V>;
+
+inline Vec load(const float* p, Full) { return Vec::loadu(p); }
+inline void store(float* p, Vec value, Full) { value.store(p); }
+
+// The 16-bit halves of a Vec, and its own register type.
+#if defined(CPU_CAPABILITY_AVX512)
+using Wide = __m512;
+using Narrow = __m256i;
+inline Narrow load_narrow(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_narrow(void* p, Narrow value) { _mm256_storeu_si256(static_cast<__m256i*>(p), value); }
+#else
+using Wide = __m256;
+using Narrow = __m128i;
+inline Narrow load_narrow(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline void store_narrow(void* p, Narrow value) { _mm_storeu_si128(static_cast<__m128i*>(p), value); }
+#endif
+
+inline Vec load(const BFloat16* p, Full) {
+  Wide value;
+  at::vec::cvtbf16_fp32(load_narrow(p), value);
+  return value;
+}
+
+inline Vec load(const Half* p, Full) {
+  Wide value;
+  at::vec::cvtfp16_fp32(load_narrow(p), value);
+  return value;
+}
+
+inline void store(BFloat16* p, Vec value, Full) { store_narrow(p, at::vec::cvtfp32_bf16(value)); }
+inline void store(Half* p, Vec value, Full) { store_narrow(p, at::vec::cvtfp32_fp16(value)); }
+
+// Lanes past `count` are zero.
+template <class T>
+inline Vec load(const T* p, int64_t count) {
+  T lanes[V];
+  std::fill(lanes, lanes + V, T(0.0f));
+  std::copy(p, p + count, lanes);
+  return load(lanes, Full{});
+}
+
+template <class T>
+inline void store(T* p, Vec value, int64_t count) {
+  T lanes[V];
+  store(lanes, value, Full{});
+  std::copy(lanes, lanes + count, p);
+}
+
+inline Vec first_lanes(Vec value, Full) { return value; }
+inline Vec first_lanes(Vec value, int64_t count) { return Vec::set(Vec(0.0f), value, count); }
+
+inline float sum_lanes(Vec value) {
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, value);
+}
+
+// f(column, count, u): u cycles through 0..3, so that a reduction keeps four independent sums and is not bound by latency.
+template <class F>
+inline void for_columns(int64_t width, F&& f) {
+  int64_t i = 0;
+  for (; i + 4 * V <= width; i += 4 * V) {
+    f(i, Full{}, std::integral_constant<int, 0>{});
+    f(i + V, Full{}, std::integral_constant<int, 1>{});
+    f(i + 2 * V, Full{}, std::integral_constant<int, 2>{});
+    f(i + 3 * V, Full{}, std::integral_constant<int, 3>{});
+  }
+  for (; i + V <= width; i += V) f(i, Full{}, std::integral_constant<int, 0>{});
+  if (i < width) f(i, width - i, std::integral_constant<int, 1>{});
+}
+
+struct Sum {
+  Vec part[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  float total() const { return sum_lanes((part[0] + part[1]) + (part[2] + part[3])); }
+};
+
+} // namespace minisora

@@ -1,0 +1,294 @@
+// Tokens [B, N, D] modulated by rows [B, R, D]: reading the rows, normalising a token, and summing over the tokens of a row
+// in an order that depends on the shape alone, so that gradients have the same bits for any number of threads.
+#pragma once
+
+#include "common.h"
+
+#include <cmath>
+#include <numeric>
+
+namespace minisora {
+
+// A modulation parameter [B, R, D] with any strides over B and R; the row of token n is n / (N / R).
+struct Rows {
+  const char* data;
+  ScalarType dtype;
+  int64_t count, element, batch_stride, row_stride, tokens_per_row;
+
+  Rows(const Tensor& parameter, const char* name, int64_t batch, int64_t tokens, int64_t width)
+      : data(static_cast<const char*>(parameter.const_data_ptr())), dtype(parameter.scalar_type()) {
+    check_dtype(parameter, name);
+    STD_TORCH_CHECK(parameter.dim() == 3, name, " must be [B, R, D]");
+    count = parameter.size(1);
+    check_shape(parameter, name, {batch, count, width});
+    STD_TORCH_CHECK(count > 0 && tokens % count == 0, name, " has ", count, " rows, which do not divide ", tokens, " tokens");
+    STD_TORCH_CHECK(width <= 1 || parameter.stride(2) == 1, name, " must have stride 1 over D");
+    element = dtype == ScalarType::Float ? 4 : 2;
+    batch_stride = parameter.stride(0);
+    row_stride = parameter.stride(1);
+    tokens_per_row = std::max<int64_t>(tokens / count, 1);
+  }
+
+  // out = offset + the row of token n, in fp32
+  void read(int64_t b, int64_t n, float offset, float* out, int64_t width) const {
+    const char* row = data + element * (b * batch_stride + n / tokens_per_row * row_stride);
+    with_type(dtype, [&](auto tag) {
+      const auto* p = reinterpret_cast<const decltype(tag)*>(row);
+      for_columns(width, [&](int64_t i, auto count, auto) { store(out + i, load(p + i, count) + Vec(offset), count); });
+    });
+  }
+};
+
+// An affine parameter [D] in fp32, or `absent` where it is not given.
+inline std::vector<float> affine(const std::optional<Tensor>& parameter, const char* name, float absent, int64_t width) {
+  std::vector<float> out(width, absent);
+  if (parameter) {
+    check_dense(*parameter, name, {width});
+    with_type(parameter->scalar_type(), [&](auto tag) {
+      const auto* p = static_cast<const decltype(tag)*>(parameter->const_data_ptr());
+      for (int64_t i = 0; i < width; ++i) out[i] = static_cast<float>(p[i]);
+    });
+  }
+  return out;
+}
+
+// ---- one token
+
+// Mean and 1 / sqrt(var + eps) of a row in fp32; two passes over a row that is in L1 need no Welford.
+inline void statistics(const float* row, float sum, int64_t width, bool rms, float eps, float* mean, float* rstd) {
+  *mean = rms ? 0.0f : sum / static_cast<float>(width);
+  const Vec center(*mean);
+  Sum squares;
+  for_columns(width, [&](int64_t i, auto count, auto u) {
+    const Vec d = first_lanes(load(row + i, count) - center, count);
+    squares.part[u] = at::vec::fmadd(d, d, squares.part[u]);
+  });
+  *rstd = 1.0f / std::sqrt(squares.total() / static_cast<float>(width) + eps);
+}
+
+// y = (row - mean) * rstd * gain + offset
+template <class TY>
+inline void modulate(const float* row, float mean, float rstd, const float* gain, const float* offset, TY* y, int64_t width) {
+  const Vec center(mean), inverse(rstd);
+  for_columns(width, [&](int64_t i, auto count, auto) {
+    const Vec h = (load(row + i, count) - center) * inverse;
+    store(y + i, at::vec::fmadd(h, load(gain + i, count), load(offset + i, count)), count);
+  });
+}
+
+// The first half of a token's backward. h and dh = dy * gain stay in fp32 for the second half; dy and dy * h are added to
+// the sums of the row, from which every parameter's gradient follows:
+//   dshift = sum dy, dscale = weight * sum dy h + bias * sum dy, dweight = sum (1 + scale) dy h, dbias = sum (1 + scale) dy.
+struct TokenSums {
+  float dh, dh_h;
+};
+
+template <class TX, class TY>
+inline TokenSums adaln_backward_sums(
+    const TX* x, const TY* dy, float mean, float rstd, const float* gain, float* h_row, float* dh_row, float* sum_dy,
+    float* sum_dy_h, int64_t width) {
+  const Vec center(mean), inverse(rstd);
+  Sum first, second;
+  for_columns(width, [&](int64_t i, auto count, auto u) {
+    const Vec g = load(dy + i, count);
+    const Vec h = (load(x + i, count) - center) * inverse;
+    const Vec dh = g * load(gain + i, count);
+    store(h_row + i, h, count);
+    store(dh_row + i, dh, count);
+    store(sum_dy + i, load(sum_dy + i, count) + g, count);
+    store(sum_dy_h + i, at::vec::fmadd(g, h, load(sum_dy_h + i, count)), count);
+    first.part[u] = first.part[u] + dh;
+    second.part[u] = at::vec::fmadd(dh, h, second.part[u]);
+  });
+  return {first.total(), second.total()};
+}
+
+// The second half, for column i: dx = rstd * (dh - mean(dh) - h * mean(dh * h)), without mean(dh) for an RMS norm.
+struct TokenGradient {
+  Vec rstd, mean_dh, mean_dh_h;
+
+  TokenGradient(const TokenSums& sums, float rstd_, int64_t width, bool rms)
+      : rstd(rstd_), mean_dh(rms ? 0.0f : sums.dh / static_cast<float>(width)), mean_dh_h(sums.dh_h / static_cast<float>(width)) {}
+
+  Vec operator()(Vec h, Vec dh) const { return rstd * ((dh - mean_dh) - h * mean_dh_h); }
+};
+
+// ---- all tokens
+
+constexpr int64_t kChunk = 64; // tokens a task takes; more would leave threads idle, fewer would enlarge the partial sums
+
+inline int64_t chunk_count(int64_t batch, int64_t tokens) { return batch * ((tokens + kChunk - 1) / kChunk); }
+
+// The division of the tokens into rows at which every parameter is constant.
+inline int64_t common_rows(std::initializer_list<const Rows*> parameters) {
+  int64_t rows = 1;
+  for (const Rows* parameter : parameters) rows = std::lcm(rows, parameter->count);
+  return rows;
+}
+
+// f(scratch, b, n, new_run) for every token; new_run says that the rows of the parameters have to be read.
+template <class Scratch, class F>
+void for_tokens(int64_t batch, int64_t tokens, int64_t rows, Scratch make_scratch, F f) {
+  if (batch == 0 || tokens == 0) return;
+  const int64_t per_row = tokens / rows;
+  torch::stable::parallel_for(0, batch * tokens, kChunk / 4, [&](int64_t begin, int64_t end) {
+    auto scratch = make_scratch();
+    for (int64_t i = begin; i < end; ++i) f(scratch, i / tokens, i % tokens, i == begin || i % tokens % per_row == 0);
+  });
+}
+
+// Adds up K vectors of width D over the tokens of every row. A task takes one chunk of tokens, cuts it into runs of one row,
+// and calls
+//   token(scratch, b, n, new_run, sums)    for each token; adds to sums[0..K)
+//   end_run(scratch, b, n, chunk, sums)    after the last token n of a run
+// then finish(b, row, first, last, sums) gets the complete sums of a row for columns [first, last). A row that lies in one
+// chunk is finished there; the others leave partial sums, at most two per chunk, that a second stage adds in order.
+template <int K, class Scratch, class Token, class EndRun, class Finish>
+void sum_over_rows(
+    int64_t batch, int64_t tokens, int64_t rows, int64_t width, Scratch make_scratch, Token token, EndRun end_run,
+    Finish finish) {
+  if (batch == 0 || tokens == 0) return;
+  const int64_t per_row = tokens / rows;
+  const int64_t chunks = (tokens + kChunk - 1) / kChunk;
+  const bool spanning = kChunk % per_row != 0;
+  std::vector<float> partial(spanning ? batch * chunks * 2 * K * width : 0);
+  const auto slot = [&](int64_t b, int64_t chunk, bool began_here) {
+    return partial.data() + ((b * chunks + chunk) * 2 + began_here) * K * width;
+  };
+  const auto parts = [&](float* base, float** sums) {
+    for (int k = 0; k < K; ++k) sums[k] = base + k * width;
+  };
+
+  torch::stable::parallel_for(0, batch * chunks, 1, [&](int64_t begin, int64_t end) {
+    auto scratch = make_scratch();
+    std::vector<float> accumulator(K * width);
+    float* sums[K];
+    parts(accumulator.data(), sums);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / chunks, chunk = task % chunks;
+      const int64_t last = std::min(tokens, (chunk + 1) * kChunk);
+      for (int64_t n = chunk * kChunk; n < last;) {
+        const int64_t row = n / per_row;
+        const int64_t stop = std::min(last, (row + 1) * per_row);
+        const bool began_here = n == row * per_row;
+        std::fill(accumulator.begin(), accumulator.end(), 0.0f);
+        for (int64_t start = n; n < stop; ++n) token(scratch, b, n, n == start, sums);
+        end_run(scratch, b, stop - 1, task, sums);
+        if (began_here && stop == (row + 1) * per_row) {
+          finish(b, row, 0, width, sums);
+        } else {
+          std::copy(accumulator.begin(), accumulator.end(), slot(b, chunk, began_here));
+        }
+      }
+    }
+  });
+  if (!spanning) return;
+
+  const int64_t blocks = (width + 255) / 256;
+  torch::stable::parallel_for(0, batch * rows * blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> accumulator(K * width);
+    float* sums[K];
+    parts(accumulator.data(), sums);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / (rows * blocks), row = task / blocks % rows, block = task % blocks;
+      const int64_t first_chunk = row * per_row / kChunk, last_chunk = ((row + 1) * per_row - 1) / kChunk;
+      if (first_chunk == last_chunk) continue;
+      const int64_t first = block * 256, last = std::min(width, first + 256);
+      for (int k = 0; k < K; ++k) {
+        float* out = sums[k] + first;
+        std::fill(out, out + (last - first), 0.0f);
+        for (int64_t chunk = first_chunk; chunk <= last_chunk; ++chunk) {
+          const bool began_here = row * per_row >= chunk * kChunk;
+          const float* in = slot(b, chunk, began_here) + k * width + first;
+          for_columns(last - first, [&](int64_t i, auto count, auto) { store(out + i, load(out + i, count) + load(in + i, count), count); });
+        }
+      }
+      finish(b, row, first, last, sums);
+    }
+  });
+}
+
+// The gradient of a parameter with R rows out of sums taken at a finer (or equal) division into `fine` rows.
+class RowGradient {
+ public:
+  RowGradient(const Tensor& parameter, int64_t fine, int64_t tokens, int64_t width)
+      : batch_(parameter.size(0)), rows_(parameter.size(1)), fine_(fine), width_(width),
+        gradient_(empty_like_shape(parameter, {batch_, rows_, width}, parameter.scalar_type())),
+        sums_(rows_ == fine ? 0 : batch_ * fine * width) {
+    if (tokens == 0) torch::stable::zero_(gradient_);
+  }
+
+  // The complete sum of fine row `row`, columns [first, last).
+  void set(int64_t b, int64_t row, int64_t first, int64_t last, const float* sum) {
+    if (rows_ == fine_) {
+      write(b, row, first, last, sum);
+    } else {
+      std::copy(sum + first, sum + last, sums_.data() + (b * fine_ + row) * width_ + first);
+    }
+  }
+
+  Tensor result() {
+    if (rows_ != fine_) {
+      const int64_t ratio = fine_ / rows_;
+      torch::stable::parallel_for(0, batch_ * rows_, 1, [&](int64_t begin, int64_t end) {
+        std::vector<float> total(width_);
+        for (int64_t task = begin; task < end; ++task) {
+          std::fill(total.begin(), total.end(), 0.0f);
+          const float* in = sums_.data() + task * ratio * width_;
+          for (int64_t j = 0; j < ratio * width_; ++j) total[j % width_] += in[j];
+          write(task / rows_, task % rows_, 0, width_, total.data());
+        }
+      });
+    }
+    return gradient_;
+  }
+
+ private:
+  void write(int64_t b, int64_t row, int64_t first, int64_t last, const float* sum) {
+    with_type(gradient_.scalar_type(), [&](auto tag) {
+      auto* out = static_cast<decltype(tag)*>(gradient_.mutable_data_ptr()) + (b * rows_ + row) * width_;
+      for_columns(last - first, [&](int64_t i, auto count, auto) { store(out + first + i, load(sum + first + i, count), count); });
+    });
+  }
+
+  int64_t batch_, rows_, fine_, width_;
+  Tensor gradient_;
+  std::vector<float> sums_;
+};
+
+// dweight and dbias [D]: one partial sum a chunk, added in the order of the chunks.
+class AffineGradient {
+ public:
+  AffineGradient(const std::optional<Tensor>& parameter, const Tensor& x, int64_t tasks, int64_t width)
+      : given_(parameter.has_value()), width_(width), partial_(given_ ? tasks * width : 0),
+        gradient_(given_ ? empty_like_shape(*parameter, {width}, parameter->scalar_type()) : empty_like_shape(x, {0}, x.scalar_type())) {}
+
+  // partial sum of the chunk += (1 + scale) * sum of the run
+  void add(int64_t task, const float* one_plus_scale, const float* sum) {
+    if (!given_) return;
+    float* out = partial_.data() + task * width_;
+    for_columns(width_, [&](int64_t i, auto count, auto) {
+      store(out + i, at::vec::fmadd(load(one_plus_scale + i, count), load(sum + i, count), load(out + i, count)), count);
+    });
+  }
+
+  Tensor result() {
+    if (given_) {
+      std::vector<float> total(width_);
+      for (size_t j = 0; j < partial_.size(); ++j) total[j % width_] += partial_[j];
+      with_type(gradient_.scalar_type(), [&](auto tag) {
+        auto* out = static_cast<decltype(tag)*>(gradient_.mutable_data_ptr());
+        for_columns(width_, [&](int64_t i, auto count, auto) { store(out + i, load(total.data() + i, count), count); });
+      });
+    }
+    return gradient_;
+  }
+
+ private:
+  bool given_;
+  int64_t width_;
+  std::vector<float> partial_;
+  Tensor gradient_;
+};
+
+} // namespace minisora

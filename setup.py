@@ -1,0 +1,164 @@
+"""Builds the optional libraries of kernels: csrc/cpu once per vector width, csrc/cuda with nvcc.
+
+Neither is needed: without a compiler, or without nvcc, the package installs with the reference backend and
+`python -m minisora_kernels` tells what was not built and why. No part of this file imports torch: its headers and libraries
+are found in the environment that is being installed into, or else in the build environment (see build_backend/backend.py).
+
+Environment variables:
+    MINISORA_CPU=0      do not build the CPU kernels
+    MINISORA_CUDA=0     do not build the CUDA kernels; MINISORA_CUDA=1: build them even against a torch without CUDA
+                        (a compile check: such a library cannot be loaded)
+    TORCH_CUDA_ARCH_LIST  architectures for nvcc, as torch spells them; default below
+    CXX, MAX_JOBS       as usual
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+VECTOR_FLAGS = {
+    "cpu_avx2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
+    "cpu_avx512": [
+        "-DCPU_CAPABILITY=AVX512",
+        "-DCPU_CAPABILITY_AVX512",
+        *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c".split(),
+    ],
+}
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0"
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+def find_torch() -> Path | None:
+    """The folder of the torch to build against."""
+    for path in ([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")], sys.path):
+        spec = PathFinder.find_spec("torch", path)
+        if spec is not None and spec.origin is not None:
+            return Path(spec.origin).parent
+    return None
+
+
+def sources(backend: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / backend).glob("*.c*") if path.suffix != ".cuh")
+
+
+class Build(build_ext):
+    """Compiles each source in parallel, records in build_record.json what was built, and never fails the installation."""
+
+    def run(self) -> None:
+        package = ROOT / "minisora_kernels" if self.inplace else Path(self.build_lib) / "minisora_kernels"
+        package.mkdir(parents=True, exist_ok=True)
+        torch = find_torch()
+        record: dict[str, dict] = {"cpu": self.build_cpu(package, torch), "cuda": self.build_cuda(package, torch)}
+        if torch is not None:
+            version = (torch / "version.py").read_text()
+            record["torch"] = {"version": version.split("__version__ = ")[1].split("\n")[0].strip("'\"")}
+        (package / "build_record.json").write_text(json.dumps(record, indent=2) + "\n")
+        for backend in ("cpu", "cuda"):
+            if "not_built" in record[backend]:
+                print(f"minisora_kernels: no {backend} kernels: {record[backend]['not_built']}")
+
+    def build_cpu(self, package: Path, torch: Path | None) -> dict:
+        compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+        if os.environ.get("MINISORA_CPU") == "0":
+            return {"not_built": "MINISORA_CPU=0"}
+        if torch is None:
+            return {"not_built": "no torch was found to build against"}
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return {"not_built": f"the kernels are written for x86-64, this machine is {platform.machine()}"}
+        if compiler is None or shutil.which(compiler) is None:
+            return {"not_built": "no C++ compiler was found (c++, g++ or the variable CXX); install one and run pip again"}
+        common = [compiler, "-std=c++20", "-O3", "-fPIC", "-fopenmp-simd", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+        common += ["-Wall", "-Wno-unknown-pragmas", f"-I{torch / 'include'}"]
+        commands = {
+            f"{variant}/{Path(source).stem}.o": [*common, *flags, "-c", source]
+            for variant, flags in VECTOR_FLAGS.items()
+            for source in sources("cpu")
+        }
+        failed = self.compile(commands)
+        if failed:
+            return {"not_built": failed}
+        for variant in VECTOR_FLAGS:
+            objects = [str(self.object(f"{variant}/{Path(source).stem}.o")) for source in sources("cpu")]
+            link = [compiler, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+            failed = self.call([*link, "-o", str(package / f"_{variant}.so")])
+            if failed:
+                return {"not_built": failed}
+        return {"compiler": first_line([compiler, "--version"]), "libraries": list(VECTOR_FLAGS)}
+
+    def build_cuda(self, package: Path, torch: Path | None) -> dict:
+        wanted = os.environ.get("MINISORA_CUDA")
+        nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+        if wanted == "0":
+            return {"not_built": "MINISORA_CUDA=0"}
+        if torch is None:
+            return {"not_built": "no torch was found to build against"}
+        if wanted != "1" and not (torch / "lib" / "libtorch_cuda.so").exists():
+            return {"not_built": "this torch is a CPU build"}
+        if nvcc is None:
+            return {"not_built": "nvcc was not found"}
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        common = [nvcc, "-std=c++20", "-O3", "-Xcompiler", "-fPIC", STABLE_ABI, "-DUSE_CUDA", f"-I{torch / 'include'}"]
+        common += ["-Xcompiler", "-Wall", "--expt-relaxed-constexpr", *gencode(architectures)]
+        commands = {f"cuda/{Path(source).stem}.o": [*common, "-c", source] for source in sources("cuda")}
+        failed = self.compile(commands)
+        if not failed:
+            objects = [str(self.object(name)) for name in commands]
+            libraries = ["-ltorch_cpu", "-lc10"]
+            if (torch / "lib" / "libtorch_cuda.so").exists():
+                libraries.append("-ltorch_cuda")
+            failed = self.call(
+                [nvcc, "-shared", *objects, f"-L{torch / 'lib'}", *libraries, "-o", str(package / "_cuda.so")]
+            )
+        if failed:
+            return {"not_built": failed}
+        return {"compiler": first_line([nvcc, "--version"]), "architectures": architectures}
+
+    def object(self, name: str) -> Path:
+        path = Path(self.build_temp) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def compile(self, commands: dict[str, list[str]]) -> str | None:
+        """Run the commands side by side, each writing its object file; the first error, or None."""
+        jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+        with ThreadPoolExecutor(jobs) as pool:
+            errors = pool.map(lambda item: self.call([*item[1], "-o", str(self.object(item[0]))]), commands.items())
+            return next((error for error in errors if error), None)
+
+    def call(self, command: list[str]) -> str | None:
+        print(" ".join(command), flush=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        sys.stderr.write(done.stderr)
+        if done.returncode == 0:
+            return None
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-3:]
+        return f"`{' '.join(command)}` failed: {'; '.join(errors[:3])}"
+
+
+def gencode(architectures: str) -> list[str]:
+    flags = []
+    for entry in architectures.replace(" ", ";").split(";"):
+        number = entry.removesuffix("+PTX").replace(".", "")
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if entry.endswith("+PTX"):
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def first_line(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
+
+
+# One extension stands for both libraries, so that setuptools runs the command and makes a wheel of this platform.
+setup(ext_modules=[Extension("minisora_kernels._kernels", sources=[])], cmdclass={"build_ext": Build})
