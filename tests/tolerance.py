@@ -1,0 +1,38 @@
+"""The one tolerance rule, for values and gradients of every op, dtype and backend.
+
+    err(kernel) <= 2 * err(reference in that dtype) + floor,        err(y) = |y - exact|, exact = reference in float64
+
+in the maximum norm and in the root mean square, with floor = eps(dtype) times the same norm of exact. Never loosened to
+make a test pass.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _norms(x: Tensor) -> tuple[float, float]:
+    if x.numel() == 0:
+        return 0.0, 0.0
+    return x.abs().max().item(), x.square().mean().sqrt().item()
+
+
+def assert_as_accurate(name: str, kernel: Tensor, reference: Tensor, exact: Tensor) -> None:
+    """``kernel`` must be as near to ``exact`` (float64) as the rule asks, given what ``reference`` reaches."""
+    assert exact.dtype == torch.float64, f"{name}: exact must be float64, got {exact.dtype}"
+    assert kernel.dtype == reference.dtype, f"{name}: dtype {kernel.dtype}, the reference has {reference.dtype}"
+    assert kernel.shape == reference.shape == exact.shape, (
+        f"{name}: shape {tuple(kernel.shape)}, the reference has {tuple(reference.shape)}, exact {tuple(exact.shape)}"
+    )
+    assert torch.isfinite(kernel).all(), f"{name}: {(~torch.isfinite(kernel)).sum().item()} values are not finite"
+    eps = torch.finfo(kernel.dtype).eps
+    ours, theirs, size = _norms(kernel.double() - exact), _norms(reference.double() - exact), _norms(exact)
+    for norm, mine, other, scale in zip(("max", "rms"), ours, theirs, size, strict=True):
+        bound = 2 * other + eps * scale
+        assert math.isfinite(bound), f"{name}: the bound is {bound}: the reference is not finite"
+        assert mine <= bound, (
+            f"{name} ({kernel.dtype}): {norm} error {mine:.3e} > {bound:.3e} = 2 x {other:.3e} (reference) + {eps * scale:.3e}"
+        )
