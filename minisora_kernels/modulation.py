@@ -24,7 +24,10 @@ def check_tokens(op: str, name: str, x: Tensor, like: Tensor | None = None) -> N
 
 
 def rows(op: str, name: str, parameter: Tensor, x: Tensor) -> Tensor:
-    """``parameter`` as a ``[B, R, D]`` view: ``[B, D]`` is one row a sample; R must divide x's number of tokens."""
+    """``parameter`` as ``[B, R, D]``: ``[B, D]`` is one row a sample; R must divide x's number of tokens.
+
+    A view if the stride over D is 1, as in a chunk of a projection; else a copy.
+    """
     if not isinstance(parameter, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(parameter).__name__}")
     if parameter.dtype not in FLOATS:
@@ -42,7 +45,7 @@ def rows(op: str, name: str, parameter: Tensor, x: Tensor) -> Tensor:
     r = parameter.shape[1]
     if r == 0 or tokens % r:
         raise ValueError(f"{op}: {name} has {r} rows, which do not divide the {tokens} tokens of x")
-    return parameter
+    return parameter if parameter.stride(2) == 1 else parameter.contiguous()
 
 
 def spread(x: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,15 +54,17 @@ def spread(x: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
     return x.unflatten(1, (r, x.shape[1] // r)), parameter.unsqueeze(2)
 
 
-def check_affine(op: str, name: str, weight: Tensor | None, x: Tensor) -> None:
+def affine(op: str, name: str, weight: Tensor | None, x: Tensor) -> Tensor | None:
+    """The affine parameter ``[D]`` of a norm, dense."""
     if weight is None:
-        return
+        return None
     if weight.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} has dtype {weight.dtype}; it may be float16, bfloat16, float32 or float64")
     if weight.shape != x.shape[2:]:
         raise ValueError(f"{op}: {name} has shape {tuple(weight.shape)}; it must be [D] with D = {x.shape[2]}")
     if weight.device != x.device:
         raise ValueError(f"{op}: {name} is on {weight.device}, x is on {x.device}; they must be on one device")
+    return weight.contiguous()
 
 
 def check_norm(op: str, norm: str, bias: Tensor | None) -> None:

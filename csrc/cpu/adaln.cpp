@@ -4,21 +4,6 @@
 namespace minisora {
 namespace {
 
-struct Scratch {
-  std::vector<float> row, gain, offset, one_plus_scale, h, dh;
-  explicit Scratch(int64_t width) : row(width), gain(width), offset(width), one_plus_scale(width), h(width), dh(width) {}
-};
-
-// gain = weight * (1 + scale), offset = bias * (1 + scale) + shift
-void read_rows(Scratch& s, const Rows& shift, const Rows& scale, const float* weight, const float* bias, int64_t b, int64_t n, int64_t width) {
-  scale.read(b, n, 1.0f, s.one_plus_scale.data(), width);
-  shift.read(b, n, 0.0f, s.offset.data(), width);
-  for (int64_t i = 0; i < width; ++i) {
-    s.gain[i] = weight[i] * s.one_plus_scale[i];
-    s.offset[i] += bias[i] * s.one_plus_scale[i];
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
     const Tensor& x, const Tensor& shift, const Tensor& scale, std::optional<Tensor> weight, std::optional<Tensor> bias,
     bool rms, double eps, ScalarType out_dtype) {
@@ -36,9 +21,9 @@ std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
     with_type(out_dtype, [&](auto y_tag) {
       const auto* in = static_cast<const decltype(x_tag)*>(x.const_data_ptr());
       auto* out = static_cast<decltype(y_tag)*>(y.mutable_data_ptr());
-      for_tokens(batch, tokens, common_rows({&shift_rows, &scale_rows}), [&] { return Scratch(width); },
-        [&](Scratch& s, int64_t b, int64_t n, bool new_run) {
-          if (new_run) read_rows(s, shift_rows, scale_rows, w.data(), c.data(), b, n, width);
+      for_tokens(batch, tokens, common_rows({&shift_rows, &scale_rows}), [&] { return AdaLNScratch(width); },
+        [&](AdaLNScratch& s, int64_t b, int64_t n, bool new_run) {
+          if (new_run) s.read(shift_rows, scale_rows, w, c, b, n);
           const int64_t token = b * tokens + n;
           Sum sum;
           for_columns(width, [&](int64_t i, auto count, auto u) {
@@ -78,9 +63,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_bwd(
       const auto* in = static_cast<const TX*>(x.const_data_ptr());
       const auto* grad = static_cast<const decltype(y_tag)*>(dy.const_data_ptr());
       auto* out = static_cast<TX*>(dx.mutable_data_ptr());
-      sum_over_rows<2>(batch, tokens, rows, width, [&] { return Scratch(width); },
-        [&](Scratch& s, int64_t b, int64_t n, bool new_run, float** sums) {
-          if (new_run) read_rows(s, shift_rows, scale_rows, w.data(), c.data(), b, n, width);
+      sum_over_rows<2>(batch, tokens, rows, width, [&] { return AdaLNScratch(width); },
+        [&](AdaLNScratch& s, int64_t b, int64_t n, bool new_run, float** sums) {
+          if (new_run) s.read(shift_rows, scale_rows, w, c, b, n);
           const int64_t token = b * tokens + n;
           const TokenSums token_sums = adaln_backward_sums(
               in + token * width, grad + token * width, means[token], rstds[token], s.gain.data(), s.h.data(), s.dh.data(), sums[0],
@@ -90,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_bwd(
             store(out + token * width + i, gradient(load(s.h.data() + i, count), load(s.dh.data() + i, count)), count);
           });
         },
-        [&](Scratch& s, int64_t, int64_t, int64_t task, float** sums) {
+        [&](AdaLNScratch& s, int64_t, int64_t, int64_t task, float** sums) {
           dweight.add(task, s.one_plus_scale.data(), sums[1]);
           dbias.add(task, s.one_plus_scale.data(), sums[0]);
         },

@@ -66,6 +66,27 @@ inline void statistics(const float* row, float sum, int64_t width, bool rms, flo
   *rstd = 1.0f / std::sqrt(squares.total() / static_cast<float>(width) + eps);
 }
 
+// A thread's fp32 rows for adaln: the token, its modulation with the affine weights folded in, and halves of its gradient.
+struct AdaLNScratch {
+  int64_t width;
+  std::vector<float> row, gain, offset, one_plus_scale, h, dh;
+
+  explicit AdaLNScratch(int64_t width)
+      : width(width), row(width), gain(width), offset(width), one_plus_scale(width), h(width), dh(width) {}
+
+  // gain = weight * (1 + scale), offset = bias * (1 + scale) + shift
+  void read(
+      const Rows& shift, const Rows& scale, const std::vector<float>& weight, const std::vector<float>& bias, int64_t b,
+      int64_t n) {
+    scale.read(b, n, 1.0f, one_plus_scale.data(), width);
+    shift.read(b, n, 0.0f, offset.data(), width);
+    for (int64_t i = 0; i < width; ++i) {
+      gain[i] = weight[i] * one_plus_scale[i];
+      offset[i] += bias[i] * one_plus_scale[i];
+    }
+  }
+};
+
 // y = (row - mean) * rstd * gain + offset
 template <class TY>
 inline void modulate(const float* row, float mean, float rstd, const float* gain, const float* offset, TY* y, int64_t width) {

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import LIBRARY
-from ..modulation import check_affine, check_norm, check_tokens, compute_dtype, kernel_refusal, rows, spread
+from ..modulation import affine, check_norm, check_tokens, compute_dtype, kernel_refusal, rows, spread
 
 
 def reference(
@@ -149,8 +149,7 @@ def adaln(
     check_tokens("adaln", "x", x)
     check_norm("adaln", norm, bias)
     shift, scale = rows("adaln", "shift", shift, x), rows("adaln", "scale", scale, x)
-    check_affine("adaln", "weight", weight, x)
-    check_affine("adaln", "bias", bias, x)
+    weight, bias = affine("adaln", "weight", weight, x), affine("adaln", "bias", bias, x)
     chosen = backends.choose("adaln", BACKENDS, x.device, backend, x, shift, scale, weight, bias)
     if chosen == "reference":
         return reference(x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)

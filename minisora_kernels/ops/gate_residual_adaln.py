@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import LIBRARY
-from ..modulation import check_affine, check_norm, check_tokens, compute_dtype, kernel_refusal, rows
+from ..modulation import affine, check_norm, check_tokens, compute_dtype, kernel_refusal, rows
 from . import adaln, gate_residual
 
 
@@ -142,8 +142,7 @@ def gate_residual_adaln(
     check_tokens(op, "branch", branch, like=x)
     check_norm(op, norm, bias)
     gate, shift, scale = rows(op, "gate", gate, x), rows(op, "shift", shift, x), rows(op, "scale", scale, x)
-    check_affine(op, "weight", weight, x)
-    check_affine(op, "bias", bias, x)
+    weight, bias = affine(op, "weight", weight, x), affine(op, "bias", bias, x)
     chosen = backends.choose(op, BACKENDS, x.device, backend, x, branch, gate, shift, scale, weight, bias)
     if chosen == "reference":
         return reference(x, branch, gate, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)

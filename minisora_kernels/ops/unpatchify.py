@@ -8,12 +8,14 @@ Source: Peebles & Xie 2022 (arXiv 2212.09748). The backward is the same map read
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..modulation import check_tokens
+from ..backends import LIBRARY
+from ..modulation import check_tokens, kernel_refusal
 
 
 def reference(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int) -> Tensor:
@@ -23,7 +25,41 @@ def reference(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channel
     return x.reshape(tokens.shape[0], channels, *(n * p for n, p in zip(grid, patch, strict=True)))
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None}
+LIBRARY.define(
+    "unpatchify_fwd(Tensor tokens, SymInt frames, SymInt height, SymInt width, SymInt pt, SymInt ph, SymInt pw, "
+    "SymInt channels) -> Tensor"
+)
+LIBRARY.define("unpatchify_bwd(Tensor dvideo, SymInt pt, SymInt ph, SymInt pw) -> Tensor")
+
+
+@torch.library.register_fake("minisora::unpatchify_fwd")
+def _(tokens, frames, height, width, pt, ph, pw, channels):
+    return tokens.new_empty(tokens.shape[0], channels, frames * pt, height * ph, width * pw)
+
+
+@torch.library.register_fake("minisora::unpatchify_bwd")
+def _(dvideo, pt, ph, pw):
+    batch, channels, frames, height, width = dvideo.shape
+    count = (frames // pt) * (height // ph) * (width // pw)
+    return dvideo.new_empty(batch, count, pt * ph * pw * channels)
+
+
+class _Unpatchify(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens, grid, patch, channels):
+        ctx.patch = patch
+        return torch.ops.minisora.unpatchify_fwd(tokens.contiguous(), *grid, *patch, channels)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any):
+        return torch.ops.minisora.unpatchify_bwd(gradients[0], *ctx.patch), None, None, None
+
+
+def _cpu(tokens):
+    return kernel_refusal(tokens=tokens)
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu, "cuda": _cpu}
 
 
 def unpatchify(
@@ -59,6 +95,9 @@ def unpatchify(
             f"unpatchify: tokens have shape {tuple(tokens.shape)}; grid {tuple(grid)}, patch {tuple(patch)} and "
             f"{channels} channels need [B, {count}, {width}]"
         )
-    backends.choose("unpatchify", BACKENDS, tokens.device, backend, tokens)
-    video = reference(tokens, grid3, patch3, channels)
+    chosen = backends.choose("unpatchify", BACKENDS, tokens.device, backend, tokens)
+    if chosen == "reference":
+        video = reference(tokens, grid3, patch3, channels)
+    else:
+        video = _Unpatchify.apply(tokens, grid3, patch3, channels)
     return video.squeeze(2) if len(grid) == 2 else video

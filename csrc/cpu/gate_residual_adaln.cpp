@@ -1,0 +1,143 @@
+// gate_residual_adaln: equation and derivation in minisora_kernels/ops/gate_residual_adaln.py.
+#include "rows.h"
+
+namespace minisora {
+namespace {
+
+struct Scratch : AdaLNScratch {
+  std::vector<float> gate;
+  explicit Scratch(int64_t width) : AdaLNScratch(width), gate(width) {}
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
+    const Tensor& x, const Tensor& branch, const Tensor& gate, const Tensor& shift, const Tensor& scale,
+    std::optional<Tensor> weight, std::optional<Tensor> bias, bool rms, double eps, ScalarType out_dtype) {
+  STD_TORCH_CHECK(x.dim() == 3, "x must be [B, N, D]");
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  check_dense(x, "x", {batch, tokens, width});
+  check_dense(branch, "branch", {batch, tokens, width});
+  const Rows gate_rows(gate, "gate", batch, tokens, width), shift_rows(shift, "shift", batch, tokens, width),
+      scale_rows(scale, "scale", batch, tokens, width);
+  const auto w = affine(weight, "weight", 1.0f, width), c = affine(bias, "bias", 0.0f, width);
+  Tensor residual = empty_like_shape(x, {batch, tokens, width}, x.scalar_type());
+  Tensor y = empty_like_shape(x, {batch, tokens, width}, out_dtype);
+  Tensor mean = empty_like_shape(x, {batch, tokens}, ScalarType::Float), rstd = empty_like_shape(x, {batch, tokens}, ScalarType::Float);
+  float* means = static_cast<float*>(mean.mutable_data_ptr());
+  float* rstds = static_cast<float*>(rstd.mutable_data_ptr());
+
+  // The residual is rounded to x's dtype before it is normalised: what the unfused pair of ops computes.
+  const auto add_gated = [&](auto x_tag, auto branch_tag, const float* gain, float* row, int64_t at) {
+    using TX = decltype(x_tag);
+    const auto* in = static_cast<const TX*>(x.const_data_ptr()) + at;
+    const auto* add = static_cast<const decltype(branch_tag)*>(branch.const_data_ptr()) + at;
+    auto* out = static_cast<TX*>(residual.mutable_data_ptr()) + at;
+    Sum sum;
+    for_columns(width, [&](int64_t i, auto count, auto u) {
+      store(out + i, at::vec::fmadd(load(gain + i, count), load(add + i, count), load(in + i, count)), count);
+      const Vec rounded = load(out + i, count);
+      store(row + i, rounded, count);
+      sum.part[u] = sum.part[u] + rounded;
+    });
+    return sum.total();
+  };
+
+  for_tokens(batch, tokens, common_rows({&gate_rows, &shift_rows, &scale_rows}), [&] { return Scratch(width); },
+    [&](Scratch& s, int64_t b, int64_t n, bool new_run) {
+      if (new_run) {
+        gate_rows.read(b, n, 0.0f, s.gate.data(), width);
+        s.read(shift_rows, scale_rows, w, c, b, n);
+      }
+      const int64_t token = b * tokens + n;
+      float sum = 0.0f;
+      with_type(x.scalar_type(), [&](auto x_tag) {
+        with_type(branch.scalar_type(), [&](auto branch_tag) { sum = add_gated(x_tag, branch_tag, s.gate.data(), s.row.data(), token * width); });
+      });
+      statistics(s.row.data(), sum, width, rms, static_cast<float>(eps), means + token, rstds + token);
+      with_type(out_dtype, [&](auto y_tag) {
+        auto* out = static_cast<decltype(y_tag)*>(y.mutable_data_ptr()) + token * width;
+        modulate(s.row.data(), means[token], rstds[token], s.gain.data(), s.offset.data(), out, width);
+      });
+    });
+  return {residual, y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_bwd(
+    const Tensor& dresidual, const Tensor& dy, const Tensor& residual, const Tensor& branch, const Tensor& gate,
+    const Tensor& shift, const Tensor& scale, std::optional<Tensor> weight, std::optional<Tensor> bias, const Tensor& mean,
+    const Tensor& rstd, bool rms) {
+  STD_TORCH_CHECK(residual.dim() == 3, "residual must be [B, N, D]");
+  const int64_t batch = residual.size(0), tokens = residual.size(1), width = residual.size(2);
+  check_dense(residual, "residual", {batch, tokens, width});
+  check_dense(dresidual, "dresidual", {batch, tokens, width});
+  STD_TORCH_CHECK(dresidual.scalar_type() == residual.scalar_type(), "dresidual must have the dtype of residual");
+  check_dense(dy, "dy", {batch, tokens, width});
+  check_dense(branch, "branch", {batch, tokens, width});
+  check_statistic(mean, "mean", {batch, tokens});
+  check_statistic(rstd, "rstd", {batch, tokens});
+  const Rows gate_rows(gate, "gate", batch, tokens, width), shift_rows(shift, "shift", batch, tokens, width),
+      scale_rows(scale, "scale", batch, tokens, width);
+  const auto w = affine(weight, "weight", 1.0f, width), c = affine(bias, "bias", 0.0f, width);
+  const int64_t rows = common_rows({&gate_rows, &shift_rows, &scale_rows});
+  Tensor dx = empty_like_shape(residual, {batch, tokens, width}, residual.scalar_type());
+  Tensor dbranch = empty_like_shape(branch, {batch, tokens, width}, branch.scalar_type());
+  RowGradient dgate(gate, rows, tokens, width), dshift(shift, rows, tokens, width), dscale(scale, rows, tokens, width);
+  AffineGradient dweight(weight, residual, chunk_count(batch, tokens), width), dbias(bias, residual, chunk_count(batch, tokens), width);
+  const float* means = static_cast<const float*>(mean.const_data_ptr());
+  const float* rstds = static_cast<const float*>(rstd.const_data_ptr());
+
+  // g = dresidual + dx of adaln; dx = g, dbranch = gate * g, dgate += g * branch
+  const auto second_half = [&](auto x_tag, auto branch_tag, const Scratch& s, const TokenGradient& gradient, float* sum_gate, int64_t at) {
+    using TX = decltype(x_tag);
+    using TB = decltype(branch_tag);
+    const auto* grad = static_cast<const TX*>(dresidual.const_data_ptr()) + at;
+    const auto* added = static_cast<const TB*>(branch.const_data_ptr()) + at;
+    auto* out_x = static_cast<TX*>(dx.mutable_data_ptr()) + at;
+    auto* out_branch = static_cast<TB*>(dbranch.mutable_data_ptr()) + at;
+    for_columns(width, [&](int64_t i, auto count, auto) {
+      const Vec g = load(grad + i, count) + gradient(load(s.h.data() + i, count), load(s.dh.data() + i, count));
+      store(out_x + i, g, count);
+      store(out_branch + i, g * load(s.gate.data() + i, count), count);
+      store(sum_gate + i, at::vec::fmadd(g, load(added + i, count), load(sum_gate + i, count)), count);
+    });
+  };
+
+  sum_over_rows<3>(batch, tokens, rows, width, [&] { return Scratch(width); },
+    [&](Scratch& s, int64_t b, int64_t n, bool new_run, float** sums) {
+      if (new_run) {
+        gate_rows.read(b, n, 0.0f, s.gate.data(), width);
+        s.read(shift_rows, scale_rows, w, c, b, n);
+      }
+      const int64_t token = b * tokens + n, at = token * width;
+      TokenSums token_sums{};
+      with_type(residual.scalar_type(), [&](auto x_tag) {
+        with_type(dy.scalar_type(), [&](auto y_tag) {
+          token_sums = adaln_backward_sums(
+              static_cast<const decltype(x_tag)*>(residual.const_data_ptr()) + at, static_cast<const decltype(y_tag)*>(dy.const_data_ptr()) + at,
+              means[token], rstds[token], s.gain.data(), s.h.data(), s.dh.data(), sums[0], sums[1], width);
+        });
+        with_type(branch.scalar_type(), [&](auto branch_tag) {
+          second_half(x_tag, branch_tag, s, TokenGradient(token_sums, rstds[token], width, rms), sums[2], at);
+        });
+      });
+    },
+    [&](Scratch& s, int64_t, int64_t, int64_t task, float** sums) {
+      dweight.add(task, s.one_plus_scale.data(), sums[1]);
+      dbias.add(task, s.one_plus_scale.data(), sums[0]);
+    },
+    [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) {
+      dshift.set(b, row, first, last, sums[0]);
+      for (int64_t i = first; i < last; ++i) sums[1][i] = w[i] * sums[1][i] + c[i] * sums[0][i];
+      dscale.set(b, row, first, last, sums[1]);
+      dgate.set(b, row, first, last, sums[2]);
+    });
+  return {dx, dbranch, dgate.result(), dshift.result(), dscale.result(), dweight.result(), dbias.result()};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minisora, CPU, m) {
+  m.impl("gate_residual_adaln_fwd", TORCH_BOX(&gate_residual_adaln_fwd));
+  m.impl("gate_residual_adaln_bwd", TORCH_BOX(&gate_residual_adaln_bwd));
+}
+
+} // namespace minisora

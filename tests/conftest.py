@@ -1,0 +1,40 @@
+"""Seeds, uninitialised memory filled with NaN, and the backends that exist on this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minisora_kernels import backends
+
+KERNEL_BACKENDS = [name for name in backends.BACKENDS if name != "reference" and backends.unavailable(name) is None]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_filled():
+    """Every ``torch.empty`` is full of NaN: a kernel that leaves a value unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads():
+    """Restores the number of threads."""
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+def pytest_report_header() -> list[str]:
+    return [
+        f"backend {name}: {backends.unavailable(name) or 'available'}"
+        for name in backends.BACKENDS
+        if name != "reference"
+    ]
