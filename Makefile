@@ -1,0 +1,39 @@
+# The commands of the README and of CI. `make test` and `make demo` work from a bare checkout: they make .venv, install
+# torch and the package there, and build the kernels. To use an environment of your own: make test VENV=/path/to/it
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: demo digits test lint check-gpu-code clean
+
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet -e '.[train,test,lint]'
+	@touch $@
+
+# Train a small video DiT on real clips and sample new ones: about ten minutes on two cores.
+demo: $(VENV)/.installed
+	$(BIN)/python -m models.demo
+
+# The same on moving handwritten digits; prints how many generated frames a classifier recognises.
+digits: $(VENV)/.installed
+	$(BIN)/python -m models.digits
+
+test: $(VENV)/.installed
+	$(BIN)/python -m minisora_kernels
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Compile csrc/cuda for every architecture; needs nvcc, no GPU.
+check-gpu-code: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/test_cuda_build.py
+
+clean:
+	rm -rf $(VENV) build minisora_kernels/*.so minisora_kernels/build_record.json
