@@ -1,0 +1,240 @@
+"""models/objectives.py against the formulas, written again in NumPy or with torch.distributions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from models.dit import DiT, DiTConfig
+from models.objectives import DDPM, OBJECTIVES, FlowMatching, discretized_log_likelihood, schedule
+
+CPU = torch.device("cpu")
+SHAPE = (6, 2, 3, 4, 4)
+
+BETAS = np.linspace(1e-4, 0.02, 1000)
+ALPHA_BARS = np.cumprod(1 - BETAS)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def data(dtype=torch.float64):
+    return torch.rand(SHAPE, generator=generator(7), dtype=dtype) * 2 - 1
+
+
+class Recorder:
+    """A model that keeps what it was given and returns fixed numbers."""
+
+    def __init__(self, channels=2, output=None):
+        shape = (SHAPE[0], channels, *SHAPE[2:])
+        self.output = torch.randn(shape, generator=generator(3), dtype=torch.float64) if output is None else output
+        self.output.requires_grad_()
+
+    def __call__(self, x, t, y):
+        self.x, self.t, self.y = x, t, y
+        return self.output
+
+
+def test_registry():
+    assert {name: kind.name for name, kind in OBJECTIVES.items()} == {"flow": "flow", "ddpm": "ddpm"}
+
+
+@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal"])
+def test_flow_matching_loss(timesteps):
+    x, y, model = data(), torch.arange(6), Recorder()
+    loss = FlowMatching(timesteps).loss(model, x, y, generator())
+    t = (model.t / 1000).reshape(-1, 1, 1, 1, 1)
+    noise = (model.x - t * x) / (1 - t)
+    assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1
+    torch.testing.assert_close(loss, (model.output - (x - noise)).square().mean())
+    assert loss.shape == () and model.t.shape == (6,) and model.y is y
+
+
+def test_flow_matching_is_zero_for_the_true_velocity():
+    x = data()
+
+    def model(x_t, t, _):
+        t = (t / 1000).reshape(-1, 1, 1, 1, 1)
+        return (x - x_t) / (1 - t)
+
+    assert FlowMatching().loss(model, x, None, generator()) < 1e-20
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "quartiles"), [("uniform", (0.25, 0.5, 0.75)), ("logit_normal", (0.3375, 0.5, 0.6625))]
+)
+def test_flow_timesteps(timesteps, quartiles):
+    # The quartiles of a standard normal are -+0.6745; their sigmoids are 0.3375 and 0.6625.
+    seen = []
+    x = torch.zeros(20_000, 1)
+
+    def model(x_t, t, _):
+        seen.append(t / 1000)
+        return torch.zeros_like(x_t)
+
+    FlowMatching(timesteps).loss(model, x, None, generator())
+    assert seen[0].min() >= 0 and seen[0].max() <= 1
+    for share, quartile in zip((0.25, 0.5, 0.75), quartiles, strict=True):
+        assert seen[0].quantile(share).item() == pytest.approx(quartile, abs=0.01)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_draws_come_from_the_generator_only(name):
+    objective, x = OBJECTIVES[name](), data()
+    state = torch.get_rng_state()
+    losses = [objective.loss(Recorder(), x, None, generator(seed)).item() for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_half_precision_data_and_output_are_lifted(name):
+    model = Recorder(output=torch.zeros(SHAPE, dtype=torch.bfloat16))
+    loss = OBJECTIVES[name]().loss(model, data(torch.bfloat16), None, generator())
+    assert loss.dtype == torch.float32 and model.x.dtype == torch.float32
+
+
+def test_flow_matching_refuses():
+    with pytest.raises(ValueError, match="timesteps is 'cosine'"):
+        FlowMatching("cosine")
+    config = DiTConfig((4, 4), (2, 2), channels=2, width=8, depth=1, heads=1, learn_sigma=True)
+    with pytest.raises(ValueError, match="learn_sigma=False"):
+        FlowMatching().loss(DiT(config), torch.zeros(1, 2, 4, 4), None, generator())
+
+
+def test_ddpm_refuses_a_wrong_number_of_channels():
+    with pytest.raises(ValueError, match="returned 3 channels"):
+        DDPM().loss(Recorder(3), data(), None, generator())
+
+
+def test_ddpm_loss_without_variance():
+    x, model = data(), Recorder()
+    loss = DDPM().loss(model, x, None, generator())
+    assert model.t.dtype == torch.int64 and model.t.min() >= 0 and model.t.max() <= 999
+    alpha_bar = torch.from_numpy(ALPHA_BARS)[model.t].reshape(-1, 1, 1, 1, 1)
+    noise = (model.x - alpha_bar.sqrt() * x) / (1 - alpha_bar).sqrt()
+    assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1
+    torch.testing.assert_close(loss, (model.output - noise).square().mean())
+
+
+def test_ddpm_draws_all_timesteps_evenly():
+    seen = []
+
+    def model(x, t, _):
+        seen.append(t)
+        return torch.zeros_like(x)
+
+    DDPM().loss(model, torch.zeros(50_000, 1), None, generator())
+    assert set(seen[0].tolist()) == set(range(1000))
+    assert seen[0].double().mean().item() == pytest.approx(499.5, abs=5)
+
+
+def literal_bound(x, x_t, t, epsilon, v):
+    """Bits per dimension of one sample at timestep t, with torch.distributions."""
+    beta, alpha_bar = BETAS[t], ALPHA_BARS[t]
+    before = ALPHA_BARS[t - 1] if t else 1.0
+    i = max(t, 1)
+    posterior = BETAS[i] * (1 - ALPHA_BARS[i - 1]) / (1 - ALPHA_BARS[i])
+
+    def posterior_mean(x_0):
+        return (
+            math.sqrt(before) * beta / (1 - alpha_bar) * x_0
+            + math.sqrt(1 - beta) * (1 - before) / (1 - alpha_bar) * x_t
+        )
+
+    x_0 = (x_t - math.sqrt(1 - alpha_bar) * epsilon) / math.sqrt(alpha_bar)
+    share = (v + 1) / 2
+    std = torch.exp(0.5 * (share * math.log(beta) + (1 - share) * math.log(posterior)))
+    model = Normal(posterior_mean(x_0), std)
+    if t:
+        return kl_divergence(Normal(posterior_mean(x), math.sqrt(posterior)), model).mean() / math.log(2)
+    low = torch.where(x < -0.999, torch.zeros_like(x), model.cdf(x - 1 / 255))
+    high = torch.where(x > 0.999, torch.ones_like(x), model.cdf(x + 1 / 255))
+    return -(high - low).clamp(min=1e-12).log().mean() / math.log(2)
+
+
+def test_variational_bound():
+    x = data()
+    x[0, 0] = x[0, 0].sign()
+    noise = torch.randn(SHAPE, generator=generator(1), dtype=torch.float64)
+    t = torch.tensor([0, 0, 1, 2, 500, 999])
+    alpha_bar = torch.from_numpy(ALPHA_BARS)[t].reshape(-1, 1, 1, 1, 1)
+    x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+    epsilon = noise + 0.3 * torch.randn(SHAPE, generator=generator(2), dtype=torch.float64)
+    v = torch.randn(SHAPE, generator=generator(3), dtype=torch.float64)
+    tables = schedule(1000, CPU, torch.float64)
+    bound = DDPM.variational_bound(tables, x, x_t, t, epsilon, (v + 1) / 2)
+    expected = [literal_bound(x[i], x_t[i], int(t[i]), epsilon[i], v[i]) for i in range(6)]
+    torch.testing.assert_close(bound, torch.stack(expected), rtol=1e-7, atol=1e-9)
+
+
+def test_ddpm_loss_with_variance():
+    x, model = data(), Recorder(4)
+    loss = DDPM().loss(model, x, None, generator())
+    alpha_bar = torch.from_numpy(ALPHA_BARS)[model.t].reshape(-1, 1, 1, 1, 1)
+    noise = (model.x - alpha_bar.sqrt() * x) / (1 - alpha_bar).sqrt()
+    epsilon, v = model.output.detach().chunk(2, dim=1)
+    simple = (epsilon - noise).square().mean()
+    bounds = [literal_bound(x[i], model.x[i], int(model.t[i]), epsilon[i], v[i]) for i in range(6)]
+    torch.testing.assert_close(loss, simple + torch.stack(bounds).mean(), rtol=1e-6, atol=0)
+
+    # The bound must teach the variance and leave the mean alone.
+    (gradient,) = torch.autograd.grad(loss, model.output)
+    torch.testing.assert_close(gradient[:, :2], 2 * (epsilon - noise) / noise.numel())
+    assert gradient[:, 2:].abs().min() > 0
+
+
+def test_the_bound_is_zero_for_the_true_posterior():
+    x = data()
+    noise = torch.randn(SHAPE, generator=generator(1), dtype=torch.float64)
+    t = torch.tensor([1, 2, 10, 100, 500, 999])
+    tables = schedule(1000, CPU, torch.float64)
+    alpha_bar = tables.alpha_bar[t].reshape(-1, 1, 1, 1, 1)
+    x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+    assert DDPM.variational_bound(tables, x, x_t, t, noise, torch.zeros_like(x)).abs().max() < 1e-9
+
+
+def test_discretized_likelihood_is_a_distribution_over_256_levels():
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    for mean, std in ((0.0, 0.5), (0.9, 0.3), (-0.2, 0.02)):
+        log_std = torch.tensor(math.log(std), dtype=torch.float64)
+        mass = discretized_log_likelihood(levels, torch.tensor(mean, dtype=torch.float64), log_std).exp().sum()
+        assert mass.item() == pytest.approx(1, abs=1e-9)
+
+
+def test_full_schedule():
+    tables = schedule(1000, CPU, torch.float64)
+    np.testing.assert_allclose(tables.beta.numpy(), BETAS, rtol=1e-10)
+    np.testing.assert_allclose(tables.alpha_bar.numpy(), ALPHA_BARS, rtol=1e-12)
+    before = np.concatenate([[1.0], ALPHA_BARS[:-1]])
+    np.testing.assert_allclose(tables.previous.numpy(), before, rtol=1e-12)
+    variance = BETAS * (1 - before) / (1 - ALPHA_BARS)
+    np.testing.assert_allclose(tables.posterior_log_variance.exp().numpy()[1:], variance[1:], rtol=1e-9)
+    assert tables.posterior_log_variance[0] == tables.posterior_log_variance[1]
+    assert tables.timesteps.tolist() == list(range(1000))
+    assert (tables.posterior_x0_weight[0], tables.posterior_x_weight[0]) == (pytest.approx(1), 0)
+    assert schedule(1000, CPU, torch.float32).alpha_bar.dtype == torch.float32
+    assert schedule(1000, CPU, torch.float64) is tables
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 250, 333, 999])
+def test_thinned_schedule(steps):
+    tables = schedule(steps, CPU, torch.float64)
+    kept = tables.timesteps.tolist()
+    assert len(kept) == steps and kept[-1] == 999 and (steps == 1 or kept[0] == 0)
+    gaps = np.diff(kept)
+    assert steps == 1 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+    np.testing.assert_allclose(tables.alpha_bar.numpy(), ALPHA_BARS[kept], rtol=1e-12)
+    np.testing.assert_allclose((1 - tables.beta).cumprod(0).numpy(), ALPHA_BARS[kept], rtol=1e-9)
+    assert all(table.isfinite().all() for table in tables)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_schedule_refuses(steps):
+    with pytest.raises(ValueError, match=f"steps is {steps}; it must be in 1..1000"):
+        schedule(steps, CPU, torch.float32)

@@ -1,0 +1,248 @@
+"""models/samplers.py with models whose answer is known: for Gaussian data velocity and noise have a closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from models.objectives import DDPM, FlowMatching, schedule
+from models.samplers import SOLVERS, guide, sample
+
+MEAN, STD = 1.5, 0.4
+CPU = torch.device("cpu")
+
+
+class Gaussian(nn.Module):
+    """The optimal velocity, or noise, for data N(MEAN, STD^2) in every cell."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.times, self.modes = kind, [], []
+
+    def forward(self, x, t, y):
+        self.times.append(t.clone())
+        self.modes.append(self.training)
+        if self.kind == "ddpm":
+            alpha_bar = schedule(1000, x.device, x.dtype).alpha_bar[t].reshape(-1, 1, 1)
+            return (1 - alpha_bar).sqrt() * (x - alpha_bar.sqrt() * MEAN) / (alpha_bar * STD**2 + 1 - alpha_bar)
+        t = (t / 1000).reshape(-1, 1, 1)
+        centred = (x - t * MEAN) / (t**2 * STD**2 + (1 - t) ** 2)
+        return MEAN + t * STD**2 * centred - (1 - t) * centred
+
+
+class Labelled(nn.Module):
+    """Returns a constant a channel for each class, so that guidance can be read off its output; keeps its inputs."""
+
+    null_class = 3
+
+    def __init__(self, channels=4):
+        super().__init__()
+        self.table = torch.randn(4, channels, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        self.calls = []
+
+    def forward(self, x, t, y):
+        self.calls.append((x, t, y))
+        return self.table[y].expand(-1, -1, x.shape[2])
+
+
+def noise(batch=2, channels=4, cells=8, seed=0):
+    return torch.randn(batch, channels, cells, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def flow_error(solver, steps):
+    x = noise()
+    out = sample(Gaussian("flow"), FlowMatching(), x, None, solver=solver, steps=steps)
+    return (out - (MEAN + STD * x)).abs().max().item()
+
+
+def test_flow_solvers_converge_at_their_order():
+    # The exact flow from N(0, 1) to N(MEAN, STD^2) is the linear map.
+    for solver, order in (("euler", 1), ("heun", 2)):
+        coarse, fine = flow_error(solver, 40), flow_error(solver, 80)
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
+    assert flow_error("heun", 200) < 1e-4
+
+
+def test_flow_times():
+    for solver, expected in (("euler", [0, 250, 500, 750]), ("heun", [0, 250, 250, 500, 500, 750, 750, 1000])):
+        model = Gaussian("flow")
+        sample(model, FlowMatching(), noise(), None, solver=solver, steps=4)
+        assert [t.tolist() for t in model.times] == [[e, e] for e in expected]
+
+
+@pytest.mark.parametrize("steps", [100, 1000])
+def test_ddim_follows_the_flow_and_is_deterministic(steps):
+    x = noise()
+    runs = [sample(Gaussian("ddpm"), DDPM(), x, None, solver="ddim", steps=steps) for _ in range(2)]
+    assert torch.equal(*runs)
+    # At timestep 999 a little signal is left (alpha_bar = 4e-5), which bounds how well the map is met.
+    torch.testing.assert_close(runs[0], MEAN + STD * x, rtol=0, atol=0.05 if steps == 100 else 0.02)
+
+
+@pytest.mark.parametrize("steps", [50, 1000])
+def test_ddpm_has_the_right_mean_and_variance(steps):
+    x = noise(1, 1, 20_000)
+    generator = torch.Generator().manual_seed(1)
+    out = sample(Gaussian("ddpm"), DDPM(), x, None, solver="ddpm", steps=steps, generator=generator)
+    assert out.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert out.std().item() == pytest.approx(STD, rel=0.06 if steps == 50 else 0.02)
+    # An ancestral sample forgets the noise that it started from.
+    assert abs(torch.corrcoef(torch.stack((x.flatten(), out.flatten())))[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_ddpm_step_by_step(learned):
+    """Five steps against the equations of Ho et al., written with the thinned chain's own alpha_bar."""
+
+    class Model(nn.Module):
+        def forward(self, x, t, y):
+            seen.append(t.tolist())
+            parts = [0.3 * x.sin()] + ([x.cos()] if learned else [])
+            return torch.cat(parts, dim=1)
+
+    seen = []
+    x = noise()
+    out = sample(Model(), DDPM(), x, None, solver="ddpm", steps=5, generator=torch.Generator().manual_seed(1))
+    kept = [0, 250, 500, 749, 999]
+    assert seen == [[t, t] for t in reversed(kept)]
+
+    full = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    generator = torch.Generator().manual_seed(1)
+    for i in reversed(range(5)):
+        a, before = full[kept[i]], full[kept[i - 1]] if i else torch.tensor(1.0, dtype=torch.float64)
+        beta = 1 - a / before
+        mean = (x - beta / (1 - a).sqrt() * 0.3 * x.sin()) / (1 - beta).sqrt()
+        if i:
+            tilde = beta * (1 - before) / (1 - a)
+            share = (x.cos() + 1) / 2
+            variance = beta**share * tilde ** (1 - share) if learned else beta
+            mean = mean + torch.as_tensor(variance).sqrt() * torch.randn(
+                x.shape, generator=generator, dtype=torch.float64
+            )
+        x = mean
+    torch.testing.assert_close(out, x)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 37])
+@pytest.mark.parametrize("solver", SOLVERS["ddpm"])
+def test_few_diffusion_steps_stay_finite(solver, steps):
+    model = Gaussian("ddpm")
+    out = sample(model, DDPM(), noise(), None, solver=solver, steps=steps)
+    assert len(model.times) == steps and out.isfinite().all()
+    assert (out.mean() - MEAN).abs() < 0.2
+
+
+def test_guide():
+    cond, null = noise(seed=1), noise(seed=2)
+    torch.testing.assert_close(guide(cond, null, 3.0), null + 3 * (cond - null))
+    three = guide(cond, null, 3.0, 3)
+    torch.testing.assert_close(three[:, :3], (null + 3 * (cond - null))[:, :3])
+    assert torch.equal(three[:, 3:], cond[:, 3:])
+    assert torch.equal(guide(cond, null, 0.0), null) and torch.equal(guide(cond, null, 1.0), cond)
+    for channels in (0, 5, -1):
+        with pytest.raises(ValueError, match=f"channels are {channels}"):
+            guide(cond, null, 2.0, channels)
+
+
+@pytest.mark.parametrize("channels", [None, 3])
+def test_guidance_in_a_flow(channels):
+    model, x, y = Labelled(), noise(), torch.tensor([0, 2])
+    out = sample(model, FlowMatching(), x, y, solver="euler", steps=1, guidance=2.5, guidance_channels=channels)
+    cond, null = model.table[y], model.table[3]
+    expected = null + 2.5 * (cond - null)
+    if channels == 3:
+        expected = torch.cat((expected[:, :3], cond[:, 3:]), dim=1)
+    torch.testing.assert_close(out, x + expected)
+    ((seen, t, labels),) = model.calls
+    assert torch.equal(seen, torch.cat((x, x))) and t.shape == (4,) and labels.tolist() == [0, 2, 3, 3]
+
+
+def test_no_guidance_calls_the_model_on_the_batch_itself():
+    model, x, y = Labelled(), noise(), torch.tensor([0, 2])
+    out = sample(model, FlowMatching(), x, y, solver="euler", steps=1)
+    torch.testing.assert_close(out, x + model.table[y])
+    assert len(model.calls) == 1 and model.calls[0][2].tolist() == [0, 2]
+
+
+def test_the_learned_variance_is_not_guided():
+    def run(guidance, table):
+        model = Labelled(8)
+        model.table = table
+        generator = torch.Generator().manual_seed(1)
+        arguments = {"solver": "ddpm", "steps": 3, "guidance": guidance, "generator": generator}
+        return sample(model, DDPM(), noise(), torch.tensor([0, 2]), **arguments)
+
+    table = Labelled(8).table
+    # Equal noise predictions for every class: guidance changes nothing, unless it reached the variance.
+    table[:, :4] = table[:1, :4]
+    torch.testing.assert_close(run(4.0, table), run(1.0, table))
+    other = table.clone()
+    other[3, 4:] += 1
+    assert torch.equal(run(4.0, other), run(4.0, table))
+    other[:3, 4:] += 1
+    assert not torch.allclose(run(4.0, other), run(4.0, table))
+
+
+def test_guidance_refuses_a_model_without_classes():
+    unconditional = Gaussian("flow")
+    unconditional.null_class = None
+    for model, y in ((unconditional, None), (unconditional, torch.tensor([0, 1])), (Labelled(), None)):
+        with pytest.raises(ValueError, match=r"guidance is 2\.0"):
+            sample(model, FlowMatching(), noise(), y, solver="euler", steps=1, guidance=2.0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "solver", "right"),
+    [(FlowMatching(), "ddim", "'euler' and 'heun'"), (DDPM(), "euler", "'ddpm' and 'ddim'"), (DDPM(), "x", "'ddpm'")],
+)
+def test_refuses_a_solver_of_another_objective(objective, solver, right):
+    with pytest.raises(ValueError, match=f"solver is '{solver}'; .*{right}"):
+        sample(Gaussian("flow"), objective, noise(), None, solver=solver, steps=2)
+
+
+@pytest.mark.parametrize(("objective", "solver", "steps"), [(FlowMatching(), "heun", 0), (DDPM(), "ddim", 1001)])
+def test_refuses_steps(objective, solver, steps):
+    with pytest.raises(ValueError, match=f"steps is {steps}"):
+        sample(Gaussian(objective.name), objective, noise(), None, solver=solver, steps=steps)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_restored_and_nothing_is_recorded(training):
+    model = Gaussian("flow").train(training)
+    model.weight = nn.Parameter(torch.ones(()))
+    model.register_forward_hook(lambda module, _, out: out * module.weight)
+    out = sample(model, FlowMatching(), noise(), None, solver="heun", steps=2)
+    assert model.modes == [False] * 4 and model.training is training and not out.requires_grad
+
+    model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(model, FlowMatching(), noise(), None, solver="heun", steps=2)
+    assert model.training is training
+
+
+@pytest.mark.parametrize(("objective", "solver"), [(FlowMatching(), "euler"), (DDPM(), "ddpm")])
+def test_progress_wraps_the_steps(objective, solver):
+    seen = []
+
+    def progress(steps):
+        for i in steps:
+            yield i
+            seen.append(i)
+
+    model = Gaussian(objective.name)
+    sample(model, objective, noise(), None, solver=solver, steps=5, progress=progress)
+    assert sorted(seen) == list(range(5)) and len(model.times) == 5
+
+
+def test_ddpm_draws_from_the_generator_only():
+    state = torch.get_rng_state()
+
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return sample(Gaussian("ddpm"), DDPM(), noise(), None, solver="ddpm", steps=4, generator=generator)
+
+    assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
+    assert torch.equal(torch.get_rng_state(), state)
