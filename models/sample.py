@@ -1,0 +1,312 @@
+"""``python -m models.sample CHECKPOINT``: new clips from a checkpoint, as mp4, GIF, PNG contact sheet and npz."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Literal
+
+import av
+import numpy as np
+import torch
+import tyro
+from av.filter import Graph
+from torch import Tensor
+from tqdm import tqdm
+
+from minisora_kernels import use_backend
+
+from . import checkpoint as checkpoints
+from .allocator import reuse_large_allocations
+from .config import TrainConfig, from_dict
+from .data import to_bytes
+from .dit import DiT
+from .objectives import DDPM, FlowMatching
+from .samplers import SOLVERS, sample
+
+SMALLEST_SIDE = 128
+FORMATS = ("mp4", "gif", "png", "npz")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What to sample, and how."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint, or a run's folder for its newest whole checkpoint."""
+    out: Path | None = None
+    """Folder for the files; by default `samples` beside the checkpoint."""
+    count: int = 8
+    """Number of clips."""
+    classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
+    """Names or ids of the classes, dealt to the clips in turn; by default all."""
+    steps: int = 50
+    """Steps of the solver."""
+    solver: Literal["euler", "heun", "ddpm", "ddim"] | None = None
+    """Euler or Heun for a flow (default euler), DDPM or DDIM for a diffusion (default ddpm)."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance; 1 is none."""
+    guidance_channels: int | None = None
+    """Guide the first so many channels only; by default all."""
+    seed: int = 0
+    batch_size: int = 16
+    """Clips made at a time."""
+    last_weights: bool = False
+    """The last weights instead of their moving average."""
+    fps: int = 8
+    """Frames a second of mp4 and GIF."""
+    overwrite: bool = False
+    """Replace files that are there."""
+    backend: Literal["auto", "reference", "cpu"] = "auto"
+    """Which kernels the ops run on."""
+    device: str = "cpu"
+
+
+def choose_backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """The context for ``--backend``; "auto" leaves the choice, and the environment variable, as they are."""
+    return contextlib.nullcontext() if name == "auto" else use_backend(name)
+
+
+def make_objective(config: TrainConfig) -> FlowMatching | DDPM:
+    return FlowMatching(config.timesteps) if config.objective == "flow" else DDPM()
+
+
+def class_ids(wanted: tuple[str, ...], classes: list[str], count: int) -> Tensor | None:
+    """Class ids ``[count]``, the wanted classes (all by default) in turn; None for a model without classes.
+
+    Raises:
+        ValueError: a class that the model does not have.
+    """
+    if not classes:
+        if wanted:
+            raise ValueError(f"class {wanted[0]!r} was asked for; this model was trained without classes")
+        return None
+    ids = []
+    for name in wanted:
+        if name in classes:
+            ids.append(classes.index(name))
+        elif name.isdecimal() and int(name) < len(classes):
+            ids.append(int(name))
+        else:
+            raise ValueError(f"class is {name!r}; it may be one of {', '.join(classes)} or 0..{len(classes) - 1}")
+    ids = ids or list(range(len(classes)))
+    return torch.tensor([ids[i % len(ids)] for i in range(count)])
+
+
+def sample_clips(
+    model: DiT,
+    objective: FlowMatching | DDPM,
+    count: int,
+    y: Tensor | None,
+    *,
+    solver: str | None = None,
+    steps: int,
+    guidance: float = 1.0,
+    guidance_channels: int | None = None,
+    seed: int,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Tensor:
+    """uint8 ``[count, T, H, W, C]`` from the model, ``batch_size`` clips at a time, on the model's device.
+
+    The clips depend on ``seed`` and ``count``; the solver is the objective's first by default.
+    """
+    device = model.pos_embed.device
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (model.config.channels, *model.config.input_size)
+    noise = torch.randn((count, *shape), generator=generator, device=device)
+    clips = []
+    starts = range(0, count, batch_size)
+    with tqdm(total=len(starts) * steps, desc="sampling", disable=not progress) as bar:
+
+        def counted(steps: Iterable[int]) -> Iterator[int]:
+            for step in steps:
+                yield step
+                bar.update()
+
+        for start in starts:
+            part = slice(start, start + batch_size)
+            clip = sample(
+                model,
+                objective,
+                noise[part],
+                None if y is None else y[part].to(device),
+                solver=solver or SOLVERS[objective.name][0],
+                steps=steps,
+                guidance=guidance,
+                guidance_channels=guidance_channels,
+                generator=generator,
+                progress=counted,
+            )
+            clips.append(to_bytes(clip).cpu())
+    result = torch.cat(clips)
+    if result.dim() == 4:
+        result = result.unsqueeze(2)
+    return result.permute(0, 2, 3, 4, 1).contiguous()
+
+
+def enlarge(clips: np.ndarray) -> np.ndarray:
+    """Pixels repeated by a whole number so that the shorter side of ``[..., H, W, C]`` is 128 or more; RGB."""
+    factor = -(-SMALLEST_SIDE // min(clips.shape[-3:-1]))
+    clips = clips.repeat(factor, axis=-3).repeat(factor, axis=-2)
+    return clips.repeat(3, axis=-1) if clips.shape[-1] == 1 else clips
+
+
+def contact_sheet(clips: np.ndarray, gap: int = 4) -> np.ndarray:
+    """uint8 ``[N, T, H, W, C]`` as one RGB image: a row a sample, a column a frame."""
+    clips = enlarge(clips)
+    count, frames, height, width, _ = clips.shape
+    sheet = np.full((count * (height + gap) - gap, frames * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for i, clip in enumerate(clips):
+        for j, frame in enumerate(clip):
+            top, left = i * (height + gap), j * (width + gap)
+            sheet[top : top + height, left : left + width] = frame
+    return sheet
+
+
+def mosaic(clips: np.ndarray, gap: int = 4) -> np.ndarray:
+    """uint8 ``[N, T, H, W, C]`` as one RGB clip ``[T, H', W', 3]`` with the samples side by side, about square.
+
+    H' and W' are even, as H.264 wants them.
+    """
+    clips = enlarge(clips)
+    count, frames, height, width, _ = clips.shape
+    columns = min(count, max(1, round((count * height / width) ** 0.5)))
+    rows = -(-count // columns)
+    tall, wide = rows * (height + gap) - gap, columns * (width + gap) - gap
+    film = np.full((frames, tall + tall % 2, wide + wide % 2, 3), 255, dtype=np.uint8)
+    for i, clip in enumerate(clips):
+        top, left = (height + gap) * (i // columns), (width + gap) * (i % columns)
+        film[:, top : top + height, left : left + width] = clip
+    return film
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """RGB uint8 ``[H, W, 3]`` as a PNG file."""
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width = image.shape[:2]
+    encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1)
+    packets = encoder.encode(av.VideoFrame.from_ndarray(image, format="rgb24")) + encoder.encode(None)
+    path.write_bytes(b"".join(bytes(packet) for packet in packets))
+
+
+def write_mp4(path: Path, film: np.ndarray, fps: int) -> None:
+    """RGB uint8 ``[T, H, W, 3]``, H and W even, as H.264, or as MPEG-4 where this FFmpeg has no H.264 encoder."""
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.height, stream.width = film.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        if codec == "libx264":
+            stream.options = {"crf": "14"}
+        else:
+            stream.bit_rate = 8_000_000
+        for image in film:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def write_gif(path: Path, film: np.ndarray, fps: int) -> None:
+    """RGB uint8 ``[T, H, W, 3]`` as an endless GIF with a palette of its own."""
+    height, width = film.shape[1:3]
+    graph = Graph()
+    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=Fraction(1, fps))
+    split, palette = graph.add("split"), graph.add("palettegen")
+    use, sink = graph.add("paletteuse"), graph.add("buffersink")
+    source.link_to(split)
+    split.link_to(palette, 0, 0)
+    split.link_to(use, 1, 0)
+    palette.link_to(use, 0, 1)
+    use.link_to(sink)
+    graph.configure()
+    with av.open(str(path), "w", options={"loop": "0"}) as container:
+        stream = container.add_stream("gif", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
+        for number, image in enumerate(film):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, fps)
+            source.push(frame)
+        source.push(None)
+        for _ in film:
+            container.mux(stream.encode(sink.pull()))
+        container.mux(stream.encode(None))
+
+
+def write(folder: Path, clips: np.ndarray, y: Tensor | None, fps: int) -> list[Path]:
+    """The four files for uint8 clips ``[N, T, H, W, C]``; the npz holds ``clips`` and, with classes, ``labels``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mp4, gif, png, npz = paths = output_paths(folder)
+    film = mosaic(clips)
+    write_mp4(mp4, film, fps)
+    write_gif(gif, film, fps)
+    write_png(png, contact_sheet(clips))
+    np.savez_compressed(npz, clips=clips, **({} if y is None else {"labels": y.numpy()}))
+    return paths
+
+
+def output_paths(folder: Path) -> list[Path]:
+    return [folder / f"samples.{suffix}" for suffix in FORMATS]
+
+
+def open_checkpoint(path: Path, device: str) -> tuple[Path, checkpoints.Checkpoint]:
+    """A checkpoint file, or a run folder's newest one."""
+    return checkpoints.latest(path, device) if path.is_dir() else (path, checkpoints.load(path, device))
+
+
+def run(config: SampleConfig) -> list[Path]:
+    """Sample as configured; returns the files.
+
+    Raises:
+        ValueError: a file that is not a checkpoint or does not match, output that is there already, or an option that
+            does not fit the model.
+    """
+    for name in ("count", "steps", "batch_size", "fps"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    path, checkpoint = open_checkpoint(config.checkpoint, config.device)
+    folder = config.out or path.parent / "samples"
+    present = [str(file) for file in output_paths(folder) if file.exists()]
+    if present and not config.overwrite:
+        raise ValueError(f"{', '.join(present)} exists already; use --overwrite or another --out")
+    y = class_ids(config.classes, checkpoint.classes, config.count)
+    model = checkpoint.build(ema=not config.last_weights).to(config.device)
+    with choose_backend(config.backend):
+        clips = sample_clips(
+            model,
+            make_objective(from_dict(checkpoint.train)),
+            config.count,
+            y,
+            solver=config.solver,
+            steps=config.steps,
+            guidance=config.guidance,
+            guidance_channels=config.guidance_channels,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            progress=True,
+        )
+    paths = write(folder, clips.numpy(), y, config.fps)
+    print(f"{config.count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
+    if y is not None:
+        print("classes:", ", ".join(checkpoint.classes[i] for i in y))
+    for file in paths:
+        print(f"  {file}")
+    return paths
+
+
+def main(arguments: list[str] | None = None) -> None:
+    logging.basicConfig(format="%(message)s")
+    reuse_large_allocations()
+    config = tyro.cli(SampleConfig, prog="python -m models.sample", description=__doc__, args=arguments)
+    try:
+        run(config)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,395 @@
+"""``python -m models.train``: train a diffusion transformer on clips.
+
+    python -m models.train --preset digits
+    python -m models.train --config run.yaml --optimizer.learning-rate 3e-4
+    python -m models.train --resume runs/digits
+
+A run's folder gets ``config.json``, checkpoints ``step_*.pt``, ``losses.csv``, ``previews/*.png`` and TensorBoard's
+``events.*``. A folder that is there already is never written to, except by ``--resume``, which goes on from its newest
+whole checkpoint with the same losses, bit for bit, as the run that was not stopped (on the same machine, with the same
+number of threads).
+
+SIGTERM and Ctrl-C end the step in hand, save, and leave with status 128 + signal; a second one leaves at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import csv
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import checkpoint as checkpoints
+from .allocator import reuse_large_allocations
+from .checkpoint import Checkpoint, as_plain
+from .config import TrainConfig, from_dict, load, preset, start_parser
+from .data import Batches, Source, open_source
+from .dit import DiT
+from .sample import choose_backend, class_ids, contact_sheet, make_objective, sample_clips, write_png
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+# What a continuation may change: what does not touch the losses, but for the rounding of another backend.
+RESUMABLE = {"steps", "save_every", "keep", "log_every", "preview", "backend"}
+
+_log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """Training was stopped by a signal, after its state was saved."""
+
+    def __init__(self, number: int, path: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; saved {path}")
+        self.status = 128 + number
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of 0-based ``step``: linear warm-up, then constant or half a cosine that reaches 0 after the last step."""
+    optimizer = config.optimizer
+    if step < optimizer.warmup:
+        return optimizer.learning_rate * (step + 1) / (optimizer.warmup + 1)
+    if optimizer.schedule == "constant":
+        return optimizer.learning_rate
+    progress = (step - optimizer.warmup) / max(config.steps - optimizer.warmup, 1)
+    return optimizer.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def average(ema: list[Tensor], weights: list[Tensor], decay: float, step: int) -> None:
+    """``ema = decay * ema + (1 - decay) * weights`` in place, with less decay in the first steps."""
+    torch._foreach_lerp_(ema, weights, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+class Losses:
+    """``losses.csv``: a line ``step,loss,gradient_norm,learning_rate`` for every step, all digits kept."""
+
+    HEADER = ("step", "loss", "gradient_norm", "learning_rate")
+
+    def __init__(self, path: Path, start: int) -> None:
+        kept = []
+        if path.exists():
+            with open(path, newline="") as file:
+                # A line that the machine died on is incomplete; its step is after the checkpoint.
+                kept = [row for row in list(csv.reader(file))[1:] if len(row) == 4 and int(row[0]) < start]
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "w", newline="") as file:
+            csv.writer(file).writerows([self.HEADER, *kept])
+        os.replace(temporary, path)
+        self._file = open(path, "a", newline="")  # noqa: SIM115 - closed by close()
+        self._writer = csv.writer(self._file)
+
+    def write(self, rows: list[tuple[int, float, float, float]]) -> None:
+        self._writer.writerows(rows)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list to which the first SIGTERM or SIGINT is appended; the second has its usual effect."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def receive(number: int, _: Any) -> None:
+        received.append(number)
+        restore()
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, receive)
+    except ValueError:
+        _log.info("not the main thread: signals do not stop this run")
+    try:
+        yield received
+    finally:
+        restore()
+
+
+class Trainer:
+    """A run between two steps: model, optimizer, average, random generators and place in the data.
+
+    ``resume`` continues from a checkpoint. Raises ValueError for a configuration that does not fit together.
+    """
+
+    def __init__(self, config: TrainConfig, resume: Checkpoint | None = None) -> None:
+        self.config, self.device = config, torch.device(config.device)
+        data = config.data
+        self.source: Source = open_source(
+            data.source,
+            frames=data.frames,
+            size=data.size,
+            stride=data.stride,
+            crop=data.crop,
+            positions=data.positions,
+            cache_bytes=data.cache_megabytes << 20,
+        )
+        self.classes = list(self.source.classes)
+        channels, frames, height, width = self.source.shape
+        dit = config.model.build(channels, frames, (height, width), len(self.classes))
+        torch.manual_seed(config.seed)
+        self.model = DiT(dit).to(self.device)
+        self.model.checkpointing = config.checkpointing
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trained,
+            lr=config.optimizer.learning_rate,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.trained = trained
+        self.objective = make_objective(config)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.batches = Batches(self.source, config.batch_size, config.seed)
+        self.step = 0
+        if resume is not None:
+            self._restore(resume)
+        if config.compile:
+            self.model.compile()
+
+    def _restore(self, saved: Checkpoint) -> None:
+        dit = as_plain(self.model.config)
+        if saved.dit != dit or saved.classes != self.classes:
+            changed = sorted(key for key in dit if saved.dit.get(key) != dit[key]) or ["classes"]
+            raise ValueError(f"the checkpoint does not match the data: {', '.join(changed)} differ")
+        self.model.load_state_dict(saved.model)
+        self.ema.load_state_dict(saved.ema)
+        self.optimizer.load_state_dict(saved.optimizer)
+        torch.set_rng_state(saved.rng["torch"].cpu())
+        self.generator.set_state(saved.rng["objective"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved.rng["cuda"].cpu(), self.device)
+        self.step = saved.step
+
+    def checkpoint(self) -> Checkpoint:
+        rng = {"torch": torch.get_rng_state(), "objective": self.generator.get_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return Checkpoint(
+            train=as_plain(self.config),
+            dit=as_plain(self.model.config),
+            classes=self.classes,
+            step=self.step,
+            model=self.model.state_dict(),
+            ema=self.ema.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            rng=rng,
+        )
+
+    def train_step(self) -> tuple[Tensor, Tensor, float]:
+        """One optimizer step: mean loss of the batch, norm of the gradient before clipping, learning rate."""
+        config = self.config
+        x, y = self.batches.batch(self.step)
+        x = x.to(self.device, non_blocking=True)
+        if len(self.model.config.patch) == 2:
+            x = x.squeeze(2)
+        labels = y.to(self.device, non_blocking=True) if self.classes else None
+        total = torch.zeros((), device=self.device)
+        for i, part in enumerate(x.chunk(config.accumulation)):
+            part_labels = None if labels is None else labels.chunk(config.accumulation)[i]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = self.objective.loss(self.model, part, part_labels, self.generator) / config.accumulation
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.trained, config.optimizer.clip or math.inf, foreach=True)
+        rate = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        average(list(self.ema.parameters()), list(self.model.parameters()), config.optimizer.ema, self.step)
+        self.step += 1
+        return total, norm, rate
+
+    def preview(self) -> Any:
+        """A contact sheet of the averaged model's samples, uint8 ``[H, W, 3]``; does not disturb the training."""
+        preview = self.config.preview
+        clips = sample_clips(
+            self.ema,
+            self.objective,
+            preview.count,
+            class_ids((), self.classes, preview.count),
+            steps=preview.steps,
+            guidance=preview.guidance,
+            seed=self.config.seed,
+        )
+        return contact_sheet(clips.numpy())
+
+
+class Log:
+    """Losses and previews into the run's folder and TensorBoard; the progress bar."""
+
+    def __init__(self, trainer: Trainer, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.trainer, self.folder = trainer, folder
+        config = trainer.config
+        self.losses = Losses(folder / "losses.csv", trainer.step)
+        self.board: SummaryWriter = SummaryWriter(str(folder), purge_step=trainer.step or None)
+        self.bar = tqdm(total=config.steps, initial=trainer.step, desc=folder.name, unit="step", dynamic_ncols=True)
+        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+        self.tokens = config.batch_size * trainer.model.tokens_per_sample
+        self.since = time.perf_counter()
+
+    def add(self, loss: Tensor, norm: Tensor, rate: float) -> None:
+        self.pending.append((self.trainer.step - 1, loss, norm, rate))
+        self.bar.update()
+        if len(self.pending) >= self.trainer.config.log_every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending. Only here are losses read back from the device.
+
+        Raises:
+            ValueError: a loss that is not finite.
+        """
+        if not self.pending:
+            return
+        rows = [(step, loss.item(), norm.item(), rate) for step, loss, norm, rate in self.pending]
+        self.pending.clear()
+        speed = self.tokens * len(rows) / (time.perf_counter() - self.since)
+        self.losses.write(rows)
+        step, loss, norm, rate = rows[-1]
+        for name, value in (("loss", loss), ("gradient norm", norm), ("learning rate", rate), ("tokens/s", speed)):
+            self.board.add_scalar(name, value, step)
+        self.bar.set_postfix_str(f"loss {sum(row[1] for row in rows) / len(rows):.4f}, {speed:,.0f} tokens/s")
+        self.since = time.perf_counter()
+        for step, loss, *_ in rows:
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss of step {step} is {loss}; lower the learning rate, or use fp32")
+
+    def preview(self) -> None:
+        sheet = self.trainer.preview()
+        path = self.folder / "previews" / f"step_{self.trainer.step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_png(path, sheet)
+        self.board.add_image("samples", sheet, self.trainer.step, dataformats="HWC")
+        self.bar.write(f"step {self.trainer.step}: {path}")
+        self.since = time.perf_counter()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.board.close()
+        self.losses.close()
+
+
+def train(config: TrainConfig, resume: Checkpoint | None = None) -> Path:
+    """Train to ``config.steps``; returns the last checkpoint.
+
+    Raises:
+        ValueError: a configuration that does not fit together, a run folder that is there already, or a loss that is
+            not finite.
+        OSError: a checkpoint that could not be written.
+        Stopped: SIGTERM or Ctrl-C.
+    """
+    folder = Path(config.run)
+    if resume is None and folder.exists():
+        raise ValueError(f"{folder} exists already; continue it with --resume {folder}, or choose another --run")
+    with choose_backend(config.backend):
+        trainer = Trainer(config, resume)
+        try:
+            return _train(trainer, folder, fresh=resume is None)
+        finally:
+            trainer.batches.close()
+
+
+def _train(trainer: Trainer, folder: Path, *, fresh: bool) -> Path:
+    config = trainer.config
+    if not fresh and trainer.step >= config.steps:
+        raise ValueError(f"{folder} is complete, at step {trainer.step} of {config.steps}")
+    # The first batch proves that there is data before anything is written.
+    trainer.batches.batch(trainer.step)
+    folder.mkdir(parents=True, exist_ok=not fresh)
+    (folder / "config.json").write_text(json.dumps(as_plain(config), indent=2) + "\n")
+
+    def save() -> Path:
+        return checkpoints.save(folder, trainer.checkpoint(), config.keep)
+
+    path = save() if fresh else checkpoints.path_of(folder, trainer.step)
+    log = Log(trainer, folder)
+    try:
+        with stop_signals() as stop:
+            trainer.model.train()
+            while trainer.step < config.steps:
+                log.add(*trainer.train_step())
+                last = trainer.step == config.steps
+                if last or stop or trainer.step % config.save_every == 0:
+                    log.flush()
+                    path = save()
+                if stop:
+                    raise Stopped(stop[0], path)
+                if last or (config.preview.every and trainer.step % config.preview.every == 0):
+                    log.preview()
+    finally:
+        log.close()
+    return path
+
+
+def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
+    """The configuration of a command line, and the checkpoint to resume.
+
+    Raises:
+        ValueError: a preset, file or checkpoint that does not fit, or options that change a resumed run.
+    """
+    start, rest = start_parser("python -m models.train").parse_known_args(arguments)
+    resume = None
+    default = TrainConfig()
+    if start.resume is not None:
+        path, resume = checkpoints.latest(start.resume)
+        print(f"resuming from {path}")
+        # The folder may have been moved since.
+        default = dataclasses.replace(from_dict(resume.train), run=start.resume)
+    elif start.config is not None:
+        default = load(start.config)
+    elif start.preset is not None:
+        default = preset(start.preset)
+    description = f"{__doc__}\nStart from --preset NAME, --config FILE or --resume RUN; the options below change it."
+    config = tyro.cli(TrainConfig, prog="python -m models.train", description=description, default=default, args=rest)
+    if resume is not None:
+        names = [item.name for item in dataclasses.fields(config)]
+        changed = [name for name in names if getattr(config, name) != getattr(default, name)]
+        refused = [name for name in changed if name not in RESUMABLE]
+        if refused:
+            raise ValueError(f"{', '.join(refused)} cannot change in a resumed run; start a new one")
+        if "steps" in changed and config.optimizer.schedule == "cosine":
+            raise ValueError("steps cannot change in a resumed run whose learning rate falls to 0 at the last step")
+    return config, resume
+
+
+def main(arguments: list[str] | None = None) -> None:
+    logging.basicConfig(format="%(message)s")
+    reuse_large_allocations()
+    try:
+        path = train(*parse(sys.argv[1:] if arguments is None else arguments))
+    except Stopped as stopped:
+        print(f"{stopped}\ncontinue with: python -m models.train --resume RUN", file=sys.stderr)
+        sys.exit(stopped.status)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"trained: {path}\nsample with: python -m models.sample {path.parent}")
+
+
+if __name__ == "__main__":
+    main()
