@@ -1,8 +1,9 @@
 """Builds the optional libraries of kernels: csrc/cpu once per vector width, csrc/cuda with nvcc.
 
 Neither is needed: without a compiler, or without nvcc, the package installs with the reference backend and
-`python -m minisora_kernels` tells what was not built and why. No part of this file imports torch: its headers and libraries
-are found in the environment that is being installed into, or else in the build environment (see build_backend/backend.py).
+`python -m minisora_kernels` tells what was not built and why. No part of this file imports torch: its headers and
+libraries are found in the environment that is being installed into, or else in the build environment (see
+build_backend/backend.py).
 
 Environment variables:
     MINISORA_CPU=0      do not build the CPU kernels
@@ -32,7 +33,12 @@ VECTOR_FLAGS = {
     "cpu_avx512": [
         "-DCPU_CAPABILITY=AVX512",
         "-DCPU_CAPABILITY_AVX512",
-        *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c".split(),
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mfma",
+        "-mf16c",
     ],
 }
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0"
@@ -49,11 +55,12 @@ def find_torch() -> Path | None:
 
 
 def sources(backend: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / backend).glob("*.c*") if path.suffix != ".cuh")
+    pattern = "*.cu" if backend == "cuda" else "*.cpp"
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / backend).glob(pattern))
 
 
 class Build(build_ext):
-    """Compiles each source in parallel, records in build_record.json what was built, and never fails the installation."""
+    """Compiles the sources side by side, records in build_record.json what was built, never fails the installation."""
 
     def run(self) -> None:
         package = ROOT / "minisora_kernels" if self.inplace else Path(self.build_lib) / "minisora_kernels"
@@ -77,9 +84,11 @@ class Build(build_ext):
         if platform.machine().lower() not in ("x86_64", "amd64"):
             return {"not_built": f"the kernels are written for x86-64, this machine is {platform.machine()}"}
         if compiler is None or shutil.which(compiler) is None:
-            return {"not_built": "no C++ compiler was found (c++, g++ or the variable CXX); install one and run pip again"}
-        common = [compiler, "-std=c++20", "-O3", "-fPIC", "-fopenmp-simd", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-        common += ["-Wall", "-Wno-unknown-pragmas", f"-I{torch / 'include'}"]
+            return {
+                "not_built": "no C++ compiler was found (c++, g++ or $CXX); install one and run pip again"
+            }
+        common = [compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"]
+        common += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas", f"-I{torch / 'include'}"]
         commands = {
             f"{variant}/{Path(source).stem}.o": [*common, *flags, "-c", source]
             for variant, flags in VECTOR_FLAGS.items()

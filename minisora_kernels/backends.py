@@ -6,8 +6,8 @@
 - ``triton``: Triton kernels (``minisora_kernels/triton``).
 
 An explicit choice (``backend=``, :func:`use_backend` or the environment variable ``MINISORA_BACKEND``, read once at
-import) runs or raises the reason. An automatic choice takes the first backend of :data:`PREFERENCE` that is built, has the
-op and does not refuse the call; each refusal is logged once at INFO level.
+import) runs or raises the reason. An automatic choice takes the first backend of :data:`PREFERENCE` that is built, has
+the op and does not refuse the call; each refusal is logged once at INFO level.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ def test_the_equation_token_by_token(backend, norm, rows):
         for n in range(12):
             token, row = x[b, n], n // (12 // rows)
             center = token.mean() if norm == "layer" else 0
-            h = (token - center) / ((token - center).square().mean() + 1e-3).sqrt() * weight + (0 if bias is None else bias)
+            h = (token - center) / ((token - center).square().mean() + 1e-3).sqrt() * weight
+            h = h if bias is None else h + bias
             torch.testing.assert_close(y[b, n], h * (1 + scale[b, row]) + shift[b, row])
 
 

@@ -56,7 +56,9 @@ def test_models_use_the_public_ops_only():
 
 def test_environment_variables_are_read_in_one_place():
     readers = [
-        path.name for path in (ROOT / "minisora_kernels").rglob("*.py") if re.search(r"environ|getenv", path.read_text())
+        path.name
+        for path in (ROOT / "minisora_kernels").rglob("*.py")
+        if re.search(r"environ|getenv", path.read_text())
     ]
     assert readers == ["backends.py"]
 

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = sorted({case.op for case in CASES})
 ONE_CASE = [next(case for case in CASES if case.op == op) for op in OPS]
 
-pytestmark = pytest.mark.skipif(not KERNEL_BACKENDS, reason="no kernel backend is available here: see the report header")
+pytestmark = pytest.mark.skipif(not KERNEL_BACKENDS, reason="no kernel backend is available: see the header")
 
 
 class Seen(TorchDispatchMode):
@@ -48,14 +48,18 @@ def run(case: Case, dtype: torch.dtype, backend: str | None, function=None, like
     leaves = case.leaves(dtype)
     if like is not None:  # the float64 oracle gets the inputs as the kernel got them: rounded
         rounded = case.leaves(like)
-        leaves = {name: rounded[name].detach().double().requires_grad_(leaf.requires_grad) for name, leaf in leaves.items()}
+        leaves = {
+            name: rounded[name].detach().double().requires_grad_(leaf.requires_grad) for name, leaf in leaves.items()
+        }
     call = function or case.call
     result = outputs(call(leaves, backend=backend))
     named = {f"output {i}": value for i, value in enumerate(result)}
     generator = torch.Generator().manual_seed(7)
     loss_gradients = [torch.randn(value.shape, generator=generator, dtype=torch.float64) for value in result]
-    reached = [(value, g.to(like or value.dtype).to(value.dtype)) for value, g in zip(result, loss_gradients, strict=True)]
-    torch.autograd.backward([value for value, _ in reached], [g for _, g in reached])
+    rounded_gradients = [
+        g.to(like or value.dtype).to(value.dtype) for value, g in zip(result, loss_gradients, strict=True)
+    ]
+    torch.autograd.backward(result, rounded_gradients)
     for name, leaf in leaves.items():
         if leaf.requires_grad:
             assert leaf.grad is not None, f"{case}: no gradient for {name}"
@@ -107,7 +111,7 @@ def test_raw_ops_pass_opcheck(case: Case, backend: str):
 @pytest.mark.parametrize("case", ONE_CASE, ids=str)
 def test_compiles_as_one_graph(case: Case, backend: str):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda leaves, backend: case.call(leaves, backend=backend), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda t, backend: case.call(t, backend=backend), fullgraph=True, backend="aot_eager")
     plain = run(case, torch.float32, backend)
     traced = run(case, torch.float32, backend, function=compiled)
     for name, value in plain.items():

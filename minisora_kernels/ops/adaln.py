@@ -55,8 +55,8 @@ LIBRARY.define(
     "ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)"
 )
 LIBRARY.define(
-    "adaln_bwd(Tensor dy, Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
-    "bool rms) -> (Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias)"
+    "adaln_bwd(Tensor dy, Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor rstd, bool rms) -> (Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias)"
 )
 
 
@@ -130,16 +130,17 @@ def adaln(
 
     Args:
         x: tokens ``[B, N, D]``, any D; float16, bfloat16, float32 (float64: reference only).
-        shift, scale: ``[B, D]`` per sample, or ``[B, R, D]`` with R dividing N: ``R = T`` per frame, ``R = N`` per token.
-            Views with strides (chunks of a ``[B, 6D]`` projection) are read in place. Their dtype may differ from x's.
+        shift, scale: ``[B, D]`` per sample, or ``[B, R, D]`` with R dividing N: ``R = T`` per frame, ``R = N`` per
+            token. Views with strides (chunks of a ``[B, 6D]`` projection) are read in place. Their dtype may differ
+            from x's.
         weight, bias: affine parameters ``[D]`` of the norm; ``bias`` only with ``norm="layer"``.
         norm: ``"layer"`` or ``"rms"``.
         eps: added to the variance (or mean square).
         backend: ``None`` chooses; a name runs that backend or raises.
 
     Returns:
-        ``[B, N, D]`` in x's dtype; inside autocast in autocast's dtype. Statistics, ``1 + scale`` and sums are fp32, and
-        the result is rounded once.
+        ``[B, N, D]`` in x's dtype; inside autocast in autocast's dtype. Statistics, ``1 + scale`` and sums are fp32,
+        and the result is rounded once.
 
     Raises:
         ValueError: a shape, device or option that does not fit, or a backend that refuses the call.

@@ -1,4 +1,4 @@
-"""Gated residual and the adaptive layer norm that reads it, in one pass: what stands between two branches of a DiT block.
+"""Gated residual and the adaptive layer norm that reads it, in one pass: what joins two branches of a DiT block.
 
     x' = x + gate * branch
     y  = adaln(x', shift, scale)     rows, norms and affine weights as in ops/adaln.py
@@ -127,8 +127,8 @@ def gate_residual_adaln(
     Args:
         x, branch: tokens ``[B, N, D]``, any D; float16, bfloat16, float32 (float64: reference only); dtypes may differ
             (an fp32 residual stream under bf16 branches).
-        gate, shift, scale: ``[B, D]`` per sample, or ``[B, R, D]`` with R dividing N, each with its own R; strided views
-            are read in place.
+        gate, shift, scale: ``[B, D]`` per sample, or ``[B, R, D]`` with R dividing N, each with its own R; strided
+            views are read in place.
         weight, bias, norm, eps, backend: as for :func:`minisora_kernels.adaln`.
 
     Returns:
