@@ -22,7 +22,7 @@ def reference(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channel
     """The map in plain PyTorch; ``grid`` and ``patch`` are triples."""
     x = tokens.reshape(tokens.shape[0], *grid, *patch, channels)
     x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
-    return x.reshape(tokens.shape[0], channels, *(n * p for n, p in zip(grid, patch, strict=True)))
+    return x.reshape(tokens.shape[0], channels, *(n * p for n, p in zip(grid, patch, strict=True))).contiguous()
 
 
 LIBRARY.define(
@@ -59,7 +59,7 @@ def _cpu(tokens):
     return kernel_refusal(tokens=tokens)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu, "cuda": _cpu}
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu}
 
 
 def unpatchify(
@@ -68,7 +68,8 @@ def unpatchify(
     """``[B, N, pt*ph*pw*C]`` to ``[B, C, T, H, W]``. Differentiable.
 
     Args:
-        tokens: ``[B, N, pt*ph*pw*C]``, channels last inside a patch; float16, bfloat16, float32 (float64: reference only).
+        tokens: ``[B, N, pt*ph*pw*C]``, channels last inside a patch; float16, bfloat16, float32 (float64: reference
+            only).
         grid: tokens per axis ``(T', H', W')``; ``(H', W')`` for images.
         patch: ``(pt, ph, pw)``; ``(ph, pw)`` for images.
         channels: C.
@@ -83,7 +84,8 @@ def unpatchify(
     check_tokens("unpatchify", "tokens", tokens)
     if len(grid) not in (2, 3) or len(grid) != len(patch) or any(n < 1 for n in (*grid, *patch)):
         raise ValueError(
-            f"unpatchify: grid is {tuple(grid)} and patch is {tuple(patch)}; both must be (T, H, W) or both (H, W), positive"
+            f"unpatchify: grid is {tuple(grid)} and patch is {tuple(patch)}; both must be (T, H, W) or both (H, W), "
+            "positive"
         )
     if channels < 1:
         raise ValueError(f"unpatchify: channels is {channels}; it must be positive")
