@@ -1,0 +1,46 @@
+"""The README's example runs, its table says what the code says, and its commands exist."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import torch
+
+from minisora_kernels import backends
+from minisora_kernels.__main__ import ops
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_and_trains():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    names["x"].square().mean().backward()
+    assert names["x"].shape == (2, 240, 64)
+    for layer in ("project", "qkv", "out", "fc1", "fc2"):
+        gradient = names[layer].weight.grad
+        assert gradient is not None and torch.isfinite(gradient).all() and gradient.abs().max() > 0, layer
+
+
+def test_the_table_is_what_the_code_has():
+    header, *rows = (line for line in README.splitlines() if line.startswith(("| op |", "| `")))
+    columns = [cell.strip() for cell in header.strip("|").split("|")]
+    assert tuple(columns[2:]) == backends.BACKENDS
+    table = {}
+    for row in rows:
+        op, _, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        table[op.strip("`")] = [name for name, cell in zip(backends.BACKENDS, cells, strict=True) if cell]
+    claimed = {op: list(importlib.import_module(f"minisora_kernels.ops.{op}").BACKENDS) for op in ops()}
+    assert table == claimed
+
+
+def test_the_commands_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([a-z-]+)", README)) <= targets
+    for module in re.findall(r"python -m ([a-z_.]+)", README):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
