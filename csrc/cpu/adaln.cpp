@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
           if (new_run) s.read(shift_rows, scale_rows, w, c, b, n);
           const int64_t token = b * tokens + n;
           Sum sum;
-          for_columns(width, [&](int64_t i, auto count, auto u) {
+          for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
             const Vec value = load(in + token * width + i, count);
             store(s.row.data() + i, value, count);
             sum.part[u] = sum.part[u] + value;
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_bwd(
               in + token * width, grad + token * width, means[token], rstds[token], s.gain.data(), s.h.data(), s.dh.data(), sums[0],
               sums[1], width);
           const TokenGradient gradient(token_sums, rstds[token], width, rms);
-          for_columns(width, [&](int64_t i, auto count, auto) {
+          for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
             store(out + token * width + i, gradient(load(s.h.data() + i, count), load(s.dh.data() + i, count)), count);
           });
         },

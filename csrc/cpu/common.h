@@ -135,18 +135,27 @@ inline float sum_lanes(Vec value) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, value);
 }
 
-// f(column, count, u): u cycles through 0..3, so that a reduction keeps four independent sums and is not bound by latency.
+// Lambdas given to for_columns are marked so: left to itself the compiler calls some of them, at several times the cost.
+#define MINISORA_INLINE __attribute__((always_inline))
+
+// f(column, count), or f(column, count, u) for a reduction: u cycles through 0..3, so that it can keep four independent sums
+// and is not bound by the latency of one.
 template <class F>
-inline void for_columns(int64_t width, F&& f) {
+MINISORA_INLINE inline void for_columns(int64_t width, F&& f) {
   int64_t i = 0;
-  for (; i + 4 * V <= width; i += 4 * V) {
-    f(i, Full{}, std::integral_constant<int, 0>{});
-    f(i + V, Full{}, std::integral_constant<int, 1>{});
-    f(i + 2 * V, Full{}, std::integral_constant<int, 2>{});
-    f(i + 3 * V, Full{}, std::integral_constant<int, 3>{});
+  if constexpr (std::is_invocable_v<F, int64_t, Full>) {
+    for (; i + V <= width; i += V) f(i, Full{});
+    if (i < width) f(i, width - i);
+  } else {
+    for (; i + 4 * V <= width; i += 4 * V) {
+      f(i, Full{}, std::integral_constant<int, 0>{});
+      f(i + V, Full{}, std::integral_constant<int, 1>{});
+      f(i + 2 * V, Full{}, std::integral_constant<int, 2>{});
+      f(i + 3 * V, Full{}, std::integral_constant<int, 3>{});
+    }
+    for (; i + V <= width; i += V) f(i, Full{}, std::integral_constant<int, 0>{});
+    if (i < width) f(i, width - i, std::integral_constant<int, 1>{});
   }
-  for (; i + V <= width; i += V) f(i, Full{}, std::integral_constant<int, 0>{});
-  if (i < width) f(i, width - i, std::integral_constant<int, 1>{});
 }
 
 struct Sum {

@@ -22,7 +22,7 @@ Tensor gate_residual_fwd(const Tensor& x, const Tensor& branch, const Tensor& ga
         [&](std::vector<float>& gain, int64_t b, int64_t n, bool new_run) {
           if (new_run) gate_rows.read(b, n, 0.0f, gain.data(), width);
           const int64_t at = (b * tokens + n) * width;
-          for_columns(width, [&](int64_t i, auto count, auto) {
+          for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
             store(out + at + i, at::vec::fmadd(load(gain.data() + i, count), load(add + at + i, count), load(in + at + i, count)), count);
           });
         });
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(const Tensor& dy, const Tensor& bra
         [&](std::vector<float>& gain, int64_t b, int64_t n, bool new_run, float** sums) {
           if (new_run) gate_rows.read(b, n, 0.0f, gain.data(), width);
           const int64_t at = (b * tokens + n) * width;
-          for_columns(width, [&](int64_t i, auto count, auto) {
+          for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
             const Vec g = load(grad + at + i, count);
             store(out + at + i, g * load(gain.data() + i, count), count);
             store(sums[0] + i, at::vec::fmadd(g, load(added + at + i, count), load(sums[0] + i, count)), count);

@@ -24,15 +24,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
   Tensor mean = empty_like_shape(x, {batch, tokens}, ScalarType::Float), rstd = empty_like_shape(x, {batch, tokens}, ScalarType::Float);
   float* means = static_cast<float*>(mean.mutable_data_ptr());
   float* rstds = static_cast<float*>(rstd.mutable_data_ptr());
+  const void* x_data = x.const_data_ptr();
+  const void* branch_data = branch.const_data_ptr();
+  void* residual_data = residual.mutable_data_ptr();
+  void* y_data = y.mutable_data_ptr();
+  const ScalarType x_dtype = x.scalar_type(), branch_dtype = branch.scalar_type();
 
   // The residual is rounded to x's dtype before it is normalised: what the unfused pair of ops computes.
   const auto add_gated = [&](auto x_tag, auto branch_tag, const float* gain, float* row, int64_t at) {
     using TX = decltype(x_tag);
-    const auto* in = static_cast<const TX*>(x.const_data_ptr()) + at;
-    const auto* add = static_cast<const decltype(branch_tag)*>(branch.const_data_ptr()) + at;
-    auto* out = static_cast<TX*>(residual.mutable_data_ptr()) + at;
+    const auto* in = static_cast<const TX*>(x_data) + at;
+    const auto* add = static_cast<const decltype(branch_tag)*>(branch_data) + at;
+    auto* out = static_cast<TX*>(residual_data) + at;
     Sum sum;
-    for_columns(width, [&](int64_t i, auto count, auto u) {
+    for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
       store(out + i, at::vec::fmadd(load(gain + i, count), load(add + i, count), load(in + i, count)), count);
       const Vec rounded = load(out + i, count);
       store(row + i, rounded, count);
@@ -49,12 +54,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
       }
       const int64_t token = b * tokens + n;
       float sum = 0.0f;
-      with_type(x.scalar_type(), [&](auto x_tag) {
-        with_type(branch.scalar_type(), [&](auto branch_tag) { sum = add_gated(x_tag, branch_tag, s.gate.data(), s.row.data(), token * width); });
+      with_type(x_dtype, [&](auto x_tag) {
+        with_type(branch_dtype, [&](auto branch_tag) { sum = add_gated(x_tag, branch_tag, s.gate.data(), s.row.data(), token * width); });
       });
       statistics(s.row.data(), sum, width, rms, static_cast<float>(eps), means + token, rstds + token);
       with_type(out_dtype, [&](auto y_tag) {
-        auto* out = static_cast<decltype(y_tag)*>(y.mutable_data_ptr()) + token * width;
+        auto* out = static_cast<decltype(y_tag)*>(y_data) + token * width;
         modulate(s.row.data(), means[token], rstds[token], s.gain.data(), s.offset.data(), out, width);
       });
     });
@@ -84,16 +89,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
   AffineGradient dweight(weight, residual, chunk_count(batch, tokens), width), dbias(bias, residual, chunk_count(batch, tokens), width);
   const float* means = static_cast<const float*>(mean.const_data_ptr());
   const float* rstds = static_cast<const float*>(rstd.const_data_ptr());
+  const void* residual_data = residual.const_data_ptr();
+  const void* dresidual_data = dresidual.const_data_ptr();
+  const void* dy_data = dy.const_data_ptr();
+  const void* branch_data = branch.const_data_ptr();
+  void* dx_data = dx.mutable_data_ptr();
+  void* dbranch_data = dbranch.mutable_data_ptr();
+  const ScalarType x_dtype = residual.scalar_type(), y_dtype = dy.scalar_type(), branch_dtype = branch.scalar_type();
 
   // g = dresidual + dx of adaln; dx = g, dbranch = gate * g, dgate += g * branch
   const auto second_half = [&](auto x_tag, auto branch_tag, const Scratch& s, const TokenGradient& gradient, float* sum_gate, int64_t at) {
     using TX = decltype(x_tag);
     using TB = decltype(branch_tag);
-    const auto* grad = static_cast<const TX*>(dresidual.const_data_ptr()) + at;
-    const auto* added = static_cast<const TB*>(branch.const_data_ptr()) + at;
-    auto* out_x = static_cast<TX*>(dx.mutable_data_ptr()) + at;
-    auto* out_branch = static_cast<TB*>(dbranch.mutable_data_ptr()) + at;
-    for_columns(width, [&](int64_t i, auto count, auto) {
+    const auto* grad = static_cast<const TX*>(dresidual_data) + at;
+    const auto* added = static_cast<const TB*>(branch_data) + at;
+    auto* out_x = static_cast<TX*>(dx_data) + at;
+    auto* out_branch = static_cast<TB*>(dbranch_data) + at;
+    for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
       const Vec g = load(grad + i, count) + gradient(load(s.h.data() + i, count), load(s.dh.data() + i, count));
       store(out_x + i, g, count);
       store(out_branch + i, g * load(s.gate.data() + i, count), count);
@@ -109,13 +121,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
       }
       const int64_t token = b * tokens + n, at = token * width;
       TokenSums token_sums{};
-      with_type(residual.scalar_type(), [&](auto x_tag) {
-        with_type(dy.scalar_type(), [&](auto y_tag) {
+      with_type(x_dtype, [&](auto x_tag) {
+        with_type(y_dtype, [&](auto y_tag) {
           token_sums = adaln_backward_sums(
-              static_cast<const decltype(x_tag)*>(residual.const_data_ptr()) + at, static_cast<const decltype(y_tag)*>(dy.const_data_ptr()) + at,
+              static_cast<const decltype(x_tag)*>(residual_data) + at, static_cast<const decltype(y_tag)*>(dy_data) + at,
               means[token], rstds[token], s.gain.data(), s.h.data(), s.dh.data(), sums[0], sums[1], width);
         });
-        with_type(branch.scalar_type(), [&](auto branch_tag) {
+        with_type(branch_dtype, [&](auto branch_tag) {
           second_half(x_tag, branch_tag, s, TokenGradient(token_sums, rstds[token], width, rms), sums[2], at);
         });
       });

@@ -34,7 +34,7 @@ struct Rows {
     const char* row = data + element * (b * batch_stride + n / tokens_per_row * row_stride);
     with_type(dtype, [&](auto tag) {
       const auto* p = reinterpret_cast<const decltype(tag)*>(row);
-      for_columns(width, [&](int64_t i, auto count, auto) { store(out + i, load(p + i, count) + Vec(offset), count); });
+      for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(p + i, count) + Vec(offset), count); });
     });
   }
 };
@@ -59,7 +59,7 @@ inline void statistics(const float* row, float sum, int64_t width, bool rms, flo
   *mean = rms ? 0.0f : sum / static_cast<float>(width);
   const Vec center(*mean);
   Sum squares;
-  for_columns(width, [&](int64_t i, auto count, auto u) {
+  for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
     const Vec d = first_lanes(load(row + i, count) - center, count);
     squares.part[u] = at::vec::fmadd(d, d, squares.part[u]);
   });
@@ -91,7 +91,7 @@ struct AdaLNScratch {
 template <class TY>
 inline void modulate(const float* row, float mean, float rstd, const float* gain, const float* offset, TY* y, int64_t width) {
   const Vec center(mean), inverse(rstd);
-  for_columns(width, [&](int64_t i, auto count, auto) {
+  for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
     const Vec h = (load(row + i, count) - center) * inverse;
     store(y + i, at::vec::fmadd(h, load(gain + i, count), load(offset + i, count)), count);
   });
@@ -110,7 +110,7 @@ inline TokenSums adaln_backward_sums(
     float* sum_dy_h, int64_t width) {
   const Vec center(mean), inverse(rstd);
   Sum first, second;
-  for_columns(width, [&](int64_t i, auto count, auto u) {
+  for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
     const Vec g = load(dy + i, count);
     const Vec h = (load(x + i, count) - center) * inverse;
     const Vec dh = g * load(gain + i, count);
@@ -221,7 +221,7 @@ void sum_over_rows(
         for (int64_t chunk = first_chunk; chunk <= last_chunk; ++chunk) {
           const bool began_here = row * per_row >= chunk * kChunk;
           const float* in = slot(b, chunk, began_here) + k * width + first;
-          for_columns(last - first, [&](int64_t i, auto count, auto) { store(out + i, load(out + i, count) + load(in + i, count), count); });
+          for_columns(last - first, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(out + i, count) + load(in + i, count), count); });
         }
       }
       finish(b, row, first, last, sums);
@@ -268,7 +268,7 @@ class RowGradient {
   void write(int64_t b, int64_t row, int64_t first, int64_t last, const float* sum) {
     with_type(gradient_.scalar_type(), [&](auto tag) {
       auto* out = static_cast<decltype(tag)*>(gradient_.mutable_data_ptr()) + (b * rows_ + row) * width_;
-      for_columns(last - first, [&](int64_t i, auto count, auto) { store(out + first + i, load(sum + first + i, count), count); });
+      for_columns(last - first, [&](int64_t i, auto count) MINISORA_INLINE { store(out + first + i, load(sum + first + i, count), count); });
     });
   }
 
@@ -288,7 +288,7 @@ class AffineGradient {
   void add(int64_t task, const float* one_plus_scale, const float* sum) {
     if (!given_) return;
     float* out = partial_.data() + task * width_;
-    for_columns(width_, [&](int64_t i, auto count, auto) {
+    for_columns(width_, [&](int64_t i, auto count) MINISORA_INLINE {
       store(out + i, at::vec::fmadd(load(one_plus_scale + i, count), load(sum + i, count), load(out + i, count)), count);
     });
   }
@@ -299,7 +299,7 @@ class AffineGradient {
       for (size_t j = 0; j < partial_.size(); ++j) total[j % width_] += partial_[j];
       with_type(gradient_.scalar_type(), [&](auto tag) {
         auto* out = static_cast<decltype(tag)*>(gradient_.mutable_data_ptr());
-        for_columns(width_, [&](int64_t i, auto count, auto) { store(out + i, load(total.data() + i, count), count); });
+        for_columns(width_, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(total.data() + i, count), count); });
       });
     }
     return gradient_;
