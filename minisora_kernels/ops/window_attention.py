@@ -2,28 +2,37 @@
 
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]                    each [B, N, heads, head_dim]
     q, k    = norm(q) * q_weight, norm(k) * k_weight                      only with qk_norm; over head_dim
-    q, k    = rotate(q), rotate(k)                                        only with rope; by the token's place in the grid
+    q, k    = rotate(q), rotate(k)                                        only with rope; by the token's place
     P       = softmax(scale * q k^T + bias)                               inside each window
     out     = P v
 
-Windows are boxes of ``(wt, wh, ww)`` tokens laid from the origin; boxes at the far edge are smaller. Temporal attention is
-``(T, 1, 1)``, spatial ``(1, H, W)``, joint ``(T, H, W)``, W.A.L.T's (arXiv 2312.06662) ``(1, h, w)`` and ``(T, h, w)``;
-``(1, 1, 1)`` passes v through. Rotary embedding: Su et al. 2021 (arXiv 2104.09864); QK-norm: Dehghani et al. 2023
+Windows are boxes of ``(wt, wh, ww)`` tokens laid from the origin; boxes at the far edge are smaller. Temporal attention
+is ``(T, 1, 1)``, spatial ``(1, H, W)``, joint ``(T, H, W)``, W.A.L.T's (arXiv 2312.06662) ``(1, h, w)`` and
+``(T, h, w)``; ``(1, 1, 1)`` passes v through. Rotary embedding: Su et al. 2021 (arXiv 2104.09864); QK-norm: Dehghani et al. 2023
 (arXiv 2302.05442); relative position bias: Liu et al. 2021 (arXiv 2103.14030).
+
+Backward, per window and head, with P recomputed from the saved lse = log sum exp of a query's scores:
+
+    dv = P^T dout        dP = dout v^T        dS = P * (dP - delta),  delta = rowsum(dout * out) = rowsum(P * dP)
+    dbias = sum of dS over windows and samples        dq = scale * dS k        dk = scale * dS^T q
+    then back through the rotation (by the opposite angle) and the norm: with h = norm(x) and dz the gradient after it,
+    dweight = sum dz * h        dh = dz * weight        dx = rstd * (dh - mean(dh) - h * mean(dh * h))
+    (without mean(dh) for "rms"; the method is FlashAttention-2's, Dao 2023, arXiv 2307.08691)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from ..modulation import FLOATS
+from ..backends import LIBRARY
+from ..modulation import FLOATS, compute_dtype, kernel_refusal
 
 Grid = tuple[int, int, int]
 
@@ -137,9 +146,9 @@ def reference(
         pair = None
         if bias is not None:
             pair = bias.unflatten(2, window).unflatten(1, window)
-            inside = [slice(size) for size in sizes]
-            pair = pair[(slice(None), *inside, *inside)].reshape(heads, length, length).to(v.dtype)
-        piece = _attend(*parts, pair, scale)
+            a, b, c = (slice(size) for size in sizes)
+            pair = pair[:, a, b, c, a, b, c].reshape(heads, length, length).to(v.dtype)
+        piece = _attend(parts[0], parts[1], parts[2], pair, scale)
         piece = piece.unflatten(2, sizes).unflatten(0, (batch, *counts)).permute(0, 1, 5, 2, 6, 3, 7, 4, 8)
         pieces.append((place, piece.flatten(5, 6).flatten(3, 4).flatten(1, 2)))
     if len(pieces) == 1:
@@ -167,6 +176,71 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
     return scores.softmax(-1) @ v
 
 
+LIBRARY.define(
+    "window_attention_fwd(Tensor qkv, SymInt t, SymInt h, SymInt w, SymInt wt, SymInt wh, SymInt ww, Tensor? q_weight, "
+    "Tensor? k_weight, int norm, Tensor? cos, Tensor? sin, bool interleaved, Tensor? bias, float scale, float eps) "
+    "-> (Tensor out, Tensor lse)"
+)
+LIBRARY.define(
+    "window_attention_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, SymInt t, SymInt h, SymInt w, SymInt wt, "
+    "SymInt wh, SymInt ww, Tensor? q_weight, Tensor? k_weight, int norm, Tensor? cos, Tensor? sin, bool interleaved, "
+    "Tensor? bias, float scale, float eps, bool with_dbias) "
+    "-> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight, Tensor dbias)"
+)
+
+NORMS = {None: 0, "rms": 1, "layer": 2}
+
+
+@torch.library.register_fake("minisora::window_attention_fwd")
+def _(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps):
+    batch, tokens, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(batch, tokens, heads * head_dim)
+    return out, qkv.new_empty(batch, tokens, heads, dtype=torch.float32)
+
+
+@torch.library.register_fake("minisora::window_attention_bwd")
+def _(dout, qkv, out, lse, *call):
+    q_weight, k_weight, bias, with_dbias = call[6], call[7], call[12], call[15]
+    dweights = (qkv.new_empty(0) if p is None else p.new_empty(p.shape) for p in (q_weight, k_weight))
+    dbias = bias.new_empty(bias.shape) if with_dbias else qkv.new_empty(0)
+    return (qkv.new_empty(qkv.shape), *dweights, dbias)
+
+
+class _WindowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv, q_weight, k_weight, bias, cos, sin, sizes, norm, interleaved, scale, eps):
+        qkv, q_weight, k_weight, bias, cos, sin = (
+            None if tensor is None else tensor.contiguous() for tensor in (qkv, q_weight, k_weight, bias, cos, sin)
+        )
+        options = (q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps)
+        out, lse = torch.ops.minisora.window_attention_fwd(qkv, *sizes, *options)
+        ctx.save_for_backward(qkv, out, lse, q_weight, k_weight, cos, sin, bias)
+        ctx.constants = sizes, norm, interleaved, scale, eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any):
+        qkv, out, lse, q_weight, k_weight, cos, sin, bias = ctx.saved_tensors
+        sizes, norm, interleaved, scale, eps = ctx.constants
+        options = (q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps, ctx.needs_input_grad[3])
+        dqkv, dq_weight, dk_weight, dbias = torch.ops.minisora.window_attention_bwd(
+            gradients[0].contiguous(), qkv, out, lse, *sizes, *options
+        )
+        return (
+            dqkv,
+            None if q_weight is None else dq_weight,
+            None if k_weight is None else dk_weight,
+            dbias if ctx.needs_input_grad[3] else None,
+            *(None,) * 7,
+        )
+
+
+def _cpu(qkv, q_weight, k_weight, bias):
+    if qkv.shape[-1] % 8:
+        return f"head_dim is {qkv.shape[-1]}; the kernels take multiples of 8"
+    return kernel_refusal(qkv=qkv, q_weight=q_weight, k_weight=k_weight, bias=bias)
+
+
 BACKENDS: backends.Table = {"reference": lambda *_: None}
 
 
@@ -176,7 +250,7 @@ def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[
         raise TypeError(f"{op}: qkv must be a tensor, got {type(qkv).__name__}")
     if qkv.dtype not in FLOATS:
         raise TypeError(f"{op}: qkv has dtype {qkv.dtype}; it may be float16, bfloat16, float32 or float64")
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[3] < 1 or qkv.shape[4] < 1:
         raise ValueError(f"{op}: qkv must be [B, N, 3, heads, head_dim], got shape {tuple(qkv.shape)}")
     _, tokens, _, heads, head_dim = qkv.shape
     for name, value in (("grid", grid), ("window", window)):
@@ -244,7 +318,7 @@ def window_attention(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention inside windows of the grid, from ``qkv`` as one Linear wrote it. Differentiable in qkv, weights and bias.
+    """Attention inside windows of the grid, from ``qkv`` as one Linear wrote it; differentiable but for rope.
 
     Args:
         qkv: ``[B, N, 3, heads, head_dim]`` with ``N = T*H*W``, time-major; float16, bfloat16, float32 (float64:
@@ -266,17 +340,25 @@ def window_attention(
     """
     grid, window = _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    call = (qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias)
-    backends.choose("window_attention", BACKENDS, qkv.device, backend, *call)
-    return reference(
-        qkv,
-        grid,
-        window,
-        q_weight=q_weight,
-        k_weight=k_weight,
-        qk_norm=qk_norm,
-        rope=rope,
-        bias=bias,
-        scale=scale,
-        eps=eps,
+    qkv = qkv.to(compute_dtype(qkv))
+    chosen = backends.choose("window_attention", BACKENDS, qkv.device, backend, qkv, q_weight, k_weight, bias)
+    if chosen == "reference":
+        with torch.autocast(qkv.device.type, enabled=False):
+            return reference(
+                qkv,
+                grid,
+                window,
+                q_weight=q_weight,
+                k_weight=k_weight,
+                qk_norm=qk_norm,
+                rope=rope,
+                bias=bias,
+                scale=scale,
+                eps=eps,
+            )
+    cos, sin, interleaved = None, None, True
+    if rope is not None:
+        cos, sin, interleaved = rope.cos.float(), rope.sin.float(), rope.interleaved
+    return _WindowAttention.apply(
+        qkv, q_weight, k_weight, bias, cos, sin, (*grid, *window), NORMS[qk_norm], interleaved, float(scale), float(eps)
     )
