@@ -91,15 +91,11 @@ def test_strided_and_expanded_tokens_and_gradients(backend):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_every_output_element_is_written(backend):
+def test_every_output_element_is_written(backend, nan_filled):
     grid, patch, channels = (3, 5, 7), (1, 2, 2), 3
     tokens = tokens_for(grid, patch, channels).requires_grad_()
-    torch.use_deterministic_algorithms(True)
-    try:
-        video = unpatchify(tokens, grid, patch, channels, backend=backend)
-        video.backward(torch.ones_like(video))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    video = unpatchify(tokens, grid, patch, channels, backend=backend)
+    video.backward(torch.ones_like(video))
     assert video.isfinite().all()
     assert torch.equal(tokens.grad, torch.ones_like(tokens))
 

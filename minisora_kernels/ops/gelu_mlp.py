@@ -14,12 +14,16 @@ Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415), the tanh form.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
-from ..modulation import FLOATS, compute_dtype
+from ..backends import LIBRARY
+from ..modulation import FLOATS, compute_dtype, kernel_refusal
 
 
 def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -27,7 +31,48 @@ def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None}
+LIBRARY.define("gelu_mlp_fwd(Tensor h) -> Tensor")
+LIBRARY.define("gelu_mlp_bwd(Tensor h, Tensor da) -> (Tensor a, Tensor dh)")
+
+
+@torch.library.register_fake("minisora::gelu_mlp_fwd")
+def _(h):
+    return h.new_empty(h.shape)
+
+
+@torch.library.register_fake("minisora::gelu_mlp_bwd")
+def _(h, da):
+    return h.new_empty(h.shape), h.new_empty(h.shape)
+
+
+class _GeluMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, w1, b1, w2, b2):
+        h = F.linear(x.reshape(-1, x.shape[-1]), w1, b1)
+        ctx.save_for_backward(x, w1, w2, h)
+        return F.linear(torch.ops.minisora.gelu_mlp_fwd(h), w2, b2).view(*x.shape[:-1], w2.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any):
+        x, w1, w2, h = ctx.saved_tensors
+        need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad
+        dy = gradients[0].reshape(-1, w2.shape[0])
+        a, dh = torch.ops.minisora.gelu_mlp_bwd(h, dy @ w2)
+        return (
+            (dh @ w1).view(x.shape) if need_x else None,
+            dh.t() @ x.reshape(-1, x.shape[-1]) if need_w1 else None,
+            dh.sum(0) if need_b1 else None,
+            dy.t() @ a if need_w2 else None,
+            dy.sum(0) if need_b2 else None,
+        )
+
+
+def _cpu(x):
+    return kernel_refusal(x=x)
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu}
 
 
 def gelu_mlp(
@@ -43,7 +88,8 @@ def gelu_mlp(
 
     Returns:
         ``[..., D_out]`` in x's dtype; inside autocast in autocast's dtype. The matrix products are torch's on every
-        backend; the kernel is the activation, forward and backward.
+        backend; the kernel is the activation, forward and backward. The bits do not depend on the number of threads
+        where torch's products do not: in float32 (MKL 2024.2, AVX2) for a D, hidden and D_out that are multiples of 16.
 
     Raises:
         ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.
@@ -64,12 +110,15 @@ def gelu_mlp(
     if w1.dim() != 2 or w1.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: w1 has shape {tuple(w1.shape)}; it must be [hidden, D] with D = {x.shape[-1]}")
     if w2.dim() != 2 or w2.shape[1] != w1.shape[0]:
-        raise ValueError(f"{op}: w2 has shape {tuple(w2.shape)}; it must be [D_out, hidden] with hidden = {w1.shape[0]}")
+        raise ValueError(
+            f"{op}: w2 has shape {tuple(w2.shape)}; it must be [D_out, hidden] with hidden = {w1.shape[0]}"
+        )
     for name, b, w in (("b1", b1, w1), ("b2", b2, w2)):
         if b is not None and tuple(b.shape) != (w.shape[0],):
             raise ValueError(f"{op}: {name} has shape {tuple(b.shape)}; it must be [{w.shape[0]}]")
     dtype = compute_dtype(x)
     x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
     b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
-    backends.choose(op, BACKENDS, x.device, backend, x)
-    return reference(x, w1, b1, w2, b2)
+    if backends.choose(op, BACKENDS, x.device, backend, x) == "reference":
+        return reference(x, w1, b1, w2, b2)
+    return _GeluMLP.apply(x, w1, b1, w2, b2)

@@ -1,0 +1,257 @@
+"""gelu_mlp: the activation's kernel forward and backward, and what is kept between them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_as_accurate
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from minisora_kernels import backends, gelu_mlp
+
+UNAVAILABLE = backends.unavailable("cpu")
+KERNELS = [pytest.param("cpu", marks=pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE)))]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = ("x", "w1", "b1", "w2", "b2")
+
+
+def parameters(shape, hidden, out, *, bias=True, dtype=torch.float32):
+    """x, w1, b1, w2, b2 as leaves that need a gradient."""
+    torch.manual_seed(0)
+    d = shape[-1]
+    values = [torch.randn(shape), torch.randn(hidden, d) * d**-0.5 * 2, torch.randn(hidden)]
+    values += [torch.randn(out, hidden) * hidden**-0.5, torch.randn(out)]
+    leaves = [value.to(dtype).requires_grad_() for value in values]
+    return leaves if bias else [leaves[0], leaves[1], None, leaves[3], None]
+
+
+def run(arguments, backend, dtype=None):
+    """y and the gradients of all given tensors, for a fixed dy."""
+    arguments = [
+        None if a is None else a.detach().to(dtype or a.dtype).requires_grad_(a.requires_grad) for a in arguments
+    ]
+    y = gelu_mlp(*arguments, backend=backend)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype))
+    results = {"y": y.detach()}
+    results |= {f"d{name}": a.grad for name, a in zip(NAMES, arguments, strict=True) if a is not None}
+    return results
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "hidden", "out"), [((1, 1, 1), 1, 1), ((2, 17, 12), 33, 12), ((3, 5, 7, 8), 32, 5), ((72,), 100, 72)]
+)
+def test_values_and_gradients(shape, hidden, out, dtype, bias, backend):
+    arguments = parameters(shape, hidden, out, bias=bias, dtype=dtype)
+    kernel, reference = run(arguments, backend), run(arguments, "reference")
+    exact = run(arguments, "reference", torch.float64)
+    assert kernel["y"].shape == (*shape[:-1], out)
+    for name in exact:
+        assert_as_accurate(name, kernel[name], reference[name], exact[name])
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 7, 8, 33, 5000])
+def test_activation_and_its_slope(size, dtype, backend):
+    torch.manual_seed(0)
+    h, da = (3 * torch.randn(1, size)).to(dtype), torch.randn(1, size).to(dtype)
+    a, dh = torch.ops.minisora.gelu_mlp_bwd(h, da)
+    assert torch.equal(a, torch.ops.minisora.gelu_mlp_fwd(h))
+    exact_h = h.double().requires_grad_()
+    exact = F.gelu(exact_h, approximate="tanh")
+    (exact_dh,) = torch.autograd.grad(exact, exact_h, da.double())
+    assert_as_accurate("a", a, F.gelu(h, approximate="tanh"), exact.detach())
+    assert_as_accurate("dh", dh, torch.ops.aten.gelu_backward(da, h, approximate="tanh"), exact_dh)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_activation_keeps_its_digits_where_it_is_small(backend):
+    """tanh(u) rounds to -1 long before gelu(h) is 0; the sigmoid form does not."""
+    h = torch.linspace(-9, -0.01, 4097)
+    exact = h.double() / (1 + torch.exp(-2 * (2 / torch.pi) ** 0.5 * (h.double() + 0.044715 * h.double() ** 3)))
+    torch.testing.assert_close(torch.ops.minisora.gelu_mlp_fwd(h).double(), exact, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_values_behave_as_in_torch(dtype, backend):
+    values = [1e4, -1e4, 20, -20, 6e4, -6e4, float("inf"), -float("inf"), float("nan"), 0.0, -0.0]
+    values += [torch.finfo(dtype).smallest_normal, -torch.finfo(dtype).smallest_normal / 4]
+    h = torch.tensor([values * 3], dtype=dtype)
+    one = torch.ones_like(h)
+    a, dh = torch.ops.minisora.gelu_mlp_bwd(h, one)
+    for ours in (a, torch.ops.minisora.gelu_mlp_fwd(h)):
+        torch.testing.assert_close(ours, F.gelu(h, approximate="tanh"), rtol=1e-6, atol=1e-37, equal_nan=True)
+    torch.testing.assert_close(
+        dh, torch.ops.aten.gelu_backward(one, h, approximate="tanh"), rtol=1e-6, atol=1e-37, equal_nan=True
+    )
+
+
+def saved_bytes(backend):
+    arguments = parameters((2, 8, 16), 256, 16)
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gelu_mlp(*arguments, backend=backend)
+    given = sum(a.numel() * 4 for a in (arguments[1], arguments[3]))
+    return sum(storages.values()) - given
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_keeps_the_input_and_the_pre_activation_only(backend):
+    tokens, width, hidden = 16, 16, 256
+    assert saved_bytes("reference") == 4 * tokens * (width + 2 * hidden)
+    assert saved_bytes(backend) == 4 * tokens * (width + hidden)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_strided_input_and_gradient(backend):
+    x, w1, b1, w2, b2 = (a.detach() for a in parameters((5, 3, 16), 24, 8))
+    for view in (x.transpose(0, 1), x[..., ::2].repeat(1, 1, 2), x[:1].expand(4, -1, -1), x.permute(2, 1, 0)[..., :3]):
+        width = view.shape[-1]
+        results = []
+        for chosen in (backend, "reference"):
+            leaf = view.detach().requires_grad_()
+            weights = [w.clone().requires_grad_() for w in (w1[:, :width], b1, w2.t().contiguous().t(), b2)]
+            y = gelu_mlp(leaf, *weights, backend=chosen)
+            y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape[::-1]).permute(2, 1, 0))
+            results.append([y, leaf.grad, *(w.grad for w in weights)])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_no_tokens(backend):
+    arguments = parameters((2, 0, 12), 16, 12)
+    results = run(arguments, backend)
+    assert results["y"].shape == (2, 0, 12)
+    assert results["dx"].shape == (2, 0, 12)
+    for name in ("dw1", "db1", "dw2", "db2"):
+        assert torch.equal(results[name], torch.zeros_like(results[name]))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("needed", range(5))
+def test_gradient_of_one_argument_alone(needed, backend):
+    arguments = parameters((2, 5, 12), 16, 12)
+    everything = run(arguments, backend)
+    for i, argument in enumerate(arguments):
+        argument.requires_grad_(i == needed)
+    alone = run(arguments, backend)
+    for i, name in enumerate(NAMES):
+        if i == needed:
+            assert torch.equal(alone[f"d{name}"], everything[f"d{name}"])
+        else:
+            assert alone[f"d{name}"] is None
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_autocast_works_in_its_dtype_and_returns_gradients_in_the_parameters(backend):
+    arguments = parameters((2, 17, 12), 32, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = gelu_mlp(*arguments, backend=backend)
+        reference = gelu_mlp(*arguments, backend="reference")
+    assert y.dtype == torch.bfloat16
+    ours, theirs = (torch.autograd.grad(out.float().square().sum(), arguments) for out in (y, reference))
+    exact_arguments = [a.detach().double().requires_grad_() for a in arguments]
+    exact_y = gelu_mlp(*exact_arguments, backend="reference")
+    exact = torch.autograd.grad(exact_y.square().sum(), exact_arguments)
+    assert_as_accurate("y", y.detach(), reference.detach(), exact_y.detach())
+    for name, a, b, c in zip(NAMES, ours, theirs, exact, strict=True):
+        assert a.dtype == torch.float32
+        error, bound = ((v.double() - c).square().mean().sqrt() for v in (a, b))
+        assert error <= 2 * bound, name
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "width", "hidden"), [(257, 48, 96), (1030, 16, 32), (40, 96, 384)])
+def test_same_bits_for_any_number_of_threads(tokens, width, hidden, dtype, backend, threads):
+    """Widths that are multiples of 16: for others torch's fp32 products may depend on the number of threads."""
+    arguments = parameters((1, tokens, width), hidden, width, dtype=dtype)
+    results = []
+    for count in (1, 2, 3, 1):
+        torch.set_num_threads(count)
+        results.append(run(arguments, backend))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_every_output_element_is_written(backend, nan_filled):
+    for size in (1, 9, 4096, 4097, 8195):
+        h = torch.linspace(-4, 4, size).view(1, -1)
+        a, dh = torch.ops.minisora.gelu_mlp_bwd(h, torch.ones_like(h))
+        assert a.isfinite().all()
+        assert dh.isfinite().all()
+        assert torch.ops.minisora.gelu_mlp_fwd(h).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_second_derivatives_are_refused(backend):
+    x, *weights = parameters((2, 5, 12), 16, 12)
+    (dx,) = torch.autograd.grad(gelu_mlp(x, *weights, backend=backend).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_raw_ops_pass_opcheck(backend):
+    h = torch.randn(3, 20)
+    torch.library.opcheck(torch.ops.minisora.gelu_mlp_fwd, (h,))
+    torch.library.opcheck(torch.ops.minisora.gelu_mlp_bwd, (h, torch.randn(3, 20)))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_raw_ops_refuse_what_they_cannot_index(backend):
+    h = torch.randn(4, 20)
+    for bad in (h[:, ::2], h.t(), h.double()):
+        with pytest.raises(RuntimeError, match="h must be"):
+            torch.ops.minisora.gelu_mlp_fwd(bad)
+    for bad in (h[:2], h.bfloat16(), torch.randn(20, 4).t(), torch.randn(80)):
+        with pytest.raises(RuntimeError, match="da must"):
+            torch.ops.minisora.gelu_mlp_bwd(h, bad)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_compiles_whole_and_once_for_all_lengths(backend):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *a: gelu_mlp(*a, backend=backend).square().sum(), fullgraph=True, backend=counter)
+    for length in (5, 6, 9, 14):
+        arguments = parameters((2, length, 12), 16, 12)
+        ours = torch.autograd.grad(compiled(*arguments), arguments)
+        theirs = torch.autograd.grad(gelu_mlp(*arguments, backend="reference").square().sum(), arguments)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "error", "message"),
+    [
+        (0, torch.tensor(1.0), ValueError, "x must be"),
+        (0, torch.zeros(2, 3, dtype=torch.int32), TypeError, "x has dtype torch.int32"),
+        (0, torch.zeros(2, 3), ValueError, r"w1 has shape \(16, 12\).*D = 3"),
+        (1, torch.zeros(16, 11), ValueError, r"w1 has shape \(16, 11\)"),
+        (1, None, TypeError, "w1 must be a tensor"),
+        (2, torch.zeros(1, 16), ValueError, r"b1 has shape \(1, 16\)"),
+        (3, torch.zeros(12, 15), ValueError, r"w2 has shape \(12, 15\).*hidden = 16"),
+        (4, torch.zeros(16), ValueError, r"b2 has shape \(16,\)"),
+        (4, "none", TypeError, "b2 must be a tensor"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(position, value, error, message):
+    arguments = parameters((2, 5, 12), 16, 12)
+    arguments[position] = value
+    with pytest.raises(error, match=message):
+        gelu_mlp(*arguments)
