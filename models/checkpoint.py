@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -122,10 +123,13 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise NotACheckpoint(f"{path} is not a file")
+    if not zipfile.is_zipfile(path):
+        raise NotACheckpoint(f"{path} is not a whole checkpoint")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise NotACheckpoint(f"{path} is refused: it holds more than tensors and plain values ({error})") from error
+        # torch's own message goes on to advise loading the file unsafely.
+        raise NotACheckpoint(f"{path} is refused: it holds more than tensors and plain values") from error
     except Exception as error:
         raise NotACheckpoint(f"{path} is not a whole checkpoint: {error or type(error).__name__}") from error
     if not isinstance(content, dict) or content.get("magic") != MAGIC:

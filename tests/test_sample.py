@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from models.checkpoint import Checkpoint, as_plain, save
+from models.config import TrainConfig
+from models.dit import DiT, DiTConfig
+from models.sample import SampleConfig, class_ids, contact_sheet, enlarge, main, mosaic, run, write_mp4
+
+FILES = ("samples.mp4", "samples.gif", "samples.png", "samples.npz")
+
+
+def make(
+    folder: Path, *, classes: tuple[str, ...] = ("ant", "bee", "cow"), train: TrainConfig | None = None, **changes
+):
+    """A checkpoint of a model with random weights; the averaged ones differ from the last ones."""
+    shape = {"input_size": (3, 8, 12), "patch": (1, 4, 4), "channels": 3, "width": 16, "depth": 2, "heads": 2}
+    dit = DiTConfig(**(shape | {"num_classes": len(classes)} | changes))
+    torch.manual_seed(0)
+    model = DiT(dit)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    folder.mkdir()
+    return save(
+        folder,
+        Checkpoint(
+            train=as_plain(train or TrainConfig()),
+            dit=as_plain(dit),
+            classes=list(classes),
+            step=5,
+            model=model.state_dict(),
+            ema={name: weight * 0.9 for name, weight in model.state_dict().items()},
+            optimizer={},
+            rng={},
+        ),
+        keep=1,
+    )
+
+
+def frames(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def clips(paths: list[Path]) -> np.ndarray:
+    return np.load(paths[3])["clips"]
+
+
+def test_all_four_files_decode_to_the_same_clips(tmp_path, capsys):
+    paths = run(SampleConfig(make(tmp_path / "run"), count=3, steps=2))
+    assert paths == [tmp_path / "run/samples" / name for name in FILES]
+    printed = capsys.readouterr().out
+    assert all(str(path) in printed for path in paths) and "ant, bee, cow" in printed
+    arrays = np.load(paths[3])
+    assert arrays["clips"].shape == (3, 3, 8, 12, 3) and arrays["clips"].dtype == np.uint8
+    assert arrays["labels"].tolist() == [0, 1, 2] and arrays["clips"].std() > 10
+    # 8x12 pixels become 128x192; one column, with gaps of 4.
+    film = mosaic(arrays["clips"])
+    assert film.shape == (3, 392, 192, 3)
+    mp4, gif, png = (frames(path) for path in paths[:3])
+    assert mp4.shape == gif.shape == film.shape
+    assert np.abs(gif.astype(int) - film).mean() < 12 and np.abs(mp4.astype(int) - film).mean() < 12
+    assert png.shape == (1, 3 * 132 - 4, 3 * 196 - 4, 3)
+    for sample in range(3):
+        for frame in range(3):
+            tile = png[0, 132 * sample : 132 * sample + 128 : 16, 196 * frame : 196 * frame + 192 : 16]
+            assert (tile == arrays["clips"][sample, frame]).all()
+
+
+def test_the_clips_depend_on_seed_weights_class_and_guidance(tmp_path):
+    base = SampleConfig(make(tmp_path / "run"), tmp_path / "base", count=2, steps=2)
+    first = clips(run(base))
+    assert (first == clips(run(dataclasses.replace(base, out=tmp_path / "again", batch_size=1)))).all()
+    for number, change in enumerate(
+        ({"seed": 1}, {"last_weights": True}, {"classes": ("2", "cow")}, {"guidance": 3.0}, {"solver": "heun"})
+    ):
+        other = clips(run(dataclasses.replace(base, out=tmp_path / str(number), **change)))
+        assert (first != other).mean() > 0.05, change
+    guided = [
+        clips(run(dataclasses.replace(base, out=tmp_path / f"g{n}", guidance=3.0, guidance_channels=n))) for n in (1, 3)
+    ]
+    assert (guided[0] != guided[1]).any()
+
+
+def test_a_run_folder_means_its_newest_checkpoint(tmp_path):
+    make(tmp_path / "run")
+    paths = run(SampleConfig(tmp_path / "run", count=1, steps=1))
+    assert paths[0].parent == tmp_path / "run/samples"
+
+
+@pytest.mark.parametrize("solver", [None, "ddim"])
+def test_a_diffusion_with_learned_variance(tmp_path, solver):
+    train = TrainConfig(objective="ddpm")
+    path = make(tmp_path / "run", train=train, learn_sigma=True)
+    assert clips(run(SampleConfig(path, count=1, steps=3, solver=solver))).shape == (1, 3, 8, 12, 3)
+
+
+def test_unconditional_grey_and_image_models(tmp_path):
+    path = make(tmp_path / "run", classes=(), channels=1, input_size=(8, 8), patch=(4, 4))
+    paths = run(SampleConfig(path, count=5, steps=1))
+    arrays = np.load(paths[3])
+    assert arrays["clips"].shape == (5, 1, 8, 8, 1) and "labels" not in arrays
+    assert frames(paths[2]).shape == (1, 5 * 132 - 4, 128, 3)
+    with pytest.raises(ValueError, match="guidance is 2"):
+        run(SampleConfig(path, tmp_path / "out", guidance=2.0))
+    with pytest.raises(ValueError, match="trained without classes"):
+        run(SampleConfig(path, tmp_path / "out", classes=("0",)))
+
+
+def test_output_is_not_overwritten_unless_asked(tmp_path):
+    config = SampleConfig(make(tmp_path / "run"), tmp_path / "out", count=1, steps=1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/samples.gif").write_text("mine")
+    with pytest.raises(ValueError, match=r"samples\.gif exists already; use --overwrite"):
+        run(config)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["samples.gif"]
+    run(dataclasses.replace(config, overwrite=True))
+    assert len(frames(tmp_path / "out/samples.gif")) == 3
+
+
+def test_what_does_not_match_is_refused_with_the_reason(tmp_path):
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match="is not a whole checkpoint"):
+        run(SampleConfig(tmp_path / "text.pt"))
+    path = make(tmp_path / "run")
+    content = torch.load(path, weights_only=True)
+    content["dit"]["depth"] = 3
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"(?s)do not match the stored model configuration.*blocks\.2"):
+        run(SampleConfig(tmp_path / "other.pt"))
+    with pytest.raises(ValueError, match="class is 'dog'; it may be one of ant, bee, cow"):
+        run(SampleConfig(path, classes=("dog",)))
+    with pytest.raises(ValueError, match="solver is 'ddim'"):
+        run(SampleConfig(path, solver="ddim"))
+    with pytest.raises(ValueError, match="count is 0"):
+        run(SampleConfig(path, count=0))
+
+
+def test_the_command_line(tmp_path, capsys):
+    path = make(tmp_path / "run")
+    main(
+        [str(path), "--class", "bee", "0", "--count", "3", "--steps", "1", "--seed", "4", "--out", str(tmp_path / "o")]
+    )
+    assert "bee, ant, bee" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"error: .*exists already"):
+        main([str(path), "--out", str(tmp_path / "o")])
+    with pytest.raises(SystemExit):
+        main([str(path), "--speed", "3"])
+
+
+def test_class_ids():
+    assert class_ids((), ["a", "b"], 5).tolist() == [0, 1, 0, 1, 0]
+    # A name wins over an id: digits are called by their digit.
+    assert class_ids(("2", "0"), ["2", "1", "0"], 3).tolist() == [0, 2, 0]
+    assert class_ids((), [], 5) is None
+
+
+def test_frames_are_enlarged_by_a_whole_number():
+    clip = np.arange(2 * 100 * 150 * 3, dtype=np.uint32).astype(np.uint8).reshape(1, 2, 100, 150, 3)
+    assert enlarge(clip).shape == (1, 2, 200, 300, 3) and (enlarge(clip)[:, :, ::2, ::2] == clip).all()
+    large = np.zeros((1, 1, 129, 131, 1), dtype=np.uint8)
+    assert enlarge(large).shape == (1, 1, 129, 131, 3)
+    assert mosaic(large).shape == (1, 130, 132, 3) and contact_sheet(large).shape == (129, 131, 3)
+
+
+def test_without_h264_the_encoder_is_mpeg4(tmp_path, monkeypatch):
+    monkeypatch.setattr("models.sample.av.codecs_available", {"mpeg4"})
+    write_mp4(tmp_path / "a.mp4", np.full((3, 32, 48, 3), 90, dtype=np.uint8), 8)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == "mpeg4"
+    assert np.abs(frames(tmp_path / "a.mp4").astype(int) - 90).max() < 4
