@@ -8,8 +8,8 @@
 
 Windows are boxes of ``(wt, wh, ww)`` tokens laid from the origin; boxes at the far edge are smaller. Temporal attention
 is ``(T, 1, 1)``, spatial ``(1, H, W)``, joint ``(T, H, W)``, W.A.L.T's (arXiv 2312.06662) ``(1, h, w)`` and
-``(T, h, w)``; ``(1, 1, 1)`` passes v through. Rotary embedding: Su et al. 2021 (arXiv 2104.09864); QK-norm: Dehghani et al. 2023
-(arXiv 2302.05442); relative position bias: Liu et al. 2021 (arXiv 2103.14030).
+``(T, h, w)``; ``(1, 1, 1)`` passes v through. Rotary embedding: Su et al. 2021 (arXiv 2104.09864); QK-norm: Dehghani et
+al. 2023 (arXiv 2302.05442); relative position bias: Liu et al. 2021 (arXiv 2103.14030).
 
 Backward, per window and head, with P recomputed from the saved lse = log sum exp of a query's scores:
 
@@ -241,7 +241,7 @@ def _cpu(qkv, q_weight, k_weight, bias):
     return kernel_refusal(qkv=qkv, q_weight=q_weight, k_weight=k_weight, bias=bias)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None}
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu}
 
 
 def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[Grid, Grid]:
