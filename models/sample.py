@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import av
 import numpy as np
@@ -72,6 +72,11 @@ def choose_backend(name: str) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if name == "auto" else use_backend(name)
 
 
+def progress_bar(**options: Any) -> tqdm:
+    """A bar that moves on a terminal and adds a line to a log only now and then."""
+    return tqdm(mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True, **options)
+
+
 def make_objective(config: TrainConfig) -> FlowMatching | DDPM:
     return FlowMatching(config.timesteps) if config.objective == "flow" else DDPM()
 
@@ -122,7 +127,7 @@ def sample_clips(
     noise = torch.randn((count, *shape), generator=generator, device=device)
     clips = []
     starts = range(0, count, batch_size)
-    with tqdm(total=len(starts) * steps, desc="sampling", disable=not progress) as bar:
+    with progress_bar(total=len(starts) * steps, desc="sampling", disable=not progress) as bar:
 
         def counted(steps: Iterable[int]) -> Iterator[int]:
             for step in steps:

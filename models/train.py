@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import tyro
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
@@ -40,7 +39,7 @@ from .checkpoint import Checkpoint, as_plain
 from .config import TrainConfig, from_dict, load, preset, start_parser
 from .data import Batches, Source, open_source
 from .dit import DiT
-from .sample import choose_backend, class_ids, contact_sheet, make_objective, sample_clips, write_png
+from .sample import choose_backend, class_ids, contact_sheet, make_objective, progress_bar, sample_clips, write_png
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -248,7 +247,7 @@ class Log:
         config = trainer.config
         self.losses = Losses(folder / "losses.csv", trainer.step)
         self.board: SummaryWriter = SummaryWriter(str(folder), purge_step=trainer.step or None)
-        self.bar = tqdm(total=config.steps, initial=trainer.step, desc=folder.name, unit="step", dynamic_ncols=True)
+        self.bar = progress_bar(total=config.steps, initial=trainer.step, desc=folder.name, unit="step")
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
         self.tokens = config.batch_size * trainer.model.tokens_per_sample
         self.since = time.perf_counter()
@@ -274,7 +273,9 @@ class Log:
         step, loss, norm, rate = rows[-1]
         for name, value in (("loss", loss), ("gradient norm", norm), ("learning rate", rate), ("tokens/s", speed)):
             self.board.add_scalar(name, value, step)
-        self.bar.set_postfix_str(f"loss {sum(row[1] for row in rows) / len(rows):.4f}, {speed:,.0f} tokens/s")
+        self.bar.set_postfix_str(
+            f"loss {sum(row[1] for row in rows) / len(rows):.4f}, {speed:,.0f} tokens/s", refresh=False
+        )
         self.since = time.perf_counter()
         for step, loss, *_ in rows:
             if not math.isfinite(loss):

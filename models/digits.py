@@ -1,0 +1,167 @@
+"""``python -m models.digits``: train on moving digits, then count the generated frames that show the digit asked for.
+
+A small convolutional network learns the ten digits from real frames. Its accuracy on frames of handwritten digits that
+neither it nor the diffusion model has seen says how far to trust its count on the generated ones.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from . import checkpoint as checkpoints
+from .allocator import reuse_large_allocations
+from .config import PRESETS, TrainConfig, from_dict, merge
+from .data import Batches, MovingDigits, to_float
+from .sample import class_ids, contact_sheet, make_objective, progress_bar, sample_clips, write_png
+from .train import Stopped, train
+
+
+@dataclass(frozen=True)
+class DigitsConfig:
+    """Where, and how many clips to judge."""
+
+    run: str = "runs/digits"
+    """Folder of the run; one that is there is continued, or only judged if its training is complete."""
+    per_class: int = 20
+    """Clips of every digit."""
+    steps: int = 30
+    """Steps of the Euler solver."""
+    guidance: float = 2.0
+    seed: int = 1
+
+
+class Classifier(nn.Module):
+    """Logits ``[B, 10]`` of frames ``[B, 1, H, W]`` in [-1, 1]."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(64 * (size[0] // 4) * (size[1] // 4), 128),
+            nn.ReLU(),
+            nn.Linear(128, 10),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def train_classifier(size: tuple[int, int], steps: int = 600, batch_size: int = 128, seed: int = 0) -> Classifier:
+    """A classifier of single frames, trained on the digits that the diffusion model is trained on."""
+    torch.manual_seed(seed)
+    classifier = Classifier(size)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    batches = Batches(MovingDigits(frames=1, size=size), batch_size, seed)
+    for step in progress_bar(iterable=range(steps), desc="classifier"):
+        x, y = batches.batch(step)
+        F.cross_entropy(classifier(x[:, :, 0]), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    batches.close()
+    return classifier.eval()
+
+
+@torch.no_grad()
+def recognised(classifier: Classifier, clips: Tensor, labels: Tensor) -> float:
+    """Share of the frames of uint8 ``clips [N, T, H, W, 1]`` that are classified as their clip's label."""
+    frames = to_float(clips).flatten(0, 1).permute(0, 3, 1, 2)
+    predicted = torch.cat([classifier(part).argmax(1) for part in frames.split(512)])
+    return (predicted == labels.repeat_interleave(clips.shape[1])).float().mean().item()
+
+
+def held_out_clips(frames: int, size: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """One real clip ``[T, H, W, 1]`` of every held-out digit, and the labels."""
+    source = MovingDigits(frames=frames, size=size, held_out=True)
+    pairs = [source.clip(index, np.random.default_rng((seed, index))) for index in range(len(source))]
+    clips = torch.from_numpy(np.stack([clip for clip, _ in pairs]))
+    return clips.permute(0, 2, 3, 4, 1), torch.tensor([label for _, label in pairs])
+
+
+def judge(config: DigitsConfig, path: Path) -> dict[str, float | int]:
+    """Sample from the checkpoint, judge the frames, and write ``digits.json`` and ``digits.png`` beside it."""
+    checkpoint = checkpoints.load(path)
+    trained = from_dict(checkpoint.train)
+    count = 10 * config.per_class
+    labels = class_ids((), checkpoint.classes, count)
+    if trained.data.source != "digits" or labels is None:
+        raise ValueError(f"{path} was trained on {trained.data.source!r}, not on digits")
+    clips = sample_clips(
+        checkpoint.build(),
+        make_objective(trained),
+        count,
+        labels,
+        steps=config.steps,
+        guidance=config.guidance,
+        seed=config.seed,
+        batch_size=50,
+        progress=True,
+    )
+    classifier = train_classifier(trained.data.size)
+    real, real_labels = held_out_clips(trained.data.frames, trained.data.size)
+    result = {
+        "step": checkpoint.step,
+        "real_frames": real.shape[0] * real.shape[1],
+        "real_recognised": recognised(classifier, real, real_labels),
+        "generated_frames": clips.shape[0] * clips.shape[1],
+        "generated_recognised": recognised(classifier, clips, labels),
+    }
+    (path.parent / "digits.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_png(path.parent / "digits.png", contact_sheet(clips[:10].numpy()))
+    return result
+
+
+def run(config: DigitsConfig, training: TrainConfig) -> dict[str, float | int]:
+    """Train as ``training`` says, or go on with what is in the run's folder, then judge."""
+    folder = Path(config.run)
+    if config.per_class < 1:
+        raise ValueError(f"per_class is {config.per_class}; it must be at least 1")
+    if folder.exists():
+        path, checkpoint = checkpoints.latest(folder)
+        training = merge(from_dict(checkpoint.train), {"run": config.run})
+        if checkpoint.step < training.steps:
+            path = train(training, checkpoint)
+    else:
+        path = train(merge(training, {"run": config.run}))
+    result = judge(config, path)
+    print(
+        f"recognised: {result['generated_recognised']:.1%} of {result['generated_frames']} generated frames, "
+        f"{result['real_recognised']:.1%} of {result['real_frames']} real frames of unseen digits\n"
+        f"  {folder / 'digits.json'}\n  {folder / 'digits.png'}"
+    )
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    logging.basicConfig(format="%(message)s")
+    reuse_large_allocations()
+    config = tyro.cli(DigitsConfig, prog="python -m models.digits", description=__doc__, args=arguments)
+    try:
+        run(config, PRESETS["digits"])
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.status)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
