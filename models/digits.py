@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
-from .config import PRESETS, TrainConfig, from_dict, merge
+from .config import PRESETS, from_dict, merge
 from .data import Batches, MovingDigits, to_float
 from .sample import class_ids, contact_sheet, make_objective, progress_bar, sample_clips, write_png
-from .train import Stopped, train
+from .train import Stopped, train_or_continue
 
 
 @dataclass(frozen=True)
@@ -129,18 +129,12 @@ def judge(config: DigitsConfig, path: Path) -> dict[str, float | int]:
     return result
 
 
-def run(config: DigitsConfig, training: TrainConfig) -> dict[str, float | int]:
-    """Train as ``training`` says, or go on with what is in the run's folder, then judge."""
+def run(config: DigitsConfig) -> dict[str, float | int]:
+    """Train the preset, or go on with what is in the run's folder, then judge."""
     folder = Path(config.run)
     if config.per_class < 1:
         raise ValueError(f"per_class is {config.per_class}; it must be at least 1")
-    if folder.exists():
-        path, checkpoint = checkpoints.latest(folder)
-        training = merge(from_dict(checkpoint.train), {"run": config.run})
-        if checkpoint.step < training.steps:
-            path = train(training, checkpoint)
-    else:
-        path = train(merge(training, {"run": config.run}))
+    path = train_or_continue(merge(PRESETS["digits"], {"run": config.run}))
     result = judge(config, path)
     print(
         f"recognised: {result['generated_recognised']:.1%} of {result['generated_frames']} generated frames, "
@@ -155,9 +149,9 @@ def main(arguments: list[str] | None = None) -> None:
     reuse_large_allocations()
     config = tyro.cli(DigitsConfig, prog="python -m models.digits", description=__doc__, args=arguments)
     try:
-        run(config, PRESETS["digits"])
+        run(config)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        print(f"{stopped}\nrun the same command again to go on", file=sys.stderr)
         sys.exit(stopped.status)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -348,6 +348,19 @@ def _train(trainer: Trainer, folder: Path, *, fresh: bool) -> Path:
     return path
 
 
+def train_or_continue(config: TrainConfig) -> Path:
+    """The last checkpoint of the run, trained as far as that is still to be done; what is in its folder is kept."""
+    folder = Path(config.run)
+    if not folder.exists():
+        return train(config)
+    path, checkpoint = checkpoints.latest(folder)
+    started = dataclasses.replace(from_dict(checkpoint.train), run=config.run)
+    if checkpoint.step == started.steps:
+        print(f"{folder} is trained already: {path}")
+        return path
+    return train(started, checkpoint)
+
+
 def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
     """The configuration of a command line, and the checkpoint to resume.
 
