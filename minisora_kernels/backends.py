@@ -37,6 +37,7 @@ LIBRARY = torch.library.Library("minisora", "DEF")
 
 _log = logging.getLogger("minisora_kernels")
 _logged: set[tuple[str, str, str]] = set()
+_built: set[tuple[str, str]] = set()
 _package = Path(__file__).parent
 _unavailable: dict[str, str | None] = {"reference": None}
 
@@ -113,6 +114,13 @@ def choose(op: str, table: Table, device: torch.device, backend: str | None, *ca
 
     Raises ValueError if an explicitly chosen backend refuses this call, RuntimeError if it is not there at all.
     """
+    name = _choose(op, table, device, backend, *call)
+    if name != "reference" and not torch.compiler.is_compiling():
+        _check_built(op, name)
+    return name
+
+
+def _choose(op: str, table: Table, device: torch.device, backend: str | None, *call: object) -> str:
     explicit = _forced if backend is None else _check_name(backend, "backend")
     if explicit is not None:
         missing = unavailable(explicit)
@@ -131,6 +139,15 @@ def choose(op: str, table: Table, device: torch.device, backend: str | None, *ca
         if not torch.compiler.is_compiling():
             _log_once(op, name, reason)
     raise RuntimeError(f"{op}: no backend serves this call on {device.type}")
+
+
+def _check_built(op: str, name: str) -> None:
+    """A library that was built before the op was written is an error that says so."""
+    if (op, name) in _built or name == "triton":
+        return
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"minisora::{op}_fwd", name.upper()):
+        raise ImportError(f"the {name} library was built without {op}; rebuild it with `pip install -e .`")
+    _built.add((op, name))
 
 
 def _log_once(op: str, name: str, reason: str) -> None:

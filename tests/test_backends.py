@@ -21,6 +21,7 @@ def table(**refusals: str | None) -> dict:
 @pytest.fixture
 def all_available(monkeypatch):
     monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    monkeypatch.setattr(backends, "_check_built", lambda op, name: None)
     monkeypatch.setattr(backends, "_logged", set())
 
 
@@ -73,3 +74,8 @@ def test_use_backend_holds_within_its_block(name):
             mk.gate_residual(x, x, x)
         mk.gate_residual(x, x, x, backend="reference")
     mk.gate_residual(x, x, x)
+
+
+def test_a_library_from_before_the_op_is_an_error():
+    with pytest.raises(ImportError, match="the cpu library was built without op; rebuild it with `pip install -e .`"):
+        backends._check_built("op", "cpu")
