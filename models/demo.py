@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(stopped.status)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print("These clips were learned by heart from three films in minutes; a person should know them again.")
+    print("The model has learned a few clips of three films by heart; these are new renderings of them from noise.")
 
 
 if __name__ == "__main__":
