@@ -35,7 +35,7 @@ inline Vec exp(Vec x) {
   p = at::vec::fmadd(r, p, Vec(0.0416683927f));
   p = at::vec::fmadd(r, p, Vec(0.166665196f));
   p = at::vec::fmadd(r, p, Vec(0.49999994f));
-  p = at::vec::fmadd(r * r, p, r + Vec(1.0f));
+  p = at::vec::fmadd(r * r, p, r) + Vec(1.0f);
 #if defined(CPU_CAPABILITY_AVX512)
   const Vec power = _mm512_castsi512_ps(
       _mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23), _mm512_set1_epi32(0x3f800000)));
@@ -279,6 +279,14 @@ class Reader {
   std::vector<float> twice_, h_, unused_;
 };
 
+// The rows of a window lie far apart, so that no hardware prefetcher finds the next head's.
+template <class T>
+inline void prefetch_row(const T* row, int64_t width) {
+  for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, 0, 2);
+  }
+}
+
 template <class T>
 inline void copy_row(const T* in, float* out, int64_t width) {
   for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count), count); });
@@ -324,21 +332,21 @@ inline void softmax_block(float* scores, int64_t keys, int64_t lanes, float* gre
     const Vec before = Vec::loadu(greatest + i);
     Vec top = before;
     for (int64_t j = 0; j < keys; ++j) top = at::vec::clamp_min(Vec::loadu(scores + j * lanes + i), top);
-    Vec sum(0.0f);
+    Vec sum[2] = {Vec(0.0f), Vec(0.0f)};
     for (int64_t j = 0; j < keys; ++j) {
-      const Vec p = exp(Vec::loadu(scores + j * lanes + i) - top);
-      p.store(scores + j * lanes + i);
-      sum = sum + p;
+      const Vec weight = exp(Vec::loadu(scores + j * lanes + i) - top);
+      weight.store(scores + j * lanes + i);
+      sum[j % 2] = sum[j % 2] + weight;
     }
     const Vec factor = exp(before - top);
     factor.store(shrink + i);
     top.store(greatest + i);
-    at::vec::fmadd(Vec::loadu(total + i), factor, sum).store(total + i);
+    at::vec::fmadd(Vec::loadu(total + i), factor, sum[0] + sum[1]).store(total + i);
   }
 }
 
 template <class T>
-void forward(const Problem& p, const T* qkv, T* out, float* lse) {
+void forward(const Problem& p, const T* qkv, T* out, float* softmax) {
   const int64_t row = p.row(), width = p.width, all = p.heads * width;
   const int64_t queries = whole_vectors(std::min(p.length, kBlock));
   torch::stable::parallel_for(0, p.batch * p.windows * p.heads, 1, [&](int64_t begin, int64_t end) {
@@ -348,9 +356,11 @@ void forward(const Problem& p, const T* qkv, T* out, float* lse) {
     std::vector<float> scores(queries * queries), greatest(queries), total(queries), shrink(queries);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t head = unit % p.heads, b = unit / (p.heads * p.windows);
+      const bool ahead = p.length <= kBlock && head + 1 < p.heads;
       w.enter(p, unit / p.heads % p.windows);
       const auto source = [&](int64_t n, int part) { return qkv + ((b * p.tokens + w.token[n]) * 3 + part) * all + head * width; };
       for (int64_t n = 0; n < w.size(); ++n) {
+        for (int part = 0; ahead && part < 3; ++part) prefetch_row(source(n, part) + width, width);
         reader.read(source(n, 1), w, n, p.gain[1].data() + head * width, k.data() + n * row);
         copy_row(source(n, 2), v.data() + n * row, width);
       }
@@ -370,8 +380,13 @@ void forward(const Problem& p, const T* qkv, T* out, float* lse) {
         }
         for (int64_t i = 0; i < qn; ++i) {
           const int64_t n = b * p.tokens + w.token[q0 + i];
-          write_row(o.data() + i * row, 1.0f / total[i], out + n * all + head * width, width);
-          lse[n * p.heads + head] = greatest[i] + std::log(total[i]);
+          const float* from = o.data() + i * row;
+          T* to = out + n * all + head * width;
+          // A reciprocal would put one rounding error on the whole row.
+          const Vec divisor(total[i]);
+          for_columns(width, [&](int64_t c, auto count) MINISORA_INLINE { store(to + c, load(from + c, count) / divisor, count); });
+          softmax[2 * (n * p.heads + head)] = greatest[i];
+          softmax[2 * (n * p.heads + head) + 1] = total[i];
         }
       }
     }
@@ -397,7 +412,7 @@ struct Partial {
 
 template <class T>
 void backward(
-    const Problem& p, const T* dout, const T* qkv, const T* out, const float* lse, T* dqkv, Partial& partial) {
+    const Problem& p, const T* dout, const T* qkv, const T* out, const float* softmax, T* dqkv, Partial& partial) {
   const int64_t row = p.row(), width = p.width, all = p.heads * width, items = p.batch * p.windows;
   const int64_t queries = whole_vectors(std::min(p.length, kBlock)), square = p.length * p.length;
   const bool one_block = p.length <= kBlock;
@@ -407,12 +422,17 @@ void backward(
     std::vector<float> k(p.length * row), v(p.length * row), dk(p.length * row), dv(p.length * row);
     std::vector<float> q(queries * row), q_t(row * queries), d(queries * row), d_t(row * queries), dq(queries * row);
     std::vector<float> weights(queries * queries), dscores(queries * queries);
-    std::vector<float> log_sum(queries), delta(queries), greatest(queries), total(queries), shrink(queries);
+    std::vector<float> greatest(queries), total(queries), delta(queries);
 
     const auto attend = [&](int64_t b, int64_t head, float* dgain_q, float* dgain_k, float* dbias) {
+      const bool ahead = one_block && head + 1 < p.heads;
       const float *q_gain = p.gain[0].data() + head * width, *k_gain = p.gain[1].data() + head * width;
       const auto at = [&](int64_t n, int part) { return ((b * p.tokens + w.token[n]) * 3 + part) * all + head * width; };
       for (int64_t n = 0; n < w.size(); ++n) {
+        if (ahead) {
+          for (int part = 0; part < 3; ++part) prefetch_row(qkv + at(n, part) + width, width);
+          prefetch_row(dout + (b * p.tokens + w.token[n]) * all + (head + 1) * width, width);
+        }
         reader.read(qkv + at(n, 1), w, n, k_gain, k.data() + n * row);
         copy_row(qkv + at(n, 2), v.data() + n * row, width);
       }
@@ -423,8 +443,9 @@ void backward(
           reader.read(qkv + at(q0 + i, 0), w, q0 + i, q_gain, q.data() + i * row);
           const T* gradient = dout + n * all + head * width;
           copy_row(gradient, d.data() + i * row, width);
+          greatest[i] = softmax[2 * (n * p.heads + head)];
+          total[i] = softmax[2 * (n * p.heads + head) + 1];
           if (one_block) continue;
-          log_sum[i] = lse[n * p.heads + head];
           const T* result = out + n * all + head * width;
           Sum sum;
           for_columns(width, [&](int64_t c, auto count, auto u) MINISORA_INLINE { sum.part[u] = at::vec::fmadd(load(gradient + c, count), load(result + c, count), sum.part[u]); });
@@ -437,29 +458,20 @@ void backward(
           product(kn, lanes / V, width, {k.data() + k0 * row, row, 1}, q_t.data(), lanes, weights.data(), lanes, false);
           product(kn, lanes / V, width, {v.data() + k0 * row, row, 1}, d_t.data(), lanes, dscores.data(), lanes, false);
           if (p.bias) add_bias(p, w, head, k0, kn, q0, qn, weights.data(), lanes);
-          // With all keys in one block the sums of the softmax are at hand, and more exact than lse and the rounded out.
-          if (one_block) {
-            std::fill(greatest.begin(), greatest.end(), std::numeric_limits<float>::lowest());
-            std::fill(total.begin(), total.end(), 0.0f);
-            softmax_block(weights.data(), kn, lanes, greatest.data(), total.data(), shrink.data());
-          }
           for (int64_t i = 0; i < lanes; i += V) {
             float* weight = weights.data() + i;
             float* dscore = dscores.data() + i;
-            Vec inverse(1.0f), sum(0.0f);
-            if (one_block) {
-              inverse = Vec(1.0f) / Vec::loadu(total.data() + i);
-              for (int64_t j = 0; j < kn; ++j) sum = at::vec::fmadd(Vec::loadu(weight + j * lanes), Vec::loadu(dscore + j * lanes), sum);
-              sum = sum * inverse;
-            } else {
-              sum = Vec::loadu(delta.data() + i);
-              const Vec whole = Vec::loadu(log_sum.data() + i);
-              for (int64_t j = 0; j < kn; ++j) exp(Vec::loadu(weight + j * lanes) - whole).store(weight + j * lanes);
-            }
+            const Vec top = Vec::loadu(greatest.data() + i), inverse = Vec(1.0f) / Vec::loadu(total.data() + i);
+            // delta = rowsum(P * dP) where all keys are in the block: it is at hand there, and not rounded as out is
+            Vec sum(0.0f);
             for (int64_t j = 0; j < kn; ++j) {
-              const Vec value = Vec::loadu(weight + j * lanes) * inverse;
+              const Vec value = exp(Vec::loadu(weight + j * lanes) - top) * inverse;
               value.store(weight + j * lanes);
-              (value * (Vec::loadu(dscore + j * lanes) - sum)).store(dscore + j * lanes);
+              sum = at::vec::fmadd(value, Vec::loadu(dscore + j * lanes), sum);
+            }
+            if (!one_block) sum = Vec::loadu(delta.data() + i);
+            for (int64_t j = 0; j < kn; ++j) {
+              (Vec::loadu(weight + j * lanes) * (Vec::loadu(dscore + j * lanes) - sum)).store(dscore + j * lanes);
             }
           }
           product(kn, row / V, qn, {weights.data(), lanes, 1}, d.data(), row, dv.data() + k0 * row, row, q0 > 0);
@@ -537,16 +549,16 @@ std::tuple<Tensor, Tensor> window_attention_fwd(
     std::optional<Tensor> bias, double scale, double eps) {
   const Problem p(qkv, {t, h, w}, {wt, wh, ww}, q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps);
   Tensor out = empty_like_shape(qkv, {p.batch, p.tokens, p.heads * p.width}, qkv.scalar_type());
-  Tensor lse = empty_like_shape(qkv, {p.batch, p.tokens, p.heads}, ScalarType::Float);
+  Tensor softmax = empty_like_shape(qkv, {p.batch, p.tokens, p.heads, 2}, ScalarType::Float);
   with_type(qkv.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    forward<T>(p, static_cast<const T*>(qkv.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()), static_cast<float*>(lse.mutable_data_ptr()));
+    forward<T>(p, static_cast<const T*>(qkv.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()), static_cast<float*>(softmax.mutable_data_ptr()));
   });
-  return {out, lse};
+  return {out, softmax};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
-    const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& lse, int64_t t, int64_t h, int64_t w, int64_t wt,
+    const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& softmax, int64_t t, int64_t h, int64_t w, int64_t wt,
     int64_t wh, int64_t ww, std::optional<Tensor> q_weight, std::optional<Tensor> k_weight, int64_t norm, std::optional<Tensor> cos,
     std::optional<Tensor> sin, bool interleaved, std::optional<Tensor> bias, double scale, double eps, bool with_dbias) {
   const Problem p(qkv, {t, h, w}, {wt, wh, ww}, q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps);
@@ -554,7 +566,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
   check_dense(out, "out", {p.batch, p.tokens, p.heads * p.width});
   STD_TORCH_CHECK(
       dout.scalar_type() == qkv.scalar_type() && out.scalar_type() == qkv.scalar_type(), "dout and out must have the dtype of qkv");
-  check_statistic(lse, "lse", {p.batch, p.tokens, p.heads});
+  check_statistic(softmax, "softmax", {p.batch, p.tokens, p.heads, 2});
   STD_TORCH_CHECK(bias.has_value() || !with_dbias, "the gradient of a bias needs a bias");
   Tensor dqkv = torch::stable::new_empty(qkv, qkv.sizes(), qkv.scalar_type());
   Partial partial(p, with_dbias);
@@ -562,7 +574,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
     using T = decltype(tag);
     backward<T>(
         p, static_cast<const T*>(dout.const_data_ptr()), static_cast<const T*>(qkv.const_data_ptr()),
-        static_cast<const T*>(out.const_data_ptr()), static_cast<const float*>(lse.const_data_ptr()),
+        static_cast<const T*>(out.const_data_ptr()), static_cast<const float*>(softmax.const_data_ptr()),
         static_cast<T*>(dqkv.mutable_data_ptr()), partial);
   });
   return {

@@ -11,7 +11,8 @@ is ``(T, 1, 1)``, spatial ``(1, H, W)``, joint ``(T, H, W)``, W.A.L.T's (arXiv 2
 ``(T, h, w)``; ``(1, 1, 1)`` passes v through. Rotary embedding: Su et al. 2021 (arXiv 2104.09864); QK-norm: Dehghani et
 al. 2023 (arXiv 2302.05442); relative position bias: Liu et al. 2021 (arXiv 2103.14030).
 
-Backward, per window and head, with P recomputed from the saved lse = log sum exp of a query's scores:
+Backward, per window and head, with P recomputed from what the forward saved of each query's softmax: the greatest score
+m and the sum l of exp(score - m). (The usual m + log l is one number, but its rounding is an error of P as a whole.)
 
     dv = P^T dout        dP = dout v^T        dS = P * (dP - delta),  delta = rowsum(dout * out) = rowsum(P * dP)
     dbias = sum of dS over windows and samples        dq = scale * dS k        dk = scale * dS^T q
@@ -179,11 +180,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
 LIBRARY.define(
     "window_attention_fwd(Tensor qkv, SymInt t, SymInt h, SymInt w, SymInt wt, SymInt wh, SymInt ww, Tensor? q_weight, "
     "Tensor? k_weight, int norm, Tensor? cos, Tensor? sin, bool interleaved, Tensor? bias, float scale, float eps) "
-    "-> (Tensor out, Tensor lse)"
+    "-> (Tensor out, Tensor softmax)"
 )
 LIBRARY.define(
-    "window_attention_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, SymInt t, SymInt h, SymInt w, SymInt wt, "
-    "SymInt wh, SymInt ww, Tensor? q_weight, Tensor? k_weight, int norm, Tensor? cos, Tensor? sin, bool interleaved, "
+    "window_attention_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor softmax, SymInt t, SymInt h, SymInt w, SymInt wt,"
+    " SymInt wh, SymInt ww, Tensor? q_weight, Tensor? k_weight, int norm, Tensor? cos, Tensor? sin, bool interleaved, "
     "Tensor? bias, float scale, float eps, bool with_dbias) "
     "-> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight, Tensor dbias)"
 )
@@ -195,11 +196,11 @@ NORMS = {None: 0, "rms": 1, "layer": 2}
 def _(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps):
     batch, tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(batch, tokens, heads * head_dim)
-    return out, qkv.new_empty(batch, tokens, heads, dtype=torch.float32)
+    return out, qkv.new_empty(batch, tokens, heads, 2, dtype=torch.float32)
 
 
 @torch.library.register_fake("minisora::window_attention_bwd")
-def _(dout, qkv, out, lse, *call):
+def _(dout, qkv, out, softmax, *call):
     q_weight, k_weight, bias, with_dbias = call[6], call[7], call[12], call[15]
     dweights = (qkv.new_empty(0) if p is None else p.new_empty(p.shape) for p in (q_weight, k_weight))
     dbias = bias.new_empty(bias.shape) if with_dbias else qkv.new_empty(0)
@@ -213,18 +214,18 @@ class _WindowAttention(torch.autograd.Function):
             None if tensor is None else tensor.contiguous() for tensor in (qkv, q_weight, k_weight, bias, cos, sin)
         )
         options = (q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps)
-        out, lse = torch.ops.minisora.window_attention_fwd(qkv, *sizes, *options)
-        ctx.save_for_backward(qkv, out, lse, q_weight, k_weight, cos, sin, bias)
+        out, softmax = torch.ops.minisora.window_attention_fwd(qkv, *sizes, *options)
+        ctx.save_for_backward(qkv, out, softmax, q_weight, k_weight, cos, sin, bias)
         ctx.constants = sizes, norm, interleaved, scale, eps
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any):
-        qkv, out, lse, q_weight, k_weight, cos, sin, bias = ctx.saved_tensors
+        qkv, out, softmax, q_weight, k_weight, cos, sin, bias = ctx.saved_tensors
         sizes, norm, interleaved, scale, eps = ctx.constants
         options = (q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps, ctx.needs_input_grad[3])
         dqkv, dq_weight, dk_weight, dbias = torch.ops.minisora.window_attention_bwd(
-            gradients[0].contiguous(), qkv, out, lse, *sizes, *options
+            gradients[0].contiguous(), qkv, out, softmax, *sizes, *options
         )
         return (
             dqkv,
@@ -290,7 +291,9 @@ def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[
             if tensors[name].requires_grad:
                 raise ValueError(f"{op}: {name} requires a gradient; the rotary tables are constants")
     length = wt * wh * ww
-    if bias is not None and tuple(bias.shape) != (heads, length, length):
+    # While compiling, the kernel's own check has to do: once an equality has shown a symbolic wt to be the length of the
+    # bias, the Dynamo of torch 2.13 can no longer hand wt to the backward ("does not belong to this Graph").
+    if bias is not None and not torch.compiler.is_compiling() and tuple(bias.shape) != (heads, length, length):
         raise ValueError(
             f"{op}: bias has shape {tuple(bias.shape)}; it must be [heads, L, L] = [{heads}, {length}, {length}]"
         )
