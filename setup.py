@@ -103,7 +103,7 @@ class Build(build_ext):
             failed = self.call([*link, "-o", str(package / f"_{variant}.so")])
             if failed:
                 return {"not_built": failed}
-        return {"compiler": first_line([compiler, "--version"]), "libraries": list(VECTOR_FLAGS)}
+        return {"compiler": version_line([compiler, "--version"], ""), "libraries": list(VECTOR_FLAGS)}
 
     def build_cuda(self, package: Path, torch: Path | None) -> dict:
         wanted = os.environ.get("MINISORA_CUDA")
@@ -118,7 +118,7 @@ class Build(build_ext):
             return {"not_built": "nvcc was not found"}
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         common = [nvcc, "-std=c++20", "-O3", "-Xcompiler", "-fPIC", STABLE_ABI, "-DUSE_CUDA", f"-I{torch / 'include'}"]
-        common += ["-Xcompiler", "-Wall", "--expt-relaxed-constexpr", *gencode(architectures)]
+        common += ["-Xcompiler", "-Wall", "--expt-relaxed-constexpr", "--threads", "0", *gencode(architectures)]
         commands = {f"cuda/{Path(source).stem}.o": [*common, "-c", source] for source in sources("cuda")}
         failed = self.compile(commands)
         if not failed:
@@ -131,7 +131,7 @@ class Build(build_ext):
             )
         if failed:
             return {"not_built": failed}
-        return {"compiler": first_line([nvcc, "--version"]), "architectures": architectures}
+        return {"compiler": version_line([nvcc, "--version"], "release"), "architectures": architectures}
 
     def object(self, name: str) -> Path:
         path = Path(self.build_temp) / name
@@ -165,8 +165,10 @@ def gencode(architectures: str) -> list[str]:
     return flags
 
 
-def first_line(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
+def version_line(command: list[str], word: str) -> str:
+    """The first line with ``word`` in it of what a compiler says of itself."""
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return next((line.strip() for line in lines if word in line), "of unknown version")
 
 
 # One extension stands for both libraries, so that setuptools runs the command and makes a wheel of this platform.
