@@ -100,6 +100,11 @@ class TrainConfig:
     objective: Literal["flow", "ddpm"] = "flow"
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
     """How objective 'flow' draws its times."""
+    logit_mean: float = 0.0
+    """Of the normal behind 'logit_normal'; negative is towards the noise."""
+    logit_std: float = 1.0
+    prediction: Literal["velocity", "data"] = "velocity"
+    """What the model of objective 'flow' predicts."""
     steps: int = 10_000
     batch_size: int = 32
     """Samples of one optimizer step."""
@@ -154,8 +159,13 @@ class TrainConfig:
             raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
         if self.model.learn_sigma and self.objective != "ddpm":
             raise ValueError(f"model.learn_sigma needs objective 'ddpm'; it is {self.objective!r}")
-        if self.timesteps != "uniform" and self.objective != "flow":
-            raise ValueError(f"timesteps {self.timesteps!r} needs objective 'flow'; it is {self.objective!r}")
+        for name, default in (("timesteps", "uniform"), ("prediction", "velocity")):
+            if getattr(self, name) != default and self.objective != "flow":
+                raise ValueError(f"{name} {getattr(self, name)!r} needs objective 'flow'; it is {self.objective!r}")
+        if (self.logit_mean, self.logit_std) != (0.0, 1.0) and self.timesteps != "logit_normal":
+            raise ValueError(f"logit_mean and logit_std need timesteps 'logit_normal'; it is {self.timesteps!r}")
+        if self.logit_std <= 0:
+            raise ValueError(f"logit_std is {self.logit_std}; it must be positive")
 
 
 PRESETS: dict[str, TrainConfig] = {

@@ -78,7 +78,9 @@ def progress_bar(**options: Any) -> tqdm:
 
 
 def make_objective(config: TrainConfig) -> FlowMatching | DDPM:
-    return FlowMatching(config.timesteps) if config.objective == "flow" else DDPM()
+    if config.objective == "ddpm":
+        return DDPM()
+    return FlowMatching(config.timesteps, config.logit_mean, config.logit_std, config.prediction)
 
 
 def class_ids(wanted: tuple[str, ...], classes: list[str], count: int) -> Tensor | None:

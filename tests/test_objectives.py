@@ -238,3 +238,37 @@ def test_thinned_schedule(steps):
 def test_schedule_refuses(steps):
     with pytest.raises(ValueError, match=f"steps is {steps}; it must be in 1..1000"):
         schedule(steps, CPU, torch.float32)
+
+
+def test_prediction_of_the_data_is_the_same_flow():
+    """A model that knows the data has no loss and gives the velocity x_1 - x_0 wherever 1 - t is above its bound."""
+    x = torch.randn(64, 2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    objective = FlowMatching("logit_normal", logit_mean=-0.8, logit_std=0.8, prediction="data")
+    seen = []
+
+    def knows(x_t, t, y):
+        seen.append(t / 1000)
+        return x
+
+    assert objective.loss(knows, x, None, torch.Generator().manual_seed(1)) == 0
+    noise = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    t = torch.full((64,), 0.3, dtype=torch.float64)
+    torch.testing.assert_close(objective.velocity(knows, 0.3 * x + 0.7 * noise, t, None), x - noise)
+    assert torch.isfinite(objective.velocity(knows, x, torch.ones(64, dtype=torch.float64), None)).all()
+
+    logits = torch.special.logit(seen[0])
+    assert abs(logits.mean() + 0.8) < 0.3 and abs(logits.std() - 0.8) < 0.25
+
+    def wrong(x_t, t, y):
+        return x + 0.5
+
+    generator = torch.Generator().manual_seed(1)
+    expected = (0.5 / (1 - seen[0]).clamp_min(0.05)).square().mean()
+    torch.testing.assert_close(objective.loss(wrong, x, None, generator), expected)
+
+
+def test_unknown_flow_options_raise():
+    with pytest.raises(ValueError, match="prediction is 'score'; it may be 'velocity' or 'data'"):
+        FlowMatching(prediction="score")
+    with pytest.raises(ValueError, match="logit_std is 0; it must be positive"):
+        FlowMatching("logit_normal", logit_std=0)
