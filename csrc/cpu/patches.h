@@ -5,9 +5,9 @@
 
 namespace minisora {
 
-// Distances between neighbouring elements of a patch inside a token.
+// Distances between neighbouring tokens, and between neighbouring elements of a patch inside a token.
 struct PatchOrder {
-  int64_t channel, frame, row, column;
+  int64_t token, channel, frame, row, column;
 };
 
 struct PatchGrid {
@@ -16,8 +16,8 @@ struct PatchGrid {
 
   int64_t tokens() const { return frames * height * width; }
   int64_t elements() const { return pt * ph * pw * channels; }
-  PatchOrder channels_first() const { return {pt * ph * pw, ph * pw, pw, 1}; }
-  PatchOrder channels_last() const { return {1, ph * pw * channels, pw * channels, channels}; }
+  PatchOrder channels_first(int64_t token) const { return {token, pt * ph * pw, ph * pw, pw, 1}; }
+  PatchOrder channels_last() const { return {elements(), 1, ph * pw * channels, pw * channels, channels}; }
 
   void check() const {
     for (const int64_t size : {frames, height, width, pt, ph, pw, channels}) {
@@ -38,8 +38,8 @@ struct VideoStrides {
 // The token offset counts from the first token.
 template <class Width, class Step, class F>
 inline void for_elements(
-    Width pw, Step column, const PatchGrid& grid, const PatchOrder& order, const VideoStrides& strides, int64_t b, int64_t first, int64_t last, F f) {
-  const int64_t elements = grid.elements();
+    Width pw, Step column, const PatchGrid& grid, const PatchOrder& order, const VideoStrides& strides, int64_t b, int64_t first,
+    int64_t last, F f) {
   for (int64_t n = first; n < last;) {
     const int64_t line = n / grid.width, w = n % grid.width;
     const int64_t count = std::min(last - n, grid.width - w);
@@ -49,11 +49,11 @@ inline void for_elements(
         for (int64_t j = 0; j < grid.ph; ++j) {
           int64_t video = b * strides.batch + c * strides.channel + (t * grid.pt + i) * strides.frame +
               (h * grid.ph + j) * strides.row + w * pw * column;
-          int64_t token = (n - first) * elements + c * order.channel + i * order.frame + j * order.row;
+          int64_t token = (n - first) * order.token + c * order.channel + i * order.frame + j * order.row;
           for (int64_t m = 0; m < count; ++m) {
             for (int64_t k = 0; k < pw; ++k) f(video + k * column, token + k * order.column);
             video += pw * column;
-            token += elements;
+            token += order.token;
           }
         }
       }
@@ -85,7 +85,7 @@ inline void for_elements(
 // for_elements over a whole video, a line of tokens at a time; f(video index, token index).
 template <class F>
 inline void for_video(const PatchGrid& grid, const PatchOrder& order, const VideoStrides& strides, int64_t batch, F f) {
-  const int64_t lines = grid.frames * grid.height, per_line = grid.width * grid.elements();
+  const int64_t lines = grid.frames * grid.height, per_line = grid.width * order.token;
   const int64_t grain = std::max<int64_t>(1, 16384 / per_line);
   torch::stable::parallel_for(0, batch * lines, grain, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
