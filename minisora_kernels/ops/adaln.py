@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import LIBRARY
@@ -91,6 +92,7 @@ class _AdaLN(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any):
         x, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
         dx, dshift, dscale, dweight, dbias = torch.ops.minisora.adaln_bwd(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import LIBRARY
@@ -49,6 +50,7 @@ class _GateResidual(torch.autograd.Function):
         return torch.ops.minisora.gate_residual_fwd(x.contiguous(), branch, gate)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any):
         dy = gradients[0].contiguous()
         dbranch, dgate = torch.ops.minisora.gate_residual_bwd(dy, *ctx.saved_tensors)

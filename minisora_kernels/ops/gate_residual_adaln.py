@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import LIBRARY
@@ -91,6 +92,7 @@ class _GateResidualAdaLN(torch.autograd.Function):
         return residual, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any):
         residual, branch, gate, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
         dresidual, dy = (gradient.contiguous() for gradient in gradients)

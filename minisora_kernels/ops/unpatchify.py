@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import LIBRARY
@@ -51,6 +52,7 @@ class _Unpatchify(torch.autograd.Function):
         return torch.ops.minisora.unpatchify_fwd(tokens.contiguous(), *grid, *patch, channels)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any):
         return torch.ops.minisora.unpatchify_bwd(gradients[0], *ctx.patch), None, None, None
 

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import LIBRARY
@@ -220,6 +221,7 @@ class _WindowAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any):
         qkv, out, softmax, q_weight, k_weight, cos, sin, bias = ctx.saved_tensors
         sizes, norm, interleaved, scale, eps = ctx.constants
