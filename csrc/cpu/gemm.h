@@ -13,30 +13,44 @@ struct Left {
   int64_t row, step;  // distances between rows of a, and along the sum
 };
 
-// R rows by C vectors of c stay in registers through the whole sum.
+// At most this many terms are summed one after the other; longer sums are made of such parts, which halves the error of
+// scores over 64 to 128 channels at the cost of a few loads.
+constexpr int64_t kTerms = 36;
+
+// R rows by C vectors of c stay in registers through each part of the sum.
 template <int R, int C>
 inline void product_tile(int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
-  Vec sum[R][C];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int u = 0; u < C; ++u) sum[r][u] = add ? Vec::loadu(c + r * c_row + u * V) : Vec(0.0f);
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec right[C];
-#pragma GCC unroll 4
-    for (int u = 0; u < C; ++u) right[u] = Vec::loadu(b + k * b_row + u * V);
+  for (int64_t parts = (depth + kTerms - 1) / kTerms; parts > 0; --parts) {
+    const int64_t terms = (depth + parts - 1) / parts;
+    Vec sum[R][C];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec left(a.data[r * a.row + k * a.step]);
 #pragma GCC unroll 4
-      for (int u = 0; u < C; ++u) sum[r][u] = at::vec::fmadd(left, right[u], sum[r][u]);
+      for (int u = 0; u < C; ++u) sum[r][u] = Vec(0.0f);
     }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
+    for (int64_t k = 0; k < terms; ++k) {
+      Vec right[C];
 #pragma GCC unroll 4
-    for (int u = 0; u < C; ++u) sum[r][u].store(c + r * c_row + u * V);
+      for (int u = 0; u < C; ++u) right[u] = Vec::loadu(b + k * b_row + u * V);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec left(a.data[r * a.row + k * a.step]);
+#pragma GCC unroll 4
+        for (int u = 0; u < C; ++u) sum[r][u] = at::vec::fmadd(left, right[u], sum[r][u]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int u = 0; u < C; ++u) {
+        float* to = c + r * c_row + u * V;
+        (add ? Vec::loadu(to) + sum[r][u] : sum[r][u]).store(to);
+      }
+    }
+    add = true;
+    depth -= terms;
+    a.data += terms * a.step;
+    b += terms * b_row;
   }
 }
 

@@ -55,6 +55,38 @@ inline Vec swap_pairs(Vec x) {
 #endif
 }
 
+template <class T>
+inline void copy_row(const T* in, float* out, int64_t width) {
+  for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count), count); });
+}
+
+// out = in * factor
+template <class T>
+inline void write_row(const float* in, float factor, T* out, int64_t width) {
+  const Vec by(factor);
+  for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count) * by, count); });
+}
+
+// out[h, j, i] = in[h, i, j], both [heads, length, length], by tiles: read(from, count, buffer) fills a row of a tile with
+// `count` numbers in fp32 that belong at `from`.
+template <class T, class Read>
+void transpose_squares(int64_t heads, int64_t length, Read read, T* out) {
+  constexpr int64_t side = 32;
+  const int64_t tiles = (length + side - 1) / side;
+  torch::stable::parallel_for(0, heads * tiles, 1, [&](int64_t begin, int64_t end) {
+    float tile[side * side] = {}, turned[side * side];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / tiles * length * length, i0 = task % tiles * side, rows = std::min(side, length - i0);
+      for (int64_t j0 = 0; j0 < length; j0 += side) {
+        const int64_t columns = std::min(side, length - j0);
+        for (int64_t i = 0; i < rows; ++i) read(first + (i0 + i) * length + j0, columns, tile + i * side);
+        transpose(side, side, tile, side, turned, side);
+        for (int64_t j = 0; j < columns; ++j) write_row(turned + j * side, 1.0f, out + first + (j0 + j) * length + i0, rows);
+      }
+    }
+  });
+}
+
 // The shapes of a call, and how a row of q or k is read.
 struct Problem {
   int64_t batch, tokens, heads, width;
@@ -98,7 +130,7 @@ struct Problem {
     }
     gain[0] = weights(q_weight, "q_weight", this->scale);
     gain[1] = weights(k_weight, "k_weight", 1.0f);
-    if (bias_) transpose_bias(*bias_);
+    if (bias_) read_bias(*bias_);
   }
 
  private:
@@ -120,37 +152,15 @@ struct Problem {
     return out;
   }
 
-  void transpose_bias(const Tensor& given);
-};
-
-// f(head, i0, i1, j0, j1) over tiles of [heads, length, length], in parallel
-template <class F>
-void for_tiles(int64_t heads, int64_t length, F f) {
-  const int64_t side = 32, tiles = (length + side - 1) / side;
-  torch::stable::parallel_for(0, heads * tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t i = task % tiles * side;
-      for (int64_t j = 0; j < length; j += side) {
-        f(task / tiles, i, std::min(i + side, length), j, std::min(j + side, length));
-      }
-    }
-  });
-}
-
-void Problem::transpose_bias(const Tensor& given) {
-  check_dense(given, "bias", {heads, length, length});
-  bias.reset(new float[heads * length * length]);
-  with_type(given.scalar_type(), [&](auto tag) {
-    const auto* in = static_cast<const decltype(tag)*>(given.const_data_ptr());
-    for_tiles(heads, length, [&](int64_t head, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-      for (int64_t j = j0; j < j1; ++j) {
-        for (int64_t i = i0; i < i1; ++i) {
-          bias[(head * length + j) * length + i] = static_cast<float>(in[(head * length + i) * length + j]);
-        }
-      }
+  void read_bias(const Tensor& given) {
+    check_dense(given, "bias", {heads, length, length});
+    bias.reset(new float[heads * length * length]);
+    with_type(given.scalar_type(), [&](auto tag) {
+      const auto* in = static_cast<const decltype(tag)*>(given.const_data_ptr());
+      transpose_squares(heads, length, [&](int64_t from, int64_t count, float* row) { copy_row(in + from, row, count); }, bias.get());
     });
-  });
-}
+  }
+};
 
 // A thread's window: its tokens, their places inside a full window, and their rotary tables spread to all channels, the
 // sines with the sign of the channel's own turn.
@@ -279,26 +289,6 @@ class Reader {
   std::vector<float> twice_, h_, unused_;
 };
 
-// The rows of a window lie far apart, so that no hardware prefetcher finds the next head's.
-template <class T>
-inline void prefetch_row(const T* row, int64_t width) {
-  for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, 0, 2);
-  }
-}
-
-template <class T>
-inline void copy_row(const T* in, float* out, int64_t width) {
-  for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count), count); });
-}
-
-// out = in * factor
-template <class T>
-inline void write_row(const float* in, float factor, T* out, int64_t width) {
-  const Vec by(factor);
-  for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count) * by, count); });
-}
-
 // scores[key, query] += bias for keys [k0, k0 + kn) and queries [q0, q0 + qn) of the window
 inline void add_bias(const Problem& p, const Window& w, int64_t head, int64_t k0, int64_t kn, int64_t q0, int64_t qn, float* scores, int64_t lanes) {
   const float* bias = p.bias.get() + head * p.length * p.length;
@@ -345,9 +335,23 @@ inline void softmax_block(float* scores, int64_t keys, int64_t lanes, float* gre
   }
 }
 
+// While row n of a head is read: the rows lie too far apart for the hardware to see what is next. In a short window that is
+// the next head, which there is time to fetch until then; in a long one the rows to come. Always inlined: gcc takes a function
+// that only prefetches for one without effects, and drops the calls.
+template <class Source>
+MINISORA_INLINE inline void prefetch(const Problem& p, const Window& w, Source source, int64_t head, int64_t n) {
+  const bool one_block = p.length <= kBlock;
+  const int64_t ahead = one_block ? n : n + 8;
+  if (one_block ? head + 1 == p.heads : ahead >= w.size()) return;
+  for (int part = 0; part < 3; ++part) {
+    const auto* row = source(ahead, part) + (one_block ? p.width : 0);
+    for (int64_t i = 0; i < p.width; i += 64 / sizeof(*row)) __builtin_prefetch(row + i, 0, 2);
+  }
+}
+
 template <class T>
 void forward(const Problem& p, const T* qkv, T* out, float* softmax) {
-  const int64_t row = p.row(), width = p.width, all = p.heads * width;
+  const int64_t row = p.row(), width = p.width, all = p.heads * width, items = p.batch * p.windows;
   const int64_t queries = whole_vectors(std::min(p.length, kBlock));
   torch::stable::parallel_for(0, p.batch * p.windows * p.heads, 1, [&](int64_t begin, int64_t end) {
     Window w;
@@ -355,12 +359,13 @@ void forward(const Problem& p, const T* qkv, T* out, float* softmax) {
     std::vector<float> k(p.length * row), v(p.length * row), q(queries * row), q_t(row * queries), o(queries * row);
     std::vector<float> scores(queries * queries), greatest(queries), total(queries), shrink(queries);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t head = unit % p.heads, b = unit / (p.heads * p.windows);
-      const bool ahead = p.length <= kBlock && head + 1 < p.heads;
-      w.enter(p, unit / p.heads % p.windows);
+      // Neighbouring heads lie side by side in qkv; but a head's bias is the more to read again.
+      const int64_t head = p.bias ? unit / items : unit % p.heads, item = p.bias ? unit % items : unit / p.heads;
+      const int64_t b = item / p.windows;
+      w.enter(p, item % p.windows);
       const auto source = [&](int64_t n, int part) { return qkv + ((b * p.tokens + w.token[n]) * 3 + part) * all + head * width; };
       for (int64_t n = 0; n < w.size(); ++n) {
-        for (int part = 0; ahead && part < 3; ++part) prefetch_row(source(n, part) + width, width);
+        prefetch(p, w, source, head, n);
         reader.read(source(n, 1), w, n, p.gain[1].data() + head * width, k.data() + n * row);
         copy_row(source(n, 2), v.data() + n * row, width);
       }
@@ -402,7 +407,7 @@ struct Partial {
   Partial(const Problem& p, bool with_bias) {
     const int64_t items = p.batch * p.windows;
     const int64_t square = p.heads * p.length * p.length;
-    chunks = with_bias ? std::min((kTasks / 4 + p.heads - 1) / p.heads, kPartialBias / square) : kTasks;
+    chunks = with_bias ? std::min((kTasks / 8 + p.heads - 1) / p.heads, kPartialBias / square) : kTasks;
     chunks = std::max<int64_t>(std::min(chunks, items), 1);
     parts = std::min(p.heads, (kTasks + chunks - 1) / chunks);
     for (auto& sums : gain) sums.resize(p.norm == kNone ? p.width : chunks * p.heads * p.width);
@@ -425,14 +430,10 @@ void backward(
     std::vector<float> greatest(queries), total(queries), delta(queries);
 
     const auto attend = [&](int64_t b, int64_t head, float* dgain_q, float* dgain_k, float* dbias) {
-      const bool ahead = one_block && head + 1 < p.heads;
       const float *q_gain = p.gain[0].data() + head * width, *k_gain = p.gain[1].data() + head * width;
       const auto at = [&](int64_t n, int part) { return ((b * p.tokens + w.token[n]) * 3 + part) * all + head * width; };
       for (int64_t n = 0; n < w.size(); ++n) {
-        if (ahead) {
-          for (int part = 0; part < 3; ++part) prefetch_row(qkv + at(n, part) + width, width);
-          prefetch_row(dout + (b * p.tokens + w.token[n]) * all + (head + 1) * width, width);
-        }
+        prefetch(p, w, [&](int64_t m, int part) { return qkv + at(m, part); }, head, n);
         reader.read(qkv + at(n, 1), w, n, k_gain, k.data() + n * row);
         copy_row(qkv + at(n, 2), v.data() + n * row, width);
       }
@@ -526,19 +527,15 @@ Tensor weight_gradient(const std::optional<Tensor>& weight, const Tensor& qkv, c
 Tensor bias_gradient(const Problem& p, const std::optional<Tensor>& bias, bool wanted, const Tensor& qkv, const Partial& partial) {
   if (!wanted) return empty_like_shape(qkv, {0}, qkv.scalar_type());
   Tensor gradient = empty_like_shape(*bias, {p.heads, p.length, p.length}, bias->scalar_type());
-  const int64_t square = p.length * p.length;
   with_type(bias->scalar_type(), [&](auto tag) {
-    using TB = decltype(tag);
-    auto* out = static_cast<TB*>(gradient.mutable_data_ptr());
-    for_tiles(p.heads, p.length, [&](int64_t head, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-      for (int64_t j = j0; j < j1; ++j) {
-        for (int64_t i = i0; i < i1; ++i) {
-          float sum = 0.0f;
-          for (int64_t chunk = 0; chunk < partial.chunks; ++chunk) sum += partial.bias[(chunk * p.heads + head) * square + j * p.length + i];
-          out[head * square + i * p.length + j] = static_cast<TB>(sum);
-        }
+    const auto sum = [&](int64_t from, int64_t count, float* row) {
+      copy_row(partial.bias.get() + from, row, count);
+      for (int64_t chunk = 1; chunk < partial.chunks; ++chunk) {
+        const float* add = partial.bias.get() + chunk * p.heads * p.length * p.length + from;
+        for_columns(count, [&](int64_t i, auto n) MINISORA_INLINE { store(row + i, load(row + i, n) + load(add + i, n), n); });
       }
-    });
+    };
+    transpose_squares(p.heads, p.length, sum, static_cast<decltype(tag)*>(gradient.mutable_data_ptr()));
   });
   return gradient;
 }
