@@ -171,14 +171,15 @@ class TrainConfig:
 PRESETS: dict[str, TrainConfig] = {
     "digits": TrainConfig(
         run="runs/digits",
+        data=DataConfig(size=(12, 12)),
         model=ModelConfig(width=128, heads=4, patch=(2, 4, 4), qk_norm="rms"),
-        optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=50, schedule="linear", ema=0.99),
+        optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=50, schedule="linear", ema=0.98),
         preview=PreviewConfig(every=1000, count=10, steps=30, guidance=3.0),
         prediction="data",
         timesteps="logit_normal",
         logit_mean=-0.8,
         logit_std=0.8,
-        steps=4000,
+        steps=3000,
         batch_size=16,
         save_every=1000,
     ),

@@ -36,7 +36,7 @@ class DigitsConfig:
     """Clips of every digit."""
     steps: int = 30
     """Steps of the Euler solver."""
-    guidance: float = 2.0
+    guidance: float = 3.0
     seed: int = 1
 
 
