@@ -84,9 +84,7 @@ class Build(build_ext):
         if platform.machine().lower() not in ("x86_64", "amd64"):
             return {"not_built": f"the kernels are written for x86-64, this machine is {platform.machine()}"}
         if compiler is None or shutil.which(compiler) is None:
-            return {
-                "not_built": "no C++ compiler was found (c++, g++ or $CXX); install one and run pip again"
-            }
+            return {"not_built": "no C++ compiler was found (c++, g++ or $CXX); install one and run pip again"}
         common = [compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"]
         common += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas", f"-I{torch / 'include'}"]
         commands = {

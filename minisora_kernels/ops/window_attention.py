@@ -293,8 +293,8 @@ def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[
             if tensors[name].requires_grad:
                 raise ValueError(f"{op}: {name} requires a gradient; the rotary tables are constants")
     length = wt * wh * ww
-    # While compiling, the kernel's own check has to do: once an equality has shown a symbolic wt to be the length of the
-    # bias, the Dynamo of torch 2.13 can no longer hand wt to the backward ("does not belong to this Graph").
+    # While compiling, the kernel's own check has to do: once an equality has shown a symbolic wt to be the length of
+    # the bias, the Dynamo of torch 2.13 can no longer hand wt to the backward ("does not belong to this Graph").
     if bias is not None and not torch.compiler.is_compiling() and tuple(bias.shape) != (heads, length, length):
         raise ValueError(
             f"{op}: bias has shape {tuple(bias.shape)}; it must be [heads, L, L] = [{heads}, {length}, {length}]"
