@@ -1,7 +1,7 @@
 // window_attention: equation and derivation in minisora_kernels/ops/window_attention.py.
 //
 // One (window, head) is read from the packed projection into dense fp32 rows, with norm and rotary embedding applied on the
-// way, and attended in blocks of kBlock queries by kBlock keys. A block of scores is kept transposed, a row a key and a lane
+// way, and attended in blocks of kSide queries by kSide keys. A block of scores is kept transposed, a row a key and a lane
 // a query, so that the softmax over the keys needs no sum across lanes.
 #include "gemm.h"
 #include "rows.h"
@@ -13,14 +13,11 @@
 namespace minisora {
 namespace {
 
-constexpr int64_t kBlock = 64;
+constexpr int64_t kSide = 64;
 // Tasks of a backward that sums parameter gradients, where the shapes have so many; independent of the number of threads.
 constexpr int64_t kTasks = 256;
 // At most this many floats are spent on partial sums of the bias' gradient, unless one copy alone is larger.
 constexpr int64_t kPartialBias = int64_t{1} << 24;
-
-// Floats that a thread keeps of a group of short windows: half of a common second-level cache.
-constexpr int64_t kGroup = 1 << 16;
 
 enum Norm : int64_t { kNone = 0, kRms = 1, kLayer = 2 };
 
@@ -338,77 +335,63 @@ inline void softmax_block(float* scores, int64_t keys, int64_t lanes, float* gre
   }
 }
 
-// Heads that are read and written together. The rows of a window lie far apart in memory, often by a power of two, so that a
-// head at a time would fetch each page and each cache set again and again; all heads of a row are one stretch. `buffers` rows
-// of fp32 for each head and token share the second-level cache.
-inline int64_t group_size(const Problem& p, int64_t buffers) {
-  if (p.length > kBlock) return 1;
-  return std::clamp<int64_t>(kGroup / (buffers * p.length * p.row()), 1, p.heads);
+// While row n of a head is read: the rows lie too far apart for the hardware to see what is next. In a short window that is
+// the next head, which there is time to fetch until then; in a long one the rows to come. Always inlined: gcc takes a function
+// that only prefetches for one without effects, and drops the calls.
+template <class Source>
+MINISORA_INLINE inline void prefetch(const Problem& p, const Window& w, Source source, int64_t head, int64_t n) {
+  const bool one_block = p.length <= kSide;
+  const int64_t ahead = one_block ? n : n + 8;
+  if (one_block ? head + 1 == p.heads : ahead >= w.size()) return;
+  for (int part = 0; part < 3; ++part) {
+    const auto* row = source(ahead, part) + (one_block ? p.width : 0);
+    for (int64_t i = 0; i < p.width; i += 64 / sizeof(*row)) __builtin_prefetch(row + i, 0, 2);
+  }
 }
 
 template <class T>
 void forward(const Problem& p, const T* qkv, T* out, float* softmax) {
   const int64_t row = p.row(), width = p.width, all = p.heads * width, items = p.batch * p.windows;
-  const int64_t queries = whole_vectors(std::min(p.length, kBlock));
-  const int64_t group = group_size(p, 4), groups = (p.heads + group - 1) / group;
-  torch::stable::parallel_for(0, items * groups, 1, [&](int64_t begin, int64_t end) {
+  const int64_t queries = whole_vectors(std::min(p.length, kSide));
+  torch::stable::parallel_for(0, p.batch * p.windows * p.heads, 1, [&](int64_t begin, int64_t end) {
     Window w;
     Reader reader(p);
-    std::vector<float> k(group * p.length * row), v(group * p.length * row), q(group * queries * row), o(group * queries * row);
-    std::vector<float> q_t(row * queries), scores(queries * queries), greatest(queries), total(group * queries), shrink(queries);
-    for (int64_t task = begin; task < end; ++task) {
+    std::vector<float> k(p.length * row), v(p.length * row), q(queries * row), q_t(row * queries), o(queries * row);
+    std::vector<float> scores(queries * queries), greatest(queries), total(queries), shrink(queries);
+    for (int64_t unit = begin; unit < end; ++unit) {
       // Neighbouring heads lie side by side in qkv; but a head's bias is the more to read again.
-      const int64_t part = p.bias ? task / items : task % groups, item = p.bias ? task % items : task / groups;
-      const int64_t first = part * p.heads / groups, last = (part + 1) * p.heads / groups, b = item / p.windows;
+      const int64_t head = p.bias ? unit / items : unit % p.heads, item = p.bias ? unit % items : unit / p.heads;
+      const int64_t b = item / p.windows;
       w.enter(p, item % p.windows);
-      const auto source = [&](int64_t n, int which, int64_t head) {
-        return qkv + ((b * p.tokens + w.token[n]) * 3 + which) * all + head * width;
-      };
+      const auto source = [&](int64_t n, int part) { return qkv + ((b * p.tokens + w.token[n]) * 3 + part) * all + head * width; };
       for (int64_t n = 0; n < w.size(); ++n) {
-        for (int64_t head = first; head < last; ++head) {
-          reader.read(source(n, 1, head), w, n, p.gain[1].data() + head * width, k.data() + ((head - first) * p.length + n) * row);
-        }
-        for (int64_t head = first; head < last; ++head) {
-          copy_row(source(n, 2, head), v.data() + ((head - first) * p.length + n) * row, width);
-        }
+        prefetch(p, w, source, head, n);
+        reader.read(source(n, 1), w, n, p.gain[1].data() + head * width, k.data() + n * row);
+        copy_row(source(n, 2), v.data() + n * row, width);
       }
-      for (int64_t q0 = 0; q0 < w.size(); q0 += kBlock) {
-        const int64_t qn = std::min(kBlock, w.size() - q0), lanes = whole_vectors(qn);
-        for (int64_t i = 0; i < qn; ++i) {
-          for (int64_t head = first; head < last; ++head) {
-            float* to = q.data() + ((head - first) * queries + i) * row;
-            reader.read(source(q0 + i, 0, head), w, q0 + i, p.gain[0].data() + head * width, to);
-          }
-        }
-        for (int64_t head = first; head < last; ++head) {
-          const int64_t g = head - first;
-          const float *k_rows = k.data() + g * p.length * row, *v_rows = v.data() + g * p.length * row;
-          float *o_rows = o.data() + g * queries * row, *sums = total.data() + g * queries;
-          transpose(lanes, row, q.data() + g * queries * row, row, q_t.data(), lanes);
-          std::fill(greatest.begin(), greatest.end(), std::numeric_limits<float>::lowest());
-          std::fill(sums, sums + queries, 0.0f);
-          for (int64_t k0 = 0; k0 < w.size(); k0 += kBlock) {
-            const int64_t kn = std::min(kBlock, w.size() - k0);
-            product(kn, lanes / V, width, {k_rows + k0 * row, row, 1}, q_t.data(), lanes, scores.data(), lanes, false);
-            if (p.bias) add_bias(p, w, head, k0, kn, q0, qn, scores.data(), lanes);
-            softmax_block(scores.data(), kn, lanes, greatest.data(), sums, shrink.data());
-            for (int64_t i = 0; k0 > 0 && i < qn; ++i) write_row(o_rows + i * row, shrink[i], o_rows + i * row, width);
-            product(qn, row / V, kn, {scores.data(), 1, lanes}, v_rows + k0 * row, row, o_rows, row, k0 > 0);
-          }
-          for (int64_t i = 0; i < qn; ++i) {
-            float* statistics = softmax + 2 * ((b * p.tokens + w.token[q0 + i]) * p.heads + head);
-            statistics[0] = greatest[i];
-            statistics[1] = sums[i];
-          }
+      for (int64_t q0 = 0; q0 < w.size(); q0 += kSide) {
+        const int64_t qn = std::min(kSide, w.size() - q0), lanes = whole_vectors(qn);
+        for (int64_t i = 0; i < qn; ++i) reader.read(source(q0 + i, 0), w, q0 + i, p.gain[0].data() + head * width, q.data() + i * row);
+        transpose(lanes, row, q.data(), row, q_t.data(), lanes);
+        std::fill(greatest.begin(), greatest.end(), std::numeric_limits<float>::lowest());
+        std::fill(total.begin(), total.end(), 0.0f);
+        for (int64_t k0 = 0; k0 < w.size(); k0 += kSide) {
+          const int64_t kn = std::min(kSide, w.size() - k0);
+          product(kn, lanes / V, width, {k.data() + k0 * row, row, 1}, q_t.data(), lanes, scores.data(), lanes, false);
+          if (p.bias) add_bias(p, w, head, k0, kn, q0, qn, scores.data(), lanes);
+          softmax_block(scores.data(), kn, lanes, greatest.data(), total.data(), shrink.data());
+          for (int64_t i = 0; k0 > 0 && i < qn; ++i) write_row(o.data() + i * row, shrink[i], o.data() + i * row, width);
+          product(qn, row / V, kn, {scores.data(), 1, lanes}, v.data() + k0 * row, row, o.data(), row, k0 > 0);
         }
         for (int64_t i = 0; i < qn; ++i) {
-          for (int64_t head = first; head < last; ++head) {
-            const float* from = o.data() + ((head - first) * queries + i) * row;
-            T* to = out + (b * p.tokens + w.token[q0 + i]) * all + head * width;
-            // A reciprocal would put one rounding error on the whole row.
-            const Vec divisor(total[(head - first) * queries + i]);
-            for_columns(width, [&](int64_t c, auto count) MINISORA_INLINE { store(to + c, load(from + c, count) / divisor, count); });
-          }
+          const int64_t n = b * p.tokens + w.token[q0 + i];
+          const float* from = o.data() + i * row;
+          T* to = out + n * all + head * width;
+          // A reciprocal would put one rounding error on the whole row.
+          const Vec divisor(total[i]);
+          for_columns(width, [&](int64_t c, auto count) MINISORA_INLINE { store(to + c, load(from + c, count) / divisor, count); });
+          softmax[2 * (n * p.heads + head)] = greatest[i];
+          softmax[2 * (n * p.heads + head) + 1] = total[i];
         }
       }
     }
@@ -436,119 +419,91 @@ template <class T>
 void backward(
     const Problem& p, const T* dout, const T* qkv, const T* out, const float* softmax, T* dqkv, Partial& partial) {
   const int64_t row = p.row(), width = p.width, all = p.heads * width, items = p.batch * p.windows;
-  const int64_t queries = whole_vectors(std::min(p.length, kBlock)), square = p.length * p.length;
-  const int64_t group = group_size(p, 7), keys = group * p.length * row, block = group * queries * row;
-  const bool one_block = p.length <= kBlock;
+  const int64_t queries = whole_vectors(std::min(p.length, kSide)), square = p.length * p.length;
+  const bool one_block = p.length <= kSide;
   torch::stable::parallel_for(0, partial.chunks * partial.parts, 1, [&](int64_t begin, int64_t end) {
     Window w;
     Reader reader(p);
-    std::vector<float> k(keys), v(keys), dk(keys), dv(keys), q(block), d(block), dq(block), q_t(row * queries), d_t(row * queries);
+    std::vector<float> k(p.length * row), v(p.length * row), dk(p.length * row), dv(p.length * row);
+    std::vector<float> q(queries * row), q_t(row * queries), d(queries * row), d_t(row * queries), dq(queries * row);
     std::vector<float> weights(queries * queries), dscores(queries * queries);
-    std::vector<float> greatest(group * queries), total(group * queries), delta(group * queries);
+    std::vector<float> greatest(queries), total(queries), delta(queries);
 
-    const auto attend = [&](int64_t chunk, int64_t b, int64_t first, int64_t last) {
-      const auto at = [&](int64_t n, int which, int64_t head) {
-        return ((b * p.tokens + w.token[n]) * 3 + which) * all + head * width;
-      };
-      const auto gain = [&](int which, int64_t head) { return p.gain[which].data() + head * width; };
-      const auto dgain = [&](int which, int64_t head) {
-        return partial.gain[which].data() + (p.norm == kNone ? 0 : chunk * p.heads + head) * width;
-      };
+    const auto attend = [&](int64_t b, int64_t head, float* dgain_q, float* dgain_k, float* dbias) {
+      const float *q_gain = p.gain[0].data() + head * width, *k_gain = p.gain[1].data() + head * width;
+      const auto at = [&](int64_t n, int part) { return ((b * p.tokens + w.token[n]) * 3 + part) * all + head * width; };
       for (int64_t n = 0; n < w.size(); ++n) {
-        for (int64_t head = first; head < last; ++head) {
-          reader.read(qkv + at(n, 1, head), w, n, gain(1, head), k.data() + ((head - first) * p.length + n) * row);
-        }
-        for (int64_t head = first; head < last; ++head) {
-          copy_row(qkv + at(n, 2, head), v.data() + ((head - first) * p.length + n) * row, width);
-        }
+        prefetch(p, w, [&](int64_t m, int part) { return qkv + at(m, part); }, head, n);
+        reader.read(qkv + at(n, 1), w, n, k_gain, k.data() + n * row);
+        copy_row(qkv + at(n, 2), v.data() + n * row, width);
       }
-      for (int64_t q0 = 0; q0 < w.size(); q0 += kBlock) {
-        const int64_t qn = std::min(kBlock, w.size() - q0), lanes = whole_vectors(qn);
+      for (int64_t q0 = 0; q0 < w.size(); q0 += kSide) {
+        const int64_t qn = std::min(kSide, w.size() - q0), lanes = whole_vectors(qn);
         for (int64_t i = 0; i < qn; ++i) {
           const int64_t n = b * p.tokens + w.token[q0 + i];
-          for (int64_t head = first; head < last; ++head) {
-            const int64_t place = (head - first) * queries + i;
-            reader.read(qkv + at(q0 + i, 0, head), w, q0 + i, gain(0, head), q.data() + place * row);
-          }
-          for (int64_t head = first; head < last; ++head) {
-            const int64_t place = (head - first) * queries + i;
-            const T *gradient = dout + n * all + head * width, *result = out + n * all + head * width;
-            copy_row(gradient, d.data() + place * row, width);
-            greatest[place] = softmax[2 * (n * p.heads + head)];
-            total[place] = softmax[2 * (n * p.heads + head) + 1];
-            if (one_block) continue;
-            Sum sum;
-            for_columns(width, [&](int64_t c, auto count, auto u) MINISORA_INLINE {
-              sum.part[u] = at::vec::fmadd(load(gradient + c, count), load(result + c, count), sum.part[u]);
-            });
-            delta[place] = sum.total();
-          }
+          reader.read(qkv + at(q0 + i, 0), w, q0 + i, q_gain, q.data() + i * row);
+          const T* gradient = dout + n * all + head * width;
+          copy_row(gradient, d.data() + i * row, width);
+          greatest[i] = softmax[2 * (n * p.heads + head)];
+          total[i] = softmax[2 * (n * p.heads + head) + 1];
+          if (one_block) continue;
+          const T* result = out + n * all + head * width;
+          Sum sum;
+          for_columns(width, [&](int64_t c, auto count, auto u) MINISORA_INLINE { sum.part[u] = at::vec::fmadd(load(gradient + c, count), load(result + c, count), sum.part[u]); });
+          delta[i] = sum.total();
         }
-        for (int64_t head = first; head < last; ++head) {
-          const int64_t g = head - first;
-          const float *k_rows = k.data() + g * p.length * row, *v_rows = v.data() + g * p.length * row;
-          const float *q_rows = q.data() + g * queries * row, *d_rows = d.data() + g * queries * row;
-          transpose(lanes, row, q_rows, row, q_t.data(), lanes);
-          transpose(lanes, row, d_rows, row, d_t.data(), lanes);
-          for (int64_t k0 = 0; k0 < w.size(); k0 += kBlock) {
-            const int64_t kn = std::min(kBlock, w.size() - k0), key = (g * p.length + k0) * row;
-            product(kn, lanes / V, width, {k_rows + k0 * row, row, 1}, q_t.data(), lanes, weights.data(), lanes, false);
-            product(kn, lanes / V, width, {v_rows + k0 * row, row, 1}, d_t.data(), lanes, dscores.data(), lanes, false);
-            if (p.bias) add_bias(p, w, head, k0, kn, q0, qn, weights.data(), lanes);
-            for (int64_t i = 0; i < lanes; i += V) {
-              float *weight = weights.data() + i, *dscore = dscores.data() + i;
-              const Vec top = Vec::loadu(greatest.data() + g * queries + i);
-              const Vec inverse = Vec(1.0f) / Vec::loadu(total.data() + g * queries + i);
-              // delta = rowsum(P * dP) where all keys are in the block: it is at hand there, and not rounded as out is
-              Vec sum(0.0f);
-              for (int64_t j = 0; j < kn; ++j) {
-                const Vec value = exp(Vec::loadu(weight + j * lanes) - top) * inverse;
-                value.store(weight + j * lanes);
-                sum = at::vec::fmadd(value, Vec::loadu(dscore + j * lanes), sum);
-              }
-              if (!one_block) sum = Vec::loadu(delta.data() + g * queries + i);
-              for (int64_t j = 0; j < kn; ++j) {
-                (Vec::loadu(weight + j * lanes) * (Vec::loadu(dscore + j * lanes) - sum)).store(dscore + j * lanes);
-              }
+        transpose(lanes, row, q.data(), row, q_t.data(), lanes);
+        transpose(lanes, row, d.data(), row, d_t.data(), lanes);
+        for (int64_t k0 = 0; k0 < w.size(); k0 += kSide) {
+          const int64_t kn = std::min(kSide, w.size() - k0);
+          product(kn, lanes / V, width, {k.data() + k0 * row, row, 1}, q_t.data(), lanes, weights.data(), lanes, false);
+          product(kn, lanes / V, width, {v.data() + k0 * row, row, 1}, d_t.data(), lanes, dscores.data(), lanes, false);
+          if (p.bias) add_bias(p, w, head, k0, kn, q0, qn, weights.data(), lanes);
+          for (int64_t i = 0; i < lanes; i += V) {
+            float* weight = weights.data() + i;
+            float* dscore = dscores.data() + i;
+            const Vec top = Vec::loadu(greatest.data() + i), inverse = Vec(1.0f) / Vec::loadu(total.data() + i);
+            // delta = rowsum(P * dP) where all keys are in the block: it is at hand there, and not rounded as out is
+            Vec sum(0.0f);
+            for (int64_t j = 0; j < kn; ++j) {
+              const Vec value = exp(Vec::loadu(weight + j * lanes) - top) * inverse;
+              value.store(weight + j * lanes);
+              sum = at::vec::fmadd(value, Vec::loadu(dscore + j * lanes), sum);
             }
-            product(kn, row / V, qn, {weights.data(), lanes, 1}, d_rows, row, dv.data() + key, row, q0 > 0);
-            product(kn, row / V, qn, {dscores.data(), lanes, 1}, q_rows, row, dk.data() + key, row, q0 > 0);
-            product(qn, row / V, kn, {dscores.data(), 1, lanes}, k_rows + k0 * row, row, dq.data() + g * queries * row, row, k0 > 0);
-            if (partial.bias) {
-              float* dbias = partial.bias.get() + (chunk * p.heads + head) * square;
-              add_bias_gradient(p, w, k0, kn, q0, qn, dscores.data(), lanes, dbias);
+            if (!one_block) sum = Vec::loadu(delta.data() + i);
+            for (int64_t j = 0; j < kn; ++j) {
+              (Vec::loadu(weight + j * lanes) * (Vec::loadu(dscore + j * lanes) - sum)).store(dscore + j * lanes);
             }
           }
+          product(kn, row / V, qn, {weights.data(), lanes, 1}, d.data(), row, dv.data() + k0 * row, row, q0 > 0);
+          product(kn, row / V, qn, {dscores.data(), lanes, 1}, q.data(), row, dk.data() + k0 * row, row, q0 > 0);
+          product(qn, row / V, kn, {dscores.data(), 1, lanes}, k.data() + k0 * row, row, dq.data(), row, k0 > 0);
+          if (dbias != nullptr) add_bias_gradient(p, w, k0, kn, q0, qn, dscores.data(), lanes, dbias);
         }
         for (int64_t i = 0; i < qn; ++i) {
-          for (int64_t head = first; head < last; ++head) {
-            const int64_t place = at(q0 + i, 0, head);
-            float* gradient = dq.data() + ((head - first) * queries + i) * row;
-            reader.read_backward(qkv + place, w, q0 + i, gain(0, head), gradient, dqkv + place, dgain(0, head));
-          }
+          const int64_t place = at(q0 + i, 0);
+          reader.read_backward(qkv + place, w, q0 + i, q_gain, dq.data() + i * row, dqkv + place, dgain_q);
         }
       }
       for (int64_t n = 0; n < w.size(); ++n) {
-        for (int64_t head = first; head < last; ++head) {
-          const int64_t place = at(n, 1, head);
-          float* gradient = dk.data() + ((head - first) * p.length + n) * row;
-          reader.read_backward(qkv + place, w, n, gain(1, head), gradient, dqkv + place, dgain(1, head));
-        }
-        for (int64_t head = first; head < last; ++head) {
-          write_row(dv.data() + ((head - first) * p.length + n) * row, 1.0f, dqkv + at(n, 2, head), width);
-        }
+        reader.read_backward(qkv + at(n, 1), w, n, k_gain, dk.data() + n * row, dqkv + at(n, 1), dgain_k);
+        write_row(dv.data() + n * row, 1.0f, dqkv + at(n, 2), width);
       }
     };
 
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / partial.parts, part = task % partial.parts;
-      const int64_t first = part * p.heads / partial.parts, last = (part + 1) * p.heads / partial.parts;
+      const int64_t first_head = part * p.heads / partial.parts, last_head = (part + 1) * p.heads / partial.parts;
       if (partial.bias) {
-        std::fill(partial.bias.get() + (chunk * p.heads + first) * square, partial.bias.get() + (chunk * p.heads + last) * square, 0.0f);
+        std::fill(partial.bias.get() + (chunk * p.heads + first_head) * square, partial.bias.get() + (chunk * p.heads + last_head) * square, 0.0f);
       }
       for (int64_t item = chunk * items / partial.chunks; item < (chunk + 1) * items / partial.chunks; ++item) {
         w.enter(p, item % p.windows);
-        for (int64_t head = first; head < last; head += group) attend(chunk, item / p.windows, head, std::min(head + group, last));
+        for (int64_t head = first_head; head < last_head; ++head) {
+          const int64_t slot = p.norm == kNone ? 0 : chunk * p.heads + head;
+          attend(item / p.windows, head, partial.gain[0].data() + slot * width, partial.gain[1].data() + slot * width,
+                 partial.bias ? partial.bias.get() + (chunk * p.heads + head) * square : nullptr);
+        }
       }
     }
   });
