@@ -16,6 +16,7 @@ Environment variables:
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -76,16 +77,18 @@ class Build(build_ext):
                 print(f"minisora_kernels: no {backend} kernels: {record[backend]['not_built']}")
 
     def build_cpu(self, package: Path, torch: Path | None) -> dict:
-        compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+        compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
         if os.environ.get("MINISORA_CPU") == "0":
             return {"not_built": "MINISORA_CPU=0"}
         if torch is None:
             return {"not_built": "no torch was found to build against"}
+        if not sources("cpu"):
+            return {"not_built": "csrc/cpu has no sources"}
         if platform.machine().lower() not in ("x86_64", "amd64"):
             return {"not_built": f"the kernels are written for x86-64, this machine is {platform.machine()}"}
-        if compiler is None or shutil.which(compiler) is None:
+        if shutil.which(compiler[0]) is None:
             return {"not_built": "no C++ compiler was found (c++, g++ or $CXX); install one and run pip again"}
-        common = [compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"]
+        common = [*compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"]
         common += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas", f"-I{torch / 'include'}"]
         commands = {
             f"{variant}/{Path(source).stem}.o": [*common, *flags, "-c", source]
@@ -97,11 +100,11 @@ class Build(build_ext):
             return {"not_built": failed}
         for variant in VECTOR_FLAGS:
             objects = [str(self.object(f"{variant}/{Path(source).stem}.o")) for source in sources("cpu")]
-            link = [compiler, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+            link = [*compiler, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
             failed = self.call([*link, "-o", str(package / f"_{variant}.so")])
             if failed:
                 return {"not_built": failed}
-        return {"compiler": version_line([compiler, "--version"], ""), "libraries": list(VECTOR_FLAGS)}
+        return {"compiler": version_line([*compiler, "--version"], ""), "libraries": list(VECTOR_FLAGS)}
 
     def build_cuda(self, package: Path, torch: Path | None) -> dict:
         wanted = os.environ.get("MINISORA_CUDA")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +24,12 @@ import torch
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
-# The automatic order per device type; any other device is served by the reference. The order cuda before triton has
-# not been measured: no kernel of either has been run on a GPU yet.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# The automatic order per device type; any other device is served by the reference. A CUDA kernel has to be asked for by
+# name until it has been run on a GPU.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+
+# The device type that a backend's kernels run on.
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 
 # An op's table: backend name -> predicate. The predicate gets the call's arguments and returns why this backend cannot
 # serve them, or None if it can.
@@ -60,11 +64,17 @@ def build_record() -> dict:
 
 
 def _load(name: str, variant: str | None, wanted: str) -> str | None:
-    """Load ``_<variant>.so``; the reason it is not there, or None. A library that exists and fails to load raises."""
+    """Load ``_<variant>.so``; the reason it is not there, or None. One that exists and cannot be used raises."""
     libraries = [] if variant is None else sorted(_package.glob(f"_{variant}.*so"))
     if not libraries:
         why = build_record().get(name, {}).get("not_built", "the package was not built: run `pip install -e .`")
         return f"{wanted}: {why}"
+    built = build_record().get("torch", {}).get("version", torch.__version__)
+    if built.split(".")[:2] != torch.__version__.split(".")[:2]:
+        raise ImportError(
+            f"{libraries[0].name} was built against torch {built}, this is torch {torch.__version__}. Rebuild it with "
+            "`pip install -e .`, or set MINISORA_BACKEND=reference to run without it."
+        )
     try:
         torch.ops.load_library(str(libraries[0]))
     except OSError as error:
@@ -99,7 +109,10 @@ def unavailable(name: str) -> str | None:
     """Why the backend cannot be used on this machine at all, or None if it can."""
     if name == "triton":
         return "no Triton kernels yet"
-    return _unavailable[_check_name(name, "name")]
+    reason = _unavailable[_check_name(name, "name")]
+    if name == "cuda" and reason is None and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return reason
 
 
 def refusal(table: Table, name: str, *call: object) -> str | None:
@@ -127,7 +140,7 @@ def _choose(op: str, table: Table, device: torch.device, backend: str | None, *c
         if missing is not None:
             raise RuntimeError(f"{op}: backend {explicit!r} is not available: {missing}")
         reason = refusal(table, explicit, *call)
-        if reason is None and explicit != "reference" and explicit not in PREFERENCE.get(device.type, ()):
+        if reason is None and DEVICES.get(explicit, device.type) != device.type:
             reason = f"it does not run on {device.type} tensors"
         if reason is not None:
             raise ValueError(f"{op}: backend {explicit!r} cannot serve this call: {reason}")
@@ -151,9 +164,12 @@ def _check_built(op: str, name: str) -> None:
 
 
 def _log_once(op: str, name: str, reason: str) -> None:
-    if (op, name, reason) not in _logged:
-        _logged.add((op, name, reason))
-        _log.info("%s: not the %s backend: %s", op, name, reason)
+    if (op, name, reason) in _logged:
+        return
+    if unavailable(name) is not None and not any(seen[1:] == (name, reason) for seen in _logged):
+        warnings.warn(f"minisora_kernels runs plain PyTorch instead of {name} kernels: {reason}", stacklevel=4)
+    _logged.add((op, name, reason))
+    _log.info("%s: not the %s backend: %s", op, name, reason)
 
 
 @contextmanager

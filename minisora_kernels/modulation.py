@@ -58,6 +58,8 @@ def affine(op: str, name: str, weight: Tensor | None, x: Tensor) -> Tensor | Non
     """The affine parameter ``[D]`` of a norm, dense."""
     if weight is None:
         return None
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(weight).__name__}")
     if weight.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} has dtype {weight.dtype}; it may be float16, bfloat16, float32 or float64")
     if weight.shape != x.shape[2:]:

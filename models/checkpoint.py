@@ -113,8 +113,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read a checkpoint without executing anything in it.
+def load(path: str | Path) -> Checkpoint:
+    """Read a checkpoint, into the CPU's memory, without executing anything in it.
 
     Raises:
         NotACheckpoint: not a file, not whole, or not a checkpoint.
@@ -126,10 +126,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     if not zipfile.is_zipfile(path):
         raise NotACheckpoint(f"{path} is not a whole checkpoint")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own message goes on to advise loading the file unsafely.
         raise NotACheckpoint(f"{path} is refused: it holds more than tensors and plain values") from error
+    except (OSError, MemoryError):
+        raise  # the file may well be whole: going back to an older one would lose work
     except Exception as error:
         raise NotACheckpoint(f"{path} is not a whole checkpoint: {error or type(error).__name__}") from error
     if not isinstance(content, dict) or content.get("magic") != MAGIC:
@@ -143,7 +145,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     return Checkpoint(**{name: content[name] for name in names})
 
 
-def latest(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Path, Checkpoint]:
+def latest(folder: str | Path) -> tuple[Path, Checkpoint]:
     """The newest whole checkpoint of a run's folder; what is not whole is skipped with a warning that names it.
 
     Raises:
@@ -155,7 +157,7 @@ def latest(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Path
         _log.warning("%s is skipped: its writing was not finished", leftover)
     for path in sorted(folder.glob("step_*.pt"), reverse=True):
         try:
-            return path, load(path, device)
+            return path, load(path)
         except NotACheckpoint as reason:
             _log.warning("skipped: %s", reason)
     raise NotACheckpoint(f"{folder} holds no whole checkpoint (step_*.pt)")

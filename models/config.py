@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import types
@@ -249,8 +250,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             wanted = [arguments[0]] * len(value) if arguments[-1] is ... else list(arguments)
             if len(wanted) == len(value):
                 return tuple(_convert(v, w, name) for v, w in zip(value, wanted, strict=True))
-    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    elif hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):  # a string because YAML takes 3e-4, without a point, for one
+            return float(value)
     elif isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     raise ValueError(f"{name} is {value!r}; it must be {getattr(hint, '__name__', None) or hint}")
@@ -266,7 +268,10 @@ def load(path: str | Path) -> TrainConfig:
     import yaml
 
     text = Path(path).read_text(encoding="utf-8")
-    values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
+    try:
+        values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{str(path)!r} holds {type(values).__name__}; it must hold a mapping")
     return merge(preset(values.pop("preset")) if "preset" in values else TrainConfig(), values)

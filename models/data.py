@@ -172,7 +172,7 @@ class VideoClips:
         self.crop, self.positions, self.cache_bytes = crop, positions, cache_bytes
         self._cache: OrderedDict[Path, np.ndarray] = OrderedDict()
         self._films: dict[Path, _Film] = {}
-        self._broken: set[Path] = set()
+        self._reported: set[Path] = set()
         self._short: set[Path] = set()
 
     @property
@@ -187,13 +187,12 @@ class VideoClips:
         place = rng.random(3)
         for offset in range(len(self.items)):
             path, label = self.items[(index + offset) % len(self.items)]
-            if path in self._broken:
-                continue
             try:
                 return self._cut(self._read(path, place[0]), place[1], place[2]), label
             except Undecodable as reason:
-                self._broken.add(path)
-                _log.warning("%s cannot be decoded and is skipped: %s", path, reason)
+                if path not in self._reported:
+                    self._reported.add(path)
+                    _log.warning("%s cannot be decoded and is skipped: %s", path, reason)
         raise ValueError(f"{self.name}: none of its {len(self.items)} files can be decoded")
 
     def _read(self, path: Path, place: float) -> np.ndarray:

@@ -260,9 +260,9 @@ def output_paths(folder: Path) -> list[Path]:
     return [folder / f"samples.{suffix}" for suffix in FORMATS]
 
 
-def open_checkpoint(path: Path, device: str) -> tuple[Path, checkpoints.Checkpoint]:
+def open_checkpoint(path: Path) -> tuple[Path, checkpoints.Checkpoint]:
     """A checkpoint file, or a run folder's newest one."""
-    return checkpoints.latest(path, device) if path.is_dir() else (path, checkpoints.load(path, device))
+    return checkpoints.latest(path) if path.is_dir() else (path, checkpoints.load(path))
 
 
 def run(config: SampleConfig) -> list[Path]:
@@ -275,7 +275,7 @@ def run(config: SampleConfig) -> list[Path]:
     for name in ("count", "steps", "batch_size", "fps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    path, checkpoint = open_checkpoint(config.checkpoint, config.device)
+    path, checkpoint = open_checkpoint(config.checkpoint)
     folder = config.out or path.parent / "samples"
     present = [str(file) for file in output_paths(folder) if file.exists()]
     if present and not config.overwrite:

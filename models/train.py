@@ -278,9 +278,11 @@ class Log:
             f"loss {sum(row[1] for row in rows) / len(rows):.4f}, {speed:,.0f} tokens/s", refresh=False
         )
         self.since = time.perf_counter()
-        for step, loss, *_ in rows:
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss of step {step} is {loss}; lower the learning rate, or use fp32")
+        for step, loss, norm, _ in rows:
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise ValueError(
+                    f"step {step} has loss {loss} and gradient norm {norm}; lower the learning rate, or use fp32"
+                )
 
     def preview(self) -> None:
         sheet = self.trainer.preview()
@@ -340,7 +342,7 @@ def _train(trainer: Trainer, folder: Path, *, fresh: bool) -> Path:
                 if last or stop or trainer.step % config.save_every == 0:
                     log.flush()
                     path = save()
-                if stop:
+                if stop and not last:
                     raise Stopped(stop[0], path)
                 if last or (config.preview.every and trainer.step % config.preview.every == 0):
                     log.preview()

@@ -58,6 +58,8 @@ def _adaln_family() -> Iterator[Case]:
         ("odd-width", 3, 257, 7, 1, 1, True, "layer", {}),
         ("width-one", 2, 5, 1, 1, 1, False, "rms", {}),
         ("long", 1, 1590, 72, 1, 1, True, "layer", {}),
+        ("a-clip", 1, 16384, 8, 1, 1, True, "layer", {}),
+        ("a-clip-of-mixed-rows", 1, 8192, 8, 1, 8192, False, "layer", {}),
         ("rows-over-chunks", 2, 3 * 100, 33, 3, 3, True, "rms", {}),
         ("model-width", 2, 70, 1152, 1, 1, False, "layer", {}),
         ("fp32-modulation", 2, 65, 48, 1, 1, True, "layer", dict.fromkeys(("shift", "scale", "gate"), torch.float32)),

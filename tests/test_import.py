@@ -86,6 +86,14 @@ def test_a_library_that_does_not_load_is_an_error(tmp_path, monkeypatch):
         backends._load("cpu", "cpu_avx2", "no library for AVX2")
 
 
+def test_a_library_of_another_torch_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "_cpu_avx2.so").write_bytes(b"never read")
+    (tmp_path / "build_record.json").write_text('{"torch": {"version": "1.13.1"}}')
+    monkeypatch.setattr(backends, "_package", tmp_path)
+    with pytest.raises(ImportError, match=r"was built against torch 1.13.1.*Rebuild it"):
+        backends._load("cpu", "cpu_avx2", "no library for AVX2")
+
+
 def test_a_tree_without_libraries_tells_why(tmp_path, monkeypatch):
     monkeypatch.setattr(backends, "_package", tmp_path)
     assert backends._load("cpu", "cpu_avx2", "no library for AVX2") == (

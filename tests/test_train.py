@@ -232,7 +232,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monk
         return (loss * float("nan") if self.step == 6 else loss), norm, rate
 
     monkeypatch.setattr(Trainer, "train_step", step)
-    with pytest.raises(ValueError, match="loss of step 5 is nan"):
+    with pytest.raises(ValueError, match="step 5 has loss nan"):
         train(tiny(tmp_path / "run"))
     assert latest(tmp_path / "run")[1].step == 4
 

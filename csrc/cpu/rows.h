@@ -158,6 +158,21 @@ void for_tokens(int64_t batch, int64_t tokens, int64_t rows, Scratch make_scratc
   });
 }
 
+constexpr int64_t kPart = 8; // tokens added one after the other: sums of sums lose less than one long sum
+constexpr int64_t kBlock = 256; // columns that a second stage adds up at a time
+
+// out[0..columns) = the sum of terms(0), terms(1), ... in that order. In double: a clip of 100 000 tokens has thousands of
+// terms, and one fp32 accumulator would lose more than the sums within the chunks do.
+template <class Terms>
+void add_up(int64_t count, int64_t columns, float* out, Terms terms) {
+  double total[kBlock] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    const float* term = terms(j);
+    for (int64_t i = 0; i < columns; ++i) total[i] += term[i];
+  }
+  for (int64_t i = 0; i < columns; ++i) out[i] = static_cast<float>(total[i]);
+}
+
 // Adds up K vectors of width D over the tokens of every row. A task takes one chunk of tokens, cuts it into runs of one row,
 // and calls
 //   token(scratch, b, n, new_run, sums)    for each token; adds to sums[0..K)
@@ -182,9 +197,10 @@ void sum_over_rows(
 
   torch::stable::parallel_for(0, batch * chunks, 1, [&](int64_t begin, int64_t end) {
     auto scratch = make_scratch();
-    std::vector<float> accumulator(K * width);
-    float* sums[K];
+    std::vector<float> accumulator(K * width), part(K * width);
+    float *sums[K], *part_sums[K];
     parts(accumulator.data(), sums);
+    parts(part.data(), part_sums);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / chunks, chunk = task % chunks;
       const int64_t last = std::min(tokens, (chunk + 1) * kChunk);
@@ -193,7 +209,14 @@ void sum_over_rows(
         const int64_t stop = std::min(last, (row + 1) * per_row);
         const bool began_here = n == row * per_row;
         std::fill(accumulator.begin(), accumulator.end(), 0.0f);
-        for (int64_t start = n; n < stop; ++n) token(scratch, b, n, n == start, sums);
+        for (int64_t start = n; n < stop;) {
+          const int64_t pause = std::min(stop, n + kPart);
+          std::fill(part.begin(), part.end(), 0.0f);
+          for (; n < pause; ++n) token(scratch, b, n, n == start, part_sums);
+          for_columns(K * width, [&](int64_t i, auto count) MINISORA_INLINE {
+            store(accumulator.data() + i, load(accumulator.data() + i, count) + load(part.data() + i, count), count);
+          });
+        }
         end_run(scratch, b, stop - 1, task, sums);
         if (began_here && stop == (row + 1) * per_row) {
           finish(b, row, 0, width, sums);
@@ -205,7 +228,7 @@ void sum_over_rows(
   });
   if (!spanning) return;
 
-  const int64_t blocks = (width + 255) / 256;
+  const int64_t blocks = (width + kBlock - 1) / kBlock;
   torch::stable::parallel_for(0, batch * rows * blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> accumulator(K * width);
     float* sums[K];
@@ -214,15 +237,12 @@ void sum_over_rows(
       const int64_t b = task / (rows * blocks), row = task / blocks % rows, block = task % blocks;
       const int64_t first_chunk = row * per_row / kChunk, last_chunk = ((row + 1) * per_row - 1) / kChunk;
       if (first_chunk == last_chunk) continue;
-      const int64_t first = block * 256, last = std::min(width, first + 256);
+      const int64_t first = block * kBlock, last = std::min(width, first + kBlock);
       for (int k = 0; k < K; ++k) {
-        float* out = sums[k] + first;
-        std::fill(out, out + (last - first), 0.0f);
-        for (int64_t chunk = first_chunk; chunk <= last_chunk; ++chunk) {
-          const bool began_here = row * per_row >= chunk * kChunk;
-          const float* in = slot(b, chunk, began_here) + k * width + first;
-          for_columns(last - first, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(out + i, count) + load(in + i, count), count); });
-        }
+        add_up(last_chunk - first_chunk + 1, last - first, sums[k] + first, [&](int64_t i) {
+          const int64_t chunk = first_chunk + i;
+          return slot(b, chunk, row * per_row >= chunk * kChunk) + k * width + first;
+        });
       }
       finish(b, row, first, last, sums);
     }
@@ -250,14 +270,14 @@ class RowGradient {
 
   Tensor result() {
     if (rows_ != fine_) {
-      const int64_t ratio = fine_ / rows_;
-      torch::stable::parallel_for(0, batch_ * rows_, 1, [&](int64_t begin, int64_t end) {
+      const int64_t ratio = fine_ / rows_, blocks = (width_ + kBlock - 1) / kBlock;
+      torch::stable::parallel_for(0, batch_ * rows_ * blocks, 1, [&](int64_t begin, int64_t end) {
         std::vector<float> total(width_);
         for (int64_t task = begin; task < end; ++task) {
-          std::fill(total.begin(), total.end(), 0.0f);
-          const float* in = sums_.data() + task * ratio * width_;
-          for (int64_t j = 0; j < ratio * width_; ++j) total[j % width_] += in[j];
-          write(task / rows_, task % rows_, 0, width_, total.data());
+          const int64_t row = task / blocks, first = task % blocks * kBlock, last = std::min(width_, first + kBlock);
+          const float* in = sums_.data() + row * ratio * width_ + first;
+          add_up(ratio, last - first, total.data() + first, [&](int64_t j) { return in + j * width_; });
+          write(row / rows_, row % rows_, first, last, total.data());
         }
       });
     }
@@ -296,7 +316,11 @@ class AffineGradient {
   Tensor result() {
     if (given_) {
       std::vector<float> total(width_);
-      for (size_t j = 0; j < partial_.size(); ++j) total[j % width_] += partial_[j];
+      const int64_t tasks = static_cast<int64_t>(partial_.size()) / std::max<int64_t>(width_, 1);
+      for (int64_t first = 0; first < width_; first += kBlock) {
+        const float* in = partial_.data() + first;
+        add_up(tasks, std::min(kBlock, width_ - first), total.data() + first, [&](int64_t j) { return in + j * width_; });
+      }
       with_type(gradient_.scalar_type(), [&](auto tag) {
         auto* out = static_cast<decltype(tag)*>(gradient_.mutable_data_ptr());
         for_columns(width_, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(total.data() + i, count), count); });

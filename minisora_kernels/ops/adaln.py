@@ -141,8 +141,8 @@ def adaln(
         backend: ``None`` chooses; a name runs that backend or raises.
 
     Returns:
-        ``[B, N, D]`` in x's dtype; inside autocast in autocast's dtype. Statistics, ``1 + scale`` and sums are fp32,
-        and the result is rounded once.
+        ``[B, N, D]`` in x's dtype; inside autocast in autocast's dtype. On the kernels statistics,
+        ``1 + scale`` and sums are fp32 and the result is rounded once; the reference rounds as eager PyTorch does.
 
     Raises:
         ValueError: a shape, device or option that does not fit, or a backend that refuses the call.

@@ -73,7 +73,7 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | Non
         backend: ``None`` chooses; a name runs that backend or raises.
 
     Returns:
-        ``[B, N, D]`` in x's dtype, computed in fp32 and rounded once.
+        ``[B, N, D]`` in x's dtype; on the kernels computed in fp32 and rounded once.
 
     Raises:
         ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.

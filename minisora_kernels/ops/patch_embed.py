@@ -167,6 +167,8 @@ def _check(x, weight, bias, pos) -> tuple[Tensor, Tensor, Tensor | None]:
             f"{op}: weight must be Conv3d's [D, C, pt, ph, pw] or Conv2d's [D, C, ph, pw], got shape "
             f"{tuple(weight.shape)}"
         )
+    if 0 in weight.shape:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; no dimension may be 0")
     if x.dim() != 5 and not (x.dim() == 4 and weight.dim() == 4):
         raise ValueError(
             f"{op}: x must be [B, C, T, H, W] (or [B, C, H, W] with a Conv2d weight), got shape {tuple(x.shape)}"
@@ -205,7 +207,8 @@ def patch_embed(
         backend: ``None`` chooses; a name runs that backend or raises.
 
     Returns:
-        tokens ``[B, N, D]``, contiguous, time-major, in x's dtype; inside autocast in autocast's dtype. Sums are fp32.
+        tokens ``[B, N, D]``, contiguous, time-major, in x's dtype; inside autocast in autocast's dtype.
+        On the kernels sums are fp32.
         The kernel's bits do not depend on the number of threads; the products of long patches are torch's, for which
         that was measured from 32 tokens on.
 
