@@ -194,7 +194,7 @@ PRESETS: dict[str, TrainConfig] = {
         timesteps="logit_normal",
         logit_mean=-0.8,
         logit_std=0.8,
-        steps=1400,
+        steps=1100,
         batch_size=4,
         save_every=350,
     ),

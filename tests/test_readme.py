@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -44,3 +45,11 @@ def test_the_commands_exist():
     for module in re.findall(r"python -m ([a-z_.]+)", README):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def test_the_share_of_recognised_digits_is_the_committed_record():
+    path = re.search(r"\((bench/results/.*?digits\.json)\)", README)
+    assert path is not None
+    record = json.loads((ROOT / path[1]).read_text())
+    assert f"{record['generated_recognised']:.1%}, against {record['real_recognised']:.1%} of real frames" in README
+    assert record["wall_seconds"] < 600
