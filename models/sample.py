@@ -121,8 +121,8 @@ def sample_clips(
 ) -> Tensor:
     """uint8 ``[count, T, H, W, C]`` from the model, ``batch_size`` clips at a time, on the model's device.
 
-    The clips depend on ``seed`` and ``count``, those of solver ddpm on ``batch_size`` too. The solver is the objective's
-    first by default.
+    The clips depend on ``seed`` and ``count``, those of solver ddpm on ``batch_size`` too. The solver is by default the
+    first of the objective.
     """
     device = model.pos_embed.device
     generator = torch.Generator(device).manual_seed(seed)
