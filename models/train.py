@@ -96,6 +96,7 @@ class Losses:
     def write(self, rows: list[tuple[int, float, float, float]]) -> None:
         self._writer.writerows(rows)
         self._file.flush()
+        os.fsync(self._file.fileno())  # no checkpoint may outlive the lines of its steps
 
     def close(self) -> None:
         self._file.close()
