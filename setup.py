@@ -74,6 +74,8 @@ class Build(build_ext):
         (package / "build_record.json").write_text(json.dumps(record, indent=2) + "\n")
         for backend in ("cpu", "cuda"):
             if "not_built" in record[backend]:
+                for stale in package.glob(f"_{backend}*.so"):  # of an earlier build; it would be loaded
+                    stale.unlink()
                 print(f"minisora_kernels: no {backend} kernels: {record[backend]['not_built']}")
 
     def build_cpu(self, package: Path, torch: Path | None) -> dict:

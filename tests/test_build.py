@@ -39,7 +39,10 @@ def build(tmp_path: Path, **environment: str) -> dict:
 
 def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "minisora_kernels").mkdir()
+    (tmp_path / "minisora_kernels" / "_cpu_avx2.so").write_bytes(b"of an earlier build")
     record = build(tmp_path, PATH=str(tmp_path / "empty"))
+    assert not list((tmp_path / "minisora_kernels").glob("*.so"))
     assert "no C++ compiler was found" in record["cpu"]["not_built"]
 
 
