@@ -1,4 +1,4 @@
-"""Builds the optional libraries of kernels: csrc/cpu once per vector width, csrc/cuda with nvcc.
+"""Builds the optional libraries of kernels: csrc/cpu once per instruction set, csrc/cuda with nvcc.
 
 Neither is needed: without a compiler, or without nvcc, the package installs with the reference backend and
 `python -m minisora_kernels` tells what was not built and why. No part of this file imports torch: its headers and
@@ -29,18 +29,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-VECTOR_FLAGS = {
-    "cpu_avx2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
-    "cpu_avx512": [
-        "-DCPU_CAPABILITY=AVX512",
-        "-DCPU_CAPABILITY_AVX512",
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mfma",
-        "-mf16c",
-    ],
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+VARIANTS = {
+    "cpu_avx2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", *AVX2],
+    "cpu_avx512": ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", *AVX512],
+    "cpu_amx": ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", *AMX],
 }
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -92,21 +87,22 @@ class Build(build_ext):
             return {"not_built": "no C++ compiler was found (c++, g++ or $CXX); install one and run pip again"}
         common = [*compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"]
         common += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas", f"-I{torch / 'include'}"]
+        common += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 says so of its own AVX-512 headers
         commands = {
             f"{variant}/{Path(source).stem}.o": [*common, *flags, "-c", source]
-            for variant, flags in VECTOR_FLAGS.items()
+            for variant, flags in VARIANTS.items()
             for source in sources("cpu")
         }
         failed = self.compile(commands)
         if failed:
             return {"not_built": failed}
-        for variant in VECTOR_FLAGS:
+        for variant in VARIANTS:
             objects = [str(self.object(f"{variant}/{Path(source).stem}.o")) for source in sources("cpu")]
             link = [*compiler, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
             failed = self.call([*link, "-o", str(package / f"_{variant}.so")])
             if failed:
                 return {"not_built": failed}
-        return {"compiler": version_line([*compiler, "--version"], ""), "libraries": list(VECTOR_FLAGS)}
+        return {"compiler": version_line([*compiler, "--version"], ""), "libraries": list(VARIANTS)}
 
     def build_cuda(self, package: Path, torch: Path | None) -> dict:
         wanted = os.environ.get("MINISORA_CUDA")

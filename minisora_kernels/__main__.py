@@ -32,7 +32,7 @@ def table() -> list[tuple[str, list[str]]]:
 
 
 def main() -> None:
-    capability = torch.backends.cpu.get_cpu_capability()
+    capability = backends.cpu_capability()
     print(f"minisora_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"CPU: {capability}, {torch.get_num_threads()} threads\n")
     width = max(len(op) for op in ops())

@@ -1,7 +1,7 @@
 """Which backends exist here, which one serves a call, and why. The only place that dispatches.
 
 - ``reference``: plain PyTorch, any device and dtype. The oracle, the fallback and the eager baseline.
-- ``cpu``: C++ (``csrc/cpu``), one library per vector width, the width chosen at load.
+- ``cpu``: C++ (``csrc/cpu``), one library per instruction set, chosen at load.
 - ``cuda``: CUDA C++ (``csrc/cuda``).
 - ``triton``: Triton kernels (``minisora_kernels/triton``).
 
@@ -85,13 +85,27 @@ def _load(name: str, variant: str | None, wanted: str) -> str | None:
     return None
 
 
+def cpu_capability() -> str:
+    """The instruction set that the CPU kernels may use here: ``AVX2``, ``AVX512``, ``AMX``, or what torch calls less.
+
+    torch's own environment variable ``ATEN_CPU_CAPABILITY`` (avx2, avx512) holds for the kernels too; ``AMX`` is for an
+    AVX-512 CPU with bfloat16 tiles whose use the system allows, and with the variable not set.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and "ATEN_CPU_CAPABILITY" not in os.environ:
+        has_amx = torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_amx_tile_supported()
+        if has_amx and torch.cpu._init_amx():  # asks Linux for the right to use tiles
+            return "AMX"
+    return capability
+
+
 def _load_libraries() -> None:
     if _forced == "reference":
         for name in ("cpu", "cuda"):
             _unavailable[name] = "MINISORA_BACKEND=reference: the libraries were not loaded"
         return
-    capability = torch.backends.cpu.get_cpu_capability()
-    variant = {"AVX2": "cpu_avx2", "AVX512": "cpu_avx512"}.get(capability)
+    capability = cpu_capability()
+    variant = {"AVX2": "cpu_avx2", "AVX512": "cpu_avx512", "AMX": "cpu_amx"}.get(capability)
     if variant is None:
         _unavailable["cpu"] = f"the kernels need AVX2 or AVX-512; this CPU offers {capability}"
     else:

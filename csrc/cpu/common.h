@@ -97,22 +97,52 @@ inline Narrow load_narrow(const void* p) { return _mm_loadu_si128(static_cast<co
 inline void store_narrow(void* p, Narrow value) { _mm_storeu_si128(static_cast<__m128i*>(p), value); }
 #endif
 
-inline Vec load(const BFloat16* p, Full) {
+inline Vec widen(Narrow bits, BFloat16) {
   Wide value;
-  at::vec::cvtbf16_fp32(load_narrow(p), value);
+  at::vec::cvtbf16_fp32(bits, value);
   return value;
 }
 
-inline Vec load(const Half* p, Full) {
+inline Vec widen(Narrow bits, Half) {
   Wide value;
-  at::vec::cvtfp16_fp32(load_narrow(p), value);
+  at::vec::cvtfp16_fp32(bits, value);
   return value;
 }
 
-inline void store(BFloat16* p, Vec value, Full) { store_narrow(p, at::vec::cvtfp32_bf16(value)); }
-inline void store(Half* p, Vec value, Full) { store_narrow(p, at::vec::cvtfp32_fp16(value)); }
+inline Vec load(const BFloat16* p, Full) { return widen(load_narrow(p), BFloat16{}); }
+inline Vec load(const Half* p, Full) { return widen(load_narrow(p), Half{}); }
 
-// Lanes past `count` are zero.
+inline Narrow narrow(Vec value, BFloat16) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<Narrow>(_mm512_cvtneps_pbh(value));
+#else
+  return at::vec::cvtfp32_bf16(value);
+#endif
+}
+inline Narrow narrow(Vec value, Half) { return at::vec::cvtfp32_fp16(value); }
+
+inline void store(BFloat16* p, Vec value, Full) { store_narrow(p, narrow(value, BFloat16{})); }
+inline void store(Half* p, Vec value, Full) { store_narrow(p, narrow(value, Half{})); }
+
+// The same for the tail of a row; lanes past `count` are zero when loaded, and not stored.
+#if defined(CPU_CAPABILITY_AVX512)
+inline __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+inline Vec load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(lanes(count), p); }
+inline void store(float* p, Vec value, int64_t count) { _mm512_mask_storeu_ps(p, lanes(count), value); }
+
+template <class T>
+inline Vec load(const T* p, int64_t count) {
+  return widen(_mm256_maskz_loadu_epi16(lanes(count), p), T{});
+}
+
+template <class T>
+inline void store(T* p, Vec value, int64_t count) {
+  _mm256_mask_storeu_epi16(p, lanes(count), narrow(value, T{}));
+}
+
+inline Vec first_lanes(Vec value, int64_t count) { return _mm512_maskz_mov_ps(lanes(count), value); }
+#else
 template <class T>
 inline Vec load(const T* p, int64_t count) {
   T lanes[V];
@@ -128,8 +158,9 @@ inline void store(T* p, Vec value, int64_t count) {
   std::copy(lanes, lanes + count, p);
 }
 
-inline Vec first_lanes(Vec value, Full) { return value; }
 inline Vec first_lanes(Vec value, int64_t count) { return Vec::set(Vec(0.0f), value, count); }
+#endif
+inline Vec first_lanes(Vec value, Full) { return value; }
 
 inline float sum_lanes(Vec value) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, value);
