@@ -1,0 +1,142 @@
+// Products of bfloat16 matrices with AMX tiles, summed in fp32; for the library that is built for AMX.
+//
+// A tile is 16 rows of 64 bytes. The left factor is row-major, 32 terms of the sum a tile. The right factor lies in pairs of
+// terms, [k / 2, 2 n + k % 2]. Sizes are whole tiles: who fills a buffer pads the terms of the sum of at least the right
+// factor with zeros, and keeps what stands against them in the left one finite.
+#pragma once
+
+#include "common.h"
+
+#include <array>
+
+namespace minisora::amx {
+
+constexpr int64_t kRows = 16, kTerms = 32;
+
+inline int64_t whole(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+// A thread multiplies while one of these lives.
+struct Session {
+  Session() {
+    alignas(64) uint8_t config[64] = {1};
+    for (int tile = 0; tile < 8; ++tile) {
+      config[16 + 2 * tile] = 64; // bytes a row
+      config[48 + tile] = 16;     // rows
+    }
+    _tile_loadconfig(config);
+  }
+  ~Session() { _tile_release(); }
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+};
+
+// R by C tiles of c.
+template <int R, int C>
+inline void product_tiles(
+    int64_t depth, const BFloat16* a, int64_t a_row, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+  const int64_t a_bytes = 2 * a_row, b_bytes = 2 * b_row, c_bytes = 4 * c_row;
+  float* below = c + kRows * c_row;
+  if (add) {
+    _tile_loadd(0, c, c_bytes);
+    if constexpr (C == 2) _tile_loadd(1, c + 16, c_bytes);
+    if constexpr (R == 2) _tile_loadd(2, below, c_bytes);
+    if constexpr (R == 2 && C == 2) _tile_loadd(3, below + 16, c_bytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (C == 2) _tile_zero(1);
+    if constexpr (R == 2) _tile_zero(2);
+    if constexpr (R == 2 && C == 2) _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += kTerms) {
+    _tile_loadd(4, a + k, a_bytes);
+    _tile_loadd(6, b + k / 2 * b_row, b_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (C == 2) {
+      _tile_loadd(7, b + k / 2 * b_row + 32, b_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (R == 2) {
+      _tile_loadd(5, a + kRows * a_row + k, a_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (R == 2 && C == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, c_bytes);
+  if constexpr (C == 2) _tile_stored(1, c + 16, c_bytes);
+  if constexpr (R == 2) _tile_stored(2, below, c_bytes);
+  if constexpr (R == 2 && C == 2) _tile_stored(3, below + 16, c_bytes);
+}
+
+// c [rows, columns] = or += a [rows, depth] b [depth, columns], with rows and columns in whole 16s, depth in whole 32s.
+inline void product(
+    int64_t rows, int64_t columns, int64_t depth, const BFloat16* a, int64_t a_row, const BFloat16* b, int64_t b_row, float* c,
+    int64_t c_row, bool add) {
+  asm volatile("" ::: "memory"); // gcc's tile loads do not say that they read memory
+  for (int64_t r = 0; r < rows; r += 32) {
+    const bool two_rows = r + 16 < rows;
+    for (int64_t n = 0; n < columns; n += 32) {
+      const bool two_columns = n + 16 < columns;
+      const BFloat16 *left = a + r * a_row, *right = b + 2 * n;
+      float* to = c + r * c_row + n;
+      if (two_rows && two_columns) {
+        product_tiles<2, 2>(depth, left, a_row, right, b_row, to, c_row, add);
+      } else if (two_rows) {
+        product_tiles<2, 1>(depth, left, a_row, right, b_row, to, c_row, add);
+      } else if (two_columns) {
+        product_tiles<1, 2>(depth, left, a_row, right, b_row, to, c_row, add);
+      } else {
+        product_tiles<1, 1>(depth, left, a_row, right, b_row, to, c_row, add);
+      }
+    }
+  }
+}
+
+// A row and zeros up to whole 32s.
+inline void copy_row(const BFloat16* in, BFloat16* out, int64_t width) {
+  for (int64_t i = 0; i < width; i += 32) {
+    const __mmask32 lanes = width - i >= 32 ? ~__mmask32{0} : (__mmask32{1} << (width - i)) - 1;
+    _mm512_storeu_si512(out + i, _mm512_maskz_loadu_epi16(lanes, in + i));
+  }
+}
+
+// The right factor whose terms are rows: out [rows / 2, 2 * columns] from in [rows, columns]; rows even, columns whole 32s.
+inline void pair_rows(int64_t rows, int64_t columns, const BFloat16* in, int64_t in_row, BFloat16* out, int64_t out_row) {
+  alignas(64) static constexpr auto index = [] {
+    std::array<uint16_t, 64> lanes{};
+    for (int i = 0; i < 64; ++i) lanes[i] = static_cast<uint16_t>(i / 2 + (i % 2) * 32);
+    return lanes;
+  }();
+  const __m512i first = _mm512_load_si512(index.data()), second = _mm512_load_si512(index.data() + 32);
+  for (int64_t r = 0; r < rows; r += 2) {
+    for (int64_t c = 0; c < columns; c += 32) {
+      const __m512i even = _mm512_loadu_si512(in + r * in_row + c), odd = _mm512_loadu_si512(in + (r + 1) * in_row + c);
+      BFloat16* to = out + r / 2 * out_row + 2 * c;
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, first, odd));
+      _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(even, second, odd));
+    }
+  }
+}
+
+// out [columns, 2 * rows] = the transpose of in [rows, 2 * columns], pairs staying together; rows and columns whole 16s. Makes
+// the right factor whose terms are columns of a row-major matrix; and a left factor out of pairs of rows.
+inline void transpose_pairs(int64_t rows, int64_t columns, const BFloat16* in, int64_t in_row, BFloat16* out, int64_t out_row) {
+  for (int64_t r = 0; r < rows; r += 16) {
+    for (int64_t c = 0; c < columns; c += 16) {
+      at::vec::transpose_mxn<float, 16, 16>(
+          reinterpret_cast<const float*>(in + r * in_row + 2 * c), in_row / 2, reinterpret_cast<float*>(out + c * out_row + 2 * r), out_row / 2);
+    }
+  }
+}
+
+// out [rows / 2, 2 * columns] in pairs of rows, from fp32 [rows, columns]; rows even, columns whole 16s.
+inline void pair_rows(int64_t rows, int64_t columns, const float* in, int64_t in_row, BFloat16* out, int64_t out_row) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    for (int64_t c = 0; c < columns; c += 16) {
+      const Narrow even = narrow(Vec::loadu(in + r * in_row + c), BFloat16{}), odd = narrow(Vec::loadu(in + (r + 1) * in_row + c), BFloat16{});
+      const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+      _mm512_storeu_si512(out + r / 2 * out_row + 2 * c, pairs);
+    }
+  }
+}
+
+} // namespace minisora::amx

@@ -1,0 +1,456 @@
+// What the kernels of window_attention share: the problem, its windows, reading rows of q and k, the softmax, partial sums.
+#pragma once
+
+#include "gemm.h"
+#include "rows.h"
+
+#include <limits>
+#include <memory>
+#include <numeric>
+
+namespace minisora {
+
+constexpr int64_t kSide = 64;
+// Tasks of a backward that sums parameter gradients, where the shapes have so many; independent of the number of threads.
+constexpr int64_t kTasks = 256;
+// At most this many floats are spent on partial sums of the bias' gradient, unless one copy alone is larger.
+constexpr int64_t kPartialBias = int64_t{1} << 24;
+
+// Bfloat16 is multiplied in AMX tiles, which read q and k rounded; a factor on q would cost digits.
+#if defined(__AMX_BF16__)
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+#endif
+
+enum Norm : int64_t { kNone = 0, kRms = 1, kLayer = 2 };
+
+inline int64_t whole_vectors(int64_t n) { return (n + V - 1) / V * V; }
+
+// e^x for x <= 88 to about one unit in the last place; 0 below the smallest normal number; NaN stays NaN.
+inline Vec exp(Vec x) {
+  const Vec least(-87.33654f), magic(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const Vec y = at::vec::clamp_min(x, least);
+  const Vec shifted = at::vec::fmadd(y, Vec(1.44269504f), magic);
+  const Vec n = shifted - magic;
+  Vec r = at::vec::fnmadd(n, Vec(0.693145752f), y); // ln 2 in two parts
+  r = at::vec::fnmadd(n, Vec(1.42860677e-6f), r);
+  Vec p = at::vec::fmadd(r, Vec(0.00138144672f), Vec(0.00836878084f)); // minimax of (e^r - 1 - r) / r^2
+  p = at::vec::fmadd(r, p, Vec(0.0416683927f));
+  p = at::vec::fmadd(r, p, Vec(0.166665196f));
+  p = at::vec::fmadd(r, p, Vec(0.49999994f));
+  p = at::vec::fmadd(r * r, p, r) + Vec(1.0f);
+#if defined(CPU_CAPABILITY_AVX512)
+  const Vec power = _mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23), _mm512_set1_epi32(0x3f800000)));
+#else
+  const Vec power = _mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(0x3f800000)));
+#endif
+  return Vec::blendv(p * power, Vec(0.0f), x < least);
+}
+
+// Lanes 2i and 2i + 1 exchanged.
+inline Vec swap_pairs(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_permute_ps(x, 0xb1);
+#else
+  return _mm256_permute_ps(x, 0xb1);
+#endif
+}
+
+template <class T>
+inline void copy_row(const T* in, float* out, int64_t width) {
+  for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count), count); });
+}
+
+// out = in * factor
+template <class T>
+inline void write_row(const float* in, float factor, T* out, int64_t width) {
+  const Vec by(factor);
+  for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count) * by, count); });
+}
+
+// out[h, j, i] = in[h, i, j], both [heads, length, length], by tiles: read(from, count, buffer) fills a row of a tile with
+// `count` numbers in fp32 that belong at `from`.
+template <class T, class Read>
+void transpose_squares(int64_t heads, int64_t length, Read read, T* out) {
+  constexpr int64_t side = 32;
+  const int64_t tiles = (length + side - 1) / side;
+  torch::stable::parallel_for(0, heads * tiles, 1, [&](int64_t begin, int64_t end) {
+    float tile[side * side] = {}, turned[side * side];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / tiles * length * length, i0 = task % tiles * side, rows = std::min(side, length - i0);
+      for (int64_t j0 = 0; j0 < length; j0 += side) {
+        const int64_t columns = std::min(side, length - j0);
+        for (int64_t i = 0; i < rows; ++i) read(first + (i0 + i) * length + j0, columns, tile + i * side);
+        transpose(side, side, tile, side, turned, side);
+        for (int64_t j = 0; j < columns; ++j) write_row(turned + j * side, 1.0f, out + first + (j0 + j) * length + i0, rows);
+      }
+    }
+  });
+}
+
+// The shapes of a call, and how a row of q or k is read.
+struct Problem {
+  int64_t batch, tokens, heads, width;
+  int64_t grid[3], window[3], count[3];
+  int64_t windows, length;
+  int64_t norm;
+  float eps, scale;
+  float q_factor; // what the rows of q are multiplied by; the scores by scale / q_factor
+  bool rotary, interleaved;
+  const float *cos = nullptr, *sin = nullptr;
+  std::vector<float> gain[2]; // [heads, width] for q (q_factor included) and for k
+  std::unique_ptr<float[]> bias; // [heads, key, query] in fp32
+
+  int64_t row() const { return whole_vectors(width); }
+
+  Problem(
+      const Tensor& qkv, const int64_t (&grid_)[3], const int64_t (&window_)[3], const std::optional<Tensor>& q_weight,
+      const std::optional<Tensor>& k_weight, int64_t norm, const std::optional<Tensor>& cos_, const std::optional<Tensor>& sin_,
+      bool interleaved, const std::optional<Tensor>& bias_, double scale, double eps)
+      : norm(norm), eps(static_cast<float>(eps)), scale(static_cast<float>(scale)), rotary(cos_.has_value()), interleaved(interleaved) {
+    STD_TORCH_CHECK(qkv.dim() == 5, "qkv must be [B, N, 3, heads, head_dim]");
+    batch = qkv.size(0), tokens = qkv.size(1), heads = qkv.size(3), width = qkv.size(4);
+    check_dense(qkv, "qkv", {batch, tokens, 3, heads, width});
+    STD_TORCH_CHECK(heads > 0, "qkv must have at least one head");
+    STD_TORCH_CHECK(width > 0 && width % 8 == 0, "head_dim must be a multiple of 8, got ", width);
+    STD_TORCH_CHECK(norm == kNone || norm == kRms || norm == kLayer, "norm must be 0, 1 or 2, got ", norm);
+    for (int axis = 0; axis < 3; ++axis) {
+      grid[axis] = grid_[axis], window[axis] = window_[axis];
+      STD_TORCH_CHECK(
+          1 <= window[axis] && window[axis] <= grid[axis], "a window of ", window[axis], " tokens does not fit a grid of ", grid[axis]);
+      count[axis] = (grid[axis] + window[axis] - 1) / window[axis];
+    }
+    STD_TORCH_CHECK(grid[0] * grid[1] * grid[2] == tokens, "the grid does not have ", tokens, " tokens");
+    windows = count[0] * count[1] * count[2];
+    length = window[0] * window[1] * window[2];
+    STD_TORCH_CHECK(cos_.has_value() == sin_.has_value(), "cos and sin must be given together");
+    if (rotary) {
+      check_statistic(*cos_, "cos", {tokens, width / 2});
+      check_statistic(*sin_, "sin", {tokens, width / 2});
+      cos = static_cast<const float*>(cos_->const_data_ptr());
+      sin = static_cast<const float*>(sin_->const_data_ptr());
+    }
+    q_factor = kTiles && qkv.scalar_type() == ScalarType::BFloat16 ? 1.0f : this->scale;
+    gain[0] = weights(q_weight, "q_weight", q_factor);
+    gain[1] = weights(k_weight, "k_weight", 1.0f);
+    if (bias_) read_bias(*bias_);
+  }
+
+ private:
+  std::vector<float> weights(const std::optional<Tensor>& weight, const char* name, float factor) const {
+    std::vector<float> out(heads * width, factor);
+    if (!weight) return out;
+    STD_TORCH_CHECK(norm != kNone, name, " needs a norm");
+    const bool shared = weight->dim() == 1;
+    check_dtype(*weight, name);
+    if (shared) {
+      check_dense(*weight, name, {width});
+    } else {
+      check_dense(*weight, name, {heads, width});
+    }
+    with_type(weight->scalar_type(), [&](auto tag) {
+      const auto* p = static_cast<const decltype(tag)*>(weight->const_data_ptr());
+      for (int64_t i = 0; i < heads * width; ++i) out[i] *= static_cast<float>(p[shared ? i % width : i]);
+    });
+    return out;
+  }
+
+  void read_bias(const Tensor& given) {
+    check_dense(given, "bias", {heads, length, length});
+    bias.reset(new float[heads * length * length]);
+    with_type(given.scalar_type(), [&](auto tag) {
+      const auto* in = static_cast<const decltype(tag)*>(given.const_data_ptr());
+      transpose_squares(heads, length, [&](int64_t from, int64_t count, float* row) { copy_row(in + from, row, count); }, bias.get());
+    });
+  }
+};
+
+// A thread's window: its tokens, their places inside a full window, and their rotary tables spread to all channels, the
+// sines with the sign of the channel's own turn.
+struct Window {
+  std::vector<int64_t> token, place;
+  std::vector<float> cos, sin;
+  bool full = false;
+  int64_t index = -1;
+
+  int64_t size() const { return static_cast<int64_t>(token.size()); }
+
+  void enter(const Problem& p, int64_t window) {
+    if (window == index) return;
+    index = window;
+    int64_t first[3], last[3];
+    int64_t rest = window;
+    for (int axis = 2; axis >= 0; --axis) {
+      first[axis] = rest % p.count[axis] * p.window[axis];
+      last[axis] = std::min(first[axis] + p.window[axis], p.grid[axis]);
+      rest /= p.count[axis];
+    }
+    token.clear();
+    place.clear();
+    for (int64_t t = first[0]; t < last[0]; ++t) {
+      for (int64_t h = first[1]; h < last[1]; ++h) {
+        for (int64_t w = first[2]; w < last[2]; ++w) {
+          token.push_back((t * p.grid[1] + h) * p.grid[2] + w);
+          place.push_back(((t - first[0]) * p.window[1] + h - first[1]) * p.window[2] + w - first[2]);
+        }
+      }
+    }
+    full = size() == p.length;
+    if (p.rotary) spread(p);
+  }
+
+ private:
+  void spread(const Problem& p) {
+    const int64_t half = p.width / 2;
+    cos.resize(size() * p.width);
+    sin.resize(size() * p.width);
+    const int64_t pair = p.interleaved ? 2 : 1, partner = p.interleaved ? 1 : half;
+    for (int64_t n = 0; n < size(); ++n) {
+      for (int64_t i = 0; i < half; ++i) {
+        const int64_t at = n * p.width + pair * i;
+        const float c = p.cos[token[n] * half + i], s = p.sin[token[n] * half + i];
+        cos[at] = cos[at + partner] = c;
+        sin[at] = -s;
+        sin[at + partner] = s;
+      }
+    }
+  }
+};
+
+// f(n) with the number of vectors in a row, as a constant for the usual ones: the row then stays in registers.
+template <class F>
+inline void with_vectors(int64_t n, F&& f) {
+  switch (n) {
+#define MINISORA_VECTORS(N) \
+  case N:                   \
+    return f(std::integral_constant<int64_t, N>{});
+    MINISORA_VECTORS(4) MINISORA_VECTORS(5) MINISORA_VECTORS(6) MINISORA_VECTORS(8) MINISORA_VECTORS(9)
+#undef MINISORA_VECTORS
+    default:
+      return f(n);
+  }
+}
+
+// Reads rows of q and k; the scratch of a thread.
+class Reader {
+ public:
+  explicit Reader(const Problem& p)
+      : p_(p), tail_(p.width - p.row() + V), x_(p.row() / V), grad_(p.row() / V), twice_(2 * p.row()) {}
+
+  // out = rotate(norm(in) * gain)
+  template <class T, class TO>
+  void read(const T* in, const Window& window, int64_t token, const float* gain, TO* out) {
+    with_vectors(p_.row() / V, [&](auto n) {
+      Vectors x(x_, n);
+      load_row(in, x.p, n);
+      if (p_.norm != kNone) normalise(x.p, n);
+      for_vectors(n, [&](auto u, auto count) MINISORA_INLINE { x.p[u] = x.p[u] * load(gain + u * V, count); });
+      if (p_.rotary) rotate(x.p, window, token, 1.0f, n);
+      for_vectors(n, [&](auto u, auto count) MINISORA_INLINE { store(out + u * V, x.p[u], count); });
+    });
+  }
+
+  // The gradient of the row read above, given that of its result; dgain += the gradient of gain.
+  template <class T>
+  void read_backward(const T* in, const Window& window, int64_t token, const float* gain, const float* grad, T* out, float* dgain) {
+    with_vectors(p_.row() / V, [&](auto n) {
+      Vectors h(x_, n), g(grad_, n);
+      load_row(grad, g.p, n);
+      if (p_.rotary) rotate(g.p, window, token, -1.0f, n);
+      if (p_.norm == kNone) {
+        for_vectors(n, [&](auto u, auto count) MINISORA_INLINE { store(out + u * V, g.p[u] * load(gain + u * V, count), count); });
+        return;
+      }
+      load_row(in, h.p, n);
+      const float rstd = normalise(h.p, n);
+      Vec sum_dh(0.0f), sum_dh_h(0.0f);
+      for_vectors(n, [&](auto u, auto count) MINISORA_INLINE {
+        store(dgain + u * V, at::vec::fmadd(g.p[u], h.p[u], load(dgain + u * V, count)), count);
+        g.p[u] = g.p[u] * load(gain + u * V, count);
+        sum_dh = sum_dh + g.p[u];
+        sum_dh_h = at::vec::fmadd(g.p[u], h.p[u], sum_dh_h);
+      });
+      const TokenGradient gradient({sum_lanes(sum_dh), sum_lanes(sum_dh_h)}, rstd, p_.width, p_.norm == kRms);
+      for_vectors(n, [&](auto u, auto count) MINISORA_INLINE { store(out + u * V, gradient(h.p[u], g.p[u]), count); });
+    });
+  }
+
+ private:
+  // The vectors of a row: on the stack where their number is a constant, else in a thread's scratch.
+  template <class N>
+  struct Vectors {
+    static constexpr bool constant = !std::is_same_v<N, int64_t>;
+    static constexpr int64_t size() {
+      if constexpr (constant) return N::value;
+      return 1;
+    }
+    Vec local[size()];
+    Vec* p;
+    Vectors(std::vector<Vec>& scratch, N) : p(constant ? local : scratch.data()) {}
+  };
+
+  // f(u, count) for the vectors u of a row.
+  template <class N, class F>
+  MINISORA_INLINE void for_vectors(N n, F&& f) const {
+#pragma GCC unroll 16
+    for (int64_t u = 0; u < n - 1; ++u) f(u, Full{});
+    // Of a multiple of 8 there is no tail where a vector has 8 lanes.
+    if constexpr (V == 8) {
+      f(n - 1, Full{});
+    } else {
+      f(n - 1, tail_);
+    }
+  }
+
+  template <class T, class N>
+  MINISORA_INLINE void load_row(const T* in, Vec* x, N n) const {
+    for_vectors(n, [&](auto u, auto count) MINISORA_INLINE { x[u] = load(in + u * V, count); });
+  }
+
+  // x = (x - mean) * rstd; returns rstd
+  template <class N>
+  MINISORA_INLINE float normalise(Vec* x, N n) const {
+    const float width = static_cast<float>(p_.width);
+    Vec sum(0.0f), squares(0.0f);
+    if (p_.norm != kRms) {
+      for_vectors(n, [&](auto u, auto) MINISORA_INLINE { sum = sum + x[u]; });
+      const Vec mean(sum_lanes(sum) / width);
+      for_vectors(n, [&](auto u, auto count) MINISORA_INLINE { x[u] = first_lanes(x[u] - mean, count); });
+    }
+    for_vectors(n, [&](auto u, auto) MINISORA_INLINE { squares = at::vec::fmadd(x[u], x[u], squares); });
+    const float rstd = 1.0f / std::sqrt(sum_lanes(squares) / width + p_.eps);
+    for_vectors(n, [&](auto u, auto) MINISORA_INLINE { x[u] = x[u] * Vec(rstd); });
+    return rstd;
+  }
+
+  template <class N>
+  MINISORA_INLINE void rotate(Vec* x, const Window& window, int64_t token, float direction, N n) {
+    const float *cos = window.cos.data() + token * p_.width, *sin = window.sin.data() + token * p_.width;
+    const Vec sign(direction);
+    float* twice = twice_.data();
+    if (!p_.interleaved) {
+      // Two copies side by side: the partner of channel i is half a row further on, for both halves.
+      for_vectors(n, [&](auto u, auto count) MINISORA_INLINE {
+        store(twice + u * V, x[u], count);
+        store(twice + p_.width + u * V, x[u], count);
+      });
+    }
+    for_vectors(n, [&](auto u, auto count) MINISORA_INLINE {
+      const Vec partner = p_.interleaved ? swap_pairs(x[u]) : load(twice + p_.width / 2 + u * V, count);
+      x[u] = at::vec::fmadd(x[u], load(cos + u * V, count), partner * load(sin + u * V, count) * sign);
+    });
+  }
+
+  const Problem& p_;
+  const int64_t tail_; // lanes of the last vector of a row
+  std::vector<Vec> x_, grad_;
+  std::vector<float> twice_;
+};
+
+// scores[key, query] += bias for keys [k0, k0 + kn) and queries [q0, q0 + qn) of the window
+inline void add_bias(const Problem& p, const Window& w, int64_t head, int64_t k0, int64_t kn, int64_t q0, int64_t qn, float* scores, int64_t lanes) {
+  const float* bias = p.bias.get() + head * p.length * p.length;
+  for (int64_t j = 0; j < kn; ++j) {
+    const float* from = bias + w.place[k0 + j] * p.length;
+    float* to = scores + j * lanes;
+    if (w.full) {
+      for_columns(qn, [&](int64_t i, auto count) MINISORA_INLINE { store(to + i, load(to + i, count) + load(from + q0 + i, count), count); });
+    } else {
+      for (int64_t i = 0; i < qn; ++i) to[i] += from[w.place[q0 + i]];
+    }
+  }
+}
+
+// The other way: gradient[key, query] of the bias += dscores
+inline void add_bias_gradient(const Problem& p, const Window& w, int64_t k0, int64_t kn, int64_t q0, int64_t qn, const float* dscores, int64_t lanes, float* gradient) {
+  for (int64_t j = 0; j < kn; ++j) {
+    float* to = gradient + w.place[k0 + j] * p.length;
+    const float* from = dscores + j * lanes;
+    if (w.full) {
+      for_columns(qn, [&](int64_t i, auto count) MINISORA_INLINE { store(to + q0 + i, load(to + q0 + i, count) + load(from + i, count), count); });
+    } else {
+      for (int64_t i = 0; i < qn; ++i) to[w.place[q0 + i]] += from[i];
+    }
+  }
+}
+
+// One step of the online softmax: scores become exp(scores - greatest so far), `shrink` is what earlier sums are worth now.
+inline void softmax_block(float* scores, int64_t keys, int64_t lanes, int64_t row, float* greatest, float* total, float* shrink) {
+  for (int64_t i = 0; i < lanes; i += V) {
+    const Vec before = Vec::loadu(greatest + i);
+    Vec top = before;
+    for (int64_t j = 0; j < keys; ++j) top = at::vec::clamp_min(Vec::loadu(scores + j * row + i), top);
+    Vec sum[2] = {Vec(0.0f), Vec(0.0f)};
+    for (int64_t j = 0; j < keys; ++j) {
+      const Vec weight = exp(Vec::loadu(scores + j * row + i) - top);
+      weight.store(scores + j * row + i);
+      sum[j % 2] = sum[j % 2] + weight;
+    }
+    const Vec factor = exp(before - top);
+    factor.store(shrink + i);
+    top.store(greatest + i);
+    at::vec::fmadd(Vec::loadu(total + i), factor, sum[0] + sum[1]).store(total + i);
+  }
+}
+
+template <class T>
+inline float dot(const T* a, const T* b, int64_t width) {
+  Sum sum;
+  for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE { sum.part[u] = at::vec::fmadd(load(a + i, count), load(b + i, count), sum.part[u]); });
+  return sum.total();
+}
+
+// While row n of a head is read: the rows lie too far apart for the hardware to see what is next. In a short window that is
+// the next head, which there is time to fetch until then; in a long one the rows to come. Always inlined: gcc takes a function
+// that only prefetches for one without effects, and drops the calls.
+template <class Source>
+MINISORA_INLINE inline void prefetch(const Problem& p, const Window& w, Source source, int64_t head, int64_t n) {
+  const bool one_block = p.length <= kSide;
+  const int64_t ahead = one_block ? n : n + 8;
+  if (one_block ? head + 1 == p.heads : ahead >= w.size()) return;
+  for (int part = 0; part < 3; ++part) {
+    const auto* row = source(ahead, part) + (one_block ? p.width : 0);
+    for (int64_t i = 0; i < p.width; i += 64 / sizeof(*row)) __builtin_prefetch(row + i, 0, 2);
+  }
+}
+
+// Sums over windows and samples: one partial sum for each chunk of windows and each head, added in order at the end.
+struct Partial {
+  int64_t chunks, parts;
+  std::vector<float> gain[2]; // [chunks, heads, width]
+  std::unique_ptr<float[]> bias; // [chunks, heads, key, query]
+
+  Partial(const Problem& p, bool with_bias) {
+    const int64_t items = p.batch * p.windows;
+    const int64_t square = p.heads * p.length * p.length;
+    chunks = with_bias ? std::min((kTasks / 8 + p.heads - 1) / p.heads, kPartialBias / square) : kTasks;
+    chunks = std::max<int64_t>(std::min(chunks, items), 1);
+    parts = std::min(p.heads, (kTasks + chunks - 1) / chunks);
+    for (auto& sums : gain) sums.resize(p.norm == kNone ? p.width : chunks * p.heads * p.width);
+    if (with_bias) bias.reset(new float[chunks * square]);
+  }
+
+  int64_t tasks() const { return chunks * parts; }
+
+  // attend(b, head, dgain_q, dgain_k, dbias) for every window, sample and head of a task, with the task's sums.
+  template <class Attend>
+  void run(const Problem& p, int64_t task, Window& w, Attend attend) {
+    const int64_t items = p.batch * p.windows, square = p.length * p.length;
+    const int64_t chunk = task / parts, part = task % parts;
+    const int64_t first_head = part * p.heads / parts, last_head = (part + 1) * p.heads / parts;
+    const auto dbias = [&](int64_t head) { return bias ? bias.get() + (chunk * p.heads + head) * square : nullptr; };
+    if (bias) std::fill(dbias(first_head), dbias(first_head) + (last_head - first_head) * square, 0.0f);
+    for (int64_t item = chunk * items / chunks; item < (chunk + 1) * items / chunks; ++item) {
+      w.enter(p, item % p.windows);
+      for (int64_t head = first_head; head < last_head; ++head) {
+        const int64_t slot = p.norm == kNone ? 0 : (chunk * p.heads + head) * p.width;
+        attend(item / p.windows, head, gain[0].data() + slot, gain[1].data() + slot, dbias(head));
+      }
+    }
+  }
+};
+
+} // namespace minisora
