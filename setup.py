@@ -31,10 +31,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
 VARIANTS = {
     "cpu_avx2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", *AVX2],
     "cpu_avx512": ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", *AVX512],
+    "cpu_avx512_bf16": ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", *AVX512_BF16],
     "cpu_amx": ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", *AMX],
 }
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0"

@@ -31,6 +31,9 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
 # The device type that a backend's kernels run on.
 DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 
+# The library of CPU kernels for what cpu_capability() says; setup.py builds them all.
+VARIANTS = {"AVX2": "cpu_avx2", "AVX512": "cpu_avx512", "AVX512_BF16": "cpu_avx512_bf16", "AMX": "cpu_amx"}
+
 # An op's table: backend name -> predicate. The predicate gets the call's arguments and returns why this backend cannot
 # serve them, or None if it can.
 Refusal = Callable[..., "str | None"]
@@ -86,17 +89,16 @@ def _load(name: str, variant: str | None, wanted: str) -> str | None:
 
 
 def cpu_capability() -> str:
-    """The instruction set that the CPU kernels may use here: ``AVX2``, ``AVX512``, ``AMX``, or what torch calls less.
+    """The instruction set that the CPU kernels may use here: a key of :data:`VARIANTS`, or what torch calls less.
 
-    torch's own environment variable ``ATEN_CPU_CAPABILITY`` (avx2, avx512) holds for the kernels too; ``AMX`` is for an
-    AVX-512 CPU with bfloat16 tiles whose use the system allows, and with the variable not set.
+    torch's own environment variable ``ATEN_CPU_CAPABILITY`` (avx2, avx512) holds for the kernels too; what goes beyond
+    AVX-512 (products and conversions of bfloat16, and their tiles if the system allows it) is used if it is not set.
     """
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability == "AVX512" and "ATEN_CPU_CAPABILITY" not in os.environ:
-        has_amx = torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_amx_tile_supported()
-        if has_amx and torch.cpu._init_amx():  # asks Linux for the right to use tiles
-            return "AMX"
-    return capability
+    if capability != "AVX512" or "ATEN_CPU_CAPABILITY" in os.environ or not torch.cpu._is_avx512_bf16_supported():
+        return capability
+    # asks Linux for the right to use tiles
+    return "AMX" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "AVX512_BF16"
 
 
 def _load_libraries() -> None:
@@ -105,7 +107,7 @@ def _load_libraries() -> None:
             _unavailable[name] = "MINISORA_BACKEND=reference: the libraries were not loaded"
         return
     capability = cpu_capability()
-    variant = {"AVX2": "cpu_avx2", "AVX512": "cpu_avx512", "AMX": "cpu_amx"}.get(capability)
+    variant = VARIANTS.get(capability)
     if variant is None:
         _unavailable["cpu"] = f"the kernels need AVX2 or AVX-512; this CPU offers {capability}"
     else:

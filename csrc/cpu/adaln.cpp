@@ -21,18 +21,20 @@ std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
     with_type(out_dtype, [&](auto y_tag) {
       const auto* in = static_cast<const decltype(x_tag)*>(x.const_data_ptr());
       auto* out = static_cast<decltype(y_tag)*>(y.mutable_data_ptr());
-      for_tokens(batch, tokens, common_rows({&shift_rows, &scale_rows}), [&] { return AdaLNScratch(width); },
-        [&](AdaLNScratch& s, int64_t b, int64_t n, bool new_run) {
-          if (new_run) s.read(shift_rows, scale_rows, w, c, b, n);
-          const int64_t token = b * tokens + n;
-          Sum sum;
+      const auto read = [&](AdaLNScratch& s, int64_t b, int64_t n) { s.read(shift_rows, scale_rows, w, c, b, n); };
+      for_tokens(batch, tokens, common_rows({&shift_rows, &scale_rows}), [&] { return AdaLNScratch(width); }, read,
+        [&](AdaLNScratch& s, int64_t token, auto group) {
+          constexpr int G = group;
+          const auto* from = in + token * width;
+          Sum sums[G];
           for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
-            const Vec value = load(in + token * width + i, count);
-            store(s.row.data() + i, value, count);
-            sum.part[u] = sum.part[u] + value;
+            for_group<G>([&](int r) MINISORA_INLINE {
+              Vec& sum = sums[r].part[chain<G>(u)];
+              sum = sum + load(from + r * width + i, count);
+            });
           });
-          statistics(s.row.data(), sum.total(), width, rms, static_cast<float>(eps), means + token, rstds + token);
-          modulate(s.row.data(), means[token], rstds[token], s.gain.data(), s.offset.data(), out + token * width, width);
+          statistics(from, sums, width, rms, static_cast<float>(eps), means + token, rstds + token);
+          modulate<G>(from, means + token, rstds + token, s, out + token * width);
         });
     });
   });
@@ -63,19 +65,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_bwd(
       const auto* in = static_cast<const TX*>(x.const_data_ptr());
       const auto* grad = static_cast<const decltype(y_tag)*>(dy.const_data_ptr());
       auto* out = static_cast<TX*>(dx.mutable_data_ptr());
-      sum_over_rows<2>(batch, tokens, rows, width, [&] { return AdaLNScratch(width); },
-        [&](AdaLNScratch& s, int64_t b, int64_t n, bool new_run, float** sums) {
-          if (new_run) s.read(shift_rows, scale_rows, w, c, b, n);
-          const int64_t token = b * tokens + n;
-          const TokenSums token_sums = adaln_backward_sums(
-              in + token * width, grad + token * width, means[token], rstds[token], s.gain.data(), s.h.data(), s.dh.data(), sums[0],
-              sums[1], width);
-          const TokenGradient gradient(token_sums, rstds[token], width, rms);
+      const auto read = [&](AdaLNScratch& s, int64_t b, int64_t n) { s.read(shift_rows, scale_rows, w, c, b, n); };
+      sum_over_rows<2>(batch, tokens, rows, width, [&] { return AdaLNScratch(width); }, read,
+        [&](AdaLNScratch& s, int64_t token, auto group, float** sums) {
+          constexpr int G = group;
+          const int64_t at = token * width;
+          const AdaLNBackward<G> backward(in + at, grad + at, means + token, rstds + token, s, rms, sums[0], sums[1]);
           for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
-            store(out + token * width + i, gradient(load(s.h.data() + i, count), load(s.dh.data() + i, count)), count);
+            const Vec gain = load(s.gain.data() + i, count);
+            for_group<G>([&](int r) MINISORA_INLINE {
+              const int64_t j = at + r * width + i;
+              store(out + j, backward.dx(r, load(in + j, count), load(grad + j, count), gain), count);
+            });
           });
         },
-        [&](AdaLNScratch& s, int64_t, int64_t, int64_t task, float** sums) {
+        [&](AdaLNScratch& s, int64_t task, float** sums) {
           dweight.add(task, s.one_plus_scale.data(), sums[1]);
           dbias.add(task, s.one_plus_scale.data(), sums[0]);
         },

@@ -9,6 +9,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
@@ -58,8 +62,24 @@ inline void check_statistic(const Tensor& tensor, const char* name, std::initial
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
 }
 
+// Asks for huge pages under a large tensor that is about to be written for the first time: where the system leaves that to the
+// program ("madvise", the default of most distributions), a fresh tensor otherwise costs a page fault per 4 KiB, which takes
+// several times as long as a kernel does. Of no consequence for memory that has its pages already.
+inline Tensor with_huge_pages(Tensor tensor) {
+#if defined(__linux__)
+  constexpr int64_t page = int64_t{2} << 20;
+  const int64_t bytes = tensor.numel() * (tensor.scalar_type() == ScalarType::Float ? 4 : 2);
+  if (bytes >= 2 * page) {
+    const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+    const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE); // advice: if it is not taken, nothing is lost
+  }
+#endif
+  return tensor;
+}
+
 inline Tensor empty_like_shape(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+  return with_huge_pages(torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype));
 }
 
 // ---- dtypes
@@ -123,6 +143,16 @@ inline Narrow narrow(Vec value, Half) { return at::vec::cvtfp32_fp16(value); }
 
 inline void store(BFloat16* p, Vec value, Full) { store_narrow(p, narrow(value, BFloat16{})); }
 inline void store(Half* p, Vec value, Full) { store_narrow(p, narrow(value, Half{})); }
+
+// The value that a store to T keeps.
+template <class T>
+inline Vec round_to(Vec value) {
+  if constexpr (std::is_same_v<T, float>) {
+    return value;
+  } else {
+    return widen(narrow(value, T{}), T{});
+  }
+}
 
 // The same for the tail of a row; lanes past `count` are zero when loaded, and not stored.
 #if defined(CPU_CAPABILITY_AVX512)

@@ -18,12 +18,15 @@ Tensor gate_residual_fwd(const Tensor& x, const Tensor& branch, const Tensor& ga
       const auto* in = static_cast<const TX*>(x.const_data_ptr());
       const auto* add = static_cast<const decltype(branch_tag)*>(branch.const_data_ptr());
       auto* out = static_cast<TX*>(y.mutable_data_ptr());
-      for_tokens(batch, tokens, gate_rows.count, [&] { return std::vector<float>(width); },
-        [&](std::vector<float>& gain, int64_t b, int64_t n, bool new_run) {
-          if (new_run) gate_rows.read(b, n, 0.0f, gain.data(), width);
-          const int64_t at = (b * tokens + n) * width;
+      const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) { gate_rows.read(b, n, 0.0f, gain.data(), width); };
+      for_tokens(batch, tokens, gate_rows.count, [&] { return std::vector<float>(width); }, read,
+        [&](std::vector<float>& gain, int64_t token, auto group) {
           for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
-            store(out + at + i, at::vec::fmadd(load(gain.data() + i, count), load(add + at + i, count), load(in + at + i, count)), count);
+            const Vec by = load(gain.data() + i, count);
+            for_group<group>([&](int r) MINISORA_INLINE {
+              const int64_t j = (token + r) * width + i;
+              store(out + j, at::vec::fmadd(by, load(add + j, count), load(in + j, count)), count);
+            });
           });
         });
     });
@@ -46,17 +49,22 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(const Tensor& dy, const Tensor& bra
       const auto* grad = static_cast<const decltype(y_tag)*>(dy.const_data_ptr());
       const auto* added = static_cast<const TB*>(branch.const_data_ptr());
       auto* out = static_cast<TB*>(dbranch.mutable_data_ptr());
-      sum_over_rows<1>(batch, tokens, gate_rows.count, width, [&] { return std::vector<float>(width); },
-        [&](std::vector<float>& gain, int64_t b, int64_t n, bool new_run, float** sums) {
-          if (new_run) gate_rows.read(b, n, 0.0f, gain.data(), width);
-          const int64_t at = (b * tokens + n) * width;
+      const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) { gate_rows.read(b, n, 0.0f, gain.data(), width); };
+      sum_over_rows<1>(batch, tokens, gate_rows.count, width, [&] { return std::vector<float>(width); }, read,
+        [&](std::vector<float>& gain, int64_t token, auto group, float** sums) {
           for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
-            const Vec g = load(grad + at + i, count);
-            store(out + at + i, g * load(gain.data() + i, count), count);
-            store(sums[0] + i, at::vec::fmadd(g, load(added + at + i, count), load(sums[0] + i, count)), count);
+            const Vec by = load(gain.data() + i, count);
+            Vec total(0.0f);
+            for_group<group>([&](int r) MINISORA_INLINE {
+              const int64_t j = (token + r) * width + i;
+              const Vec g = load(grad + j, count);
+              store(out + j, g * by, count);
+              total = at::vec::fmadd(g, load(added + j, count), total);
+            });
+            store(sums[0] + i, load(sums[0] + i, count) + total, count);
           });
         },
-        [](std::vector<float>&, int64_t, int64_t, int64_t, float**) {},
+        [](std::vector<float>&, int64_t, float**) {},
         [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) { dgate.set(b, row, first, last, sums[0]); });
     });
   });

@@ -31,36 +31,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
   const ScalarType x_dtype = x.scalar_type(), branch_dtype = branch.scalar_type();
 
   // The residual is rounded to x's dtype before it is normalised: what the unfused pair of ops computes.
-  const auto add_gated = [&](auto x_tag, auto branch_tag, const float* gain, float* row, int64_t at) {
+  const auto add_gated = [&](auto x_tag, auto branch_tag, auto group, const Scratch& s, int64_t token) {
     using TX = decltype(x_tag);
-    const auto* in = static_cast<const TX*>(x_data) + at;
-    const auto* add = static_cast<const decltype(branch_tag)*>(branch_data) + at;
-    auto* out = static_cast<TX*>(residual_data) + at;
-    Sum sum;
+    constexpr int G = group;
+    const auto* in = static_cast<const TX*>(x_data) + token * width;
+    const auto* add = static_cast<const decltype(branch_tag)*>(branch_data) + token * width;
+    auto* out = static_cast<TX*>(residual_data) + token * width;
+    Sum sums[G];
     for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
-      store(out + i, at::vec::fmadd(load(gain + i, count), load(add + i, count), load(in + i, count)), count);
-      const Vec rounded = load(out + i, count);
-      store(row + i, rounded, count);
-      sum.part[u] = sum.part[u] + rounded;
+      const Vec gate = load(s.gate.data() + i, count);
+      for_group<G>([&](int r) MINISORA_INLINE {
+        const int64_t j = r * width + i;
+        const Vec rounded = round_to<TX>(at::vec::fmadd(gate, load(add + j, count), load(in + j, count)));
+        store(out + j, rounded, count);
+        Vec& sum = sums[r].part[chain<G>(u)];
+        sum = sum + first_lanes(rounded, count);
+      });
     });
-    return sum.total();
+    statistics(out, sums, width, rms, static_cast<float>(eps), means + token, rstds + token);
   };
 
-  for_tokens(batch, tokens, common_rows({&gate_rows, &shift_rows, &scale_rows}), [&] { return Scratch(width); },
-    [&](Scratch& s, int64_t b, int64_t n, bool new_run) {
-      if (new_run) {
-        gate_rows.read(b, n, 0.0f, s.gate.data(), width);
-        s.read(shift_rows, scale_rows, w, c, b, n);
-      }
-      const int64_t token = b * tokens + n;
-      float sum = 0.0f;
+  const auto read = [&](Scratch& s, int64_t b, int64_t n) {
+    gate_rows.read(b, n, 0.0f, s.gate.data(), width);
+    s.read(shift_rows, scale_rows, w, c, b, n);
+  };
+  for_tokens(batch, tokens, common_rows({&gate_rows, &shift_rows, &scale_rows}), [&] { return Scratch(width); }, read,
+    [&](Scratch& s, int64_t token, auto group) {
+      constexpr int G = group;
       with_type(x_dtype, [&](auto x_tag) {
-        with_type(branch_dtype, [&](auto branch_tag) { sum = add_gated(x_tag, branch_tag, s.gate.data(), s.row.data(), token * width); });
-      });
-      statistics(s.row.data(), sum, width, rms, static_cast<float>(eps), means + token, rstds + token);
-      with_type(out_dtype, [&](auto y_tag) {
-        auto* out = static_cast<decltype(y_tag)*>(y_data) + token * width;
-        modulate(s.row.data(), means[token], rstds[token], s.gain.data(), s.offset.data(), out, width);
+        with_type(branch_dtype, [&](auto branch_tag) { add_gated(x_tag, branch_tag, group, s, token); });
+        with_type(out_dtype, [&](auto y_tag) {
+          const auto* normed = static_cast<const decltype(x_tag)*>(residual_data) + token * width;
+          modulate<G>(normed, means + token, rstds + token, s, static_cast<decltype(y_tag)*>(y_data) + token * width);
+        });
       });
     });
   return {residual, y, mean, rstd};
@@ -98,41 +101,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
   const ScalarType x_dtype = residual.scalar_type(), y_dtype = dy.scalar_type(), branch_dtype = branch.scalar_type();
 
   // g = dresidual + dx of adaln; dx = g, dbranch = gate * g, dgate += g * branch
-  const auto second_half = [&](auto x_tag, auto branch_tag, const Scratch& s, const TokenGradient& gradient, float* sum_gate, int64_t at) {
+  const auto add_tokens = [&](auto x_tag, auto y_tag, auto branch_tag, auto group, const Scratch& s, int64_t token, float** sums) {
     using TX = decltype(x_tag);
     using TB = decltype(branch_tag);
-    const auto* grad = static_cast<const TX*>(dresidual_data) + at;
+    constexpr int G = group;
+    const int64_t at = token * width;
+    const auto *in = static_cast<const TX*>(residual_data) + at, *grad = static_cast<const TX*>(dresidual_data) + at;
+    const auto* grad_y = static_cast<const decltype(y_tag)*>(dy_data) + at;
     const auto* added = static_cast<const TB*>(branch_data) + at;
     auto* out_x = static_cast<TX*>(dx_data) + at;
     auto* out_branch = static_cast<TB*>(dbranch_data) + at;
+    const AdaLNBackward<G> backward(in, grad_y, means + token, rstds + token, s, rms, sums[0], sums[1]);
     for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
-      const Vec g = load(grad + i, count) + gradient(load(s.h.data() + i, count), load(s.dh.data() + i, count));
-      store(out_x + i, g, count);
-      store(out_branch + i, g * load(s.gate.data() + i, count), count);
-      store(sum_gate + i, at::vec::fmadd(g, load(added + i, count), load(sum_gate + i, count)), count);
+      const Vec gain = load(s.gain.data() + i, count), gate = load(s.gate.data() + i, count);
+      Vec total(0.0f);
+      for_group<G>([&](int r) MINISORA_INLINE {
+        const int64_t j = r * width + i;
+        const Vec g = load(grad + j, count) + backward.dx(r, load(in + j, count), load(grad_y + j, count), gain);
+        store(out_x + j, g, count);
+        store(out_branch + j, g * gate, count);
+        total = at::vec::fmadd(g, load(added + j, count), total);
+      });
+      store(sums[2] + i, load(sums[2] + i, count) + total, count);
     });
   };
 
-  sum_over_rows<3>(batch, tokens, rows, width, [&] { return Scratch(width); },
-    [&](Scratch& s, int64_t b, int64_t n, bool new_run, float** sums) {
-      if (new_run) {
-        gate_rows.read(b, n, 0.0f, s.gate.data(), width);
-        s.read(shift_rows, scale_rows, w, c, b, n);
-      }
-      const int64_t token = b * tokens + n, at = token * width;
-      TokenSums token_sums{};
+  const auto read = [&](Scratch& s, int64_t b, int64_t n) {
+    gate_rows.read(b, n, 0.0f, s.gate.data(), width);
+    s.read(shift_rows, scale_rows, w, c, b, n);
+  };
+  sum_over_rows<3>(batch, tokens, rows, width, [&] { return Scratch(width); }, read,
+    [&](Scratch& s, int64_t token, auto group, float** sums) {
       with_type(x_dtype, [&](auto x_tag) {
         with_type(y_dtype, [&](auto y_tag) {
-          token_sums = adaln_backward_sums(
-              static_cast<const decltype(x_tag)*>(residual_data) + at, static_cast<const decltype(y_tag)*>(dy_data) + at,
-              means[token], rstds[token], s.gain.data(), s.h.data(), s.dh.data(), sums[0], sums[1], width);
-        });
-        with_type(branch_dtype, [&](auto branch_tag) {
-          second_half(x_tag, branch_tag, s, TokenGradient(token_sums, rstds[token], width, rms), sums[2], at);
+          with_type(branch_dtype, [&](auto branch_tag) { add_tokens(x_tag, y_tag, branch_tag, group, s, token, sums); });
         });
       });
     },
-    [&](Scratch& s, int64_t, int64_t, int64_t task, float** sums) {
+    [&](Scratch& s, int64_t task, float** sums) {
       dweight.add(task, s.one_plus_scale.data(), sums[1]);
       dbias.add(task, s.one_plus_scale.data(), sums[0]);
     },

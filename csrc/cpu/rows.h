@@ -5,6 +5,7 @@
 #include "common.h"
 
 #include <cmath>
+#include <memory>
 #include <numeric>
 
 namespace minisora {
@@ -52,27 +53,53 @@ inline std::vector<float> affine(const std::optional<Tensor>& parameter, const c
   return out;
 }
 
-// ---- one token
+// ---- some tokens of one row
 
-// Mean and 1 / sqrt(var + eps) of a row in fp32; two passes over a row that is in L1 need no Welford.
-inline void statistics(const float* row, float sum, int64_t width, bool rms, float eps, float* mean, float* rstd) {
-  *mean = rms ? 0.0f : sum / static_cast<float>(width);
-  const Vec center(*mean);
-  Sum squares;
-  for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
-    const Vec d = first_lanes(load(row + i, count) - center, count);
-    squares.part[u] = at::vec::fmadd(d, d, squares.part[u]);
-  });
-  *rstd = 1.0f / std::sqrt(squares.total() / static_cast<float>(width) + eps);
+// Kernels take G tokens at a time: their sums over the columns do not wait for each other, and the rows of the modulation and
+// of its gradients are read once for all of them.
+constexpr int kGroup = 4;
+
+template <int G>
+using Group = std::integral_constant<int, G>;
+
+// Which of a Sum's parts step u of for_columns adds to; G tokens have G sums, so that each needs fewer parts.
+template <int G>
+constexpr int chain(int u) {
+  return u % (4 / G);
 }
 
-// A thread's fp32 rows for adaln: the token, its modulation with the affine weights folded in, and halves of its gradient.
+// f(r) for r in 0..G
+template <int G, class F>
+MINISORA_INLINE inline void for_group(F&& f) {
+#pragma GCC unroll 4
+  for (int r = 0; r < G; ++r) f(r);
+}
+
+// Means and 1 / sqrt(var + eps) of G tokens; two passes over tokens that are in L1 need no Welford.
+template <int G, class T>
+inline void statistics(const T* tokens, const Sum (&sums)[G], int64_t width, bool rms, float eps, float* mean, float* rstd) {
+  Vec center[G];
+  Sum squares[G];
+  for_group<G>([&](int r) MINISORA_INLINE {
+    mean[r] = rms ? 0.0f : sums[r].total() / static_cast<float>(width);
+    center[r] = Vec(mean[r]);
+  });
+  for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
+    for_group<G>([&](int r) MINISORA_INLINE {
+      const Vec d = first_lanes(load(tokens + r * width + i, count) - center[r], count);
+      Vec& sum = squares[r].part[chain<G>(u)];
+      sum = at::vec::fmadd(d, d, sum);
+    });
+  });
+  for_group<G>([&](int r) MINISORA_INLINE { rstd[r] = 1.0f / std::sqrt(squares[r].total() / static_cast<float>(width) + eps); });
+}
+
+// A thread's fp32 rows for adaln: the modulation with the affine weights folded in.
 struct AdaLNScratch {
   int64_t width;
-  std::vector<float> row, gain, offset, one_plus_scale, h, dh;
+  std::vector<float> gain, offset, one_plus_scale;
 
-  explicit AdaLNScratch(int64_t width)
-      : width(width), row(width), gain(width), offset(width), one_plus_scale(width), h(width), dh(width) {}
+  explicit AdaLNScratch(int64_t width) : width(width), gain(width), offset(width), one_plus_scale(width) {}
 
   // gain = weight * (1 + scale), offset = bias * (1 + scale) + shift
   void read(
@@ -87,51 +114,62 @@ struct AdaLNScratch {
   }
 };
 
-// y = (row - mean) * rstd * gain + offset
-template <class TY>
-inline void modulate(const float* row, float mean, float rstd, const float* gain, const float* offset, TY* y, int64_t width) {
-  const Vec center(mean), inverse(rstd);
-  for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
-    const Vec h = (load(row + i, count) - center) * inverse;
-    store(y + i, at::vec::fmadd(h, load(gain + i, count), load(offset + i, count)), count);
+// y = (x - mean) * rstd * gain + offset, for G tokens
+template <int G, class TX, class TY>
+inline void modulate(const TX* x, const float* mean, const float* rstd, const AdaLNScratch& s, TY* y) {
+  Vec center[G], inverse[G];
+  for_group<G>([&](int r) MINISORA_INLINE { center[r] = Vec(mean[r]), inverse[r] = Vec(rstd[r]); });
+  for_columns(s.width, [&](int64_t i, auto count) MINISORA_INLINE {
+    const Vec gain = load(s.gain.data() + i, count), offset = load(s.offset.data() + i, count);
+    for_group<G>([&](int r) MINISORA_INLINE {
+      const Vec h = (load(x + r * s.width + i, count) - center[r]) * inverse[r];
+      store(y + r * s.width + i, at::vec::fmadd(h, gain, offset), count);
+    });
   });
 }
 
-// The first half of a token's backward. h and dh = dy * gain stay in fp32 for the second half; dy and dy * h are added to
-// the sums of the row, from which every parameter's gradient follows:
-//   dshift = sum dy, dscale = weight * sum dy h + bias * sum dy, dweight = sum (1 + scale) dy h, dbias = sum (1 + scale) dy.
-struct TokenSums {
-  float dh, dh_h;
-};
+// The backward of G tokens. With h = (x - mean) * rstd and dh = dy * gain, the first half adds dy and dy * h to the sums of the
+// row, from which every parameter's gradient follows:
+//   dshift = sum dy, dscale = weight * sum dy h + bias * sum dy, dweight = sum (1 + scale) dy h, dbias = sum (1 + scale) dy;
+// the second half is dx = rstd * (dh - mean(dh) - h * mean(dh * h)), without mean(dh) for an RMS norm. It computes h and dh
+// again: cheaper than to write them down.
+template <int G>
+struct AdaLNBackward {
+  Vec center[G], inverse[G], shrink[G], constant[G];
 
-template <class TX, class TY>
-inline TokenSums adaln_backward_sums(
-    const TX* x, const TY* dy, float mean, float rstd, const float* gain, float* h_row, float* dh_row, float* sum_dy,
-    float* sum_dy_h, int64_t width) {
-  const Vec center(mean), inverse(rstd);
-  Sum first, second;
-  for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
-    const Vec g = load(dy + i, count);
-    const Vec h = (load(x + i, count) - center) * inverse;
-    const Vec dh = g * load(gain + i, count);
-    store(h_row + i, h, count);
-    store(dh_row + i, dh, count);
-    store(sum_dy + i, load(sum_dy + i, count) + g, count);
-    store(sum_dy_h + i, at::vec::fmadd(g, h, load(sum_dy_h + i, count)), count);
-    first.part[u] = first.part[u] + dh;
-    second.part[u] = at::vec::fmadd(dh, h, second.part[u]);
-  });
-  return {first.total(), second.total()};
-}
+  template <class TX, class TY>
+  AdaLNBackward(
+      const TX* x, const TY* dy, const float* mean, const float* rstd, const AdaLNScratch& s, bool rms, float* sum_dy, float* sum_dy_h) {
+    const int64_t width = s.width;
+    Sum first[G], second[G];
+    for_group<G>([&](int r) MINISORA_INLINE { center[r] = Vec(mean[r]), inverse[r] = Vec(rstd[r]); });
+    for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
+      const Vec gain = load(s.gain.data() + i, count);
+      Vec total(0.0f), total_h(0.0f);
+      for_group<G>([&](int r) MINISORA_INLINE {
+        const Vec g = load(dy + r * width + i, count);
+        const Vec h = (load(x + r * width + i, count) - center[r]) * inverse[r];
+        const Vec dh = g * gain;
+        total = total + g;
+        total_h = at::vec::fmadd(g, h, total_h);
+        Vec &sum = first[r].part[chain<G>(u)], &sum_h = second[r].part[chain<G>(u)];
+        sum = sum + dh;
+        sum_h = at::vec::fmadd(dh, h, sum_h);
+      });
+      store(sum_dy + i, load(sum_dy + i, count) + total, count);
+      store(sum_dy_h + i, load(sum_dy_h + i, count) + total_h, count);
+    });
+    const float n = static_cast<float>(width);
+    for_group<G>([&](int r) MINISORA_INLINE {
+      shrink[r] = Vec(rstd[r] * rstd[r] * second[r].total() / n);
+      constant[r] = Vec(rms ? 0.0f : rstd[r] * first[r].total() / n);
+    });
+  }
 
-// The second half, for column i: dx = rstd * (dh - mean(dh) - h * mean(dh * h)), without mean(dh) for an RMS norm.
-struct TokenGradient {
-  Vec rstd, mean_dh, mean_dh_h;
-
-  TokenGradient(const TokenSums& sums, float rstd_, int64_t width, bool rms)
-      : rstd(rstd_), mean_dh(rms ? 0.0f : sums.dh / static_cast<float>(width)), mean_dh_h(sums.dh_h / static_cast<float>(width)) {}
-
-  Vec operator()(Vec h, Vec dh) const { return rstd * ((dh - mean_dh) - h * mean_dh_h); }
+  // dx of token r, for the columns that x, dy and gain stand for
+  MINISORA_INLINE Vec dx(int r, Vec x, Vec dy, Vec gain) const {
+    return at::vec::fnmadd(x - center[r], shrink[r], at::vec::fmsub(dy * gain, inverse[r], constant[r]));
+  }
 };
 
 // ---- all tokens
@@ -147,18 +185,39 @@ inline int64_t common_rows(std::initializer_list<const Rows*> parameters) {
   return rows;
 }
 
-// f(scratch, b, n, new_run) for every token; new_run says that the rows of the parameters have to be read.
-template <class Scratch, class F>
-void for_tokens(int64_t batch, int64_t tokens, int64_t rows, Scratch make_scratch, F f) {
+// f(n, group) for the tokens [n, stop) of one row, in groups.
+template <class F>
+inline void for_groups(int64_t n, int64_t stop, F&& f) {
+  for (; n + kGroup <= stop; n += kGroup) f(n, Group<kGroup>{});
+  for (; n < stop; ++n) f(n, Group<1>{});
+}
+
+// read(scratch, b, n) when the row of the tokens from n on is a new one for the thread, then f(scratch, token, group) for its
+// tokens, counted over all samples. Which tokens are a group depends on the shape alone, for a group's sums have an order of
+// their own.
+template <class Scratch, class Read, class F>
+void for_tokens(int64_t batch, int64_t tokens, int64_t rows, Scratch make_scratch, Read read, F f) {
   if (batch == 0 || tokens == 0) return;
-  const int64_t per_row = tokens / rows;
-  torch::stable::parallel_for(0, batch * tokens, kChunk / 4, [&](int64_t begin, int64_t end) {
+  constexpr int64_t task_size = 4 * kGroup;
+  const int64_t per_row = tokens / rows, all = batch * tokens;
+  torch::stable::parallel_for(0, (all + task_size - 1) / task_size, 1, [&](int64_t begin, int64_t end) {
     auto scratch = make_scratch();
-    for (int64_t i = begin; i < end; ++i) f(scratch, i / tokens, i % tokens, i == begin || i % tokens % per_row == 0);
+    int64_t row = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t last = std::min(all, (task + 1) * task_size);
+      for (int64_t i = task * task_size; i < last;) {
+        if (i / per_row != row) {
+          row = i / per_row;
+          read(scratch, i / tokens, i % tokens);
+        }
+        const int64_t stop = std::min(last, (row + 1) * per_row);
+        for_groups(i, stop, [&](int64_t token, auto group) { f(scratch, token, group); });
+        i = stop;
+      }
+    }
   });
 }
 
-constexpr int64_t kPart = 8; // tokens added one after the other: sums of sums lose less than one long sum
 constexpr int64_t kBlock = 256; // columns that a second stage adds up at a time
 
 // out[0..columns) = the sum of terms(0), terms(1), ... in that order. In double: a clip of 100 000 tokens has thousands of
@@ -175,21 +234,23 @@ void add_up(int64_t count, int64_t columns, float* out, Terms terms) {
 
 // Adds up K vectors of width D over the tokens of every row. A task takes one chunk of tokens, cuts it into runs of one row,
 // and calls
-//   token(scratch, b, n, new_run, sums)    for each token; adds to sums[0..K)
-//   end_run(scratch, b, n, chunk, sums)    after the last token n of a run
+//   read(scratch, b, n)                      before the first token n of a run
+//   add(scratch, token, group, sums)         for its tokens, counted over all samples; adds to sums[0..K)
+//   end_run(scratch, chunk, sums)            after the last
 // then finish(b, row, first, last, sums) gets the complete sums of a row for columns [first, last). A row that lies in one
 // chunk is finished there; the others leave partial sums, at most two per chunk, that a second stage adds in order.
-template <int K, class Scratch, class Token, class EndRun, class Finish>
+template <int K, class Scratch, class Read, class Add, class EndRun, class Finish>
 void sum_over_rows(
-    int64_t batch, int64_t tokens, int64_t rows, int64_t width, Scratch make_scratch, Token token, EndRun end_run,
+    int64_t batch, int64_t tokens, int64_t rows, int64_t width, Scratch make_scratch, Read read, Add add, EndRun end_run,
     Finish finish) {
   if (batch == 0 || tokens == 0) return;
   const int64_t per_row = tokens / rows;
   const int64_t chunks = (tokens + kChunk - 1) / kChunk;
   const bool spanning = kChunk % per_row != 0;
-  std::vector<float> partial(spanning ? batch * chunks * 2 * K * width : 0);
+  // Not a vector: nobody reads what is not written, and zeros would cost as much as the sums.
+  const std::unique_ptr<float[]> partial(spanning ? new float[batch * chunks * 2 * K * width] : nullptr);
   const auto slot = [&](int64_t b, int64_t chunk, bool began_here) {
-    return partial.data() + ((b * chunks + chunk) * 2 + began_here) * K * width;
+    return partial.get() + ((b * chunks + chunk) * 2 + began_here) * K * width;
   };
   const auto parts = [&](float* base, float** sums) {
     for (int k = 0; k < K; ++k) sums[k] = base + k * width;
@@ -197,32 +258,26 @@ void sum_over_rows(
 
   torch::stable::parallel_for(0, batch * chunks, 1, [&](int64_t begin, int64_t end) {
     auto scratch = make_scratch();
-    std::vector<float> accumulator(K * width), part(K * width);
-    float *sums[K], *part_sums[K];
+    std::vector<float> accumulator(K * width);
+    float* sums[K];
     parts(accumulator.data(), sums);
-    parts(part.data(), part_sums);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / chunks, chunk = task % chunks;
       const int64_t last = std::min(tokens, (chunk + 1) * kChunk);
       for (int64_t n = chunk * kChunk; n < last;) {
         const int64_t row = n / per_row;
         const int64_t stop = std::min(last, (row + 1) * per_row);
-        const bool began_here = n == row * per_row;
         std::fill(accumulator.begin(), accumulator.end(), 0.0f);
-        for (int64_t start = n; n < stop;) {
-          const int64_t pause = std::min(stop, n + kPart);
-          std::fill(part.begin(), part.end(), 0.0f);
-          for (; n < pause; ++n) token(scratch, b, n, n == start, part_sums);
-          for_columns(K * width, [&](int64_t i, auto count) MINISORA_INLINE {
-            store(accumulator.data() + i, load(accumulator.data() + i, count) + load(part.data() + i, count), count);
-          });
-        }
-        end_run(scratch, b, stop - 1, task, sums);
+        read(scratch, b, n);
+        for_groups(b * tokens + n, b * tokens + stop, [&](int64_t token, auto group) { add(scratch, token, group, sums); });
+        end_run(scratch, task, sums);
+        const bool began_here = n == row * per_row;
         if (began_here && stop == (row + 1) * per_row) {
           finish(b, row, 0, width, sums);
         } else {
           std::copy(accumulator.begin(), accumulator.end(), slot(b, chunk, began_here));
         }
+        n = stop;
       }
     }
   });

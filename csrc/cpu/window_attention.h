@@ -273,8 +273,11 @@ class Reader {
         sum_dh = sum_dh + g.p[u];
         sum_dh_h = at::vec::fmadd(g.p[u], h.p[u], sum_dh_h);
       });
-      const TokenGradient gradient({sum_lanes(sum_dh), sum_lanes(sum_dh_h)}, rstd, p_.width, p_.norm == kRms);
-      for_vectors(n, [&](auto u, auto count) MINISORA_INLINE { store(out + u * V, gradient(h.p[u], g.p[u]), count); });
+      const float width = static_cast<float>(p_.width);
+      const Vec mean_dh(p_.norm == kRms ? 0.0f : sum_lanes(sum_dh) / width), mean_dh_h(sum_lanes(sum_dh_h) / width), inverse(rstd);
+      for_vectors(n, [&](auto u, auto count) MINISORA_INLINE {
+        store(out + u * V, inverse * (g.p[u] - mean_dh - h.p[u] * mean_dh_h), count);
+      });
     });
   }
 
