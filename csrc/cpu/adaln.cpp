@@ -21,6 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
     with_type(out_dtype, [&](auto y_tag) {
       const auto* in = static_cast<const decltype(x_tag)*>(x.const_data_ptr());
       auto* out = static_cast<decltype(y_tag)*>(y.mutable_data_ptr());
+      const bool streamed = past_caches(out, y.numel(), width);
       const auto read = [&](AdaLNScratch& s, int64_t b, int64_t n) { s.read(shift_rows, scale_rows, w, c, b, n); };
       for_tokens(batch, tokens, common_rows({&shift_rows, &scale_rows}), [&] { return AdaLNScratch(width); }, read,
         [&](AdaLNScratch& s, int64_t token, auto group) {
@@ -34,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
             });
           });
           statistics(from, sums, width, rms, static_cast<float>(eps), means + token, rstds + token);
-          modulate<G>(from, means + token, rstds + token, s, out + token * width);
+          with_put(streamed, [&](auto how) { modulate<G>(from, means + token, rstds + token, s, out + token * width, how); });
         });
     });
   });
@@ -65,19 +66,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_bwd(
       const auto* in = static_cast<const TX*>(x.const_data_ptr());
       const auto* grad = static_cast<const decltype(y_tag)*>(dy.const_data_ptr());
       auto* out = static_cast<TX*>(dx.mutable_data_ptr());
+      const bool streamed = past_caches(out, dx.numel(), width);
       const auto read = [&](AdaLNScratch& s, int64_t b, int64_t n) { s.read(shift_rows, scale_rows, w, c, b, n); };
       sum_over_rows<2>(batch, tokens, rows, width, [&] { return AdaLNScratch(width); }, read,
         [&](AdaLNScratch& s, int64_t token, auto group, float** sums) {
           constexpr int G = group;
           const int64_t at = token * width;
           const AdaLNBackward<G> backward(in + at, grad + at, means + token, rstds + token, s, rms, sums[0], sums[1]);
-          for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
-            const Vec gain = load(s.gain.data() + i, count);
-            for_group<G>([&](int r) MINISORA_INLINE {
-              const int64_t j = at + r * width + i;
-              store(out + j, backward.dx(r, load(in + j, count), load(grad + j, count), gain), count);
-            });
-          });
+          with_put(streamed, [&](auto how) { backward.write(in + at, grad + at, s, out + at, how); });
         },
         [&](AdaLNScratch& s, int64_t task, float** sums) {
           dweight.add(task, s.one_plus_scale.data(), sums[1]);

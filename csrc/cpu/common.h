@@ -31,6 +31,9 @@ using Half = c10::Half;
 
 constexpr int64_t V = Vec::size();
 
+// Lambdas given to for_columns are marked so: left to itself the compiler calls some of them, at several times the cost.
+#define MINISORA_INLINE __attribute__((always_inline))
+
 // ---- checks
 
 inline void check_dtype(const Tensor& tensor, const char* name) {
@@ -192,12 +195,50 @@ inline Vec first_lanes(Vec value, int64_t count) { return Vec::set(Vec(0.0f), va
 #endif
 inline Vec first_lanes(Vec value, Full) { return value; }
 
+// Past the caches, for results that are too large to be found there by whoever reads them: a plain store would first read the
+// line that it overwrites.
+#if defined(CPU_CAPABILITY_AVX512)
+inline void stream(float* p, Vec value) { _mm512_stream_ps(p, value); }
+template <class T>
+inline void stream(T* p, Vec value) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(value, T{}));
+}
+#else
+inline void stream(float* p, Vec value) { _mm256_stream_ps(p, value); }
+template <class T>
+inline void stream(T* p, Vec value) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(value, T{}));
+}
+#endif
+
+constexpr int64_t kStreamed = int64_t{8} << 20; // bytes; of the order of a core's share of the caches
+
+// Whether rows of `width` numbers at `out` are to be stored past the caches: they are large in all, and aligned.
+template <class T>
+inline bool past_caches(const T* out, int64_t size, int64_t width) {
+  const bool large = size * static_cast<int64_t>(sizeof(T)) >= kStreamed;
+  return large && width % V == 0 && reinterpret_cast<uintptr_t>(out) % (V * sizeof(T)) == 0;
+}
+
+struct Stored {
+  template <class T, class N>
+  static void put(T* p, Vec value, N count) { store(p, value, count); }
+};
+
+struct Streamed {
+  template <class T, class N>
+  static void put(T* p, Vec value, N) { stream(p, value); }
+};
+
+// f(how), where how.put(p, value, count) stores, past the caches or not. A thread ends with _mm_sfence().
+template <class F>
+inline void with_put(bool past_caches, F&& f) {
+  past_caches ? f(Streamed{}) : f(Stored{});
+}
+
 inline float sum_lanes(Vec value) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, value);
 }
-
-// Lambdas given to for_columns are marked so: left to itself the compiler calls some of them, at several times the cost.
-#define MINISORA_INLINE __attribute__((always_inline))
 
 // f(column, count), or f(column, count, u) for a reduction: u cycles through 0..3, so that it can keep four independent sums
 // and is not bound by the latency of one.

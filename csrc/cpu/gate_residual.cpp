@@ -4,6 +4,34 @@
 namespace minisora {
 namespace {
 
+// y = x + gate * branch, for G tokens
+template <int G, class TX, class TB, class How>
+void add_gated(const TX* x, const TB* branch, const float* gates, TX* y, int64_t width, How how) {
+  for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
+    const Vec gate = load(gates + i, count);
+    for_group<G>([&](int r) MINISORA_INLINE {
+      const int64_t j = r * width + i;
+      how.put(y + j, at::vec::fmadd(gate, load(branch + j, count), load(x + j, count)), count);
+    });
+  });
+}
+
+// dbranch = gate * dy, dgate += dy * branch, for G tokens
+template <int G, class TY, class TB, class How>
+void add_gated_backward(const TY* dy, const TB* branch, const float* gates, TB* dbranch, float* dgate, int64_t width, How how) {
+  for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
+    const Vec gate = load(gates + i, count);
+    Vec total(0.0f);
+    for_group<G>([&](int r) MINISORA_INLINE {
+      const int64_t j = r * width + i;
+      const Vec g = load(dy + j, count);
+      total = at::vec::fmadd(g, load(branch + j, count), total);
+      how.put(dbranch + j, g * gate, count);
+    });
+    store(dgate + i, load(dgate + i, count) + total, count);
+  });
+}
+
 Tensor gate_residual_fwd(const Tensor& x, const Tensor& branch, const Tensor& gate) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [B, N, D]");
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
@@ -11,6 +39,7 @@ Tensor gate_residual_fwd(const Tensor& x, const Tensor& branch, const Tensor& ga
   check_dense(branch, "branch", {batch, tokens, width});
   const Rows gate_rows(gate, "gate", batch, tokens, width);
   Tensor y = empty_like_shape(x, {batch, tokens, width}, x.scalar_type());
+  const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) { gate_rows.read(b, n, 0.0f, gain.data(), width); };
 
   with_type(x.scalar_type(), [&](auto x_tag) {
     with_type(branch.scalar_type(), [&](auto branch_tag) {
@@ -18,17 +47,13 @@ Tensor gate_residual_fwd(const Tensor& x, const Tensor& branch, const Tensor& ga
       const auto* in = static_cast<const TX*>(x.const_data_ptr());
       const auto* add = static_cast<const decltype(branch_tag)*>(branch.const_data_ptr());
       auto* out = static_cast<TX*>(y.mutable_data_ptr());
-      const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) { gate_rows.read(b, n, 0.0f, gain.data(), width); };
-      for_tokens(batch, tokens, gate_rows.count, [&] { return std::vector<float>(width); }, read,
-        [&](std::vector<float>& gain, int64_t token, auto group) {
-          for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
-            const Vec by = load(gain.data() + i, count);
-            for_group<group>([&](int r) MINISORA_INLINE {
-              const int64_t j = (token + r) * width + i;
-              store(out + j, at::vec::fmadd(by, load(add + j, count), load(in + j, count)), count);
-            });
+      with_put(past_caches(out, y.numel(), width), [&](auto how) {
+        for_tokens(batch, tokens, gate_rows.count, [&] { return std::vector<float>(width); }, read,
+          [&](std::vector<float>& gain, int64_t token, auto group) {
+            const int64_t at = token * width;
+            add_gated<group>(in + at, add + at, gain.data(), out + at, width, how);
           });
-        });
+      });
     });
   });
   return y;
@@ -42,6 +67,7 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(const Tensor& dy, const Tensor& bra
   const Rows gate_rows(gate, "gate", batch, tokens, width);
   Tensor dbranch = empty_like_shape(branch, {batch, tokens, width}, branch.scalar_type());
   RowGradient dgate(gate, gate_rows.count, tokens, width);
+  const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) { gate_rows.read(b, n, 0.0f, gain.data(), width); };
 
   with_type(dy.scalar_type(), [&](auto y_tag) {
     with_type(branch.scalar_type(), [&](auto branch_tag) {
@@ -49,23 +75,15 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(const Tensor& dy, const Tensor& bra
       const auto* grad = static_cast<const decltype(y_tag)*>(dy.const_data_ptr());
       const auto* added = static_cast<const TB*>(branch.const_data_ptr());
       auto* out = static_cast<TB*>(dbranch.mutable_data_ptr());
-      const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) { gate_rows.read(b, n, 0.0f, gain.data(), width); };
-      sum_over_rows<1>(batch, tokens, gate_rows.count, width, [&] { return std::vector<float>(width); }, read,
-        [&](std::vector<float>& gain, int64_t token, auto group, float** sums) {
-          for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
-            const Vec by = load(gain.data() + i, count);
-            Vec total(0.0f);
-            for_group<group>([&](int r) MINISORA_INLINE {
-              const int64_t j = (token + r) * width + i;
-              const Vec g = load(grad + j, count);
-              store(out + j, g * by, count);
-              total = at::vec::fmadd(g, load(added + j, count), total);
-            });
-            store(sums[0] + i, load(sums[0] + i, count) + total, count);
-          });
-        },
-        [](std::vector<float>&, int64_t, float**) {},
-        [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) { dgate.set(b, row, first, last, sums[0]); });
+      with_put(past_caches(out, dbranch.numel(), width), [&](auto how) {
+        sum_over_rows<1>(batch, tokens, gate_rows.count, width, [&] { return std::vector<float>(width); }, read,
+          [&](std::vector<float>& gain, int64_t token, auto group, float** sums) {
+            const int64_t at = token * width;
+            add_gated_backward<group>(grad + at, added + at, gain.data(), out + at, sums[0], width, how);
+          },
+          [](std::vector<float>&, int64_t, float**) {},
+          [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) { dgate.set(b, row, first, last, sums[0]); });
+      });
     });
   });
   return {dbranch, dgate.result()};

@@ -5,9 +5,49 @@ namespace minisora {
 namespace {
 
 struct Scratch : AdaLNScratch {
-  std::vector<float> gate;
-  explicit Scratch(int64_t width) : AdaLNScratch(width), gate(width) {}
+  std::vector<float> gate, residual; // residual: a group of tokens, in x's dtype
+  explicit Scratch(int64_t width) : AdaLNScratch(width), gate(width), residual(kGroup * width) {}
 };
+
+// residual = x + gate * branch and its statistics, for G tokens. The residual is rounded to x's dtype before it is normalised:
+// what the unfused pair of ops computes. It goes to memory and, to be read again, to `copy`.
+template <int G, class TX, class TB, class How>
+void add_gated(
+    const TX* x, const TB* branch, const float* gates, TX* residual, TX* copy, int64_t width, bool rms, float eps, float* mean,
+    float* rstd, How how) {
+  Sum sums[G];
+  for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
+    const Vec gate = load(gates + i, count);
+    for_group<G>([&](int r) MINISORA_INLINE {
+      const int64_t j = r * width + i;
+      const Vec rounded = round_to<TX>(at::vec::fmadd(gate, load(branch + j, count), load(x + j, count)));
+      how.put(residual + j, rounded, count);
+      store(copy + j, rounded, count);
+      Vec& sum = sums[r].part[chain<G>(u)];
+      sum = sum + first_lanes(rounded, count);
+    });
+  });
+  statistics(copy, sums, width, rms, eps, mean, rstd);
+}
+
+// dx = g = dresidual + dx of adaln, dbranch = gate * g, dgate += g * branch, for G tokens
+template <int G, class TX, class TY, class TB, class How>
+void add_gated_backward(
+    const AdaLNBackward<G>& backward, const TX* dresidual, const TX* residual, const TY* dy, const TB* branch, const float* gains,
+    const float* gates, TX* dx, TB* dbranch, float* dgate, int64_t width, How how) {
+  for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
+    const Vec gain = load(gains + i, count), gate = load(gates + i, count);
+    Vec total(0.0f);
+    for_group<G>([&](int r) MINISORA_INLINE {
+      const int64_t j = r * width + i;
+      const Vec g = load(dresidual + j, count) + backward.dx(r, load(residual + j, count), load(dy + j, count), gain);
+      total = at::vec::fmadd(g, load(branch + j, count), total);
+      how.put(dx + j, g, count);
+      how.put(dbranch + j, g * gate, count);
+    });
+    store(dgate + i, load(dgate + i, count) + total, count);
+  });
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
     const Tensor& x, const Tensor& branch, const Tensor& gate, const Tensor& shift, const Tensor& scale,
@@ -30,27 +70,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
   void* y_data = y.mutable_data_ptr();
   const ScalarType x_dtype = x.scalar_type(), branch_dtype = branch.scalar_type();
 
-  // The residual is rounded to x's dtype before it is normalised: what the unfused pair of ops computes.
-  const auto add_gated = [&](auto x_tag, auto branch_tag, auto group, const Scratch& s, int64_t token) {
-    using TX = decltype(x_tag);
-    constexpr int G = group;
-    const auto* in = static_cast<const TX*>(x_data) + token * width;
-    const auto* add = static_cast<const decltype(branch_tag)*>(branch_data) + token * width;
-    auto* out = static_cast<TX*>(residual_data) + token * width;
-    Sum sums[G];
-    for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
-      const Vec gate = load(s.gate.data() + i, count);
-      for_group<G>([&](int r) MINISORA_INLINE {
-        const int64_t j = r * width + i;
-        const Vec rounded = round_to<TX>(at::vec::fmadd(gate, load(add + j, count), load(in + j, count)));
-        store(out + j, rounded, count);
-        Vec& sum = sums[r].part[chain<G>(u)];
-        sum = sum + first_lanes(rounded, count);
-      });
-    });
-    statistics(out, sums, width, rms, static_cast<float>(eps), means + token, rstds + token);
-  };
-
   const auto read = [&](Scratch& s, int64_t b, int64_t n) {
     gate_rows.read(b, n, 0.0f, s.gate.data(), width);
     s.read(shift_rows, scale_rows, w, c, b, n);
@@ -58,11 +77,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
   for_tokens(batch, tokens, common_rows({&gate_rows, &shift_rows, &scale_rows}), [&] { return Scratch(width); }, read,
     [&](Scratch& s, int64_t token, auto group) {
       constexpr int G = group;
+      const int64_t at = token * width;
       with_type(x_dtype, [&](auto x_tag) {
-        with_type(branch_dtype, [&](auto branch_tag) { add_gated(x_tag, branch_tag, group, s, token); });
+        using TX = decltype(x_tag);
+        const auto* in = static_cast<const TX*>(x_data);
+        auto *out = static_cast<TX*>(residual_data), *copy = reinterpret_cast<TX*>(s.residual.data());
+        with_type(branch_dtype, [&](auto branch_tag) {
+          const auto* added = static_cast<const decltype(branch_tag)*>(branch_data);
+          with_put(past_caches(out, residual.numel(), width), [&](auto how) {
+            add_gated<G>(in + at, added + at, s.gate.data(), out + at, copy, width, rms, static_cast<float>(eps), means + token, rstds + token, how);
+          });
+        });
         with_type(out_dtype, [&](auto y_tag) {
-          const auto* normed = static_cast<const decltype(x_tag)*>(residual_data) + token * width;
-          modulate<G>(normed, means + token, rstds + token, s, static_cast<decltype(y_tag)*>(y_data) + token * width);
+          auto* out_y = static_cast<decltype(y_tag)*>(y_data);
+          with_put(past_caches(out_y, y.numel(), width), [&](auto how) { modulate<G>(copy, means + token, rstds + token, s, out_y + at, how); });
         });
       });
     });
@@ -100,41 +128,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
   void* dbranch_data = dbranch.mutable_data_ptr();
   const ScalarType x_dtype = residual.scalar_type(), y_dtype = dy.scalar_type(), branch_dtype = branch.scalar_type();
 
-  // g = dresidual + dx of adaln; dx = g, dbranch = gate * g, dgate += g * branch
-  const auto add_tokens = [&](auto x_tag, auto y_tag, auto branch_tag, auto group, const Scratch& s, int64_t token, float** sums) {
-    using TX = decltype(x_tag);
-    using TB = decltype(branch_tag);
-    constexpr int G = group;
-    const int64_t at = token * width;
-    const auto *in = static_cast<const TX*>(residual_data) + at, *grad = static_cast<const TX*>(dresidual_data) + at;
-    const auto* grad_y = static_cast<const decltype(y_tag)*>(dy_data) + at;
-    const auto* added = static_cast<const TB*>(branch_data) + at;
-    auto* out_x = static_cast<TX*>(dx_data) + at;
-    auto* out_branch = static_cast<TB*>(dbranch_data) + at;
-    const AdaLNBackward<G> backward(in, grad_y, means + token, rstds + token, s, rms, sums[0], sums[1]);
-    for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
-      const Vec gain = load(s.gain.data() + i, count), gate = load(s.gate.data() + i, count);
-      Vec total(0.0f);
-      for_group<G>([&](int r) MINISORA_INLINE {
-        const int64_t j = r * width + i;
-        const Vec g = load(grad + j, count) + backward.dx(r, load(in + j, count), load(grad_y + j, count), gain);
-        store(out_x + j, g, count);
-        store(out_branch + j, g * gate, count);
-        total = at::vec::fmadd(g, load(added + j, count), total);
-      });
-      store(sums[2] + i, load(sums[2] + i, count) + total, count);
-    });
-  };
-
   const auto read = [&](Scratch& s, int64_t b, int64_t n) {
     gate_rows.read(b, n, 0.0f, s.gate.data(), width);
     s.read(shift_rows, scale_rows, w, c, b, n);
   };
   sum_over_rows<3>(batch, tokens, rows, width, [&] { return Scratch(width); }, read,
     [&](Scratch& s, int64_t token, auto group, float** sums) {
+      constexpr int G = group;
+      const int64_t at = token * width;
       with_type(x_dtype, [&](auto x_tag) {
+        using TX = decltype(x_tag);
+        const auto *in = static_cast<const TX*>(residual_data) + at, *grad = static_cast<const TX*>(dresidual_data) + at;
+        auto* out = static_cast<TX*>(dx_data);
         with_type(y_dtype, [&](auto y_tag) {
-          with_type(branch_dtype, [&](auto branch_tag) { add_tokens(x_tag, y_tag, branch_tag, group, s, token, sums); });
+          const auto* grad_y = static_cast<const decltype(y_tag)*>(dy_data) + at;
+          const AdaLNBackward<G> backward(in, grad_y, means + token, rstds + token, s, rms, sums[0], sums[1]);
+          with_type(branch_dtype, [&](auto branch_tag) {
+            using TB = decltype(branch_tag);
+            const auto* added = static_cast<const TB*>(branch_data) + at;
+            auto* out_branch = static_cast<TB*>(dbranch_data);
+            with_put(past_caches(out, dx.numel(), width) && past_caches(out_branch, dbranch.numel(), width), [&](auto how) {
+              add_gated_backward<G>(
+                  backward, grad, in, grad_y, added, s.gain.data(), s.gate.data(), out + at, out_branch + at, sums[2], width, how);
+            });
+          });
         });
       });
     },

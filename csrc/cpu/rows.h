@@ -115,15 +115,17 @@ struct AdaLNScratch {
 };
 
 // y = (x - mean) * rstd * gain + offset, for G tokens
-template <int G, class TX, class TY>
-inline void modulate(const TX* x, const float* mean, const float* rstd, const AdaLNScratch& s, TY* y) {
+template <int G, class TX, class TY, class How>
+inline void modulate(const TX* x, const float* mean, const float* rstd, const AdaLNScratch& s, TY* y, How how) {
+  const int64_t width = s.width;
+  const float *gains = s.gain.data(), *offsets = s.offset.data();
   Vec center[G], inverse[G];
   for_group<G>([&](int r) MINISORA_INLINE { center[r] = Vec(mean[r]), inverse[r] = Vec(rstd[r]); });
-  for_columns(s.width, [&](int64_t i, auto count) MINISORA_INLINE {
-    const Vec gain = load(s.gain.data() + i, count), offset = load(s.offset.data() + i, count);
+  for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
+    const Vec gain = load(gains + i, count), offset = load(offsets + i, count);
     for_group<G>([&](int r) MINISORA_INLINE {
-      const Vec h = (load(x + r * s.width + i, count) - center[r]) * inverse[r];
-      store(y + r * s.width + i, at::vec::fmadd(h, gain, offset), count);
+      const Vec h = (load(x + r * width + i, count) - center[r]) * inverse[r];
+      how.put(y + r * width + i, at::vec::fmadd(h, gain, offset), count);
     });
   });
 }
@@ -170,6 +172,19 @@ struct AdaLNBackward {
   MINISORA_INLINE Vec dx(int r, Vec x, Vec dy, Vec gain) const {
     return at::vec::fnmadd(x - center[r], shrink[r], at::vec::fmsub(dy * gain, inverse[r], constant[r]));
   }
+
+  template <class TX, class TY, class How>
+  void write(const TX* x, const TY* dy, const AdaLNScratch& s, TX* out, How how) const {
+    const int64_t width = s.width;
+    const float* gains = s.gain.data();
+    for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
+      const Vec gain = load(gains + i, count);
+      for_group<G>([&](int r) MINISORA_INLINE {
+        const int64_t j = r * width + i;
+        how.put(out + j, dx(r, load(x + j, count), load(dy + j, count), gain), count);
+      });
+    });
+  }
 };
 
 // ---- all tokens
@@ -215,6 +230,7 @@ void for_tokens(int64_t batch, int64_t tokens, int64_t rows, Scratch make_scratc
         i = stop;
       }
     }
+    _mm_sfence();
   });
 }
 
@@ -280,6 +296,7 @@ void sum_over_rows(
         n = stop;
       }
     }
+    _mm_sfence();
   });
   if (!spanning) return;
 
