@@ -1,0 +1,60 @@
+"""Options of ``pytest bench/``, the ``bench`` fixture, and the report at the end."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+
+from bench.clock import ceilings
+from bench.harness import Session
+from models.allocator import reuse_large_allocations
+
+SESSION = pytest.StashKey[Session]()
+CEILINGS = pytest.StashKey[dict]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bench")
+    group.addoption("--quick", action="store_true", help="a first impression: few shapes, short rounds")
+    group.addoption("--device", help="cpu or cuda; by default cuda where there is one")
+    group.addoption(
+        "--allocator",
+        choices=("default", "reuse"),
+        default="default",
+        help="reuse: large blocks of freed memory stay in the process, as the trainer and the sampler have it",
+    )
+    group.addoption("--save", metavar="NAME", help="write bench/results/<machine>/NAME.json and its plots")
+    group.addoption("--save-over", action="store_true", help="let --save replace a record that is there")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--allocator") == "reuse" and not reuse_large_allocations():
+        raise pytest.UsageError("--allocator reuse needs glibc")
+    device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("torch.__trace").propagate = False  # pytest would capture each of its thousands of records
+    config.stash[SESSION] = Session(torch.device(device), quick=config.getoption("--quick"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--quick"):
+        return
+    kept = [item for item in items if _is_quick(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    parameters = item.callspec.params  # type: ignore[attr-defined]
+    return parameters["shape"].quick and parameters["dtype"] == "bfloat16"
+
+
+@pytest.fixture
+def bench(benchmark, request: pytest.FixtureRequest):
+    """``bench(op, problem, shape, dtype, direction)`` runs one case."""
+    config = request.config
+    if not benchmark.disabled and CEILINGS not in config.stash:
+        config.stash[CEILINGS] = {"start": ceilings(config.stash[SESSION].clock)}
+    return partial(config.stash[SESSION].run, benchmark)

@@ -1,0 +1,121 @@
+"""Figures that do not depend on the machine: bytes saved for backward, bytes that ops read and write, FLOPs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch._inductor import metrics
+from torch._inductor.compile_fx import inductor_metrics_log
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+
+def saved_bytes(forward: Callable[[], Any], inputs: list[Tensor]) -> int:
+    """Bytes that ``forward`` keeps alive for its backward.
+
+    Every storage counts once and in full, however many views of it are saved. Storages of ``inputs`` (the leaves:
+    parameters, and the tensors an op is called with) do not count: they live anyway.
+    """
+    storages: dict[tuple[int, int], torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr(), storage.nbytes()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    for tensor in inputs:
+        storage = tensor.untyped_storage()
+        storages.pop((storage.data_ptr(), storage.nbytes()), None)
+    del result
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of distinct elements: an expanded dimension is read once."""
+    count = tensor.element_size() if tensor.numel() else 0
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride else 1
+    return count
+
+
+# They return memory without writing it.
+ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+
+
+class MovedBytes(TorchDispatchMode):
+    """Adds up ``total``: bytes of the tensors that every op reads and writes, backward included.
+
+    An op is what PyTorch dispatches: a matrix product, an addition, one of this package's kernels, whose names are
+    collected in ``kernels``. Views move nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self.kernels: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "minisora":
+            self.kernels.add(func._schema.name.removeprefix("minisora::"))
+        if func._schema.name in ALLOCATIONS:
+            return result
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        storages = {tensor.untyped_storage()._cdata for tensor in read}
+        view = not func._schema.is_mutable and all(tensor.untyped_storage()._cdata in storages for tensor in written)
+        if not view:
+            self.total += sum(map(_bytes, read)) + sum(map(_bytes, written))
+        return result
+
+
+class InductorBytes:
+    """``total``: bytes that the kernels and calls of what Inductor compiles inside the block read and write.
+
+    Inductor's own count, of fused kernels. It counts only what it compiles anew, so its graph caches are off meanwhile.
+    """
+
+    def __enter__(self) -> InductorBytes:
+        self._stack = ExitStack()
+        self._stack.enter_context(inductor_config.patch(fx_graph_cache=False))
+        self._stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
+        # It counts for its log only, whose lines nobody wants.
+        self._stack.callback(inductor_metrics_log.setLevel, inductor_metrics_log.level)
+        inductor_metrics_log.setLevel(logging.INFO)
+        self._stack.callback(inductor_metrics_log.removeFilter, _nothing)
+        inductor_metrics_log.addFilter(_nothing)
+        self._before = metrics.num_bytes_accessed
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.total = metrics.num_bytes_accessed - self._before
+        self._stack.close()
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts FLOPs of matrix products, of attention on a CPU too, which torch's own table lacks."""
+    aten = torch.ops.aten
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+                lambda dout, q, k, v, *_, **__: sdpa_backward_flop_count(dout, q, k, v)
+            ),
+        },
+    )

@@ -1,0 +1,345 @@
+"""How a bench is run: values first, then counts, then every column timed in turns.
+
+A case is op x shape x dtype x direction. Its columns:
+
+- ``eager``: the op's reference backend, the best plain PyTorch that is known;
+- a named form that code bases write instead, where that is a slower one;
+- ``compile``: ``torch.compile`` of the reference, static shapes, one graph;
+- ``ours``: the backend that is chosen automatically;
+- ``ours in compile``: ``torch.compile`` of the same call; forward and backward only, and not with ``--quick``.
+
+``fwd`` runs without gradients (and is compiled so); ``fwd+bwd`` computes the gradient of every input that is not a
+constant, from dense random upstream gradients that are made once.
+
+Before anything is timed, every column's values and gradients are compared with the reference in float64 on the same
+rounded inputs, and the bench fails if they are wrong. Ours must pass the rule of ``tests/tolerance.py``. The others set
+that bar or are held to none, so they need only compute the same thing: their error, in the root mean square, must stay
+below sqrt(eps) of the result. (Inductor sums long columns one after the other, and misses the rule by far in float32.)
+
+A round times one sample of each column, in rotated order; short calls are repeated within a sample. Ratios are taken
+per round. On a GPU a sample is timed by events and starts with a flushed L2 cache (not run on a GPU yet).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.clock import Clock
+from bench.counters import InductorBytes, MovedBytes, flop_counter, saved_bytes
+from minisora_kernels import use_backend
+from tests.tolerance import assert_as_accurate
+
+Call = Callable[[dict[str, Tensor]], Any]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FWD, BOTH = "fwd", "fwd+bwd"
+
+SAMPLE_SECONDS = 5e-4
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 41
+# Of a longer tensor every k-th element is compared, so that about this many are.
+COMPARED = 1 << 22
+
+
+@dataclass
+class Problem:
+    """A call of an op (or model) and its inputs, in one dtype.
+
+    Attributes:
+        inputs: tensors by name.
+        call: runs it on such tensors, through the public ops.
+        constants: names of inputs that get no gradient.
+        written: name and call of the slower form that code bases write.
+        unread: inputs whose values the backward does not need.
+        aliased: inputs whose gradient is the upstream gradient itself.
+    """
+
+    inputs: dict[str, Tensor]
+    call: Call
+    constants: Sequence[str] = ()
+    written: tuple[str, Call] | None = None
+    unread: Sequence[str] = ()
+    aliased: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.wanted:
+            self.inputs[name].requires_grad_()
+
+    @property
+    def wanted(self) -> list[str]:
+        return [name for name in self.inputs if name not in self.constants]
+
+    def doubles(self) -> dict[str, Tensor]:
+        """The same rounded inputs in float64."""
+        return {
+            name: tensor.detach().double().requires_grad_(tensor.requires_grad)
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in self.inputs.items()
+        }
+
+    def bytes(self, outputs: Iterable[Tensor], direction: str) -> int:
+        """What must be read and written if every tensor passes once through the forward and once the backward."""
+        sizes = {name: tensor.nbytes for name, tensor in self.inputs.items()}
+        results = sum(value.nbytes for value in outputs)
+        total = sum(sizes.values()) + results
+        if direction == BOTH:
+            total += results + sum(size for name, size in sizes.items() if name not in self.unread)
+            total += sum(sizes[name] for name in self.wanted if name not in self.aliased)
+        return total
+
+
+class Random:
+    """``random(*shape)``: normal, the same on every machine, rounded to ``dtype``."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+        self.dtype, self.device = dtype, device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        values = torch.randn(shape, generator=self.generator).mul_(scale).add_(shift)
+        return values.to(self.device, self.dtype)
+
+
+Make = Callable[[Any, torch.dtype, torch.device], Problem]
+
+
+def cases(shapes: Sequence[Any], directions: Sequence[str] = (BOTH, FWD)) -> pytest.MarkDecorator:
+    """Parametrise a bench by ``shape``, ``dtype`` and ``direction``; ids are what ``-k`` selects from.
+
+    The directions of a shape follow one another, for they share the float64 oracle.
+    """
+    return pytest.mark.parametrize(
+        ("shape", "dtype", "direction"),
+        [
+            pytest.param(shape, dtype, direction, id=f"{shape.name} {dtype} {direction}")
+            for shape in shapes
+            for dtype in DTYPES
+            for direction in directions
+        ],
+    )
+
+
+def tuple_of(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def on_backend(backend: str | None, call: Call) -> Call:
+    def chosen(inputs: dict[str, Tensor]) -> Any:
+        with use_backend(backend):
+            return call(inputs)
+
+    return chosen
+
+
+def thin(tensor: Tensor) -> Tensor:
+    step = tensor.numel() // COMPARED
+    if step <= 1:
+        return tensor.detach()
+    return tensor.detach().flatten()[:: step | 1].clone()  # an odd step visits every channel
+
+
+def evaluate(
+    problem: Problem, call: Call, direction: str, upstream: Sequence[Tensor], inputs: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Outputs and, with the backward, gradients, by name; long ones thinned out for the comparison."""
+    inputs = problem.inputs if inputs is None else inputs
+    with torch.set_grad_enabled(direction == BOTH):
+        outputs = tuple_of(call(inputs))
+    results = {f"output {i}": thin(value) for i, value in enumerate(outputs)}
+    if direction == BOTH:
+        gradients = torch.autograd.grad(outputs, [inputs[name] for name in problem.wanted], upstream)
+        results |= {f"gradient of {name}": thin(g) for name, g in zip(problem.wanted, gradients, strict=True)}
+    return results
+
+
+@dataclass
+class Oracle:
+    """What is right for a problem: float64 results, how near the reference comes, and the FLOPs of its products."""
+
+    problem: Problem
+    direction: str
+    upstream: list[Tensor] = field(default_factory=list)
+    exact: dict[str, Tensor] = field(default_factory=dict)
+    reference: dict[str, Tensor] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)
+    moved: int = 0
+
+    def __post_init__(self) -> None:
+        problem, reference = self.problem, on_backend("reference", self.problem.call)
+        dtype = next(tensor.dtype for tensor in problem.inputs.values() if tensor.is_floating_point())
+        generator = torch.Generator().manual_seed(1)
+
+        def forward(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            outputs = tuple_of(reference(inputs))
+            self.flops[FWD] = counter.get_total_flops()
+            for value in outputs:  # a scalar is a loss
+                gradient = torch.randn(value.shape, generator=generator) if value.dim() else torch.ones(())
+                self.upstream.append(gradient.to(value.device, dtype))
+            doubles.extend(gradient.double() for gradient in self.upstream)
+            return outputs
+
+        doubles: list[Tensor] = []
+        with flop_counter() as counter:
+            self.exact = evaluate(problem, forward, self.direction, doubles, problem.doubles())
+        self.flops[BOTH] = counter.get_total_flops()
+        with MovedBytes() as moved:
+            self.reference = evaluate(problem, reference, self.direction, self.upstream)
+        self.moved = moved.total
+        self.check("eager", self.reference)
+
+    def check(self, column: str, results: dict[str, Tensor]) -> None:
+        """Raises AssertionError if the column's results are wrong."""
+        for key, value in results.items():
+            name, reference, exact = f"{column}: {key}", self.reference[key], self.exact[key]
+            if column.startswith("ours"):
+                assert_as_accurate(name, value, reference, exact)
+                continue
+            error, size = ((tensor.square().mean().sqrt().item()) for tensor in (value.double() - exact, exact))
+            bound = torch.finfo(value.dtype).eps ** 0.5 * size
+            assert error <= bound, f"{name} ({value.dtype}): rms error {error:.3e} > {bound:.3e}"
+
+
+class Session:
+    """What the cases of one run share: device, options, the last oracle, and the records they leave."""
+
+    def __init__(self, device: torch.device, *, quick: bool = False) -> None:
+        self.device, self.quick = device, quick
+        self.clock = Clock(device)
+        self.seconds = 0.5 if quick else 1.5
+        self.records: list[dict[str, Any]] = []
+        self._oracle: tuple[Any, Oracle] | None = None
+
+    def oracle(self, make: Make, shape: Any, dtype: str, direction: str) -> Oracle:
+        key = (make, shape, dtype)
+        if self._oracle is not None and self._oracle[0] == key and self._oracle[1].direction in (direction, BOTH):
+            return self._oracle[1]
+        self._oracle = None  # frees its memory first
+        self._oracle = key, Oracle(make(shape, DTYPES[dtype], self.device), direction)
+        return self._oracle[1]
+
+    def columns(self, problem: Problem, direction: str) -> dict[str, Call]:
+        calls = {"eager": on_backend("reference", problem.call)}
+        if problem.written is not None:
+            calls[problem.written[0]] = on_backend("reference", problem.written[1])
+        compiled = torch.compile(problem.call, dynamic=False, fullgraph=True)
+        calls["compile"] = on_backend("reference", compiled)
+        calls["ours"] = on_backend(None, problem.call)
+        if direction == BOTH and not self.quick:
+            calls["ours in compile"] = on_backend(None, compiled)
+        return calls
+
+    def run(self, benchmark: Any, op: str, make: Make, shape: Any, dtype: str, direction: str) -> None:
+        """Verify, count, time, and append to ``records``; with ``--benchmark-disable`` only verify.
+
+        Raises:
+            AssertionError: a column whose values or gradients are wrong.
+        """
+        torch._dynamo.reset()
+        oracle = self.oracle(make, shape, dtype, direction)
+        problem, calls = oracle.problem, self.columns(oracle.problem, direction)
+        record: dict[str, Any] = {"op": op, "shape": shape.name, "dtype": dtype, "direction": direction}
+        counters: dict[str, Any] = {"ours": MovedBytes, "compile": InductorBytes}
+        moved = {"eager": oracle.moved}
+        for name, call in calls.items():
+            if name == "eager":
+                continue
+            with counters.get(name, nullcontext)() as counter:
+                results = evaluate(problem, call, direction, oracle.upstream)
+            oracle.check(name, results)
+            if counter is not None:
+                moved[name] = counter.total
+            if name == "ours":
+                record["kernels"] = sorted(counter.kernels)
+        if direction == BOTH:
+            leaves = list(problem.inputs.values())
+            record["moved"] = moved
+            record["saved"] = {
+                name: saved_bytes(lambda call=call: call(problem.inputs), leaves)
+                for name, call in calls.items()
+                if name != "ours in compile"
+            }
+        with torch.compiler.set_stance("fail_on_recompile"):
+            samples = self.sample(benchmark, self.timed(oracle, calls, direction))
+        if benchmark.disabled:
+            return
+        record |= summary(samples)
+        record["bytes"] = problem.bytes(oracle.upstream, direction)
+        record["flops"] = oracle.flops[direction]
+        if self.device.type == "cuda":
+            record["peak"] = {name: peak_bytes(call) for name, call in self.timed(oracle, calls, direction).items()}
+        ours = record["columns"]["ours"]["median"]
+        benchmark.group = op
+        record |= {"gb_per_s": record["bytes"] / ours / 1e9, "gflop_per_s": record["flops"] / ours / 1e9}
+        benchmark.extra_info.update(record)
+        self.records.append(record)
+
+    def timed(self, oracle: Oracle, calls: dict[str, Call], direction: str) -> dict[str, Callable[[], Any]]:
+        inputs = oracle.problem.inputs
+        wanted = [inputs[name] for name in oracle.problem.wanted]
+
+        def forward(call: Call) -> None:
+            with torch.no_grad():
+                call(inputs)
+
+        def both(call: Call) -> None:
+            torch.autograd.grad(tuple_of(call(inputs)), wanted, oracle.upstream)
+
+        run = both if direction == BOTH else forward
+        return {name: lambda call=call: run(call) for name, call in calls.items()}
+
+    def sample(self, benchmark: Any, functions: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+        """Seconds a call, by column and round; pytest-benchmark's own statistics are those of samples of ``ours``."""
+        clock, samples = self.clock, {name: [] for name in functions}
+        once = {name: clock(function) for name, function in functions.items()}
+        calls = {name: max(1, math.ceil(SAMPLE_SECONDS / seconds)) for name, seconds in once.items()}
+        cost = sum(seconds * calls[name] for name, seconds in once.items())
+        rounds = min(max(FEWEST_ROUNDS, int(self.seconds / cost)), MOST_ROUNDS)
+        others = [name for name in functions if name != "ours"]
+
+        def measure(name: str) -> None:
+            samples[name].append(clock(functions[name], calls[name]))
+
+        def setup() -> None:
+            first = len(samples["ours"]) % len(others)
+            for name in others[first:] + others[:first]:
+                measure(name)
+
+        benchmark.pedantic(measure, ("ours",), setup=setup, rounds=rounds)
+        return samples
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Most memory that torch held on the GPU during a call (not run on a GPU yet)."""
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": median, "q1": first, "q3": third}
+
+
+def summary(samples: dict[str, list[float]]) -> dict[str, Any]:
+    """Per column the seconds of a call, and per other column the ratios of its time to that of ``ours``, by rounds."""
+    ratios = {
+        name: spread([other / ours for other, ours in zip(values, samples["ours"], strict=True)])
+        for name, values in samples.items()
+        if name != "ours"
+    }
+    return {
+        "rounds": len(samples["ours"]),
+        "columns": {name: spread(values) for name, values in samples.items()},
+        "ratios": ratios,
+    }
