@@ -4,6 +4,7 @@
 #include "gemm.h"
 #include "rows.h"
 
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -16,16 +17,21 @@ constexpr int64_t kTasks = 256;
 // At most this many floats are spent on partial sums of the bias' gradient, unless one copy alone is larger.
 constexpr int64_t kPartialBias = int64_t{1} << 24;
 
-// Bfloat16 is multiplied in AMX tiles, which read q and k rounded; a factor on q would cost digits.
-#if defined(__AMX_BF16__)
-constexpr bool kTiles = true;
+// Bytes that are gathered at a time: a part of the second cache.
+constexpr int64_t kGathered = int64_t{512} << 10;
+
+// Where bfloat16 is multiplied as it is, q and k are rounded before, and a factor on q would cost digits.
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
 #else
-constexpr bool kTiles = false;
+constexpr bool kPairs = false;
 #endif
 
 enum Norm : int64_t { kNone = 0, kRms = 1, kLayer = 2 };
 
-inline int64_t whole_vectors(int64_t n) { return (n + V - 1) / V * V; }
+inline int64_t whole(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+inline int64_t whole_vectors(int64_t n) { return whole(n, V); }
 
 // e^x for x <= 88 to about one unit in the last place; 0 below the smallest normal number; NaN stays NaN.
 inline Vec exp(Vec x) {
@@ -59,9 +65,15 @@ inline Vec swap_pairs(Vec x) {
 #endif
 }
 
-template <class T>
-inline void copy_row(const T* in, float* out, int64_t width) {
-  for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count), count); });
+template <class T, class S>
+inline void copy_row(const T* in, S* out, int64_t width) {
+  if constexpr (std::is_same_v<T, S>) {
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) std::memcpy(out + i, in + i, 16 * sizeof(T));
+    for (; i < width; ++i) out[i] = in[i];
+  } else {
+    for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count), count); });
+  }
 }
 
 // out = in * factor
@@ -105,6 +117,7 @@ struct Problem {
   std::unique_ptr<float[]> bias; // [heads, key, query] in fp32
 
   int64_t row() const { return whole_vectors(width); }
+  bool one_block() const { return length <= kSide; }
 
   Problem(
       const Tensor& qkv, const int64_t (&grid_)[3], const int64_t (&window_)[3], const std::optional<Tensor>& q_weight,
@@ -133,7 +146,7 @@ struct Problem {
       cos = static_cast<const float*>(cos_->const_data_ptr());
       sin = static_cast<const float*>(sin_->const_data_ptr());
     }
-    q_factor = kTiles && qkv.scalar_type() == ScalarType::BFloat16 ? 1.0f : this->scale;
+    q_factor = kPairs && qkv.scalar_type() == ScalarType::BFloat16 ? 1.0f : this->scale;
     gain[0] = weights(q_weight, "q_weight", q_factor);
     gain[1] = weights(k_weight, "k_weight", 1.0f);
     if (bias_) read_bias(*bias_);
@@ -406,19 +419,115 @@ inline float dot(const T* a, const T* b, int64_t width) {
   return sum.total();
 }
 
-// While row n of a head is read: the rows lie too far apart for the hardware to see what is next. In a short window that is
-// the next head, which there is time to fetch until then; in a long one the rows to come. Always inlined: gcc takes a function
-// that only prefetches for one without effects, and drops the calls.
-template <class Source>
-MINISORA_INLINE inline void prefetch(const Problem& p, const Window& w, Source source, int64_t head, int64_t n) {
-  const bool one_block = p.length <= kSide;
-  const int64_t ahead = one_block ? n : n + 8;
-  if (one_block ? head + 1 == p.heads : ahead >= w.size()) return;
-  for (int part = 0; part < 3; ++part) {
-    const auto* row = source(ahead, part) + (one_block ? p.width : 0);
-    for (int64_t i = 0; i < p.width; i += 64 / sizeof(*row)) __builtin_prefetch(row + i, 0, 2);
+// Some heads of one window, gathered from tokens that may lie far apart and, in the end, written back. All heads of a token are
+// read side by side: in a window over frames the rows of one head are often a multiple of 4 KiB apart, fall on a few lines of
+// every cache, and drive each other out.
+template <class S, class T>
+struct Gathered {
+  const Problem& p;
+  const int64_t row, rows; // of a matrix [rows, row] of S
+  const int64_t results; // a token's results: out, or dq, dk and dv
+  int64_t heads; // at most
+  int64_t first = 0, last = 0; // the heads that are here
+
+  // Rows come in whole `row_unit`s, matrices in whole `rows_unit`s of rows; what no token fills is zero.
+  Gathered(const Problem& p, int64_t row_unit, int64_t rows_unit, bool backward)
+      : p(p), row(whole(p.width, row_unit)), rows(whole(p.length, rows_unit)), results(backward ? 3 : 1) {
+    const int64_t matrices = backward ? 4 : 3, raws = backward && p.norm != kNone ? 2 : 0;
+    const int64_t bytes = rows * (matrices * row * sizeof(S) + (raws + results) * p.width * sizeof(T));
+    const int64_t most = std::clamp<int64_t>(kGathered / bytes, 1, p.heads);
+    heads = whole(p.heads, most) / most;
+    heads = (p.heads + heads - 1) / heads;
+    for (int64_t i = 0; i < matrices; ++i) matrix_[i].resize(heads * rows * row);
+    for (int64_t i = 0; i < raws; ++i) raw_[i].resize(heads * p.length * p.width);
+    result_.resize(heads * results * p.length * p.width);
+    softmax_.resize(2 * heads * p.length);
+    delta_.resize(backward ? heads * p.length : 0);
   }
-}
+
+  S* q(int64_t head) { return matrix_[0].data() + (head - first) * rows * row; }
+  S* k(int64_t head) { return matrix_[1].data() + (head - first) * rows * row; }
+  S* v(int64_t head) { return matrix_[2].data() + (head - first) * rows * row; }
+  S* d(int64_t head) { return matrix_[3].data() + (head - first) * rows * row; } // the gradient of out
+  // Row n of q or k as it was before its norm; only in a backward through a norm.
+  const T* raw(int part, int64_t head, int64_t n) const { return raw_[part].data() + ((head - first) * p.length + n) * p.width; }
+  T* result(int64_t head, int64_t n, int part = 0) { return result_.data() + ((n * results + part) * (last - first) + head - first) * p.width; }
+  float* softmax(int64_t head, int64_t n) { return softmax_.data() + 2 * (n * (last - first) + head - first); }
+  float delta(int64_t head, int64_t n) const { return delta_[n * (last - first) + head - first]; }
+
+  // Heads [first, last) of sample b.
+  void read(Reader& reader, const Window& w, const T* qkv, int64_t b, int64_t first_head, int64_t last_head) {
+    first = first_head, last = last_head;
+    const int64_t all = p.heads * p.width, size = (last - first) * p.width;
+    const bool as_is = p.norm == kNone && !p.rotary && p.q_factor == 1.0f;
+    for (int64_t n = 0; n < w.size(); ++n) {
+      for (int part = 0; part < 3; ++part) {
+        const T* from = qkv + ((b * p.tokens + w.token[n]) * 3 + part) * all + first * p.width;
+        if (n + 1 < w.size()) prefetch(from + (w.token[n + 1] - w.token[n]) * 3 * all, size);
+        for (int64_t head = first; head < last; ++head, from += p.width) {
+          S* to = matrix_[part].data() + ((head - first) * rows + n) * row;
+          if (part == 2 || as_is) {
+            copy_row(from, to, p.width);
+          } else {
+            reader.read(from, w, n, p.gain[part].data() + head * p.width, to);
+          }
+          if (part < 2 && !raw_[part].empty()) copy_row(from, raw_[part].data() + ((head - first) * p.length + n) * p.width, p.width);
+        }
+      }
+    }
+    for (int i = 0; i < 3; ++i) clear(i, w.size());
+  }
+
+  // The gradient of out and what the forward left; out if delta is to be had from it.
+  void read_gradient(const Window& w, const T* dout, const T* out, const float* softmax, int64_t b) {
+    const int64_t count = last - first;
+    for (int64_t n = 0; n < w.size(); ++n) {
+      const int64_t at = (b * p.tokens + w.token[n]) * p.heads + first;
+      if (n + 1 < w.size()) prefetch(dout + (at + (w.token[n + 1] - w.token[n]) * p.heads) * p.width, count * p.width);
+      for (int64_t head = 0; head < count; ++head) {
+        const T* from = dout + (at + head) * p.width;
+        copy_row(from, matrix_[3].data() + (head * rows + n) * row, p.width);
+        if (out) delta_[n * count + head] = dot(from, out + (at + head) * p.width, p.width);
+      }
+      std::copy_n(softmax + 2 * at, 2 * count, softmax_.data() + 2 * n * count);
+    }
+    clear(3, w.size());
+  }
+
+  void write(const Window& w, T* to, int64_t b) const {
+    const int64_t size = (last - first) * p.width;
+    for (int64_t n = 0; n < w.size(); ++n) {
+      for (int64_t part = 0; part < results; ++part) {
+        const int64_t at = ((b * p.tokens + w.token[n]) * results + part) * p.heads + first;
+        std::copy_n(result_.data() + (n * results + part) * size, size, to + at * p.width);
+      }
+    }
+  }
+
+  void write_softmax(const Window& w, float* to, int64_t b) const {
+    const int64_t count = 2 * (last - first);
+    for (int64_t n = 0; n < w.size(); ++n) {
+      std::copy_n(softmax_.data() + n * count, count, to + 2 * ((b * p.tokens + w.token[n]) * p.heads + first));
+    }
+  }
+
+ private:
+  // Always inlined: gcc takes a function that only prefetches for one without effects, and drops the calls.
+  MINISORA_INLINE static void prefetch(const T* from, int64_t size) {
+    for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
+  }
+
+  void clear(int i, int64_t size) {
+    if (size == rows) return;
+    for (int64_t head = 0; head < last - first; ++head) {
+      std::fill_n(matrix_[i].data() + (head * rows + size) * row, (rows - size) * row, S(0.0f));
+    }
+  }
+
+  std::vector<S> matrix_[4];
+  std::vector<T> raw_[2], result_;
+  std::vector<float> softmax_, delta_;
+};
 
 // Sums over windows and samples: one partial sum for each chunk of windows and each head, added in order at the end.
 struct Partial {
@@ -426,7 +535,7 @@ struct Partial {
   std::vector<float> gain[2]; // [chunks, heads, width]
   std::unique_ptr<float[]> bias; // [chunks, heads, key, query]
 
-  Partial(const Problem& p, bool with_bias) {
+  Partial(const Problem& p, bool with_bias) : p_(p) {
     const int64_t items = p.batch * p.windows;
     const int64_t square = p.heads * p.length * p.length;
     chunks = with_bias ? std::min((kTasks / 8 + p.heads - 1) / p.heads, kPartialBias / square) : kTasks;
@@ -438,22 +547,75 @@ struct Partial {
 
   int64_t tasks() const { return chunks * parts; }
 
-  // attend(b, head, dgain_q, dgain_k, dbias) for every window, sample and head of a task, with the task's sums.
-  template <class Attend>
-  void run(const Problem& p, int64_t task, Window& w, Attend attend) {
-    const int64_t items = p.batch * p.windows, square = p.length * p.length;
-    const int64_t chunk = task / parts, part = task % parts;
-    const int64_t first_head = part * p.heads / parts, last_head = (part + 1) * p.heads / parts;
-    const auto dbias = [&](int64_t head) { return bias ? bias.get() + (chunk * p.heads + head) * square : nullptr; };
-    if (bias) std::fill(dbias(first_head), dbias(first_head) + (last_head - first_head) * square, 0.0f);
-    for (int64_t item = chunk * items / chunks; item < (chunk + 1) * items / chunks; ++item) {
-      w.enter(p, item % p.windows);
-      for (int64_t head = first_head; head < last_head; ++head) {
-        const int64_t slot = p.norm == kNone ? 0 : (chunk * p.heads + head) * p.width;
-        attend(item / p.windows, head, gain[0].data() + slot, gain[1].data() + slot, dbias(head));
-      }
-    }
+  // A task's sums for a head.
+  float* gain_of(int part, int64_t task, int64_t head) {
+    return gain[part].data() + (p_.norm == kNone ? 0 : (task / parts * p_.heads + head) * p_.width);
   }
+  float* bias_of(int64_t task, int64_t head) {
+    return bias ? bias.get() + (task / parts * p_.heads + head) * p_.length * p_.length : nullptr;
+  }
+
+  // f(item, first_head, last_head) for every window of every sample of a task, whose sums of the bias start at zero.
+  template <class F>
+  void run(int64_t task, F f) {
+    const int64_t items = p_.batch * p_.windows, chunk = task / parts, part = task % parts;
+    const int64_t first_head = part * p_.heads / parts, last_head = (part + 1) * p_.heads / parts;
+    if (bias) std::fill(bias_of(task, first_head), bias_of(task, first_head) + (last_head - first_head) * p_.length * p_.length, 0.0f);
+    for (int64_t item = chunk * items / chunks; item < (chunk + 1) * items / chunks; ++item) f(item, first_head, last_head);
+  }
+
+ private:
+  const Problem& p_;
 };
+
+// A kernel attends in one head of a gathered window:
+//   Kernel(p); Kernel::S, kRow, kRows                          see Gathered
+//   forward(gathered, window, head)                            to the results and the statistics of the softmax
+//   backward(gathered, window, reader, head, dgain_q, dgain_k, dbias)   to the results, and adds to the sums
+template <class Kernel, class T>
+void forward(const Problem& p, const T* qkv, T* out, float* softmax) {
+  const int64_t items = p.batch * p.windows, most = Gathered<typename Kernel::S, T>(p, Kernel::kRow, Kernel::kRows, false).heads;
+  const int64_t chunks = (p.heads + most - 1) / most;
+  torch::stable::parallel_for(0, items * chunks, 1, [&](int64_t begin, int64_t end) {
+    Window w;
+    Reader reader(p);
+    Kernel kernel(p);
+    Gathered<typename Kernel::S, T> g(p, Kernel::kRow, Kernel::kRows, false);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      // Neighbouring heads lie side by side in qkv; but a head's bias is the more to read again.
+      const int64_t chunk = p.bias ? unit / items : unit % chunks, item = p.bias ? unit % items : unit / chunks;
+      const int64_t b = item / p.windows;
+      w.enter(p, item % p.windows);
+      g.read(reader, w, qkv, b, chunk * p.heads / chunks, (chunk + 1) * p.heads / chunks);
+      for (int64_t head = g.first; head < g.last; ++head) kernel.forward(g, w, head);
+      g.write(w, out, b);
+      g.write_softmax(w, softmax, b);
+    }
+  });
+}
+
+template <class Kernel, class T>
+void backward(const Problem& p, const T* dout, const T* qkv, const T* out, const float* softmax, T* dqkv, Partial& partial) {
+  torch::stable::parallel_for(0, partial.tasks(), 1, [&](int64_t begin, int64_t end) {
+    Window w;
+    Reader reader(p);
+    Kernel kernel(p);
+    Gathered<typename Kernel::S, T> g(p, Kernel::kRow, Kernel::kRows, true);
+    for (int64_t task = begin; task < end; ++task) {
+      partial.run(task, [&](int64_t item, int64_t first_head, int64_t last_head) {
+        const int64_t b = item / p.windows;
+        w.enter(p, item % p.windows);
+        for (int64_t first = first_head; first < last_head; first += g.heads) {
+          g.read(reader, w, qkv, b, first, std::min(first + g.heads, last_head));
+          g.read_gradient(w, dout, p.one_block() ? nullptr : out, softmax, b);
+          for (int64_t head = g.first; head < g.last; ++head) {
+            kernel.backward(g, w, reader, head, partial.gain_of(0, task, head), partial.gain_of(1, task, head), partial.bias_of(task, head));
+          }
+          g.write(w, dqkv, b);
+        }
+      });
+    }
+  });
+}
 
 } // namespace minisora

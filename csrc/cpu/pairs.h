@@ -1,21 +1,29 @@
-// Products of bfloat16 matrices with AMX tiles, summed in fp32; for the library that is built for AMX.
+// Products of bfloat16 matrices summed in fp32, by AMX tiles or by AVX-512's dot products of pairs, whichever the library is
+// built for.
 //
-// A tile is 16 rows of 64 bytes. The left factor is row-major, 32 terms of the sum a tile. The right factor lies in pairs of
-// terms, [k / 2, 2 n + k % 2]. Sizes are whole tiles: who fills a buffer pads the terms of the sum of at least the right
-// factor with zeros, and keeps what stands against them in the left one finite.
+// The left factor is row-major. The right factor lies in pairs of terms of the sum, [k / 2, 2 n + k % 2]. Rows and columns come
+// in whole 16s, the terms of a sum in whole kTerms: who fills a buffer pads the terms of at least the right factor with zeros,
+// and keeps what stands against them in the left one finite.
 #pragma once
 
 #include "common.h"
 
 #include <array>
+#include <cstring>
 
-namespace minisora::amx {
+namespace minisora::pairs {
 
-constexpr int64_t kRows = 16, kTerms = 32;
+// Pair k / 2 of row r is at data + r * row + k / 2 * step.
+struct Left {
+  const BFloat16* data;
+  int64_t row, step;
+};
 
-inline int64_t whole(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+#if defined(__AMX_BF16__)
 
-// A thread multiplies while one of these lives.
+constexpr int64_t kTerms = 32;
+
+// A thread multiplies while one of these lives. A tile is 16 rows of 64 bytes.
 struct Session {
   Session() {
     alignas(64) uint8_t config[64] = {1};
@@ -35,7 +43,7 @@ template <int R, int C>
 inline void product_tiles(
     int64_t depth, const BFloat16* a, int64_t a_row, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool add) {
   const int64_t a_bytes = 2 * a_row, b_bytes = 2 * b_row, c_bytes = 4 * c_row;
-  float* below = c + kRows * c_row;
+  float* below = c + 16 * c_row;
   if (add) {
     _tile_loadd(0, c, c_bytes);
     if constexpr (C == 2) _tile_loadd(1, c + 16, c_bytes);
@@ -56,7 +64,7 @@ inline void product_tiles(
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (R == 2) {
-      _tile_loadd(5, a + kRows * a_row + k, a_bytes);
+      _tile_loadd(5, a + 16 * a_row + k, a_bytes);
       _tile_dpbf16ps(2, 5, 6);
     }
     if constexpr (R == 2 && C == 2) _tile_dpbf16ps(3, 5, 7);
@@ -67,37 +75,91 @@ inline void product_tiles(
   if constexpr (R == 2 && C == 2) _tile_stored(3, below + 16, c_bytes);
 }
 
-// c [rows, columns] = or += a [rows, depth] b [depth, columns], with rows and columns in whole 16s, depth in whole 32s.
+// c [rows, columns] = or += a [rows, depth] b [depth, columns], with rows and columns in whole 16s, depth in whole kTerms.
 inline void product(
-    int64_t rows, int64_t columns, int64_t depth, const BFloat16* a, int64_t a_row, const BFloat16* b, int64_t b_row, float* c,
-    int64_t c_row, bool add) {
+    int64_t rows, int64_t columns, int64_t depth, Left a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool add) {
   asm volatile("" ::: "memory"); // gcc's tile loads do not say that they read memory
   for (int64_t r = 0; r < rows; r += 32) {
     const bool two_rows = r + 16 < rows;
     for (int64_t n = 0; n < columns; n += 32) {
       const bool two_columns = n + 16 < columns;
-      const BFloat16 *left = a + r * a_row, *right = b + 2 * n;
+      const BFloat16 *left = a.data + r * a.row, *right = b + 2 * n;
       float* to = c + r * c_row + n;
       if (two_rows && two_columns) {
-        product_tiles<2, 2>(depth, left, a_row, right, b_row, to, c_row, add);
+        product_tiles<2, 2>(depth, left, a.row, right, b_row, to, c_row, add);
       } else if (two_rows) {
-        product_tiles<2, 1>(depth, left, a_row, right, b_row, to, c_row, add);
+        product_tiles<2, 1>(depth, left, a.row, right, b_row, to, c_row, add);
       } else if (two_columns) {
-        product_tiles<1, 2>(depth, left, a_row, right, b_row, to, c_row, add);
+        product_tiles<1, 2>(depth, left, a.row, right, b_row, to, c_row, add);
       } else {
-        product_tiles<1, 1>(depth, left, a_row, right, b_row, to, c_row, add);
+        product_tiles<1, 1>(depth, left, a.row, right, b_row, to, c_row, add);
       }
     }
   }
 }
 
-// A row and zeros up to whole 32s.
-inline void copy_row(const BFloat16* in, BFloat16* out, int64_t width) {
-  for (int64_t i = 0; i < width; i += 32) {
-    const __mmask32 lanes = width - i >= 32 ? ~__mmask32{0} : (__mmask32{1} << (width - i)) - 1;
-    _mm512_storeu_si512(out + i, _mm512_maskz_loadu_epi16(lanes, in + i));
+#else
+
+constexpr int64_t kTerms = 2;
+
+struct Session {
+  Session() {}
+};
+
+// R rows by C vectors of c stay in registers.
+template <int R, int C>
+inline void product_tile(
+    int64_t depth, Left a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+  __m512 sum[R][C];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+    for (int u = 0; u < C; ++u) sum[r][u] = add ? _mm512_loadu_ps(c + r * c_row + 16 * u) : _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < depth; k += 2) {
+    __m512bh right[C];
+#pragma GCC unroll 3
+    for (int u = 0; u < C; ++u) right[u] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + k / 2 * b_row + 32 * u));
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      int pair;
+      std::memcpy(&pair, a.data + r * a.row + k / 2 * a.step, sizeof(pair));
+      const __m512bh left = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 3
+      for (int u = 0; u < C; ++u) sum[r][u] = _mm512_dpbf16_ps(sum[r][u], left, right[u]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+    for (int u = 0; u < C; ++u) _mm512_storeu_ps(c + r * c_row + 16 * u, sum[r][u]);
   }
 }
+
+// c [rows, columns] = or += a [rows, depth] b [depth, columns], with rows and columns in whole 16s, depth in whole kTerms.
+inline void product(
+    int64_t rows, int64_t columns, int64_t depth, Left a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+  const auto panel = [&](auto height, auto vectors, int64_t n) {
+    for (int64_t r = 0; r < rows; r += height) {
+      product_tile<height, vectors>(depth, {a.data + r * a.row, a.row, a.step}, b + 2 * n, b_row, c + r * c_row + n, c_row, add);
+    }
+  };
+  for (int64_t n = 0; n < columns;) {
+    const int64_t vectors = (columns - n) / 16;
+    if (vectors >= 3 && vectors != 4) {
+      panel(std::integral_constant<int, 8>{}, std::integral_constant<int, 3>{}, n);
+      n += 48;
+    } else if (vectors >= 2) {
+      panel(std::integral_constant<int, 8>{}, std::integral_constant<int, 2>{}, n);
+      n += 32;
+    } else {
+      panel(std::integral_constant<int, 16>{}, std::integral_constant<int, 1>{}, n);
+      n += 16;
+    }
+  }
+}
+
+#endif
 
 // The right factor whose terms are rows: out [rows / 2, 2 * columns] from in [rows, columns]; rows even, columns whole 32s.
 inline void pair_rows(int64_t rows, int64_t columns, const BFloat16* in, int64_t in_row, BFloat16* out, int64_t out_row) {
@@ -139,4 +201,14 @@ inline void pair_rows(int64_t rows, int64_t columns, const float* in, int64_t in
   }
 }
 
-} // namespace minisora::amx
+// The left factor [rows, terms] out of its terms in pairs of rows, [terms / 2, 2 * rows]; `out` is room for it.
+inline Left left_of_pairs(int64_t terms, int64_t rows, const BFloat16* in, int64_t in_row, BFloat16* out, int64_t out_row) {
+#if defined(__AMX_BF16__)
+  transpose_pairs(terms / 2, rows, in, in_row, out, out_row);
+  return {out, out_row, 2};
+#else
+  return {in, 2, in_row};
+#endif
+}
+
+} // namespace minisora::pairs
