@@ -199,17 +199,15 @@ inline Vec first_lanes(Vec value, Full) { return value; }
 // line that it overwrites.
 #if defined(CPU_CAPABILITY_AVX512)
 inline void stream(float* p, Vec value) { _mm512_stream_ps(p, value); }
-template <class T>
-inline void stream(T* p, Vec value) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(value, T{}));
-}
+inline void stream_bits(void* p, Narrow bits) { _mm256_stream_si256(static_cast<Narrow*>(p), bits); }
 #else
 inline void stream(float* p, Vec value) { _mm256_stream_ps(p, value); }
+inline void stream_bits(void* p, Narrow bits) { _mm_stream_si128(static_cast<Narrow*>(p), bits); }
+#endif
 template <class T>
 inline void stream(T* p, Vec value) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(value, T{}));
+  stream_bits(p, narrow(value, T{}));
 }
-#endif
 
 constexpr int64_t kStreamed = int64_t{8} << 20; // bytes; of the order of a core's share of the caches
 
@@ -223,11 +221,18 @@ inline bool past_caches(const T* out, int64_t size, int64_t width) {
 struct Stored {
   template <class T, class N>
   static void put(T* p, Vec value, N count) { store(p, value, count); }
+  template <class T>
+  static void copy(const T* from, T* to, int64_t size) { std::copy_n(from, size, to); }
 };
 
 struct Streamed {
   template <class T, class N>
   static void put(T* p, Vec value, N) { stream(p, value); }
+  template <class T>
+  static void copy(const T* from, T* to, int64_t size) {
+    constexpr int64_t step = sizeof(Narrow) / sizeof(T);
+    for (int64_t i = 0; i < size; i += step) stream_bits(to + i, load_narrow(from + i));
+  }
 };
 
 // f(how), where how.put(p, value, count) stores, past the caches or not. A thread ends with _mm_sfence().

@@ -114,16 +114,21 @@ using KernelOf = Float32;
 #endif
 
 // The gradient of a norm's weight, [head_dim] or [heads, head_dim]: gain = factor * weight.
-Tensor weight_gradient(const std::optional<Tensor>& weight, const Tensor& qkv, const std::vector<float>& partial, float factor) {
+Tensor weight_gradient(const std::optional<Tensor>& weight, const Tensor& qkv, const float* partial, int64_t count, float factor) {
   if (!weight) return empty_like_shape(qkv, {0}, qkv.scalar_type());
   const int64_t size = weight->numel();
-  std::vector<double> total(size);
-  for (size_t i = 0; i < partial.size(); ++i) total[i % size] += partial[i];
   Tensor gradient = torch::stable::new_empty(*weight, weight->sizes(), weight->scalar_type());
   with_type(weight->scalar_type(), [&](auto tag) {
     using TW = decltype(tag);
     auto* out = static_cast<TW*>(gradient.mutable_data_ptr());
-    for (int64_t i = 0; i < size; ++i) out[i] = static_cast<TW>(static_cast<float>(total[i] * factor));
+    torch::stable::parallel_for(0, (size + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
+      float total[kBlock];
+      for (int64_t first = begin * kBlock; first < std::min(size, end * kBlock); first += kBlock) {
+        const int64_t columns = std::min(kBlock, size - first);
+        add_up(count / size, columns, total, [&](int64_t j) { return partial + j * size + first; });
+        write_row(total, factor, out + first, columns);
+      }
+    });
   });
   return gradient;
 }
@@ -179,7 +184,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
         static_cast<T*>(dqkv.mutable_data_ptr()), partial);
   });
   return {
-      dqkv, weight_gradient(q_weight, qkv, partial.gain[0], p.q_factor), weight_gradient(k_weight, qkv, partial.gain[1], 1.0f),
+      dqkv, weight_gradient(q_weight, qkv, partial.gain[0].get(), partial.gains(), p.q_factor),
+      weight_gradient(k_weight, qkv, partial.gain[1].get(), partial.gains(), 1.0f),
       bias_gradient(p, bias, with_dbias, qkv, partial)};
 }
 

@@ -233,135 +233,139 @@ struct Window {
   }
 };
 
-// f(n) with the number of vectors in a row, as a constant for the usual ones: the row then stays in registers.
+// f(width), as a constant for the usual ones: a row then stays in registers.
 template <class F>
-inline void with_vectors(int64_t n, F&& f) {
-  switch (n) {
-#define MINISORA_VECTORS(N) \
-  case N:                   \
-    return f(std::integral_constant<int64_t, N>{});
-    MINISORA_VECTORS(4) MINISORA_VECTORS(5) MINISORA_VECTORS(6) MINISORA_VECTORS(8) MINISORA_VECTORS(9)
-#undef MINISORA_VECTORS
+inline void with_width(int64_t width, F&& f) {
+  switch (width) {
+    case 64:
+      return f(std::integral_constant<int64_t, 64>{});
+    case 72:
+      return f(std::integral_constant<int64_t, 72>{});
+    case 80:
+      return f(std::integral_constant<int64_t, 80>{});
+    case 96:
+      return f(std::integral_constant<int64_t, 96>{});
+    case 128:
+      return f(std::integral_constant<int64_t, 128>{});
     default:
-      return f(n);
+      return f(width);
+  }
+}
+
+// The vectors of a row: on the stack where their number is a constant, else in a thread's scratch.
+template <class W>
+struct Vectors {
+  Vec local[(W::value + V - 1) / V];
+  explicit Vectors(std::vector<Vec>&) {}
+  MINISORA_INLINE Vec& operator[](int64_t u) { return local[u]; }
+};
+
+template <>
+struct Vectors<int64_t> {
+  Vec* scratch;
+  explicit Vectors(std::vector<Vec>& scratch) : scratch(scratch.data()) {}
+  MINISORA_INLINE Vec& operator[](int64_t u) { return scratch[u]; }
+};
+
+// f(u, count) for the vectors u of a row.
+template <class W, class F>
+MINISORA_INLINE inline void for_vectors(W width, F&& f) {
+  if constexpr (std::is_same_v<W, int64_t>) {
+    for (int64_t u = 0; u < width / V; ++u) f(u, Full{});
+    if (width % V != 0) f(width / V, width % V);
+  } else {
+#pragma GCC unroll 16
+    for (int64_t u = 0; u < width / V; ++u) f(u, Full{});
+    if constexpr (W::value % V != 0) f(W::value / V, std::integral_constant<int64_t, W::value % V>{});
   }
 }
 
 // Reads rows of q and k; the scratch of a thread.
 class Reader {
  public:
-  explicit Reader(const Problem& p)
-      : p_(p), tail_(p.width - p.row() + V), x_(p.row() / V), grad_(p.row() / V), twice_(2 * p.row()) {}
+  explicit Reader(const Problem& p) : p_(p), x_(p.row() / V), grad_(p.row() / V), twice_(2 * p.row()) {}
 
   // out = rotate(norm(in) * gain)
   template <class T, class TO>
   void read(const T* in, const Window& window, int64_t token, const float* gain, TO* out) {
-    with_vectors(p_.row() / V, [&](auto n) {
-      Vectors x(x_, n);
-      load_row(in, x.p, n);
-      if (p_.norm != kNone) normalise(x.p, n);
-      for_vectors(n, [&](auto u, auto count) MINISORA_INLINE { x.p[u] = x.p[u] * load(gain + u * V, count); });
-      if (p_.rotary) rotate(x.p, window, token, 1.0f, n);
-      for_vectors(n, [&](auto u, auto count) MINISORA_INLINE { store(out + u * V, x.p[u], count); });
+    with_width(p_.width, [&](auto width) MINISORA_INLINE {
+      Vectors<decltype(width)> x(x_);
+      for_vectors(width, [&](auto u, auto count) MINISORA_INLINE { x[u] = load(in + u * V, count); });
+      if (p_.norm != kNone) normalise(x, width);
+      for_vectors(width, [&](auto u, auto count) MINISORA_INLINE { x[u] = x[u] * load(gain + u * V, count); });
+      if (p_.rotary) rotate(x, window, token, 1.0f, width);
+      for_vectors(width, [&](auto u, auto count) MINISORA_INLINE { store(out + u * V, x[u], count); });
     });
   }
 
   // The gradient of the row read above, given that of its result; dgain += the gradient of gain.
   template <class T>
   void read_backward(const T* in, const Window& window, int64_t token, const float* gain, const float* grad, T* out, float* dgain) {
-    with_vectors(p_.row() / V, [&](auto n) {
-      Vectors h(x_, n), g(grad_, n);
-      load_row(grad, g.p, n);
-      if (p_.rotary) rotate(g.p, window, token, -1.0f, n);
+    with_width(p_.width, [&](auto width) MINISORA_INLINE {
+      Vectors<decltype(width)> h(x_), g(grad_);
+      for_vectors(width, [&](auto u, auto count) MINISORA_INLINE { g[u] = load(grad + u * V, count); });
+      if (p_.rotary) rotate(g, window, token, -1.0f, width);
       if (p_.norm == kNone) {
-        for_vectors(n, [&](auto u, auto count) MINISORA_INLINE { store(out + u * V, g.p[u] * load(gain + u * V, count), count); });
+        for_vectors(width, [&](auto u, auto count) MINISORA_INLINE { store(out + u * V, g[u] * load(gain + u * V, count), count); });
         return;
       }
-      load_row(in, h.p, n);
-      const float rstd = normalise(h.p, n);
+      for_vectors(width, [&](auto u, auto count) MINISORA_INLINE { h[u] = load(in + u * V, count); });
+      const float rstd = normalise(h, width);
       Vec sum_dh(0.0f), sum_dh_h(0.0f);
-      for_vectors(n, [&](auto u, auto count) MINISORA_INLINE {
-        store(dgain + u * V, at::vec::fmadd(g.p[u], h.p[u], load(dgain + u * V, count)), count);
-        g.p[u] = g.p[u] * load(gain + u * V, count);
-        sum_dh = sum_dh + g.p[u];
-        sum_dh_h = at::vec::fmadd(g.p[u], h.p[u], sum_dh_h);
+      for_vectors(width, [&](auto u, auto count) MINISORA_INLINE {
+        store(dgain + u * V, at::vec::fmadd(g[u], h[u], load(dgain + u * V, count)), count);
+        g[u] = g[u] * load(gain + u * V, count);
+        sum_dh = sum_dh + g[u];
+        sum_dh_h = at::vec::fmadd(g[u], h[u], sum_dh_h);
       });
-      const float width = static_cast<float>(p_.width);
-      const Vec mean_dh(p_.norm == kRms ? 0.0f : sum_lanes(sum_dh) / width), mean_dh_h(sum_lanes(sum_dh_h) / width), inverse(rstd);
-      for_vectors(n, [&](auto u, auto count) MINISORA_INLINE {
-        store(out + u * V, inverse * (g.p[u] - mean_dh - h.p[u] * mean_dh_h), count);
+      const float inverse = 1.0f / static_cast<float>(p_.width);
+      const Vec mean_dh(p_.norm == kRms ? 0.0f : sum_lanes(sum_dh) * inverse), mean_dh_h(sum_lanes(sum_dh_h) * inverse), by(rstd);
+      for_vectors(width, [&](auto u, auto count) MINISORA_INLINE {
+        store(out + u * V, by * (g[u] - mean_dh - h[u] * mean_dh_h), count);
       });
     });
   }
 
  private:
-  // The vectors of a row: on the stack where their number is a constant, else in a thread's scratch.
-  template <class N>
-  struct Vectors {
-    static constexpr bool constant = !std::is_same_v<N, int64_t>;
-    static constexpr int64_t size() {
-      if constexpr (constant) return N::value;
-      return 1;
-    }
-    Vec local[size()];
-    Vec* p;
-    Vectors(std::vector<Vec>& scratch, N) : p(constant ? local : scratch.data()) {}
-  };
-
-  // f(u, count) for the vectors u of a row.
-  template <class N, class F>
-  MINISORA_INLINE void for_vectors(N n, F&& f) const {
-#pragma GCC unroll 16
-    for (int64_t u = 0; u < n - 1; ++u) f(u, Full{});
-    // Of a multiple of 8 there is no tail where a vector has 8 lanes.
-    if constexpr (V == 8) {
-      f(n - 1, Full{});
-    } else {
-      f(n - 1, tail_);
-    }
-  }
-
-  template <class T, class N>
-  MINISORA_INLINE void load_row(const T* in, Vec* x, N n) const {
-    for_vectors(n, [&](auto u, auto count) MINISORA_INLINE { x[u] = load(in + u * V, count); });
-  }
-
   // x = (x - mean) * rstd; returns rstd
-  template <class N>
-  MINISORA_INLINE float normalise(Vec* x, N n) const {
-    const float width = static_cast<float>(p_.width);
-    Vec sum(0.0f), squares(0.0f);
+  template <class X, class W>
+  MINISORA_INLINE float normalise(X& x, W width) const {
+    const float inverse = 1.0f / static_cast<float>(p_.width);
+    Vec squares(0.0f);
     if (p_.norm != kRms) {
-      for_vectors(n, [&](auto u, auto) MINISORA_INLINE { sum = sum + x[u]; });
-      const Vec mean(sum_lanes(sum) / width);
-      for_vectors(n, [&](auto u, auto count) MINISORA_INLINE { x[u] = first_lanes(x[u] - mean, count); });
+      Vec sum(0.0f);
+      for_vectors(width, [&](auto u, auto) MINISORA_INLINE { sum = sum + x[u]; });
+      const Vec mean(sum_lanes(sum) * inverse);
+      for_vectors(width, [&](auto u, auto count) MINISORA_INLINE { x[u] = first_lanes(x[u] - mean, count); });
     }
-    for_vectors(n, [&](auto u, auto) MINISORA_INLINE { squares = at::vec::fmadd(x[u], x[u], squares); });
-    const float rstd = 1.0f / std::sqrt(sum_lanes(squares) / width + p_.eps);
-    for_vectors(n, [&](auto u, auto) MINISORA_INLINE { x[u] = x[u] * Vec(rstd); });
+    for_vectors(width, [&](auto u, auto) MINISORA_INLINE { squares = at::vec::fmadd(x[u], x[u], squares); });
+    const float rstd = 1.0f / std::sqrt(sum_lanes(squares) * inverse + p_.eps);
+    for_vectors(width, [&](auto u, auto) MINISORA_INLINE { x[u] = x[u] * Vec(rstd); });
     return rstd;
   }
 
-  template <class N>
-  MINISORA_INLINE void rotate(Vec* x, const Window& window, int64_t token, float direction, N n) {
+  template <class X, class W>
+  MINISORA_INLINE void rotate(X& x, const Window& window, int64_t token, float direction, W width) {
     const float *cos = window.cos.data() + token * p_.width, *sin = window.sin.data() + token * p_.width;
     const Vec sign(direction);
-    float* twice = twice_.data();
-    if (!p_.interleaved) {
-      // Two copies side by side: the partner of channel i is half a row further on, for both halves.
-      for_vectors(n, [&](auto u, auto count) MINISORA_INLINE {
-        store(twice + u * V, x[u], count);
-        store(twice + p_.width + u * V, x[u], count);
+    if (p_.interleaved) {
+      for_vectors(width, [&](auto u, auto count) MINISORA_INLINE {
+        x[u] = at::vec::fmadd(x[u], load(cos + u * V, count), swap_pairs(x[u]) * (load(sin + u * V, count) * sign));
       });
+      return;
     }
-    for_vectors(n, [&](auto u, auto count) MINISORA_INLINE {
-      const Vec partner = p_.interleaved ? swap_pairs(x[u]) : load(twice + p_.width / 2 + u * V, count);
-      x[u] = at::vec::fmadd(x[u], load(cos + u * V, count), partner * load(sin + u * V, count) * sign);
+    // Two copies side by side: the partner of channel i is half a row further on, for both halves.
+    float *twice = twice_.data(), *partner = twice + width / 2;
+    for_vectors(width, [&](auto u, auto count) MINISORA_INLINE {
+      store(twice + u * V, x[u], count);
+      store(twice + width + u * V, x[u], count);
+    });
+    for_vectors(width, [&](auto u, auto count) MINISORA_INLINE {
+      x[u] = at::vec::fmadd(x[u], load(cos + u * V, count), load(partner + u * V, count) * (load(sin + u * V, count) * sign));
     });
   }
 
   const Problem& p_;
-  const int64_t tail_; // lanes of the last vector of a row
   std::vector<Vec> x_, grad_;
   std::vector<float> twice_;
 };
@@ -496,12 +500,16 @@ struct Gathered {
 
   void write(const Window& w, T* to, int64_t b) const {
     const int64_t size = (last - first) * p.width;
-    for (int64_t n = 0; n < w.size(); ++n) {
-      for (int64_t part = 0; part < results; ++part) {
-        const int64_t at = ((b * p.tokens + w.token[n]) * results + part) * p.heads + first;
-        std::copy_n(result_.data() + (n * results + part) * size, size, to + at * p.width);
+    const bool streamed = past_caches(to, p.batch * p.tokens * results * p.heads * p.width, size) && p.heads * p.width % size == 0;
+    with_put(streamed, [&](auto how) {
+      for (int64_t n = 0; n < w.size(); ++n) {
+        for (int64_t part = 0; part < results; ++part) {
+          const int64_t at = ((b * p.tokens + w.token[n]) * results + part) * p.heads + first;
+          how.copy(result_.data() + (n * results + part) * size, to + at * p.width, size);
+        }
       }
-    }
+    });
+    _mm_sfence();
   }
 
   void write_softmax(const Window& w, float* to, int64_t b) const {
@@ -532,7 +540,7 @@ struct Gathered {
 // Sums over windows and samples: one partial sum for each chunk of windows and each head, added in order at the end.
 struct Partial {
   int64_t chunks, parts;
-  std::vector<float> gain[2]; // [chunks, heads, width]
+  std::unique_ptr<float[]> gain[2]; // [chunks, heads, width]
   std::unique_ptr<float[]> bias; // [chunks, heads, key, query]
 
   Partial(const Problem& p, bool with_bias) : p_(p) {
@@ -541,26 +549,29 @@ struct Partial {
     chunks = with_bias ? std::min((kTasks / 8 + p.heads - 1) / p.heads, kPartialBias / square) : kTasks;
     chunks = std::max<int64_t>(std::min(chunks, items), 1);
     parts = std::min(p.heads, (kTasks + chunks - 1) / chunks);
-    for (auto& sums : gain) sums.resize(p.norm == kNone ? p.width : chunks * p.heads * p.width);
+    for (auto& sums : gain) sums.reset(new float[gains()]);
     if (with_bias) bias.reset(new float[chunks * square]);
   }
 
   int64_t tasks() const { return chunks * parts; }
+  int64_t gains() const { return p_.norm == kNone ? 0 : chunks * p_.heads * p_.width; }
 
   // A task's sums for a head.
   float* gain_of(int part, int64_t task, int64_t head) {
-    return gain[part].data() + (p_.norm == kNone ? 0 : (task / parts * p_.heads + head) * p_.width);
+    return gain[part].get() + (p_.norm == kNone ? 0 : (task / parts * p_.heads + head) * p_.width);
   }
   float* bias_of(int64_t task, int64_t head) {
     return bias ? bias.get() + (task / parts * p_.heads + head) * p_.length * p_.length : nullptr;
   }
 
-  // f(item, first_head, last_head) for every window of every sample of a task, whose sums of the bias start at zero.
+  // f(item, first_head, last_head) for every window of every sample of a task, whose sums start at zero.
   template <class F>
   void run(int64_t task, F f) {
     const int64_t items = p_.batch * p_.windows, chunk = task / parts, part = task % parts;
     const int64_t first_head = part * p_.heads / parts, last_head = (part + 1) * p_.heads / parts;
-    if (bias) std::fill(bias_of(task, first_head), bias_of(task, first_head) + (last_head - first_head) * p_.length * p_.length, 0.0f);
+    const int64_t count = last_head - first_head;
+    if (bias) std::fill_n(bias_of(task, first_head), count * p_.length * p_.length, 0.0f);
+    for (int q_or_k = 0; q_or_k < 2 && p_.norm != kNone; ++q_or_k) std::fill_n(gain_of(q_or_k, task, first_head), count * p_.width, 0.0f);
     for (int64_t item = chunk * items / chunks; item < (chunk + 1) * items / chunks; ++item) f(item, first_head, last_head);
   }
 

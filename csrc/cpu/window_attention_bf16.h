@@ -9,7 +9,7 @@ namespace minisora {
 
 struct Pairs {
   using S = BFloat16;
-  static constexpr int64_t kRow = 32, kRows = 32;
+  static constexpr int64_t kRow = 32, kRows = pairs::kTerms;
 
   const Problem& p;
   const pairs::Session session;
