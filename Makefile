@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo digits test lint check-gpu-code clean
+.PHONY: demo digits test bench bench-quick readme-check lint check-gpu-code clean
 
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,6 +25,18 @@ digits: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m minisora_kernels
 	$(BIN)/python -m pytest tests
+
+# What the kernels are worth on this machine, against eager PyTorch and torch.compile: under 25 minutes on two cores.
+bench: $(VENV)/.installed
+	$(BIN)/python -m pytest bench --benchmark-only
+
+# A first impression in about two minutes.
+bench-quick: $(VENV)/.installed
+	$(BIN)/python -m pytest bench --benchmark-only --quick
+
+# The README's measured tables are those of the committed records.
+readme-check: $(VENV)/.installed
+	$(BIN)/python -m bench.readme --check
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

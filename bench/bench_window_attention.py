@@ -41,7 +41,7 @@ def problem(shape: Windows, dtype: torch.dtype, device: torch.device) -> Problem
         out = F.scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2).unflatten(0, (-1, h * w)).transpose(1, 2).reshape(shape.batch, t * h * w, -1)
 
-    return Problem(inputs, call, written=("SDPA", sdpa) if shape.temporal else None)
+    return Problem(inputs, call, written=("SDPA", sdpa) if shape.short_sequences else None)
 
 
 @cases(WINDOW_ATTENTION)

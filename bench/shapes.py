@@ -2,6 +2,7 @@
 
 A name says the model size and the clip: ``XL/2 16x256x256 b2`` is DiT-XL with patch 1x2x2 on 16 latent frames of
 256x256 pixels, batch 2. Latents have an eighth of the pixels per side. Shapes with ``quick`` are what ``--quick`` runs.
+The longest are run in bfloat16 only: a whole run is to take less than 25 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from math import prod
 from models.dit import SIZES, DiTConfig
 
 Triple = tuple[int, int, int]
+
+DTYPES = ("float32", "bfloat16")
+LONG = ("bfloat16",)
 
 
 def latents(frames: int, height: int, width: int) -> Triple:
@@ -35,11 +39,12 @@ class Tokens:
     width: int
     rows: int = 1
     quick: bool = False
+    dtypes: tuple[str, ...] = DTYPES
 
 
-def _tokens(size: str, clip: Triple, batch: int, per_frame: bool = False, quick: bool = False) -> Tokens:
+def _tokens(size: str, clip: Triple, batch: int, per_frame: bool = False, **options) -> Tokens:
     name = f"{size}/2 {'x'.join(map(str, clip))} b{batch}" + (" per frame" if per_frame else "")
-    return Tokens(name, batch, prod(tokens(*clip)), SIZES[size]["width"], clip[0] if per_frame else 1, quick)
+    return Tokens(name, batch, prod(tokens(*clip)), SIZES[size]["width"], clip[0] if per_frame else 1, **options)
 
 
 GATE_RESIDUAL = (_tokens("XL", (16, 256, 256), 2, quick=True), _tokens("S", (4, 256, 256), 2))
@@ -47,7 +52,7 @@ MODULATED = (
     *GATE_RESIDUAL,
     _tokens("XL", (16, 512, 512), 1),
     _tokens("XL", (16, 256, 256), 2, per_frame=True),
-    _tokens("XL", (16, 480, 640), 1),
+    _tokens("XL", (16, 480, 640), 1, dtypes=LONG),
 )
 
 
@@ -64,10 +69,12 @@ class Windows:
     norm_and_rope: bool = False
     bias: bool = False
     quick: bool = False
+    dtypes: tuple[str, ...] = DTYPES
 
     @property
-    def temporal(self) -> bool:
-        return self.window == (self.grid[0], 1, 1)
+    def short_sequences(self) -> bool:
+        """Temporal windows, on a grid that SDPA gets through in a fraction of a second."""
+        return self.window == (self.grid[0], 1, 1) and prod(self.grid) <= 8192
 
 
 def _windows(kind: str, size: str, grid: Triple, window: Triple, **options) -> Windows:
@@ -86,6 +93,7 @@ WINDOW_ATTENTION = (
             (frames, 1, 1),
             norm_and_rope=norm_and_rope,
             quick=(frames, side, size) == (16, 16, "XL"),
+            dtypes=DTYPES if side == 16 or (frames, size) == (16, "XL") else LONG,
         )
         for frames in (16, 32)
         for side in (16, 32)
@@ -122,6 +130,7 @@ class Patches:
     width: int = SIZES["XL"]["width"]
     batch: int = 1
     quick: bool = False
+    dtypes: tuple[str, ...] = DTYPES
 
     @property
     def grid(self) -> Triple:
@@ -165,10 +174,11 @@ class Model:
     config: DiTConfig
     batch: int = 1
     quick: bool = False
+    dtypes: tuple[str, ...] = DTYPES
 
 
-def _model(size: str, clip: Triple, quick: bool = False, **options) -> Model:
-    settings: dict = {**SIZES[size], **options}
+def _model(size: str, clip: Triple, depth: int | None = None, **options) -> Model:
+    settings: dict = {**SIZES[size], **({} if depth is None else {"depth": depth})}
     config = DiTConfig(
         input_size=latents(*clip),
         patch=(1, 2, 2),
@@ -178,9 +188,9 @@ def _model(size: str, clip: Triple, quick: bool = False, **options) -> Model:
         class_dropout=0.0,
         **settings,
     )
-    return Model(f"factorized {size}/2 {'x'.join(map(str, clip))} b1", config, quick=quick)
+    return Model(f"factorized {size}/2 {'x'.join(map(str, clip))} b1", config, **options)
 
 
 BLOCK = (_model("XL", (16, 256, 256), quick=True, depth=2),)
-TRAINING_STEP = (_model("B", (16, 256, 256)), _model("S", (16, 256, 256), quick=True))
+TRAINING_STEP = (_model("B", (16, 256, 256), dtypes=LONG), _model("S", (16, 256, 256), quick=True))
 SAMPLING_STEP = TRAINING_STEP

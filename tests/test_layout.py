@@ -32,6 +32,11 @@ def test_an_op_claims_a_backend_if_and_only_if_its_file_is_there(op: str):
     assert claims == {backend for backend, path in files.items() if (ROOT / path).exists()}
 
 
+def test_every_op_has_a_bench():
+    benches = {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")}
+    assert benches == {*ops(), "model"}
+
+
 @pytest.mark.parametrize("op", ops())
 def test_every_op_is_public_and_tested(op: str):
     assert callable(getattr(mk, op))

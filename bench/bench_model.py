@@ -1,0 +1,131 @@
+"""A pair of DiT blocks (spatial, then temporal), a training step, and a sampling step with classifier-free guidance.
+
+The whole model is in the case's dtype. Its adaLN and final weights are random: in a fresh DiT they are zero, so most of
+it would be multiplied by nothing. ``as written`` is the model of ``written.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bench.harness import BOTH, FWD, Problem, Random, cases
+from bench.shapes import BLOCK, SAMPLING_STEP, TRAINING_STEP, Model
+from bench.written import WrittenDiT
+from minisora_kernels import adaln
+from models.dit import DiT
+from models.objectives import FlowMatching
+from models.samplers import guided_model
+
+GUIDANCE, STEPS = 4.0, 50
+
+
+class Blocks(nn.Module):
+    """The blocks of a DiT and the norm that reads them: tokens and condition to tokens and normalised tokens."""
+
+    def __init__(self, model: DiT | WrittenDiT) -> None:
+        super().__init__()
+        self.blocks, self.norm = model.blocks, model.final_layer.adaLN_modulation
+        self.written = [model] if isinstance(model, WrittenDiT) else []  # a list: not one more path to the parameters
+
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        if self.written:
+            return self.written[0].trunk(x, c)
+        modulations = [block.adaLN_modulation(c).chunk(6, dim=-1) for block in self.blocks]
+        modulations.append(self.norm(c).chunk(2, dim=-1))
+        y = adaln(x, modulations[0][0], modulations[0][1])
+        for block, (_, _, *own), (shift, scale, *_) in zip(self.blocks, modulations, modulations[1:], strict=False):
+            x, y = block(x, y, *own, shift, scale)
+        return x, y
+
+
+class TrainingStep(nn.Module):
+    """Mean squared error of the prediction."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(self.model(x, t, y), target)
+
+
+class SamplingStep(nn.Module):
+    """One guided Euler step of 50."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return x + FlowMatching().velocity(guided_model(self.model, y, GUIDANCE, None), x, t, y) / STEPS
+
+
+def build(shape: Model, dtype: torch.dtype, device: torch.device) -> DiT:
+    torch.manual_seed(0)
+    model = DiT(shape.config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "adaLN" in name or name.startswith("final_layer") or name.endswith("bias"):
+                parameter.normal_(std=0.02)
+    return model.to(device, dtype)
+
+
+def problem_of(step: type[nn.Module], model: DiT, data: dict[str, Tensor], constants: list[str]) -> Problem:
+    """``step`` of the model and of the one as written, as functions of data and parameters."""
+
+    def call_of(module: nn.Module):
+        def call(tensors: dict[str, Tensor]):
+            parameters = {name: tensor for name, tensor in tensors.items() if name not in data}
+            return functional_call(module, parameters, tuple(tensors[name] for name in data))
+
+        return call
+
+    ours, written = step(model), step(WrittenDiT(model))
+    parameters = {name: parameter.detach() for name, parameter in ours.named_parameters()}
+    frozen = [name for name, parameter in ours.named_parameters() if not parameter.requires_grad]
+    return Problem(data | parameters, call_of(ours), constants + frozen, ("as written", call_of(written)), model=True)
+
+
+def block(shape: Model, dtype: torch.dtype, device: torch.device) -> Problem:
+    random, model = Random(dtype, device), build(shape, dtype, device)
+    width = shape.config.width
+    data = {"x": random(shape.batch, model.tokens_per_sample, width), "c": random(shape.batch, width)}
+    return problem_of(Blocks, model, data, [])
+
+
+def training_step(shape: Model, dtype: torch.dtype, device: torch.device) -> Problem:
+    random, size = Random(dtype, device), (shape.batch, shape.config.channels, *shape.config.input_size)
+    data = {
+        "x": random(*size),
+        "t": torch.linspace(100, 900, shape.batch, device=device),
+        "y": torch.arange(shape.batch, device=device),
+        "target": random(*size),
+    }
+    return problem_of(TrainingStep, build(shape, dtype, device), data, list(data))
+
+
+def sampling_step(shape: Model, dtype: torch.dtype, device: torch.device) -> Problem:
+    data = {
+        "x": Random(dtype, device)(shape.batch, shape.config.channels, *shape.config.input_size),
+        "t": torch.full((shape.batch,), 0.5, device=device),
+        "y": torch.arange(shape.batch, device=device),
+    }
+    return problem_of(SamplingStep, build(shape, dtype, device), data, list(data))
+
+
+@cases(BLOCK)
+def test_block(bench, shape: Model, dtype: str, direction: str):
+    bench("block pair", block, shape, dtype, direction)
+
+
+@cases(TRAINING_STEP, [BOTH])
+def test_training_step(bench, shape: Model, dtype: str, direction: str):
+    bench("training step", training_step, shape, dtype, direction)
+
+
+@cases(SAMPLING_STEP, [FWD])
+def test_sampling_step(bench, shape: Model, dtype: str, direction: str):
+    bench("sampling step", sampling_step, shape, dtype, direction)

@@ -1,0 +1,329 @@
+"""The benches: what they refuse, what they count, what they write, and what is made of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import bench_adaln, bench_model, compare, plots, readme, record, report, shapes
+from bench.clock import Clock
+from bench.counters import Counter, InductorBytes, saved_bytes
+from bench.harness import BOTH, FWD, Problem, Session, on_backend
+from minisora_kernels import backends
+
+ROOT = Path(__file__).parent.parent
+TINY = shapes.Tokens("tiny", 2, 12, 16)
+needs_kernels = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="no CPU kernels")
+
+
+class Benchmark:
+    """As much of pytest-benchmark's fixture as the harness uses."""
+
+    disabled = False
+
+    def __init__(self) -> None:
+        self.extra_info: dict = {}
+
+    def pedantic(self, target, args, setup, rounds):
+        for _ in range(rounds):
+            setup()
+            target(*args)
+
+
+def run(make=bench_adaln.problem, shape=TINY, direction=BOTH, quick=False) -> dict:
+    session = Session(torch.device("cpu"), quick=quick)
+    session.run(Benchmark(), "adaln", make, shape, "float32", direction)
+    (case,) = session.records
+    return case
+
+
+@pytest.fixture(scope="module")
+def case() -> dict:
+    torch._dynamo.reset()
+    return run()
+
+
+def test_a_case_has_all_columns(case: dict):
+    assert list(case["columns"]) == ["eager", "compile", "ours", "ours in compile"]
+    assert list(case["ratios"]) == ["eager", "compile", "ours in compile"]
+    assert 5 <= case["rounds"] <= 41
+    for part in (*case["columns"].values(), *case["ratios"].values()):
+        assert 0 < part["q1"] <= part["median"] <= part["q3"]
+    x, rows = 4 * 2 * 12 * 16, 4 * 2 * 16
+    assert case["bytes"] == (x + 2 * rows + x) + (x + x + 2 * rows + x + 2 * rows)
+    assert set(case["saved"]) == set(case["moved"]) == {"eager", "compile", "ours"}
+
+
+@needs_kernels
+def test_ours_runs_the_kernels_and_saves_less(case: dict):
+    assert case["kernels"] == ["adaln_bwd", "adaln_fwd"]
+    assert case["saved"]["ours"] == 2 * 4 * 2 * 12  # mean and rstd
+    assert case["saved"]["ours"] < case["saved"]["eager"]
+    assert case["moved"]["ours"] < case["moved"]["compile"] < case["moved"]["eager"]
+
+
+@needs_kernels
+def test_the_backend_of_a_compiled_column_is_its_own():
+    """One compiled function serves two columns: the choice of the backend is among its guards."""
+    problem = bench_adaln.problem(TINY, torch.float32, torch.device("cpu"))
+    torch._dynamo.reset()
+    compiled = torch.compile(problem.call, dynamic=False, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        for backend, kernels in (("reference", set()), (None, {"adaln_fwd"})):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
+                on_backend(backend, compiled)(problem.inputs)
+            names = {
+                event.key.removeprefix("minisora::") for event in profile.key_averages() if "minisora" in event.key
+            }
+            assert names == kernels
+
+
+@pytest.mark.parametrize("where", ("value", "gradient"))
+def test_wrong_results_are_refused(where: str, monkeypatch):
+    def wrong(shape, dtype, device) -> Problem:
+        problem = bench_adaln.problem(shape, dtype, device)
+        call = problem.call
+
+        def broken(tensors):
+            y = call(tensors)
+            if backends._forced == "reference":
+                return y
+            return (
+                y * (1 + 1e-4) if where == "value" else y + 1e-4 * (tensors["shift"] - tensors["shift"].detach()).sum()
+            )
+
+        problem.call = broken
+        return problem
+
+    monkeypatch.setattr(Session, "sample", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(AssertionError, match=rf"ours: {'output 0' if where == 'value' else 'gradient of shift'}"):
+        run(wrong, quick=True)
+
+
+def test_a_wrong_competitor_is_refused():
+    def wrong(shape, dtype, device) -> Problem:
+        problem = bench_adaln.problem(shape, dtype, device)
+        problem.written = "slow", lambda tensors: problem.call(tensors) + 0.01
+        return problem
+
+    with pytest.raises(AssertionError, match="slow: output 0"):
+        run(wrong, direction=FWD, quick=True)
+
+
+def test_saved_bytes_of_a_known_function():
+    x = torch.randn(8, 4, requires_grad=True)
+
+    def function():
+        y = x.exp()  # keeps its result
+        return (y * y[:1]).t() @ x  # keeps y twice, a view of it, their product, and x, which is an input
+
+    assert saved_bytes(function, [x]) == 2 * x.nbytes
+    assert saved_bytes(function, []) == 3 * x.nbytes
+
+
+def test_moved_bytes_and_flops_of_a_known_function():
+    a, b = torch.randn(8, 4, requires_grad=True), torch.randn(4, 6)
+    with Counter() as counter:
+        (a @ b).t()[1:].unflatten(1, (2, 4))  # views move nothing
+    assert counter.moved == 4 * (8 * 4 + 4 * 6 + 8 * 6) and counter.flops == 2 * 8 * 4 * 6
+    with Counter() as counter:
+        torch.empty_like(a).copy_(a[:1])  # an expanded row is read once
+    assert counter.moved == 4 * (8 * 4 + 4 + 8 * 4)
+    with Counter() as counter:
+        torch.autograd.grad((a @ b).sum(), a)
+    assert counter.flops == 2 * 2 * 8 * 4 * 6 and not counter.kernels
+
+
+def test_inductors_bytes_are_those_of_the_fused_kernel():
+    x = torch.randn(64, 64)
+    for _ in range(2):  # a graph that is in its cache counts too
+        torch._dynamo.reset()
+        with InductorBytes() as counter:
+            torch.compile(lambda x: (x.sin() + 1) * x, dynamic=False)(x)
+        assert counter.moved == 2 * x.nbytes
+
+
+def test_the_clock_gives_seconds_of_one_call():
+    calls = []
+    seconds = Clock(torch.device("cpu"))(lambda: calls.append(torch.randn(1000).sum()), 5)
+    assert len(calls) == 5 and 0 < seconds < 0.1
+
+
+def all_cases() -> list[tuple]:
+    found = []
+    for path in sorted((ROOT / "bench").glob("bench_*.py")):
+        module = __import__(f"bench.{path.stem}", fromlist=["_"])
+        for name, function in vars(module).items():
+            if name.startswith("test_"):
+                (mark,) = function.pytestmark
+                found += [(name, *parameter.values) for parameter in mark.args[1]]
+    return found
+
+
+def test_names_are_unique_and_every_op_is_there():
+    cases = [(name, shape.name, dtype, direction) for name, shape, dtype, direction in all_cases()]
+    assert len(cases) == len(set(cases)) and len(cases) > 150
+    quick = [shape for _, shape, dtype, _ in all_cases() if shape.quick and dtype == "bfloat16"]
+    assert len(quick) < 30
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [("adaln", s) for s in shapes.MODULATED] + [("window_attention", s) for s in shapes.WINDOW_ATTENTION],
+)
+def test_shapes_fit_the_ops(op: str, shape):
+    if op == "adaln":
+        assert shape.count % shape.rows == 0
+    else:
+        assert all(n >= w for n, w in zip(shape.grid, shape.window, strict=True)) and shape.head_dim % 8 == 0
+
+
+def test_the_issues_shapes_are_there():
+    modulated = {(s.batch, s.count, s.width, s.rows) for s in shapes.MODULATED}
+    assert {(2, 4096, 1152, 1), (2, 1024, 384, 1), (1, 16384, 1152, 1), (2, 4096, 1152, 16)} <= modulated
+    temporal = {(s.grid[0], s.grid[1] * s.grid[2], s.head_dim, s.norm_and_rope) for s in shapes.WINDOW_ATTENTION}
+    wanted = {(t, s, d, n) for t in (16, 32) for s in (256, 1024) for d in (72, 64) for n in (False, True)}
+    assert wanted <= temporal
+    assert (1, 19200, 1152) in {(s.batch, s.count, s.width) for s in shapes.MODULATED}  # 480p
+
+
+def tiny_model() -> shapes.Model:
+    model = shapes._model("S", (2, 64, 64), depth=2)
+    config = dict(vars(model.config), width=32, heads=2)
+    return shapes.Model("tiny", type(model.config)(**config))
+
+
+@pytest.mark.parametrize("make", (bench_model.block, bench_model.training_step, bench_model.sampling_step))
+def test_the_model_as_written_computes_the_same(make):
+    problem = make(tiny_model(), torch.float64, torch.device("cpu"))
+    assert problem.written is not None
+    results = []
+    for call in (problem.call, problem.written[1]):
+        out = call(problem.inputs)
+        out = out if isinstance(out, tuple) else (out,)
+        generator = torch.Generator().manual_seed(0)
+        upstream = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in out]
+        wanted = [problem.inputs[name] for name in problem.wanted]
+        results.append((*out, *(torch.autograd.grad(out, wanted, upstream) if wanted else ())))
+    for ours, written in zip(*results, strict=True):
+        torch.testing.assert_close(written, ours)
+        assert ours.abs().max() > 0
+
+
+def synthetic(ratio: float = 2.0, spread: float = 0.02, **changes) -> dict:
+    """A record with two cases, whose columns take what ``ratio`` says."""
+    around = lambda x: {"median": x, "q1": x * (1 - spread), "q3": x * (1 + spread)}  # noqa: E731
+    columns = {"eager": around(ratio * 1e-3), "compile": around(1.5e-3), "ours": around(1e-3)}
+    cases = [
+        {
+            **{"op": op, "shape": "a shape", "dtype": dtype, "direction": "fwd+bwd", "rounds": 9, "kernels": ["k"]},
+            **{"columns": columns, "ratios": {"eager": around(ratio), "compile": around(1.5)}},
+            **{"bytes": 1_000_000, "flops": 10_000_000},
+            **{name: {"eager": 300, "compile": 200, "ours": 100} for name in ("saved", "moved")},
+        }
+        for op, dtype in (("adaln", "float32"), ("training step", "bfloat16"))
+    ]
+    part = {"copy": {"1": 100.0, "38": 20.0}, "matmul": {"float32": 300.0, "bfloat16": 600.0}}
+    ceilings = {"start": part, "end": copy.deepcopy(part)}
+    made = record.make(torch.device("cpu"), cases, ceilings, allocator="default", quick=False)
+    made["machine"]["slug"] = "a-machine"
+    return made | changes
+
+
+def write(folder: Path, name: str, made: dict) -> Path:
+    path = folder / "a-machine" / f"{name}.json"
+    record.save(made, path, over=True)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("ratio", "spread", "expected"),
+    [(1.5, 0.02, "slower"), (3.0, 0.02, "faster"), (2.1, 0.001, "same"), (1.5, 0.4, "same"), (2.0, 0.02, "same")],
+)
+def test_compare_needs_a_change_beyond_the_noise(ratio, spread, expected, tmp_path, capsys):
+    old, new = write(tmp_path, "old", synthetic()), write(tmp_path, "new", synthetic(ratio, spread))
+    assert compare.main([str(old), str(new)]) == int(expected == "slower")
+    assert f"2 {expected}" in capsys.readouterr().out
+
+
+def test_compare_refuses_another_machine(tmp_path, capsys):
+    other = synthetic()
+    other["machine"]["slug"] = "another"
+    paths = [str(write(tmp_path, "old", synthetic())), str(write(tmp_path, "new", other))]
+    assert compare.main(paths) == 2 and "machine differs" in capsys.readouterr().err
+    assert compare.main([*paths, "--any-machine"]) == 0
+    paths[1] = str(write(tmp_path, "new", synthetic(allocator="reuse")))
+    assert compare.main(paths) == 2 and "allocator differs" in capsys.readouterr().err
+
+
+def test_a_record_survives_its_file_and_is_not_replaced(tmp_path):
+    made = synthetic()
+    path = write(tmp_path, "default", made)
+    assert record.load(path) == made
+    with pytest.raises(FileExistsError, match="--save-over"):
+        record.save(made, path)
+    for broken in ("{", "[]", '{"format": 1}', json.dumps(made | {"format": 99})):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=r"default\.json"):
+            record.load(path)
+
+
+def test_the_report_and_the_plots_of_a_record(tmp_path):
+    made = synthetic()
+    text = "\n".join(report.report(made))
+    assert "2.00 [1.96, 2.04]" in text and "1.50 [1.47, 1.53]" in text and "0.33" in text
+    for path in plots.draw(made, tmp_path / "default.json"):
+        assert path.exists() and path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_roofline_is_the_slower_of_copy_and_product():
+    made = synthetic()
+    case = made["cases"][0]
+    assert record.roofline(case, made["ceilings"]) == (pytest.approx(1e7 / 300e9), "matmul")
+    assert record.roofline(case | {"flops": 0}, made["ceilings"]) == (pytest.approx(1e6 / 100e9), "copy")
+    assert record.roofline(case | {"bytes": 10**9}, made["ceilings"]) == (pytest.approx(1e9 / 20e9), "copy")
+
+
+def test_the_readme_is_checked_against_the_records(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "bench" / "results"
+    text = tmp_path / "README.md"
+    text.write_text(f"before\n{readme.BEGIN}\n{readme.END}\nafter\n")
+    monkeypatch.setattr(readme, "README", text)
+    monkeypatch.setattr(readme, "filled", lambda content, filled=readme.filled: filled(content, results))
+    write(results, "default", synthetic())
+    write(results, "reuse", synthetic(ratio=2.5, allocator="reuse"))
+    assert readme.main(["--check"]) == 1 and "bench.readme" in capsys.readouterr().err
+    assert readme.main([]) == 0 and readme.main(["--check"]) == 0
+    content = text.read_text()
+    assert content.startswith("before\n") and content.endswith("after\n") and "2.00 / 2.50" in content
+    text.write_text(content.replace("2.00 / 2.50", "2.01 / 2.50"))
+    assert readme.main(["--check"]) == 1
+
+
+def test_the_readme_shows_the_committed_records():
+    assert readme.main(["--check"]) == 0
+
+
+def test_one_case_from_the_command_line():
+    """Built, verified and run once, as ``--benchmark-disable`` has it."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench",
+        "--benchmark-disable",
+        "--quick",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
+    run = subprocess.run(
+        [*command, "-k", "unpatchify and fwd and not bwd"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout + run.stderr
