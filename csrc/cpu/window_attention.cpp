@@ -15,7 +15,7 @@ namespace {
 // In fp32, for every dtype.
 struct Float32 {
   using S = float;
-  static constexpr int64_t kRow = V, kRows = V;
+  static constexpr int64_t kRow = V, kRows = V, kTerms = 1;
 
   const Problem& p;
   const int64_t row, lanes_;

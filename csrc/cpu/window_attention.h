@@ -429,14 +429,16 @@ inline float dot(const T* a, const T* b, int64_t width) {
 template <class S, class T>
 struct Gathered {
   const Problem& p;
-  const int64_t row, rows; // of a matrix [rows, row] of S
+  const int64_t row, rows, terms; // of a matrix [rows, row] of S; its used rows come in whole `terms`
   const int64_t results; // a token's results: out, or dq, dk and dv
   int64_t heads; // at most
   int64_t first = 0, last = 0; // the heads that are here
 
-  // Rows come in whole `row_unit`s, matrices in whole `rows_unit`s of rows; what no token fills is zero.
-  Gathered(const Problem& p, int64_t row_unit, int64_t rows_unit, bool backward)
-      : p(p), row(whole(p.width, row_unit)), rows(whole(p.length, rows_unit)), results(backward ? 3 : 1) {
+  // For a kernel that needs whole kRow numbers in a row, reads whole kRows rows, and sums over whole kTerms of them: the last
+  // of these are zero, the others finite.
+  template <class Kernel>
+  Gathered(const Problem& p, std::type_identity<Kernel>, bool backward)
+      : p(p), row(whole(p.width, Kernel::kRow)), rows(whole(p.length, Kernel::kRows)), terms(Kernel::kTerms), results(backward ? 3 : 1) {
     const int64_t matrices = backward ? 4 : 3, raws = backward && p.norm != kNone ? 2 : 0;
     const int64_t bytes = rows * (matrices * row * sizeof(S) + (raws + results) * p.width * sizeof(T));
     const int64_t most = std::clamp<int64_t>(kGathered / bytes, 1, p.heads);
@@ -526,9 +528,9 @@ struct Gathered {
   }
 
   void clear(int i, int64_t size) {
-    if (size == rows) return;
-    for (int64_t head = 0; head < last - first; ++head) {
-      std::fill_n(matrix_[i].data() + (head * rows + size) * row, (rows - size) * row, S(0.0f));
+    const int64_t empty = whole(size, terms) - size;
+    for (int64_t head = 0; empty > 0 && head < last - first; ++head) {
+      std::fill_n(matrix_[i].data() + (head * rows + size) * row, empty * row, S(0.0f));
     }
   }
 
@@ -580,18 +582,18 @@ struct Partial {
 };
 
 // A kernel attends in one head of a gathered window:
-//   Kernel(p); Kernel::S, kRow, kRows                          see Gathered
+//   Kernel(p); Kernel::S, kRow, kRows, kTerms                  see Gathered
 //   forward(gathered, window, head)                            to the results and the statistics of the softmax
 //   backward(gathered, window, reader, head, dgain_q, dgain_k, dbias)   to the results, and adds to the sums
 template <class Kernel, class T>
 void forward(const Problem& p, const T* qkv, T* out, float* softmax) {
-  const int64_t items = p.batch * p.windows, most = Gathered<typename Kernel::S, T>(p, Kernel::kRow, Kernel::kRows, false).heads;
+  const int64_t items = p.batch * p.windows, most = Gathered<typename Kernel::S, T>(p, std::type_identity<Kernel>{}, false).heads;
   const int64_t chunks = (p.heads + most - 1) / most;
   torch::stable::parallel_for(0, items * chunks, 1, [&](int64_t begin, int64_t end) {
     Window w;
     Reader reader(p);
     Kernel kernel(p);
-    Gathered<typename Kernel::S, T> g(p, Kernel::kRow, Kernel::kRows, false);
+    Gathered<typename Kernel::S, T> g(p, std::type_identity<Kernel>{}, false);
     for (int64_t unit = begin; unit < end; ++unit) {
       // Neighbouring heads lie side by side in qkv; but a head's bias is the more to read again.
       const int64_t chunk = p.bias ? unit / items : unit % chunks, item = p.bias ? unit % items : unit / chunks;
@@ -611,7 +613,7 @@ void backward(const Problem& p, const T* dout, const T* qkv, const T* out, const
     Window w;
     Reader reader(p);
     Kernel kernel(p);
-    Gathered<typename Kernel::S, T> g(p, Kernel::kRow, Kernel::kRows, true);
+    Gathered<typename Kernel::S, T> g(p, std::type_identity<Kernel>{}, true);
     for (int64_t task = begin; task < end; ++task) {
       partial.run(task, [&](int64_t item, int64_t first_head, int64_t last_head) {
         const int64_t b = item / p.windows;

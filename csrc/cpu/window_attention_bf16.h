@@ -9,7 +9,7 @@ namespace minisora {
 
 struct Pairs {
   using S = BFloat16;
-  static constexpr int64_t kRow = 32, kRows = pairs::kTerms;
+  static constexpr int64_t kRow = 32, kTerms = pairs::kTerms, kRows = std::max<int64_t>(16, kTerms);
 
   const Problem& p;
   const pairs::Session session;
@@ -19,7 +19,7 @@ struct Pairs {
   std::vector<float> scores, dweights, o, dk, dv, greatest, total, shrink, delta;
 
   explicit Pairs(const Problem& p)
-      : p(p), row(whole(p.width, kRow)), depth(whole(p.width, pairs::kTerms)), columns(whole(p.width, 16)), q_t(kSide * row),
+      : p(p), row(whole(p.width, kRow)), depth(whole(p.width, kTerms)), columns(whole(p.width, 16)), q_t(kSide * row),
         d_t(kSide * row), q_pairs(kSide * row), d_pairs(kSide * row), k_pairs(whole(p.length, kRows) * row),
         v_pairs(whole(p.length, kRows) * row), weights(kSide * kSide), dscores(kSide * kSide), weight_pairs(kSide * kSide),
         scratch(kSide * kSide), scores(kSide * kSide), dweights(kSide * kSide), o(kSide * row), dk(whole(p.length, kRows) * row),
@@ -27,14 +27,14 @@ struct Pairs {
 
   void forward(Gathered<BFloat16, BFloat16>& g, const Window& w, int64_t head) {
     const BFloat16 *q = g.q(head), *k = g.k(head);
-    pairs::pair_rows(whole(w.size(), kRows), row, g.v(head), row, v_pairs.data(), 2 * row);
+    pairs::pair_rows(whole(w.size(), kTerms), row, g.v(head), row, v_pairs.data(), 2 * row);
     for (int64_t q0 = 0; q0 < w.size(); q0 += kSide) {
       const int64_t qn = std::min(kSide, w.size() - q0), lanes = whole(qn, 16);
       pairs::transpose_pairs(lanes, row / 2, q + q0 * row, row, q_t.data(), 2 * kSide);
       std::fill_n(greatest.begin(), lanes, std::numeric_limits<float>::lowest());
       std::fill_n(total.begin(), lanes, 0.0f);
       for (int64_t k0 = 0; k0 < w.size(); k0 += kSide) {
-        const int64_t kn = std::min(kSide, w.size() - k0), height = whole(kn, 16), terms = whole(kn, pairs::kTerms);
+        const int64_t kn = std::min(kSide, w.size() - k0), height = whole(kn, 16), terms = whole(kn, kTerms);
         pairs::product(height, lanes, depth, {k + k0 * row, row, 2}, q_t.data(), 2 * kSide, scores.data(), kSide, false);
         finish_scores(w, head, k0, kn, q0, qn, lanes);
         softmax_block(scores.data(), kn, lanes, kSide, greatest.data(), total.data(), shrink.data());
@@ -55,9 +55,9 @@ struct Pairs {
       Gathered<BFloat16, BFloat16>& g, const Window& w, Reader& reader, int64_t head, float* dgain_q, float* dgain_k, float* dbias) {
     const BFloat16 *q = g.q(head), *k = g.k(head), *v = g.v(head), *d = g.d(head);
     float* dq = o.data();
-    pairs::pair_rows(whole(w.size(), kRows), row, k, row, k_pairs.data(), 2 * row);
+    pairs::pair_rows(whole(w.size(), kTerms), row, k, row, k_pairs.data(), 2 * row);
     for (int64_t q0 = 0; q0 < w.size(); q0 += kSide) {
-      const int64_t qn = std::min(kSide, w.size() - q0), lanes = whole(qn, 16), queries = whole(qn, pairs::kTerms);
+      const int64_t qn = std::min(kSide, w.size() - q0), lanes = whole(qn, 16), queries = whole(qn, kTerms);
       for (int64_t i = 0; i < qn; ++i) {
         greatest[i] = g.softmax(head, q0 + i)[0];
         total[i] = g.softmax(head, q0 + i)[1];
@@ -70,7 +70,7 @@ struct Pairs {
       pairs::pair_rows(queries, row, q + q0 * row, row, q_pairs.data(), 2 * row);
       pairs::pair_rows(queries, row, d + q0 * row, row, d_pairs.data(), 2 * row);
       for (int64_t k0 = 0; k0 < w.size(); k0 += kSide) {
-        const int64_t kn = std::min(kSide, w.size() - k0), height = whole(kn, 16), terms = whole(kn, pairs::kTerms);
+        const int64_t kn = std::min(kSide, w.size() - k0), height = whole(kn, 16), terms = whole(kn, kTerms);
         pairs::product(height, lanes, depth, {k + k0 * row, row, 2}, q_t.data(), 2 * kSide, scores.data(), kSide, false);
         pairs::product(height, lanes, depth, {v + k0 * row, row, 2}, d_t.data(), 2 * kSide, dweights.data(), kSide, false);
         finish_scores(w, head, k0, kn, q0, qn, lanes);
