@@ -127,7 +127,7 @@ def path_of(record: dict[str, Any], name: str) -> Path:
 
 
 def save(record: dict[str, Any], path: Path, *, over: bool = False) -> None:
-    """Write the record, floats to five significant digits.
+    """Write the record, rounded.
 
     Raises:
         FileExistsError: the file is there and ``over`` is not given.
@@ -135,15 +135,16 @@ def save(record: dict[str, Any], path: Path, *, over: bool = False) -> None:
     if path.exists() and not over:
         raise FileExistsError(f"{path} exists; give another name, or --save-over")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_short(record), indent=1) + "\n")
+    path.write_text(json.dumps(rounded(record), indent=1) + "\n")
 
 
-def _short(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """What a file keeps: floats to five significant digits."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {name: _short(item) for name, item in value.items()}
-    return [_short(item) for item in value] if isinstance(value, list) else value
+        return {name: rounded(item) for name, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def roofline(case: dict[str, Any], ceilings: dict[str, Any]) -> tuple[float, str]:
