@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[SESSION] = Session(torch.device(device), quick=config.getoption("--quick"))
     name = config.getoption("--save")
     if name and not config.getoption("--save-over"):
-        path = record.RESULTS / record.machine(torch.device(device))["slug"] / f"{name}.json"
+        path = record.path_of(record.machine(torch.device(device)), name)
         if path.exists():
             raise pytest.UsageError(f"{path} exists; give another name, or --save-over")
 
@@ -54,8 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_quick(item: pytest.Item) -> bool:
-    parameters = item.callspec.params  # type: ignore[attr-defined]
-    return parameters["shape"].quick and parameters["dtype"] == "bfloat16"
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return "shape" in parameters and parameters["shape"].quick and parameters["dtype"] == "bfloat16"
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if name:
         from bench.plots import draw
 
-        path = record.path_of(made, name)
+        path = record.path_of(made["machine"], name)
         record.save(made, path, over=config.getoption("--save-over"))
         for written in (path, *draw(made, path)):
             terminalreporter.write_line(f"wrote {written}")

@@ -2,8 +2,8 @@
 
 A case is op x shape x dtype x direction. Its columns:
 
-- ``eager``: the op's reference backend, the best plain PyTorch that is known;
-- a named form that code bases write instead, where that is a slower one;
+- ``eager``: the op's reference backend, the best plain PyTorch for training;
+- a named form that code bases write instead, where they commonly do;
 - ``compile``: ``torch.compile`` of the reference, static shapes, one graph;
 - ``ours``: the backend that is chosen automatically;
 - ``ours in compile``: ``torch.compile`` of the same call; forward and backward of ops only, and not with ``--quick``.
@@ -15,6 +15,9 @@ Before anything is timed, every column's values and gradients are compared with 
 rounded inputs, and the bench fails if they are wrong. Ours must pass the rule of ``tests/tolerance.py``. The others
 need only compute the same thing: their error, in the root mean square, must stay below sqrt(eps) of the result.
 (Inductor sums long columns one number after the other and misses the rule in float32, also around our kernels.)
+
+The compilation of a case takes 1 to 9 seconds for an op and up to a minute for a model (two cores, cold cache), which
+is why the models are few and only ops are timed as ``ours in compile``.
 
 A round times one sample of each column, in rotated order; short calls are repeated within a sample. Ratios are taken
 per round. On a GPU a sample is timed by events and starts with a flushed L2 cache (not run on a GPU yet).
@@ -57,7 +60,8 @@ class Problem:
         inputs: tensors by name.
         call: runs it on such tensors, through the public ops.
         constants: names of inputs that get no gradient.
-        written: name and call of the slower form that code bases write.
+        written: name and call of another form that code bases write.
+        slow_backward: the written form takes too long to be timed with its backward.
         unread: inputs whose values the backward does not need.
         aliased: inputs whose gradient is the upstream gradient itself.
         model: a whole model. An error of one op runs through all others there, and hundreds of gradients are compared,
@@ -69,6 +73,7 @@ class Problem:
     call: Call
     constants: Sequence[str] = ()
     written: tuple[str, Call] | None = None
+    slow_backward: bool = False
     unread: Sequence[str] = ()
     aliased: Sequence[str] = ()
     model: bool = False
@@ -240,7 +245,7 @@ class Session:
 
     def columns(self, problem: Problem, direction: str) -> dict[str, Call]:
         calls = {"eager": on_backend("reference", problem.call)}
-        if problem.written is not None:
+        if problem.written is not None and not (problem.slow_backward and direction == BOTH):
             calls[problem.written[0]] = on_backend("reference", problem.written[1])
         compiled = torch.compile(problem.call, dynamic=False, fullgraph=True)
         calls["compile"] = on_backend("reference", compiled)

@@ -1,7 +1,7 @@
 """``python -m bench.readme``: write the README's measured tables anew from the committed records; ``--check`` verifies.
 
-Between the markers stand, for every machine in ``bench/results``, the tables of ``default.json`` (glibc's own
-allocator) and of ``reuse.json`` (``--allocator reuse``), and the plots of the first.
+Between the markers stand, for every machine in ``bench/results``, the tables of ``default.json`` and of ``reuse.json``
+(saved with ``--allocator reuse``) and the plots of the first of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import RESULTS, ROOT, key, load
-from bench.report import NO_RATIO, about, counted, markdown, milliseconds, ratio, written
+from bench.report import NO_RATIO, about, counted, markdown, milliseconds, ratio
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -20,85 +20,64 @@ NAMES = ("default", "reuse")
 MODELS = ("block pair", "training step", "sampling step")
 
 
-def _cell(records: dict[str, dict], place: tuple, direction: str, column: str) -> str:
-    """Time over that of ours under each allocator."""
-    cells = []
-    for cases in records.values():
-        case = cases.get((*place, direction))
-        name = written(case) if case and column == "written" else column
-        cells.append(ratio(case, name, with_spread=False) if case else NO_RATIO)
+# Direction and column of the cells of the table of ops.
+OP_CELLS = (("fwd", "best eager"), ("fwd", "compile"), ("fwd+bwd", "best eager"), ("fwd+bwd", "compile"))
+MODEL_CELLS = ("best eager", "written", "compile")
+
+Cases = dict[tuple, dict[str, Any]]
+
+
+def _cell(records: list[Cases], place: tuple, direction: str, column: str) -> str:
+    """Time over that of ours, in each record."""
+    found = [cases.get((*place, direction)) for cases in records]
+    cells = [ratio(case, column, with_spread=False) if case else NO_RATIO for case in found]
     return NO_RATIO if set(cells) == {NO_RATIO} else " / ".join(cells)
 
 
-def _places(records: dict[str, dict], models: bool) -> list[tuple]:
-    found = {name[:3]: None for cases in records.values() for name in cases if (name[0] in MODELS) == models}
-    return list(found)
+def _ops(records: list[Cases]) -> list[str]:
+    places = {name[:3]: None for cases in records for name in cases if name[0] not in MODELS}
+    rows = [(f"`{place[0]}`", *place[1:], *(_cell(records, place, *cell) for cell in OP_CELLS)) for place in places]
+    return markdown(("op", "shape", "dtype", *(f"{direction}: {column}" for direction, column in OP_CELLS)), rows)
 
 
-def _ops(records: dict[str, dict]) -> list[str]:
-    header = ["op", "shape", "dtype", "fwd: eager", "compile", "fwd+bwd: eager", "compile", "as written"]
-    return markdown(
-        header,
-        [
-            (
-                f"`{place[0]}`",
-                *place[1:],
-                *(_cell(records, place, direction, column) for direction, column in COLUMNS),
-            )
-            for place in _places(records, models=False)
-        ],
-    )
-
-
-COLUMNS = (
-    ("fwd", "eager"),
-    ("fwd", "compile"),
-    ("fwd+bwd", "eager"),
-    ("fwd+bwd", "compile"),
-    ("fwd+bwd", "written"),
-)
-
-
-def _models(records: dict[str, dict]) -> list[str]:
+def _models(records: list[Cases]) -> list[str]:
+    names = {name: None for cases in records for name in cases if name[0] in MODELS}
     rows = []
-    first = next(iter(records.values()))
-    for place in _places(records, models=True):
-        for direction in ("fwd", "fwd+bwd"):
-            case = first.get((*place, direction))
-            if case is None:
-                continue
-            cells = [_cell(records, place, direction, column) for column in ("eager", "written", "compile")]
-            ours = milliseconds(case["columns"]["ours"]["median"])
-            inside = _cell(records, place, direction, "ours in compile")
-            rows.append((*place, direction, ours, *cells, inside))
-    header = ["", "model", "dtype", "direction", "ours, ms", "eager", "as written", "compile", "ours in compile"]
-    return markdown(header, rows)
+    for *place, direction in names:
+        found = [cases.get((*place, direction)) for cases in records]
+        ours = " / ".join(milliseconds(case["columns"]["ours"]["median"]) if case else NO_RATIO for case in found)
+        rows.append((*place, direction, ours, *(_cell(records, tuple(place), direction, part) for part in MODEL_CELLS)))
+    return markdown(("", "model", "dtype", "direction", "ours, ms", "best eager", "as written", "compile"), rows)
 
 
-def section(records: dict[str, dict[str, Any]], plots: list[str]) -> list[str]:
-    """The lines of one machine; ``records`` by name."""
-    by_key = {name: {key(case): case for case in record["cases"]} for name, record in records.items()}
-    first = next(iter(records.values()))
-    settings = " / ".join(records[name]["allocator"] for name in records)
-    lines = [f"**{about(record)}**" for record in records.values()]
-    lines = [line for text in lines for line in (text, "")]
+def section(records: list[dict[str, Any]], plots: list[str]) -> list[str]:
+    """The lines of one machine."""
+    cases = [{key(case): case for case in record["cases"]} for record in records]
+    settings = " / ".join(record["allocator"] for record in records)
+    lines = [f"- {about(record)}" for record in records]
     lines += [
-        f"Time of the other column over that of ours, medians, allocator {settings}: above 1 ours is faster.",
         "",
-        *_ops(by_key),
+        f"Time of the other column over that of ours, medians, allocator {settings}; above 1 ours is faster.",
         "",
-        *_models(by_key),
+        *_models(cases),
+        "",
+        *(f"![{Path(plot).stem}]({plot})" for plot in plots),
+        "",
+        "<details><summary>Every op, shape and dtype</summary>",
+        "",
+        *_ops(cases),
+        "",
+        "</details>",
         "",
         "Bytes saved for the backward, without inputs and parameters:",
         "",
-        *counted(first, "saved", markdown, ("block pair", "training step", "gelu_mlp")),
+        *counted(records[0], "saved", markdown, (*MODELS, "gelu_mlp")),
         "",
         "Bytes that the ops of forward and backward read and write (compile: Inductor's own count):",
         "",
-        *counted(first, "moved", markdown, MODELS),
+        *counted(records[0], "moved", markdown, MODELS),
+        "",
     ]
-    for plot in plots:
-        lines += ["", f"![{Path(plot).stem}]({plot})"]
     return lines
 
 
@@ -106,11 +85,11 @@ def block(results: Path = RESULTS) -> str:
     """What belongs between the markers."""
     lines: list[str] = []
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        records = {name: load(folder / f"{name}.json") for name in NAMES if (folder / f"{name}.json").exists()}
-        if records:
-            found = sorted(folder.glob(f"{next(iter(records))}-*.png"))
-            plots = [path.relative_to(results.parent.parent).as_posix() for path in found]
-            lines += [*section(records, plots), ""]
+        paths = [path for path in (folder / f"{name}.json" for name in NAMES) if path.exists()]
+        if paths:
+            plots = sorted(folder.glob(f"{paths[0].stem}-*.png"))
+            names = [path.relative_to(results.parent.parent).as_posix() for path in plots]
+            lines += section([load(path) for path in paths], names)
     return "\n".join(lines or ["No record is committed yet.", ""])
 
 

@@ -87,6 +87,7 @@ def make(
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "cuda": torch.version.cuda,
             "triton": _version("triton"),
             "minisora_kernels": minisora_kernels.__version__,
         },
@@ -122,8 +123,8 @@ def load(path: str | Path) -> dict[str, Any]:
     return record
 
 
-def path_of(record: dict[str, Any], name: str) -> Path:
-    return RESULTS / record["machine"]["slug"] / f"{name}.json"
+def path_of(machine: dict[str, Any], name: str) -> Path:
+    return RESULTS / machine["slug"] / f"{name}.json"
 
 
 def save(record: dict[str, Any], path: Path, *, over: bool = False) -> None:

@@ -72,9 +72,8 @@ class Windows:
     dtypes: tuple[str, ...] = DTYPES
 
     @property
-    def short_sequences(self) -> bool:
-        """Temporal windows, on a grid that SDPA gets through in a fraction of a second."""
-        return self.window == (self.grid[0], 1, 1) and prod(self.grid) <= 8192
+    def temporal(self) -> bool:
+        return self.window == (self.grid[0], 1, 1)
 
 
 def _windows(kind: str, size: str, grid: Triple, window: Triple, **options) -> Windows:
@@ -192,5 +191,5 @@ def _model(size: str, clip: Triple, depth: int | None = None, **options) -> Mode
 
 
 BLOCK = (_model("XL", (16, 256, 256), quick=True, depth=2),)
-TRAINING_STEP = (_model("B", (16, 256, 256), dtypes=LONG), _model("S", (16, 256, 256), quick=True))
+TRAINING_STEP = (_model("B", (16, 256, 256), dtypes=LONG), _model("S", (16, 256, 256)))
 SAMPLING_STEP = TRAINING_STEP
