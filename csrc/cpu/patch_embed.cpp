@@ -2,6 +2,10 @@
 #include "gemm.h"
 #include "patches.h"
 
+#if defined(__AVX512BF16__)
+#include "patch_embed_bf16.h"
+#endif
+
 namespace minisora {
 namespace {
 
@@ -15,6 +19,10 @@ constexpr int64_t kPartial = 1 << 23; // most numbers in all partial sums togeth
 
 inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 inline int64_t whole_vectors(int64_t size) { return blocks(size, V) * V; }
+
+bool are_bf16(std::initializer_list<const Tensor*> tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor* t) { return t->scalar_type() == ScalarType::BFloat16; });
+}
 
 PatchGrid grid_of(const Tensor& x, int64_t pt, int64_t ph, int64_t pw) {
   check_dtype(x, "x");
@@ -87,6 +95,27 @@ Tensor patch_embed_fwd(const Tensor& x, const Tensor& weight, std::optional<Tens
   if (pos) check_dense(*pos, "pos", {tokens, width});
   Tensor y = empty_like_shape(x, {batch, tokens, width}, x.scalar_type());
   if (batch == 0) return y;
+
+#if defined(__AVX512BF16__)
+  if (are_bf16({&x, &weight}) && (!bias || are_bf16({&*bias})) && PatchPairs::serves(width)) {
+    const auto run = [&](bool with_pos, auto pos_row) {
+      PatchPairs(grid, batch, width)
+          .forward(
+              x, static_cast<const BFloat16*>(weight.const_data_ptr()),
+              bias ? static_cast<const BFloat16*>(bias->const_data_ptr()) : nullptr, with_pos, pos_row,
+              static_cast<BFloat16*>(y.mutable_data_ptr()));
+    };
+    if (!pos) {
+      run(false, [](int64_t, int64_t) { return Vec(0.0f); });
+    } else {
+      with_type(pos->scalar_type(), [&](auto tag) {
+        const auto* rows = static_cast<const decltype(tag)*>(pos->const_data_ptr());
+        run(true, [=](int64_t token, int64_t column) { return load(rows + token * width + column, Full{}); });
+      });
+    }
+    return y;
+  }
+#endif
 
   // The weight as panels [depth + 1, kPanel], so that the inner loop reads it from end to end; the bias is one more weight,
   // whose patch element is 1.
@@ -163,6 +192,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_bwd(
   Tensor dbias = empty_like_shape(dy, {bias ? width : 0}, bias.value_or(dy.scalar_type()));
   Tensor dpos = empty_like_shape(dy, {pos ? tokens : 0, width}, pos.value_or(dy.scalar_type()));
   Tensor dweight = empty_like_shape(weight, {width, grid.channels, grid.pt, grid.ph, grid.pw}, weight.scalar_type());
+
+#if defined(__AVX512BF16__)
+  if (are_bf16({&x, &dy, &weight}) && !pos && PatchPairs::serves(width)) {
+    const int64_t size = blocks(depth + 1, 16) * 16 * width, most = std::clamp<int64_t>(kPartial / size, 1, kParts);
+    const int64_t per_part = blocks(blocks(tokens, kSumTokens), most) * kSumTokens, parts = blocks(tokens, per_part);
+    std::vector<float> sums = PatchPairs(grid, batch, width).backward(x, static_cast<const BFloat16*>(dy.const_data_ptr()), per_part, parts);
+    for (int64_t part = 1; part < parts; ++part) add(sums.data(), sums.data() + part * size, size);
+    if (bias) narrow(sums.data() + depth * width, width, 1, width, dbias, 0, width);
+    auto* out = static_cast<BFloat16*>(dweight.mutable_data_ptr());
+    for (int64_t d = 0; d < width; ++d) {
+      for (int64_t k = 0; k < depth; ++k) out[d * depth + k] = BFloat16(sums[k * width + d]);
+    }
+    return {need_x ? gradient_of_x(dy, x, weight, grid) : empty_like_shape(x, {0}, x.scalar_type()), dweight, dbias, dpos};
+  }
+#endif
 
   // A task sums over a part of the tokens, of every sample, for a block of panels; parts and blocks follow from the shapes.
   const int64_t panels = blocks(width, kPanel), panel_blocks = blocks(panels, kPanels), panel_size = (depth + 1) * kPanel;

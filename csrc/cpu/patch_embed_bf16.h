@@ -1,0 +1,103 @@
+// patch_embed in bfloat16 on CPUs that multiply it: products of bfloat16 summed in fp32, as torch's. The bias is one more weight,
+// whose patch element is 1.
+#pragma once
+
+#include "pairs.h"
+#include "patches.h"
+
+namespace minisora {
+
+inline int64_t whole(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+struct PatchPairs {
+  static constexpr int64_t kPanel = 48, kTokens = 16, kSumTokens = 64, kSumColumns = 384;
+
+  const PatchGrid& grid;
+  const int64_t batch, width, elements, depth; // depth: the elements and the one, as terms of a sum
+
+  PatchPairs(const PatchGrid& grid, int64_t batch, int64_t width)
+      : grid(grid), batch(batch), width(width), elements(grid.elements()), depth(whole(grid.elements() + 1, pairs::kTerms)) {}
+
+  static bool serves(int64_t width) { return width % 32 == 0; }
+
+  // y = the patches weight^T + bias + pos; pos_row(token, column) loads 16 numbers of it.
+  template <class PosRow>
+  void forward(const Tensor& x, const BFloat16* weight, const BFloat16* bias, bool with_pos, PosRow pos_row, BFloat16* y) const {
+    std::vector<BFloat16> packed(depth * width, BFloat16(0.0f));
+    torch::stable::parallel_for(0, width, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t d = begin; d < end; ++d) {
+        for (int64_t k = 0; k < elements; ++k) packed[k / 2 * 2 * width + 2 * d + k % 2] = weight[d * elements + k];
+        if (bias) packed[elements / 2 * 2 * width + 2 * d + elements % 2] = bias[d];
+      }
+    });
+    const auto* in = static_cast<const BFloat16*>(x.const_data_ptr());
+    const int64_t tokens = grid.tokens(), tiles = whole(tokens, kTokens) / kTokens;
+    with_put(past_caches(y, batch * tokens * width, width), [&](auto how) {
+      torch::stable::parallel_for(0, batch * tiles, 4, [&](int64_t begin, int64_t end) {
+        const pairs::Session session;
+        std::vector<BFloat16> patches(kTokens * depth, BFloat16(0.0f)), rows(kTokens * width);
+        std::vector<float> sums(kTokens * kPanel);
+        for (int64_t i = 0; i < kTokens; ++i) patches[i * depth + elements] = BFloat16(1.0f);
+        for (int64_t tile = begin; tile < end; ++tile) {
+          const int64_t b = tile / tiles, first = tile % tiles * kTokens, count = std::min(tokens - first, kTokens);
+          for_elements(grid, grid.channels_first(depth), VideoStrides(x), b, first, first + count, [&](int64_t v, int64_t t) {
+            patches[t] = in[v];
+          });
+          for (int64_t column = 0; column < width; column += kPanel) {
+            const int64_t columns = std::min(width - column, kPanel);
+            for (int64_t i = 0; with_pos && i < count; ++i) {
+              for (int64_t c = 0; c < columns; c += 16) store(sums.data() + i * kPanel + c, pos_row(first + i, column + c), Full{});
+            }
+            pairs::product(
+                kTokens, columns, depth, {patches.data(), depth, 2}, packed.data() + 2 * column, 2 * width, sums.data(), kPanel, with_pos);
+            for (int64_t i = 0; i < count; ++i) {
+              for (int64_t c = 0; c < columns; c += 16) {
+                store(rows.data() + i * width + column + c, load(sums.data() + i * kPanel + c, Full{}), Full{});
+              }
+            }
+          }
+          how.copy(rows.data(), y + (b * tokens + first) * width, count * width);
+        }
+        _mm_sfence();
+      });
+    });
+  }
+
+  // sums[part] = the patches^T dy of a part of the tokens, [elements + 1, width]; the last row is dbias. Parts follow from the
+  // shapes; task by task they are zero or the sum of products of 64 tokens.
+  std::vector<float> backward(const Tensor& x, const BFloat16* dy, int64_t per_part, int64_t parts) const {
+    const auto* in = static_cast<const BFloat16*>(x.const_data_ptr());
+    const int64_t tokens = grid.tokens(), height = whole(elements + 1, 16), blocks = whole(width, kSumColumns) / kSumColumns;
+    std::vector<float> sums(parts * height * width);
+    torch::stable::parallel_for(0, parts * blocks, 1, [&](int64_t begin, int64_t end) {
+      const pairs::Session session;
+      std::vector<BFloat16> patches(height * kSumTokens), tail(kSumTokens * kSumColumns), dy_pairs(kSumTokens * kSumColumns);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t part = task / blocks, column = task % blocks * kSumColumns, columns = std::min(width - column, kSumColumns);
+        float* sum = sums.data() + part * height * width + column;
+        for (int64_t first = part * per_part; first < std::min(tokens, (part + 1) * per_part); first += kSumTokens) {
+          const int64_t count = std::min(tokens - first, kSumTokens), each = grid.pt * grid.ph * grid.pw;
+          const PatchOrder order{1, each * kSumTokens, grid.ph * grid.pw * kSumTokens, grid.pw * kSumTokens, kSumTokens};
+          std::fill(patches.begin(), patches.end(), BFloat16(0.0f));
+          std::fill_n(patches.begin() + elements * kSumTokens, count, BFloat16(1.0f));
+          for (int64_t b = 0; b < batch; ++b) {
+            for_elements(grid, order, VideoStrides(x), b, first, first + count, [&](int64_t v, int64_t t) { patches[t] = in[v]; });
+            const BFloat16* from = dy + (b * tokens + first) * width + column;
+            int64_t from_row = width;
+            if (count < kSumTokens) { // what stands against the zeros has to be finite
+              std::fill(tail.begin(), tail.end(), BFloat16(0.0f));
+              for (int64_t i = 0; i < count; ++i) std::copy_n(from + i * width, columns, tail.data() + i * kSumColumns);
+              from = tail.data(), from_row = kSumColumns;
+            }
+            pairs::pair_rows(kSumTokens, columns, from, from_row, dy_pairs.data(), 2 * kSumColumns);
+            pairs::product(
+                height, columns, kSumTokens, {patches.data(), kSumTokens, 2}, dy_pairs.data(), 2 * kSumColumns, sum, width, true);
+          }
+        }
+      }
+    });
+    return sums;
+  }
+};
+
+} // namespace minisora
