@@ -142,6 +142,9 @@ inline Narrow narrow(Vec value, BFloat16) {
   return at::vec::cvtfp32_bf16(value);
 #endif
 }
+#if defined(__AVX512BF16__)
+inline __m512i narrow(Vec low, Vec high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
+#endif
 inline Narrow narrow(Vec value, Half) { return at::vec::cvtfp32_fp16(value); }
 
 inline void store(BFloat16* p, Vec value, Full) { store_narrow(p, narrow(value, BFloat16{})); }
@@ -215,12 +218,15 @@ constexpr int64_t kStreamed = int64_t{8} << 20; // bytes; of the order of a core
 template <class T>
 inline bool past_caches(const T* out, int64_t size, int64_t width) {
   const bool large = size * static_cast<int64_t>(sizeof(T)) >= kStreamed;
-  return large && width % V == 0 && reinterpret_cast<uintptr_t>(out) % (V * sizeof(T)) == 0;
+  return large && width % (2 * V) == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
 struct Stored {
   template <class T, class N>
   static void put(T* p, Vec value, N count) { store(p, value, count); }
+#if defined(__AVX512BF16__)
+  static void put(BFloat16* p, Vec low, Vec high) { _mm512_storeu_si512(p, narrow(low, high)); }
+#endif
   template <class T>
   static void copy(const T* from, T* to, int64_t size) { std::copy_n(from, size, to); }
 };
@@ -228,6 +234,9 @@ struct Stored {
 struct Streamed {
   template <class T, class N>
   static void put(T* p, Vec value, N) { stream(p, value); }
+#if defined(__AVX512BF16__)
+  static void put(BFloat16* p, Vec low, Vec high) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow(low, high)); }
+#endif
   template <class T>
   static void copy(const T* from, T* to, int64_t size) {
     constexpr int64_t step = sizeof(Narrow) / sizeof(T);

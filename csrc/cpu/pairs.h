@@ -106,15 +106,14 @@ struct Session {
   Session() {}
 };
 
-// R rows by C vectors of c stay in registers.
-template <int R, int C>
-inline void product_tile(
-    int64_t depth, Left a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+// R rows by C vectors of a product stay in registers: they begin as begin(r, u), and end(r, sums) gets a row's.
+template <int R, int C, class Begin, class End>
+inline void product_tile(int64_t depth, Left a, const BFloat16* b, int64_t b_row, Begin begin, End end) {
   __m512 sum[R][C];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 3
-    for (int u = 0; u < C; ++u) sum[r][u] = add ? _mm512_loadu_ps(c + r * c_row + 16 * u) : _mm512_setzero_ps();
+    for (int u = 0; u < C; ++u) sum[r][u] = begin(r, u);
   }
   for (int64_t k = 0; k < depth; k += 2) {
     __m512bh right[C];
@@ -130,10 +129,17 @@ inline void product_tile(
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 3
-    for (int u = 0; u < C; ++u) _mm512_storeu_ps(c + r * c_row + 16 * u, sum[r][u]);
-  }
+  for (int r = 0; r < R; ++r) end(r, sum[r]);
+}
+
+template <int R, int C>
+inline void product_tile(int64_t depth, Left a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+  product_tile<R, C>(
+      depth, a, b, b_row,
+      [&](int r, int u) MINISORA_INLINE { return add ? _mm512_loadu_ps(c + r * c_row + 16 * u) : _mm512_setzero_ps(); },
+      [&](int r, const __m512(&sums)[C]) MINISORA_INLINE {
+        for (int u = 0; u < C; ++u) _mm512_storeu_ps(c + r * c_row + 16 * u, sums[u]);
+      });
 }
 
 // c [rows, columns] = or += a [rows, depth] b [depth, columns], with rows and columns in whole 16s, depth in whole kTerms.
@@ -160,6 +166,29 @@ inline void product(
 }
 
 #endif
+
+// A product of 16 rows by 32 columns that begins as begin(r, u), 16 columns at a time, and ends in end(r, sums) of a row.
+template <class Begin, class End>
+inline void product_block(int64_t depth, Left a, const BFloat16* b, int64_t b_row, Begin begin, End end) {
+#if defined(__AMX_BF16__)
+  alignas(64) float c[16 * 32];
+  for (int r = 0; r < 16; ++r) {
+    for (int u = 0; u < 2; ++u) _mm512_store_ps(c + 32 * r + 16 * u, begin(r, u));
+  }
+  product(16, 32, depth, a, b, b_row, c, 32, true);
+  for (int r = 0; r < 16; ++r) {
+    const __m512 sums[2] = {_mm512_load_ps(c + 32 * r), _mm512_load_ps(c + 32 * r + 16)};
+    end(r, sums);
+  }
+#else
+  for (int first = 0; first < 16; first += 8) {
+    product_tile<8, 2>(
+        depth, {a.data + first * a.row, a.row, a.step}, b, b_row,
+        [&](int r, int u) MINISORA_INLINE { return begin(first + r, u); },
+        [&](int r, const __m512(&sums)[2]) MINISORA_INLINE { end(first + r, sums); });
+  }
+#endif
+}
 
 // The right factor whose terms are rows: out [rows / 2, 2 * columns] from in [rows, columns]; rows even, columns whole 32s.
 inline void pair_rows(int64_t rows, int64_t columns, const BFloat16* in, int64_t in_row, BFloat16* out, int64_t out_row) {

@@ -110,7 +110,11 @@ Tensor patch_embed_fwd(const Tensor& x, const Tensor& weight, std::optional<Tens
     } else {
       with_type(pos->scalar_type(), [&](auto tag) {
         const auto* rows = static_cast<const decltype(tag)*>(pos->const_data_ptr());
-        run(true, [=](int64_t token, int64_t column) { return load(rows + token * width + column, Full{}); });
+        run(true, [=](int64_t token, int64_t column) MINISORA_INLINE {
+          const auto* at = rows + token * width + column;
+          __builtin_prefetch(at + PatchPairs::kTokens * width); // of the next tile, which the hardware does not foresee
+          return load(at, Full{});
+        });
       });
     }
     return y;

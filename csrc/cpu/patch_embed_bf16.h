@@ -10,7 +10,7 @@ namespace minisora {
 inline int64_t whole(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
 struct PatchPairs {
-  static constexpr int64_t kPanel = 48, kTokens = 16, kSumTokens = 64, kSumColumns = 384;
+  static constexpr int64_t kTokens = 16, kSumTokens = 64, kSumColumns = 384;
 
   const PatchGrid& grid;
   const int64_t batch, width, elements, depth; // depth: the elements and the one, as terms of a sum
@@ -35,28 +35,24 @@ struct PatchPairs {
     with_put(past_caches(y, batch * tokens * width, width), [&](auto how) {
       torch::stable::parallel_for(0, batch * tiles, 4, [&](int64_t begin, int64_t end) {
         const pairs::Session session;
-        std::vector<BFloat16> patches(kTokens * depth, BFloat16(0.0f)), rows(kTokens * width);
-        std::vector<float> sums(kTokens * kPanel);
+        std::vector<BFloat16> patches(kTokens * depth, BFloat16(0.0f));
         for (int64_t i = 0; i < kTokens; ++i) patches[i * depth + elements] = BFloat16(1.0f);
         for (int64_t tile = begin; tile < end; ++tile) {
           const int64_t b = tile / tiles, first = tile % tiles * kTokens, count = std::min(tokens - first, kTokens);
           for_elements(grid, grid.channels_first(depth), VideoStrides(x), b, first, first + count, [&](int64_t v, int64_t t) {
             patches[t] = in[v];
           });
-          for (int64_t column = 0; column < width; column += kPanel) {
-            const int64_t columns = std::min(width - column, kPanel);
-            for (int64_t i = 0; with_pos && i < count; ++i) {
-              for (int64_t c = 0; c < columns; c += 16) store(sums.data() + i * kPanel + c, pos_row(first + i, column + c), Full{});
-            }
-            pairs::product(
-                kTokens, columns, depth, {patches.data(), depth, 2}, packed.data() + 2 * column, 2 * width, sums.data(), kPanel, with_pos);
-            for (int64_t i = 0; i < count; ++i) {
-              for (int64_t c = 0; c < columns; c += 16) {
-                store(rows.data() + i * width + column + c, load(sums.data() + i * kPanel + c, Full{}), Full{});
-              }
-            }
+          BFloat16* out = y + (b * tokens + first) * width;
+          for (int64_t column = 0; column < width; column += 32) {
+            pairs::product_block(
+                depth, {patches.data(), depth, 2}, packed.data() + 2 * column, 2 * width,
+                [&](int64_t i, int64_t u) MINISORA_INLINE -> __m512 {
+                  return with_pos && i < count ? pos_row(first + i, column + 16 * u) : Vec(0.0f);
+                },
+                [&](int64_t i, const __m512(&sums)[2]) MINISORA_INLINE {
+                  if (i < count) how.put(out + i * width + column, Vec(sums[0]), Vec(sums[1]));
+                });
           }
-          how.copy(rows.data(), y + (b * tokens + first) * width, count * width);
         }
         _mm_sfence();
       });
