@@ -30,7 +30,7 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only
 
-# A first impression in about two minutes.
+# A first impression in two or three minutes.
 bench-quick: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only --quick
 

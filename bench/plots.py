@@ -18,32 +18,39 @@ COLOURS = {"eager": "#4c78a8", "compile": "#f58518"}
 def ratios(record: dict[str, Any], path: Path) -> None:
     """Bars of the time of the best eager form and of compile over that of ours, forward and backward."""
     cases = [case for case in record["cases"] if case["direction"] == "fwd+bwd" or case["op"] == "sampling step"]
-    figure, axes = plt.subplots(figsize=(11, 1.2 + 0.34 * len(cases)), layout="constrained")
-    for i, column in enumerate(("eager", "compile")):
-        found = [case["ratios"][best_eager(case) if column == "eager" else column] for case in cases]
-        medians = [part["median"] for part in found]
-        errors = [
-            [part["median"] - part["q1"] for part in found],
-            [part["q3"] - part["median"] for part in found],
-        ]
-        places = [place + (i - 0.5) * 0.4 for place in range(len(cases))]
-        axes.barh(places, medians, 0.38, xerr=errors, color=COLOURS[column], label=column, error_kw={"lw": 0.8})
-        for place, part in zip(places, found, strict=True):
-            axes.annotate(
-                f"{part['median']:.2f}", (part["q3"], place), (3, 0), textcoords="offset points", va="center", size=6
-            )
-    axes.axvline(1, color="black", lw=1)
-    axes.set_xscale("log")
-    axes.set_xticks([0.5, 1, 2, 4, 8, 16], ["0.5", "1", "2", "4", "8", "16"])
-    axes.minorticks_off()
-    labels = [f"{case['op']} {case['shape']} {case['dtype']}" for case in cases]
-    axes.set_yticks(range(len(cases)), labels, size=7)
-    axes.set_ylim(len(cases) - 0.4, -0.6)
-    axes.set_xlabel("time over that of ours (right of the line ours is faster); median and quartiles of the rounds")
-    axes.set_title(_title(record), size=9)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=110)
+    names = list({f"{case['op']} {case['shape']}": None for case in cases})
+    dtypes = list({case["dtype"]: None for case in cases})
+    size = (5 + 4.5 * len(dtypes), 1.6 + 0.3 * len(names))
+    figure, panels = plt.subplots(
+        1, len(dtypes), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, dtype in zip(panels[0], dtypes, strict=True):
+        for case in cases:
+            if case["dtype"] == dtype:
+                _bars(axes, case, names.index(f"{case['op']} {case['shape']}"))
+        axes.axvline(1, color="black", lw=1)
+        axes.set_xscale("log")
+        axes.set_xticks([0.5, 1, 2, 4, 8, 16, 32], ["0.5", "1", "2", "4", "8", "16", "32"])
+        axes.minorticks_off()
+        axes.set_title(dtype, size=10)
+    panels[0][0].set_yticks(range(len(names)), names, size=7)
+    panels[0][0].set_ylim(len(names) - 0.4, -0.6)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
+    figure.legend(handles, ["best eager", "compile"], loc="outside upper right", ncols=2, fontsize=8)
+    figure.supxlabel("time over that of ours (right of the line ours is faster): median, quartiles of rounds", size=9)
+    figure.suptitle(_title(record), size=9)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _bars(axes: Any, case: dict[str, Any], place: int) -> None:
+    for i, (column, colour) in enumerate(COLOURS.items()):
+        found = case["ratios"][best_eager(case) if column == "eager" else column]
+        error = [[found["median"] - found["q1"]], [found["q3"] - found["median"]]]
+        height = place + (i - 0.5) * 0.4
+        axes.barh(height, found["median"], 0.38, xerr=error, color=colour, error_kw={"lw": 0.8})
+        text = f"{found['median']:.2f}"
+        axes.annotate(text, (found["q3"], height), (3, 0), textcoords="offset points", va="center", size=6)
 
 
 def roofline(record: dict[str, Any], path: Path) -> None:

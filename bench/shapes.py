@@ -161,7 +161,7 @@ UNPATCHIFY = tuple(
 GELU_MLP = (
     _tokens("S", (16, 256, 256), 1),
     _tokens("B", (16, 256, 256), 1, quick=True),
-    _tokens("XL", (16, 256, 256), 1),
+    _tokens("XL", (16, 256, 256), 1, dtypes=LONG),
 )
 
 
@@ -190,6 +190,6 @@ def _model(size: str, clip: Triple, depth: int | None = None, **options) -> Mode
     return Model(f"factorized {size}/2 {'x'.join(map(str, clip))} b1", config, **options)
 
 
-BLOCK = (_model("XL", (16, 256, 256), quick=True, depth=2),)
+BLOCK = (_model("XL", (16, 256, 256), quick=True, depth=2, dtypes=LONG),)
 TRAINING_STEP = (_model("B", (16, 256, 256), dtypes=LONG), _model("S", (16, 256, 256)))
 SAMPLING_STEP = TRAINING_STEP
