@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
           for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
             for_group<G>([&](int r) MINISORA_INLINE {
               Vec& sum = sums[r].part[chain<G>(u)];
-              sum = sum + load(from + r * width + i, count);
+              sum = sum + load_ahead<G>(from, r, i, width, count);
             });
           });
           statistics(from, sums, width, rms, static_cast<float>(eps), means + token, rstds + token);

@@ -11,7 +11,7 @@ void add_gated(const TX* x, const TB* branch, const float* gates, TX* y, int64_t
     const Vec gate = load(gates + i, count);
     for_group<G>([&](int r) MINISORA_INLINE {
       const int64_t j = r * width + i;
-      how.put(y + j, at::vec::fmadd(gate, load(branch + j, count), load(x + j, count)), count);
+      how.put(y + j, at::vec::fmadd(gate, load_ahead<G>(branch, r, i, width, count), load_ahead<G>(x, r, i, width, count)), count);
     });
   });
 }
@@ -24,8 +24,8 @@ void add_gated_backward(const TY* dy, const TB* branch, const float* gates, TB* 
     Vec total(0.0f);
     for_group<G>([&](int r) MINISORA_INLINE {
       const int64_t j = r * width + i;
-      const Vec g = load(dy + j, count);
-      total = at::vec::fmadd(g, load(branch + j, count), total);
+      const Vec g = load_ahead<G>(dy, r, i, width, count);
+      total = at::vec::fmadd(g, load_ahead<G>(branch, r, i, width, count), total);
       how.put(dbranch + j, g * gate, count);
     });
     store(dgate + i, load(dgate + i, count) + total, count);

@@ -20,7 +20,8 @@ void add_gated(
     const Vec gate = load(gates + i, count);
     for_group<G>([&](int r) MINISORA_INLINE {
       const int64_t j = r * width + i;
-      const Vec rounded = round_to<TX>(at::vec::fmadd(gate, load(branch + j, count), load(x + j, count)));
+      const Vec gated = at::vec::fmadd(gate, load_ahead<G>(branch, r, i, width, count), load_ahead<G>(x, r, i, width, count));
+      const Vec rounded = round_to<TX>(gated);
       how.put(residual + j, rounded, count);
       store(copy + j, rounded, count);
       Vec& sum = sums[r].part[chain<G>(u)];
@@ -40,8 +41,8 @@ void add_gated_backward(
     Vec total(0.0f);
     for_group<G>([&](int r) MINISORA_INLINE {
       const int64_t j = r * width + i;
-      const Vec g = load(dresidual + j, count) + backward.dx(r, load(residual + j, count), load(dy + j, count), gain);
-      total = at::vec::fmadd(g, load(branch + j, count), total);
+      const Vec g = load_ahead<G>(dresidual, r, i, width, count) + backward.dx(r, load(residual + j, count), load(dy + j, count), gain);
+      total = at::vec::fmadd(g, load_ahead<G>(branch, r, i, width, count), total);
       how.put(dx + j, g, count);
       how.put(dbranch + j, g * gate, count);
     });
