@@ -8,6 +8,8 @@ from typing import Any
 from bench.record import roofline
 
 NO_RATIO = "-"
+# The ceilings of a quiet machine change by less from the start to the end of a run.
+BUSY = 1.5
 # The columns of every case; a form that code bases write has a name of its own.
 COMMON = ("eager", "compile", "ours", "ours in compile")
 
@@ -105,6 +107,12 @@ def ceilings(record: dict[str, Any]) -> list[str]:
         copy = ", ".join(f"{megabytes} MB {rate:.0f}" for megabytes, rate in part["copy"].items())
         matmul = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in part["matmul"].items())
         lines.append(f"{when}: copy GB/s read and written: {copy}; matmul GFLOP/s: {matmul}")
+    start, end = ({**part["copy"], **part["matmul"]} for part in record["ceilings"].values())
+    change = max(max(rate / end[name], end[name] / rate) for name, rate in start.items())
+    if change > BUSY:
+        lines.append(
+            f"WARNING: these differ by up to {change:.1f}x: something else ran on this machine; repeat the run"
+        )
     return lines
 
 

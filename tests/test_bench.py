@@ -275,6 +275,9 @@ def test_the_report_and_the_plots_of_a_record(tmp_path):
     made = synthetic()
     text = "\n".join(report.report(made))
     assert "2.00 [1.96, 2.04]" in text and "1.50 [1.47, 1.53]" in text and "0.33" in text
+    assert "WARNING" not in text
+    made["ceilings"]["end"]["copy"]["1"] /= 3
+    assert "up to 3.0x" in "\n".join(report.report(made))
     for path in plots.draw(made, tmp_path / "default.json"):
         assert path.exists() and path.read_bytes()[:4] == b"\x89PNG"
 
