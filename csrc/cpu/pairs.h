@@ -115,14 +115,14 @@ inline void product_tile(int64_t depth, Left a, const BFloat16* b, int64_t b_row
 #pragma GCC unroll 3
     for (int u = 0; u < C; ++u) sum[r][u] = begin(r, u);
   }
-  for (int64_t k = 0; k < depth; k += 2) {
+  for (int64_t k = 0; k < depth; k += 2, a.data += a.step, b += b_row) {
     __m512bh right[C];
 #pragma GCC unroll 3
-    for (int u = 0; u < C; ++u) right[u] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + k / 2 * b_row + 32 * u));
+    for (int u = 0; u < C; ++u) right[u] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + 32 * u));
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       int pair;
-      std::memcpy(&pair, a.data + r * a.row + k / 2 * a.step, sizeof(pair));
+      std::memcpy(&pair, a.data + r * a.row, sizeof(pair));
       const __m512bh left = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
 #pragma GCC unroll 3
       for (int u = 0; u < C; ++u) sum[r][u] = _mm512_dpbf16_ps(sum[r][u], left, right[u]);
@@ -215,17 +215,6 @@ inline void transpose_pairs(int64_t rows, int64_t columns, const BFloat16* in, i
     for (int64_t c = 0; c < columns; c += 16) {
       at::vec::transpose_mxn<float, 16, 16>(
           reinterpret_cast<const float*>(in + r * in_row + 2 * c), in_row / 2, reinterpret_cast<float*>(out + c * out_row + 2 * r), out_row / 2);
-    }
-  }
-}
-
-// out [rows / 2, 2 * columns] in pairs of rows, from fp32 [rows, columns]; rows even, columns whole 16s.
-inline void pair_rows(int64_t rows, int64_t columns, const float* in, int64_t in_row, BFloat16* out, int64_t out_row) {
-  for (int64_t r = 0; r < rows; r += 2) {
-    for (int64_t c = 0; c < columns; c += 16) {
-      const Narrow even = narrow(Vec::loadu(in + r * in_row + c), BFloat16{}), odd = narrow(Vec::loadu(in + (r + 1) * in_row + c), BFloat16{});
-      const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-      _mm512_storeu_si512(out + r / 2 * out_row + 2 * c, pairs);
     }
   }
 }

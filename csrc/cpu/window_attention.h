@@ -49,11 +49,12 @@ inline Vec exp(Vec x) {
 #if defined(CPU_CAPABILITY_AVX512)
   const Vec power = _mm512_castsi512_ps(
       _mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23), _mm512_set1_epi32(0x3f800000)));
+  return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), p, power);
 #else
   const Vec power = _mm256_castsi256_ps(
       _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(0x3f800000)));
-#endif
   return Vec::blendv(p * power, Vec(0.0f), x < least);
+#endif
 }
 
 // Lanes 2i and 2i + 1 exchanged.
@@ -403,16 +404,21 @@ inline void softmax_block(float* scores, int64_t keys, int64_t lanes, int64_t ro
     const Vec before = Vec::loadu(greatest + i);
     Vec top = before;
     for (int64_t j = 0; j < keys; ++j) top = at::vec::clamp_min(Vec::loadu(scores + j * row + i), top);
-    Vec sum[2] = {Vec(0.0f), Vec(0.0f)};
-    for (int64_t j = 0; j < keys; ++j) {
+    Vec even(0.0f), odd(0.0f); // two sums lose less than one
+    const auto weigh = [&](int64_t j) {
       const Vec weight = exp(Vec::loadu(scores + j * row + i) - top);
       weight.store(scores + j * row + i);
-      sum[j % 2] = sum[j % 2] + weight;
+      return weight;
+    };
+    for (int64_t j = 0; j + 1 < keys; j += 2) {
+      even = even + weigh(j);
+      odd = odd + weigh(j + 1);
     }
+    if (keys % 2 != 0) even = even + weigh(keys - 1);
     const Vec factor = exp(before - top);
     factor.store(shrink + i);
     top.store(greatest + i);
-    at::vec::fmadd(Vec::loadu(total + i), factor, sum[0] + sum[1]).store(total + i);
+    at::vec::fmadd(Vec::loadu(total + i), factor, even + odd).store(total + i);
   }
 }
 

@@ -15,14 +15,14 @@ struct Pairs {
   const pairs::Session session;
   const int64_t row, depth, columns; // of a token: from one to the next, as terms of a sum, as columns of a result
   std::vector<BFloat16> q_t, d_t, q_pairs, d_pairs, k_pairs, v_pairs; // right factors
-  std::vector<BFloat16> weights, dscores, weight_pairs, scratch; // blocks of P and dS
-  std::vector<float> scores, dweights, o, dk, dv, greatest, total, shrink, delta;
+  std::vector<BFloat16> weights, dscores, weight_pairs, scratch; // blocks of P^T and dS^T, P or dS in pairs of keys, room
+  std::vector<float> scores, dweights, edge_bias, o, dk, dv, greatest, total, shrink, delta;
 
   explicit Pairs(const Problem& p)
       : p(p), row(whole(p.width, kRow)), depth(whole(p.width, kTerms)), columns(whole(p.width, 16)), q_t(kSide * row),
         d_t(kSide * row), q_pairs(kSide * row), d_pairs(kSide * row), k_pairs(whole(p.length, kRows) * row),
         v_pairs(whole(p.length, kRows) * row), weights(kSide * kSide), dscores(kSide * kSide), weight_pairs(kSide * kSide),
-        scratch(kSide * kSide), scores(kSide * kSide), dweights(kSide * kSide), o(kSide * row), dk(whole(p.length, kRows) * row),
+        scratch(kSide * kSide), scores(kSide * kSide), dweights(kSide * kSide), edge_bias(p.bias ? kSide * kSide : 0), o(kSide * row), dk(whole(p.length, kRows) * row),
         dv(whole(p.length, kRows) * row), greatest(kSide), total(kSide), shrink(kSide), delta(kSide) {}
 
   void forward(Gathered<BFloat16, BFloat16>& g, const Window& w, int64_t head) {
@@ -36,10 +36,8 @@ struct Pairs {
       for (int64_t k0 = 0; k0 < w.size(); k0 += kSide) {
         const int64_t kn = std::min(kSide, w.size() - k0), height = whole(kn, 16), terms = whole(kn, kTerms);
         pairs::product(height, lanes, depth, {k + k0 * row, row, 2}, q_t.data(), 2 * kSide, scores.data(), kSide, false);
-        finish_scores(w, head, k0, kn, q0, qn, lanes);
-        softmax_block(scores.data(), kn, lanes, kSide, greatest.data(), total.data(), shrink.data());
+        softmax(kn, lanes, bias_of(w, head, k0, kn, q0, qn, nullptr));
         for (int64_t i = 0; k0 > 0 && i < qn; ++i) write_row(o.data() + i * row, shrink[i], o.data() + i * row, p.width);
-        pairs::pair_rows(height, lanes, scores.data(), kSide, weight_pairs.data(), 2 * kSide);
         const pairs::Left left = pairs::left_of_pairs(terms, lanes, weight_pairs.data(), 2 * kSide, scratch.data(), kSide);
         pairs::product(lanes, columns, terms, left, v_pairs.data() + k0 * row, 2 * row, o.data(), row, k0 > 0);
       }
@@ -73,12 +71,11 @@ struct Pairs {
         const int64_t kn = std::min(kSide, w.size() - k0), height = whole(kn, 16), terms = whole(kn, kTerms);
         pairs::product(height, lanes, depth, {k + k0 * row, row, 2}, q_t.data(), 2 * kSide, scores.data(), kSide, false);
         pairs::product(height, lanes, depth, {v + k0 * row, row, 2}, d_t.data(), 2 * kSide, dweights.data(), kSide, false);
-        finish_scores(w, head, k0, kn, q0, qn, lanes);
-        softmax_backward(kn, lanes, dbias != nullptr);
-        if (dbias != nullptr) add_bias_gradient(p, w, k0, kn, q0, qn, dweights.data(), kSide, dbias);
+        const Bias bias = bias_of(w, head, k0, kn, q0, qn, dbias);
+        softmax_backward(kn, lanes, bias, dbias != nullptr && bias.gradient == nullptr);
+        if (dbias != nullptr && bias.gradient == nullptr) add_bias_gradient(p, w, k0, kn, q0, qn, dweights.data(), kSide, dbias);
         pairs::product(height, columns, queries, {weights.data(), kSide, 2}, d_pairs.data(), 2 * row, dv.data() + k0 * row, row, q0 > 0);
         pairs::product(height, columns, queries, {dscores.data(), kSide, 2}, q_pairs.data(), 2 * row, dk.data() + k0 * row, row, q0 > 0);
-        pairs::pair_rows(height, whole(lanes, 32), dscores.data(), kSide, weight_pairs.data(), 2 * kSide);
         const pairs::Left left = pairs::left_of_pairs(terms, lanes, weight_pairs.data(), 2 * kSide, scratch.data(), kSide);
         pairs::product(lanes, columns, terms, left, k_pairs.data() + k0 * row, 2 * row, dq, row, k0 > 0);
       }
@@ -93,35 +90,91 @@ struct Pairs {
   }
 
  private:
-  // scores[key, query] *= scale, += bias
-  void finish_scores(const Window& w, int64_t head, int64_t k0, int64_t kn, int64_t q0, int64_t qn, int64_t lanes) {
-    const Vec scale(p.scale);
-    for (int64_t j = 0; j < kn; ++j) {
-      float* to = scores.data() + j * kSide;
-      for (int64_t i = 0; i < lanes; i += V) (Vec::loadu(to + i) * scale).store(to + i);
-    }
-    if (p.bias) add_bias(p, w, head, k0, kn, q0, qn, scores.data(), kSide);
+  // The bias of a block, [key, query] with rows `row` apart or none, and where its gradient is to be added, or null.
+  struct Bias {
+    const float* values;
+    int64_t row;
+    float* gradient;
+  };
+
+  // Whole windows read it, and add to its gradient, as it lies; at an edge a copy is put together.
+  Bias bias_of(const Window& w, int64_t head, int64_t k0, int64_t kn, int64_t q0, int64_t qn, float* dbias) {
+    if (!p.bias) return {nullptr, 0, nullptr};
+    const int64_t at = k0 * p.length + q0;
+    if (w.full && qn % V == 0) return {p.bias.get() + head * p.length * p.length + at, p.length, dbias ? dbias + at : nullptr};
+    std::fill_n(edge_bias.begin(), kn * kSide, 0.0f);
+    add_bias(p, w, head, k0, kn, q0, qn, edge_bias.data(), kSide);
+    return {edge_bias.data(), kSide, nullptr};
   }
 
-  // P^T and dS^T of a block, from scores and dP^T: rounded, a row a key, as left factors; and dS in fp32, in place of dP^T.
-  // delta = rowsum(P * dP) is taken here where all keys are in the block, else it is given.
-  void softmax_backward(int64_t kn, int64_t lanes, bool keep) {
+  Vec score(int64_t key, int64_t query, const Bias& bias) const {
+    const Vec product = Vec::loadu(scores.data() + key * kSide + query), scale(p.scale);
+    return bias.values ? at::vec::fmadd(product, scale, Vec::loadu(bias.values + key * bias.row + query)) : product * scale;
+  }
+
+  // Two keys' numbers of 16 queries, rounded, as pairs of terms.
+  static void put_pairs(BFloat16* to, Vec even, Vec odd) {
+    alignas(64) static constexpr auto index = [] {
+      std::array<uint16_t, 32> lanes{};
+      for (int i = 0; i < 32; ++i) lanes[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+      return lanes;
+    }();
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(index.data()), narrow(even, odd)));
+  }
+
+  // One step of the online softmax; the weights exp(score - greatest so far) go to weight_pairs, `shrink` is what earlier sums are
+  // worth now.
+  void softmax(int64_t kn, int64_t lanes, const Bias& bias) {
+    for (int64_t i = 0; i < lanes; i += V) {
+      const Vec before = Vec::loadu(greatest.data() + i);
+      Vec top = before;
+      for (int64_t j = 0; j < kn; ++j) {
+        const Vec value = score(j, i, bias);
+        value.store(scores.data() + j * kSide + i);
+        top = at::vec::clamp_min(value, top);
+      }
+      const auto weigh = [&](int64_t j) { return exp(Vec::loadu(scores.data() + j * kSide + i) - top); };
+      Vec sum_even(0.0f), sum_odd(0.0f); // two sums lose less than one
+      for (int64_t j = 0; j < kn; j += 2) {
+        const Vec even = weigh(j), odd = j + 1 < kn ? weigh(j + 1) : Vec(0.0f);
+        put_pairs(weight_pairs.data() + j * kSide + 2 * i, even, odd);
+        sum_even = sum_even + even;
+        sum_odd = sum_odd + odd;
+      }
+      const Vec factor = exp(before - top);
+      factor.store(shrink.data() + i);
+      top.store(greatest.data() + i);
+      at::vec::fmadd(Vec::loadu(total.data() + i), factor, sum_even + sum_odd).store(total.data() + i);
+    }
+  }
+
+  // P^T and dS^T of a block, from scores and dP^T: rounded, a row a key, as left factors, and dS^T as pairs; and, if it is to be
+  // kept, dS^T in fp32 in place of dP^T. delta = rowsum(P * dP) is taken here where all keys are in the block, else it is given.
+  void softmax_backward(int64_t kn, int64_t lanes, const Bias& bias, bool keep) {
     for (int64_t i = 0; i < lanes; i += V) {
       const Vec top = Vec::loadu(greatest.data() + i), inverse = Vec(1.0f) / Vec::loadu(total.data() + i), by(p.scale);
       Vec sum(0.0f);
       for (int64_t j = 0; j < kn; ++j) {
-        float* score = scores.data() + j * kSide + i;
-        const Vec weight = exp(Vec::loadu(score) - top) * inverse;
-        weight.store(score);
+        const Vec weight = exp(score(j, i, bias) - top) * inverse;
+        weight.store(scores.data() + j * kSide + i);
         store(weights.data() + j * kSide + i, weight, Full{});
         sum = at::vec::fmadd(weight, Vec::loadu(dweights.data() + j * kSide + i), sum);
       }
       if (!p.one_block()) sum = Vec::loadu(delta.data() + i);
-      for (int64_t j = 0; j < kn; ++j) {
+      const auto dscore = [&](int64_t j) {
         float* dweight = dweights.data() + j * kSide + i;
-        const Vec dscore = Vec::loadu(scores.data() + j * kSide + i) * (Vec::loadu(dweight) - sum);
-        if (keep) dscore.store(dweight);
-        store(dscores.data() + j * kSide + i, dscore * by, Full{});
+        const Vec value = Vec::loadu(scores.data() + j * kSide + i) * (Vec::loadu(dweight) - sum);
+        if (keep) value.store(dweight);
+        if (bias.gradient) {
+          float* to = bias.gradient + j * bias.row + i;
+          (Vec::loadu(to) + value).store(to);
+        }
+        store(dscores.data() + j * kSide + i, value * by, Full{});
+        return value * by;
+      };
+      for (int64_t j = 0; j < kn; j += 2) {
+        const Vec even = dscore(j), odd = j + 1 < kn ? dscore(j + 1) : Vec(0.0f);
+        put_pairs(weight_pairs.data() + j * kSide + 2 * i, even, odd);
       }
     }
   }
