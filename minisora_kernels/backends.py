@@ -19,8 +19,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -143,24 +145,26 @@ def choose(op: str, table: Table, device: torch.device, backend: str | None, *ca
 
     Raises ValueError if an explicitly chosen backend refuses this call, RuntimeError if it is not there at all.
     """
-    name = _choose(op, table, device, backend, *call)
+    explicit = _forced if backend is None else _check_name(backend, "backend")
+    name = _automatic(op, table, device, call) if explicit is None else _explicit(op, table, device, explicit, call)
     if name != "reference" and not torch.compiler.is_compiling():
         _check_built(op, name)
     return name
 
 
-def _choose(op: str, table: Table, device: torch.device, backend: str | None, *call: object) -> str:
-    explicit = _forced if backend is None else _check_name(backend, "backend")
-    if explicit is not None:
-        missing = unavailable(explicit)
-        if missing is not None:
-            raise RuntimeError(f"{op}: backend {explicit!r} is not available: {missing}")
-        reason = refusal(table, explicit, *call)
-        if reason is None and DEVICES.get(explicit, device.type) != device.type:
-            reason = f"it does not run on {device.type} tensors"
-        if reason is not None:
-            raise ValueError(f"{op}: backend {explicit!r} cannot serve this call: {reason}")
-        return explicit
+def _explicit(op: str, table: Table, device: torch.device, name: str, call: tuple) -> str:
+    missing = unavailable(name)
+    if missing is not None:
+        raise RuntimeError(f"{op}: backend {name!r} is not available: {missing}")
+    reason = refusal(table, name, *call)
+    if reason is None and DEVICES.get(name, device.type) != device.type:
+        reason = f"it does not run on {device.type} tensors"
+    if reason is not None:
+        raise ValueError(f"{op}: backend {name!r} cannot serve this call: {reason}")
+    return name
+
+
+def _automatic(op: str, table: Table, device: torch.device, call: tuple) -> str:
     for name in PREFERENCE.get(device.type, ("reference",)):
         reason = refusal(table, name, *call)
         if reason is None:
@@ -186,6 +190,23 @@ def _log_once(op: str, name: str, reason: str) -> None:
         warnings.warn(f"minisora_kernels runs plain PyTorch instead of {name} kernels: {reason}", stacklevel=4)
     _logged.add((op, name, reason))
     _log.info("%s: not the %s backend: %s", op, name, reason)
+
+
+class _NoContext:
+    """What an ``autograd.Function`` writes its context to where there will be no backward."""
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        pass
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``; where no derivative can follow, ``function.forward`` alone, which costs less per call.
+
+    Forward-mode derivatives go through ``apply``, which refuses them: a raw op would drop them in silence.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return function.apply(*arguments)
+    return function.forward(_NoContext(), *arguments)
 
 
 @contextmanager

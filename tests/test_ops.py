@@ -11,6 +11,7 @@ from cases import CASES, Case
 from conftest import KERNEL_BACKENDS
 from tolerance import assert_as_accurate
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -168,6 +169,30 @@ def test_checkpointing_changes_nothing(case: Case, backend: str):
     plain, again = run(case, torch.float32, backend), run(case, torch.float32, backend, function=recomputed)
     for name, value in plain.items():
         assert torch.equal(again[name], value), name
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_bits_without_gradients(case: Case, backend: str):
+    leaves = case.leaves(torch.float32)
+    with_gradients = outputs(case.call(leaves, backend=backend))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            without = outputs(case.call(leaves, backend=backend))
+        for one, other in zip(with_gradients, without, strict=True):
+            assert torch.equal(one, other) and not other.requires_grad
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("case", ONE_CASE, ids=str)
+def test_a_forward_mode_derivative_is_refused(case: Case, gradients: bool, backend: str):
+    leaves = case.leaves(torch.float32)
+    name, x = next(iter(leaves.items()))
+    with forward_ad.dual_level(), torch.set_grad_enabled(gradients):
+        leaves[name] = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="forward mode AD"):
+            case.call(leaves, backend=backend)
 
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)

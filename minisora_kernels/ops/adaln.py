@@ -24,7 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import LIBRARY
-from ..modulation import affine, check_norm, check_tokens, compute_dtype, kernel_refusal, rows, spread
+from ..checks import compute_dtype, kernel_refusal
+from ..modulation import affine, check_norm, check_tokens, rows, spread
 
 
 def reference(
@@ -156,4 +157,4 @@ def adaln(
     chosen = backends.choose("adaln", BACKENDS, x.device, backend, x, shift, scale, weight, bias)
     if chosen == "reference":
         return reference(x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
-    return _AdaLN.apply(x, shift, scale, weight, bias, norm == "rms", eps, compute_dtype(x))
+    return backends.apply(_AdaLN, x, shift, scale, weight, bias, norm == "rms", eps, compute_dtype(x))

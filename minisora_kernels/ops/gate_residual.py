@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import LIBRARY
-from ..modulation import check_tokens, kernel_refusal, rows, spread
+from ..checks import kernel_refusal
+from ..modulation import check_tokens, rows, spread
 
 
 def reference(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -83,4 +84,4 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | Non
     gate = rows("gate_residual", "gate", gate, x)
     if backends.choose("gate_residual", BACKENDS, x.device, backend, x, branch, gate) == "reference":
         return reference(x, branch, gate)
-    return _GateResidual.apply(x, branch, gate)
+    return backends.apply(_GateResidual, x, branch, gate)

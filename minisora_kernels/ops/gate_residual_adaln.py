@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import LIBRARY
-from ..modulation import affine, check_norm, check_tokens, compute_dtype, kernel_refusal, rows
+from ..checks import compute_dtype, kernel_refusal
+from ..modulation import affine, check_norm, check_tokens, rows
 from . import adaln, gate_residual
 
 
@@ -148,6 +149,6 @@ def gate_residual_adaln(
     chosen = backends.choose(op, BACKENDS, x.device, backend, x, branch, gate, shift, scale, weight, bias)
     if chosen == "reference":
         return reference(x, branch, gate, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
-    return _GateResidualAdaLN.apply(
-        x, branch, gate, shift, scale, weight, bias, norm == "rms", eps, output_dtype(x, branch)
+    return backends.apply(
+        _GateResidualAdaLN, x, branch, gate, shift, scale, weight, bias, norm == "rms", eps, output_dtype(x, branch)
     )

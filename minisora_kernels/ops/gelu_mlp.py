@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import LIBRARY
-from ..modulation import FLOATS, compute_dtype, kernel_refusal
+from ..checks import check_tensor, compute_dtype, kernel_refusal
 
 
 def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -96,16 +96,10 @@ def gelu_mlp(
         ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.
     """
     op = "gelu_mlp"
-    tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    for name, tensor in tensors.items():
-        if tensor is None and name in ("b1", "b2"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; it may be float16, bfloat16, float32 or float64")
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {x.device}; they must be on one device")
+    check_tensor(op, "x", x)
+    for name, tensor in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
+        if tensor is not None or name in ("w1", "w2"):
+            check_tensor(op, name, tensor, x)
     if x.dim() < 1:
         raise ValueError(f"{op}: x must be [..., D], got a scalar")
     if w1.dim() != 2 or w1.shape[1] != x.shape[-1]:
@@ -122,4 +116,4 @@ def gelu_mlp(
     b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
     if backends.choose(op, BACKENDS, x.device, backend, x) == "reference":
         return reference(x, w1, b1, w2, b2)
-    return _GeluMLP.apply(x, w1, b1, w2, b2)
+    return backends.apply(_GeluMLP, x, w1, b1, w2, b2)

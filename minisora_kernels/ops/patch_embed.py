@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import LIBRARY
-from ..modulation import FLOATS, compute_dtype, kernel_refusal
+from ..checks import check_tensor, compute_dtype, kernel_refusal
 
 
 def patches(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -152,16 +152,11 @@ BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu}
 
 def _check(x, weight, bias, pos) -> tuple[Tensor, Tensor, Tensor | None]:
     op = "patch_embed"
-    tensors = {"x": x, "weight": weight, "bias": bias, "pos": pos}
-    for name, tensor in tensors.items():
-        if tensor is None and name in ("bias", "pos"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; it may be float16, bfloat16, float32 or float64")
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {x.device}; they must be on one device")
+    check_tensor(op, "x", x)
+    check_tensor(op, "weight", weight, x)
+    for name, tensor in (("bias", bias), ("pos", pos)):
+        if tensor is not None:
+            check_tensor(op, name, tensor, x)
     if weight.dim() not in (4, 5):
         raise ValueError(
             f"{op}: weight must be Conv3d's [D, C, pt, ph, pw] or Conv2d's [D, C, ph, pw], got shape "
@@ -228,5 +223,5 @@ def patch_embed(
     # Torch's float32 products give the same bits for any number of threads only where their widths are whole vectors.
     ragged = width % 16 != 0 or length % 16 != 0
     if length <= LONGEST_PATCH or ragged or (TORCH_IS_SLOW_IN_16_BIT and dtype != torch.float32):
-        return _PatchEmbed.apply(x, weight, bias, pos)
-    return _LongPatchEmbed.apply(x, weight, bias, pos)
+        return backends.apply(_PatchEmbed, x, weight, bias, pos)
+    return backends.apply(_LongPatchEmbed, x, weight, bias, pos)

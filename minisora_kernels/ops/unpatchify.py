@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import LIBRARY
-from ..modulation import check_tokens, kernel_refusal
+from ..checks import kernel_refusal
+from ..modulation import check_tokens
 
 
 def reference(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int) -> Tensor:
@@ -103,5 +104,5 @@ def unpatchify(
     if chosen == "reference":
         video = reference(tokens, grid3, patch3, channels)
     else:
-        video = _Unpatchify.apply(tokens, grid3, patch3, channels)
+        video = backends.apply(_Unpatchify, tokens, grid3, patch3, channels)
     return video.squeeze(2) if len(grid) == 2 else video

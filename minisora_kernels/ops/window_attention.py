@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import LIBRARY
-from ..modulation import FLOATS, compute_dtype, kernel_refusal
+from ..checks import check_tensor, compute_dtype, kernel_refusal
 
 Grid = tuple[int, int, int]
 
@@ -260,10 +260,7 @@ ROUTES = (
 
 def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[Grid, Grid]:
     op = "window_attention"
-    if not isinstance(qkv, Tensor):
-        raise TypeError(f"{op}: qkv must be a tensor, got {type(qkv).__name__}")
-    if qkv.dtype not in FLOATS:
-        raise TypeError(f"{op}: qkv has dtype {qkv.dtype}; it may be float16, bfloat16, float32 or float64")
+    check_tensor(op, "qkv", qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[3] < 1 or qkv.shape[4] < 1:
         raise ValueError(f"{op}: qkv must be [B, N, 3, heads, head_dim], got shape {tuple(qkv.shape)}")
     _, tokens, _, heads, head_dim = qkv.shape
@@ -279,8 +276,8 @@ def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[
     if qk_norm not in (None, "rms", "layer"):
         raise ValueError(f"{op}: qk_norm is {qk_norm!r}; it may be None, 'rms' or 'layer'")
     for name, given in (("q_weight", q_weight), ("k_weight", k_weight), ("bias", bias)):
-        if given is not None and not isinstance(given, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(given).__name__}")
+        if given is not None:
+            check_tensor(op, name, given, qkv, "qkv")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is None:
             continue
@@ -291,20 +288,19 @@ def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[
                 f"{op}: {name} has shape {tuple(weight.shape)}; it may be [head_dim] or [heads, head_dim] with "
                 f"heads = {heads}, head_dim = {head_dim}"
             )
-    tensors = {"q_weight": q_weight, "k_weight": k_weight, "bias": bias}
     if rope is not None:
         if not isinstance(rope, Rope):
             raise TypeError(f"{op}: rope must be a Rope(cos, sin, interleaved), got {type(rope).__name__}")
-        tensors |= {"rope.cos": rope.cos, "rope.sin": rope.sin}
         if head_dim % 2:
             raise ValueError(f"{op}: rope needs an even head_dim, got {head_dim}")
-        for name in ("rope.cos", "rope.sin"):
-            if tuple(tensors[name].shape) != (tokens, head_dim // 2):
+        for name, angles in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
+            check_tensor(op, name, angles, qkv, "qkv")
+            if tuple(angles.shape) != (tokens, head_dim // 2):
                 raise ValueError(
-                    f"{op}: {name} has shape {tuple(tensors[name].shape)}; it must be [N, head_dim / 2] = "
+                    f"{op}: {name} has shape {tuple(angles.shape)}; it must be [N, head_dim / 2] = "
                     f"[{tokens}, {head_dim // 2}]"
                 )
-            if tensors[name].requires_grad:
+            if angles.requires_grad:
                 raise ValueError(f"{op}: {name} requires a gradient; the rotary tables are constants")
     length = wt * wh * ww
     # While compiling, the kernel's own check has to do: once an equality has shown a symbolic wt to be the length of
@@ -313,13 +309,6 @@ def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[
         raise ValueError(
             f"{op}: bias has shape {tuple(bias.shape)}; it must be [heads, L, L] = [{heads}, {length}, {length}]"
         )
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; it may be float16, bfloat16, float32 or float64")
-        if tensor.device != qkv.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, qkv is on {qkv.device}; they must be on one device")
     return (t, h, w), (wt, wh, ww)
 
 
@@ -379,6 +368,17 @@ def window_attention(
     cos, sin, interleaved = None, None, True
     if rope is not None:
         cos, sin, interleaved = rope.cos.float(), rope.sin.float(), rope.interleaved
-    return _WindowAttention.apply(
-        qkv, q_weight, k_weight, bias, cos, sin, (*grid, *window), NORMS[qk_norm], interleaved, float(scale), float(eps)
+    return backends.apply(
+        _WindowAttention,
+        qkv,
+        q_weight,
+        k_weight,
+        bias,
+        cos,
+        sin,
+        (*grid, *window),
+        NORMS[qk_norm],
+        interleaved,
+        float(scale),
+        float(eps),
     )

@@ -1,0 +1,37 @@
+"""What every op asks of its tensors: type, dtype and device, and the dtypes that kernels take."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KERNEL_FLOATS = FLOATS[:3]
+
+
+def check_tensor(op: str, name: str, tensor: object, like: Tensor | None = None, like_name: str = "x") -> None:
+    """``tensor`` must be a floating-point tensor, on the device of ``like`` if that is given."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; it may be float16, bfloat16, float32 or float64")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device}, {like_name} is on {like.device}; they must be on one device"
+        )
+
+
+def kernel_refusal(**tensors: Tensor | None) -> str | None:
+    """Why a kernel that computes in fp32 cannot take these tensors, by name."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in KERNEL_FLOATS:
+            return f"{name} has dtype {tensor.dtype}; the kernels take float16, bfloat16 and float32"
+    return None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a Linear fed by the op works in: autocast's inside autocast, else x's own."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
