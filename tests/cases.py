@@ -26,7 +26,7 @@ class Case:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     # Tensors that are constants of the op.
     constants: tuple[str, ...] = ()
-    # False where torch's own matrix product in fp32 rounds differently with another number of threads.
+    # False where matrix products are torch's, which may round differently with another number of threads.
     any_threads: bool = True
 
     def __str__(self) -> str:
@@ -194,7 +194,7 @@ def _gelu_mlp() -> Iterator[Case]:
             name,
             tensors | biases,
             lambda t, **kwargs: mk.gelu_mlp(t["x"], t["w1"], t.get("b1"), t["w2"], t.get("b2"), **kwargs),
-            any_threads=all(width % 16 == 0 for width in (shape[-1], hidden, out)) and len(shape) > 1,
+            any_threads=False,
         )
 
 

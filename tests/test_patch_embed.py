@@ -25,6 +25,12 @@ CASES = [
     (2, 3, (1, 16, 64), (1, 8, 16), 33),
     (1, 3, (2, 12, 20), (2, 4, 5), 1),
 ]
+# Enough work for several threads.
+LARGER = [
+    (2, 4, (5, 20, 28), (1, 2, 2), 100),
+    (1, 4, (24, 32, 32), (1, 2, 2), 24),
+    (2, 3, (2, 96, 96), (1, 16, 16), 48),
+]
 
 
 @pytest.fixture(params=["own products", "torch's products"])
@@ -165,13 +171,9 @@ def test_reads_a_video_with_any_strides(backend, route):
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "case",
-    [(2, 4, (5, 20, 28), (1, 2, 2), 100), (1, 4, (24, 32, 32), (1, 2, 2), 24), (2, 3, (2, 96, 96), (1, 16, 16), 48)],
-    ids=str,
-)
-def test_same_bits_for_any_number_of_threads(case, dtype, backend, threads):
-    """The long patch has widths that are multiples of 16: its float32 products are torch's."""
+@pytest.mark.parametrize("case", LARGER, ids=str)
+def test_own_products_have_the_same_bits_for_any_number_of_threads(case, dtype, backend, threads, monkeypatch):
+    monkeypatch.setattr(op, "_LongPatchEmbed", op._PatchEmbed)
     arguments = tensors(case, dtype)
     results = []
     for count in (1, 2, 3, 1):
@@ -180,6 +182,25 @@ def test_same_bits_for_any_number_of_threads(case, dtype, backend, threads):
     for other in results[1:]:
         for name, value in results[0].items():
             assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", LARGER, ids=str)
+def test_torchs_products_have_the_same_bits_with_as_many_threads(case, dtype, backend, threads, monkeypatch):
+    """What is the kernel's on that route, the gather and the scatter, has the same bits for any number of threads."""
+    monkeypatch.setattr(op, "_PatchEmbed", op._LongPatchEmbed)
+    arguments = tensors(case, dtype)
+    x, patch = arguments[0].detach(), case[3]
+    grid = [n // p for n, p in zip(case[2], patch, strict=True)]
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        first, again = run(arguments, backend), run(arguments, backend)
+        for name, value in first.items():
+            assert torch.equal(value, again[name]), f"{name}, {count} threads"
+        gathered = torch.ops.minisora.patch_embed_gather(x, *patch)
+        assert torch.equal(gathered.view(case[0], -1, gathered.shape[1]), op.patches(x, patch))
+        assert torch.equal(torch.ops.minisora.patch_embed_scatter(gathered, *grid, *patch, case[1]), x)
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -88,9 +88,8 @@ def gelu_mlp(
 
     Returns:
         ``[..., D_out]`` in x's dtype; inside autocast in autocast's dtype. The matrix products are torch's on every
-        backend; the kernel is the activation, forward and backward. The bits do not depend on the number of threads
-        where torch's products do not: in float32 (MKL 2024.2, AVX2) from 32 tokens on, for a D, hidden and D_out that
-        are multiples of 16.
+        backend; the kernel is the activation, forward and backward. The kernel's bits do not depend on the number of
+        threads; torch's products and sums repeat with the same number of threads.
 
     Raises:
         ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.

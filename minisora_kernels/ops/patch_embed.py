@@ -204,8 +204,8 @@ def patch_embed(
     Returns:
         tokens ``[B, N, D]``, contiguous, time-major, in x's dtype; inside autocast in autocast's dtype.
         On the kernels sums are fp32.
-        The kernel's bits do not depend on the number of threads; the products of long patches are torch's, for which
-        that was measured from 32 tokens on.
+        The kernel's bits do not depend on the number of threads. The products of some long patches (more than
+        ``LONGEST_PATCH`` elements) are torch's and repeat with the same number of threads.
 
     Raises:
         ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`; a size that the patch does not
@@ -220,7 +220,7 @@ def patch_embed(
     weight = weight.contiguous()
     bias, pos = (None if p is None else p.contiguous() for p in (bias, pos))
     width, length = weight.flatten(1).shape
-    # Torch's float32 products give the same bits for any number of threads only where their widths are whole vectors.
+    # Widths that are not whole vectors: torch's float32 products change with the number of threads there on any CPU.
     ragged = width % 16 != 0 or length % 16 != 0
     if length <= LONGEST_PATCH or ragged or (TORCH_IS_SLOW_IN_16_BIT and dtype != torch.float32):
         return backends.apply(_PatchEmbed, x, weight, bias, pos)
