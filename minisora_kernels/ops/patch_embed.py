@@ -40,14 +40,13 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None
     return y if pos is None else y + pos.to(y.dtype)
 
 
-# The longest patch (elements) whose products are the kernel's; longer ones are gathered and multiplied by torch.
-# Float32, AVX2, one core, D = 384 and 1152, forward and backward: the kernel takes 1.04 to 1.13 times as long as the
-# other route at 16 and 32 elements (0.84 to 1.04 times the reference), 1.08 to 1.28 at 96, 1.3 to 1.5 at 768. It stores
-# no patches and its bits never depend on the number of threads, which a tenth is worth.
+# The longest patch (elements) whose products are the kernel's; longer ones are gathered and multiplied by torch,
+# which blocks large products better. Up to here the kernel keeps pace, stores no patches, and its bits never depend on
+# the number of threads (bench/bench_patch_embed.py times both sides).
 LONGEST_PATCH = 64
 
-# Without AVX-512 torch multiplies 16-bit matrices at a fifth of its float32 speed or less. The kernel works in float32:
-# 6 to 20 times as fast forward and 2 to 3 times backward, for 16 to 768 elements.
+# Without AVX-512 torch multiplies 16-bit matrices far more slowly than float32 ones. There the kernel, which converts
+# them and multiplies in float32, takes patches of any length.
 TORCH_IS_SLOW_IN_16_BIT = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 LIBRARY.define("patch_embed_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? pos) -> Tensor")
@@ -203,7 +202,8 @@ def patch_embed(
 
     Returns:
         tokens ``[B, N, D]``, contiguous, time-major, in x's dtype; inside autocast in autocast's dtype.
-        On the kernels sums are fp32.
+        On the kernels sums are fp32: where the CPU multiplies bfloat16 (AVX512_BF16, AMX), products of bfloat16
+        inputs are taken as they are and summed in fp32, as torch does.
         The kernel's bits do not depend on the number of threads. The products of some long patches (more than
         ``LONGEST_PATCH`` elements) are torch's and repeat with the same number of threads.
 
@@ -220,7 +220,7 @@ def patch_embed(
     weight = weight.contiguous()
     bias, pos = (None if p is None else p.contiguous() for p in (bias, pos))
     width, length = weight.flatten(1).shape
-    # Widths that are not whole vectors: torch's float32 products change with the number of threads there on any CPU.
+    # Where widths are not whole vectors, torch's float32 products may change with the number of threads on any CPU.
     ragged = width % 16 != 0 or length % 16 != 0
     if length <= LONGEST_PATCH or ragged or (TORCH_IS_SLOW_IN_16_BIT and dtype != torch.float32):
         return backends.apply(_PatchEmbed, x, weight, bias, pos)

@@ -169,7 +169,7 @@ def _norm(x: Tensor, kind: str | None, weight: Tensor | None, eps: float) -> Ten
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    # Up to 64 tokens two batched matmuls beat SDPA, whose flash backward is several times slower on short sequences.
+    # Up to 64 tokens two batched matmuls beat SDPA, whose flash backward is slow on short sequences.
     if bias is None and q.shape[2] > 64:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     scores = (q * scale) @ k.transpose(-1, -2)
@@ -246,15 +246,11 @@ def _cpu(qkv, q_weight, k_weight, bias):
 
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu}
 
-# Time of torch's scaled_dot_product_attention over the kernel's, spatial windows of which neither needs a copy, one
-# thread of an EPYC with AVX2 (torch 2.13), interleaved medians, L = 16, 64, 256, 1024, 4096:
-#     float32   forward 1.3  1.0  1.0  0.9  1.0     forward and backward 1.5  1.1  1.0  1.0  1.0
-#     bfloat16  forward 2.2  1.6  1.3  1.1  0.9     forward and backward 3.7  5.1  7.5  6.7  5.9
-# So there is no second route. Not measured with AVX-512 or AMX: on AMX torch's bfloat16 products are several times
-# faster than its float32 ones, while the kernel computes in float32 on any machine.
+# There is no second route through torch's scaled_dot_product_attention: most windows would have to be copied for it,
+# and norms and rotations would be passes of their own. bench/bench_window_attention.py times it on long windows.
 ROUTES = (
-    "cpu: one kernel for all windows; torch's SDPA was no faster for L = 16 to 4096 on an AVX2 machine. On AMX "
-    "machines it may be, for long windows in bfloat16 (not measured)."
+    "cpu: one kernel for all windows. On CPUs with AVX-512 bfloat16 or AMX it multiplies bfloat16 as it is, elsewhere "
+    "in float32."
 )
 
 
@@ -341,8 +337,9 @@ def window_attention(
         backend: ``None`` chooses; a name runs that backend or raises.
 
     Returns:
-        ``[B, N, heads * head_dim]``, contiguous, in qkv's dtype. On the kernels norm, scores,
-        softmax and sums are fp32.
+        ``[B, N, heads * head_dim]``, contiguous, in qkv's dtype. On the kernels norm, scores, softmax and sums are
+        fp32. Where the CPU multiplies bfloat16 (AVX512_BF16, AMX) and qkv is bfloat16, q, k, P and dS are rounded to
+        bfloat16 before products, as the reference does.
 
     Raises:
         ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.
