@@ -1,8 +1,16 @@
-"""Dispatch: explicit choices run or raise with the reason, automatic ones follow the order and log why."""
+"""Dispatch: explicit choices run or raise with the reason, automatic ones follow the order and log why.
+
+Also which library of CPU kernels is loaded, and that each one this CPU can run computes.
+"""
 
 from __future__ import annotations
 
+import ast
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +20,7 @@ import minisora_kernels as mk
 from minisora_kernels import backends
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 def table(**refusals: str | None) -> dict:
@@ -82,3 +91,93 @@ def test_use_backend_holds_within_its_block(name):
 def test_a_library_from_before_the_op_is_an_error():
     with pytest.raises(ImportError, match=r"the cuda library was built without unpatchify; rebuild it"):
         backends._check_built("unpatchify", "cuda")
+
+
+def test_every_library_that_is_built_has_its_capability_and_the_other_way_round():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    (built,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Dict)
+        and ast.unparse(node.targets[0]) == "VARIANTS"
+    )
+    names = [ast.literal_eval(key) for key in built.keys if key is not None]
+    assert names == list(backends.VARIANTS.values())
+    assert list(backends.VARIANTS) == ["AVX2", "AVX512", "AVX512_BF16", "AMX"]
+
+
+@pytest.mark.parametrize(
+    ("torchs", "variable", "bf16", "tiles", "allowed", "capability"),
+    [
+        ("DEFAULT", None, False, False, False, "DEFAULT"),
+        ("AVX2", None, False, False, False, "AVX2"),
+        ("AVX512", None, False, False, False, "AVX512"),
+        ("AVX512", None, True, False, False, "AVX512_BF16"),
+        ("AVX512", None, True, True, False, "AVX512_BF16"),
+        ("AVX512", None, True, True, True, "AMX"),
+        ("AVX512", "avx512", True, True, True, "AVX512"),
+        ("AVX2", "avx2", True, True, True, "AVX2"),
+        ("AVX2", None, True, True, True, "AVX2"),
+    ],
+)
+def test_capability_is_the_most_that_cpu_system_and_torch_allow(
+    monkeypatch, torchs, variable, bf16, tiles, allowed, capability
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: torchs)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: allowed)
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", variable)
+    assert backends.cpu_capability() == capability
+
+
+CALLS = """
+import torch, minisora_kernels as mk
+from minisora_kernels import backends
+from tolerance import assert_as_accurate
+
+def check(name, call, *arguments):
+    results = []
+    for dtype, backend in ((torch.bfloat16, "cpu"), (torch.bfloat16, "reference"), (torch.float64, "reference")):
+        leaves = [a.to(dtype).requires_grad_() for a in arguments]
+        y = call(*leaves, backend=backend)
+        dy = torch.linspace(-1, 1, y.numel()).view(y.shape).bfloat16().to(dtype)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, dy)])
+    for i, result in enumerate(zip(*results, strict=True)):
+        assert_as_accurate(f"{name} {i}", *result)
+
+torch.manual_seed(0)
+random = lambda *shape: torch.randn(*shape).bfloat16()
+check("adaln", mk.adaln, random(2, 12, 40), random(2, 40), random(2, 3, 40))
+qkv = random(2, 70, 3, 2, 24)
+check("joint", lambda q, backend: mk.window_attention(q, (2, 5, 7), (2, 5, 7), qk_norm="rms", backend=backend), qkv)
+check("temporal", lambda q, backend: mk.window_attention(q, (2, 5, 7), (2, 1, 1), backend=backend), qkv)
+print(backends.cpu_capability(), *sorted(path.rsplit("/", 1)[-1] for path in torch.ops.loaded_libraries))
+"""
+
+
+@pytest.mark.skipif("cpu" not in KERNEL_BACKENDS, reason="the cpu kernels are not there")
+@pytest.mark.parametrize(
+    ("wanted", "supported"),
+    [
+        ("avx2", torch.cpu._is_avx2_supported),
+        ("avx512", torch.cpu._is_avx512_supported),
+        (None, torch.cpu._is_avx2_supported),
+    ],
+    ids=["avx2", "avx512", "the most"],
+)
+def test_the_library_of_the_capability_is_loaded_and_computes(wanted, supported):
+    if not supported():
+        pytest.skip(f"this CPU has no {wanted or 'avx2'}")
+    environment = {key: value for key, value in os.environ.items() if key != "ATEN_CPU_CAPABILITY"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    if wanted is not None:
+        environment["ATEN_CPU_CAPABILITY"] = wanted
+    done = subprocess.run([sys.executable, "-c", CALLS], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    capability, *libraries = done.stdout.split()
+    assert wanted is None or capability == wanted.upper()
+    assert [name for name in libraries if "cpu" in name] == [f"_{backends.VARIANTS[capability]}.so"]
