@@ -31,6 +31,7 @@ struct Session {
       config[16 + 2 * tile] = 64; // bytes a row
       config[48 + tile] = 16;     // rows
     }
+    asm volatile("" ::"r"(config) : "memory"); // gcc 12's says that it reads 8 bytes of the 64
     _tile_loadconfig(config);
   }
   ~Session() { _tile_release(); }

@@ -472,10 +472,11 @@ struct Gathered {
     first = first_head, last = last_head;
     const int64_t all = p.heads * p.width, size = (last - first) * p.width;
     const bool as_is = p.norm == kNone && !p.rotary && p.q_factor == 1.0f;
+    const int64_t ahead = tokens_ahead();
     for (int64_t n = 0; n < w.size(); ++n) {
       for (int part = 0; part < 3; ++part) {
         const T* from = qkv + ((b * p.tokens + w.token[n]) * 3 + part) * all + first * p.width;
-        if (n + 1 < w.size()) prefetch(from + (w.token[n + 1] - w.token[n]) * 3 * all, size);
+        if (n + ahead < w.size()) prefetch(from + (w.token[n + ahead] - w.token[n]) * 3 * all, size);
         for (int64_t head = first; head < last; ++head, from += p.width) {
           S* to = matrix_[part].data() + ((head - first) * rows + n) * row;
           if (part == 2 || as_is) {
@@ -492,10 +493,10 @@ struct Gathered {
 
   // The gradient of out and what the forward left; out if delta is to be had from it.
   void read_gradient(const Window& w, const T* dout, const T* out, const float* softmax, int64_t b) {
-    const int64_t count = last - first;
+    const int64_t count = last - first, ahead = tokens_ahead();
     for (int64_t n = 0; n < w.size(); ++n) {
       const int64_t at = (b * p.tokens + w.token[n]) * p.heads + first;
-      if (n + 1 < w.size()) prefetch(dout + (at + (w.token[n + 1] - w.token[n]) * p.heads) * p.width, count * p.width);
+      if (n + ahead < w.size()) prefetch(dout + (at + (w.token[n + ahead] - w.token[n]) * p.heads) * p.width, count * p.width);
       for (int64_t head = 0; head < count; ++head) {
         const T* from = dout + (at + head) * p.width;
         copy_row(from, matrix_[3].data() + (head * rows + n) * row, p.width);
@@ -528,6 +529,9 @@ struct Gathered {
   }
 
  private:
+  // How many tokens before it is read a token is fetched: some KiB of it.
+  int64_t tokens_ahead() const { return std::clamp<int64_t>(2048 / ((last - first) * p.width * sizeof(T)), 1, 16); }
+
   // Always inlined: gcc takes a function that only prefetches for one without effects, and drops the calls.
   MINISORA_INLINE static void prefetch(const T* from, int64_t size) {
     for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
