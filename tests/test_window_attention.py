@@ -347,6 +347,22 @@ def test_a_nan_is_not_lost(length, part, backend):
 
 
 @kernels
+@pytest.mark.parametrize("window", (64, 65))
+def test_a_nan_does_not_reach_a_later_smaller_window(window, backend, threads):
+    """One thread takes both windows, in bfloat16, where sums are padded."""
+    torch.set_num_threads(1)
+    grid, window = (1, 1, window + 5), (1, 1, window)
+    qkv = leaves(torch.bfloat16, 1, grid, window, 2, 64)["qkv"].detach()
+    qkv[0, : window[2], 0] = math.nan
+    leaf = qkv.requires_grad_()
+    out = window_attention(leaf, grid, window, backend=backend)
+    out.sum().backward()
+    assert leaf.grad is not None
+    for result in (out, leaf.grad):
+        assert result[0, 0].isnan().any() and not result[0, window[2] :].isnan().any()
+
+
+@kernels
 def test_no_gradient_where_none_is_wanted(backend):
     grid = (2, 2, 2)
     tensors = leaves(torch.float32, 1, grid, grid, 2, 8, weights=1, biased=True)

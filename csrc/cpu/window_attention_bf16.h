@@ -37,6 +37,7 @@ struct Pairs {
         const int64_t kn = std::min(kSide, w.size() - k0), height = whole(kn, 16), terms = whole(kn, kTerms);
         pairs::product(height, lanes, depth, {k + k0 * row, row, 2}, q_t.data(), 2 * kSide, scores.data(), kSide, false);
         softmax(kn, lanes, bias_of(w, head, k0, kn, q0, qn, nullptr));
+        clear_pairs(kn, terms, lanes);
         for (int64_t i = 0; k0 > 0 && i < qn; ++i) write_row(o.data() + i * row, shrink[i], o.data() + i * row, p.width);
         const pairs::Left left = pairs::left_of_pairs(terms, lanes, weight_pairs.data(), 2 * kSide, scratch.data(), kSide);
         pairs::product(lanes, columns, terms, left, v_pairs.data() + k0 * row, 2 * row, o.data(), row, k0 > 0);
@@ -63,6 +64,7 @@ struct Pairs {
       }
       std::fill(greatest.begin() + qn, greatest.begin() + lanes, 0.0f); // what stands beyond the last query stays finite
       std::fill(total.begin() + qn, total.begin() + lanes, 1.0f);
+      std::fill(delta.begin() + qn, delta.begin() + lanes, 0.0f);
       pairs::transpose_pairs(lanes, row / 2, q + q0 * row, row, q_t.data(), 2 * kSide);
       pairs::transpose_pairs(lanes, row / 2, d + q0 * row, row, d_t.data(), 2 * kSide);
       pairs::pair_rows(queries, row, q + q0 * row, row, q_pairs.data(), 2 * row);
@@ -73,6 +75,11 @@ struct Pairs {
         pairs::product(height, lanes, depth, {v + k0 * row, row, 2}, d_t.data(), 2 * kSide, dweights.data(), kSide, false);
         const Bias bias = bias_of(w, head, k0, kn, q0, qn, dbias);
         softmax_backward(kn, lanes, bias, dbias != nullptr && bias.gradient == nullptr);
+        clear_pairs(kn, terms, lanes);
+        for (int64_t j = 0; queries > lanes && j < kn; ++j) {
+          std::fill_n(weights.data() + j * kSide + lanes, queries - lanes, S(0.0f));
+          std::fill_n(dscores.data() + j * kSide + lanes, queries - lanes, S(0.0f));
+        }
         if (dbias != nullptr && bias.gradient == nullptr) add_bias_gradient(p, w, k0, kn, q0, qn, dweights.data(), kSide, dbias);
         pairs::product(height, columns, queries, {weights.data(), kSide, 2}, d_pairs.data(), 2 * row, dv.data() + k0 * row, row, q0 > 0);
         pairs::product(height, columns, queries, {dscores.data(), kSide, 2}, q_pairs.data(), 2 * row, dk.data() + k0 * row, row, q0 > 0);
@@ -90,6 +97,11 @@ struct Pairs {
   }
 
  private:
+  // What stands against the zeros of a right factor must not be a NaN of an earlier window.
+  void clear_pairs(int64_t kn, int64_t terms, int64_t lanes) {
+    for (int64_t j = whole(kn, 2); j < terms; j += 2) std::fill_n(weight_pairs.data() + j * kSide, 2 * lanes, S(0.0f));
+  }
+
   // The bias of a block, [key, query] with rows `row` apart or none, and where its gradient is to be added, or null.
   struct Bias {
     const float* values;
