@@ -98,6 +98,7 @@ WINDOW_ATTENTION = (
         for side in (16, 32)
         for size in ("XL", "L")
         for norm_and_rope in (False, True)
+        if not (norm_and_rope and frames * side * side == 32 * 1024)  # in float64 they need more than 24 GiB
     ),
     _windows("spatial 16x(16x16)", "XL", (16, 16, 16), (1, 16, 16)),
     _windows("spatial 4x(32x32)", "L", (4, 32, 32), (1, 32, 32)),
@@ -191,5 +192,5 @@ def _model(size: str, clip: Triple, depth: int | None = None, **options) -> Mode
 
 
 BLOCK = (_model("XL", (16, 256, 256), quick=True, depth=2, dtypes=LONG),)
-TRAINING_STEP = (_model("B", (16, 256, 256), dtypes=LONG), _model("S", (16, 256, 256)))
+TRAINING_STEP = (_model("B", (16, 256, 256), dtypes=LONG), _model("S", (16, 256, 256), dtypes=LONG))
 SAMPLING_STEP = TRAINING_STEP
