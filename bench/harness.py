@@ -25,8 +25,11 @@ per round. On a GPU a sample is timed by events and starts with a flushed L2 cac
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -261,6 +264,7 @@ class Session:
             AssertionError: a column whose values or gradients are wrong.
         """
         torch._dynamo.reset()
+        release_memory()
         oracle = self.oracle(make, shape, dtype, direction)
         problem, calls = oracle.problem, self.columns(oracle.problem, direction)
         record: dict[str, Any] = {"op": op, "shape": shape.name, "dtype": dtype, "direction": direction}
@@ -335,6 +339,14 @@ class Session:
 
         benchmark.pedantic(measure, ("ours",), setup=setup, rounds=rounds)
         return samples
+
+
+def release_memory() -> None:
+    """Hand what earlier cases freed back to the system: glibc's heap, in pieces after many compilations, keeps it."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:

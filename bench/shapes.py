@@ -192,5 +192,5 @@ def _model(size: str, clip: Triple, depth: int | None = None, **options) -> Mode
 
 
 BLOCK = (_model("XL", (16, 256, 256), quick=True, depth=2, dtypes=LONG),)
-TRAINING_STEP = (_model("B", (16, 256, 256), dtypes=LONG), _model("S", (16, 256, 256), dtypes=LONG))
+TRAINING_STEP = (_model("B", (16, 256, 256), dtypes=LONG), _model("S", (16, 256, 256)))
 SAMPLING_STEP = TRAINING_STEP

@@ -31,6 +31,9 @@ using Half = c10::Half;
 
 constexpr int64_t V = Vec::size();
 
+inline int64_t whole(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+inline int64_t whole_vectors(int64_t size) { return whole(size, V); }
+
 // Lambdas given to for_columns are marked so: left to itself the compiler calls some of them, at several times the cost.
 #define MINISORA_INLINE __attribute__((always_inline))
 

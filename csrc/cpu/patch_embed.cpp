@@ -18,7 +18,6 @@ constexpr int64_t kParts = 16;        // most partial sums of dweight
 constexpr int64_t kPartial = 1 << 23; // most numbers in all partial sums together
 
 inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
-inline int64_t whole_vectors(int64_t size) { return blocks(size, V) * V; }
 
 bool are_bf16(std::initializer_list<const Tensor*> tensors) {
   return std::all_of(tensors.begin(), tensors.end(), [](const Tensor* t) { return t->scalar_type() == ScalarType::BFloat16; });
@@ -199,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_bwd(
 
 #if defined(__AVX512BF16__)
   if (are_bf16({&x, &dy, &weight}) && !pos && PatchPairs::serves(width)) {
-    const int64_t size = blocks(depth + 1, 16) * 16 * width, most = std::clamp<int64_t>(kPartial / size, 1, kParts);
+    const int64_t size = whole(depth + 1, 16) * width, most = std::clamp<int64_t>(kPartial / size, 1, kParts);
     const int64_t per_part = blocks(blocks(tokens, kSumTokens), most) * kSumTokens, parts = blocks(tokens, per_part);
     std::vector<float> sums = PatchPairs(grid, batch, width).backward(x, static_cast<const BFloat16*>(dy.const_data_ptr()), per_part, parts);
     for (int64_t part = 1; part < parts; ++part) add(sums.data(), sums.data() + part * size, size);

@@ -7,8 +7,6 @@
 
 namespace minisora {
 
-inline int64_t whole(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
-
 struct PatchPairs {
   static constexpr int64_t kTokens = 16, kSumTokens = 64, kSumColumns = 384;
 

@@ -29,10 +29,6 @@ constexpr bool kPairs = false;
 
 enum Norm : int64_t { kNone = 0, kRms = 1, kLayer = 2 };
 
-inline int64_t whole(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
-
-inline int64_t whole_vectors(int64_t n) { return whole(n, V); }
-
 // e^x for x <= 88 to about one unit in the last place; 0 below the smallest normal number; NaN stays NaN.
 inline Vec exp(Vec x) {
   const Vec least(-87.33654f), magic(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer in the low bits
@@ -448,8 +444,8 @@ struct Gathered {
     const int64_t matrices = backward ? 4 : 3, raws = backward && p.norm != kNone ? 2 : 0;
     const int64_t bytes = rows * (matrices * row * sizeof(S) + (raws + results) * p.width * sizeof(T));
     const int64_t most = std::clamp<int64_t>(kGathered / bytes, 1, p.heads);
-    heads = whole(p.heads, most) / most;
-    heads = (p.heads + heads - 1) / heads;
+    const int64_t chunks = (p.heads + most - 1) / most; // of nearly equal size
+    heads = (p.heads + chunks - 1) / chunks;
     for (int64_t i = 0; i < matrices; ++i) matrix_[i].resize(heads * rows * row);
     for (int64_t i = 0; i < raws; ++i) raw_[i].resize(heads * p.length * p.width);
     result_.resize(heads * results * p.length * p.width);
