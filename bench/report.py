@@ -25,7 +25,7 @@ def best_eager(case: dict[str, Any]) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}"
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
 
 
 def size(count: float) -> str:
