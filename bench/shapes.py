@@ -98,7 +98,6 @@ WINDOW_ATTENTION = (
         for side in (16, 32)
         for size in ("XL", "L")
         for norm_and_rope in (False, True)
-        if not (norm_and_rope and frames * side * side == 32 * 1024)  # in float64 they need more than 24 GiB
     ),
     _windows("spatial 16x(16x16)", "XL", (16, 16, 16), (1, 16, 16)),
     _windows("spatial 4x(32x32)", "L", (4, 32, 32), (1, 32, 32)),
