@@ -32,7 +32,7 @@ void for_all(int64_t size, F f) {
 Tensor gelu_mlp_fwd(const Tensor& h) {
   check_dtype(h, "h");
   STD_TORCH_CHECK(h.is_contiguous(), "h must be contiguous");
-  Tensor a = torch::stable::empty_like(h);
+  Tensor a = with_huge_pages(torch::stable::empty_like(h));
   with_type(h.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T* in = static_cast<const T*>(h.const_data_ptr());
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> gelu_mlp_bwd(const Tensor& h, const Tensor& da) {
   STD_TORCH_CHECK(h.dim() == 2, "h must be [tokens, hidden]");
   check_dense(da, "da", {h.size(0), h.size(1)});
   STD_TORCH_CHECK(da.scalar_type() == h.scalar_type(), "da must have h's dtype");
-  Tensor a = torch::stable::empty_like(h), dh = torch::stable::empty_like(h);
+  Tensor a = with_huge_pages(torch::stable::empty_like(h)), dh = with_huge_pages(torch::stable::empty_like(h));
   with_type(h.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T* in = static_cast<const T*>(h.const_data_ptr());

@@ -62,7 +62,7 @@ constexpr int kGroup = 4;
 template <int G>
 using Group = std::integral_constant<int, G>;
 
-// loads from token r of a group, and fetches the same place of the next group: the hardware follows one line of addresses, not G.
+// Loads from token r of a group, and fetches the same place of the next group: the hardware follows one line of addresses, not G.
 template <int G, class T, class N>
 MINISORA_INLINE inline Vec load_ahead(const T* tokens, int r, int64_t i, int64_t width, N count) {
   __builtin_prefetch(tokens + (r + G) * width + i);

@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
       dout.scalar_type() == qkv.scalar_type() && out.scalar_type() == qkv.scalar_type(), "dout and out must have the dtype of qkv");
   check_statistic(softmax, "softmax", {p.batch, p.tokens, p.heads, 2});
   STD_TORCH_CHECK(bias.has_value() || !with_dbias, "the gradient of a bias needs a bias");
-  Tensor dqkv = torch::stable::new_empty(qkv, qkv.sizes(), qkv.scalar_type());
+  Tensor dqkv = with_huge_pages(torch::stable::new_empty(qkv, qkv.sizes(), qkv.scalar_type()));
   Partial partial(p, with_dbias);
   with_type(qkv.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
