@@ -12,9 +12,11 @@ the op and does not refuse the call; each refusal is logged once at INFO level.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,9 +32,6 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 # name until it has been run on a GPU.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
 
-# The device type that a backend's kernels run on.
-DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
-
 # The library of CPU kernels for what cpu_capability() says; setup.py builds them all.
 VARIANTS = {"AVX2": "cpu_avx2", "AVX512": "cpu_avx512", "AVX512_BF16": "cpu_avx512_bf16", "AMX": "cpu_amx"}
 
@@ -41,8 +40,15 @@ VARIANTS = {"AVX2": "cpu_avx2", "AVX512": "cpu_avx512", "AVX512_BF16": "cpu_avx5
 Refusal = Callable[..., "str | None"]
 Table = Mapping[str, Refusal]
 
-# Schemas are defined here in Python; the C++ libraries only implement them.
-LIBRARY = torch.library.Library("minisora", "DEF")
+# Schemas are defined here in Python. What is compiled (cpu, cuda) implements them under "minisora", Triton's launchers
+# under "minisora_triton": a CUDA tensor may be served by either.
+LIBRARIES = [torch.library.Library(name, "DEF") for name in ("minisora", "minisora_triton")]
+
+# Triton's interpreter runs its kernels on CPU tensors: slow, for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+# The device type that a backend's kernels run on.
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if INTERPRETED else "cuda"}
 
 _log = logging.getLogger("minisora_kernels")
 _logged: set[tuple[str, str, str]] = set()
@@ -60,6 +66,35 @@ def _check_name(name: str, source: str) -> str:
 _forced: str | None = os.environ.get("MINISORA_BACKEND") or None
 if _forced is not None:
     _check_name(_forced, "the environment variable MINISORA_BACKEND")
+
+
+def define(schema: str) -> None:
+    """Define a raw op for every backend. Triton's is imported when it is first called."""
+    for library in LIBRARIES:
+        library.define(schema)
+    name = schema.split("(")[0]
+    op = re.sub("_[a-z]+$", "", name)
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"{__package__}.triton.{op}"), name)(*arguments)
+
+    LIBRARIES[1].impl(name, launch, DEVICES["triton"].upper())
+
+
+def register_fake(name: str) -> Callable[[Callable], Callable]:
+    """Decorates what gives the shapes and dtypes of a raw op, for every backend."""
+
+    def register(fake: Callable) -> Callable:
+        for library in LIBRARIES:
+            torch.library.register_fake(f"{library.ns}::{name}", fake)
+        return fake
+
+    return register
+
+
+def kernels(name: str) -> Any:
+    """The raw ops of backend ``name``, as attributes."""
+    return torch.ops.minisora_triton if name == "triton" else torch.ops.minisora
 
 
 def build_record() -> dict:
@@ -121,14 +156,13 @@ def _load_libraries() -> None:
 
 
 _load_libraries()
+_unavailable["triton"] = None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
 def unavailable(name: str) -> str | None:
     """Why the backend cannot be used on this machine at all, or None if it can."""
-    if name == "triton":
-        return "no Triton kernels yet"
     reason = _unavailable[_check_name(name, "name")]
-    if name == "cuda" and reason is None and not torch.cuda.is_available():
+    if DEVICES.get(name) == "cuda" and reason is None and not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return reason
 

@@ -7,9 +7,12 @@ import torch
 
 from minisora_kernels import backends
 
-# The tests use CPU tensors, so these are the backends of that device.
+# The tests use CPU tensors, so these are the backends of that device; under Triton's interpreter (TRITON_INTERPRET=1, see
+# `make check-gpu-code`) only its kernels.
 KERNEL_BACKENDS = [
-    name for name, device in backends.DEVICES.items() if device == "cpu" and backends.unavailable(name) is None
+    name
+    for name, device in backends.DEVICES.items()
+    if device == "cpu" and backends.unavailable(name) is None and (name == "triton") == backends.INTERPRETED
 ]
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 KERNELS = [
     *(ROOT / "csrc" / "cpu").glob("*.cpp"),
     *(ROOT / "csrc" / "cuda").glob("*.cu"),
-    *(path for path in (ROOT / "minisora_kernels" / "triton").glob("*.py") if path.stem != "__init__"),
+    *(path for path in (ROOT / "minisora_kernels" / "triton").glob("*.py") if not path.stem.startswith("_")),
 ]
 
 

@@ -32,12 +32,12 @@ class Seen(TorchDispatchMode):
         self.calls: list[tuple] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "minisora":
+        if func.namespace.startswith("minisora"):
             self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def names(self) -> set[str]:
-        return {func._schema.name.removeprefix("minisora::") for func, _, _ in self.calls}
+        return {func._schema.name.split("::")[1] for func, _, _ in self.calls}
 
 
 def outputs(result) -> tuple[Tensor, ...]:

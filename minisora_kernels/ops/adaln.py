@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends
-from ..backends import LIBRARY
+from ..backends import define, kernels, register_fake
 from ..checks import compute_dtype, kernel_refusal
 from ..modulation import affine, check_norm, check_tokens, rows, spread
 
@@ -52,23 +52,23 @@ def reference(
         return (y + offset).flatten(1, 2).to(out_dtype)
 
 
-LIBRARY.define(
+define(
     "adaln_fwd(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, bool rms, float eps, "
     "ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)"
 )
-LIBRARY.define(
+define(
     "adaln_bwd(Tensor dy, Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, Tensor mean, "
     "Tensor rstd, bool rms) -> (Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias)"
 )
 
 
-@torch.library.register_fake("minisora::adaln_fwd")
+@register_fake("adaln_fwd")
 def _(x, shift, scale, weight, bias, rms, eps, out_dtype):
     statistic = x.new_empty(x.shape[:2], dtype=torch.float32)
     return x.new_empty(x.shape, dtype=out_dtype), statistic, torch.empty_like(statistic)
 
 
-@torch.library.register_fake("minisora::adaln_bwd")
+@register_fake("adaln_bwd")
 def _(dy, x, shift, scale, weight, bias, mean, rstd, rms):
     return (
         x.new_empty(x.shape),
@@ -85,18 +85,18 @@ def _affine_gradient(parameter: Tensor | None, x: Tensor) -> Tensor:
 
 class _AdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, shift, scale, weight, bias, rms, eps, out_dtype):
+    def forward(ctx: Any, x, shift, scale, weight, bias, rms, eps, out_dtype, backend):
         x = x.contiguous()
-        y, mean, rstd = torch.ops.minisora.adaln_fwd(x, shift, scale, weight, bias, rms, eps, out_dtype)
+        ctx.rms, ctx.backend = rms, backend
+        y, mean, rstd = kernels(ctx.backend).adaln_fwd(x, shift, scale, weight, bias, rms, eps, out_dtype)
         ctx.save_for_backward(x, shift, scale, weight, bias, mean, rstd)
-        ctx.rms = rms
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any):
         x, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
-        dx, dshift, dscale, dweight, dbias = torch.ops.minisora.adaln_bwd(
+        dx, dshift, dscale, dweight, dbias = kernels(ctx.backend).adaln_bwd(
             gradients[0].contiguous(), x, shift, scale, weight, bias, mean, rstd, ctx.rms
         )
         return (
@@ -105,9 +105,7 @@ class _AdaLN(torch.autograd.Function):
             dscale,
             None if weight is None else dweight,
             None if bias is None else dbias,
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
@@ -157,4 +155,4 @@ def adaln(
     chosen = backends.choose("adaln", BACKENDS, x.device, backend, x, shift, scale, weight, bias)
     if chosen == "reference":
         return reference(x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
-    return backends.apply(_AdaLN, x, shift, scale, weight, bias, norm == "rms", eps, compute_dtype(x))
+    return backends.apply(_AdaLN, x, shift, scale, weight, bias, norm == "rms", eps, compute_dtype(x), chosen)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends
-from ..backends import LIBRARY
+from ..backends import define, kernels, register_fake
 from ..checks import kernel_refusal
 from ..modulation import check_tokens, rows, spread
 
@@ -29,33 +29,34 @@ def reference(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return (x + (gain * spread_branch).flatten(1, 2)).to(x.dtype)
 
 
-LIBRARY.define("gate_residual_fwd(Tensor x, Tensor branch, Tensor gate) -> Tensor")
-LIBRARY.define("gate_residual_bwd(Tensor dy, Tensor branch, Tensor gate) -> (Tensor dbranch, Tensor dgate)")
+define("gate_residual_fwd(Tensor x, Tensor branch, Tensor gate) -> Tensor")
+define("gate_residual_bwd(Tensor dy, Tensor branch, Tensor gate) -> (Tensor dbranch, Tensor dgate)")
 
 
-@torch.library.register_fake("minisora::gate_residual_fwd")
+@register_fake("gate_residual_fwd")
 def _(x, branch, gate):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("minisora::gate_residual_bwd")
+@register_fake("gate_residual_bwd")
 def _(dy, branch, gate):
     return branch.new_empty(branch.shape), gate.new_empty(gate.shape)
 
 
 class _GateResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, branch, gate):
+    def forward(ctx: Any, x, branch, gate, backend):
         branch = branch.contiguous()
+        ctx.backend = backend
         ctx.save_for_backward(branch, gate)
-        return torch.ops.minisora.gate_residual_fwd(x.contiguous(), branch, gate)
+        return kernels(ctx.backend).gate_residual_fwd(x.contiguous(), branch, gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any):
         dy = gradients[0].contiguous()
-        dbranch, dgate = torch.ops.minisora.gate_residual_bwd(dy, *ctx.saved_tensors)
-        return dy, dbranch, dgate
+        dbranch, dgate = kernels(ctx.backend).gate_residual_bwd(dy, *ctx.saved_tensors)
+        return dy, dbranch, dgate, None
 
 
 def _cpu(x, branch, gate):
@@ -82,6 +83,7 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | Non
     check_tokens("gate_residual", "x", x)
     check_tokens("gate_residual", "branch", branch, like=x)
     gate = rows("gate_residual", "gate", gate, x)
-    if backends.choose("gate_residual", BACKENDS, x.device, backend, x, branch, gate) == "reference":
+    chosen = backends.choose("gate_residual", BACKENDS, x.device, backend, x, branch, gate)
+    if chosen == "reference":
         return reference(x, branch, gate)
-    return backends.apply(_GateResidual, x, branch, gate)
+    return backends.apply(_GateResidual, x, branch, gate, chosen)

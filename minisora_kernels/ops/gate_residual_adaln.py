@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends
-from ..backends import LIBRARY
+from ..backends import define, kernels, register_fake
 from ..checks import compute_dtype, kernel_refusal
 from ..modulation import affine, check_norm, check_tokens, rows
 from . import adaln, gate_residual
@@ -51,24 +51,24 @@ def output_dtype(x: Tensor, branch: Tensor) -> torch.dtype:
     return compute_dtype(x) if in_autocast else branch.dtype
 
 
-LIBRARY.define(
+define(
     "gate_residual_adaln_fwd(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? weight, "
     "Tensor? bias, bool rms, float eps, ScalarType out_dtype) -> (Tensor residual, Tensor y, Tensor mean, Tensor rstd)"
 )
-LIBRARY.define(
+define(
     "gate_residual_adaln_bwd(Tensor dresidual, Tensor dy, Tensor residual, Tensor branch, Tensor gate, Tensor shift, "
     "Tensor scale, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool rms) -> (Tensor dx, Tensor dbranch, "
     "Tensor dgate, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias)"
 )
 
 
-@torch.library.register_fake("minisora::gate_residual_adaln_fwd")
+@register_fake("gate_residual_adaln_fwd")
 def _(x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype):
     statistic = x.new_empty(x.shape[:2], dtype=torch.float32)
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), statistic, torch.empty_like(statistic)
 
 
-@torch.library.register_fake("minisora::gate_residual_adaln_bwd")
+@register_fake("gate_residual_adaln_bwd")
 def _(dresidual, dy, residual, branch, gate, shift, scale, weight, bias, mean, rstd, rms):
     return (
         residual.new_empty(residual.shape),
@@ -83,13 +83,13 @@ def _(dresidual, dy, residual, branch, gate, shift, scale, weight, bias, mean, r
 
 class _GateResidualAdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype):
+    def forward(ctx: Any, x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, backend):
         branch = branch.contiguous()
-        residual, y, mean, rstd = torch.ops.minisora.gate_residual_adaln_fwd(
+        ctx.rms, ctx.backend = rms, backend
+        residual, y, mean, rstd = kernels(ctx.backend).gate_residual_adaln_fwd(
             x.contiguous(), branch, gate, shift, scale, weight, bias, rms, eps, out_dtype
         )
         ctx.save_for_backward(residual, branch, gate, shift, scale, weight, bias, mean, rstd)
-        ctx.rms = rms
         return residual, y
 
     @staticmethod
@@ -97,12 +97,12 @@ class _GateResidualAdaLN(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any):
         residual, branch, gate, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
         dresidual, dy = (gradient.contiguous() for gradient in gradients)
-        *data, dweight, dbias = torch.ops.minisora.gate_residual_adaln_bwd(
+        *data, dweight, dbias = kernels(ctx.backend).gate_residual_adaln_bwd(
             dresidual, dy, residual, branch, gate, shift, scale, weight, bias, mean, rstd, ctx.rms
         )
         dweight = None if weight is None else dweight
         dbias = None if bias is None else dbias
-        return *data, dweight, dbias, None, None, None
+        return *data, dweight, dbias, *(None,) * 4
 
 
 def _cpu(x, branch, gate, shift, scale, weight, bias):
@@ -149,6 +149,5 @@ def gate_residual_adaln(
     chosen = backends.choose(op, BACKENDS, x.device, backend, x, branch, gate, shift, scale, weight, bias)
     if chosen == "reference":
         return reference(x, branch, gate, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
-    return backends.apply(
-        _GateResidualAdaLN, x, branch, gate, shift, scale, weight, bias, norm == "rms", eps, output_dtype(x, branch)
-    )
+    options = (norm == "rms", eps, output_dtype(x, branch), chosen)
+    return backends.apply(_GateResidualAdaLN, x, branch, gate, shift, scale, weight, bias, *options)

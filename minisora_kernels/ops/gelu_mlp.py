@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends
-from ..backends import LIBRARY
+from ..backends import define, kernels, register_fake
 from ..checks import check_tensor, compute_dtype, kernel_refusal
 
 
@@ -31,40 +31,43 @@ def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
 
 
-LIBRARY.define("gelu_mlp_fwd(Tensor h) -> Tensor")
-LIBRARY.define("gelu_mlp_bwd(Tensor h, Tensor da) -> (Tensor a, Tensor dh)")
+define("gelu_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool keep) -> (Tensor y, Tensor h)")
+define("gelu_mlp_bwd(Tensor dy, Tensor h, Tensor w1, Tensor w2) -> (Tensor dx, Tensor a, Tensor dh, Tensor db1)")
 
 
-@torch.library.register_fake("minisora::gelu_mlp_fwd")
-def _(h):
-    return h.new_empty(h.shape)
+@register_fake("gelu_mlp_fwd")
+def _(x, w1, b1, w2, b2, keep):
+    return x.new_empty(x.shape[0], w2.shape[0]), x.new_empty((x.shape[0], w1.shape[0]) if keep else (0, 0))
 
 
-@torch.library.register_fake("minisora::gelu_mlp_bwd")
-def _(h, da):
-    return h.new_empty(h.shape), h.new_empty(h.shape)
+@register_fake("gelu_mlp_bwd")
+def _(dy, h, w1, w2):
+    return dy.new_empty(dy.shape[0], w1.shape[1]), torch.empty_like(h), torch.empty_like(h), h.new_empty(h.shape[1])
 
 
 class _GeluMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w1, b1, w2, b2):
-        h = F.linear(x.reshape(-1, x.shape[-1]), w1, b1)
+    def forward(ctx: Any, x, w1, b1, w2, b2, keep, backend):
+        ctx.backend = backend
+        y, h = kernels(backend).gelu_mlp_fwd(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, keep)
         ctx.save_for_backward(x, w1, w2, h)
-        return F.linear(torch.ops.minisora.gelu_mlp_fwd(h), w2, b2).view(*x.shape[:-1], w2.shape[0])
+        return y.view(*x.shape[:-1], w2.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any):
         x, w1, w2, h = ctx.saved_tensors
-        need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad
+        need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
         dy = gradients[0].reshape(-1, w2.shape[0])
-        a, dh = torch.ops.minisora.gelu_mlp_bwd(h, dy @ w2)
+        dx, a, dh, db1 = kernels(ctx.backend).gelu_mlp_bwd(dy, h, w1, w2)
         return (
-            (dh @ w1).view(x.shape) if need_x else None,
+            dx.view(x.shape) if need_x else None,
             dh.t() @ x.reshape(-1, x.shape[-1]) if need_w1 else None,
-            dh.sum(0) if need_b1 else None,
+            db1 if need_b1 else None,
             dy.t() @ a if need_w2 else None,
             dy.sum(0) if need_b2 else None,
+            None,
+            None,
         )
 
 
@@ -113,6 +116,8 @@ def gelu_mlp(
     dtype = compute_dtype(x)
     x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
     b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
-    if backends.choose(op, BACKENDS, x.device, backend, x) == "reference":
+    chosen = backends.choose(op, BACKENDS, x.device, backend, x)
+    if chosen == "reference":
         return reference(x, w1, b1, w2, b2)
-    return backends.apply(_GeluMLP, x, w1, b1, w2, b2)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2))
+    return backends.apply(_GeluMLP, x, w1, b1, w2, b2, keep, chosen)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends
-from ..backends import LIBRARY
+from ..backends import define, kernels, register_fake
 from ..checks import check_tensor, compute_dtype, kernel_refusal
 
 
@@ -49,13 +49,13 @@ LONGEST_PATCH = 64
 # them and multiplies in float32, takes patches of any length.
 TORCH_IS_SLOW_IN_16_BIT = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
-LIBRARY.define("patch_embed_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? pos) -> Tensor")
-LIBRARY.define(
+define("patch_embed_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? pos) -> Tensor")
+define(
     "patch_embed_bwd(Tensor dy, Tensor x, Tensor weight, ScalarType? bias, ScalarType? pos, bool need_x) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dpos)"
 )
-LIBRARY.define("patch_embed_gather(Tensor x, SymInt pt, SymInt ph, SymInt pw) -> Tensor")
-LIBRARY.define(
+define("patch_embed_gather(Tensor x, SymInt pt, SymInt ph, SymInt pw) -> Tensor")
+define(
     "patch_embed_scatter(Tensor patches, SymInt frames, SymInt height, SymInt width, SymInt pt, SymInt ph, SymInt pw, "
     "SymInt channels) -> Tensor"
 )
@@ -65,12 +65,12 @@ def _tokens(x, pt, ph, pw):
     return (x.shape[2] // pt) * (x.shape[3] // ph) * (x.shape[4] // pw)
 
 
-@torch.library.register_fake("minisora::patch_embed_fwd")
+@register_fake("patch_embed_fwd")
 def _(x, weight, bias, pos):
     return x.new_empty(x.shape[0], _tokens(x, *weight.shape[2:]), weight.shape[0])
 
 
-@torch.library.register_fake("minisora::patch_embed_bwd")
+@register_fake("patch_embed_bwd")
 def _(dy, x, weight, bias, pos, need_x):
     _, tokens, width = dy.shape
     return (
@@ -81,12 +81,12 @@ def _(dy, x, weight, bias, pos, need_x):
     )
 
 
-@torch.library.register_fake("minisora::patch_embed_gather")
+@register_fake("patch_embed_gather")
 def _(x, pt, ph, pw):
     return x.new_empty(x.shape[0] * _tokens(x, pt, ph, pw), x.shape[1] * pt * ph * pw)
 
 
-@torch.library.register_fake("minisora::patch_embed_scatter")
+@register_fake("patch_embed_scatter")
 def _(patches, frames, height, width, pt, ph, pw, channels):
     batch = patches.shape[0] // (frames * height * width)
     return patches.new_empty(batch, channels, frames * pt, height * ph, width * pw)
@@ -96,32 +96,34 @@ class _PatchEmbed(torch.autograd.Function):
     """Gather, product, bias and position in one pass, and one pass back."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, pos):
+    def forward(ctx: Any, x, weight, bias, pos, backend):
+        ctx.backend = backend
         ctx.save_for_backward(x, weight)
         ctx.dtypes = [None if p is None else p.dtype for p in (bias, pos)]
-        return torch.ops.minisora.patch_embed_fwd(x, weight, bias, pos)
+        return kernels(ctx.backend).patch_embed_fwd(x, weight, bias, pos)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any):
         x, weight = ctx.saved_tensors
-        need_x, _, *need = ctx.needs_input_grad
+        need_x, _, *need = ctx.needs_input_grad[:4]
         dtypes = [dtype if needed else None for dtype, needed in zip(ctx.dtypes, need, strict=True)]
-        dx, dweight, dbias, dpos = torch.ops.minisora.patch_embed_bwd(
+        dx, dweight, dbias, dpos = kernels(ctx.backend).patch_embed_bwd(
             gradients[0].contiguous(), x, weight, *dtypes, need_x
         )
-        return dx if need_x else None, dweight, dbias if need[0] else None, dpos if need[1] else None
+        return dx if need_x else None, dweight, dbias if need[0] else None, dpos if need[1] else None, None
 
 
 class _LongPatchEmbed(torch.autograd.Function):
     """The same with torch's matrix products on gathered patches; the patches are gathered again, not kept."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, pos):
+    def forward(ctx: Any, x, weight, bias, pos, backend):
+        ctx.backend = backend
         ctx.save_for_backward(x, weight)
         ctx.pos_dtype = None if pos is None else pos.dtype
         patch = weight.shape[2:]
-        patches = torch.ops.minisora.patch_embed_gather(x, *patch)
+        patches = kernels(ctx.backend).patch_embed_gather(x, *patch)
         y = F.linear(patches, weight.flatten(1), bias).view(x.shape[0], _tokens(x, *patch), weight.shape[0])
         return y if pos is None else y.add_(pos)
 
@@ -129,17 +131,17 @@ class _LongPatchEmbed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Any):
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_pos = ctx.needs_input_grad
+        need_x, need_weight, need_bias, need_pos = ctx.needs_input_grad[:4]
         patch, channels = weight.shape[2:], weight.shape[1]
         grid = [n // p for n, p in zip(x.shape[2:], patch, strict=True)]
         dy = gradients[0].reshape(-1, weight.shape[0])
         dx = dweight = None
         if need_x:
-            dx = torch.ops.minisora.patch_embed_scatter(dy @ weight.flatten(1), *grid, *patch, channels)
+            dx = kernels(ctx.backend).patch_embed_scatter(dy @ weight.flatten(1), *grid, *patch, channels)
         if need_weight:
-            dweight = (dy.t() @ torch.ops.minisora.patch_embed_gather(x, *patch)).view(weight.shape)
+            dweight = (dy.t() @ kernels(ctx.backend).patch_embed_gather(x, *patch)).view(weight.shape)
         dbias = dy.sum(0) if need_bias else None
-        return dx, dweight, dbias, gradients[0].sum(0, dtype=ctx.pos_dtype) if need_pos else None
+        return dx, dweight, dbias, gradients[0].sum(0, dtype=ctx.pos_dtype) if need_pos else None, None
 
 
 def _cpu(x, weight, bias, pos):
@@ -215,7 +217,8 @@ def patch_embed(
     dtype = compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    if backends.choose("patch_embed", BACKENDS, x.device, backend, x, weight, bias, pos) == "reference":
+    chosen = backends.choose("patch_embed", BACKENDS, x.device, backend, x, weight, bias, pos)
+    if chosen == "reference":
         return reference(x, weight, bias, pos)
     weight = weight.contiguous()
     bias, pos = (None if p is None else p.contiguous() for p in (bias, pos))
@@ -223,5 +226,5 @@ def patch_embed(
     # Where widths are not whole vectors, torch's float32 products may change with the number of threads on any CPU.
     ragged = width % 16 != 0 or length % 16 != 0
     if length <= LONGEST_PATCH or ragged or (TORCH_IS_SLOW_IN_16_BIT and dtype != torch.float32):
-        return backends.apply(_PatchEmbed, x, weight, bias, pos)
-    return backends.apply(_LongPatchEmbed, x, weight, bias, pos)
+        return backends.apply(_PatchEmbed, x, weight, bias, pos, chosen)
+    return backends.apply(_LongPatchEmbed, x, weight, bias, pos, chosen)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends
-from ..backends import LIBRARY
+from ..backends import define, kernels, register_fake
 from ..checks import kernel_refusal
 from ..modulation import check_tokens
 
@@ -27,19 +27,19 @@ def reference(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channel
     return x.reshape(tokens.shape[0], channels, *(n * p for n, p in zip(grid, patch, strict=True))).contiguous()
 
 
-LIBRARY.define(
+define(
     "unpatchify_fwd(Tensor tokens, SymInt frames, SymInt height, SymInt width, SymInt pt, SymInt ph, SymInt pw, "
     "SymInt channels) -> Tensor"
 )
-LIBRARY.define("unpatchify_bwd(Tensor dvideo, SymInt pt, SymInt ph, SymInt pw) -> Tensor")
+define("unpatchify_bwd(Tensor dvideo, SymInt pt, SymInt ph, SymInt pw) -> Tensor")
 
 
-@torch.library.register_fake("minisora::unpatchify_fwd")
+@register_fake("unpatchify_fwd")
 def _(tokens, frames, height, width, pt, ph, pw, channels):
     return tokens.new_empty(tokens.shape[0], channels, frames * pt, height * ph, width * pw)
 
 
-@torch.library.register_fake("minisora::unpatchify_bwd")
+@register_fake("unpatchify_bwd")
 def _(dvideo, pt, ph, pw):
     batch, channels, frames, height, width = dvideo.shape
     count = (frames // pt) * (height // ph) * (width // pw)
@@ -48,14 +48,14 @@ def _(dvideo, pt, ph, pw):
 
 class _Unpatchify(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens, grid, patch, channels):
-        ctx.patch = patch
-        return torch.ops.minisora.unpatchify_fwd(tokens.contiguous(), *grid, *patch, channels)
+    def forward(ctx: Any, tokens, grid, patch, channels, backend):
+        ctx.patch, ctx.backend = patch, backend
+        return kernels(ctx.backend).unpatchify_fwd(tokens.contiguous(), *grid, *patch, channels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any):
-        return torch.ops.minisora.unpatchify_bwd(gradients[0], *ctx.patch), None, None, None
+        return kernels(ctx.backend).unpatchify_bwd(gradients[0], *ctx.patch), *(None,) * 4
 
 
 def _cpu(tokens):
@@ -104,5 +104,5 @@ def unpatchify(
     if chosen == "reference":
         video = reference(tokens, grid3, patch3, channels)
     else:
-        video = backends.apply(_Unpatchify, tokens, grid3, patch3, channels)
+        video = backends.apply(_Unpatchify, tokens, grid3, patch3, channels, chosen)
     return video.squeeze(2) if len(grid) == 2 else video

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends
-from ..backends import LIBRARY
+from ..backends import define, kernels, register_fake
 from ..checks import check_tensor, compute_dtype, kernel_refusal
 
 Grid = tuple[int, int, int]
@@ -178,12 +178,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
     return scores.softmax(-1) @ v
 
 
-LIBRARY.define(
+define(
     "window_attention_fwd(Tensor qkv, SymInt t, SymInt h, SymInt w, SymInt wt, SymInt wh, SymInt ww, Tensor? q_weight, "
     "Tensor? k_weight, int norm, Tensor? cos, Tensor? sin, bool interleaved, Tensor? bias, float scale, float eps) "
     "-> (Tensor out, Tensor softmax)"
 )
-LIBRARY.define(
+define(
     "window_attention_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor softmax, SymInt t, SymInt h, SymInt w, SymInt wt,"
     " SymInt wh, SymInt ww, Tensor? q_weight, Tensor? k_weight, int norm, Tensor? cos, Tensor? sin, bool interleaved, "
     "Tensor? bias, float scale, float eps, bool with_dbias) "
@@ -193,14 +193,14 @@ LIBRARY.define(
 NORMS = {None: 0, "rms": 1, "layer": 2}
 
 
-@torch.library.register_fake("minisora::window_attention_fwd")
+@register_fake("window_attention_fwd")
 def _(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps):
     batch, tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(batch, tokens, heads * head_dim)
     return out, qkv.new_empty(batch, tokens, heads, 2, dtype=torch.float32)
 
 
-@torch.library.register_fake("minisora::window_attention_bwd")
+@register_fake("window_attention_bwd")
 def _(dout, qkv, out, softmax, *call):
     q_weight, k_weight, bias, with_dbias = call[6], call[7], call[12], call[15]
     dweights = (qkv.new_empty(0) if p is None else p.new_empty(p.shape) for p in (q_weight, k_weight))
@@ -210,12 +210,13 @@ def _(dout, qkv, out, softmax, *call):
 
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv, q_weight, k_weight, bias, cos, sin, sizes, norm, interleaved, scale, eps):
+    def forward(ctx: Any, qkv, q_weight, k_weight, bias, cos, sin, sizes, norm, interleaved, scale, eps, backend):
+        ctx.backend = backend
         qkv, q_weight, k_weight, bias, cos, sin = (
             None if tensor is None else tensor.contiguous() for tensor in (qkv, q_weight, k_weight, bias, cos, sin)
         )
         options = (q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps)
-        out, softmax = torch.ops.minisora.window_attention_fwd(qkv, *sizes, *options)
+        out, softmax = kernels(ctx.backend).window_attention_fwd(qkv, *sizes, *options)
         ctx.save_for_backward(qkv, out, softmax, q_weight, k_weight, cos, sin, bias)
         ctx.constants = sizes, norm, interleaved, scale, eps
         return out
@@ -226,7 +227,7 @@ class _WindowAttention(torch.autograd.Function):
         qkv, out, softmax, q_weight, k_weight, cos, sin, bias = ctx.saved_tensors
         sizes, norm, interleaved, scale, eps = ctx.constants
         options = (q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps, ctx.needs_input_grad[3])
-        dqkv, dq_weight, dk_weight, dbias = torch.ops.minisora.window_attention_bwd(
+        dqkv, dq_weight, dk_weight, dbias = kernels(ctx.backend).window_attention_bwd(
             gradients[0].contiguous(), qkv, out, softmax, *sizes, *options
         )
         return (
@@ -234,7 +235,7 @@ class _WindowAttention(torch.autograd.Function):
             None if q_weight is None else dq_weight,
             None if k_weight is None else dk_weight,
             dbias if ctx.needs_input_grad[3] else None,
-            *(None,) * 7,
+            *(None,) * 8,
         )
 
 
@@ -378,4 +379,5 @@ def window_attention(
         interleaved,
         float(scale),
         float(eps),
+        chosen,
     )
