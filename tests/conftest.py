@@ -7,8 +7,8 @@ import torch
 
 from minisora_kernels import backends
 
-# The tests use CPU tensors, so these are the backends of that device; under Triton's interpreter (TRITON_INTERPRET=1, see
-# `make check-gpu-code`) only its kernels.
+# The tests use CPU tensors, so these are the backends of that device; under Triton's interpreter (TRITON_INTERPRET=1)
+# only its kernels.
 KERNEL_BACKENDS = [
     name
     for name, device in backends.DEVICES.items()
