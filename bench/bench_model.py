@@ -36,7 +36,7 @@ class Blocks(nn.Module):
         modulations = [block.adaLN_modulation(c).chunk(6, dim=-1) for block in self.blocks]
         modulations.append(self.norm(c).chunk(2, dim=-1))
         y = adaln(x, modulations[0][0], modulations[0][1])
-        for block, (_, _, *own), (shift, scale, *_) in zip(self.blocks, modulations, modulations[1:], strict=False):
+        for block, own, (shift, scale, *_) in zip(self.blocks, modulations, modulations[1:], strict=False):
             x, y = block(x, y, *own, shift, scale)
         return x, y
 

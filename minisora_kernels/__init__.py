@@ -10,5 +10,6 @@ from .ops.unpatchify import unpatchify as unpatchify
 from .ops.window_attention import Rope as Rope
 from .ops.window_attention import rope_3d as rope_3d
 from .ops.window_attention import window_attention as window_attention
+from .recompute import recompute_adaln as recompute_adaln
 
 __version__ = "0.1.0"

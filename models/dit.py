@@ -29,6 +29,7 @@ num_classes=1000, learn_sigma=True, **SIZES["XL"])``. The parameters:
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minisora_kernels import adaln, gate_residual_adaln, gelu_mlp, patch_embed, unpatchify, window_attention
+from minisora_kernels import (
+    adaln,
+    gate_residual_adaln,
+    gelu_mlp,
+    patch_embed,
+    recompute_adaln,
+    unpatchify,
+    window_attention,
+)
 
 Grid = tuple[int, int, int]
 
@@ -247,15 +256,22 @@ class Block(nn.Module):
         self,
         x: Tensor,
         y: Tensor,
+        shift_msa: Tensor,
+        scale_msa: Tensor,
         gate_msa: Tensor,
         shift_mlp: Tensor,
         scale_mlp: Tensor,
         gate_mlp: Tensor,
         next_shift: Tensor,
         next_scale: Tensor,
+        recompute_norms: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        x, y = gate_residual_adaln(x, self.attn(y), gate_msa, shift_mlp, scale_mlp)
-        return gate_residual_adaln(x, self.mlp(y), gate_mlp, next_shift, next_scale)
+        with recompute_adaln(y, x, shift_msa, scale_msa) if recompute_norms else nullcontext():
+            branch = self.attn(y)
+        x, y = gate_residual_adaln(x, branch, gate_msa, shift_mlp, scale_mlp)
+        with recompute_adaln(y, x, shift_mlp, scale_mlp) if recompute_norms else nullcontext():
+            branch = self.mlp(y)
+        return gate_residual_adaln(x, branch, gate_mlp, next_shift, next_scale)
 
 
 class FinalLayer(nn.Module):
@@ -274,7 +290,8 @@ class DiT(nn.Module):
         config: what it was built from.
         out_channels: ``channels``, twice that with ``learn_sigma``.
         null_class: the label of "no class"; None if unconditional.
-        checkpointing: recompute each block in backward instead of keeping its activations. False at first.
+        checkpointing: recompute each block in backward instead of keeping its activations; otherwise only what adaln
+            made is recomputed. False at first.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -335,10 +352,11 @@ class DiT(nn.Module):
         modulations = [block.adaLN_modulation(c).chunk(6, dim=-1) for block in self.blocks]
         modulations.append(self.final_layer.adaLN_modulation(c).chunk(2, dim=-1))
         y = adaln(x, modulations[0][0], modulations[0][1])
-        for block, (_, _, *own), (shift, scale, *_) in zip(self.blocks, modulations, modulations[1:], strict=False):
+        for block, own, (shift, scale, *_) in zip(self.blocks, modulations, modulations[1:], strict=False):
             if self.checkpointing and torch.is_grad_enabled():
                 # A block draws no random numbers, so there is no generator state to restore.
-                x, y = checkpoint(block, x, y, *own, shift, scale, use_reentrant=False, preserve_rng_state=False)
+                arguments = (x, y, *own, shift, scale, False)
+                x, y = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, y = block(x, y, *own, shift, scale)
 
