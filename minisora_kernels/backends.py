@@ -156,11 +156,12 @@ def _load_libraries() -> None:
 
 
 _load_libraries()
-_unavailable["triton"] = None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
 def unavailable(name: str) -> str | None:
     """Why the backend cannot be used on this machine at all, or None if it can."""
+    if name == "triton" and name not in _unavailable:  # asked when wanted: looking for a module takes time
+        _unavailable[name] = None if importlib.util.find_spec(name) else "Triton is not installed"
     reason = _unavailable[_check_name(name, "name")]
     if DEVICES.get(name) == "cuda" and reason is None and not torch.cuda.is_available():
         return "torch finds no CUDA device"
