@@ -1,8 +1,8 @@
 """gelu_mlp: the activation in one pass over h, and its backward in one pass over h and da. The products are torch's.
 
 Forward, a program takes a stretch of h, read once, and writes the activation; over h itself where h is not kept.
-Backward, a program takes some columns of a chunk of rows: it reads h and da once, writes a and dh (over da), and sums dh
-over its rows in fp32; the chunks are then added in order. So dh is not read again for db1, and a is not kept.
+Backward, a program takes some columns of a chunk of rows: it reads h and da once, writes a and dh (over da), and sums
+dh over its rows in fp32; the chunks are then added in order. So dh is not read again for db1, and a is not kept.
 Both are bound by memory: no shared memory, 16 bytes an access.
 
 The GELU that cuBLASLt can apply at the end of a product (``torch._addmm_activation``, the tanh form on CUDA) would save
@@ -52,7 +52,9 @@ def _fwd(h_ptr, a_ptr, size, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["size", "chunk"])
-def _bwd(h_ptr, grad_ptr, a_ptr, sums_ptr, size, chunk, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _bwd(
+    h_ptr, grad_ptr, a_ptr, sums_ptr, size, chunk, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     blocks: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
     part = (tl.program_id(0) // blocks).to(tl.int64)
     columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
