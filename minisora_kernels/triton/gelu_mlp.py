@@ -3,7 +3,7 @@
 Forward, a program takes a stretch of h, read once, and writes the activation; over h itself where h is not kept.
 Backward, a program takes some columns of a chunk of rows: it reads h and da once, writes a and dh (over da), and sums
 dh over its rows in fp32; the chunks are then added in order. So dh is not read again for db1, and a is not kept.
-Both are bound by memory: no shared memory, 16 bytes an access.
+Both are bound by memory: accesses are of 16 bytes, and sums stay in registers until the chunk ends.
 
 The GELU that cuBLASLt can apply at the end of a product (``torch._addmm_activation``, the tanh form on CUDA) would save
 a pass where h is not kept, but rounds only once: a forward without gradients, or the first one of a checkpoint, would
