@@ -159,11 +159,11 @@ class _LongPatchEmbed(torch.autograd.Function):
         return dx, dweight, dbias, dpos, None
 
 
-def _cpu(x, weight, bias, pos):
+def _kernels(x, weight, bias, pos):
     return kernel_refusal(x=x, weight=weight, bias=bias, pos=pos)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu}
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
 
 
 def _check(x, weight, bias, pos) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -237,6 +237,8 @@ def patch_embed(
         return reference(x, weight, bias, pos)
     weight = weight.contiguous()
     bias, pos = (None if p is None else p.contiguous() for p in (bias, pos))
+    if chosen == "triton":  # its kernels take patches of any length
+        return backends.apply(_PatchEmbed, x, weight, bias, pos, chosen)
     width, length = weight.flatten(1).shape
     # Where widths are not whole vectors, torch's float32 products may change with the number of threads on any CPU.
     ragged = width % 16 != 0 or length % 16 != 0
