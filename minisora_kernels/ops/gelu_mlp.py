@@ -71,11 +71,11 @@ class _GeluMLP(torch.autograd.Function):
         )
 
 
-def _cpu(x):
+def _kernels(x):
     return kernel_refusal(x=x)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu}
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
 
 
 def gelu_mlp(
