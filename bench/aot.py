@@ -82,7 +82,7 @@ class Scratch(TorchDispatchMode):
 
 
 class Launchers:
-    """The launchers of minisora_kernels/triton in place of the raw ops, which on meta tensors would give shapes only."""
+    """The launchers of minisora_kernels/triton in place of the raw ops, which would give meta tensors their shapes."""
 
     def __init__(self, moved: Counter[str]) -> None:
         self._moved = moved
