@@ -91,8 +91,8 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.namespace == "minisora":
-            self.kernels.add(func._schema.name.removeprefix("minisora::"))
+        if func.namespace.startswith("minisora"):
+            self.kernels.add(func._schema.name.split("::")[1])
         if func._overloadpacket in FLOPS:
             self.flops += FLOPS[func._overloadpacket](*args, **kwargs, out_val=result)
         if func._schema.name in ALLOCATIONS:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from conftest import DEVICE
 from torch import Tensor
 
 import minisora_kernels as mk
@@ -35,7 +36,7 @@ class Case:
     def leaves(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The inputs in ``dtype``, rounded; leaves that require gradients, but for the constants."""
         return {
-            name: master.to(self.dtypes.get(name, dtype)).detach().requires_grad_(name not in self.constants)
+            name: master.to(DEVICE, self.dtypes.get(name, dtype)).detach().requires_grad_(name not in self.constants)
             for name, master in self.tensors.items()
         }
 

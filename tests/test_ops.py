@@ -8,7 +8,7 @@ import inspect
 import pytest
 import torch
 from cases import CASES, Case
-from conftest import KERNEL_BACKENDS
+from conftest import DEVICE, KERNEL_BACKENDS
 from tolerance import assert_as_accurate
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -58,7 +58,7 @@ def run(case: Case, dtype: torch.dtype, backend: str | None, function=None, like
     generator = torch.Generator().manual_seed(7)
     loss_gradients = [torch.randn(value.shape, generator=generator, dtype=torch.float64) for value in result]
     rounded_gradients = [
-        g.to(like or value.dtype).to(value.dtype) for value, g in zip(result, loss_gradients, strict=True)
+        g.to(DEVICE, like or value.dtype).to(value.dtype) for value, g in zip(result, loss_gradients, strict=True)
     ]
     torch.autograd.backward(result, rounded_gradients)
     for name, leaf in leaves.items():
@@ -139,7 +139,9 @@ def test_strided_and_expanded_inputs(case: Case, backend: str):
     for expand in (True, False):
         leaves = case.leaves(torch.float32)
         result = outputs(case.call(leaves, backend=backend))[-1]
-        one = torch.ones((), dtype=result.dtype).expand(result.shape)  # what .sum().backward() hands over
+        one = torch.ones((), dtype=result.dtype, device=DEVICE).expand(
+            result.shape
+        )  # what .sum().backward() hands over
         result.backward(one if expand else one.contiguous())
         gradients.append([leaf.grad for leaf in leaves.values() if leaf.requires_grad])
     for expanded, dense in zip(*gradients, strict=True):
@@ -151,7 +153,7 @@ def test_strided_and_expanded_inputs(case: Case, backend: str):
 def test_autocast_gives_the_dtype_of_the_reference(case: Case, backend: str):
     results = []
     for name in (backend, "reference"):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             result = outputs(case.call(case.leaves(torch.float32), backend=name))
         sum(value.float().square().sum() for value in result).backward()
         results.append(result)
@@ -207,6 +209,7 @@ def test_float64_goes_to_the_reference_and_is_refused_by_kernels(op: str, backen
         case.call(case.leaves(torch.float64), backend=backend)
 
 
+@pytest.mark.skipif("cpu" not in KERNEL_BACKENDS, reason="the cpu kernels are not under test")
 @pytest.mark.parametrize("op", OPS)
 def test_the_automatic_choice_on_a_cpu_is_the_cpu_kernel(op: str):
     case = next(case for case in CASES if case.op == op)

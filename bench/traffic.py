@@ -1,0 +1,58 @@
+"""How often a Triton kernel reads and writes every element of the large tensors, by construction.
+
+Keys are raw ops; ``read`` and ``written`` say how often each element of a tensor passes. What is small beside them
+(rows of modulation, weights, partial sums) is left out, and stays in the caches. tests/test_triton_traffic.py counts
+the accesses of every element in the interpreter and holds this table against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Traffic(NamedTuple):
+    read: dict[str, int]
+    written: dict[str, int]
+
+
+TRAFFIC = {
+    "adaln_fwd": Traffic({"x": 1}, {"y": 1, "mean": 1, "rstd": 1}),
+    "adaln_bwd": Traffic({"dy": 1, "x": 1}, {"dx": 1}),
+    "gate_residual_fwd": Traffic({"x": 1, "branch": 1}, {"y": 1}),
+    "gate_residual_bwd": Traffic({"dy": 1, "branch": 1}, {"dbranch": 1}),
+    "gate_residual_adaln_fwd": Traffic({"x": 1, "branch": 1}, {"residual": 1, "y": 1, "mean": 1, "rstd": 1}),
+    "gate_residual_adaln_bwd": Traffic({"dresidual": 1, "dy": 1, "residual": 1, "branch": 1}, {"dx": 1, "dbranch": 1}),
+    # Around torch's matrix products: h and a, and da, which becomes dh in place.
+    "gelu_mlp_fwd": Traffic({"h": 1}, {}),
+    "gelu_mlp_bwd": Traffic({"h": 1, "dh": 1}, {"a": 1, "dh": 1}),
+    "patch_embed_fwd": Traffic({}, {"y": 1}),
+    "patch_embed_bwd": Traffic({}, {}),
+    "unpatchify_fwd": Traffic({"tokens": 1}, {"video": 1}),
+    "unpatchify_bwd": Traffic({"dvideo": 1}, {"dtokens": 1}),
+}
+
+# The names of results that have none in their schema.
+RETURNS = {"gate_residual_fwd": "y", "patch_embed_fwd": "y", "unpatchify_fwd": "video", "unpatchify_bwd": "dtokens"}
+
+
+def named_tensors(name: str, arguments: Sequence[Any], result: Any) -> dict[str, Tensor]:
+    """The tensors that go into and come out of raw op ``name``, by the names of its schema."""
+    schema = getattr(torch.ops.minisora_triton, name).default._schema
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    names = [argument.name for argument in schema.arguments] + [r.name or RETURNS[name] for r in schema.returns]
+    pairs = zip(names, [*arguments, *results], strict=True)
+    return {key: value for key, value in pairs if isinstance(value, Tensor)}
+
+
+def bytes_moved(name: str, tensors: dict[str, Tensor], scratch: int) -> dict[str, int]:
+    """``must``: bytes if every tensor passed once. ``does``: as often as the table says, and ``scratch`` twice."""
+    traffic = TRAFFIC[name]
+    must = does = 0
+    for key, tensor in tensors.items():
+        must += tensor.nbytes
+        does += tensor.nbytes * max(traffic.read.get(key, 0) + traffic.written.get(key, 0), 1)
+    return {"must": must, "does": does + 2 * scratch}
