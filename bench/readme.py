@@ -1,7 +1,7 @@
 """``python -m bench.readme``: write the README's measured tables anew from the committed records; ``--check`` verifies.
 
 Between the markers stand, for every machine in ``bench/results``, the tables of ``default.json`` and of ``reuse.json``
-(saved with ``--allocator reuse``) and the plots of the first of them; then what ``aot.json`` says of the Triton kernels.
+(saved with ``--allocator reuse``) and the plots of the first of them; then what ``aot.json`` has of the Triton kernels.
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ def _compiled(path: Path) -> list[str]:
             least = min(kernel["occupancy"] for kernel in found)
             cells.append(f"{most[0]} / {most[1]} B / {most[2] / 1024:.0f} KiB / {least:.0%}")
         moved = [bytes_["does"] / bytes_["must"] for name, bytes_ in record["traffic"].items() if name.split()[0] == op]
-        rows.append((f"`{op}`", len(found), *cells, f"{min(moved):.2f} to {max(moved):.2f}"))
+        rows.append((f"`{op}`", str(len(found)), *cells, f"{min(moved):.2f} to {max(moved):.2f}"))
     return [
-        f"Triton kernels, forward and backward on the same shapes, compiled by Triton {record['triton']} and **not run on a "
-        "GPU**: the most registers a thread, spilled bytes and shared memory of a block, and the least share of a "
-        "multiprocessor's warps, by architecture; bytes that they read and write over those of passing every tensor once.",
+        f"Triton kernels, forward and backward on the same shapes, compiled by Triton {record['triton']} and **not run "
+        "on a GPU**: the most registers a thread, spilled bytes and shared memory of a block, and the least share of a "
+        "multiprocessor's warps, by architecture; bytes read and written over those of passing every tensor once.",
         "",
         *markdown(("op", "kernels", *SHOWN, "bytes over needed"), rows),
         "",
