@@ -14,10 +14,10 @@ from torch.func import functional_call
 from bench.harness import BOTH, FWD, Problem, Random, cases
 from bench.shapes import BLOCK, SAMPLING_STEP, TRAINING_STEP, Model
 from bench.written import WrittenDiT
-from minisora_kernels import adaln
+from minisora_kernels import adaln, guided_step
 from models.dit import DiT
 from models.objectives import FlowMatching
-from models.samplers import guided_model
+from models.samplers import flow_plan, predictor
 
 GUIDANCE, STEPS = 4.0, 50
 
@@ -58,9 +58,12 @@ class SamplingStep(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        plan = flow_plan(FlowMatching(), "euler", STEPS, GUIDANCE)
+        self.coefficients = plan.coefficients[0, 0].to(next(model.parameters()).device, torch.float32)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return x + FlowMatching().velocity(guided_model(self.model, y, GUIDANCE, None), x, t, y) / STEPS
+        cond, null = predictor(self.model, y, GUIDANCE)(x, t)
+        return guided_step(x, cond, self.coefficients, null=null)
 
 
 def build(shape: Model, dtype: torch.dtype, device: torch.device) -> DiT:
@@ -110,7 +113,7 @@ def training_step(shape: Model, dtype: torch.dtype, device: torch.device) -> Pro
 def sampling_step(shape: Model, dtype: torch.dtype, device: torch.device) -> Problem:
     data = {
         "x": Random(dtype, device)(shape.batch, shape.config.channels, *shape.config.input_size),
-        "t": torch.full((shape.batch,), 0.5, device=device),
+        "t": torch.full((shape.batch,), 500.0, device=device),
         "y": torch.arange(shape.batch, device=device),
     }
     return problem_of(SamplingStep, build(shape, dtype, device), data, list(data))

@@ -166,6 +166,29 @@ GELU_MLP = (
 
 
 @dataclass(frozen=True)
+class Latents:
+    """``[batch, channels, T, H, W]`` in a step of Euler, or of DDPM with a learned variance."""
+
+    name: str
+    size: Triple
+    ancestral: bool
+    batch: int
+    channels: int = 4
+    quick: bool = False
+    dtypes: tuple[str, ...] = DTYPES
+
+
+def _latents(clip: Triple, ancestral: bool, batch: int, **options) -> Latents:
+    name = f"{'ddpm' if ancestral else 'euler'} {'x'.join(map(str, clip))} b{batch}"
+    return Latents(name, latents(*clip), ancestral, batch, **options)
+
+
+GUIDED_STEP = tuple(
+    _latents((16, side, side), ancestral, 4, quick=side == 256) for ancestral in (False, True) for side in (256, 512)
+)
+
+
+@dataclass(frozen=True)
 class Model:
     """A DiT on latents, and how many samples it gets."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models.objectives import DDPM, FlowMatching, schedule
-from models.samplers import SOLVERS, guide, sample
+from models.samplers import SOLVERS, sample
 
 MEAN, STD = 1.5, 0.4
 CPU = torch.device("cpu")
@@ -71,6 +71,26 @@ def test_flow_times():
         model = Gaussian("flow")
         sample(model, FlowMatching(), noise(), None, solver=solver, steps=4)
         assert [t.tolist() for t in model.times] == [[e, e] for e in expected]
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "data"])
+@pytest.mark.parametrize("solver", SOLVERS["flow"])
+def test_flow_step_by_step(solver, prediction):
+    """Three steps against the objective's own velocity."""
+
+    class Model(nn.Module):
+        def forward(self, x, t, y):
+            return 0.3 * x.sin() + t.reshape(-1, 1, 1) / 2000
+
+    model, objective, steps = Model(), FlowMatching(prediction=prediction), 3
+    x = noise()
+    out = sample(model, objective, x, None, solver=solver, steps=steps)
+    for i in range(steps):
+        v = objective.velocity(model, x, x.new_full((2,), i / steps), None)
+        if solver == "heun":
+            v = (v + objective.velocity(model, x + v / steps, x.new_full((2,), (i + 1) / steps), None)) / 2
+        x = x + v / steps
+    torch.testing.assert_close(out, x)
 
 
 @pytest.mark.parametrize("steps", [100, 1000])
@@ -135,18 +155,6 @@ def test_few_diffusion_steps_stay_finite(solver, steps):
     assert (out.mean() - MEAN).abs() < 0.2
 
 
-def test_guide():
-    cond, null = noise(seed=1), noise(seed=2)
-    torch.testing.assert_close(guide(cond, null, 3.0), null + 3 * (cond - null))
-    three = guide(cond, null, 3.0, 3)
-    torch.testing.assert_close(three[:, :3], (null + 3 * (cond - null))[:, :3])
-    assert torch.equal(three[:, 3:], cond[:, 3:])
-    assert torch.equal(guide(cond, null, 0.0), null) and torch.equal(guide(cond, null, 1.0), cond)
-    for channels in (0, 5, -1):
-        with pytest.raises(ValueError, match=f"channels are {channels}"):
-            guide(cond, null, 2.0, channels)
-
-
 @pytest.mark.parametrize("channels", [None, 3])
 def test_guidance_in_a_flow(channels):
     model, x, y = Labelled(), noise(), torch.tensor([0, 2])
@@ -158,6 +166,11 @@ def test_guidance_in_a_flow(channels):
     torch.testing.assert_close(out, x + expected)
     ((seen, t, labels),) = model.calls
     assert torch.equal(seen, torch.cat((x, x))) and t.shape == (4,) and labels.tolist() == [0, 2, 3, 3]
+
+
+def test_channels_without_guidance_are_refused():
+    with pytest.raises(ValueError, match="guidance_channels is 3, but guidance is 1"):
+        sample(Labelled(), FlowMatching(), noise(), torch.tensor([0, 2]), solver="euler", steps=1, guidance_channels=3)
 
 
 def test_no_guidance_calls_the_model_on_the_batch_itself():
