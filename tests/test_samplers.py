@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from models.dit import DiT, DiTConfig
 from models.objectives import DDPM, FlowMatching, schedule
-from models.samplers import SOLVERS, sample
+from models.samplers import SOLVERS, Predictor, sample
 
 MEAN, STD = 1.5, 0.4
 CPU = torch.device("cpu")
@@ -197,6 +198,44 @@ def test_the_learned_variance_is_not_guided():
     assert torch.equal(run(4.0, other), run(4.0, table))
     other[:3, 4:] += 1
     assert not torch.allclose(run(4.0, other), run(4.0, table))
+
+
+@pytest.mark.parametrize(("classes", "guidance"), [(0, 1.0), (3, 1.0), (3, 3.0)])
+@pytest.mark.parametrize(("objective", "solver"), [(FlowMatching(), "heun"), (DDPM(), "ddpm")])
+def test_modulations_are_computed_for_many_steps_at_once(objective, solver, classes, guidance, monkeypatch):
+    dit = DiT(DiTConfig((2, 4, 4), (1, 2, 2), 3, width=16, depth=2, heads=2, num_classes=classes)).double()
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+
+    class Plain(nn.Module):
+        """The same model, whose modulations nobody can ask for."""
+
+        null_class = dit.null_class
+
+        def __init__(self):
+            super().__init__()
+            self.dit = dit
+
+        def forward(self, x, t, y):
+            return self.dit(x, t, y)
+
+    calls = []
+    dit.blocks[0].adaLN_modulation.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    x, y = torch.randn(2, 3, 2, 4, 4).double(), torch.tensor([2, 0]) if classes else None
+
+    def run(model):
+        calls.clear()
+        generator = torch.Generator().manual_seed(1)
+        return sample(model, objective, x, y, solver=solver, steps=6, guidance=guidance, generator=generator)
+
+    expected, times = run(Plain()), 12 if solver == "heun" else 6
+    assert len(calls) == times
+    rows = (3 if guidance != 1 else 2) if classes else 1
+    torch.testing.assert_close(run(dit), expected)
+    assert calls == [times * rows]
+    monkeypatch.setattr(Predictor, "ROWS", 4 * rows + rows - 1)
+    torch.testing.assert_close(run(dit), expected)
+    assert calls == [4 * rows] * (times // 4) + [times % 4 * rows] * (times % 4 > 0)
 
 
 def test_guidance_refuses_a_model_without_classes():
