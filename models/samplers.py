@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .objectives import DDPM, FlowMatching, Model, schedule
+from minisora_kernels import guided_step
+
+from .objectives import DDPM, TIMESTEPS, FlowMatching, Schedule, schedule
 
 Objective = FlowMatching | DDPM
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -15,43 +18,96 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 SOLVERS = {"flow": ("euler", "heun"), "ddpm": ("ddpm", "ddim")}
 
 
-def guide(cond: Tensor, null: Tensor, guidance: float, channels: int | None = None) -> Tensor:
-    """``null + guidance * (cond - null)`` on the first ``channels`` channels (None: all); the rest is ``cond``.
+class Plan(NamedTuple):
+    """What a solver asks of the model, and what it makes of the answers; it has one or two calls a step.
 
-    Source: Ho & Salimans 2022 (arXiv 2207.12598). Meta's DiT guides three of four channels.
-
-    Raises:
-        ValueError: ``channels`` outside 1..C.
+    ``times [steps, calls]`` are the model's timesteps, ``coefficients [steps, calls, 5]`` those of
+    :func:`minisora_kernels.guided_step`.
     """
-    if channels is not None and not 1 <= channels <= cond.shape[1]:
-        raise ValueError(f"guidance channels are {channels}; they may be 1..{cond.shape[1]}, or None for all")
-    guided = torch.lerp(null, cond, guidance)
-    if channels is None:
-        return guided
-    return torch.cat((guided[:, :channels], cond[:, channels:]), dim=1)
+
+    times: Tensor
+    coefficients: Tensor
 
 
-def guided_model(model: nn.Module, y: Tensor | None, guidance: float, channels: int | None) -> Model:
-    """``model`` with classifier-free guidance: one call on the batch doubled to (conditional | null class).
+def flow_plan(objective: FlowMatching, solver: str, steps: int, guidance: float) -> Plan:
+    """Euler: ``x1 = x + h v(x, t)``. Heun goes on to ``(x + x1) / 2 + h / 2 v(x1, t + h)``. On the CPU, in float64."""
+    share = torch.tensor([1.0] if solver == "euler" else [1.0, 0.5], dtype=torch.float64)
+    times = (torch.arange(steps)[:, None] + torch.arange(len(share))).double() / steps
+    of_x, of_prediction = objective.weights(times)
+    columns = (guidance, share * (1 + of_x / steps), share * of_prediction / steps, 1 - share, 0.0)
+    return Plan(times * TIMESTEPS, _stack(columns, times))
 
-    A learned variance, the second half of ``2 C`` channels, is the conditional one's.
+
+def diffusion_plan(solver: str, steps: int, guidance: float) -> Plan:
+    """DDPM: the mean of p(x_{i-1} | x_i) and noise. DDIM: the predicted x_0, diffused again by the predicted noise.
+
+    A learned variance lies between beta and the posterior variance; one that is not is beta. On the CPU, in float64.
+    """
+    tables = schedule(steps, torch.device("cpu"), torch.float64)
+    tables = Schedule(*(table.flip(0)[:, None] for table in tables))
+    # x_0 = of_x x + of_noise epsilon
+    of_x, of_noise = tables.alpha_bar.rsqrt(), -(1 / tables.alpha_bar - 1).sqrt()
+    if solver == "ddim":
+        x_0, x, epsilon = tables.previous.sqrt(), 0.0, (1 - tables.previous).sqrt()
+    else:
+        x_0, x, epsilon = tables.posterior_x0_weight, tables.posterior_x_weight, 0.0
+    slope = (tables.beta.log() - tables.posterior_log_variance) / 4
+    columns = (guidance, x_0 * of_x + x, x_0 * of_noise + epsilon, tables.beta.sqrt(), slope)
+    return Plan(tables.timesteps, _stack(columns, tables.timesteps))
+
+
+def _stack(columns: Iterable[float | Tensor], like: Tensor) -> Tensor:
+    return torch.stack([torch.as_tensor(column, dtype=torch.float64).expand(like.shape) for column in columns], dim=-1)
+
+
+class Predictor:
+    """The model's predictions with classes and, for guidance, without: one call on a doubled batch.
+
+    What a call needs besides x comes from :meth:`conditions`. Of a model with ``modulations``, as DiT has them, those
+    are computed for many timesteps at once: its conditional layers read their weights once, not once a step.
 
     Raises:
         ValueError: guidance for a model without classes, or without labels.
     """
-    if guidance == 1:
-        return model
-    null_class = getattr(model, "null_class", None)
-    if null_class is None or y is None:
-        raise ValueError(f"guidance is {guidance}; without classes it must be 1")
-    labels = torch.cat((y, torch.full_like(y, null_class)))
 
-    def guided(x: Tensor, t: Tensor, _: Tensor | None) -> Tensor:
-        cond, null = model(torch.cat((x, x)), torch.cat((t, t)), labels).to(x.dtype).chunk(2)
-        c = x.shape[1]
-        return torch.cat((guide(cond[:, :c], null[:, :c], guidance, channels), cond[:, c:]), dim=1)
+    # At a time: enough rows to occupy a matrix product, 200 MB of modulations for DiT-XL.
+    ROWS = 256
 
-    return guided
+    def __init__(self, model: nn.Module, y: Tensor | None, guidance: float) -> None:
+        self.model, self.guided, self.ahead = model, guidance != 1, hasattr(model, "modulations")
+        # Classes whose modulations are needed, and whose are which sample's: all samples share the null class.
+        self.classes, self.places = y, None if y is None else torch.arange(len(y), device=y.device)
+        if self.guided:
+            null_class = getattr(model, "null_class", None)
+            if null_class is None or y is None:
+                raise ValueError(f"guidance is {guidance}; without classes it must be 1")
+            self.classes = torch.cat((y, y.new_full((1,), null_class)))
+            self.places = torch.cat((self.places, self.places.new_full(y.shape, len(y))))
+
+    def conditions(self, times: Tensor) -> Iterator[Tensor]:
+        """One for each of the timesteps ``times``."""
+        if not self.ahead:
+            yield from times
+            return
+        count = 1 if self.classes is None else len(self.classes)
+        for part in times.split(max(1, self.ROWS // count)):
+            classes = None if self.classes is None else self.classes.repeat(len(part))
+            yield from self.model.modulations(part.repeat_interleave(count), classes).unflatten(0, (-1, count))
+
+    def __call__(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The predictions at x ``[B, C, ...]``; the second is None without guidance."""
+        if self.guided:
+            x = torch.cat((x, x))
+        if self.ahead:
+            rows = condition.expand(len(x), -1) if self.places is None else condition[self.places]
+            prediction = self.model(x, modulations=rows)
+        else:
+            y = None if self.classes is None else self.classes[self.places]
+            prediction = self.model(x, condition.expand(len(x)), y)
+        if not self.guided:
+            return prediction, None
+        cond, null = prediction.chunk(2)
+        return cond, null
 
 
 @torch.no_grad()
@@ -94,53 +150,29 @@ def sample(
         raise ValueError(f"solver is {solver!r}; objective {objective.name!r} has {' and '.join(map(repr, allowed))}")
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
-    guided = guided_model(model, y, guidance, guidance_channels)
-    progress = progress or iter
+    if guidance_channels is not None and guidance == 1:
+        raise ValueError(f"guidance_channels is {guidance_channels}, but guidance is 1, which is none")
+    predict = Predictor(model, y, guidance)
+    if isinstance(objective, FlowMatching):
+        plan = flow_plan(objective, solver, steps, guidance)
+    else:
+        plan = diffusion_plan(solver, steps, guidance)
+    x = noise
+    times = plan.times.to(x.device, x.dtype if plan.times.is_floating_point() else None)
+    coefficients = plan.coefficients.to(x.device, torch.promote_types(x.dtype, torch.float32))
     was_training = model.training
     model.eval()
     try:
-        if isinstance(objective, FlowMatching):
-            return _flow(guided, objective, noise, y, solver, steps, progress)
-        return _diffusion(guided, noise, y, solver, steps, generator, progress)
+        conditions = predict.conditions(times.flatten())
+        for i in (progress or iter)(range(steps)):
+            start = x
+            for call, row in enumerate(coefficients[i]):
+                cond, null = predict(x, next(conditions))
+                objective.check(cond, x)
+                z = start if call == 1 else None
+                if solver == "ddpm" and i < steps - 1:
+                    z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+                x = guided_step(x, cond, row, null=null, z=z, channels=guidance_channels)
+        return x
     finally:
         model.train(was_training)
-
-
-def _flow(
-    model: Model, objective: FlowMatching, x: Tensor, y: Tensor | None, solver: str, steps: int, progress: Progress
-) -> Tensor:
-    def velocity(x: Tensor, t: float) -> Tensor:
-        return objective.velocity(model, x, x.new_full((x.shape[0],), t), y)
-
-    for i in progress(range(steps)):
-        start, end = i / steps, (i + 1) / steps
-        v = velocity(x, start)
-        if solver == "heun":
-            v = (v + velocity(x + v / steps, end)) / 2
-        x = x + v / steps
-    return x
-
-
-def _diffusion(
-    model: Model,
-    x: Tensor,
-    y: Tensor | None,
-    solver: str,
-    steps: int,
-    generator: torch.Generator | None,
-    progress: Progress,
-) -> Tensor:
-    tables = schedule(steps, x.device, x.dtype)
-    for i in progress(range(steps - 1, -1, -1)):
-        step = tables.timesteps.new_full((x.shape[0],), i)
-        epsilon, fraction = DDPM.split(model(x, tables.timesteps[step], y).to(x.dtype), x)
-        mean, log_variance, x_0 = DDPM.step(tables, x, step, epsilon, fraction)
-        if solver == "ddim":
-            previous = tables.previous[i]
-            x = previous.sqrt() * x_0 + (1 - previous).sqrt() * epsilon
-        else:
-            x = mean
-            if i > 0:
-                draw = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-                x = x + (0.5 * log_variance).exp() * draw
-    return x

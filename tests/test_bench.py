@@ -196,7 +196,9 @@ def tiny_model() -> shapes.Model:
     return shapes.Model("tiny", type(model.config)(**config))
 
 
-@pytest.mark.parametrize("make", (bench_model.block, bench_model.training_step, bench_model.sampling_step))
+@pytest.mark.parametrize(
+    "make", (bench_model.block, bench_model.training_step, bench_model.sampling_step, bench_model.sampling_run)
+)
 def test_the_model_as_written_computes_the_same(make):
     problem = make(tiny_model(), torch.float64, torch.device("cpu"))
     assert problem.written is not None

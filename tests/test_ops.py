@@ -20,6 +20,7 @@ import minisora_kernels as mk
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = sorted({case.op for case in CASES})
 ONE_CASE = [next(case for case in CASES if case.op == op) for op in OPS]
+DIFFERENTIABLE = [case for case in ONE_CASE if case.differentiable]
 
 pytestmark = pytest.mark.skipif(not KERNEL_BACKENDS, reason="no kernel backend is available: see the header")
 
@@ -45,7 +46,7 @@ def outputs(result) -> tuple[Tensor, ...]:
 
 
 def run(case: Case, dtype: torch.dtype, backend: str | None, function=None, like=None) -> dict[str, Tensor]:
-    """Outputs and the gradient of every input, by name; incoming gradients are fixed by the shapes."""
+    """Outputs and the gradient of every input that has one, by name; incoming gradients are fixed by the shapes."""
     leaves = case.leaves(dtype)
     if like is not None:  # the float64 oracle gets the inputs as the kernel got them: rounded
         rounded = case.leaves(like)
@@ -55,6 +56,8 @@ def run(case: Case, dtype: torch.dtype, backend: str | None, function=None, like
     call = function or case.call
     result = outputs(call(leaves, backend=backend))
     named = {f"output {i}": value for i, value in enumerate(result)}
+    if not case.differentiable:
+        return named
     generator = torch.Generator().manual_seed(7)
     loss_gradients = [torch.randn(value.shape, generator=generator, dtype=torch.float64) for value in result]
     rounded_gradients = [
@@ -102,7 +105,7 @@ def test_raw_ops_pass_opcheck(case: Case, backend: str):
     seen = Seen()
     with seen:
         run(case, torch.float32, backend)
-    assert any(name.endswith("_fwd") for name in seen.names()) and any(name.endswith("_bwd") for name in seen.names())
+    assert ({"_fwd", "_bwd"} if case.differentiable else {"_fwd"}) <= {name[-4:] for name in seen.names()}
     for func, args, kwargs in seen.calls:
         args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         torch.library.opcheck(func, args, kwargs, test_utils=("test_schema", "test_faketensor"))
@@ -135,6 +138,8 @@ def test_strided_and_expanded_inputs(case: Case, backend: str):
     for name, value in plain.items():
         torch.testing.assert_close(moved[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
+    if not case.differentiable:
+        return
     gradients = []
     for expand in (True, False):
         leaves = case.leaves(torch.float32)
@@ -155,7 +160,8 @@ def test_autocast_gives_the_dtype_of_the_reference(case: Case, backend: str):
     for name in (backend, "reference"):
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             result = outputs(case.call(case.leaves(torch.float32), backend=name))
-        sum(value.float().square().sum() for value in result).backward()
+        if case.differentiable:
+            sum(value.float().square().sum() for value in result).backward()
         results.append(result)
     for ours, reference in zip(*results, strict=True):
         assert ours.dtype == reference.dtype
@@ -187,7 +193,7 @@ def test_same_bits_without_gradients(case: Case, backend: str):
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 @pytest.mark.parametrize("gradients", [True, False])
-@pytest.mark.parametrize("case", ONE_CASE, ids=str)
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
 def test_a_forward_mode_derivative_is_refused(case: Case, gradients: bool, backend: str):
     leaves = case.leaves(torch.float32)
     name, x = next(iter(leaves.items()))
@@ -229,7 +235,7 @@ def test_an_op_has_a_public_function_with_a_whole_docstring(op: str):
 
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
-@pytest.mark.parametrize("case", ONE_CASE, ids=str)
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
 def test_a_second_derivative_is_refused(case: Case, backend: str):
     """The backward kernels have no derivative of their own: an error, never a wrong number."""
     leaves = case.leaves(torch.float32)

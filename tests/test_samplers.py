@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from models.dit import DiT, DiTConfig
 from models.objectives import DDPM, FlowMatching, schedule
-from models.samplers import SOLVERS, guide, sample
+from models.samplers import SOLVERS, Predictor, sample
 
 MEAN, STD = 1.5, 0.4
 CPU = torch.device("cpu")
@@ -71,6 +72,26 @@ def test_flow_times():
         model = Gaussian("flow")
         sample(model, FlowMatching(), noise(), None, solver=solver, steps=4)
         assert [t.tolist() for t in model.times] == [[e, e] for e in expected]
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "data"])
+@pytest.mark.parametrize("solver", SOLVERS["flow"])
+def test_flow_step_by_step(solver, prediction):
+    """Three steps against the objective's own velocity."""
+
+    class Model(nn.Module):
+        def forward(self, x, t, y):
+            return 0.3 * x.sin() + t.reshape(-1, 1, 1) / 2000
+
+    model, objective, steps = Model(), FlowMatching(prediction=prediction), 3
+    x = noise()
+    out = sample(model, objective, x, None, solver=solver, steps=steps)
+    for i in range(steps):
+        v = objective.velocity(model, x, x.new_full((2,), i / steps), None)
+        if solver == "heun":
+            v = (v + objective.velocity(model, x + v / steps, x.new_full((2,), (i + 1) / steps), None)) / 2
+        x = x + v / steps
+    torch.testing.assert_close(out, x)
 
 
 @pytest.mark.parametrize("steps", [100, 1000])
@@ -135,18 +156,6 @@ def test_few_diffusion_steps_stay_finite(solver, steps):
     assert (out.mean() - MEAN).abs() < 0.2
 
 
-def test_guide():
-    cond, null = noise(seed=1), noise(seed=2)
-    torch.testing.assert_close(guide(cond, null, 3.0), null + 3 * (cond - null))
-    three = guide(cond, null, 3.0, 3)
-    torch.testing.assert_close(three[:, :3], (null + 3 * (cond - null))[:, :3])
-    assert torch.equal(three[:, 3:], cond[:, 3:])
-    assert torch.equal(guide(cond, null, 0.0), null) and torch.equal(guide(cond, null, 1.0), cond)
-    for channels in (0, 5, -1):
-        with pytest.raises(ValueError, match=f"channels are {channels}"):
-            guide(cond, null, 2.0, channels)
-
-
 @pytest.mark.parametrize("channels", [None, 3])
 def test_guidance_in_a_flow(channels):
     model, x, y = Labelled(), noise(), torch.tensor([0, 2])
@@ -158,6 +167,11 @@ def test_guidance_in_a_flow(channels):
     torch.testing.assert_close(out, x + expected)
     ((seen, t, labels),) = model.calls
     assert torch.equal(seen, torch.cat((x, x))) and t.shape == (4,) and labels.tolist() == [0, 2, 3, 3]
+
+
+def test_channels_without_guidance_are_refused():
+    with pytest.raises(ValueError, match="guidance_channels is 3, but guidance is 1"):
+        sample(Labelled(), FlowMatching(), noise(), torch.tensor([0, 2]), solver="euler", steps=1, guidance_channels=3)
 
 
 def test_no_guidance_calls_the_model_on_the_batch_itself():
@@ -184,6 +198,44 @@ def test_the_learned_variance_is_not_guided():
     assert torch.equal(run(4.0, other), run(4.0, table))
     other[:3, 4:] += 1
     assert not torch.allclose(run(4.0, other), run(4.0, table))
+
+
+@pytest.mark.parametrize(("classes", "guidance"), [(0, 1.0), (3, 1.0), (3, 3.0)])
+@pytest.mark.parametrize(("objective", "solver"), [(FlowMatching(), "heun"), (DDPM(), "ddpm")])
+def test_modulations_are_computed_for_many_steps_at_once(objective, solver, classes, guidance, monkeypatch):
+    dit = DiT(DiTConfig((2, 4, 4), (1, 2, 2), 3, width=16, depth=2, heads=2, num_classes=classes)).double()
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+
+    class Plain(nn.Module):
+        """The same model, whose modulations nobody can ask for."""
+
+        null_class = dit.null_class
+
+        def __init__(self):
+            super().__init__()
+            self.dit = dit
+
+        def forward(self, x, t, y):
+            return self.dit(x, t, y)
+
+    calls = []
+    dit.blocks[0].adaLN_modulation.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    x, y = torch.randn(2, 3, 2, 4, 4).double(), torch.tensor([2, 0]) if classes else None
+
+    def run(model):
+        calls.clear()
+        generator = torch.Generator().manual_seed(1)
+        return sample(model, objective, x, y, solver=solver, steps=6, guidance=guidance, generator=generator)
+
+    expected, times = run(Plain()), 12 if solver == "heun" else 6
+    assert len(calls) == times
+    rows = (3 if guidance != 1 else 2) if classes else 1
+    torch.testing.assert_close(run(dit), expected)
+    assert calls == [times * rows]
+    monkeypatch.setattr(Predictor, "ROWS", 4 * rows + rows - 1)
+    torch.testing.assert_close(run(dit), expected)
+    assert calls == [4 * rows] * (times // 4) + [times % 4 * rows] * (times % 4 > 0)
 
 
 def test_guidance_refuses_a_model_without_classes():
