@@ -18,7 +18,7 @@ from bench.report import NO_RATIO, about, counted, markdown, milliseconds, ratio
 README = ROOT / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NAMES = ("default", "reuse")
-MODELS = ("block pair", "training step", "sampling step")
+MODELS = ("block pair", "training step", "sampling step", "sampling run")
 
 
 # Direction and column of the cells of the table of ops.
@@ -61,6 +61,8 @@ def section(records: list[dict[str, Any]], plots: list[str]) -> list[str]:
         f"Time of the other column over that of ours, medians, allocator {settings}; above 1 ours is faster.",
         "",
         *_models(cases),
+        "",
+        "A sampling run is of four steps; what stands there as written is ours with modulations computed step by step.",
         "",
         *(f"![{Path(plot).stem}]({plot})" for plot in plots),
         "",
