@@ -29,6 +29,7 @@ TRAFFIC = {
     # Around torch's matrix products: h and a, and da, which becomes dh in place.
     "gelu_mlp_fwd": Traffic({"h": 1}, {}),
     "gelu_mlp_bwd": Traffic({"h": 1, "dh": 1}, {"a": 1, "dh": 1}),
+    "guided_step_fwd": Traffic({"x": 1, "cond": 1, "null": 1}, {"y": 1}),
     "patch_embed_fwd": Traffic({}, {"y": 1}),
     "patch_embed_bwd": Traffic({}, {}),
     "unpatchify_fwd": Traffic({"tokens": 1}, {"video": 1}),
@@ -36,7 +37,13 @@ TRAFFIC = {
 }
 
 # The names of results that have none in their schema.
-RETURNS = {"gate_residual_fwd": "y", "patch_embed_fwd": "y", "unpatchify_fwd": "video", "unpatchify_bwd": "dtokens"}
+RETURNS = {
+    "gate_residual_fwd": "y",
+    "guided_step_fwd": "y",
+    "patch_embed_fwd": "y",
+    "unpatchify_fwd": "video",
+    "unpatchify_bwd": "dtokens",
+}
 
 
 def named_tensors(name: str, arguments: Sequence[Any], result: Any) -> dict[str, Tensor]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models.dit import DiT, DiTConfig
 from models.objectives import DDPM, FlowMatching, schedule
-from models.samplers import SOLVERS, Predictor, sample
+from models.samplers import SOLVERS, Graphed, Predictor, sample
 
 MEAN, STD = 1.5, 0.4
 CPU = torch.device("cpu")
@@ -236,6 +240,87 @@ def test_modulations_are_computed_for_many_steps_at_once(objective, solver, clas
     monkeypatch.setattr(Predictor, "ROWS", 4 * rows + rows - 1)
     torch.testing.assert_close(run(dit), expected)
     assert calls == [4 * rows] * (times // 4) + [times % 4 * rows] * (times % 4 > 0)
+
+
+class Recorded(TorchDispatchMode):
+    """As much of a CUDA graph as there is on a CPU: ops, and the memory that they read and write at every replay."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        self.ops.append((function, arguments, options or {}, out))
+        return out
+
+    def replay(self):
+        for function, arguments, options, out in self.ops:
+            again = function(*arguments, **options)
+            for place, value in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if torch.is_tensor(place) and place.untyped_storage()._cdata != value.untyped_storage()._cdata:
+                    place.copy_(value)  # a view has nothing to write
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The graphs that are captured, by recording ops on the CPU."""
+    graphs = []
+
+    def new():
+        graphs.append(Recorded())
+        return graphs[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda _: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", torch.cuda.Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    original = Graphed.__init__
+    monkeypatch.setattr(Graphed, "__init__", lambda self, f, device: original(self, f, torch.device("cuda")))
+    return graphs
+
+
+@pytest.mark.parametrize(
+    ("objective", "solver", "captured"),
+    [(FlowMatching(), "euler", 1), (FlowMatching(), "heun", 2), (DDPM(), "ddpm", 2), (DDPM(), "ddim", 1)],
+)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_graphs_replay_the_same_samples(objective, solver, captured, guidance, recorded):
+    learned = objective.name == "ddpm"
+    dit = DiT(DiTConfig((2, 4, 4), (1, 2, 2), 3, width=16, depth=2, heads=2, num_classes=3, learn_sigma=learned))
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    y = torch.tensor([2, 0])
+    for model in (dit, Labelled(6 if learned else 3)):
+        recorded.clear()
+        x = torch.randn(2, 3, 2, 4, 4) if model is dit else torch.randn(2, 3, 8, dtype=torch.float64)
+        results = [
+            sample(
+                *(model, objective, x, y),
+                solver=solver,
+                steps=5,
+                guidance=guidance,
+                generator=torch.Generator().manual_seed(1),
+                cuda_graphs=graphs,
+            )
+            for graphs in (False, True)
+        ]
+        assert torch.equal(*results) and len(recorded) == captured
+
+
+def test_a_result_of_a_graph_outlives_the_next_replay(recorded):
+    graphed = Graphed(lambda x, z: 2 * x if z is None else x + z, torch.device("cpu"))
+    one, two = torch.ones(3), torch.arange(3.0)
+    results = [graphed(one, None), graphed(two, None), graphed(one, two), graphed(two, two)]
+    for result, expected in zip(results, (2 * one, 2 * two, one + two, 2 * two), strict=True):
+        assert torch.equal(result, expected)
+    assert len(recorded) == 2
+
+
+def test_graphs_need_a_cuda_device():
+    with pytest.raises(ValueError, match="CUDA graphs need a CUDA device; this is cpu"):
+        sample(Gaussian("flow"), FlowMatching(), noise(), None, solver="euler", steps=2, cuda_graphs=True)
 
 
 def test_guidance_refuses_a_model_without_classes():

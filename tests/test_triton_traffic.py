@@ -81,7 +81,8 @@ def test_every_element_passes_as_often_as_the_table_says(op: str):
     with recorder:
         result = case.call(leaves, backend="triton")
         result = result if isinstance(result, tuple) else (result,)
-        torch.autograd.backward(result, [torch.ones_like(value) for value in result])
+        if case.differentiable:
+            torch.autograd.backward(result, [torch.ones_like(value) for value in result])
     assert recorder.read.keys() <= TRAFFIC.keys()
     assert any(name.startswith(op) for name in recorder.read)
     for name, found in recorder.read.items():
