@@ -62,7 +62,9 @@ def rows_case(
     if op != "adaln":
         tensors["branch"] = random(batch, tokens, width)
     names = {"adaln": ("shift", "scale"), "gate_residual": ("gate",)}.get(op, ("gate", "shift", "scale"))
-    projections = {name: random(batch, count, 6 * width) for name, count in zip(("gate", "shift", "scale"), rows)}
+    projections = {
+        name: random(batch, count, 6 * width) for name, count in zip(("gate", "shift", "scale"), rows, strict=True)
+    }
     tensors |= {name: projections[name] for name in names}
     if affine and op != "gate_residual":
         tensors["weight"] = random(width) + 1

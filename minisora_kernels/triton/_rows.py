@@ -73,7 +73,7 @@ def columns(tile: tl.constexpr):
     out = ()
     for c in tl.static_range(chunks(tile)):
         start = c * tile.lanes * tile.vector + tl.arange(0, tile.lanes)[:, None] * _vector(tile, c)
-        out = out + ((start + tl.arange(0, _vector(tile, c))[None, :])[None],)  # noqa: RUF005
+        out = out + ((start + tl.arange(0, _vector(tile, c))[None, :])[None],)
     return out
 
 
@@ -111,14 +111,14 @@ def run_of(tokens, row_tokens, run_tokens):
 def zeros(tile: tl.constexpr):
     sums = ()
     for c in tl.static_range(chunks(tile)):
-        sums = sums + (tl.zeros([tile.rows, tile.lanes, _vector(tile, c)], tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros([tile.rows, tile.lanes, _vector(tile, c)], tl.float32),)
     return sums
 
 
 @triton.jit
 def add(sums, c: tl.constexpr, value):
     """``sums`` with ``value`` added to chunk ``c``."""
-    return sums[:c] + (sums[c] + value,) + sums[c + 1 :]  # noqa: RUF005
+    return sums[:c] + (sums[c] + value,) + sums[c + 1 :]
 
 
 @triton.jit

@@ -200,8 +200,8 @@ def _bwd(
                 sum_h = add(sum_h, c, da * h)
             else:
                 sum_h = add(sum_h, c, dy * h)
-            hs = hs + (h,)  # noqa: RUF005
-            dhs = dhs + (dh,)  # noqa: RUF005
+            hs = hs + (h,)
+            dhs = dhs + (dh,)
             sum_dh += tl.sum(dh, 2)
             sum_dh_h += tl.sum(dh * h, 2)
 
@@ -312,7 +312,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, branch, gate, shift, scale, weight and bias; ``x`` is what was normalised."""
     check_dense(dresidual=dresidual, dy=dy, x=x, branch=branch, weight=weight, bias=bias, mean=mean, rstd=rstd)
-    batch, tokens, width = x.shape
+    _, tokens, width = x.shape
     parameters = (gate, shift, scale, weight, bias)
     dx, dbranch, *gradients = (None if t is None else t.new_empty(t.shape) for t in (x, branch, *parameters))
     if x.numel() == 0:
@@ -373,6 +373,6 @@ def adaln_bwd(
     mean: Tensor,
     rstd: Tensor,
     rms: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     dx, _, _, *gradients = backward(None, dy, x, None, None, shift, scale, weight, bias, mean, rstd, rms)
     return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in gradients)

@@ -147,7 +147,7 @@ def _short_backward(call: Call, dout, softmax, dqkv, dbias) -> list[Tensor | Non
         *call.box.arguments, call.scale, call.eps,
         each > 1, form, tile, per_program, num_warps=4 if call.exact else tile // 16, num_stages=1,
     )  # fmt: skip
-    if dbias is not None:
+    if parts is not None and dbias is not None:
         sum_rows(parts, dbias)
     return partials
 
