@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import minisora_kernels as mk
+from minisora_kernels import backends
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = sorted({case.op for case in CASES})
@@ -91,7 +92,8 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, backend: str, nan_
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_bits_on_every_run_and_for_any_number_of_threads(case: Case, dtype: torch.dtype, backend: str, threads):
     results = []
-    for count in (1, 2, 3, 2) if case.any_threads else (2, 2, 2):
+    counts = (1, 2, 3, 2) if case.any_threads else (2, 2, 2)
+    for count in counts[:2] if backends.INTERPRETED else counts:  # which knows no threads, and takes its time
         torch.set_num_threads(count)
         results.append(run(case, dtype, backend))
     for other in results[1:]:
