@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.counters import ALLOCATIONS
 from bench.harness import DTYPES, tuple_of
-from bench.traffic import bytes_moved, named_tensors
+from bench.traffic import bytes_moved, named
 from minisora_kernels import backends, use_backend
 from minisora_kernels.__main__ import ops
 
@@ -95,7 +95,7 @@ class Launchers:
                 result = launch(*arguments)
             results = result if isinstance(result, tuple) else (result,)
             temporary = max(scratch.bytes - sum(tensor.nbytes for tensor in results), 0)
-            self._moved.update(bytes_moved(name, named_tensors(name, arguments, result), temporary))
+            self._moved.update(bytes_moved(name, named(name, arguments, result), temporary))
             return result
 
         return counted
@@ -163,7 +163,8 @@ def kernels_of(architecture: int) -> dict[str, dict[str, dict[str, Any]]]:
                 outputs = tuple_of(problem.call(problem.inputs))
                 if problem.wanted:
                     torch.autograd.grad(outputs, [problem.inputs[name] for name in problem.wanted], outputs)
-                traffic[f"{op} {shape.name} {dtype}"] = dict(moved)
+                if moved:
+                    traffic[f"{op} {shape.name} {dtype}"] = dict(moved)
     kernels = {name: resources(compiled, ARCHITECTURES[architecture]) for name, compiled in found.items()}
     return {"kernels": kernels, "traffic": traffic}
 
