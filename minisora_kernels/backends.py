@@ -75,8 +75,12 @@ def define(schema: str) -> None:
     name = schema.split("(")[0]
     op = re.sub("_[a-z]+$", "", name)
 
-    def launch(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"{__package__}.triton.{op}"), name)(*arguments)
+    def launch(first: torch.Tensor, *arguments: Any) -> Any:
+        launcher = getattr(importlib.import_module(f"{__package__}.triton.{op}"), name)
+        if not first.is_cuda:
+            return launcher(first, *arguments)
+        with torch.cuda.device(first.device):  # Triton launches on the current device
+            return launcher(first, *arguments)
 
     LIBRARIES[1].impl(name, launch, DEVICES["triton"].upper())
 

@@ -76,7 +76,7 @@ class SampleConfig:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for ``--device``. With CUDA the whole process has TF32 for its float32 matrix products from now on.
+    """The device for ``--device``. A CUDA device is the current one of the process from now on, with TF32 products.
 
     Raises:
         ValueError: a device that is none of these, or not there.
@@ -87,8 +87,10 @@ def choose_device(name: str) -> torch.device:
     if match is None:
         raise ValueError(f"device is {name!r}; it may be 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if name != "cpu":
-        if int(match[1] or 0) >= torch.cuda.device_count():
+        number = int(match[1] or 0)
+        if number >= torch.cuda.device_count():
             raise ValueError(f"device is {name!r}; torch finds {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(number)
         torch.set_float32_matmul_precision("high")
     return torch.device(name)
 

@@ -125,11 +125,13 @@ def test_devices(monkeypatch):
         choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     precision = torch.get_float32_matmul_precision()
     try:
         assert choose_device("cpu").type == "cpu" and torch.get_float32_matmul_precision() == precision
         assert choose_device("auto") == torch.device("cuda") and choose_device("cuda:1") == torch.device("cuda:1")
-        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.get_float32_matmul_precision() == "high" and current == [0, 1]
     finally:
         torch.set_float32_matmul_precision(precision)
     for name, reason in (("cuda:2", "torch finds 2 CUDA"), ("gpu", "it may be 'auto'"), ("cuda:x", "it may be 'auto'")):
