@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._common import cast
 from ._window_rows import (
     add_product,
     exp,
@@ -257,4 +258,4 @@ def dbias_kernel(
         total += tl.where(q_valid[:, None] & k_valid[None, :], ds, 0.0)
     at = ((chunk * heads + head) * length + q_place[:, None]) * length + k_place[None, :]
     here = (q_place < length)[:, None] & (k_place < length)[None, :]
-    tl.store(dbias + at, total.to(dbias.dtype.element_ty), mask=here)
+    tl.store(dbias + at, cast(total, dbias.dtype.element_ty), mask=here)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import dot
+from ._common import cast, dot
 
 Piece = tuple[int, int, int]
 Triple = tuple[int, int, int]
@@ -194,7 +194,7 @@ def load_rows(pointer, offset, valid, PIECES: tl.constexpr):
 def store_rows(pointer, offset, valid, rows, PIECES: tl.constexpr):
     for i in tl.static_range(len(PIECES)):
         at = pointer + offset[:, None] + columns(PIECES[i])[None, :]
-        tl.store(at, rows[i].to(pointer.dtype.element_ty), mask=channels(valid[:, None], PIECES[i]))
+        tl.store(at, cast(rows[i], pointer.dtype.element_ty), mask=channels(valid[:, None], PIECES[i]))
 
 
 @triton.jit
@@ -266,7 +266,7 @@ def add_product(total, a, rows):
     """``total + a rows``, fp32; a is rounded to the dtype of the rows."""
     result = ()
     for i in tl.static_range(len(rows)):
-        result += (dot(a.to(rows[i].dtype), rows[i], total[i]),)
+        result += (dot(cast(a, rows[i].dtype), rows[i], total[i]),)
     return result
 
 
@@ -349,7 +349,7 @@ def prepare(rows, weight, angles, eps, FORM: tl.constexpr):
         if weight is not None:
             result = products(result, load_weight(weight, FORM.qk))
     result = turn(result, angles, FORM.interleaved, False)
-    return [row.to(rows[0].dtype) for row in result]
+    return [cast(row, rows[0].dtype) for row in result]
 
 
 @triton.jit
@@ -397,7 +397,7 @@ def _sum_kernel(partial, out, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.con
         row = first + tl.arange(0, ROWS)
         here = (row < rows)[:, None] & (column < columns)[None, :]
         total += tl.load(partial + row.to(tl.int64)[:, None] * columns + column[None, :], mask=here, other=0.0)
-    tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < columns)
+    tl.store(out + column, cast(tl.sum(total, 0), out.dtype.element_ty), mask=column < columns)
 
 
 def sum_rows(partial: Tensor, out: Tensor) -> None:

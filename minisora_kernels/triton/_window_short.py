@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import dot
+from ._common import cast, dot
 from ._window_rows import (
     exp,
     inner,
@@ -46,7 +46,7 @@ def _product(a, rows, slot, each, PACKED: tl.constexpr):
     result = ()
     check = 0.0
     for i in tl.static_range(len(rows)):
-        result += (dot(a.to(rows[i].dtype), rows[i], tl.zeros(rows[i].shape, tl.float32)),)
+        result += (dot(cast(a, rows[i].dtype), rows[i], tl.zeros(rows[i].shape, tl.float32)),)
         if PACKED:
             check += tl.sum(tl.sum(result[i], 1), 0)
     if PACKED and check - check != 0.0:
@@ -55,7 +55,7 @@ def _product(a, rows, slot, each, PACKED: tl.constexpr):
             alone = ()
             for i in tl.static_range(len(rows)):
                 part = tl.where(mine, rows[i], 0.0)
-                part = dot(a.to(part.dtype), part, tl.zeros(part.shape, tl.float32))
+                part = dot(cast(a, part.dtype), part, tl.zeros(part.shape, tl.float32))
                 alone += (tl.where(mine, part, result[i]),)
             result = alone
     return result
