@@ -43,8 +43,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Compile csrc/cuda for every architecture; needs nvcc, no GPU.
+# The GPU code without a GPU: Triton's kernels in its interpreter, csrc/cuda emulated and, with nvcc, compiled.
 check-gpu-code: $(VENV)/.installed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_triton.py
 	$(BIN)/python -m pytest tests/test_cuda_build.py
 
 clean:

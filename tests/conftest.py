@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from minisora_kernels import backends
 
-# The tests use CPU tensors, so these are the backends of that device; under Triton's interpreter (TRITON_INTERPRET=1, see
-# `make check-gpu-code`) only its kernels.
+# The tests use CPU tensors, so these are the backends of that device; under Triton's interpreter (TRITON_INTERPRET=1,
+# see `make check-gpu-code`) only its kernels.
 KERNEL_BACKENDS = [
     name
     for name, device in backends.DEVICES.items()
     if device == "cpu" and backends.unavailable(name) is None and (name == "triton") == backends.INTERPRETED
 ]
+
+if "triton" in KERNEL_BACKENDS:
+    # The interpreter patches triton.language whenever a kernel calls a helper. Once is enough, and takes half the time.
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+
+    patch_once = functools.cache(_patch_lang)
+
+    def call_helper(helper, *args, **kwargs):
+        patch_once(helper.fn)
+        return helper.rewrite()(*args, **kwargs)
+
+    InterpretedFunction.__call__ = call_helper
 
 
 @pytest.fixture(autouse=True)

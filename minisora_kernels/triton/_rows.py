@@ -1,13 +1,13 @@
 """Tokens [B, N, D] modulated by rows [B, R, D]: how a program holds tokens, and sums over the tokens of a row.
 
-A token lies in the registers of ``lanes`` neighbouring threads: they take ``vector`` columns (16 bytes) each, chunk after
-chunk, and the last chunk is as narrow as a power of two allows. So 1152 columns are 9 chunks of 128, or 4 of 256 and one of
-128, where one tile of the next power of two would leave 44% of the threads without work. A chunk of some tokens is a tensor
-``[rows, lanes, vector]``, the tokens a tuple of chunks. Every thread has columns of one token only, so a sum over D is one
-within the thread, then one over the lanes: without shared memory while the lanes are in one warp.
+A token lies in the registers of ``lanes`` neighbouring threads: each takes ``vector`` columns (16 bytes) of one chunk
+after the other, and the last chunk is as narrow as a power of two allows. So 1152 columns are 9 chunks of 128, or 4 of
+256 and one of 128; a tile of the next power of two would leave 44% of the lanes without work. A chunk of some tokens is
+a tensor ``[rows, lanes, vector]``, the tokens are a tuple of chunks. A thread has columns of one token only, so a sum
+over D is one within the thread, then one over the lanes, which needs no shared memory while they are of one warp.
 
-A sum over tokens has two stages: a program adds up a run of neighbouring tokens of one row in registers and leaves one
-partial sum; a second kernel adds those of a row. Runs, and so the order of every sum, depend on shapes and dtypes alone.
+A sum over tokens has two stages: a program adds up a run of neighbouring tokens in registers and leaves a partial sum,
+a second kernel adds those of a row. Runs, and so the order of every sum, depend on shapes and dtypes alone.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns of a token that a thread may hold: in a backward with sums for two (three) parameters, in any other kernel.
-# Compiled for sm_80 and sm_90 no kernel spills at widths up to 8192, and two blocks fit on a multiprocessor at D = 1152.
-HELD, HELD_TWO_SUMS, HELD_THREE_SUMS = 96, 36, 24
+# The most columns of a token that a thread holds, and the most tokens that a program takes at a time. A backward, with
+# sums for two or three parameters in registers too, has room for two to four blocks of it on a multiprocessor, and
+# takes few tokens because a tile does not reach over the end of a row.
+FORWARD, BACKWARD = (96, 128), (24, 16)
 
-MAX_RUN = 64  # tokens; then partial sums are 2% of what a backward reads and writes
-RUNS = 256  # the least that fills a GPU, two or three on a multiprocessor; fewer tokens have shorter runs
+# A run has so many tokens that there are RUNS runs: three blocks for every multiprocessor of a large GPU, which holds them
+# all. With MIN_RUN tokens the partial sums are 17% of what the backward of adaln in bfloat16 reads and writes, with
+# MAX_RUN 4%.
+MIN_RUN, MAX_RUN, RUNS = 8, 32, 384
 
 
 class Tile(NamedTuple):
@@ -39,11 +42,13 @@ class Tile(NamedTuple):
 
 
 @lru_cache
-def tile_of(width: int, itemsize: int, held: int) -> tuple[Tile, int]:
+def tile_of(width: int, itemsize: int, held: int, rows: int) -> tuple[Tile, int]:
     """The tile, and the number of warps, for tokens of ``width`` elements of ``itemsize`` bytes."""
-    lanes = max(triton.next_power_of_2(triton.cdiv(width, held)), 8)  # 8 lanes read a line of 128 bytes
-    threads = max(lanes, 128)
-    return Tile(width, threads // lanes, lanes, 16 // itemsize), threads // 32
+    vector = 16 // itemsize
+    lanes = max(triton.next_power_of_2(triton.cdiv(width, held)), 8)  # 8 read a line of 128 bytes
+    lanes = min(lanes, triton.next_power_of_2(triton.cdiv(width, vector)))
+    rows = min(max(128 // lanes, 1), rows)
+    return Tile(width, rows, lanes, vector), max(rows * lanes // 32, 1)
 
 
 @triton.constexpr_function
@@ -64,20 +69,22 @@ def padded(tile, c):
 
 
 @triton.jit
-def tokens_from(first, tile: tl.constexpr):
-    return first + tl.arange(0, tile.rows)[:, None, None]
+def columns(tile: tl.constexpr):
+    """The columns of every chunk."""
+    out = ()
+    for c in tl.static_range(chunks(tile)):
+        start = c * tile.lanes * tile.vector + tl.arange(0, tile.lanes)[:, None] * _vector(tile, c)
+        out = out + ((start + tl.arange(0, _vector(tile, c))[None, :])[None],)  # noqa: RUF005
+    return out
 
 
 @triton.jit
-def columns(live, tile: tl.constexpr, c: tl.constexpr):
-    """The columns of chunk ``c``, and the mask of those that there are of tokens that are ``live``."""
-    vector: tl.constexpr = _vector(tile, c)
-    start = c * tile.lanes * tile.vector
-    column = start + tl.arange(0, tile.lanes)[None, :, None] * vector + tl.arange(0, vector)[None, None, :]
+def mask_of(live, column, tile: tl.constexpr, c: tl.constexpr):
+    """What there is of chunk ``c`` of the tokens that are ``live``."""
     mask = live
     if padded(tile, c):
         mask = live & (column < tile.width)
-    return column, mask
+    return mask
 
 
 @triton.jit
@@ -93,7 +100,7 @@ def row_of(parameter, sample, token, row_tokens):
 
 @triton.jit
 def run_of(tokens, row_tokens, run_tokens):
-    """The run of this program: the first token and the one after the last, over all samples; its sample; the first there."""
+    """This program's run: its first token and the one after its last, over all samples; its sample, and begin there."""
     row_runs = tl.cdiv(row_tokens, run_tokens)
     row = tl.program_id(0) // row_runs
     begin = row * row_tokens + tl.program_id(0) % row_runs * run_tokens
@@ -116,9 +123,8 @@ def add(sums, c: tl.constexpr, value):
 
 
 @triton.jit
-def store_sum(out_ptr, value, tile: tl.constexpr, c: tl.constexpr):
-    """``value [1, lanes, vector]`` is chunk ``c`` of this run's sum."""
-    column, mask = columns(True, tile, c)
+def store_sum(out_ptr, value, column, mask, tile: tl.constexpr):
+    """``value`` is a chunk of this run's sum."""
     tl.store(out_ptr + tl.program_id(0).to(tl.int64) * tile.width + column, value, mask)
 
 
@@ -162,7 +168,8 @@ def _add_up_all(
 class Runs:
     """The tokens of ``like`` cut into runs, each within a row of every one of ``parameters`` that is summed.
 
-    A parameter with a row a token has no sums: its gradient is written token by token, and its rows cut nothing.
+    A parameter with a row a token has no sums: its gradient is written token by token, and its rows cut nothing. Where
+    others have different rows, the coarser one gets a partial sum for each row of the finer.
     """
 
     def __init__(self, like: Tensor, tile: Tile, *parameters: Tensor | None) -> None:
@@ -170,13 +177,13 @@ class Runs:
         rows = lcm(*(p.shape[1] for p in parameters if p is not None and p.shape[1] != tokens))
         self._all_tokens = batch * tokens
         self.row_tokens = tokens // rows
-        run_tokens = max(min(self._all_tokens // RUNS, MAX_RUN), 8)
-        self.run_tokens = min(max(1 << (run_tokens.bit_length() - 1), tile.rows), self.row_tokens)
+        run_tokens = min(max(triton.cdiv(self._all_tokens, RUNS), MIN_RUN), MAX_RUN)
+        self.run_tokens = min(triton.cdiv(run_tokens, tile.rows) * tile.rows, self.row_tokens)
         self.count = batch * rows * triton.cdiv(self.row_tokens, self.run_tokens)
         self._sums: list[tuple[Tensor, Tensor, int]] = []
 
     def target(self, gradient: Tensor | None) -> Tensor | None:
-        """Where a kernel writes for ``gradient [..., D]``: there, if a run or a token is a row of it, else to a row a run."""
+        """Where a kernel writes for ``gradient [..., D]``: in place if a run or a token has a row, else a row a run."""
         if gradient is None or gradient.numel() in (self.count * self._width, self._all_tokens * self._width):
             return gradient
         partial = gradient.new_empty((self.count, self._width), dtype=torch.float32)
@@ -206,8 +213,11 @@ def tokens_per_row(parameter: Tensor | None, tokens: int) -> int:
     return 1 if parameter is None else tokens // parameter.shape[1]
 
 
-def min_itemsize(*tensors: Tensor | None) -> int:
-    return min(tensor.element_size() for tensor in tensors if tensor is not None)
+def max_itemsize(*tensors: Tensor | None) -> int:
+    """What a tile is made for: a thread stores 16 bytes of the widest, and less of the others; the other way round Triton
+    would exchange values between threads before a store.
+    """
+    return max(tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def check_dense(**tensors: Tensor | None) -> None:

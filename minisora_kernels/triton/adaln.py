@@ -1,17 +1,16 @@
-"""adaln, and with a branch to add first, gate_residual_adaln: equations and derivations in minisora_kernels/ops.
+"""adaln, and with a branch to add first gate_residual_adaln: equations and derivations in minisora_kernels/ops.
 
-Forward: a program takes some tokens, reads x (and the branch) once, keeps it in registers for the mean, the centred squares
-and the result, and writes y (the residual) and the statistics once.
+Forward: a program takes some tokens. It reads x (and the branch) once, keeps it in registers for the mean, the centred
+squares and the result, and writes y (and the residual) and the statistics once.
 
-Backward: a program takes a run of tokens that share their rows of the modulation, and goes through them some at a time. It
-reads every activation once, writes dx (dbranch) once, and adds up the gradients of the parameters in fp32 registers: with
-P = sum dy and Q = sum dy * h over a run,
+Backward: a program takes a run of tokens that share their rows of the modulation, a few at a time. It reads every
+activation once, writes dx (and dbranch) once and keeps fp32 sums in registers. With P = sum dy and Q = sum dy * h,
 
     dshift = P      dscale = weight * Q + bias * P      dweight = (1 + scale) * Q      dbias = (1 + scale) * P
 
-of which each run leaves one row, for the second stage in _rows.py to add up. A parameter with a row a token needs no sum: the
-gradient of its row is written with the token. Rows and samples only decide where runs begin, so batches and per-frame
-modulation cost what one row costs.
+of which every run leaves a partial sum, to be added up by the second stage in _rows.py. A parameter with a row a token
+needs no sum: the gradient of the row is written with its token. Rows and samples only decide where runs begin and end,
+so batches and a modulation per frame cost what one row costs.
 
 Not run on a GPU yet.
 """
@@ -24,23 +23,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ._rows import (
-    HELD,
-    HELD_THREE_SUMS,
-    HELD_TWO_SUMS,
+    BACKWARD,
+    FORWARD,
     Runs,
     add,
     check_dense,
     chunks,
     columns,
     load,
-    min_itemsize,
+    mask_of,
+    max_itemsize,
     padded,
     row_of,
     run_of,
     store_sum,
     strided,
     tile_of,
-    tokens_from,
     tokens_per_row,
     zeros,
 )
@@ -68,50 +66,54 @@ def _fwd(
     RMS: tl.constexpr,
     tile: tl.constexpr,
 ):
-    token = tokens_from(tl.program_id(0) * tile.rows, tile)
+    column = columns(tile)
+    token = tl.program_id(0) * tile.rows + tl.arange(0, tile.rows)[:, None, None]
     live = token < count
     at = token.to(tl.int64) * tile.width
     sample = token // tokens
     place = token - sample * tokens
+    shift_row = row_of(shift, sample, place, shift_tokens)
+    scale_row = row_of(scale, sample, place, scale_tokens)
+    if branch_ptr is not None:
+        gate_row = row_of(gate, sample, place, gate_tokens)
 
     xs = ()
     sums = tl.zeros([tile.rows, tile.lanes], tl.float32)
     for c in tl.static_range(chunks(tile)):
-        column, mask = columns(live, tile, c)
-        x = load(x_ptr + at + column, mask)
+        mask = mask_of(live, column[c], tile, c)
+        here = at + column[c]
+        x = load(x_ptr + here, mask)
         if branch_ptr is not None:
-            gate_value = load(row_of(gate, sample, place, gate_tokens) + column, mask)
-            residual = (x + gate_value * load(branch_ptr + at + column, mask)).to(residual_ptr.dtype.element_ty)
-            tl.store(residual_ptr + at + column, residual, mask)
+            x += load(gate_row + column[c], mask) * load(branch_ptr + here, mask)
+            residual = x.to(residual_ptr.dtype.element_ty)
+            tl.store(residual_ptr + here, residual, mask)
             x = residual.to(tl.float32)
-        xs = xs + (x,)
+        xs = xs + (x,)  # noqa: RUF005
         sums += tl.sum(x, 2)
-    if RMS:
-        mean = tl.zeros([tile.rows, 1, 1], tl.float32)
-    else:
+    mean = tl.zeros([tile.rows, 1, 1], tl.float32)
+    if not RMS:
         mean = tl.sum(sums, 1)[:, None, None] / tile.width
 
     sums = tl.zeros([tile.rows, tile.lanes], tl.float32)
     for c in tl.static_range(chunks(tile)):
         d = xs[c] - mean
         if padded(tile, c):
-            column, mask = columns(live, tile, c)
-            d = tl.where(mask, d, 0.0)
+            d = tl.where(column[c] < tile.width, d, 0.0)
         sums += tl.sum(d * d, 2)
     rstd = tl.rsqrt(tl.sum(sums, 1)[:, None, None] / tile.width + eps)
     tl.store(mean_ptr + token, mean, live)
     tl.store(rstd_ptr + token, rstd, live)
 
     for c in tl.static_range(chunks(tile)):
-        column, mask = columns(live, tile, c)
+        mask = mask_of(live, column[c], tile, c)
         y = (xs[c] - mean) * rstd
         if weight_ptr is not None:
-            y *= load(weight_ptr + column, mask)
+            y *= load(weight_ptr + column[c], mask)
         if bias_ptr is not None:
-            y += load(bias_ptr + column, mask)
-        y *= 1 + load(row_of(scale, sample, place, scale_tokens) + column, mask)
-        y += load(row_of(shift, sample, place, shift_tokens) + column, mask)
-        tl.store(y_ptr + at + column, y, mask)
+            y += load(bias_ptr + column[c], mask)
+        y *= 1 + load(scale_row + column[c], mask)
+        y += load(shift_row + column[c], mask)
+        tl.store(y_ptr + at + column[c], y, mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "row_tokens", "run_tokens", "gate_tokens", "scale_tokens"])
@@ -144,6 +146,8 @@ def _bwd(
     SCALE_PER_TOKEN: tl.constexpr,
     tile: tl.constexpr,
 ):
+    column = columns(tile)
+    member = tl.arange(0, tile.rows)[:, None, None]
     begin, end, sample, place = run_of(tokens, row_tokens, run_tokens)
     if not SCALE_PER_TOKEN:
         scale_row = row_of(scale, sample, place, scale_tokens)
@@ -155,7 +159,7 @@ def _bwd(
     sum_gate = zeros(tile)
 
     for first in range(begin, end, tile.rows):
-        token = tokens_from(first, tile)
+        token = first + member
         live = token < end
         at = token.to(tl.int64) * tile.width
         if SCALE_PER_TOKEN:
@@ -172,23 +176,24 @@ def _bwd(
         sum_dh = tl.zeros([tile.rows, tile.lanes], tl.float32)
         sum_dh_h = tl.zeros([tile.rows, tile.lanes], tl.float32)
         for c in tl.static_range(chunks(tile)):
-            column, mask = columns(live, tile, c)
-            dy = load(dy_ptr + at + column, mask)
-            h = (load(x_ptr + at + column, mask) - mean) * rstd
-            da = dy * (1 + load(scale_row + column, mask))
+            mask = mask_of(live, column[c], tile, c)
+            here = at + column[c]
+            dy = load(dy_ptr + here, mask)
+            h = (load(x_ptr + here, mask) - mean) * rstd
+            da = dy * (1 + load(scale_row + column[c], mask))
             dh = da
             a = h
             if weight_ptr is not None:
-                weight = load(weight_ptr + column, mask)
+                weight = load(weight_ptr + column[c], mask)
                 dh *= weight
                 a *= weight
             if bias_ptr is not None:
-                a += load(bias_ptr + column, mask)
+                a += load(bias_ptr + column[c], mask)
             sum_dy = add(sum_dy, c, dy)
             if SHIFT_PER_TOKEN:
-                tl.store(dshift_ptr + at + column, dy, mask)
+                tl.store(dshift_ptr + here, dy, mask)
             if SCALE_PER_TOKEN:
-                tl.store(dscale_ptr + at + column, dy * a, mask)
+                tl.store(dscale_ptr + here, dy * a, mask)
                 sum_da = add(sum_da, c, da)
                 sum_h = add(sum_h, c, da * h)
             else:
@@ -198,48 +203,49 @@ def _bwd(
             sum_dh += tl.sum(dh, 2)
             sum_dh_h += tl.sum(dh * h, 2)
 
-        mean_dh = tl.sum(sum_dh, 1)[:, None, None] / tile.width
-        mean_dh_h = tl.sum(sum_dh_h, 1)[:, None, None] / tile.width
+        # joined: one exchange between warps for both
+        mean_dh, mean_dh_h = tl.split(tl.sum(tl.join(sum_dh, sum_dh_h), 1)[:, None, None] / tile.width)
         for c in tl.static_range(chunks(tile)):
-            column, mask = columns(live, tile, c)
+            mask = mask_of(live, column[c], tile, c)
+            here = at + column[c]
             dx = dhs[c] - hs[c] * mean_dh_h
             if not RMS:
                 dx -= mean_dh
             dx *= rstd
             if branch_ptr is not None:
-                dx += load(dresidual_ptr + at + column, mask)
-                dgate = dx * load(branch_ptr + at + column, mask)
+                dx += load(dresidual_ptr + here, mask)
+                dgate = dx * load(branch_ptr + here, mask)
                 if GATE_PER_TOKEN:
-                    tl.store(dgate_ptr + at + column, dgate, mask)
+                    tl.store(dgate_ptr + here, dgate, mask)
                 else:
                     sum_gate = add(sum_gate, c, dgate)
-                tl.store(dbranch_ptr + at + column, dx * load(gate_row + column, mask), mask)
-            tl.store(dx_ptr + at + column, dx, mask)
+                tl.store(dbranch_ptr + here, dx * load(gate_row + column[c], mask), mask)
+            tl.store(dx_ptr + here, dx, mask)
 
     for c in tl.static_range(chunks(tile)):
-        column, mask = columns(True, tile, c)
+        mask = mask_of(True, column[c], tile, c)
         total = tl.sum(sum_dy[c], 0)[None]
         total_h = tl.sum(sum_h[c], 0)[None]
         if not SHIFT_PER_TOKEN:
-            store_sum(dshift_ptr, total, tile, c)
+            store_sum(dshift_ptr, total, column[c], mask, tile)
         if SCALE_PER_TOKEN:
             total = tl.sum(sum_da[c], 0)[None]
         else:
             dscale = total_h
             if weight_ptr is not None:
-                dscale *= load(weight_ptr + column, mask)
+                dscale *= load(weight_ptr + column[c], mask)
             if bias_ptr is not None:
-                dscale += load(bias_ptr + column, mask) * total
-            store_sum(dscale_ptr, dscale, tile, c)
-            one_plus_scale = 1 + load(scale_row + column, mask)
+                dscale += load(bias_ptr + column[c], mask) * total
+            store_sum(dscale_ptr, dscale, column[c], mask, tile)
+            one_plus_scale = 1 + load(scale_row + column[c], mask)
             total *= one_plus_scale
             total_h *= one_plus_scale
         if dweight_ptr is not None:
-            store_sum(dweight_ptr, total_h, tile, c)
+            store_sum(dweight_ptr, total_h, column[c], mask, tile)
         if dbias_ptr is not None:
-            store_sum(dbias_ptr, total, tile, c)
+            store_sum(dbias_ptr, total, column[c], mask, tile)
         if branch_ptr is not None and not GATE_PER_TOKEN:
-            store_sum(dgate_ptr, tl.sum(sum_gate[c], 0)[None], tile, c)
+            store_sum(dgate_ptr, tl.sum(sum_gate[c], 0)[None], column[c], mask, tile)
 
 
 def forward(
@@ -262,7 +268,7 @@ def forward(
     mean = x.new_empty((batch, tokens), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if x.numel():
-        tile, warps = tile_of(width, min_itemsize(x, branch, y), HELD)
+        tile, warps = tile_of(width, max_itemsize(x, branch, y), *FORWARD)
         _fwd[(triton.cdiv(batch * tokens, tile.rows),)](
             x,
             branch,
@@ -304,13 +310,15 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, branch, gate, shift, scale, weight and bias; ``x`` is what was normalised."""
     check_dense(dresidual=dresidual, dy=dy, x=x, branch=branch, weight=weight, bias=bias, mean=mean, rstd=rstd)
-    batch, tokens, width = x.shape
-    parameters = (gate, shift, scale, weight, bias)
-    dx, dbranch, *gradients = (None if t is None else t.new_empty(t.shape) for t in (x, branch, *parameters))
+    tokens, width = x.shape[1:]
+    rows = (gate, shift, scale)
+    dx, dbranch, *gradients = (None if t is None else t.new_empty(t.shape) for t in (x, branch, *rows, weight, bias))
     if x.numel() == 0:
         return dx, dbranch, *(None if gradient is None else gradient.zero_() for gradient in gradients)
 
-    tile, warps = tile_of(width, min_itemsize(x, branch, dy), HELD_TWO_SUMS if branch is None else HELD_THREE_SUMS)
+    per_token = [tokens_per_row(parameter, tokens) == 1 for parameter in rows]
+    written = [parameter for parameter, token_by_token in zip(rows, per_token, strict=True) if token_by_token]
+    tile, warps = tile_of(width, max_itemsize(dy, x, branch, *written), *BACKWARD)
     runs = Runs(x, tile, gate, shift, scale)
     targets = [runs.target(gradient) for gradient in gradients]
     _bwd[(runs.count,)](
@@ -333,7 +341,7 @@ def backward(
         tokens_per_row(gate, tokens),
         tokens_per_row(scale, tokens),
         rms,
-        *(tokens_per_row(parameter, tokens) == 1 for parameter in (gate, shift, scale)),
+        *per_token,
         tile,
         num_warps=warps,
     )

@@ -1,8 +1,8 @@
 """gate_residual: equation and derivation in minisora_kernels/ops/gate_residual.py.
 
 Forward: a program takes some tokens, reads x and the branch once and writes y once. Backward: a program takes a run of
-tokens that share a row of the gate, reads dy and the branch once, writes dbranch once and adds up dgate in fp32 registers;
-_rows.py adds up the runs. A gate with a row a token has its gradient written with the token.
+tokens that share a row of the gate, reads dy and the branch once, writes dbranch once and adds up dgate in fp32
+registers; _rows.py adds up the runs. The gradient of a gate with a row a token is written with its token.
 
 Not run on a GPU yet.
 """
@@ -15,21 +15,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ._rows import (
-    HELD,
-    HELD_TWO_SUMS,
+    BACKWARD,
+    FORWARD,
     Runs,
     add,
     check_dense,
     chunks,
     columns,
     load,
-    min_itemsize,
+    mask_of,
+    max_itemsize,
     row_of,
     run_of,
     store_sum,
     strided,
     tile_of,
-    tokens_from,
     tokens_per_row,
     zeros,
 )
@@ -37,14 +37,16 @@ from ._rows import (
 
 @triton.jit(do_not_specialize=["count", "tokens", "gate_tokens"])
 def _fwd(x_ptr, branch_ptr, gate, y_ptr, count, tokens, gate_tokens, tile: tl.constexpr):
-    token = tokens_from(tl.program_id(0) * tile.rows, tile)
+    column = columns(tile)
+    token = tl.program_id(0) * tile.rows + tl.arange(0, tile.rows)[:, None, None]
     live = token < count
     at = token.to(tl.int64) * tile.width
     gate_row = row_of(gate, token // tokens, token % tokens, gate_tokens)
     for c in tl.static_range(chunks(tile)):
-        column, mask = columns(live, tile, c)
-        gated = load(gate_row + column, mask) * load(branch_ptr + at + column, mask)
-        tl.store(y_ptr + at + column, load(x_ptr + at + column, mask) + gated, mask)
+        mask = mask_of(live, column[c], tile, c)
+        here = at + column[c]
+        gated = load(gate_row + column[c], mask) * load(branch_ptr + here, mask)
+        tl.store(y_ptr + here, load(x_ptr + here, mask) + gated, mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "row_tokens", "run_tokens"])
@@ -60,28 +62,32 @@ def _bwd(
     PER_TOKEN: tl.constexpr,
     tile: tl.constexpr,
 ):
+    column = columns(tile)
+    member = tl.arange(0, tile.rows)[:, None, None]
     begin, end, sample, place = run_of(tokens, row_tokens, run_tokens)
     if not PER_TOKEN:
         gate_row = row_of(gate, sample, place, row_tokens)
     sums = zeros(tile)
     for first in range(begin, end, tile.rows):
-        token = tokens_from(first, tile)
+        token = first + member
         live = token < end
         at = token.to(tl.int64) * tile.width
         if PER_TOKEN:
             gate_row = row_of(gate, sample, place + token - begin, 1)
         for c in tl.static_range(chunks(tile)):
-            column, mask = columns(live, tile, c)
-            dy = load(dy_ptr + at + column, mask)
-            dgate = dy * load(branch_ptr + at + column, mask)
-            tl.store(dbranch_ptr + at + column, dy * load(gate_row + column, mask), mask)
+            mask = mask_of(live, column[c], tile, c)
+            here = at + column[c]
+            dy = load(dy_ptr + here, mask)
+            dgate = dy * load(branch_ptr + here, mask)
+            tl.store(dbranch_ptr + here, dy * load(gate_row + column[c], mask), mask)
             if PER_TOKEN:
-                tl.store(dgate_ptr + at + column, dgate, mask)
+                tl.store(dgate_ptr + here, dgate, mask)
             else:
                 sums = add(sums, c, dgate)
     if not PER_TOKEN:
         for c in tl.static_range(chunks(tile)):
-            store_sum(dgate_ptr, tl.sum(sums[c], 0)[None], tile, c)
+            mask = mask_of(True, column[c], tile, c)
+            store_sum(dgate_ptr, tl.sum(sums[c], 0)[None], column[c], mask, tile)
 
 
 def gate_residual_fwd(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -89,7 +95,7 @@ def gate_residual_fwd(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     batch, tokens, width = x.shape
     y = torch.empty_like(x)
     if x.numel():
-        tile, warps = tile_of(width, min_itemsize(x, branch), HELD)
+        tile, warps = tile_of(width, max_itemsize(x, branch), *FORWARD)
         _fwd[(triton.cdiv(batch * tokens, tile.rows),)](
             x,
             branch,
@@ -110,7 +116,7 @@ def gate_residual_bwd(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor,
     dbranch, dgate = torch.empty_like(branch), gate.new_empty(gate.shape)
     if dy.numel() == 0:
         return dbranch, dgate.zero_()
-    tile, warps = tile_of(width, min_itemsize(dy, branch), HELD_TWO_SUMS)
+    tile, warps = tile_of(width, max_itemsize(dy, branch), *BACKWARD)
     runs = Runs(dy, tile, gate)
     _bwd[(runs.count,)](
         dy,

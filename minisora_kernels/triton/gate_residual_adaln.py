@@ -1,8 +1,8 @@
 """gate_residual_adaln: the kernels of adaln.py, with a branch to add first.
 
 Forward, a program reads x and the branch once and writes the residual and y once; the residual is rounded before it is
-normalised. Backward, it also reads the gradient of the residual, writes dbranch and adds up dgate: six activations read or
-written, where the two ops one after the other have eight.
+normalised. Backward, it reads the gradient of the residual too, writes dbranch and adds up dgate: six activations pass
+through memory, where the two ops one after the other take nine.
 
 Not run on a GPU yet.
 """
