@@ -21,13 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import cast
+
 # The most columns of a token that a thread holds, and the most tokens that a program takes at a time. A backward, with
 # sums for two or three parameters in registers too, has room for two to four blocks of it on a multiprocessor, and
 # takes few tokens because a tile does not reach over the end of a row.
 FORWARD, BACKWARD = (96, 128), (24, 16)
 
-# A run has so many tokens that there are RUNS runs: three blocks for every multiprocessor of a large GPU, which holds them
-# all. With MIN_RUN tokens the partial sums are 17% of what the backward of adaln in bfloat16 reads and writes, with
+# Runs are as long as makes RUNS of them, three blocks for every multiprocessor of a large GPU, which holds them all at
+# once. With MIN_RUN tokens the partial sums are 17% of what the backward of adaln in bfloat16 reads and writes, with
 # MAX_RUN 4%.
 MIN_RUN, MAX_RUN, RUNS = 8, 32, 384
 
@@ -74,7 +76,7 @@ def columns(tile: tl.constexpr):
     out = ()
     for c in tl.static_range(chunks(tile)):
         start = c * tile.lanes * tile.vector + tl.arange(0, tile.lanes)[:, None] * _vector(tile, c)
-        out = out + ((start + tl.arange(0, _vector(tile, c))[None, :])[None],)  # noqa: RUF005
+        out = out + ((start + tl.arange(0, _vector(tile, c))[None, :])[None],)
     return out
 
 
@@ -90,6 +92,11 @@ def mask_of(live, column, tile: tl.constexpr, c: tl.constexpr):
 @triton.jit
 def load(ptr, mask):
     return tl.load(ptr, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(ptr, value, mask):
+    tl.store(ptr, cast(value, ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -112,20 +119,20 @@ def run_of(tokens, row_tokens, run_tokens):
 def zeros(tile: tl.constexpr):
     sums = ()
     for c in tl.static_range(chunks(tile)):
-        sums = sums + (tl.zeros([tile.rows, tile.lanes, _vector(tile, c)], tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros([tile.rows, tile.lanes, _vector(tile, c)], tl.float32),)
     return sums
 
 
 @triton.jit
 def add(sums, c: tl.constexpr, value):
     """``sums`` with ``value`` added to chunk ``c``."""
-    return sums[:c] + (sums[c] + value,) + sums[c + 1 :]  # noqa: RUF005
+    return sums[:c] + (sums[c] + value,) + sums[c + 1 :]
 
 
 @triton.jit
 def store_sum(out_ptr, value, column, mask, tile: tl.constexpr):
     """``value`` is a chunk of this run's sum."""
-    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * tile.width + column, value, mask)
+    store(out_ptr + tl.program_id(0).to(tl.int64) * tile.width + column, value, mask)
 
 
 DEPTH, COLUMNS = 64, 32  # a tile of the second stage: 64 loads of 128 bytes in flight
@@ -142,7 +149,7 @@ def _add_up(partial_ptr, out_ptr, rows, count, width: tl.constexpr, DEPTH: tl.co
         for first in range(0, count, DEPTH):
             run = first + tl.arange(0, DEPTH)[:, None]
             sums += load(partial_ptr + (row * count + run) * width + column, (run < count) & (column < width))
-        tl.store(out_ptr + row * width + column, tl.sum(sums, 0)[None, :].to(tl.float32), column < width)
+        store(out_ptr + row * width + column, tl.sum(sums, 0)[None, :].to(tl.float32), column < width)
 
 
 @triton.jit(do_not_specialize=["runs", "rows0", "rows1", "rows2", "rows3", "rows4"])
@@ -214,8 +221,8 @@ def tokens_per_row(parameter: Tensor | None, tokens: int) -> int:
 
 
 def max_itemsize(*tensors: Tensor | None) -> int:
-    """What a tile is made for: a thread stores 16 bytes of the widest, and less of the others; the other way round Triton
-    would exchange values between threads before a store.
+    """What a tile is made for: threads store 16 bytes of the widest, and less of the others. With more of the widest
+    Triton would exchange values between threads before every store.
     """
     return max(tensor.element_size() for tensor in tensors if tensor is not None)
 

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import cast
 from ._rows import (
     BACKWARD,
     FORWARD,
@@ -36,6 +37,7 @@ from ._rows import (
     padded,
     row_of,
     run_of,
+    store,
     store_sum,
     strided,
     tile_of,
@@ -85,10 +87,10 @@ def _fwd(
         x = load(x_ptr + here, mask)
         if branch_ptr is not None:
             x += load(gate_row + column[c], mask) * load(branch_ptr + here, mask)
-            residual = x.to(residual_ptr.dtype.element_ty)
-            tl.store(residual_ptr + here, residual, mask)
+            residual = cast(x, residual_ptr.dtype.element_ty)
+            store(residual_ptr + here, residual, mask)
             x = residual.to(tl.float32)
-        xs = xs + (x,)  # noqa: RUF005
+        xs = xs + (x,)
         sums += tl.sum(x, 2)
     mean = tl.zeros([tile.rows, 1, 1], tl.float32)
     if not RMS:
@@ -101,8 +103,8 @@ def _fwd(
             d = tl.where(column[c] < tile.width, d, 0.0)
         sums += tl.sum(d * d, 2)
     rstd = tl.rsqrt(tl.sum(sums, 1)[:, None, None] / tile.width + eps)
-    tl.store(mean_ptr + token, mean, live)
-    tl.store(rstd_ptr + token, rstd, live)
+    store(mean_ptr + token, mean, live)
+    store(rstd_ptr + token, rstd, live)
 
     for c in tl.static_range(chunks(tile)):
         mask = mask_of(live, column[c], tile, c)
@@ -113,7 +115,7 @@ def _fwd(
             y += load(bias_ptr + column[c], mask)
         y *= 1 + load(scale_row + column[c], mask)
         y += load(shift_row + column[c], mask)
-        tl.store(y_ptr + at + column[c], y, mask)
+        store(y_ptr + at + column[c], y, mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "row_tokens", "run_tokens", "gate_tokens", "scale_tokens"])
@@ -191,15 +193,15 @@ def _bwd(
                 a += load(bias_ptr + column[c], mask)
             sum_dy = add(sum_dy, c, dy)
             if SHIFT_PER_TOKEN:
-                tl.store(dshift_ptr + here, dy, mask)
+                store(dshift_ptr + here, dy, mask)
             if SCALE_PER_TOKEN:
-                tl.store(dscale_ptr + here, dy * a, mask)
+                store(dscale_ptr + here, dy * a, mask)
                 sum_da = add(sum_da, c, da)
                 sum_h = add(sum_h, c, da * h)
             else:
                 sum_h = add(sum_h, c, dy * h)
-            hs = hs + (h,)  # noqa: RUF005
-            dhs = dhs + (dh,)  # noqa: RUF005
+            hs = hs + (h,)
+            dhs = dhs + (dh,)
             sum_dh += tl.sum(dh, 2)
             sum_dh_h += tl.sum(dh * h, 2)
 
@@ -216,11 +218,11 @@ def _bwd(
                 dx += load(dresidual_ptr + here, mask)
                 dgate = dx * load(branch_ptr + here, mask)
                 if GATE_PER_TOKEN:
-                    tl.store(dgate_ptr + here, dgate, mask)
+                    store(dgate_ptr + here, dgate, mask)
                 else:
                     sum_gate = add(sum_gate, c, dgate)
-                tl.store(dbranch_ptr + here, dx * load(gate_row + column[c], mask), mask)
-            tl.store(dx_ptr + here, dx, mask)
+                store(dbranch_ptr + here, dx * load(gate_row + column[c], mask), mask)
+            store(dx_ptr + here, dx, mask)
 
     for c in tl.static_range(chunks(tile)):
         mask = mask_of(True, column[c], tile, c)
@@ -373,6 +375,6 @@ def adaln_bwd(
     mean: Tensor,
     rstd: Tensor,
     rms: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     dx, _, _, *gradients = backward(None, dy, x, None, None, shift, scale, weight, bias, mean, rstd, rms)
     return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in gradients)

@@ -27,6 +27,7 @@ from ._rows import (
     max_itemsize,
     row_of,
     run_of,
+    store,
     store_sum,
     strided,
     tile_of,
@@ -46,7 +47,7 @@ def _fwd(x_ptr, branch_ptr, gate, y_ptr, count, tokens, gate_tokens, tile: tl.co
         mask = mask_of(live, column[c], tile, c)
         here = at + column[c]
         gated = load(gate_row + column[c], mask) * load(branch_ptr + here, mask)
-        tl.store(y_ptr + here, load(x_ptr + here, mask) + gated, mask)
+        store(y_ptr + here, load(x_ptr + here, mask) + gated, mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "row_tokens", "run_tokens"])
@@ -79,9 +80,9 @@ def _bwd(
             here = at + column[c]
             dy = load(dy_ptr + here, mask)
             dgate = dy * load(branch_ptr + here, mask)
-            tl.store(dbranch_ptr + here, dy * load(gate_row + column[c], mask), mask)
+            store(dbranch_ptr + here, dy * load(gate_row + column[c], mask), mask)
             if PER_TOKEN:
-                tl.store(dgate_ptr + here, dgate, mask)
+                store(dgate_ptr + here, dgate, mask)
             else:
                 sums = add(sums, c, dgate)
     if not PER_TOKEN:
