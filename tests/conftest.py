@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
@@ -18,6 +19,18 @@ KERNEL_BACKENDS = [
     for name, device in backends.DEVICES.items()
     if device == DEVICE and backends.unavailable(name) is None and (name == "triton" or not backends.INTERPRETED)
 ]
+
+if "triton" in KERNEL_BACKENDS and backends.INTERPRETED:
+    # The interpreter patches triton.language whenever a kernel calls a helper. Once is enough, and takes half the time.
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+
+    patch_once = functools.cache(_patch_lang)
+
+    def call_helper(helper, *args, **kwargs):
+        patch_once(helper.fn)
+        return helper.rewrite()(*args, **kwargs)
+
+    InterpretedFunction.__call__ = call_helper
 
 
 @pytest.fixture(autouse=True)

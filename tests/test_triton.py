@@ -14,10 +14,13 @@ from minisora_kernels import backends
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
+from minisora_kernels.triton._common import cast  # noqa: E402
+
 pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="a CPU runs the kernels if TRITON_INTERPRET=1")
 
 F32, BF16 = torch.float32, torch.bfloat16
 OPS = ("adaln", "gate_residual", "gate_residual_adaln")
+MODULATION = ("gate", "shift", "scale")
 
 
 # ---- the interpreter
@@ -35,6 +38,27 @@ def test_the_interpreter_multiplies_bfloat16_wrongly():
     _raw_dot[(1,)](a, b, c)
     assert not torch.allclose(c, a.float() @ b.float(), rtol=1e-2, atol=1e-2), (
         f"Triton {triton.__version__} multiplies bfloat16 rightly in its interpreter: remove the workaround in "
+        "minisora_kernels/triton/_common.py, and this test"
+    )
+
+
+@triton.jit
+def _casts(x_ptr, plain_ptr, rounded_ptr):
+    at = tl.arange(0, 16)
+    x = tl.load(x_ptr + at)
+    tl.store(plain_ptr + at, x.to(tl.bfloat16))
+    tl.store(rounded_ptr + at, cast(x, tl.bfloat16))
+
+
+def test_the_interpreter_cuts_bfloat16_off():
+    ulp = 2.0**-7
+    x = torch.tensor([1, 1 + 0.25 * ulp, 1 + 0.5 * ulp, 1 + 0.75 * ulp, 1 + 1.5 * ulp, 0, float("inf"), float("nan")])
+    x = torch.cat([x, -x])
+    plain, rounded = torch.empty(16, dtype=BF16), torch.empty(16, dtype=BF16)
+    _casts[(1,)](x, plain, rounded)
+    torch.testing.assert_close(rounded, x.to(BF16), rtol=0, atol=0, equal_nan=True)
+    assert plain[3] == 1, (
+        f"Triton {triton.__version__} rounds to bfloat16 in its interpreter: remove the workaround in "
         "minisora_kernels/triton/_common.py, and this test"
     )
 
@@ -61,10 +85,8 @@ def rows_case(
     tensors = {"x": random(batch, tokens, width) * 2 + 0.5}
     if op != "adaln":
         tensors["branch"] = random(batch, tokens, width)
-    names = {"adaln": ("shift", "scale"), "gate_residual": ("gate",)}.get(op, ("gate", "shift", "scale"))
-    projections = {
-        name: random(batch, count, 6 * width) for name, count in zip(("gate", "shift", "scale"), rows, strict=True)
-    }
+    names = {"adaln": ("shift", "scale"), "gate_residual": ("gate",)}.get(op, MODULATION)
+    projections = {name: random(batch, count, 6 * width) for name, count in zip(MODULATION, rows, strict=True)}
     tensors |= {name: projections[name] for name in names}
     if affine and op != "gate_residual":
         tensors["weight"] = random(width) + 1
@@ -107,6 +129,10 @@ def test_every_parameter_has_rows_of_its_own(op: str, rows: tuple[int, int, int]
     check(rows_case(op, 3, 12, 20, rows, affine, "rms"), BF16)
 
 
+def test_sums_over_a_clip_are_as_accurate_as_those_of_the_reference(nan_filled):
+    check(rows_case("gate_residual_adaln", 1, 16384, 8, affine=True), F32)
+
+
 @pytest.mark.parametrize("rows", (1, 3, 99), ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_rows_over_several_runs_repeat_their_bits(op: str, rows: int, nan_filled):
@@ -114,9 +140,6 @@ def test_rows_over_several_runs_repeat_their_bits(op: str, rows: int, nan_filled
     first = check(case, BF16)
     for name, value in run(case, BF16, "triton").items():
         assert torch.equal(value, first[name]), f"{name} changes from run to run"
-
-
-MODULATION = ("gate", "shift", "scale")
 
 
 @pytest.mark.parametrize(

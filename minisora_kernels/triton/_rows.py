@@ -21,14 +21,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The most columns of a token that a thread holds, and the most tokens that a program takes at a time: forward, and
-# backward with sums for two or three parameters in registers too. With these no kernel spills on sm_80 and sm_90 at any
-# width up to 8192. A backward takes few tokens because a tile does not reach over the end of a row.
-FORWARD, TWO_SUMS, THREE_SUMS = (96, 128), (36, 16), (24, 16)
+from ._common import cast
 
-# A run has as many tokens as leave RUNS runs, about what an H100 holds at a time, at least MIN_RUN and at most MAX_RUN,
-# where the partial sums are 2% of what a backward reads and writes.
-MIN_RUN, MAX_RUN, RUNS = 8, 64, 384
+# The most columns of a token that a thread holds, and the most tokens that a program takes at a time. A backward, with
+# sums for two or three parameters in registers too, has room for two to four blocks of it on a multiprocessor, and
+# takes few tokens because a tile does not reach over the end of a row.
+FORWARD, BACKWARD = (96, 128), (24, 16)
+
+# Runs are as long as makes RUNS of them, three blocks for every multiprocessor of a large GPU, which holds them all at
+# once. With MIN_RUN tokens the partial sums are 17% of what the backward of adaln in bfloat16 reads and writes, with
+# MAX_RUN 4%.
+MIN_RUN, MAX_RUN, RUNS = 8, 32, 384
 
 
 class Tile(NamedTuple):
@@ -92,6 +95,11 @@ def load(ptr, mask):
 
 
 @triton.jit
+def store(ptr, value, mask):
+    tl.store(ptr, cast(value, ptr.dtype.element_ty), mask)
+
+
+@triton.jit
 def row_of(parameter, sample, token, row_tokens):
     """Where the row of a token of a sample begins; ``parameter``: see :func:`strided`."""
     return parameter[0] + sample.to(tl.int64) * parameter[1] + (token // row_tokens).to(tl.int64) * parameter[2]
@@ -124,7 +132,7 @@ def add(sums, c: tl.constexpr, value):
 @triton.jit
 def store_sum(out_ptr, value, column, mask, tile: tl.constexpr):
     """``value`` is a chunk of this run's sum."""
-    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * tile.width + column, value, mask)
+    store(out_ptr + tl.program_id(0).to(tl.int64) * tile.width + column, value, mask)
 
 
 DEPTH, COLUMNS = 64, 32  # a tile of the second stage: 64 loads of 128 bytes in flight
@@ -141,7 +149,7 @@ def _add_up(partial_ptr, out_ptr, rows, count, width: tl.constexpr, DEPTH: tl.co
         for first in range(0, count, DEPTH):
             run = first + tl.arange(0, DEPTH)[:, None]
             sums += load(partial_ptr + (row * count + run) * width + column, (run < count) & (column < width))
-        tl.store(out_ptr + row * width + column, tl.sum(sums, 0)[None, :].to(tl.float32), column < width)
+        store(out_ptr + row * width + column, tl.sum(sums, 0)[None, :].to(tl.float32), column < width)
 
 
 @triton.jit(do_not_specialize=["runs", "rows0", "rows1", "rows2", "rows3", "rows4"])
@@ -176,8 +184,8 @@ class Runs:
         rows = lcm(*(p.shape[1] for p in parameters if p is not None and p.shape[1] != tokens))
         self._all_tokens = batch * tokens
         self.row_tokens = tokens // rows
-        tiles = max(min(self._all_tokens // RUNS, MAX_RUN), MIN_RUN) // tile.rows
-        self.run_tokens = min(max(tiles, 1) * tile.rows, self.row_tokens)
+        run_tokens = min(max(triton.cdiv(self._all_tokens, RUNS), MIN_RUN), MAX_RUN)
+        self.run_tokens = min(triton.cdiv(run_tokens, tile.rows) * tile.rows, self.row_tokens)
         self.count = batch * rows * triton.cdiv(self.row_tokens, self.run_tokens)
         self._sums: list[tuple[Tensor, Tensor, int]] = []
 
@@ -212,8 +220,11 @@ def tokens_per_row(parameter: Tensor | None, tokens: int) -> int:
     return 1 if parameter is None else tokens // parameter.shape[1]
 
 
-def min_itemsize(*tensors: Tensor | None) -> int:
-    return min(tensor.element_size() for tensor in tensors if tensor is not None)
+def max_itemsize(*tensors: Tensor | None) -> int:
+    """What a tile is made for: threads store 16 bytes of the widest, and less of the others. With more of the widest
+    Triton would exchange values between threads before every store.
+    """
+    return max(tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def check_dense(**tensors: Tensor | None) -> None:

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import cast
 from ._rows import (
+    BACKWARD,
     FORWARD,
-    THREE_SUMS,
-    TWO_SUMS,
     Runs,
     add,
     check_dense,
@@ -33,10 +33,11 @@ from ._rows import (
     columns,
     load,
     mask_of,
-    min_itemsize,
+    max_itemsize,
     padded,
     row_of,
     run_of,
+    store,
     store_sum,
     strided,
     tile_of,
@@ -86,14 +87,13 @@ def _fwd(
         x = load(x_ptr + here, mask)
         if branch_ptr is not None:
             x += load(gate_row + column[c], mask) * load(branch_ptr + here, mask)
-            residual = x.to(residual_ptr.dtype.element_ty)
-            tl.store(residual_ptr + here, residual, mask)
+            residual = cast(x, residual_ptr.dtype.element_ty)
+            store(residual_ptr + here, residual, mask)
             x = residual.to(tl.float32)
         xs = xs + (x,)
         sums += tl.sum(x, 2)
-    if RMS:
-        mean = tl.zeros([tile.rows, 1, 1], tl.float32)
-    else:
+    mean = tl.zeros([tile.rows, 1, 1], tl.float32)
+    if not RMS:
         mean = tl.sum(sums, 1)[:, None, None] / tile.width
 
     sums = tl.zeros([tile.rows, tile.lanes], tl.float32)
@@ -103,8 +103,8 @@ def _fwd(
             d = tl.where(column[c] < tile.width, d, 0.0)
         sums += tl.sum(d * d, 2)
     rstd = tl.rsqrt(tl.sum(sums, 1)[:, None, None] / tile.width + eps)
-    tl.store(mean_ptr + token, mean, live)
-    tl.store(rstd_ptr + token, rstd, live)
+    store(mean_ptr + token, mean, live)
+    store(rstd_ptr + token, rstd, live)
 
     for c in tl.static_range(chunks(tile)):
         mask = mask_of(live, column[c], tile, c)
@@ -115,7 +115,7 @@ def _fwd(
             y += load(bias_ptr + column[c], mask)
         y *= 1 + load(scale_row + column[c], mask)
         y += load(shift_row + column[c], mask)
-        tl.store(y_ptr + at + column[c], y, mask)
+        store(y_ptr + at + column[c], y, mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "row_tokens", "run_tokens", "gate_tokens", "scale_tokens"])
@@ -193,9 +193,9 @@ def _bwd(
                 a += load(bias_ptr + column[c], mask)
             sum_dy = add(sum_dy, c, dy)
             if SHIFT_PER_TOKEN:
-                tl.store(dshift_ptr + here, dy, mask)
+                store(dshift_ptr + here, dy, mask)
             if SCALE_PER_TOKEN:
-                tl.store(dscale_ptr + here, dy * a, mask)
+                store(dscale_ptr + here, dy * a, mask)
                 sum_da = add(sum_da, c, da)
                 sum_h = add(sum_h, c, da * h)
             else:
@@ -205,8 +205,8 @@ def _bwd(
             sum_dh += tl.sum(dh, 2)
             sum_dh_h += tl.sum(dh * h, 2)
 
-        mean_dh = tl.sum(sum_dh, 1)[:, None, None] / tile.width
-        mean_dh_h = tl.sum(sum_dh_h, 1)[:, None, None] / tile.width
+        # joined: one exchange between warps for both
+        mean_dh, mean_dh_h = tl.split(tl.sum(tl.join(sum_dh, sum_dh_h), 1)[:, None, None] / tile.width)
         for c in tl.static_range(chunks(tile)):
             mask = mask_of(live, column[c], tile, c)
             here = at + column[c]
@@ -218,11 +218,11 @@ def _bwd(
                 dx += load(dresidual_ptr + here, mask)
                 dgate = dx * load(branch_ptr + here, mask)
                 if GATE_PER_TOKEN:
-                    tl.store(dgate_ptr + here, dgate, mask)
+                    store(dgate_ptr + here, dgate, mask)
                 else:
                     sum_gate = add(sum_gate, c, dgate)
-                tl.store(dbranch_ptr + here, dx * load(gate_row + column[c], mask), mask)
-            tl.store(dx_ptr + here, dx, mask)
+                store(dbranch_ptr + here, dx * load(gate_row + column[c], mask), mask)
+            store(dx_ptr + here, dx, mask)
 
     for c in tl.static_range(chunks(tile)):
         mask = mask_of(True, column[c], tile, c)
@@ -270,7 +270,7 @@ def forward(
     mean = x.new_empty((batch, tokens), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if x.numel():
-        tile, warps = tile_of(width, min_itemsize(x, branch, y), *FORWARD)
+        tile, warps = tile_of(width, max_itemsize(x, branch, y), *FORWARD)
         _fwd[(triton.cdiv(batch * tokens, tile.rows),)](
             x,
             branch,
@@ -312,13 +312,15 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, branch, gate, shift, scale, weight and bias; ``x`` is what was normalised."""
     check_dense(dresidual=dresidual, dy=dy, x=x, branch=branch, weight=weight, bias=bias, mean=mean, rstd=rstd)
-    _, tokens, width = x.shape
-    parameters = (gate, shift, scale, weight, bias)
-    dx, dbranch, *gradients = (None if t is None else t.new_empty(t.shape) for t in (x, branch, *parameters))
+    tokens, width = x.shape[1:]
+    rows = (gate, shift, scale)
+    dx, dbranch, *gradients = (None if t is None else t.new_empty(t.shape) for t in (x, branch, *rows, weight, bias))
     if x.numel() == 0:
         return dx, dbranch, *(None if gradient is None else gradient.zero_() for gradient in gradients)
 
-    tile, warps = tile_of(width, min_itemsize(x, branch, dy), *(TWO_SUMS if branch is None else THREE_SUMS))
+    per_token = [tokens_per_row(parameter, tokens) == 1 for parameter in rows]
+    written = [parameter for parameter, token_by_token in zip(rows, per_token, strict=True) if token_by_token]
+    tile, warps = tile_of(width, max_itemsize(dy, x, branch, *written), *BACKWARD)
     runs = Runs(x, tile, gate, shift, scale)
     targets = [runs.target(gradient) for gradient in gradients]
     _bwd[(runs.count,)](
@@ -341,7 +343,7 @@ def backward(
         tokens_per_row(gate, tokens),
         tokens_per_row(scale, tokens),
         rms,
-        *(tokens_per_row(parameter, tokens) == 1 for parameter in (gate, shift, scale)),
+        *per_token,
         tile,
         num_warps=warps,
     )

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._rows import (
+    BACKWARD,
     FORWARD,
-    TWO_SUMS,
     Runs,
     add,
     check_dense,
@@ -24,9 +24,10 @@ from ._rows import (
     columns,
     load,
     mask_of,
-    min_itemsize,
+    max_itemsize,
     row_of,
     run_of,
+    store,
     store_sum,
     strided,
     tile_of,
@@ -46,7 +47,7 @@ def _fwd(x_ptr, branch_ptr, gate, y_ptr, count, tokens, gate_tokens, tile: tl.co
         mask = mask_of(live, column[c], tile, c)
         here = at + column[c]
         gated = load(gate_row + column[c], mask) * load(branch_ptr + here, mask)
-        tl.store(y_ptr + here, load(x_ptr + here, mask) + gated, mask)
+        store(y_ptr + here, load(x_ptr + here, mask) + gated, mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "row_tokens", "run_tokens"])
@@ -79,9 +80,9 @@ def _bwd(
             here = at + column[c]
             dy = load(dy_ptr + here, mask)
             dgate = dy * load(branch_ptr + here, mask)
-            tl.store(dbranch_ptr + here, dy * load(gate_row + column[c], mask), mask)
+            store(dbranch_ptr + here, dy * load(gate_row + column[c], mask), mask)
             if PER_TOKEN:
-                tl.store(dgate_ptr + here, dgate, mask)
+                store(dgate_ptr + here, dgate, mask)
             else:
                 sums = add(sums, c, dgate)
     if not PER_TOKEN:
@@ -95,7 +96,7 @@ def gate_residual_fwd(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     batch, tokens, width = x.shape
     y = torch.empty_like(x)
     if x.numel():
-        tile, warps = tile_of(width, min_itemsize(x, branch), *FORWARD)
+        tile, warps = tile_of(width, max_itemsize(x, branch), *FORWARD)
         _fwd[(triton.cdiv(batch * tokens, tile.rows),)](
             x,
             branch,
@@ -116,7 +117,7 @@ def gate_residual_bwd(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor,
     dbranch, dgate = torch.empty_like(branch), gate.new_empty(gate.shape)
     if dy.numel() == 0:
         return dbranch, dgate.zero_()
-    tile, warps = tile_of(width, min_itemsize(dy, branch), *TWO_SUMS)
+    tile, warps = tile_of(width, max_itemsize(dy, branch), *BACKWARD)
     runs = Runs(dy, tile, gate)
     _bwd[(runs.count,)](
         dy,
