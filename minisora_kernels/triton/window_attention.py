@@ -108,12 +108,13 @@ def window_attention_bwd(dout, qkv, out, softmax, *arguments) -> tuple[Tensor, T
         partials = _short_backward(call, dout, softmax, dqkv, dbias)
     else:
         partials = _flash_backward(call, dout, out, softmax, dqkv, dbias)
-    nothing = qkv.new_empty(0)
-    dweights = [nothing if weight is None else torch.empty_like(weight) for weight in (call.q_weight, call.k_weight)]
+    dweights = [
+        qkv.new_empty(0) if weight is None else torch.empty_like(weight) for weight in (call.q_weight, call.k_weight)
+    ]
     for partial, dweight in zip(partials, dweights, strict=True):
         if partial is not None:
             sum_rows(partial, dweight)
-    return dqkv, dweights[0], dweights[1], nothing if dbias is None else dbias
+    return dqkv, dweights[0], dweights[1], qkv.new_empty(0) if dbias is None else dbias
 
 
 def _tile(length: int) -> int:
