@@ -239,13 +239,13 @@ class _WindowAttention(torch.autograd.Function):
         )
 
 
-def _cpu(qkv, q_weight, k_weight, bias):
+def _kernels(qkv, q_weight, k_weight, bias):
     if qkv.shape[-1] % 8:
         return f"head_dim is {qkv.shape[-1]}; the kernels take multiples of 8"
     return kernel_refusal(qkv=qkv, q_weight=q_weight, k_weight=k_weight, bias=bias)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu}
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
 
 # There is no second route through torch's scaled_dot_product_attention: most windows would have to be copied for it,
 # and norms and rotations would be passes of their own. bench/bench_window_attention.py times it on long windows.

@@ -1,0 +1,379 @@
+# mypy: disable-error-code="assignment,misc"
+"""What the kernels of window_attention share: where a window's tokens lie, rows of one head, norm and rotation.
+
+A row, the head_dim channels of one head of a token, is held as a tuple of pieces whose widths are powers of two, as
+Triton's tensors must be: 72 channels are 64 and 16, where one tensor would take 128. A product over channels is the
+sum over pieces, and a sum over tokens has a result per piece. A piece is ``(first, width, end)``: channels
+``first + j`` for ``j < width``, of which those from ``end`` on are padding, read as zero and never written.
+
+The pieces of q and k follow the rotation, so that the two channels of a pair meet in one thread, in the layouts of
+loads and of products alike: "interleaved" pairs are neighbours inside a piece, and for "half" the two halves of
+head_dim are cut alike, which pairs piece i with piece i + n/2. Hence no shuffle and no second load, in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import dot
+
+Piece = tuple[int, int, int]
+Triple = tuple[int, int, int]
+
+
+class Form(NamedTuple):
+    """What kernels are compiled for; nothing here follows from the number of tokens."""
+
+    window: tuple[int, ...]  # sizes of a window on all axes but the outermost, see `boxes`
+    norm: int
+    interleaved: bool
+    head_dim: int
+    qk: tuple[Piece, ...]
+    v: tuple[Piece, ...]
+    q_step: int  # from the norm's weight of one head to the next
+    k_step: int
+
+
+class Boxes(NamedTuple):
+    """Windows on up to three axes of tokens: (places, stride in tokens, places in a window), innermost first."""
+
+    axes: list[Triple]
+
+    @property
+    def windows(self) -> int:
+        """Windows of a sample."""
+        total = 1
+        for size, _, width in self.axes:
+            total *= -(-size // width)
+        return total
+
+    @property
+    def length(self) -> int:
+        """Places in a window."""
+        total = 1
+        for _, _, width in self.axes:
+            total *= width
+        return total
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        return tuple(width for _, _, width in self.axes[:-1])
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """For a kernel: sizes and strides of the axes, and the size of a window on the outermost."""
+        sizes, strides, widths = zip(*(self.axes + [(1, 0, 1)] * (3 - len(self.axes))), strict=True)
+        return (*sizes, *strides, widths[len(self.axes) - 1])
+
+
+def boxes(grid: Sequence[int], window: Sequence[int]) -> Boxes:
+    """The windows of a grid on as few axes as describe them.
+
+    Neighbouring axes are joined where the window spans the inner one, or where the outer one is cut into single places
+    and the inner one into whole windows: spatial and joint windows then lie on one axis of tokens, as temporal ones do.
+    Axes that are cut into single places go innermost; the order of places in a window stays. Kernels are compiled for
+    the windows' sizes on all axes but the outermost, to divide by constants: one kernel serves any length of these.
+    """
+    axes: list[Triple] = []
+    stride = 1
+    for size, width in zip(reversed(grid), reversed(window), strict=True):
+        n, step, w = axes[-1] if axes else (1, stride, 1)
+        if n == w:
+            axes[-1:] = [(size * n, step, width * w)]
+        elif width == 1 and (size == 1 or n % w == 0):
+            axes[-1:] = [(size * n, step, w)]
+        else:
+            axes.append((size, stride, width))
+        stride *= size
+    return Boxes(sorted(axes, key=lambda axis: axis[2] > 1))
+
+
+def pieces(first: int, end: int) -> tuple[Piece, ...]:
+    """Channels ``[first, end)`` in at most two pieces, none narrower than the 16 that tensor cores multiply."""
+    width = end - first
+    wide = max(16, 1 << (width.bit_length() - 1))
+    if width <= wide:
+        return ((first, wide, end),)
+    narrow = max(16, triton.next_power_of_2(width - wide))
+    if narrow >= wide:
+        return ((first, 2 * wide, end),)
+    return ((first, wide, first + wide), (first + wide, narrow, end))
+
+
+def pieces_of_qk(head_dim: int, halves: bool) -> tuple[Piece, ...]:
+    """``halves``: the pairs of the rotation are channels ``(i, i + head_dim / 2)``."""
+    if not halves:
+        return pieces(0, head_dim)
+    return pieces(0, head_dim // 2) + pieces(head_dim // 2, head_dim)
+
+
+@triton.jit
+def length_of(w0, WINDOW: tl.constexpr):
+    """Places in a window."""
+    length = w0
+    for i in tl.static_range(len(WINDOW)):
+        length *= WINDOW[i]
+    return length
+
+
+@triton.jit
+def locate(item, place, box, WINDOW: tl.constexpr):
+    """Place ``place`` of window ``item``, counted over all samples: the sample, the token, and whether there is one.
+
+    A window at the far edge keeps the places of a whole one, some of them empty: those that are left keep their bias.
+    """
+    token = place * 0
+    inside = place >= 0
+    for i in tl.static_range(len(WINDOW)):
+        windows = tl.cdiv(box[i], WINDOW[i])
+        x = item % windows * WINDOW[i] + place % WINDOW[i]
+        token += x * box[3 + i]
+        inside &= x < box[i]
+        item //= windows
+        place //= WINDOW[i]
+    size, stride, width = box[len(WINDOW)], box[3 + len(WINDOW)], box[6]
+    windows = tl.cdiv(size, width)
+    x = item % windows * width + place
+    return item // windows, token + x * stride, inside & (place < width) & (x < size)
+
+
+@triton.jit
+def extent(item, box, WINDOW: tl.constexpr):
+    """One more than the last place of window ``item`` that holds a token."""
+    last = item * 0
+    step = 1
+    for i in tl.static_range(len(WINDOW)):
+        windows = tl.cdiv(box[i], WINDOW[i])
+        last += (tl.minimum(WINDOW[i], box[i] - item % windows * WINDOW[i]) - 1) * step
+        step *= WINDOW[i]
+        item //= windows
+    size, width = box[len(WINDOW)], box[6]
+    first = item % tl.cdiv(size, width) * width
+    return last + (tl.minimum(width, size - first) - 1) * step + 1
+
+
+@triton.jit
+def load_rows(pointer, offset, valid, PIECES: tl.constexpr):
+    """Rows at ``offset`` (64-bit), zero where not ``valid``."""
+    rows = ()
+    for i in tl.static_range(len(PIECES)):
+        column = PIECES[i][0] + tl.arange(0, PIECES[i][1])
+        here = valid[:, None] & (column < PIECES[i][2])[None, :]
+        rows += (tl.load(pointer + offset[:, None] + column[None, :], mask=here, other=0.0),)
+    return rows
+
+
+@triton.jit
+def store_rows(pointer, offset, valid, rows, PIECES: tl.constexpr):
+    for i in tl.static_range(len(PIECES)):
+        column = PIECES[i][0] + tl.arange(0, PIECES[i][1])
+        here = valid[:, None] & (column < PIECES[i][2])[None, :]
+        tl.store(pointer + offset[:, None] + column[None, :], rows[i].to(pointer.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, PIECES: tl.constexpr):
+    rows = ()
+    for i in tl.static_range(len(PIECES)):
+        rows += (tl.zeros([ROWS, PIECES[i][1]], tl.float32),)
+    return rows
+
+
+@triton.jit
+def scaled(rows, factor):
+    return [row * factor for row in rows]
+
+
+@triton.jit
+def row_sums(a, b):
+    """``rowsum(a * b)`` in fp32."""
+    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    for i in tl.static_range(1, len(a)):
+        total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
+    return total
+
+
+@triton.jit
+def inner(a, b):
+    """``a b^T``: every row of a with every row of b, fp32."""
+    total = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32)
+    for i in tl.static_range(len(a)):
+        total = dot(a[i], tl.trans(b[i]), total)
+    return total
+
+
+@triton.jit
+def add_product(total, a, rows):
+    """``total + a rows``, fp32; a is rounded to the dtype of the rows."""
+    result = ()
+    for i in tl.static_range(len(rows)):
+        result += (dot(a.to(rows[i].dtype), rows[i], total[i]),)
+    return result
+
+
+@triton.jit
+def add(a, b):
+    result = ()
+    for i in tl.static_range(len(a)):
+        result += (a[i] + b[i],)
+    return result
+
+
+@triton.jit
+def gain_of(weight, head, STEP: tl.constexpr):
+    """The norm's weight for a head, if there is one."""
+    return None if weight is None else weight + head * STEP
+
+
+@triton.jit
+def load_gain(pointer, PIECES: tl.constexpr):
+    """The weight of a norm as fp32 vectors; nothing if there is none."""
+    vectors = ()
+    if pointer is not None:
+        for i in tl.static_range(len(PIECES)):
+            column = PIECES[i][0] + tl.arange(0, PIECES[i][1])
+            vectors += (tl.load(pointer + column, mask=column < PIECES[i][2], other=0.0).to(tl.float32)[None, :],)
+    return vectors
+
+
+@triton.jit
+def load_angles(cos, sin, token, valid, FORM: tl.constexpr):
+    """Rows of the rotary tables [N, head_dim / 2], cut as the pairs are: cos and sin in turn; or nothing."""
+    angles = ()
+    if cos is not None:
+        row = token.to(tl.int64) * (FORM.head_dim // 2)
+        pair: tl.constexpr = 2 if FORM.interleaved else 1
+        for i in tl.static_range(len(FORM.qk) if FORM.interleaved else len(FORM.qk) // 2):
+            column = FORM.qk[i][0] // pair + tl.arange(0, FORM.qk[i][1] // pair)
+            here = valid[:, None] & (column < FORM.qk[i][2] // pair)[None, :]
+            at = row[:, None] + column[None, :]
+            angles += (tl.load(cos + at, mask=here, other=0.0), tl.load(sin + at, mask=here, other=0.0))
+    return angles
+
+
+@triton.jit
+def turn(rows, angles, INTERLEAVED: tl.constexpr, BACK: tl.constexpr):
+    """The rotation of every pair; BACK: by the opposite angle."""
+    turned = ()
+    second = ()
+    for i in tl.static_range(len(angles) // 2):
+        cos, sin = angles[2 * i], angles[2 * i + 1]
+        if BACK:
+            sin = -sin
+        if INTERLEAVED:
+            a, b = rows[i].reshape(rows[i].shape[0], rows[i].shape[1] // 2, 2).split()
+            turned += (tl.join(a * cos - b * sin, a * sin + b * cos).reshape(rows[i].shape),)
+        else:
+            a, b = rows[i], rows[i + len(rows) // 2]
+            turned += (a * cos - b * sin,)
+            second += (a * sin + b * cos,)
+    return turned + second
+
+
+@triton.jit
+def normalise(rows, eps, FORM: tl.constexpr):
+    """``(x - mean) * rstd`` for norm 2, ``x * rstd`` for norm 1, in fp32; and rstd."""
+    x = [row.to(tl.float32) for row in rows]
+    if FORM.norm == 2:
+        total = tl.sum(x[0], 1)
+        for i in tl.static_range(1, len(rows)):
+            total += tl.sum(x[i], 1)
+        centred = ()
+        for i in tl.static_range(len(rows)):
+            column = FORM.qk[i][0] + tl.arange(0, FORM.qk[i][1])
+            here = (column < FORM.qk[i][2])[None, :]
+            centred += (tl.where(here, x[i] - (total / FORM.head_dim)[:, None], 0.0),)
+        x = centred
+    rstd = tl.rsqrt(row_sums(x, x) / FORM.head_dim + eps)
+    return scaled(x, rstd[:, None]), rstd
+
+
+@triton.jit
+def prepare(rows, gain, angles, eps, FORM: tl.constexpr):
+    """Rows of q or k as they are multiplied: ``rotate(norm(x) * weight)`` in fp32, rounded once."""
+    result = rows
+    if FORM.norm != 0:
+        result, _ = normalise(rows, eps, FORM)
+        if len(gain) > 0:
+            weighted = ()
+            for i in tl.static_range(len(rows)):
+                weighted += (result[i] * gain[i],)
+            result = weighted
+    if len(angles) > 0:
+        result = turn(result, angles, FORM.interleaved, False)
+    rounded = ()
+    for i in tl.static_range(len(rows)):
+        rounded += (result[i].to(rows[i].dtype),)
+    return rounded
+
+
+@triton.jit
+def prepare_backward(grad, rows, gain, angles, eps, FORM: tl.constexpr):
+    """The gradient of rows, given that of what `prepare` made of them; and that of the weight, if there is one."""
+    if len(angles) > 0:
+        grad = turn(grad, angles, FORM.interleaved, True)
+    dgain = ()
+    if FORM.norm != 0:
+        h, rstd = normalise(rows, eps, FORM)
+        if len(gain) > 0:
+            dh = ()
+            for i in tl.static_range(len(rows)):
+                dgain += (tl.sum(grad[i] * h[i], 0),)
+                dh += (grad[i] * gain[i],)
+            grad = dh
+        along = (row_sums(grad, h) / FORM.head_dim)[:, None]
+        if FORM.norm == 2:
+            mean = tl.sum(grad[0], 1)
+            for i in tl.static_range(1, len(rows)):
+                mean += tl.sum(grad[i], 1)
+            mean = (mean / FORM.head_dim)[:, None]
+        dx = ()
+        for i in tl.static_range(len(rows)):
+            rest = grad[i] - h[i] * along
+            if FORM.norm == 2:
+                rest -= mean
+            dx += (rest * rstd[:, None],)
+        grad = dx
+    return grad, dgain
+
+
+@triton.jit
+def zero_gain(weight, FORM: tl.constexpr):
+    """Where the gradient of a norm's weight is summed up, if there is one."""
+    vectors = ()
+    if weight is not None:
+        for i in tl.static_range(len(FORM.qk)):
+            vectors += (tl.zeros([FORM.qk[i][1]], tl.float32),)
+    return vectors
+
+
+@triton.jit
+def store_gain(pointer, row, vector, FORM: tl.constexpr):
+    """Row ``row`` of the partial sums [rows, head_dim] of a weight's gradient."""
+    for i in tl.static_range(len(vector)):
+        column = FORM.qk[i][0] + tl.arange(0, FORM.qk[i][1])
+        tl.store(pointer + row.to(tl.int64) * FORM.head_dim + column, vector[i], mask=column < FORM.qk[i][2])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _sum_kernel(partial, out, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        here = (row < rows)[:, None] & (column < columns)[None, :]
+        total += tl.load(partial + row.to(tl.int64)[:, None] * columns + column[None, :], mask=here, other=0.0)
+    tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < columns)
+
+
+def sum_rows(partial: Tensor, out: Tensor) -> None:
+    """The second stage of a gradient's sum: ``out = partial [rows, *out.shape] summed over rows``, in a fixed order."""
+    columns = out.numel()
+    # A weight has few columns and many rows of partial sums, a bias the reverse.
+    rows, width = (128, 16) if columns <= 4096 else (8, 256)
+    _sum_kernel[(triton.cdiv(columns, width),)](partial, out, partial.numel() // columns, columns, rows, width)

@@ -1,0 +1,176 @@
+# mypy: disable-error-code="assignment,misc"
+"""window_attention for windows of at most 64 tokens: whole windows in one tile of scores.
+
+A program takes a tile of TILE places, which holds TILE // L windows of one head, and multiplies all its queries with
+all its keys; scores across windows are masked. What that wastes costs less than tiles with empty rows: by a count of
+bytes and operations these kernels are bound by memory. Each row is read once and written once, in both directions: the
+backward needs neither the output (delta is the rowsum of P * dP, and all of P is here) nor a second pass.
+
+A program goes on to further heads of the same tokens, whose rotary angles it keeps, or, where a gradient is summed over
+tokens per head (the bias', or of weights per head), to further tiles of its head; `HEADS` and `TILES` say how many.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._common import dot
+from ._window_rows import (
+    add,
+    gain_of,
+    inner,
+    length_of,
+    load_angles,
+    load_gain,
+    load_rows,
+    locate,
+    prepare,
+    prepare_backward,
+    scaled,
+    store_gain,
+    store_rows,
+    zero_gain,
+)
+
+LENGTHS = ["items", "tokens", "n0", "n1", "n2", "s0", "s1", "s2", "w0"]
+
+
+@triton.jit
+def _product(a, rows, slot, each, PACKED: tl.constexpr):
+    """``a rows``, fp32, where a is zero between windows and the windows of a tile must not see each other.
+
+    0 * NaN is NaN, and so is 0 * infinity: one such number in a window would reach all others in the tile. It shows in
+    every row of the product. Then, and only then, the windows are multiplied one by one.
+    """
+    result = ()
+    check = 0.0
+    for i in tl.static_range(len(rows)):
+        result += (dot(a.to(rows[i].dtype), rows[i], tl.zeros(rows[i].shape, tl.float32)),)
+        if PACKED:
+            check += tl.sum(tl.sum(result[i], 1), 0)
+    if PACKED and check - check != 0.0:
+        for window in range(each):
+            mine = (slot == window)[:, None]
+            alone = ()
+            for i in tl.static_range(len(rows)):
+                part = tl.where(mine, rows[i], 0.0)
+                part = dot(a.to(part.dtype), part, tl.zeros(part.shape, tl.float32))
+                alone += (tl.where(mine, part, result[i]),)
+            result = alone
+    return result
+
+
+@triton.jit
+def _tile(tile, items, length, each, tokens, box, TILE: tl.constexpr, FORM: tl.constexpr):
+    """Of the rows of a tile: window in the tile, place in the window, token, row in [B * N], whether there is one."""
+    place = tl.arange(0, TILE)
+    slot = place // length
+    place -= slot * length
+    item = tile * each + slot
+    sample, token, inside = locate(item, place, box, FORM.window)
+    valid = inside & (slot < each) & (item < items)
+    return slot, place, token, sample.to(tl.int64) * tokens + token, valid
+
+
+@triton.jit
+def _load_bias(bias, head, place, seen, length):
+    at = (head * length + place[:, None]) * length + place[None, :]
+    return tl.load(bias + at, mask=seen, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def forward_kernel(
+    qkv, out, softmax, q_weight, k_weight, cos, sin, bias, items, tokens, heads, n0, n1, n2, s0, s1, s2, w0, scale, eps,
+    PACKED: tl.constexpr, FORM: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    box = (n0, n1, n2, s0, s1, s2, w0)
+    length = length_of(w0, FORM.window)
+    each = TILE // length
+    groups = tl.cdiv(heads, HEADS)
+    step = heads * FORM.head_dim
+    slot, place, token, row, valid = _tile(tl.program_id(0) // groups, items, length, each, tokens, box, TILE, FORM)
+    seen = (slot[:, None] == slot[None, :]) & valid[None, :]
+    first = tl.program_id(0) % groups * HEADS
+    for head in range(first, tl.minimum(first + HEADS, heads)):
+        at = row * (3 * step) + head * FORM.head_dim
+        q_gain = load_gain(gain_of(q_weight, head, FORM.q_step), FORM.qk)
+        k_gain = load_gain(gain_of(k_weight, head, FORM.k_step), FORM.qk)
+        angles = load_angles(cos, sin, token, valid, FORM)
+        q = prepare(load_rows(qkv, at, valid, FORM.qk), q_gain, angles, eps, FORM)
+        k = prepare(load_rows(qkv + step, at, valid, FORM.qk), k_gain, angles, eps, FORM)
+        v = load_rows(qkv + 2 * step, at, valid, FORM.v)
+        s = inner(q, k) * scale
+        if bias is not None:
+            s += _load_bias(bias, head, place, seen, length)
+        s = tl.where(seen, s, float("-inf"))
+        greatest = tl.max(s, 1)
+        # Rows of the tile that hold no token see nothing.
+        p = tl.exp(s - tl.where(greatest == float("-inf"), 0.0, greatest)[:, None])
+        total = tl.sum(p, 1)
+        o = scaled(_product(p, v, slot, each, PACKED), (1.0 / total)[:, None])
+        store_rows(out, row * step + head * FORM.head_dim, valid, o, FORM.v)
+        pair = (row * heads + head)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        tl.store(softmax + pair, tl.join(greatest, total), mask=valid[:, None])
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "tiles"])
+def backward_kernel(
+    qkv, dout, softmax, dqkv, dq_partial, dk_partial, dbias_partial, q_weight, k_weight, cos, sin, bias, tiles, items,
+    tokens, heads, n0, n1, n2, s0, s1, s2, w0, scale, eps,
+    PACKED: tl.constexpr, FORM: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Partial sums: of a weight [programs, head_dim], of the bias [chunks of tiles, TILE // L, heads, L, L]."""
+    box = (n0, n1, n2, s0, s1, s2, w0)
+    length = length_of(w0, FORM.window)
+    each = TILE // length
+    groups = tl.cdiv(heads, HEADS)
+    step = heads * FORM.head_dim
+    chunk = tl.program_id(0) // groups
+    first = tl.program_id(0) % groups * HEADS
+    dq_gain = zero_gain(q_weight, FORM)
+    dk_gain = zero_gain(k_weight, FORM)
+    dpair = tl.zeros([TILE, TILE], tl.float32)
+    for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, tl.cdiv(items, each))):
+        slot, place, token, row, valid = _tile(tile, items, length, each, tokens, box, TILE, FORM)
+        seen = (slot[:, None] == slot[None, :]) & valid[:, None] & valid[None, :]
+        for head in range(first, tl.minimum(first + HEADS, heads)):
+            at = row * (3 * step) + head * FORM.head_dim
+            q_gain = load_gain(gain_of(q_weight, head, FORM.q_step), FORM.qk)
+            k_gain = load_gain(gain_of(k_weight, head, FORM.k_step), FORM.qk)
+            angles = load_angles(cos, sin, token, valid, FORM)
+            q = prepare(load_rows(qkv, at, valid, FORM.qk), q_gain, angles, eps, FORM)
+            k = prepare(load_rows(qkv + step, at, valid, FORM.qk), k_gain, angles, eps, FORM)
+            v = load_rows(qkv + 2 * step, at, valid, FORM.v)
+            d = load_rows(dout, row * step + head * FORM.head_dim, valid, FORM.v)
+            pair = softmax + 2 * (row * heads + head)
+            greatest = tl.load(pair, mask=valid, other=0.0)
+            total = tl.load(pair + 1, mask=valid, other=1.0)
+            s = inner(q, k) * scale
+            if bias is not None:
+                s += _load_bias(bias, head, place, seen, length)
+            p = tl.where(seen, tl.exp(s - greatest[:, None]) * (1.0 / total)[:, None], 0.0)
+            store_rows(dqkv + 2 * step, at, valid, _product(tl.trans(p), d, slot, each, PACKED), FORM.v)
+            dp = inner(d, v)
+            delta = tl.sum(tl.where(seen, p * dp, 0.0), 1)
+            ds = tl.where(seen, p * (dp - delta[:, None]), 0.0)
+            if dbias_partial is not None:
+                dpair += ds
+            grad = scaled(_product(ds, k, slot, each, PACKED), scale)
+            angles = load_angles(cos, sin, token, valid, FORM)
+            grad, dgain = prepare_backward(grad, load_rows(qkv, at, valid, FORM.qk), q_gain, angles, eps, FORM)
+            store_rows(dqkv, at, valid, grad, FORM.qk)
+            dq_gain = add(dq_gain, dgain)
+            grad = scaled(_product(tl.trans(ds), q, slot, each, PACKED), scale)
+            angles = load_angles(cos, sin, token, valid, FORM)
+            grad, dgain = prepare_backward(grad, load_rows(qkv + step, at, valid, FORM.qk), k_gain, angles, eps, FORM)
+            store_rows(dqkv + step, at, valid, grad, FORM.qk)
+            dk_gain = add(dk_gain, dgain)
+    store_gain(dq_partial, tl.program_id(0), dq_gain, FORM)
+    store_gain(dk_partial, tl.program_id(0), dk_gain, FORM)
+    if dbias_partial is not None:
+        slot = tl.arange(0, TILE) // length
+        place = tl.arange(0, TILE) - slot * length
+        matrix = ((chunk * each + slot).to(tl.int64) * heads + first)[:, None]
+        at = (matrix * length + place[:, None]) * length + place[None, :]
+        tl.store(dbias_partial + at, dpair, mask=(slot[:, None] == slot[None, :]) & (slot < each)[:, None])
