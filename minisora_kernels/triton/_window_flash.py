@@ -15,22 +15,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._common import cast
 from ._window_rows import (
     add_product,
+    exp,
     extent,
-    gain_of,
     inner,
     length_of,
     load_angles,
-    load_gain,
     load_rows,
     locate,
+    norm_backward,
     prepare,
-    prepare_backward,
     row_sums,
     scaled,
-    store_gain,
+    store_dweight,
     store_rows,
+    turn,
+    weight_of,
     zeros,
 )
 
@@ -44,7 +46,7 @@ def _operand(qk, offset, token, valid, weight, cos, sin, eps, PREPARED: tl.const
     rows = load_rows(qk, offset, valid, FORM.qk)
     if not PREPARED:
         angles = load_angles(cos, sin, token, valid, FORM)
-        rows = prepare(rows, load_gain(weight, FORM.qk), angles, eps, FORM)
+        rows = prepare(rows, weight, angles, eps, FORM)
     return rows
 
 
@@ -73,14 +75,12 @@ def prepare_kernel(
     valid = row < rows
     angles = load_angles(cos, sin, row % tokens, valid, FORM)
     step = heads * FORM.head_dim
+    weights = (weight_of(q_weight, head, FORM.q_step), weight_of(k_weight, head, FORM.k_step))
     for part in tl.static_range(2):
-        if part == 0:
-            weight = load_gain(gain_of(q_weight, head, FORM.q_step), FORM.qk)
-        else:
-            weight = load_gain(gain_of(k_weight, head, FORM.k_step), FORM.qk)
         first = part * step + head * FORM.head_dim
         x = load_rows(qkv + first, row.to(tl.int64) * (3 * step), valid, FORM.qk)
-        store_rows(qk + first, row.to(tl.int64) * (2 * step), valid, prepare(x, weight, angles, eps, FORM), FORM.qk)
+        x = prepare(x, weights[part], angles, eps, FORM)
+        store_rows(qk + first, row.to(tl.int64) * (2 * step), valid, x, FORM.qk)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -100,8 +100,8 @@ def forward_kernel(
     qk_step = step * (2 if PREPARED else 3)
     qk += head * FORM.head_dim
     v_rows = qkv + 2 * step + head * FORM.head_dim
-    q_weight = gain_of(q_weight, head, FORM.q_step)
-    k_weight = gain_of(k_weight, head, FORM.k_step)
+    q_weight = weight_of(q_weight, head, FORM.q_step)
+    k_weight = weight_of(k_weight, head, FORM.k_step)
 
     q_place = first + tl.arange(0, BLOCK)
     sample, q_token, q_valid = locate(item, q_place, box, FORM.window)
@@ -124,8 +124,8 @@ def forward_kernel(
         top = tl.maximum(greatest, tl.max(s, 1))
         # The bias may have masked all keys of a query so far.
         shift = tl.where(top == float("-inf"), 0.0, top)
-        shrink = tl.exp(greatest - shift)
-        p = tl.exp(s - shift[:, None])
+        shrink = exp(greatest - shift)
+        p = exp(s - shift[:, None])
         total = total * shrink + tl.sum(p, 1)
         acc = add_product(scaled(acc, shrink[:, None]), p, v)
         greatest = top
@@ -163,8 +163,8 @@ def backward_kernel(
     qkv += head * FORM.head_dim
     dqkv += head * FORM.head_dim
     dout += head * FORM.head_dim
-    q_weight = gain_of(q_weight, head, FORM.q_step)
-    k_weight = gain_of(k_weight, head, FORM.k_step)
+    q_weight = weight_of(q_weight, head, FORM.q_step)
+    k_weight = weight_of(k_weight, head, FORM.k_step)
     # Partial sums of a weight are laid out [item, block, head, head_dim].
     partial = (item * blocks + tl.program_id(0) % blocks) * heads + head
 
@@ -176,7 +176,7 @@ def backward_kernel(
     # The block as queries.
     q = _operand(qk, row * qk_step, token, valid, q_weight, cos, sin, eps, PREPARED, FORM)
     d = load_rows(dout, row * step, valid, FORM.v)
-    greatest, inverse, along = _load_softmax(softmax, delta, row * heads + head, valid)
+    top, inverse, delta_ = _load_softmax(softmax, delta, row * heads + head, valid)
     dq = zeros(BLOCK, FORM.qk)
     for start in range(0, last, INNER):
         k_place = start + tl.arange(0, INNER)
@@ -188,14 +188,12 @@ def backward_kernel(
         if bias is not None:
             s += _load_bias(bias, head, place[:, None], k_place[None, :], length)
         s = tl.where(k_valid[None, :], s, float("-inf"))
-        p = tl.exp(s - greatest[:, None]) * inverse[:, None]
-        ds = p * (inner(d, v) - along[:, None])
-        dq = add_product(dq, ds, k)
-    x = load_rows(qkv, row * (3 * step), valid, FORM.qk)
-    angles = load_angles(cos, sin, token, valid, FORM)
-    dq, dgain = prepare_backward(scaled(dq, scale), x, load_gain(q_weight, FORM.qk), angles, eps, FORM)
+        p = exp(s - top[:, None]) * inverse[:, None]
+        dq = add_product(dq, p * (inner(d, v) - delta_[:, None]), k)
+    dq = turn(dq, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
+    dq, dweight = norm_backward(dq, scale, load_rows(qkv, row * (3 * step), valid, FORM.qk), q_weight, eps, FORM)
     store_rows(dqkv, row * (3 * step), valid, dq, FORM.qk)
-    store_gain(dq_partial, partial, dgain, FORM)
+    store_dweight(dq_partial, partial, dweight, FORM)
 
     # The block as keys; scores are [keys, queries].
     k = _operand(qk + step, row * qk_step, token, valid, k_weight, cos, sin, eps, PREPARED, FORM)
@@ -206,22 +204,20 @@ def backward_kernel(
         q_place = start + tl.arange(0, INNER)
         _, q_token, q_valid = locate(item, q_place, box, FORM.window)
         q_row = start_row + q_token
-        q = _operand(qk, q_row * qk_step, q_token, q_valid, q_weight, cos, sin, eps, PREPARED, FORM)
-        d = load_rows(dout, q_row * step, q_valid, FORM.v)
-        greatest, inverse, along = _load_softmax(softmax, delta, q_row * heads + head, q_valid)
-        s = inner(k, q) * scale
+        qs = _operand(qk, q_row * qk_step, q_token, q_valid, q_weight, cos, sin, eps, PREPARED, FORM)
+        ds = load_rows(dout, q_row * step, q_valid, FORM.v)
+        tops, inverses, deltas = _load_softmax(softmax, delta, q_row * heads + head, q_valid)
+        s = inner(k, qs) * scale
         if bias is not None:
             s += _load_bias(bias, head, q_place[None, :], place[:, None], length)
-        p = tl.exp(s - greatest[None, :]) * inverse[None, :]
-        dv = add_product(dv, p, d)
-        ds = p * (inner(v, d) - along[None, :])
-        dk = add_product(dk, ds, q)
+        p = exp(s - tops[None, :]) * inverses[None, :]
+        dv = add_product(dv, p, ds)
+        dk = add_product(dk, p * (inner(v, ds) - deltas[None, :]), qs)
     store_rows(dqkv + 2 * step, row * (3 * step), valid, dv, FORM.v)
-    x = load_rows(qkv + step, row * (3 * step), valid, FORM.qk)
-    angles = load_angles(cos, sin, token, valid, FORM)
-    dk, dgain = prepare_backward(scaled(dk, scale), x, load_gain(k_weight, FORM.qk), angles, eps, FORM)
+    dk = turn(dk, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
+    dk, dweight = norm_backward(dk, scale, load_rows(qkv + step, row * (3 * step), valid, FORM.qk), k_weight, eps, FORM)
     store_rows(dqkv + step, row * (3 * step), valid, dk, FORM.qk)
-    store_gain(dk_partial, partial, dgain, FORM)
+    store_dweight(dk_partial, partial, dweight, FORM)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "items", "chunks"])
@@ -243,8 +239,8 @@ def dbias_kernel(
     qk += head * FORM.head_dim
     qkv += head * FORM.head_dim
     dout += head * FORM.head_dim
-    q_weight = gain_of(q_weight, head, FORM.q_step)
-    k_weight = gain_of(k_weight, head, FORM.k_step)
+    q_weight = weight_of(q_weight, head, FORM.q_step)
+    k_weight = weight_of(k_weight, head, FORM.k_step)
     pair = _load_bias(bias, head, q_place[:, None], k_place[None, :], length)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for item in range((chunk * items // chunks).to(tl.int32), ((chunk + 1) * items // chunks).to(tl.int32)):
@@ -254,12 +250,12 @@ def dbias_kernel(
         k_row = sample.to(tl.int64) * tokens + k_token
         q = _operand(qk, q_row * qk_step, q_token, q_valid, q_weight, cos, sin, eps, PREPARED, FORM)
         k = _operand(qk + step, k_row * qk_step, k_token, k_valid, k_weight, cos, sin, eps, PREPARED, FORM)
-        greatest, inverse, along = _load_softmax(softmax, delta, q_row * heads + head, q_valid)
-        p = tl.exp(inner(q, k) * scale + pair - greatest[:, None]) * inverse[:, None]
+        top, inverse, delta_ = _load_softmax(softmax, delta, q_row * heads + head, q_valid)
+        p = exp(inner(q, k) * scale + pair - top[:, None]) * inverse[:, None]
         d = load_rows(dout, q_row * step, q_valid, FORM.v)
         v = load_rows(qkv + 2 * step, k_row * (3 * step), k_valid, FORM.v)
-        ds = p * (inner(d, v) - along[:, None])
+        ds = p * (inner(d, v) - delta_[:, None])
         total += tl.where(q_valid[:, None] & k_valid[None, :], ds, 0.0)
     at = ((chunk * heads + head) * length + q_place[:, None]) * length + k_place[None, :]
     here = (q_place < length)[:, None] & (k_place < length)[None, :]
-    tl.store(dbias + at, total.to(dbias.dtype.element_ty), mask=here)
+    tl.store(dbias + at, cast(total, dbias.dtype.element_ty), mask=here)

@@ -2,9 +2,9 @@
 """What the kernels of window_attention share: where a window's tokens lie, rows of one head, norm and rotation.
 
 A row, the head_dim channels of one head of a token, is held as a tuple of pieces whose widths are powers of two, as
-Triton's tensors must be: 72 channels are 64 and 16, where one tensor would take 128. A product over channels is the
-sum over pieces, and a sum over tokens has a result per piece. A piece is ``(first, width, end)``: channels
-``first + j`` for ``j < width``, of which those from ``end`` on are padding, read as zero and never written.
+Triton's tensors must be: 72 channels take 64 + 16, where one tensor would take 128. A product over channels is the sum
+over pieces, and a sum over tokens has a result per piece. A piece is ``(first, width, end)``: channels ``first + j``
+for ``j < width``, of which those from ``end`` on are padding, read as zero and never written.
 
 The pieces of q and k follow the rotation, so that the two channels of a pair meet in one thread, in the layouts of
 loads and of products alike: "interleaved" pairs are neighbours inside a piece, and for "half" the two halves of
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import dot
+from ._common import cast, dot
 
 Piece = tuple[int, int, int]
 Triple = tuple[int, int, int]
@@ -93,8 +93,16 @@ def boxes(grid: Sequence[int], window: Sequence[int]) -> Boxes:
     return Boxes(sorted(axes, key=lambda axis: axis[2] > 1))
 
 
-def pieces(first: int, end: int) -> tuple[Piece, ...]:
-    """Channels ``[first, end)`` in at most two pieces, none narrower than the 16 that tensor cores multiply."""
+def narrow_pieces(first: int, end: int) -> tuple[Piece, ...]:
+    """Channels ``[first, end)`` in pieces of 16, the least that tensor cores multiply.
+
+    All have one layout, two threads to a row, so sums over a row meet without exchange between layouts.
+    """
+    return tuple((start, 16, min(start + 16, end)) for start in range(first, end, 16))
+
+
+def wide_pieces(first: int, end: int) -> tuple[Piece, ...]:
+    """Channels ``[first, end)`` in at most two pieces, for long products."""
     width = end - first
     wide = max(16, 1 << (width.bit_length() - 1))
     if width <= wide:
@@ -105,11 +113,13 @@ def pieces(first: int, end: int) -> tuple[Piece, ...]:
     return ((first, wide, first + wide), (first + wide, narrow, end))
 
 
-def pieces_of_qk(head_dim: int, halves: bool) -> tuple[Piece, ...]:
-    """``halves``: the pairs of the rotation are channels ``(i, i + head_dim / 2)``."""
-    if not halves:
-        return pieces(0, head_dim)
-    return pieces(0, head_dim // 2) + pieces(head_dim // 2, head_dim)
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """e^x by the one instruction there is, without tl.exp's care for results below the smallest normal number."""
+    return tl.exp2(x * _LOG2E)
 
 
 @triton.jit
@@ -158,22 +168,34 @@ def extent(item, box, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def columns(PIECE: tl.constexpr):
+    return PIECE[0] + tl.arange(0, PIECE[1])
+
+
+@triton.jit
+def channels(valid, PIECE: tl.constexpr):
+    """Which channels of a piece are to be read or written, of rows that are ``valid`` [rows, 1]."""
+    here = valid
+    if PIECE[0] + PIECE[1] > PIECE[2]:
+        here = valid & (columns(PIECE) < PIECE[2])[None, :]
+    return here
+
+
+@triton.jit
 def load_rows(pointer, offset, valid, PIECES: tl.constexpr):
     """Rows at ``offset`` (64-bit), zero where not ``valid``."""
     rows = ()
     for i in tl.static_range(len(PIECES)):
-        column = PIECES[i][0] + tl.arange(0, PIECES[i][1])
-        here = valid[:, None] & (column < PIECES[i][2])[None, :]
-        rows += (tl.load(pointer + offset[:, None] + column[None, :], mask=here, other=0.0),)
+        at = pointer + offset[:, None] + columns(PIECES[i])[None, :]
+        rows += (tl.load(at, mask=channels(valid[:, None], PIECES[i]), other=0.0),)
     return rows
 
 
 @triton.jit
 def store_rows(pointer, offset, valid, rows, PIECES: tl.constexpr):
     for i in tl.static_range(len(PIECES)):
-        column = PIECES[i][0] + tl.arange(0, PIECES[i][1])
-        here = valid[:, None] & (column < PIECES[i][2])[None, :]
-        tl.store(pointer + offset[:, None] + column[None, :], rows[i].to(pointer.dtype.element_ty), mask=here)
+        at = pointer + offset[:, None] + columns(PIECES[i])[None, :]
+        tl.store(at, cast(rows[i], pointer.dtype.element_ty), mask=channels(valid[:, None], PIECES[i]))
 
 
 @triton.jit
@@ -190,12 +212,45 @@ def scaled(rows, factor):
 
 
 @triton.jit
+def products(a, b):
+    """``a * b``, piece by piece."""
+    result = ()
+    for i in tl.static_range(len(a)):
+        result += (a[i] * b[i],)
+    return result
+
+
+@triton.jit
+def sums(a, b):
+    """``a + b``, piece by piece."""
+    result = ()
+    for i in tl.static_range(len(a)):
+        result += (a[i] + b[i],)
+    return result
+
+
+@triton.jit
+def totals(rows):
+    """The sum of each row."""
+    if rows[0].shape == rows[len(rows) - 1].shape:
+        total = rows[0]
+        for i in tl.static_range(1, len(rows)):
+            total += rows[i]
+        result = tl.sum(total, 1)
+    else:
+        result = tl.sum(rows[0], 1)
+        for i in tl.static_range(1, len(rows)):
+            result += tl.sum(rows[i], 1)
+    return result
+
+
+@triton.jit
 def row_sums(a, b):
     """``rowsum(a * b)`` in fp32."""
-    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
-    for i in tl.static_range(1, len(a)):
-        total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
-    return total
+    result = ()
+    for i in tl.static_range(len(a)):
+        result += (a[i].to(tl.float32) * b[i].to(tl.float32),)
+    return totals(result)
 
 
 @triton.jit
@@ -212,32 +267,23 @@ def add_product(total, a, rows):
     """``total + a rows``, fp32; a is rounded to the dtype of the rows."""
     result = ()
     for i in tl.static_range(len(rows)):
-        result += (dot(a.to(rows[i].dtype), rows[i], total[i]),)
+        result += (dot(cast(a, rows[i].dtype), rows[i], total[i]),)
     return result
 
 
 @triton.jit
-def add(a, b):
-    result = ()
-    for i in tl.static_range(len(a)):
-        result += (a[i] + b[i],)
-    return result
-
-
-@triton.jit
-def gain_of(weight, head, STEP: tl.constexpr):
+def weight_of(weight, head, STEP: tl.constexpr):
     """The norm's weight for a head, if there is one."""
     return None if weight is None else weight + head * STEP
 
 
 @triton.jit
-def load_gain(pointer, PIECES: tl.constexpr):
-    """The weight of a norm as fp32 vectors; nothing if there is none."""
+def load_weight(pointer, PIECES: tl.constexpr):
+    """The weight of a norm in fp32, [1, width] a piece."""
     vectors = ()
-    if pointer is not None:
-        for i in tl.static_range(len(PIECES)):
-            column = PIECES[i][0] + tl.arange(0, PIECES[i][1])
-            vectors += (tl.load(pointer + column, mask=column < PIECES[i][2], other=0.0).to(tl.float32)[None, :],)
+    for i in tl.static_range(len(PIECES)):
+        column = columns(PIECES[i])
+        vectors += (tl.load(pointer + column, mask=column < PIECES[i][2], other=0.0).to(tl.float32)[None, :],)
     return vectors
 
 
@@ -258,106 +304,90 @@ def load_angles(cos, sin, token, valid, FORM: tl.constexpr):
 
 @triton.jit
 def turn(rows, angles, INTERLEAVED: tl.constexpr, BACK: tl.constexpr):
-    """The rotation of every pair; BACK: by the opposite angle."""
-    turned = ()
-    second = ()
-    for i in tl.static_range(len(angles) // 2):
-        cos, sin = angles[2 * i], angles[2 * i + 1]
-        if BACK:
-            sin = -sin
-        if INTERLEAVED:
-            a, b = rows[i].reshape(rows[i].shape[0], rows[i].shape[1] // 2, 2).split()
-            turned += (tl.join(a * cos - b * sin, a * sin + b * cos).reshape(rows[i].shape),)
-        else:
-            a, b = rows[i], rows[i + len(rows) // 2]
-            turned += (a * cos - b * sin,)
-            second += (a * sin + b * cos,)
-    return turned + second
+    """The rotation of every pair of channels, if there are angles; BACK: by the opposite ones."""
+    result = rows
+    if len(angles) > 0:
+        result = ()
+        second = ()
+        for i in tl.static_range(len(angles) // 2):
+            cos, sin = angles[2 * i], angles[2 * i + 1]
+            if BACK:
+                sin = -sin
+            if INTERLEAVED:
+                a, b = rows[i].reshape(rows[i].shape[0], rows[i].shape[1] // 2, 2).split()
+                result += (tl.join(a * cos - b * sin, a * sin + b * cos).reshape(rows[i].shape),)
+            else:
+                a, b = rows[i], rows[i + len(rows) // 2]
+                result += (a * cos - b * sin,)
+                second += (a * sin + b * cos,)
+        result += second
+    return result
 
 
 @triton.jit
-def normalise(rows, eps, FORM: tl.constexpr):
-    """``(x - mean) * rstd`` for norm 2, ``x * rstd`` for norm 1, in fp32; and rstd."""
+def centre(rows, eps, FORM: tl.constexpr):
+    """The rows in fp32, less their means for norm 2 (layer); and 1 / their root mean square."""
     x = [row.to(tl.float32) for row in rows]
     if FORM.norm == 2:
-        total = tl.sum(x[0], 1)
-        for i in tl.static_range(1, len(rows)):
-            total += tl.sum(x[i], 1)
+        mean = (totals(x) / FORM.head_dim)[:, None]
         centred = ()
         for i in tl.static_range(len(rows)):
-            column = FORM.qk[i][0] + tl.arange(0, FORM.qk[i][1])
-            here = (column < FORM.qk[i][2])[None, :]
-            centred += (tl.where(here, x[i] - (total / FORM.head_dim)[:, None], 0.0),)
+            if FORM.qk[i][0] + FORM.qk[i][1] > FORM.qk[i][2]:  # padding stays zero
+                centred += (tl.where((columns(FORM.qk[i]) < FORM.qk[i][2])[None, :], x[i] - mean, 0.0),)
+            else:
+                centred += (x[i] - mean,)
         x = centred
-    rstd = tl.rsqrt(row_sums(x, x) / FORM.head_dim + eps)
-    return scaled(x, rstd[:, None]), rstd
+    return x, tl.rsqrt(row_sums(x, x) / FORM.head_dim + eps)
 
 
 @triton.jit
-def prepare(rows, gain, angles, eps, FORM: tl.constexpr):
+def prepare(rows, weight, angles, eps, FORM: tl.constexpr):
     """Rows of q or k as they are multiplied: ``rotate(norm(x) * weight)`` in fp32, rounded once."""
     result = rows
     if FORM.norm != 0:
-        result, _ = normalise(rows, eps, FORM)
-        if len(gain) > 0:
-            weighted = ()
-            for i in tl.static_range(len(rows)):
-                weighted += (result[i] * gain[i],)
-            result = weighted
-    if len(angles) > 0:
-        result = turn(result, angles, FORM.interleaved, False)
-    rounded = ()
-    for i in tl.static_range(len(rows)):
-        rounded += (result[i].to(rows[i].dtype),)
-    return rounded
+        x, rstd = centre(rows, eps, FORM)
+        result = scaled(x, rstd[:, None])
+        if weight is not None:
+            result = products(result, load_weight(weight, FORM.qk))
+    result = turn(result, angles, FORM.interleaved, False)
+    return [cast(row, rows[0].dtype) for row in result]
 
 
 @triton.jit
-def prepare_backward(grad, rows, gain, angles, eps, FORM: tl.constexpr):
-    """The gradient of rows, given that of what `prepare` made of them; and that of the weight, if there is one."""
-    if len(angles) > 0:
-        grad = turn(grad, angles, FORM.interleaved, True)
-    dgain = ()
-    if FORM.norm != 0:
-        h, rstd = normalise(rows, eps, FORM)
-        if len(gain) > 0:
-            dh = ()
-            for i in tl.static_range(len(rows)):
-                dgain += (tl.sum(grad[i] * h[i], 0),)
-                dh += (grad[i] * gain[i],)
-            grad = dh
-        along = (row_sums(grad, h) / FORM.head_dim)[:, None]
+def norm_backward(grad, scale, rows, weight, eps, FORM: tl.constexpr):
+    """The gradient of rows, given ``scale * grad`` of ``norm(rows) * weight``; and of the weight, row by row.
+
+    With x the rows less their means, h = x * rstd, dh = grad * weight, it is rstd * (dh - mean(dh) - h * mean(dh * h)).
+    """
+    dweight = ()
+    if FORM.norm == 0:
+        grad = scaled(grad, scale)
+    else:
+        x, rstd = centre(rows, eps, FORM)
+        grad = scaled(grad, (rstd * scale)[:, None])
+        if weight is not None:
+            dweight = products(grad, x)
+            grad = products(grad, load_weight(weight, FORM.qk))
+        along = (row_sums(grad, x) * rstd * rstd / FORM.head_dim)[:, None]
         if FORM.norm == 2:
-            mean = tl.sum(grad[0], 1)
-            for i in tl.static_range(1, len(rows)):
-                mean += tl.sum(grad[i], 1)
-            mean = (mean / FORM.head_dim)[:, None]
+            mean = (totals(grad) / FORM.head_dim)[:, None]
         dx = ()
         for i in tl.static_range(len(rows)):
-            rest = grad[i] - h[i] * along
+            rest = grad[i] - x[i] * along
             if FORM.norm == 2:
                 rest -= mean
-            dx += (rest * rstd[:, None],)
+            dx += (rest,)
         grad = dx
-    return grad, dgain
+    return grad, dweight
 
 
 @triton.jit
-def zero_gain(weight, FORM: tl.constexpr):
-    """Where the gradient of a norm's weight is summed up, if there is one."""
-    vectors = ()
-    if weight is not None:
-        for i in tl.static_range(len(FORM.qk)):
-            vectors += (tl.zeros([FORM.qk[i][1]], tl.float32),)
-    return vectors
-
-
-@triton.jit
-def store_gain(pointer, row, vector, FORM: tl.constexpr):
-    """Row ``row`` of the partial sums [rows, head_dim] of a weight's gradient."""
-    for i in tl.static_range(len(vector)):
-        column = FORM.qk[i][0] + tl.arange(0, FORM.qk[i][1])
-        tl.store(pointer + row.to(tl.int64) * FORM.head_dim + column, vector[i], mask=column < FORM.qk[i][2])
+def store_dweight(pointer, row, dweight, FORM: tl.constexpr):
+    """Row ``row`` of the partial sums [rows, head_dim] of a weight's gradient: the sum over the rows of dweight."""
+    for i in tl.static_range(len(dweight)):
+        column = columns(FORM.qk[i])
+        at = row.to(tl.int64) * FORM.head_dim + column
+        tl.store(pointer + at, tl.sum(dweight[i], 0), mask=column < FORM.qk[i][2])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -368,7 +398,7 @@ def _sum_kernel(partial, out, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.con
         row = first + tl.arange(0, ROWS)
         here = (row < rows)[:, None] & (column < columns)[None, :]
         total += tl.load(partial + row.to(tl.int64)[:, None] * columns + column[None, :], mask=here, other=0.0)
-    tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < columns)
+    tl.store(out + column, cast(tl.sum(total, 0), out.dtype.element_ty), mask=column < columns)
 
 
 def sum_rows(partial: Tensor, out: Tensor) -> None:

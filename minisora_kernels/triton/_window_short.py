@@ -15,22 +15,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import dot
+from ._common import cast, dot
 from ._window_rows import (
-    add,
-    gain_of,
+    exp,
     inner,
     length_of,
     load_angles,
-    load_gain,
     load_rows,
     locate,
+    norm_backward,
     prepare,
-    prepare_backward,
     scaled,
-    store_gain,
+    store_dweight,
     store_rows,
-    zero_gain,
+    sums,
+    turn,
+    weight_of,
+    zeros,
 )
 
 LENGTHS = ["items", "tokens", "n0", "n1", "n2", "s0", "s1", "s2", "w0"]
@@ -46,7 +47,7 @@ def _product(a, rows, slot, each, PACKED: tl.constexpr):
     result = ()
     check = 0.0
     for i in tl.static_range(len(rows)):
-        result += (dot(a.to(rows[i].dtype), rows[i], tl.zeros(rows[i].shape, tl.float32)),)
+        result += (dot(cast(a, rows[i].dtype), rows[i], tl.zeros(rows[i].shape, tl.float32)),)
         if PACKED:
             check += tl.sum(tl.sum(result[i], 1), 0)
     if PACKED and check - check != 0.0:
@@ -55,7 +56,7 @@ def _product(a, rows, slot, each, PACKED: tl.constexpr):
             alone = ()
             for i in tl.static_range(len(rows)):
                 part = tl.where(mine, rows[i], 0.0)
-                part = dot(a.to(part.dtype), part, tl.zeros(part.shape, tl.float32))
+                part = dot(cast(a, part.dtype), part, tl.zeros(part.shape, tl.float32))
                 alone += (tl.where(mine, part, result[i]),)
             result = alone
     return result
@@ -94,11 +95,11 @@ def forward_kernel(
     first = tl.program_id(0) % groups * HEADS
     for head in range(first, tl.minimum(first + HEADS, heads)):
         at = row * (3 * step) + head * FORM.head_dim
-        q_gain = load_gain(gain_of(q_weight, head, FORM.q_step), FORM.qk)
-        k_gain = load_gain(gain_of(k_weight, head, FORM.k_step), FORM.qk)
+        q_weight_ = weight_of(q_weight, head, FORM.q_step)
+        k_weight_ = weight_of(k_weight, head, FORM.k_step)
         angles = load_angles(cos, sin, token, valid, FORM)
-        q = prepare(load_rows(qkv, at, valid, FORM.qk), q_gain, angles, eps, FORM)
-        k = prepare(load_rows(qkv + step, at, valid, FORM.qk), k_gain, angles, eps, FORM)
+        q = prepare(load_rows(qkv, at, valid, FORM.qk), q_weight_, angles, eps, FORM)
+        k = prepare(load_rows(qkv + step, at, valid, FORM.qk), k_weight_, angles, eps, FORM)
         v = load_rows(qkv + 2 * step, at, valid, FORM.v)
         s = inner(q, k) * scale
         if bias is not None:
@@ -106,7 +107,7 @@ def forward_kernel(
         s = tl.where(seen, s, float("-inf"))
         greatest = tl.max(s, 1)
         # Rows of the tile that hold no token see nothing.
-        p = tl.exp(s - tl.where(greatest == float("-inf"), 0.0, greatest)[:, None])
+        p = exp(s - tl.where(greatest == float("-inf"), 0.0, greatest)[:, None])
         total = tl.sum(p, 1)
         o = scaled(_product(p, v, slot, each, PACKED), (1.0 / total)[:, None])
         store_rows(out, row * step + head * FORM.head_dim, valid, o, FORM.v)
@@ -128,19 +129,19 @@ def backward_kernel(
     step = heads * FORM.head_dim
     chunk = tl.program_id(0) // groups
     first = tl.program_id(0) % groups * HEADS
-    dq_gain = zero_gain(q_weight, FORM)
-    dk_gain = zero_gain(k_weight, FORM)
+    dq_weight = () if q_weight is None else zeros(TILE, FORM.qk)
+    dk_weight = () if k_weight is None else zeros(TILE, FORM.qk)
     dpair = tl.zeros([TILE, TILE], tl.float32)
     for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, tl.cdiv(items, each))):
         slot, place, token, row, valid = _tile(tile, items, length, each, tokens, box, TILE, FORM)
         seen = (slot[:, None] == slot[None, :]) & valid[:, None] & valid[None, :]
         for head in range(first, tl.minimum(first + HEADS, heads)):
             at = row * (3 * step) + head * FORM.head_dim
-            q_gain = load_gain(gain_of(q_weight, head, FORM.q_step), FORM.qk)
-            k_gain = load_gain(gain_of(k_weight, head, FORM.k_step), FORM.qk)
+            q_weight_ = weight_of(q_weight, head, FORM.q_step)
+            k_weight_ = weight_of(k_weight, head, FORM.k_step)
             angles = load_angles(cos, sin, token, valid, FORM)
-            q = prepare(load_rows(qkv, at, valid, FORM.qk), q_gain, angles, eps, FORM)
-            k = prepare(load_rows(qkv + step, at, valid, FORM.qk), k_gain, angles, eps, FORM)
+            q = prepare(load_rows(qkv, at, valid, FORM.qk), q_weight_, angles, eps, FORM)
+            k = prepare(load_rows(qkv + step, at, valid, FORM.qk), k_weight_, angles, eps, FORM)
             v = load_rows(qkv + 2 * step, at, valid, FORM.v)
             d = load_rows(dout, row * step + head * FORM.head_dim, valid, FORM.v)
             pair = softmax + 2 * (row * heads + head)
@@ -149,25 +150,25 @@ def backward_kernel(
             s = inner(q, k) * scale
             if bias is not None:
                 s += _load_bias(bias, head, place, seen, length)
-            p = tl.where(seen, tl.exp(s - greatest[:, None]) * (1.0 / total)[:, None], 0.0)
+            p = tl.where(seen, exp(s - greatest[:, None]) * (1.0 / total)[:, None], 0.0)
             store_rows(dqkv + 2 * step, at, valid, _product(tl.trans(p), d, slot, each, PACKED), FORM.v)
             dp = inner(d, v)
             delta = tl.sum(tl.where(seen, p * dp, 0.0), 1)
             ds = tl.where(seen, p * (dp - delta[:, None]), 0.0)
             if dbias_partial is not None:
                 dpair += ds
-            grad = scaled(_product(ds, k, slot, each, PACKED), scale)
-            angles = load_angles(cos, sin, token, valid, FORM)
-            grad, dgain = prepare_backward(grad, load_rows(qkv, at, valid, FORM.qk), q_gain, angles, eps, FORM)
+            grad = _product(ds, k, slot, each, PACKED)
+            grad = turn(grad, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
+            grad, dweight = norm_backward(grad, scale, load_rows(qkv, at, valid, FORM.qk), q_weight_, eps, FORM)
             store_rows(dqkv, at, valid, grad, FORM.qk)
-            dq_gain = add(dq_gain, dgain)
-            grad = scaled(_product(tl.trans(ds), q, slot, each, PACKED), scale)
-            angles = load_angles(cos, sin, token, valid, FORM)
-            grad, dgain = prepare_backward(grad, load_rows(qkv + step, at, valid, FORM.qk), k_gain, angles, eps, FORM)
+            dq_weight = sums(dq_weight, dweight)
+            grad = _product(tl.trans(ds), q, slot, each, PACKED)
+            grad = turn(grad, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
+            grad, dweight = norm_backward(grad, scale, load_rows(qkv + step, at, valid, FORM.qk), k_weight_, eps, FORM)
             store_rows(dqkv + step, at, valid, grad, FORM.qk)
-            dk_gain = add(dk_gain, dgain)
-    store_gain(dq_partial, tl.program_id(0), dq_gain, FORM)
-    store_gain(dk_partial, tl.program_id(0), dk_gain, FORM)
+            dk_weight = sums(dk_weight, dweight)
+    store_dweight(dq_partial, tl.program_id(0), dq_weight, FORM)
+    store_dweight(dk_partial, tl.program_id(0), dk_weight, FORM)
     if dbias_partial is not None:
         slot = tl.arange(0, TILE) // length
         place = tl.arange(0, TILE) - slot * length

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _window_flash as flash
 from . import _window_short as short
-from ._window_rows import Boxes, Form, boxes, pieces, pieces_of_qk, sum_rows
+from ._window_rows import Boxes, Form, boxes, narrow_pieces, sum_rows, wide_pieces
 
 # None of these was measured on a GPU.
 # Windows of at most this many tokens fit a tile of scores that a program keeps in registers.
@@ -71,7 +71,10 @@ def _call(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interlea
     box = boxes((t, h, w), (wt, wh, ww))
     halves = cos is not None and not interleaved
     steps = (head_dim if weight is not None and weight.dim() == 2 else 0 for weight in (q_weight, k_weight))
-    form = Form(box.inner, norm, not halves, head_dim, pieces_of_qk(head_dim, halves), pieces(0, head_dim), *steps)
+    cut = narrow_pieces if box.length <= PREPARE_FROM else wide_pieces
+    qk = cut(0, head_dim // 2) + cut(head_dim // 2, head_dim) if halves else cut(0, head_dim)
+    v = (narrow_pieces if box.length <= SHORT else wide_pieces)(0, head_dim)
+    form = Form(box.inner, norm, not halves, head_dim, qk, v, *steps)
     return Call(qkv, q_weight, k_weight, cos, sin, bias, scale, eps, box, form)
 
 
@@ -114,9 +117,8 @@ def window_attention_bwd(dout, qkv, out, softmax, *arguments) -> tuple[Tensor, T
 
 
 def _tile(length: int) -> int:
-    """Rows of a tile: the fewest that are 7/8 full of windows, as scores across windows are wasted; or the fullest."""
-    fill = {tile: tile // length * length / tile for tile in (16, 32, 64)}
-    return next((tile for tile in fill if fill[tile] >= 7 / 8), max(fill, key=fill.__getitem__))
+    """Rows of a tile, 16 at least: more, to leave fewer empty, would waste as much on scores across windows."""
+    return max(16, triton.next_power_of_2(length))
 
 
 def _short_backward(call: Call, dout, softmax, dqkv, dbias) -> list[Tensor | None]:

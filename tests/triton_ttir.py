@@ -1,0 +1,41 @@
+"""Prints Triton's intermediate code of window_attention's kernels for windows of argv[1] tokens; needs no GPU."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from minisora_kernels.triton import window_attention as launchers
+
+
+def compile_only(self, *arguments, grid, warmup, **options):
+    """What a launch would run: the kernel is compiled for what it is given, and printed."""
+    target = GPUTarget("cuda", 90, 32)
+    backend = make_backend(target)
+    bound, specialization, _ = create_function_from_signature(self.signature, self.params, backend)(
+        *arguments, **options
+    )
+    parsed, signature, constexprs, attrs = self._pack_args(backend, options, bound, specialization, None)
+    kernel = triton.compile(ASTSource(self, signature, constexprs, attrs), target=target, options=parsed.__dict__)
+    print(kernel.asm["ttir"])
+
+
+JITFunction.run = compile_only
+length = int(sys.argv[1])
+batch, heads, head_dim = 2, 2, 72
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+qkv, out = empty(batch, length, 3, heads, head_dim), empty(batch, length, heads * head_dim)
+angles = empty(length, head_dim // 2, dtype=torch.float32)
+call = (length, 1, 1, length, 1, 1, empty(head_dim), empty(head_dim), 1, angles, angles, True, None, 1.0, 1e-6)
+launchers.window_attention_fwd(qkv, *call)
+launchers.window_attention_bwd(out, qkv, out, empty(batch, length, heads, 2, dtype=torch.float32), *call, False)
