@@ -6,18 +6,21 @@ it would be multiplied by nothing. ``as written`` is the model of ``written.py``
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bench.harness import BOTH, FWD, Problem, Random, cases
-from bench.shapes import BLOCK, SAMPLING_STEP, TRAINING_STEP, Model
+from bench.harness import BOTH, FWD, Problem, Random, cases, on_backend
+from bench.shapes import BLOCK, SAMPLING_RUN, SAMPLING_STEP, TRAINING_STEP, Model
 from bench.written import WrittenDiT
-from minisora_kernels import adaln
+from minisora_kernels import adaln, guided_step
 from models.dit import DiT
 from models.objectives import FlowMatching
-from models.samplers import guided_model
+from models.samplers import Predictor, flow_plan
 
 GUIDANCE, STEPS = 4.0, 50
 
@@ -36,7 +39,7 @@ class Blocks(nn.Module):
         modulations = [block.adaLN_modulation(c).chunk(6, dim=-1) for block in self.blocks]
         modulations.append(self.norm(c).chunk(2, dim=-1))
         y = adaln(x, modulations[0][0], modulations[0][1])
-        for block, (_, _, *own), (shift, scale, *_) in zip(self.blocks, modulations, modulations[1:], strict=False):
+        for block, own, (shift, scale, *_) in zip(self.blocks, modulations, modulations[1:], strict=False):
             x, y = block(x, y, *own, shift, scale)
         return x, y
 
@@ -52,15 +55,22 @@ class TrainingStep(nn.Module):
         return F.mse_loss(self.model(x, t, y), target)
 
 
-class SamplingStep(nn.Module):
-    """One guided Euler step of 50."""
+class Sampling(nn.Module):
+    """Guided Euler steps of 50 at the times ``t``; ``together``: how many have their modulations computed at once."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, together: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.together = model, together
+        plan = flow_plan(FlowMatching(), "euler", STEPS, GUIDANCE)
+        self.coefficients = plan.coefficients[0, 0].to(next(model.parameters()).device, torch.float32)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return x + FlowMatching().velocity(guided_model(self.model, y, GUIDANCE, None), x, t, y) / STEPS
+        predict = Predictor(self.model, y, GUIDANCE)
+        for part in t.split(self.together or len(t)):
+            for condition in predict.conditions(part):
+                cond, null = predict(x, condition)
+                x = guided_step(x, cond, self.coefficients, null=null)
+        return x
 
 
 def build(shape: Model, dtype: torch.dtype, device: torch.device) -> DiT:
@@ -73,7 +83,9 @@ def build(shape: Model, dtype: torch.dtype, device: torch.device) -> DiT:
     return model.to(device, dtype)
 
 
-def problem_of(step: type[nn.Module], model: DiT, data: dict[str, Tensor], constants: list[str]) -> Problem:
+def problem_of(
+    step: Callable[[nn.Module], nn.Module], model: DiT, data: dict[str, Tensor], constants: list[str]
+) -> Problem:
     """``step`` of the model and of the one as written, as functions of data and parameters."""
 
     def call_of(module: nn.Module):
@@ -107,13 +119,25 @@ def training_step(shape: Model, dtype: torch.dtype, device: torch.device) -> Pro
     return problem_of(TrainingStep, build(shape, dtype, device), data, list(data))
 
 
-def sampling_step(shape: Model, dtype: torch.dtype, device: torch.device) -> Problem:
-    data = {
+def sampling_data(shape: Model, dtype: torch.dtype, device: torch.device, steps: int) -> dict[str, Tensor]:
+    return {
         "x": Random(dtype, device)(shape.batch, shape.config.channels, *shape.config.input_size),
-        "t": torch.full((shape.batch,), 0.5, device=device),
+        "t": 500 + 1000 / STEPS * torch.arange(steps, device=device),
         "y": torch.arange(shape.batch, device=device),
     }
-    return problem_of(SamplingStep, build(shape, dtype, device), data, list(data))
+
+
+def sampling_step(shape: Model, dtype: torch.dtype, device: torch.device) -> Problem:
+    data = sampling_data(shape, dtype, device, 1)
+    return problem_of(Sampling, build(shape, dtype, device), data, list(data))
+
+
+def sampling_run(shape: Model, dtype: torch.dtype, device: torch.device) -> Problem:
+    """A few steps; the written form is ours, kernels and all, but for modulations that are computed step by step."""
+    data, model = sampling_data(shape, dtype, device, 4), build(shape, dtype, device)
+    problem = problem_of(Sampling, model, data, list(data))
+    step_by_step = problem_of(lambda model: Sampling(model, 1), model, data, list(data))
+    return dataclasses.replace(problem, written=("step by step", on_backend(None, step_by_step.call)))
 
 
 @cases(BLOCK)
@@ -124,6 +148,11 @@ def test_block(bench, shape: Model, dtype: str, direction: str):
 @cases(TRAINING_STEP, [BOTH])
 def test_training_step(bench, shape: Model, dtype: str, direction: str):
     bench("training step", training_step, shape, dtype, direction)
+
+
+@cases(SAMPLING_RUN, [FWD])
+def test_sampling_run(bench, shape: Model, dtype: str, direction: str):
+    bench("sampling run", sampling_run, shape, dtype, direction)
 
 
 @cases(SAMPLING_STEP, [FWD])

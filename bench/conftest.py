@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--save", metavar="NAME", help="write bench/results/<machine>/NAME.json and its plots")
     group.addoption("--save-over", action="store_true", help="let --save replace a record that is there")
+    group.addoption("--save-into", action="store_true", help="let --save replace those cases of it that this run times")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,8 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
     name = config.getoption("--save")
     if name and not config.getoption("--save-over"):
         path = record.path_of(record.machine(torch.device(device)), name)
-        if path.exists():
-            raise pytest.UsageError(f"{path} exists; give another name, or --save-over")
+        if path.exists() != config.getoption("--save-into"):
+            wrong = "is not there to be saved into" if config.getoption("--save-into") else "exists"
+            raise pytest.UsageError(f"{path} {wrong}; give another name, --save-over or --save-into")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -88,6 +90,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         from bench.plots import draw
 
         path = record.path_of(made["machine"], name)
-        record.save(made, path, over=config.getoption("--save-over"))
+        if config.getoption("--save-into"):
+            made = record.merged(made, record.load(path))
+        record.save(made, path, over=config.getoption("--save-over") or config.getoption("--save-into"))
         for written in (path, *draw(made, path)):
             terminalreporter.write_line(f"wrote {written}")

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -23,16 +24,24 @@ def saved_bytes(forward: Callable[[], Any], inputs: list[Tensor]) -> int:
     """Bytes that ``forward`` keeps alive for its backward.
 
     Every storage counts once and in full, however many views of it are saved. Storages of ``inputs`` (the leaves:
-    parameters, and the tensors an op is called with) do not count: they live anyway.
+    parameters, and the tensors an op is called with) do not count: they live anyway. Where ``forward`` has hooks of its
+    own, the tensors in what they keep count.
     """
     storages: dict[tuple[int, int], torch.UntypedStorage] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr(), storage.nbytes()] = storage
-        return tensor
+    def count(kept: Any) -> Any:
+        for leaf in tree_leaves(kept):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                storages[storage.data_ptr(), storage.nbytes()] = storage
+        return kept
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    plain = saved_tensors_hooks.__init__
+
+    def counting(self: saved_tensors_hooks, pack: Callable, unpack: Callable) -> None:
+        plain(self, lambda tensor: count(pack(tensor)), unpack)
+
+    with patch.object(saved_tensors_hooks, "__init__", counting), saved_tensors_hooks(lambda t: t, lambda t: t):
         result = forward()
     for tensor in inputs:
         storage = tensor.untyped_storage()
@@ -82,8 +91,8 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.namespace == "minisora":
-            self.kernels.add(func._schema.name.removeprefix("minisora::"))
+        if func.namespace.startswith("minisora"):
+            self.kernels.add(func._schema.name.split("::")[1])
         if func._overloadpacket in FLOPS:
             self.flops += FLOPS[func._overloadpacket](*args, **kwargs, out_val=result)
         if func._schema.name in ALLOCATIONS:

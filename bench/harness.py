@@ -252,9 +252,11 @@ class Session:
             calls[problem.written[0]] = on_backend("reference", problem.written[1])
         compiled = torch.compile(problem.call, dynamic=False, fullgraph=True)
         calls["compile"] = on_backend("reference", compiled)
-        calls["ours"] = on_backend(None, problem.call)
+        # A GPU's automatic choice is the reference until the kernels have been run on one.
+        ours = "triton" if self.device.type == "cuda" else None
+        calls["ours"] = on_backend(ours, problem.call)
         if direction == BOTH and not self.quick and not problem.model:
-            calls["ours in compile"] = on_backend(None, compiled)
+            calls["ours in compile"] = on_backend(ours, compiled)
         return calls
 
     def run(self, benchmark: Any, op: str, make: Make, shape: Any, dtype: str, direction: str) -> None:

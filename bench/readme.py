@@ -1,12 +1,13 @@
 """``python -m bench.readme``: write the README's measured tables anew from the committed records; ``--check`` verifies.
 
 Between the markers stand, for every machine in ``bench/results``, the tables of ``default.json`` and of ``reuse.json``
-(saved with ``--allocator reuse``) and the plots of the first of them.
+(saved with ``--allocator reuse``) and the plots of the first of them; then what ``aot.json`` has of the Triton kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from bench.report import NO_RATIO, about, counted, markdown, milliseconds, ratio
 README = ROOT / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NAMES = ("default", "reuse")
-MODELS = ("block pair", "training step", "sampling step")
+MODELS = ("block pair", "training step", "sampling step", "sampling run")
 
 
 # Direction and column of the cells of the table of ops.
@@ -61,6 +62,8 @@ def section(records: list[dict[str, Any]], plots: list[str]) -> list[str]:
         "",
         *_models(cases),
         "",
+        "A sampling run is of four steps; what stands there as written is ours with modulations computed step by step.",
+        "",
         *(f"![{Path(plot).stem}]({plot})" for plot in plots),
         "",
         "<details><summary>Every op, shape and dtype</summary>",
@@ -81,6 +84,33 @@ def section(records: list[dict[str, Any]], plots: list[str]) -> list[str]:
     return lines
 
 
+# The architectures in the README: A100, RTX 4090, H100. The record has more.
+SHOWN = ("sm_80", "sm_89", "sm_90")
+
+
+def _compiled(path: Path) -> list[str]:
+    """Per op: the most registers, spilled bytes and shared memory, the least occupancy; and bytes moved over needed."""
+    record = json.loads(path.read_text())
+    rows = []
+    for op in dict.fromkeys(name.split()[0] for name in record["kernels"][SHOWN[0]]):
+        cells = []
+        for sm in SHOWN:
+            found = [kernel for name, kernel in record["kernels"][sm].items() if name.split()[0] == op]
+            most = [max(kernel[what] for kernel in found) for what in ("registers", "spilled", "shared")]
+            least = min(kernel["occupancy"] for kernel in found)
+            cells.append(f"{most[0]} / {most[1]} B / {most[2] / 1024:.0f} KiB / {least:.0%}")
+        moved = [bytes_["does"] / bytes_["must"] for name, bytes_ in record["traffic"].items() if name.split()[0] == op]
+        rows.append((f"`{op}`", str(len(found)), *cells, f"{min(moved):.2f} to {max(moved):.2f}"))
+    return [
+        f"Triton kernels, forward and backward on the same shapes, compiled by Triton {record['triton']} and **not run "
+        "on a GPU**: the most registers a thread, spilled bytes and shared memory of a block, and the least share of a "
+        "multiprocessor's warps, by architecture; bytes read and written over those of passing every tensor once.",
+        "",
+        *markdown(("op", "kernels", *SHOWN, "bytes over needed"), rows),
+        "",
+    ]
+
+
 def block(results: Path = RESULTS) -> str:
     """What belongs between the markers."""
     lines: list[str] = []
@@ -90,6 +120,8 @@ def block(results: Path = RESULTS) -> str:
             plots = sorted(folder.glob(f"{paths[0].stem}-*.png"))
             names = [path.relative_to(results.parent.parent).as_posix() for path in plots]
             lines += section([load(path) for path in paths], names)
+    if (results / "aot.json").exists():
+        lines += _compiled(results / "aot.json")
     return "\n".join(lines or ["No record is committed yet.", ""])
 
 

@@ -139,6 +139,23 @@ def save(record: dict[str, Any], path: Path, *, over: bool = False) -> None:
     path.write_text(json.dumps(rounded(record), indent=1) + "\n")
 
 
+def merged(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """``new`` with the cases of ``old`` that it lacks, which keep their commit: a part of the benches run again.
+
+    Raises:
+        ValueError: the two are of different machines, versions or settings.
+    """
+    for what in ("machine", "python", "torch", "cuda", "threads", "allocator", "quick"):
+        before, now = ({**record, **record["versions"]}[what] for record in (old, new))
+        if before != now:
+            raise ValueError(f"the record that is there has {what} {before}, this run {now}")
+    again = {key(case): case for case in new["cases"]}
+    kept = [{"commit": old["commit"], **case} for case in old["cases"] if key(case) not in again]
+    order = {key(case): place for place, case in enumerate(old["cases"])}
+    cases = sorted([*kept, *new["cases"]], key=lambda case: order.get(key(case), len(order)))
+    return {**new, "cases": cases}
+
+
 def rounded(value: Any) -> Any:
     """What a file keeps: floats to five significant digits."""
     if isinstance(value, float):

@@ -166,6 +166,29 @@ GELU_MLP = (
 
 
 @dataclass(frozen=True)
+class Latents:
+    """``[batch, channels, T, H, W]`` in a step of Euler, or of DDPM with a learned variance."""
+
+    name: str
+    size: Triple
+    ancestral: bool
+    batch: int
+    channels: int = 4
+    quick: bool = False
+    dtypes: tuple[str, ...] = DTYPES
+
+
+def _latents(clip: Triple, ancestral: bool, batch: int, **options) -> Latents:
+    name = f"{'ddpm' if ancestral else 'euler'} {'x'.join(map(str, clip))} b{batch}"
+    return Latents(name, latents(*clip), ancestral, batch, **options)
+
+
+GUIDED_STEP = tuple(
+    _latents((16, side, side), ancestral, 4, quick=side == 256) for ancestral in (False, True) for side in (256, 512)
+)
+
+
+@dataclass(frozen=True)
 class Model:
     """A DiT on latents, and how many samples it gets."""
 
@@ -193,3 +216,5 @@ def _model(size: str, clip: Triple, depth: int | None = None, **options) -> Mode
 BLOCK = (_model("XL", (16, 256, 256), quick=True, depth=2, dtypes=LONG),)
 TRAINING_STEP = (_model("B", (16, 256, 256), dtypes=LONG), _model("S", (16, 256, 256)))
 SAMPLING_STEP = TRAINING_STEP
+# A short clip: the shorter, the more of a step goes into what does not depend on the tokens.
+SAMPLING_RUN = (_model("XL", (1, 256, 256), depth=2),)

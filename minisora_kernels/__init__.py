@@ -5,10 +5,12 @@ from .ops.adaln import adaln as adaln
 from .ops.gate_residual import gate_residual as gate_residual
 from .ops.gate_residual_adaln import gate_residual_adaln as gate_residual_adaln
 from .ops.gelu_mlp import gelu_mlp as gelu_mlp
+from .ops.guided_step import guided_step as guided_step
 from .ops.patch_embed import patch_embed as patch_embed
 from .ops.unpatchify import unpatchify as unpatchify
 from .ops.window_attention import Rope as Rope
 from .ops.window_attention import rope_3d as rope_3d
 from .ops.window_attention import window_attention as window_attention
+from .recompute import recompute_adaln as recompute_adaln
 
 __version__ = "0.1.0"

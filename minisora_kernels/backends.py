@@ -75,8 +75,12 @@ def define(schema: str) -> None:
     name = schema.split("(")[0]
     op = re.sub("_[a-z]+$", "", name)
 
-    def launch(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"{__package__}.triton.{op}"), name)(*arguments)
+    def launch(first: torch.Tensor, *arguments: Any) -> Any:
+        launcher = getattr(importlib.import_module(f"{__package__}.triton.{op}"), name)
+        if not first.is_cuda:
+            return launcher(first, *arguments)
+        with torch.cuda.device(first.device):  # Triton launches on the current device
+            return launcher(first, *arguments)
 
     LIBRARIES[1].impl(name, launch, DEVICES["triton"].upper())
 
@@ -156,11 +160,12 @@ def _load_libraries() -> None:
 
 
 _load_libraries()
-_unavailable["triton"] = None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
 def unavailable(name: str) -> str | None:
     """Why the backend cannot be used on this machine at all, or None if it can."""
+    if name == "triton" and name not in _unavailable:  # asked when wanted: looking for a module takes time
+        _unavailable[name] = None if importlib.util.find_spec(name) else "Triton is not installed"
     reason = _unavailable[_check_name(name, "name")]
     if DEVICES.get(name) == "cuda" and reason is None and not torch.cuda.is_available():
         return "torch finds no CUDA device"

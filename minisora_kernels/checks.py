@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNEL_FLOATS = FLOATS[:3]
@@ -26,6 +27,17 @@ def kernel_refusal(**tensors: Tensor | None) -> str | None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in KERNEL_FLOATS:
             return f"{name} has dtype {tensor.dtype}; the kernels take float16, bfloat16 and float32"
+    return None
+
+
+def gradient_refusal(**tensors: Tensor | None) -> str | None:
+    """Why a kernel without a backward cannot take these tensors, by name."""
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return "it has no forward mode AD"
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                return f"{name} requires a gradient; the kernels have no backward"
     return None
 
 

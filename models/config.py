@@ -112,14 +112,15 @@ class TrainConfig:
     accumulation: int = 1
     """Parts that a batch is computed in, one after the other, to save memory."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """'bf16': autocast; weights, their average and the optimizer stay fp32."""
+    """'bf16': autocast; weights, their average and the optimizer stay fp32. On CUDA 'fp32' has TF32 products."""
     checkpointing: bool = False
     """Recompute the blocks in backward instead of keeping their activations."""
     compile: bool = False
     """torch.compile the model."""
-    backend: Literal["auto", "reference", "cpu"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
     """Which kernels the ops run on."""
-    device: str = "cpu"
+    device: str = "auto"
+    """'cpu', 'cuda' or 'cuda:1' and so on; 'auto' is CUDA if there is a device. CUDA was not run on a GPU."""
     seed: int = 0
     save_every: int = 1000
     """Steps from one checkpoint to the next; there is always one at the start and at the end."""

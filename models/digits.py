@@ -22,7 +22,7 @@ from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
 from .config import PRESETS, from_dict, merge
 from .data import Batches, MovingDigits, to_float
-from .sample import class_ids, contact_sheet, make_objective, progress_bar, sample_clips, write_png
+from .sample import choose_device, class_ids, contact_sheet, make_objective, progress_bar, sample_clips, write_png
 from .train import Stopped, train_or_continue
 
 
@@ -105,7 +105,7 @@ def judge(config: DigitsConfig, path: Path) -> dict[str, float | int]:
     if trained.data.source != "digits" or labels is None:
         raise ValueError(f"{path} was trained on {trained.data.source!r}, not on digits")
     clips = sample_clips(
-        checkpoint.build(),
+        checkpoint.build().to(choose_device(trained.device)),
         make_objective(trained),
         count,
         labels,

@@ -29,6 +29,7 @@ num_classes=1000, learn_sigma=True, **SIZES["XL"])``. The parameters:
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minisora_kernels import adaln, gate_residual_adaln, gelu_mlp, patch_embed, unpatchify, window_attention
+from minisora_kernels import (
+    adaln,
+    gate_residual_adaln,
+    gelu_mlp,
+    patch_embed,
+    recompute_adaln,
+    unpatchify,
+    window_attention,
+)
 
 Grid = tuple[int, int, int]
 
@@ -247,15 +256,22 @@ class Block(nn.Module):
         self,
         x: Tensor,
         y: Tensor,
+        shift_msa: Tensor,
+        scale_msa: Tensor,
         gate_msa: Tensor,
         shift_mlp: Tensor,
         scale_mlp: Tensor,
         gate_mlp: Tensor,
         next_shift: Tensor,
         next_scale: Tensor,
+        recompute_norms: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        x, y = gate_residual_adaln(x, self.attn(y), gate_msa, shift_mlp, scale_mlp)
-        return gate_residual_adaln(x, self.mlp(y), gate_mlp, next_shift, next_scale)
+        with recompute_adaln(y, x, shift_msa, scale_msa) if recompute_norms else nullcontext():
+            branch = self.attn(y)
+        x, y = gate_residual_adaln(x, branch, gate_msa, shift_mlp, scale_mlp)
+        with recompute_adaln(y, x, shift_mlp, scale_mlp) if recompute_norms else nullcontext():
+            branch = self.mlp(y)
+        return gate_residual_adaln(x, branch, gate_mlp, next_shift, next_scale)
 
 
 class FinalLayer(nn.Module):
@@ -274,7 +290,8 @@ class DiT(nn.Module):
         config: what it was built from.
         out_channels: ``channels``, twice that with ``learn_sigma``.
         null_class: the label of "no class"; None if unconditional.
-        checkpointing: recompute each block in backward instead of keeping its activations. False at first.
+        checkpointing: recompute each block in backward instead of keeping its activations; otherwise only what adaln
+            made is recomputed. False at first.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -310,51 +327,89 @@ class DiT(nn.Module):
         """N, the tokens of one sample."""
         return math.prod(self.config.grid)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor | None = None, y: Tensor | None = None, *, modulations: Tensor | None = None
+    ) -> Tensor:
         """What the objective asks for: velocity, noise, or noise and variance.
 
         Args:
             x: ``[B, C, T, H, W]``, or ``[B, C, H, W]`` in image mode.
             t: timesteps in [0, 1000]: ``[B]``, or ``[B, T']`` with one per frame of tokens.
             y: classes ``[B]``, int64, ``null_class`` for none; None if and only if the model is unconditional.
+            modulations: in place of t and y, what :meth:`modulations` made of them.
 
         Returns:
             x's shape with ``out_channels`` channels.
 
         Raises:
-            ValueError: an argument whose shape does not fit the config, or a y that is missing or not wanted.
+            ValueError: an argument whose shape does not fit the config, or one that is missing or not wanted.
         """
-        self._check(x, t, y)
-        c = self.t_embedder(t, self.pos_embed.dtype)
-        if self.y_embedder is not None:
-            label = self.y_embedder(y)
-            c = c + (label if t.dim() == 1 else label[:, None])
+        expected = (self.config.channels, *self.config.input_size)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, {', '.join(map(str, expected))}]")
+        if modulations is None:
+            rows = self._modulations(t, y, x.shape[0])
+        elif t is not None or y is not None:
+            raise ValueError("modulations take the place of t and y, which were given too")
+        else:
+            rows = self._split(modulations, x.shape[0])
 
         # Under autocast the embedding comes out in half precision; the residual stream keeps the parameters' dtype.
         x = self.x_embedder(x, self.pos_embed).to(self.pos_embed.dtype)
-        modulations = [block.adaLN_modulation(c).chunk(6, dim=-1) for block in self.blocks]
-        modulations.append(self.final_layer.adaLN_modulation(c).chunk(2, dim=-1))
-        y = adaln(x, modulations[0][0], modulations[0][1])
-        for block, (_, _, *own), (shift, scale, *_) in zip(self.blocks, modulations, modulations[1:], strict=False):
+        vectors = [row.chunk(row.shape[-1] // self.config.width, dim=-1) for row in rows]
+        y = adaln(x, vectors[0][0], vectors[0][1])
+        for block, own, (shift, scale, *_) in zip(self.blocks, vectors, vectors[1:], strict=False):
             if self.checkpointing and torch.is_grad_enabled():
                 # A block draws no random numbers, so there is no generator state to restore.
-                x, y = checkpoint(block, x, y, *own, shift, scale, use_reentrant=False, preserve_rng_state=False)
+                arguments = (x, y, *own, shift, scale, False)
+                x, y = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, y = block(x, y, *own, shift, scale)
 
         grid = self.config.grid[-len(self.config.patch) :]
         return unpatchify(self.final_layer.linear(y), grid, self.config.patch, self.out_channels)
 
-    def _check(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
-        expected = (self.config.channels, *self.config.input_size)
-        if tuple(x.shape[1:]) != expected:
-            raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, {', '.join(map(str, expected))}]")
-        batch, frames = x.shape[0], self.config.grid[0]
-        if tuple(t.shape) not in ((batch,), (batch, frames)):
-            raise ValueError(f"t has shape {tuple(t.shape)}; it may be [{batch}] or, per frame, [{batch}, {frames}]")
+    def modulations(self, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Shifts, scales and gates of all blocks and of the final layer: all that forward makes of t and y.
+
+        They do not depend on x. A sampler, which knows its timesteps, has those of many steps from one product per
+        block and gives forward the rows of each step.
+
+        Args:
+            t, y: as for :meth:`forward`.
+
+        Returns:
+            ``[B, (6 depth + 2) D]``, or ``[B, T', (6 depth + 2) D]`` with per-frame t.
+
+        Raises:
+            ValueError: as for :meth:`forward`.
+        """
+        return torch.cat(self._modulations(t, y, len(t)), dim=-1)
+
+    def _modulations(self, t: Tensor | None, y: Tensor | None, batch: int) -> list[Tensor]:
+        """``[..., 6 D]`` of each block and ``[..., 2 D]`` of the final layer."""
+        t = self._check(t, y, batch)
+        c = self.t_embedder(t, self.pos_embed.dtype)
+        if self.y_embedder is not None:
+            label = self.y_embedder(y)
+            c = c + (label if t.dim() == 1 else label[:, None])
+        return [layer.adaLN_modulation(c) for layer in (*self.blocks, self.final_layer)]
+
+    def _split(self, modulations: Tensor, batch: int) -> tuple[Tensor, ...]:
+        widths = [6 * self.config.width] * self.config.depth + [2 * self.config.width]
+        if modulations.shape[0] != batch or modulations.shape[-1] != sum(widths):
+            raise ValueError(f"modulations have shape {tuple(modulations.shape)}; it must be [{batch}, {sum(widths)}]")
+        return modulations.split(widths, dim=-1)
+
+    def _check(self, t: Tensor | None, y: Tensor | None, batch: int) -> Tensor:
+        frames = self.config.grid[0]
+        if t is None or tuple(t.shape) not in ((batch,), (batch, frames)):
+            got = "is None" if t is None else f"has shape {tuple(t.shape)}"
+            raise ValueError(f"t {got}; it may be [{batch}] or, per frame, [{batch}, {frames}]")
         if self.y_embedder is None:
             if y is not None:
                 raise ValueError("y was given to an unconditional model (num_classes = 0)")
         elif y is None or tuple(y.shape) != (batch,):
             got = "None" if y is None else f"of shape {tuple(y.shape)}"
             raise ValueError(f"y is {got}; a model with {self.null_class} classes needs [{batch}]")
+        return t

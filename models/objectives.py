@@ -100,14 +100,25 @@ class FlowMatching:
     def velocity(self, model: Model, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The velocity at ``x`` and times ``t [B]`` in [0, 1], in x's dtype."""
         prediction = model(x, t * TIMESTEPS, y).to(x.dtype)
+        self.check(prediction, x)
+        if self.prediction == "data":
+            return (prediction - x) / self._remaining(expand(t, x))
+        return prediction
+
+    def weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Of x and of the prediction in the velocity at times ``t`` in [0, 1], which is a sum of the two."""
+        if self.prediction == "data":
+            return -1 / self._remaining(t), 1 / self._remaining(t)
+        return torch.zeros_like(t), torch.ones_like(t)
+
+    @staticmethod
+    def check(prediction: Tensor, x: Tensor) -> None:
+        """Raises ValueError for a prediction that has not x's shape."""
         if prediction.shape != x.shape:
             raise ValueError(
                 f"the model returned shape {tuple(prediction.shape)} for x {tuple(x.shape)}; flow matching has no "
                 "variance to learn: build the model with learn_sigma=False"
             )
-        if self.prediction == "data":
-            return (prediction - x) / self._remaining(expand(t, x))
-        return prediction
 
     @staticmethod
     def _remaining(t: Tensor) -> Tensor:
@@ -194,18 +205,24 @@ class DDPM:
         return loss + self.variational_bound(tables, x, x_t, t, epsilon.detach(), fraction).mean()
 
     @staticmethod
-    def split(prediction: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The predicted noise and, for a model with learned variance, where between its bounds the variance lies.
-
-        Raises:
-            ValueError: a prediction that has neither C nor 2 C channels.
-        """
+    def check(prediction: Tensor, x: Tensor) -> None:
+        """Raises ValueError for a prediction that has neither C nor 2 C channels."""
         channels = x.shape[1]
         if prediction.shape[1] not in (channels, 2 * channels):
             raise ValueError(
                 f"the model returned {prediction.shape[1]} channels; it must return {channels}, or {2 * channels} with "
                 "a learned variance"
             )
+
+    @classmethod
+    def split(cls, prediction: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The predicted noise and, for a model with learned variance, where between its bounds the variance lies.
+
+        Raises:
+            ValueError: a prediction that has neither C nor 2 C channels.
+        """
+        cls.check(prediction, x)
+        channels = x.shape[1]
         if prediction.shape[1] == channels:
             return prediction, None
         return prediction[:, :channels], (prediction[:, channels:] + 1) / 2

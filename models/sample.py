@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -62,9 +63,36 @@ class SampleConfig:
     """Frames a second of mp4 and GIF."""
     overwrite: bool = False
     """Replace files that are there."""
-    backend: Literal["auto", "reference", "cpu"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """'bf16': autocast. On CUDA 'fp32' has TF32 products."""
+    compile: bool = False
+    """torch.compile the model."""
+    cuda_graphs: bool = False
+    """Replay the steps as CUDA graphs; CUDA only. Not run on a GPU."""
+    backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
     """Which kernels the ops run on."""
-    device: str = "cpu"
+    device: str = "auto"
+    """'cpu', 'cuda' or 'cuda:1' and so on; 'auto' is CUDA if there is a device. CUDA was not run on a GPU."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for ``--device``. A CUDA device is the current one of the process from now on, with TF32 products.
+
+    Raises:
+        ValueError: a device that is none of these, or not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise ValueError(f"device is {name!r}; it may be 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if name != "cpu":
+        number = int(match[1] or 0)
+        if number >= torch.cuda.device_count():
+            raise ValueError(f"device is {name!r}; torch finds {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(number)
+        torch.set_float32_matmul_precision("high")
+    return torch.device(name)
 
 
 def choose_backend(name: str) -> contextlib.AbstractContextManager[None]:
@@ -118,6 +146,7 @@ def sample_clips(
     seed: int,
     batch_size: int = 16,
     progress: bool = False,
+    cuda_graphs: bool = False,
 ) -> Tensor:
     """uint8 ``[count, T, H, W, C]`` from the model, ``batch_size`` clips at a time, on the model's device.
 
@@ -150,6 +179,7 @@ def sample_clips(
                 guidance_channels=guidance_channels,
                 generator=generator,
                 progress=counted,
+                cuda_graphs=cuda_graphs,
             )
             clips.append(to_bytes(clip).cpu())
     result = torch.cat(clips)
@@ -282,8 +312,14 @@ def run(config: SampleConfig) -> list[Path]:
     if present and not config.overwrite:
         raise ValueError(f"{', '.join(present)} exists already; use --overwrite or another --out")
     y = class_ids(config.classes, checkpoint.classes, config.count)
-    model = checkpoint.build(ema=not config.last_weights).to(config.device)
-    with choose_backend(config.backend):
+    device = choose_device(config.device)
+    model = checkpoint.build(ema=not config.last_weights).to(device)
+    if config.compile:
+        model.compile()
+    with (
+        choose_backend(config.backend),
+        torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
+    ):
         clips = sample_clips(
             model,
             make_objective(from_dict(checkpoint.train)),
@@ -296,6 +332,7 @@ def run(config: SampleConfig) -> list[Path]:
             seed=config.seed,
             batch_size=config.batch_size,
             progress=True,
+            cuda_graphs=config.cuda_graphs,
         )
     paths = write(folder, clips.numpy(), y, config.fps)
     print(f"{config.count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .objectives import DDPM, FlowMatching, Model, schedule
+from minisora_kernels import guided_step
+
+from .objectives import DDPM, TIMESTEPS, FlowMatching, Schedule, schedule
 
 Objective = FlowMatching | DDPM
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -15,43 +18,137 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 SOLVERS = {"flow": ("euler", "heun"), "ddpm": ("ddpm", "ddim")}
 
 
-def guide(cond: Tensor, null: Tensor, guidance: float, channels: int | None = None) -> Tensor:
-    """``null + guidance * (cond - null)`` on the first ``channels`` channels (None: all); the rest is ``cond``.
+class Plan(NamedTuple):
+    """What a solver asks of the model, and what it makes of the answers; it has one or two calls a step.
 
-    Source: Ho & Salimans 2022 (arXiv 2207.12598). Meta's DiT guides three of four channels.
-
-    Raises:
-        ValueError: ``channels`` outside 1..C.
+    ``times [steps, calls]`` are the model's timesteps, ``coefficients [steps, calls, 5]`` those of
+    :func:`minisora_kernels.guided_step`.
     """
-    if channels is not None and not 1 <= channels <= cond.shape[1]:
-        raise ValueError(f"guidance channels are {channels}; they may be 1..{cond.shape[1]}, or None for all")
-    guided = torch.lerp(null, cond, guidance)
-    if channels is None:
-        return guided
-    return torch.cat((guided[:, :channels], cond[:, channels:]), dim=1)
+
+    times: Tensor
+    coefficients: Tensor
 
 
-def guided_model(model: nn.Module, y: Tensor | None, guidance: float, channels: int | None) -> Model:
-    """``model`` with classifier-free guidance: one call on the batch doubled to (conditional | null class).
+def flow_plan(objective: FlowMatching, solver: str, steps: int, guidance: float) -> Plan:
+    """Euler: ``x1 = x + h v(x, t)``. Heun goes on to ``(x + x1) / 2 + h / 2 v(x1, t + h)``. On the CPU, in float64."""
+    share = torch.tensor([1.0] if solver == "euler" else [1.0, 0.5], dtype=torch.float64)
+    times = (torch.arange(steps)[:, None] + torch.arange(len(share))).double() / steps
+    of_x, of_prediction = objective.weights(times)
+    columns = (guidance, share * (1 + of_x / steps), share * of_prediction / steps, 1 - share, 0.0)
+    return Plan(times * TIMESTEPS, _stack(columns, times))
 
-    A learned variance, the second half of ``2 C`` channels, is the conditional one's.
+
+def diffusion_plan(solver: str, steps: int, guidance: float) -> Plan:
+    """DDPM: the mean of p(x_{i-1} | x_i) and noise. DDIM: the predicted x_0, diffused again by the predicted noise.
+
+    A learned variance lies between beta and the posterior variance; one that is not is beta. On the CPU, in float64.
+    """
+    tables = schedule(steps, torch.device("cpu"), torch.float64)
+    tables = Schedule(*(table.flip(0)[:, None] for table in tables))
+    # x_0 = of_x x + of_noise epsilon
+    of_x, of_noise = tables.alpha_bar.rsqrt(), -(1 / tables.alpha_bar - 1).sqrt()
+    if solver == "ddim":
+        x_0, x, epsilon = tables.previous.sqrt(), 0.0, (1 - tables.previous).sqrt()
+    else:
+        x_0, x, epsilon = tables.posterior_x0_weight, tables.posterior_x_weight, 0.0
+    slope = (tables.beta.log() - tables.posterior_log_variance) / 4
+    columns = (guidance, x_0 * of_x + x, x_0 * of_noise + epsilon, tables.beta.sqrt(), slope)
+    return Plan(tables.timesteps, _stack(columns, tables.timesteps))
+
+
+def _stack(columns: Iterable[float | Tensor], like: Tensor) -> Tensor:
+    return torch.stack([torch.as_tensor(column, dtype=torch.float64).expand(like.shape) for column in columns], dim=-1)
+
+
+class Predictor:
+    """The model's predictions with classes and, for guidance, without: one call on a doubled batch.
+
+    What a call needs besides x comes from :meth:`conditions`. Of a model with ``modulations``, as DiT has them, those
+    are computed for many timesteps at once: its conditional layers read their weights once, not once a step.
 
     Raises:
         ValueError: guidance for a model without classes, or without labels.
     """
-    if guidance == 1:
-        return model
-    null_class = getattr(model, "null_class", None)
-    if null_class is None or y is None:
-        raise ValueError(f"guidance is {guidance}; without classes it must be 1")
-    labels = torch.cat((y, torch.full_like(y, null_class)))
 
-    def guided(x: Tensor, t: Tensor, _: Tensor | None) -> Tensor:
-        cond, null = model(torch.cat((x, x)), torch.cat((t, t)), labels).to(x.dtype).chunk(2)
-        c = x.shape[1]
-        return torch.cat((guide(cond[:, :c], null[:, :c], guidance, channels), cond[:, c:]), dim=1)
+    # At a time: enough rows to occupy a matrix product, 200 MB of modulations for DiT-XL.
+    ROWS = 256
 
-    return guided
+    def __init__(self, model: nn.Module, y: Tensor | None, guidance: float) -> None:
+        self.model, self.guided, self.ahead = model, guidance != 1, hasattr(model, "modulations")
+        # Classes whose modulations are needed, and whose are which sample's: all samples share the null class.
+        self.classes, self.places = y, None if y is None else torch.arange(len(y), device=y.device)
+        if self.guided:
+            null_class = getattr(model, "null_class", None)
+            if null_class is None or y is None:
+                raise ValueError(f"guidance is {guidance}; without classes it must be 1")
+            self.classes = torch.cat((y, y.new_full((1,), null_class)))
+            self.places = torch.cat((self.places, self.places.new_full(y.shape, len(y))))
+
+    def conditions(self, times: Tensor) -> Iterator[Tensor]:
+        """One for each of the timesteps ``times``."""
+        if not self.ahead:
+            yield from times
+            return
+        count = 1 if self.classes is None else len(self.classes)
+        for part in times.split(max(1, self.ROWS // count)):
+            classes = None if self.classes is None else self.classes.repeat(len(part))
+            yield from self.model.modulations(part.repeat_interleave(count), classes).unflatten(0, (-1, count))
+
+    def __call__(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The predictions at x ``[B, C, ...]``; the second is None without guidance."""
+        if self.guided:
+            x = torch.cat((x, x))
+        if self.ahead:
+            rows = condition.expand(len(x), -1) if self.places is None else condition[self.places]
+            prediction = self.model(x, modulations=rows)
+        else:
+            y = None if self.classes is None else self.classes[self.places]
+            prediction = self.model(x, condition.expand(len(x)), y)
+        if not self.guided:
+            return prediction, None
+        cond, null = prediction.chunk(2)
+        return cond, null
+
+
+class Graphed:
+    """``function`` of tensors (or None) of constant shapes as CUDA graphs, one for each set of arguments that are None.
+
+    A replay launches one graph instead of hundreds of kernels; a capture takes four calls. Not run on a GPU.
+
+    Raises:
+        ValueError: a device that is not CUDA.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
+        if device.type != "cuda":
+            raise ValueError(f"CUDA graphs need a CUDA device; this is {device.type}")
+        self.function = function
+        self.graphs: dict[tuple[bool, ...], tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = {}
+
+    def __call__(self, *arguments: Tensor | None) -> Tensor:
+        given = tuple(argument is not None for argument in arguments)
+        if given not in self.graphs:
+            self.graphs[given] = self._capture(arguments)
+        graph, places, result = self.graphs[given]
+        for place, argument in zip(places, arguments, strict=True):
+            if place is not None and argument is not None:
+                place.copy_(argument)
+        graph.replay()
+        return result.clone()  # the next replay overwrites it
+
+    def _capture(self, arguments: Iterable[Tensor | None]) -> tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]:
+        places = [None if argument is None else argument.clone() for argument in arguments]
+        # Before the capture, and on a stream of its own, as PyTorch asks: what libraries do at their first calls.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.function(*places)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = self.function(*places)
+        return graph, places, result
 
 
 @torch.no_grad()
@@ -67,6 +164,7 @@ def sample(
     guidance_channels: int | None = None,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
+    cuda_graphs: bool = False,
 ) -> Tensor:
     """Samples from ``noise``; the model is in eval mode meanwhile.
 
@@ -82,65 +180,49 @@ def sample(
         guidance_channels: guide the first so many channels only; None guides all.
         generator: of the noise that ``"ddpm"`` adds at each step.
         progress: wraps the iterable of steps, as tqdm does.
+        cuda_graphs: replay the steps as CUDA graphs; the capture takes four calls. Not run on a GPU.
 
     Returns:
         ``[B, C, ...]`` in noise's dtype.
 
     Raises:
-        ValueError: a solver that is not the objective's, steps or guidance that do not fit.
+        ValueError: a solver that is not the objective's, steps or guidance that do not fit, CUDA graphs on a CPU.
     """
     allowed = SOLVERS[objective.name]
     if solver not in allowed:
         raise ValueError(f"solver is {solver!r}; objective {objective.name!r} has {' and '.join(map(repr, allowed))}")
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
-    guided = guided_model(model, y, guidance, guidance_channels)
-    progress = progress or iter
+    if guidance_channels is not None and guidance == 1:
+        raise ValueError(f"guidance_channels is {guidance_channels}, but guidance is 1, which is none")
+    predict = Predictor(model, y, guidance)
+    if isinstance(objective, FlowMatching):
+        plan = flow_plan(objective, solver, steps, guidance)
+    else:
+        plan = diffusion_plan(solver, steps, guidance)
+
+    def update(x: Tensor, condition: Tensor, row: Tensor, z: Tensor | None) -> Tensor:
+        cond, null = predict(x, condition)
+        objective.check(cond, x)
+        return guided_step(x, cond, row, null=null, z=z, channels=guidance_channels)
+
+    if cuda_graphs:
+        update = Graphed(update, noise.device)
+    x = noise
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    times = plan.times.to(x.device, dtype if plan.times.is_floating_point() else None)
+    coefficients = plan.coefficients.to(x.device, dtype)
     was_training = model.training
     model.eval()
     try:
-        if isinstance(objective, FlowMatching):
-            return _flow(guided, objective, noise, y, solver, steps, progress)
-        return _diffusion(guided, noise, y, solver, steps, generator, progress)
+        conditions = predict.conditions(times.flatten())
+        for i in (progress or iter)(range(steps)):
+            start = x
+            for call, row in enumerate(coefficients[i]):
+                z = start if call == 1 else None
+                if solver == "ddpm" and i < steps - 1:
+                    z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+                x = update(x, next(conditions), row, z)
+        return x
     finally:
         model.train(was_training)
-
-
-def _flow(
-    model: Model, objective: FlowMatching, x: Tensor, y: Tensor | None, solver: str, steps: int, progress: Progress
-) -> Tensor:
-    def velocity(x: Tensor, t: float) -> Tensor:
-        return objective.velocity(model, x, x.new_full((x.shape[0],), t), y)
-
-    for i in progress(range(steps)):
-        start, end = i / steps, (i + 1) / steps
-        v = velocity(x, start)
-        if solver == "heun":
-            v = (v + velocity(x + v / steps, end)) / 2
-        x = x + v / steps
-    return x
-
-
-def _diffusion(
-    model: Model,
-    x: Tensor,
-    y: Tensor | None,
-    solver: str,
-    steps: int,
-    generator: torch.Generator | None,
-    progress: Progress,
-) -> Tensor:
-    tables = schedule(steps, x.device, x.dtype)
-    for i in progress(range(steps - 1, -1, -1)):
-        step = tables.timesteps.new_full((x.shape[0],), i)
-        epsilon, fraction = DDPM.split(model(x, tables.timesteps[step], y).to(x.dtype), x)
-        mean, log_variance, x_0 = DDPM.step(tables, x, step, epsilon, fraction)
-        if solver == "ddim":
-            previous = tables.previous[i]
-            x = previous.sqrt() * x_0 + (1 - previous).sqrt() * epsilon
-        else:
-            x = mean
-            if i > 0:
-                draw = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-                x = x + (0.5 * log_variance).exp() * draw
-    return x

@@ -39,13 +39,22 @@ from .checkpoint import Checkpoint, as_plain
 from .config import TrainConfig, from_dict, load, preset, start_parser
 from .data import Batches, Source, open_source
 from .dit import DiT
-from .sample import choose_backend, class_ids, contact_sheet, make_objective, progress_bar, sample_clips, write_png
+from .sample import (
+    choose_backend,
+    choose_device,
+    class_ids,
+    contact_sheet,
+    make_objective,
+    progress_bar,
+    sample_clips,
+    write_png,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# What a continuation may change: what does not touch the losses, but for the rounding of another backend.
-RESUMABLE = {"steps", "save_every", "keep", "log_every", "preview", "backend"}
+# What a continuation may change: what does not touch the losses, but for the rounding of another backend or GPU.
+RESUMABLE = {"steps", "save_every", "keep", "log_every", "preview", "backend", "device"}
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +143,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, resume: Checkpoint | None = None) -> None:
-        self.config, self.device = config, torch.device(config.device)
+        self.config, self.device = config, choose_device(config.device)
         data = config.data
         self.source: Source = open_source(
             data.source,
@@ -175,6 +184,11 @@ class Trainer:
         if saved.dit != dit or saved.classes != self.classes:
             changed = sorted(key for key in dit if saved.dit.get(key) != dit[key]) or ["classes"]
             raise ValueError(f"the checkpoint does not match the data: {', '.join(changed)} differ")
+        was = "cuda" if "cuda" in saved.rng else "cpu"
+        if was != self.device.type:
+            raise ValueError(
+                f"the run drew random numbers on {was}, which {self.device.type} cannot continue; use --device {was}"
+            )
         self.model.load_state_dict(saved.model)
         self.ema.load_state_dict(saved.ema)
         self.optimizer.load_state_dict(saved.optimizer)

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from conftest import DEVICE
 from torch import Tensor
 
 import minisora_kernels as mk
+from minisora_kernels import backends
 
 Call = Callable[..., Any]
 
@@ -24,7 +26,7 @@ class Case:
     call: Call
     # Tensors that keep a dtype of their own, whatever the case is run in.
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    # Tensors that are constants of the op.
+    # Tensors that are constants of the op; all of them, if its kernels have no backward.
     constants: tuple[str, ...] = ()
     # False where matrix products are torch's, which may round differently with another number of threads.
     any_threads: bool = True
@@ -32,10 +34,14 @@ class Case:
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
 
+    @property
+    def differentiable(self) -> bool:
+        return any(name not in self.constants for name in self.tensors)
+
     def leaves(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The inputs in ``dtype``, rounded; leaves that require gradients, but for the constants."""
         return {
-            name: master.to(self.dtypes.get(name, dtype)).detach().requires_grad_(name not in self.constants)
+            name: master.to(DEVICE, self.dtypes.get(name, dtype)).detach().requires_grad_(name not in self.constants)
             for name, master in self.tensors.items()
         }
 
@@ -177,6 +183,43 @@ def _unpatchify() -> Iterator[Case]:
         )
 
 
+def _guided_step() -> Iterator[Case]:
+    random = _random(5)
+    half = torch.bfloat16
+    # name, latents, guided channels, variance learned, guidance, z, a row a sample, dtypes
+    table: list[tuple] = [
+        ("euler", (2, 4, 3, 6, 10), None, False, True, False, False, {}),
+        ("heun", (3, 3, 2, 4, 4), None, False, True, True, False, {}),
+        ("ddpm", (1, 4, 5, 7, 3), None, False, False, True, True, {}),
+        ("ddpm-learned", (3, 4, 3, 6, 5), 3, True, True, True, True, {}),
+        ("ddim-learned", (2, 3, 6, 4), 2, True, True, False, False, {}),
+        ("learned-unguided", (2, 3, 6, 4), None, True, False, True, False, {}),
+        ("no-cells", (2, 3), 1, True, True, True, True, {}),
+        ("a-clip", (2, 4, 16, 16, 17), 3, True, True, True, True, {}),
+        ("bf16-prediction", (2, 4, 3, 8, 8), None, True, True, True, True, {"cond": half, "null": half}),
+        ("bf16-state", (2, 4, 3, 8, 8), None, True, True, True, True, {"x": half, "z": half}),
+        ("empty-batch", (0, 4, 2, 3), None, False, True, True, True, {}),
+        ("no-pixels", (2, 4, 0, 3), None, False, True, True, True, {}),
+    ]
+    for name, shape, channels, learned, guided, noisy, rows, dtypes in table:
+        predicted = (shape[0], (2 if learned else 1) * shape[1], *shape[2:])
+        tensors = {
+            "x": random(*shape) * 2,
+            "cond": random(*predicted),
+            "coefficients": random(shape[0], 5) * 0.5 + 1 if rows else random(5) * 0.5 + 1,
+        }
+        tensors |= {"null": tensors["cond"] + random(*predicted) / 4} if guided else {}
+        tensors |= {"z": random(*shape)} if noisy else {}
+        yield Case(
+            "guided_step",
+            name,
+            tensors,
+            lambda t, channels=channels, **kwargs: mk.guided_step(**t, channels=channels, **kwargs),
+            {"coefficients": torch.float32, **dtypes},
+            tuple(tensors),
+        )
+
+
 def _gelu_mlp() -> Iterator[Case]:
     random = _random(4)
     for name, shape, hidden, out, biased in [
@@ -203,5 +246,10 @@ CASES = [
     *_window_attention(),
     *_patch_embed(),
     *_unpatchify(),
+    *_guided_step(),
     *_gelu_mlp(),
 ]
+# Triton's interpreter takes milliseconds for a program: the longest are for the chunks and threads of a CPU.
+# tests/test_triton.py has the widths of models on few tokens.
+if backends.INTERPRETED:
+    CASES = [case for case in CASES if max(tensor.numel() for tensor in case.tensors.values()) <= 50_000]

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+import os
+
 import pytest
 import torch
 
 from minisora_kernels import backends
 
-# The tests use CPU tensors, so these are the backends of that device; under Triton's interpreter (TRITON_INTERPRET=1, see
-# `make check-gpu-code`) only its kernels.
+# Where the tests of ops and of models with kernels run: "cuda" for a GPU (python -m bench.gpu sets it).
+DEVICE = os.environ.get("MINISORA_TEST_DEVICE", "cpu")
+
+# The backends of that device; under Triton's interpreter (TRITON_INTERPRET=1) only its kernels.
 KERNEL_BACKENDS = [
     name
     for name, device in backends.DEVICES.items()
-    if device == "cpu" and backends.unavailable(name) is None and (name == "triton") == backends.INTERPRETED
+    if device == DEVICE and backends.unavailable(name) is None and (name == "triton" or not backends.INTERPRETED)
 ]
+
+if "triton" in KERNEL_BACKENDS and backends.INTERPRETED:
+    # The interpreter patches triton.language whenever a kernel calls a helper. Once is enough, and takes half the time.
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+
+    patch_once = functools.cache(_patch_lang)
+
+    def call_helper(helper, *args, **kwargs):
+        patch_once(helper.fn)
+        return helper.rewrite()(*args, **kwargs)
+
+    InterpretedFunction.__call__ = call_helper
 
 
 @pytest.fixture(autouse=True)

@@ -196,7 +196,9 @@ def tiny_model() -> shapes.Model:
     return shapes.Model("tiny", type(model.config)(**config))
 
 
-@pytest.mark.parametrize("make", (bench_model.block, bench_model.training_step, bench_model.sampling_step))
+@pytest.mark.parametrize(
+    "make", (bench_model.block, bench_model.training_step, bench_model.sampling_step, bench_model.sampling_run)
+)
 def test_the_model_as_written_computes_the_same(make):
     problem = make(tiny_model(), torch.float64, torch.device("cpu"))
     assert problem.written is not None
@@ -316,3 +318,21 @@ def test_one_case_from_the_command_line():
     command = [sys.executable, "-m", "pytest", "bench", *options]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout + run.stderr
+
+
+def test_a_part_that_is_run_again_replaces_its_cases_only(case: dict):
+    device = torch.device("cpu")
+    other = {**case, "op": "other", "shape": "of before"}
+    old = record.make(device, [dict(case), other], {}, allocator="default", quick=False) | {"commit": "before"}
+    new = record.make(device, [{**case, "rounds": -1}], {}, allocator="default", quick=False) | {"commit": "now"}
+    merged = record.merged(new, old)
+    assert merged["commit"] == "now"
+    assert [(c["op"], c["rounds"], c.get("commit")) for c in merged["cases"]] == [
+        ("adaln", -1, None),
+        ("other", case["rounds"], "before"),
+    ]
+    assert "commit now" in report.about(merged) and "(1 cases of before)" in report.about(merged)
+    again = record.merged({**new, "commit": "later"}, merged)
+    assert [c.get("commit") for c in again["cases"]] == [None, "before"]
+    with pytest.raises(ValueError, match="has allocator default, this run reuse"):
+        record.merged({**new, "allocator": "reuse"}, old)

@@ -395,6 +395,27 @@ def test_timesteps_per_frame():
     assert changed.tolist() == [[False, False, True, False]] * 3
 
 
+@pytest.mark.parametrize("per_frame", [False, True])
+@pytest.mark.parametrize("name", ["joint", "layer"])
+def test_modulations_take_the_place_of_t_and_y(name, per_frame):
+    config = CONFIGS[name]
+    model = randomized(DiT(config))
+    x, t, y = inputs(config, per_frame=per_frame)
+    modulations = model.modulations(t, y)
+    assert modulations.shape == (*t.shape, (6 * config.depth + 2) * config.width)
+    assert torch.equal(model(x, modulations=modulations), model(x, t, y))
+    # Rows of many timesteps at once: the products may round otherwise.
+    many = model.modulations(t.repeat(9, *(1,) * (t.dim() - 1)), None if y is None else y.repeat(9))
+    torch.testing.assert_close(many[6:9], modulations)
+    with pytest.raises(ValueError, match="which were given too"):
+        model(x, t, y, modulations=modulations)
+    for bad in (modulations[:2], modulations[..., 1:]):
+        with pytest.raises(ValueError, match=r"modulations have shape .* it must be \[3, 448\]"):
+            model(x, modulations=bad)
+    with pytest.raises(ValueError, match="t is None"):
+        model(x)
+
+
 def test_unconditional():
     model = randomized(DiT(replace(VIDEO, num_classes=0)))
     assert model.null_class is None

@@ -53,14 +53,29 @@ def test_values_and_gradients(shape, hidden, out, dtype, bias, backend):
         assert_as_accurate(name, kernel[name], reference[name], exact[name])
 
 
+def activation(h):
+    """gelu of every number of ``h``, by the forward op between products with 1."""
+    one = torch.ones(1, 1, dtype=h.dtype)
+    y, kept = torch.ops.minisora.gelu_mlp_fwd(h.reshape(-1, 1), one, None, one, None, True)
+    torch.testing.assert_close(kept.view_as(h), h, rtol=0, atol=0, equal_nan=True)
+    return y.view_as(h)
+
+
+def slope(h, da):
+    """``a`` and ``dh`` of the backward op, for finite ``h`` and ``da`` ``[tokens, hidden]``, and ``db1``."""
+    dy = torch.eye(h.shape[0], dtype=h.dtype)
+    _, a, dh, db1 = torch.ops.minisora.gelu_mlp_bwd(dy, h, torch.zeros(h.shape[1], 1, dtype=h.dtype), da)
+    return a, dh, db1
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 7, 8, 33, 5000])
 def test_activation_and_its_slope(size, dtype, backend):
     torch.manual_seed(0)
     h, da = (3 * torch.randn(1, size)).to(dtype), torch.randn(1, size).to(dtype)
-    a, dh = torch.ops.minisora.gelu_mlp_bwd(h, da)
-    assert torch.equal(a, torch.ops.minisora.gelu_mlp_fwd(h))
+    a, dh, db1 = slope(h, da)
+    assert torch.equal(a, activation(h)) and torch.equal(db1, dh[0])
     exact_h = h.double().requires_grad_()
     exact = F.gelu(exact_h, approximate="tanh")
     (exact_dh,) = torch.autograd.grad(exact, exact_h, da.double())
@@ -73,7 +88,7 @@ def test_activation_keeps_its_digits_where_it_is_small(backend):
     """tanh(u) rounds to -1 long before gelu(h) is 0; the sigmoid form does not."""
     h = torch.linspace(-9, -0.01, 4097)
     exact = h.double() / (1 + torch.exp(-2 * (2 / torch.pi) ** 0.5 * (h.double() + 0.044715 * h.double() ** 3)))
-    torch.testing.assert_close(torch.ops.minisora.gelu_mlp_fwd(h).double(), exact, rtol=2e-5, atol=0)
+    torch.testing.assert_close(activation(h).double(), exact, rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -83,8 +98,8 @@ def test_extreme_values_behave_as_in_torch(dtype, backend):
     values += [torch.finfo(dtype).smallest_normal, -torch.finfo(dtype).smallest_normal / 4]
     h = torch.tensor([values * 3], dtype=dtype)
     one = torch.ones_like(h)
-    a, dh = torch.ops.minisora.gelu_mlp_bwd(h, one)
-    for ours in (a, torch.ops.minisora.gelu_mlp_fwd(h)):
+    a, dh, _ = slope(h, one)
+    for ours in (a, activation(h)):
         torch.testing.assert_close(ours, F.gelu(h, approximate="tanh"), rtol=1e-6, atol=1e-37, equal_nan=True)
     torch.testing.assert_close(
         dh, torch.ops.aten.gelu_backward(one, h, approximate="tanh"), rtol=1e-6, atol=1e-37, equal_nan=True
@@ -192,20 +207,27 @@ def test_kernel_has_the_same_bits_for_any_number_of_threads(tokens, hidden, dtyp
     results = []
     for count in (1, 2, 3, 1):
         torch.set_num_threads(count)
-        results.append((torch.ops.minisora.gelu_mlp_fwd(h), *torch.ops.minisora.gelu_mlp_bwd(h, da)))
+        results.append((activation(h), *slope(h, da)))
     for other in results[1:]:
-        for name, one, value in zip(("a", "a recomputed", "dh"), results[0], other, strict=True):
+        for name, one, value in zip(("a", "a recomputed", "dh", "db1"), results[0], other, strict=True):
             assert torch.equal(one, value), name
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_every_output_element_is_written(backend, nan_filled):
     for size in (1, 9, 4096, 4097, 8195):
-        h = torch.linspace(-4, 4, size).view(1, -1)
-        a, dh = torch.ops.minisora.gelu_mlp_bwd(h, torch.ones_like(h))
-        assert a.isfinite().all()
-        assert dh.isfinite().all()
-        assert torch.ops.minisora.gelu_mlp_fwd(h).isfinite().all()
+        h = torch.linspace(-4, 4, size)
+        assert all(result.isfinite().all() for result in (activation(h), *slope(h[None], torch.ones(1, size))))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_sampling_keeps_nothing_and_gives_the_same_bits(backend):
+    arguments = parameters((2, 700, 12), 16, 12)
+    with torch.no_grad():
+        y = gelu_mlp(*arguments, backend=backend)
+    assert torch.equal(y, gelu_mlp(*arguments, backend=backend))
+    x, *weights = (argument.detach() for argument in arguments)
+    assert torch.ops.minisora.gelu_mlp_fwd(x.flatten(0, 1), *weights, False)[1].numel() == 0
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -218,20 +240,39 @@ def test_second_derivatives_are_refused(backend):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_raw_ops_pass_opcheck(backend):
-    h = torch.randn(3, 20)
-    torch.library.opcheck(torch.ops.minisora.gelu_mlp_fwd, (h,))
-    torch.library.opcheck(torch.ops.minisora.gelu_mlp_bwd, (h, torch.randn(3, 20)))
+    x, w1, b1, w2, b2 = (argument.detach() for argument in parameters((3, 12), 20, 8))
+    for keep in (True, False):
+        torch.library.opcheck(torch.ops.minisora.gelu_mlp_fwd, (x, w1, b1, w2, b2, keep))
+    torch.library.opcheck(torch.ops.minisora.gelu_mlp_bwd, (torch.randn(3, 8), torch.randn(3, 20), w1, w2))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_raw_ops_refuse_what_they_cannot_index(backend):
-    h = torch.randn(4, 20)
-    for bad in (h[:, ::2], h.t(), h.double()):
-        with pytest.raises(RuntimeError, match="h must be"):
-            torch.ops.minisora.gelu_mlp_fwd(bad)
-    for bad in (h[:2], h.bfloat16(), torch.randn(20, 4).t(), torch.randn(80)):
-        with pytest.raises(RuntimeError, match="da must"):
-            torch.ops.minisora.gelu_mlp_bwd(h, bad)
+    given = {"x": torch.randn(4, 12), "w1": torch.randn(20, 12), "b1": torch.randn(20)}
+    given |= {"w2": torch.randn(8, 20), "b2": torch.randn(8)}
+    for name, bad in (
+        ("x", torch.randn(4, 24)[:, ::2]),
+        ("x", torch.randn(12)),
+        ("x", torch.randn(4, 12).double()),
+        ("w1", torch.randn(20, 11)),
+        ("w1", torch.randn(20, 12).bfloat16()),
+        ("b1", torch.randn(19)),
+        ("w2", torch.randn(8, 19)),
+        ("b2", torch.randn(8).bfloat16()),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name} must"):
+            torch.ops.minisora.gelu_mlp_fwd(*(given | {name: bad}).values(), True)
+    given = {"dy": torch.randn(4, 8), "h": torch.randn(4, 20), "w1": torch.randn(20, 12), "w2": torch.randn(8, 20)}
+    for name, bad in (
+        ("dy", torch.randn(3, 8)),
+        ("dy", torch.randn(4, 8).bfloat16()),
+        ("dy", torch.randn(8, 4).t()),
+        ("h", torch.randn(20, 4).t()),
+        ("w1", torch.randn(19, 12)),
+        ("w2", torch.randn(8, 20).bfloat16()),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name} must"):
+            torch.ops.minisora.gelu_mlp_bwd(*(given | {name: bad}).values())
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import KERNEL_BACKENDS
+from conftest import DEVICE, KERNEL_BACKENDS
 from test_ops import Seen
 from tolerance import assert_as_accurate
 from torch import Tensor
@@ -39,18 +39,18 @@ def build(config: DiTConfig, dtype: torch.dtype) -> DiT:
         for name, parameter in model.named_parameters():
             if "adaLN" in name or name.startswith("final_layer") or name.endswith("bias"):
                 parameter.normal_(std=0.1)
-    return model.to(dtype)
+    return model.to(DEVICE, dtype)
 
 
 def run(model: DiT, dtype: torch.dtype, rounded: torch.dtype, layout: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     config = model.config
     x = torch.randn(3, config.channels, *config.input_size, generator=generator, dtype=torch.float64).to(rounded)
-    x = layout(x.to(dtype)).requires_grad_()
-    t = torch.tensor([7.0, 311.0, 990.0])
-    y = torch.tensor([0, 3, 5]) if config.num_classes else None
+    x = layout(x.to(DEVICE, dtype)).requires_grad_()
+    t = torch.tensor([7.0, 311.0, 990.0], device=DEVICE)
+    y = torch.tensor([0, 3, 5], device=DEVICE) if config.num_classes else None
     out = model(x, t, y)
-    gradient = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(rounded).to(dtype)
+    gradient = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(rounded).to(DEVICE, dtype)
     out.backward(gradient)
     results = {"output": out.detach(), "gradient of x": x.grad}
     for name, parameter in model.named_parameters():
@@ -59,11 +59,11 @@ def run(model: DiT, dtype: torch.dtype, rounded: torch.dtype, layout: Callable[[
     return results
 
 
-@pytest.mark.skipif(not KERNEL_BACKENDS, reason="no kernel backend is available: see the header")
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("checkpointing", (False, True))
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_parameter_in_training_mode(name: str, checkpointing: bool, dtype: torch.dtype, nan_filled):
+def test_every_parameter_in_training_mode(name: str, checkpointing: bool, dtype: torch.dtype, backend: str, nan_filled):
     model = build(CONFIGS[name], dtype)
     model.checkpointing = checkpointing
     plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
@@ -72,7 +72,7 @@ def test_every_parameter_in_training_mode(name: str, checkpointing: bool, dtype:
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
     seen = Seen()
-    with seen:
+    with seen, mk.use_backend(backend):
         kernel = run(model, dtype, dtype, channels_last)
     assert {call.removesuffix("_fwd") for call in seen.names() if call.endswith("_fwd")} == OPS
     assert {call.removesuffix("_bwd") for call in seen.names() if call.endswith("_bwd")} == OPS

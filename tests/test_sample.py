@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import av
@@ -11,9 +12,14 @@ import torch
 from models.checkpoint import Checkpoint, as_plain, save
 from models.config import TrainConfig
 from models.dit import DiT, DiTConfig
-from models.sample import SampleConfig, class_ids, contact_sheet, enlarge, main, mosaic, run, write_mp4
+from models.sample import SampleConfig, choose_device, class_ids, contact_sheet, enlarge, main, mosaic, run, write_mp4
 
 FILES = ("samples.mp4", "samples.gif", "samples.png", "samples.npz")
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def make(
@@ -87,6 +93,56 @@ def test_the_clips_depend_on_seed_weights_class_and_guidance(tmp_path):
         clips(run(dataclasses.replace(base, out=tmp_path / f"g{n}", guidance=3.0, guidance_channels=n))) for n in (1, 3)
     ]
     assert (guided[0] != guided[1]).any()
+
+
+def test_precision_and_compilation_change_no_more_than_rounding(tmp_path, monkeypatch):
+    # Inductor takes a minute; what it compiles is traced the same way here.
+    monkeypatch.setattr(DiT, "compile", functools.partialmethod(DiT.compile, backend="aot_eager"))
+    seen = []
+    original = DiT.forward
+
+    def forward(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        seen.append((out.dtype, torch.compiler.is_compiling()))
+        return out
+
+    monkeypatch.setattr(DiT, "forward", forward)
+    base = SampleConfig(make(tmp_path / "run"), tmp_path / "base", count=2, steps=2, guidance=2.0)
+    first = clips(run(base)).astype(int)
+    assert seen == [(torch.float32, False)] * 2
+    half = clips(run(dataclasses.replace(base, out=tmp_path / "half", precision="bf16")))
+    assert seen[2:] == [(torch.bfloat16, False)] * 2
+    assert 0 < np.abs(half - first).mean() < 4
+    seen.clear()
+    compiled = clips(run(dataclasses.replace(base, out=tmp_path / "compiled", compile=True)))
+    assert np.abs(compiled - first).max() <= 1 and (torch.float32, True) in seen
+
+
+def test_devices(monkeypatch):
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="device is 'cuda'; torch finds 0 CUDA devices"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        assert choose_device("cpu").type == "cpu" and torch.get_float32_matmul_precision() == precision
+        assert choose_device("auto") == torch.device("cuda") and choose_device("cuda:1") == torch.device("cuda:1")
+        assert torch.get_float32_matmul_precision() == "high" and current == [0, 1]
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    for name, reason in (("cuda:2", "torch finds 2 CUDA"), ("gpu", "it may be 'auto'"), ("cuda:x", "it may be 'auto'")):
+        with pytest.raises(ValueError, match=f"device is '{name}'; {reason}"):
+            choose_device(name)
+
+
+def test_graphs_on_a_cpu_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="CUDA graphs need a CUDA device"):
+        run(SampleConfig(make(tmp_path / "run"), tmp_path / "out", steps=1, cuda_graphs=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_folder_means_its_newest_checkpoint(tmp_path):

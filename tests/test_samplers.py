@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from models.dit import DiT, DiTConfig
 from models.objectives import DDPM, FlowMatching, schedule
-from models.samplers import SOLVERS, guide, sample
+from models.samplers import SOLVERS, Graphed, Predictor, sample
 
 MEAN, STD = 1.5, 0.4
 CPU = torch.device("cpu")
@@ -71,6 +76,26 @@ def test_flow_times():
         model = Gaussian("flow")
         sample(model, FlowMatching(), noise(), None, solver=solver, steps=4)
         assert [t.tolist() for t in model.times] == [[e, e] for e in expected]
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "data"])
+@pytest.mark.parametrize("solver", SOLVERS["flow"])
+def test_flow_step_by_step(solver, prediction):
+    """Three steps against the objective's own velocity."""
+
+    class Model(nn.Module):
+        def forward(self, x, t, y):
+            return 0.3 * x.sin() + t.reshape(-1, 1, 1) / 2000
+
+    model, objective, steps = Model(), FlowMatching(prediction=prediction), 3
+    x = noise()
+    out = sample(model, objective, x, None, solver=solver, steps=steps)
+    for i in range(steps):
+        v = objective.velocity(model, x, x.new_full((2,), i / steps), None)
+        if solver == "heun":
+            v = (v + objective.velocity(model, x + v / steps, x.new_full((2,), (i + 1) / steps), None)) / 2
+        x = x + v / steps
+    torch.testing.assert_close(out, x)
 
 
 @pytest.mark.parametrize("steps", [100, 1000])
@@ -135,18 +160,6 @@ def test_few_diffusion_steps_stay_finite(solver, steps):
     assert (out.mean() - MEAN).abs() < 0.2
 
 
-def test_guide():
-    cond, null = noise(seed=1), noise(seed=2)
-    torch.testing.assert_close(guide(cond, null, 3.0), null + 3 * (cond - null))
-    three = guide(cond, null, 3.0, 3)
-    torch.testing.assert_close(three[:, :3], (null + 3 * (cond - null))[:, :3])
-    assert torch.equal(three[:, 3:], cond[:, 3:])
-    assert torch.equal(guide(cond, null, 0.0), null) and torch.equal(guide(cond, null, 1.0), cond)
-    for channels in (0, 5, -1):
-        with pytest.raises(ValueError, match=f"channels are {channels}"):
-            guide(cond, null, 2.0, channels)
-
-
 @pytest.mark.parametrize("channels", [None, 3])
 def test_guidance_in_a_flow(channels):
     model, x, y = Labelled(), noise(), torch.tensor([0, 2])
@@ -158,6 +171,11 @@ def test_guidance_in_a_flow(channels):
     torch.testing.assert_close(out, x + expected)
     ((seen, t, labels),) = model.calls
     assert torch.equal(seen, torch.cat((x, x))) and t.shape == (4,) and labels.tolist() == [0, 2, 3, 3]
+
+
+def test_channels_without_guidance_are_refused():
+    with pytest.raises(ValueError, match="guidance_channels is 3, but guidance is 1"):
+        sample(Labelled(), FlowMatching(), noise(), torch.tensor([0, 2]), solver="euler", steps=1, guidance_channels=3)
 
 
 def test_no_guidance_calls_the_model_on_the_batch_itself():
@@ -184,6 +202,125 @@ def test_the_learned_variance_is_not_guided():
     assert torch.equal(run(4.0, other), run(4.0, table))
     other[:3, 4:] += 1
     assert not torch.allclose(run(4.0, other), run(4.0, table))
+
+
+@pytest.mark.parametrize(("classes", "guidance"), [(0, 1.0), (3, 1.0), (3, 3.0)])
+@pytest.mark.parametrize(("objective", "solver"), [(FlowMatching(), "heun"), (DDPM(), "ddpm")])
+def test_modulations_are_computed_for_many_steps_at_once(objective, solver, classes, guidance, monkeypatch):
+    dit = DiT(DiTConfig((2, 4, 4), (1, 2, 2), 3, width=16, depth=2, heads=2, num_classes=classes)).double()
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+
+    class Plain(nn.Module):
+        """The same model, whose modulations nobody can ask for."""
+
+        null_class = dit.null_class
+
+        def __init__(self):
+            super().__init__()
+            self.dit = dit
+
+        def forward(self, x, t, y):
+            return self.dit(x, t, y)
+
+    calls = []
+    dit.blocks[0].adaLN_modulation.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    x, y = torch.randn(2, 3, 2, 4, 4).double(), torch.tensor([2, 0]) if classes else None
+
+    def run(model):
+        calls.clear()
+        generator = torch.Generator().manual_seed(1)
+        return sample(model, objective, x, y, solver=solver, steps=6, guidance=guidance, generator=generator)
+
+    expected, times = run(Plain()), 12 if solver == "heun" else 6
+    assert len(calls) == times
+    rows = (3 if guidance != 1 else 2) if classes else 1
+    torch.testing.assert_close(run(dit), expected)
+    assert calls == [times * rows]
+    monkeypatch.setattr(Predictor, "ROWS", 4 * rows + rows - 1)
+    torch.testing.assert_close(run(dit), expected)
+    assert calls == [4 * rows] * (times // 4) + [times % 4 * rows] * (times % 4 > 0)
+
+
+class Recorded(TorchDispatchMode):
+    """As much of a CUDA graph as there is on a CPU: ops, and the memory that they read and write at every replay."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        self.ops.append((function, arguments, options or {}, out))
+        return out
+
+    def replay(self):
+        for function, arguments, options, out in self.ops:
+            again = function(*arguments, **options)
+            for place, value in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if torch.is_tensor(place) and place.untyped_storage()._cdata != value.untyped_storage()._cdata:
+                    place.copy_(value)  # a view has nothing to write
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The graphs that are captured, by recording ops on the CPU."""
+    graphs = []
+
+    def new():
+        graphs.append(Recorded())
+        return graphs[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda _: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", torch.cuda.Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    original = Graphed.__init__
+    monkeypatch.setattr(Graphed, "__init__", lambda self, f, device: original(self, f, torch.device("cuda")))
+    return graphs
+
+
+@pytest.mark.parametrize(
+    ("objective", "solver", "captured"),
+    [(FlowMatching(), "euler", 1), (FlowMatching(), "heun", 2), (DDPM(), "ddpm", 2), (DDPM(), "ddim", 1)],
+)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_graphs_replay_the_same_samples(objective, solver, captured, guidance, recorded):
+    learned = objective.name == "ddpm"
+    dit = DiT(DiTConfig((2, 4, 4), (1, 2, 2), 3, width=16, depth=2, heads=2, num_classes=3, learn_sigma=learned))
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    y = torch.tensor([2, 0])
+    for model in (dit, Labelled(6 if learned else 3)):
+        recorded.clear()
+        x = torch.randn(2, 3, 2, 4, 4) if model is dit else torch.randn(2, 3, 8, dtype=torch.float64)
+        results = [
+            sample(
+                *(model, objective, x, y),
+                solver=solver,
+                steps=5,
+                guidance=guidance,
+                generator=torch.Generator().manual_seed(1),
+                cuda_graphs=graphs,
+            )
+            for graphs in (False, True)
+        ]
+        assert torch.equal(*results) and len(recorded) == captured
+
+
+def test_a_result_of_a_graph_outlives_the_next_replay(recorded):
+    graphed = Graphed(lambda x, z: 2 * x if z is None else x + z, torch.device("cpu"))
+    one, two = torch.ones(3), torch.arange(3.0)
+    results = [graphed(one, None), graphed(two, None), graphed(one, two), graphed(two, two)]
+    for result, expected in zip(results, (2 * one, 2 * two, one + two, 2 * two), strict=True):
+        assert torch.equal(result, expected)
+    assert len(recorded) == 2
+
+
+def test_graphs_need_a_cuda_device():
+    with pytest.raises(ValueError, match="CUDA graphs need a CUDA device; this is cpu"):
+        sample(Gaussian("flow"), FlowMatching(), noise(), None, solver="euler", steps=2, cuda_graphs=True)
 
 
 def test_guidance_refuses_a_model_without_classes():

@@ -49,6 +49,11 @@ TINY = TrainConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def tiny(folder: Path, **changes) -> TrainConfig:
     return merge(TINY, {"run": str(folder)} | changes)
 
@@ -247,7 +252,11 @@ def test_resume_refuses_what_would_change_the_run(tmp_path, monkeypatch):
         parse(["--resume", folder, "--steps", "9"])
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
         parse(["--resume", str(tmp_path / "other")])
-    config, checkpoint = parse(["--resume", folder])
+    config, checkpoint = parse(["--resume", folder, "--device", "cpu"])
+    with pytest.raises(ValueError, match="numbers on cuda, which cpu cannot continue; use --device cuda"):
+        train(config, dataclasses.replace(checkpoint, rng=checkpoint.rng | {"cuda": torch.zeros(16)}))
+    with pytest.raises(ValueError, match="device is 'tpu'; it may be 'auto'"):
+        train(dataclasses.replace(config, device="tpu"), checkpoint)
     with pytest.raises(ValueError, match="does not match the data: width"):
         train(config, dataclasses.replace(checkpoint, dit=checkpoint.dit | {"width": 8}))
     train(config, checkpoint)

@@ -1,15 +1,17 @@
-// gelu_mlp: equation in minisora_kernels/ops/gelu_mlp.py. The matrix products are torch's; here is the activation.
+// gelu_mlp: equation in minisora_kernels/ops/gelu_mlp.py. The matrix products are torch's, of a chunk of tokens at a time; here
+// is what lies between them.
 //
 // With s = sigmoid(2u), u = sqrt(2 / pi) * (h + 0.044715 h^3), the tanh form is gelu(h) = h * s, because
 // (1 + tanh(u)) / 2 = s, and gelu'(h) = s + h * s * (1 - s) * 2u'.
 #include "common.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 namespace minisora {
 namespace {
 
 constexpr float kSqrt2OverPi = 0.7978845608028654f;
 constexpr float kCubic = 0.044715f;
-constexpr int64_t kGrain = 4096; // elements; a few microseconds
 
 // q = exp(-u) and s = 1 / (1 + q^2). exp_u20 may saturate below inf; q^2 does not, so gelu(-inf) is nan as in torch.
 struct Sigmoid {
@@ -20,58 +22,168 @@ struct Sigmoid {
         s(Vec(1.0f) / at::vec::fmadd(q, q, Vec(1.0f))) {}
 };
 
-// f(offset, count) over all elements, in parallel.
+// Tokens that go from one product to the next at a time, so that what lies between the products is still in the caches, and
+// needs no memory for all tokens. A product of this many rows runs as fast as one of all rows.
+constexpr int64_t kRowsPerThread = 128;
+constexpr int64_t kRows = 32; // of one task; db1 is summed over this many tokens, then over the sums in order
+
+int64_t chunk_of(int64_t tokens) {
+  return std::min(tokens, kRowsPerThread * static_cast<int64_t>(torch::stable::get_num_threads()));
+}
+
+// torch's matrix products, into memory that is there.
+struct Matrix {
+  Tensor tensor;
+
+  Matrix(const Tensor& like, const void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride)
+      : tensor(torch::stable::from_blob(
+            const_cast<void*>(data), {rows, columns}, {row_stride, column_stride}, like.device(), like.scalar_type())) {}
+  // Of a tensor, which may lie transposed.
+  explicit Matrix(const Tensor& of)
+      : Matrix(of, of.const_data_ptr(), of.size(0), of.size(1), of.stride(0), of.stride(1)) {}
+
+  Matrix transposed() const { return Matrix(torch::stable::transpose(tensor, 0, 1)); }
+};
+
+void product(const Matrix& out, const Matrix& left, const Matrix& right) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.tensor.get(), left.tensor.get(), right.tensor.get()));
+}
+
+void product(const Matrix& out, const Matrix& left, const Matrix& right, const std::optional<Tensor>& bias) {
+  if (!bias) return product(out, left, right);
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.tensor.get(), bias->get(), left.tensor.get(), right.tensor.get(), 1.0, 1.0));
+}
+
+// The rows from `row` on of a dense matrix.
+template <class T>
+Matrix rows_of(const Tensor& like, T* data, int64_t row, int64_t rows, int64_t columns) {
+  return Matrix(like, data + row * columns, rows, columns, columns, 1);
+}
+
+// f(first row, last row, task) over rows [0, rows), in parallel.
 template <class F>
-void for_all(int64_t size, F f) {
-  torch::stable::parallel_for(0, (size + kGrain - 1) / kGrain, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kGrain, last = std::min(size, end * kGrain);
-    for_columns(last - first, [&](int64_t i, auto count, auto) { f(first + i, count); });
+void for_rows(int64_t rows, F f) {
+  torch::stable::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) f(task * kRows, std::min(rows, (task + 1) * kRows), task);
   });
 }
 
-Tensor gelu_mlp_fwd(const Tensor& h) {
-  check_dtype(h, "h");
-  STD_TORCH_CHECK(h.is_contiguous(), "h must be contiguous");
-  Tensor a = with_huge_pages(torch::stable::empty_like(h));
-  with_type(h.scalar_type(), [&](auto tag) {
-    using T = decltype(tag);
-    const T* in = static_cast<const T*>(h.const_data_ptr());
-    T* out = static_cast<T*>(a.mutable_data_ptr());
-    for_all(h.numel(), [=](int64_t i, auto count) {
-      const Vec value = load(in + i, count);
-      store(out + i, value * Sigmoid(value, value * value).s, count);
-    });
-  });
-  return a;
+void check_weight(const Tensor& w, const char* name, const Tensor& like, int64_t rows, int64_t columns) {
+  check_dtype(w, name);
+  check_shape(w, name, {rows, columns});
+  STD_TORCH_CHECK(w.scalar_type() == like.scalar_type(), name, " must have the tokens' dtype");
 }
 
-std::tuple<Tensor, Tensor> gelu_mlp_bwd(const Tensor& h, const Tensor& da) {
-  check_dtype(h, "h");
-  STD_TORCH_CHECK(h.is_contiguous(), "h must be contiguous");
-  STD_TORCH_CHECK(h.dim() == 2, "h must be [tokens, hidden]");
-  check_dense(da, "da", {h.size(0), h.size(1)});
-  STD_TORCH_CHECK(da.scalar_type() == h.scalar_type(), "da must have h's dtype");
-  Tensor a = with_huge_pages(torch::stable::empty_like(h)), dh = with_huge_pages(torch::stable::empty_like(h));
-  with_type(h.scalar_type(), [&](auto tag) {
+void check_bias(const std::optional<Tensor>& b, const char* name, const Tensor& like, int64_t size) {
+  if (!b) return;
+  check_dtype(*b, name);
+  check_shape(*b, name, {size});
+  STD_TORCH_CHECK(b->scalar_type() == like.scalar_type(), name, " must have the tokens' dtype");
+}
+
+std::tuple<Tensor, Tensor> gelu_mlp_fwd(
+    const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2, const std::optional<Tensor>& b2,
+    bool keep) {
+  check_dtype(x, "x");
+  STD_TORCH_CHECK(x.dim() == 2, "x must be [tokens, D]");
+  STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
+  STD_TORCH_CHECK(w1.dim() == 2 && w2.dim() == 2, "w1 and w2 must be matrices");
+  const int64_t tokens = x.size(0), width = x.size(1), hidden = w1.size(0), out_width = w2.size(0);
+  check_weight(w1, "w1", x, hidden, width);
+  check_weight(w2, "w2", x, out_width, hidden);
+  check_bias(b1, "b1", x, hidden);
+  check_bias(b2, "b2", x, out_width);
+  const int64_t chunk = chunk_of(tokens);
+  Tensor y = empty_like_shape(x, {tokens, out_width}, x.scalar_type());
+  Tensor h = empty_like_shape(x, {keep ? tokens : 0, keep ? hidden : 0}, x.scalar_type());
+  const Tensor a = empty_like_shape(x, {chunk, hidden}, x.scalar_type());
+  const Matrix up = Matrix(w1).transposed(), down = Matrix(w2).transposed();
+  with_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const T* in = static_cast<const T*>(h.const_data_ptr());
-    const T* grad = static_cast<const T*>(da.const_data_ptr());
+    const T* in = static_cast<const T*>(x.const_data_ptr());
+    T* out = static_cast<T*>(y.mutable_data_ptr());
     T* activation = static_cast<T*>(a.mutable_data_ptr());
-    T* out = static_cast<T*>(dh.mutable_data_ptr());
-    for_all(h.numel(), [=](int64_t i, auto count) {
-      const Vec value = load(in + i, count);
-      const Vec squared = value * value;
-      const auto [q, s] = Sigmoid(value, squared);
-      // 1 - s loses digits where s is near 1; q^2 s does not. In this order, with a finite q, it is 0 where s is 0.
-      const Vec finite = at::vec::clamp_max(q, Vec(1e30f));
-      const Vec complement = finite * s * finite;
-      const Vec hs = value * s;
-      const Vec slope = at::vec::fmadd(squared, Vec(6.0f * kSqrt2OverPi * kCubic), Vec(2.0f * kSqrt2OverPi));
-      store(activation + i, hs, count);
-      store(out + i, load(grad + i, count) * at::vec::fmadd(hs * complement, slope, s), count);
-    });
+    for (int64_t row = 0; row < tokens; row += chunk) {
+      const int64_t rows = std::min(chunk, tokens - row);
+      T* kept = keep ? static_cast<T*>(h.mutable_data_ptr()) + row * hidden : activation;
+      product(rows_of(x, kept, 0, rows, hidden), rows_of(x, in, row, rows, width), up, b1);
+      for_rows(rows, [&](int64_t first, int64_t last, int64_t) {
+        for_columns((last - first) * hidden, [&](int64_t i, auto count) MINISORA_INLINE {
+          const Vec value = load(kept + first * hidden + i, count);
+          store(activation + first * hidden + i, value * Sigmoid(value, value * value).s, count);
+        });
+      });
+      product(rows_of(x, out, row, rows, out_width), rows_of(x, activation, 0, rows, hidden), down, b2);
+    }
   });
-  return {a, dh};
+  return {y, h};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
+    const Tensor& dy, const Tensor& h, const Tensor& w1, const Tensor& w2) {
+  check_dtype(h, "h");
+  STD_TORCH_CHECK(h.dim() == 2, "h must be [tokens, hidden]");
+  STD_TORCH_CHECK(h.is_contiguous(), "h must be contiguous");
+  STD_TORCH_CHECK(w1.dim() == 2 && w2.dim() == 2, "w1 and w2 must be matrices");
+  const int64_t tokens = h.size(0), hidden = h.size(1), width = w1.size(1), out_width = w2.size(0);
+  check_dense(dy, "dy", {tokens, out_width});
+  STD_TORCH_CHECK(dy.scalar_type() == h.scalar_type(), "dy must have h's dtype");
+  check_weight(w1, "w1", h, hidden, width);
+  check_weight(w2, "w2", h, out_width, hidden);
+  const int64_t chunk = chunk_of(tokens);
+  Tensor dx = empty_like_shape(h, {tokens, width}, h.scalar_type());
+  Tensor a = empty_like_shape(h, {tokens, hidden}, h.scalar_type());
+  Tensor dh = empty_like_shape(h, {tokens, hidden}, h.scalar_type());
+  Tensor db1 = empty_like_shape(h, {hidden}, h.scalar_type());
+  const Tensor da = empty_like_shape(h, {chunk, hidden}, h.scalar_type());
+  std::vector<float> partial((chunk + kRows - 1) / kRows * hidden), sum(hidden, 0.0f);
+  const Matrix up(w1), down(w2);
+  with_type(h.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const T* in = static_cast<const T*>(h.const_data_ptr());
+    const T* grad = static_cast<const T*>(dy.const_data_ptr());
+    T* back = static_cast<T*>(dx.mutable_data_ptr());
+    T* grad_a = static_cast<T*>(da.mutable_data_ptr());
+    for (int64_t row = 0; row < tokens; row += chunk) {
+      const int64_t rows = std::min(chunk, tokens - row);
+      product(rows_of(h, grad_a, 0, rows, hidden), rows_of(h, grad, row, rows, out_width), down);
+      T* activation = static_cast<T*>(a.mutable_data_ptr()) + row * hidden;
+      T* out = static_cast<T*>(dh.mutable_data_ptr()) + row * hidden;
+      const T* kept = in + row * hidden;
+      for_rows(rows, [&](int64_t first, int64_t last, int64_t task) {
+        float* sums = partial.data() + task * hidden;
+        std::fill_n(sums, hidden, 0.0f);
+        for (int64_t r = first; r < last; ++r) {
+          for_columns(hidden, [&](int64_t column, auto count) MINISORA_INLINE {
+            const int64_t i = r * hidden + column;
+            const Vec value = load(kept + i, count);
+            const Vec squared = value * value;
+            const auto [q, s] = Sigmoid(value, squared);
+            // 1 - s loses digits where s is near 1; q^2 s does not. In this order, with a finite q, it is 0 where s is 0.
+            const Vec finite = at::vec::clamp_max(q, Vec(1e30f));
+            const Vec complement = finite * s * finite;
+            const Vec hs = value * s;
+            const Vec slope = at::vec::fmadd(squared, Vec(6.0f * kSqrt2OverPi * kCubic), Vec(2.0f * kSqrt2OverPi));
+            const Vec slant = load(grad_a + i, count) * at::vec::fmadd(hs * complement, slope, s);
+            store(activation + i, hs, count);
+            store(out + i, slant, count);
+            store(sums + column, load(sums + column, count) + slant, count);
+          });
+        }
+      });
+      for (int64_t task = 0; task * kRows < rows; ++task) {
+        for_columns(hidden, [&](int64_t column, auto count) MINISORA_INLINE {
+          const Vec more = load(partial.data() + task * hidden + column, count);
+          store(sum.data() + column, load(sum.data() + column, count) + more, count);
+        });
+      }
+      product(rows_of(h, back, row, rows, width), rows_of(h, out, 0, rows, hidden), up);
+    }
+    T* bias = static_cast<T*>(db1.mutable_data_ptr());
+    for_columns(hidden, [&](int64_t column, auto count) { store(bias + column, load(sum.data() + column, count), count); });
+  });
+  return {dx, a, dh, db1};
 }
 
 } // namespace

@@ -109,11 +109,11 @@ class _AdaLN(torch.autograd.Function):
         )
 
 
-def _cpu(x, shift, scale, weight, bias):
+def _kernels(x, shift, scale, weight, bias):
     return kernel_refusal(x=x, shift=shift, scale=scale, weight=weight, bias=bias)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu, "cuda": _cpu}
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "cuda": _kernels, "triton": _kernels}
 
 
 def adaln(

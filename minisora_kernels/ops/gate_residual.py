@@ -59,11 +59,11 @@ class _GateResidual(torch.autograd.Function):
         return dy, dbranch, dgate, None
 
 
-def _cpu(x, branch, gate):
+def _kernels(x, branch, gate):
     return kernel_refusal(x=x, branch=branch, gate=gate)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu}
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
 
 
 def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:

@@ -105,11 +105,11 @@ class _GateResidualAdaLN(torch.autograd.Function):
         return *data, dweight, dbias, *(None,) * 4
 
 
-def _cpu(x, branch, gate, shift, scale, weight, bias):
+def _kernels(x, branch, gate, shift, scale, weight, bias):
     return kernel_refusal(x=x, branch=branch, gate=gate, shift=shift, scale=scale, weight=weight, bias=bias)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu}
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
 
 
 def gate_residual_adaln(

@@ -49,7 +49,7 @@ class _GeluMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, w1, b1, w2, b2, keep, backend):
         ctx.backend = backend
-        y, h = kernels(backend).gelu_mlp_fwd(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, keep)
+        y, h = kernels(backend).gelu_mlp_fwd(x.reshape(-1, x.shape[-1]).contiguous(), w1, b1, w2, b2, keep)
         ctx.save_for_backward(x, w1, w2, h)
         return y.view(*x.shape[:-1], w2.shape[0])
 
@@ -58,7 +58,7 @@ class _GeluMLP(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any):
         x, w1, w2, h = ctx.saved_tensors
         need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
-        dy = gradients[0].reshape(-1, w2.shape[0])
+        dy = gradients[0].reshape(-1, w2.shape[0]).contiguous()
         dx, a, dh, db1 = kernels(ctx.backend).gelu_mlp_bwd(dy, h, w1, w2)
         return (
             dx.view(x.shape) if need_x else None,
@@ -71,11 +71,11 @@ class _GeluMLP(torch.autograd.Function):
         )
 
 
-def _cpu(x):
+def _kernels(x):
     return kernel_refusal(x=x)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu}
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
 
 
 def gelu_mlp(
@@ -91,8 +91,9 @@ def gelu_mlp(
 
     Returns:
         ``[..., D_out]`` in x's dtype; inside autocast in autocast's dtype. The matrix products are torch's on every
-        backend; the kernel is the activation, forward and backward. The kernel's bits do not depend on the number of
-        threads; torch's products and sums repeat with the same number of threads.
+        backend; the kernels are what lies between them, forward and backward. On a CPU a chunk of tokens goes through
+        both products at a time, so that the activation never leaves the caches. The kernels' bits do not depend on the
+        number of threads; torch's products and sums repeat with the same number of threads.
 
     Raises:
         ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.

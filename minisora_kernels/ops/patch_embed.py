@@ -44,6 +44,9 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None
 # which blocks large products better. Up to here the kernel keeps pace, stores no patches, and its bits never depend on
 # the number of threads (bench/bench_patch_embed.py times both sides).
 LONGEST_PATCH = 64
+# Forward alone the kernel keeps ahead for longer where the CPU multiplies bfloat16: it stores no patches, and bias and
+# positions come with the product.
+LONGEST_BF16_FORWARD = 128 if backends.cpu_capability() in ("AVX512_BF16", "AMX") else LONGEST_PATCH
 
 # Without AVX-512 torch multiplies 16-bit matrices far more slowly than float32 ones. There the kernel, which converts
 # them and multiplies in float32, takes patches of any length.
@@ -106,12 +109,19 @@ class _PatchEmbed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Any):
         x, weight = ctx.saved_tensors
-        need_x, _, *need = ctx.needs_input_grad[:4]
-        dtypes = [dtype if needed else None for dtype, needed in zip(ctx.dtypes, need, strict=True)]
+        need_x, _, need_bias, need_pos = ctx.needs_input_grad[:4]
+        # The gradient of the positions of one sample is the gradient itself, which need not be copied.
+        summed = need_pos and len(x) != 1
         dx, dweight, dbias, dpos = kernels(ctx.backend).patch_embed_bwd(
-            gradients[0].contiguous(), x, weight, *dtypes, need_x
+            gradients[0].contiguous(),
+            x,
+            weight,
+            ctx.dtypes[0] if need_bias else None,
+            ctx.dtypes[1] if summed else None,
+            need_x,
         )
-        return dx if need_x else None, dweight, dbias if need[0] else None, dpos if need[1] else None, None
+        dpos = dpos if summed else gradients[0][0] if need_pos else None
+        return dx if need_x else None, dweight, dbias if need_bias else None, dpos, None
 
 
 class _LongPatchEmbed(torch.autograd.Function):
@@ -123,6 +133,8 @@ class _LongPatchEmbed(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.pos_dtype = None if pos is None else pos.dtype
         patch = weight.shape[2:]
+        if x.dtype == torch.bfloat16 and weight[0].numel() <= LONGEST_BF16_FORWARD:
+            return kernels(ctx.backend).patch_embed_fwd(x, weight, bias, pos)
         patches = kernels(ctx.backend).patch_embed_gather(x, *patch)
         y = F.linear(patches, weight.flatten(1), bias).view(x.shape[0], _tokens(x, *patch), weight.shape[0])
         return y if pos is None else y.add_(pos)
@@ -141,14 +153,17 @@ class _LongPatchEmbed(torch.autograd.Function):
         if need_weight:
             dweight = (dy.t() @ kernels(ctx.backend).patch_embed_gather(x, *patch)).view(weight.shape)
         dbias = dy.sum(0) if need_bias else None
-        return dx, dweight, dbias, gradients[0].sum(0, dtype=ctx.pos_dtype) if need_pos else None, None
+        dpos = None
+        if need_pos:
+            dpos = gradients[0].sum(0, dtype=ctx.pos_dtype) if len(x) != 1 else gradients[0][0]
+        return dx, dweight, dbias, dpos, None
 
 
-def _cpu(x, weight, bias, pos):
+def _kernels(x, weight, bias, pos):
     return kernel_refusal(x=x, weight=weight, bias=bias, pos=pos)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu}
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
 
 
 def _check(x, weight, bias, pos) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -222,6 +237,8 @@ def patch_embed(
         return reference(x, weight, bias, pos)
     weight = weight.contiguous()
     bias, pos = (None if p is None else p.contiguous() for p in (bias, pos))
+    if chosen == "triton":  # its kernels take patches of any length
+        return backends.apply(_PatchEmbed, x, weight, bias, pos, chosen)
     width, length = weight.flatten(1).shape
     # Where widths are not whole vectors, torch's float32 products may change with the number of threads on any CPU.
     ragged = width % 16 != 0 or length % 16 != 0

@@ -58,11 +58,11 @@ class _Unpatchify(torch.autograd.Function):
         return kernels(ctx.backend).unpatchify_bwd(gradients[0], *ctx.patch), *(None,) * 4
 
 
-def _cpu(tokens):
+def _kernels(tokens):
     return kernel_refusal(tokens=tokens)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _cpu}
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
 
 
 def unpatchify(

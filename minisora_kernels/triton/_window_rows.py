@@ -1,4 +1,7 @@
+<<<<<<< HEAD
 # mypy: disable-error-code="assignment,misc"
+=======
+>>>>>>> origin/main
 """What the kernels of window_attention share: where a window's tokens lie, rows of one head, norm and rotation.
 
 A row, the head_dim channels of one head of a token, is held as a tuple of pieces whose widths are powers of two, as

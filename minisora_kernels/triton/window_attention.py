@@ -142,12 +142,14 @@ def _short_backward(call: Call, dout, softmax, dqkv, dbias) -> list[Tensor | Non
         None if weight is None else softmax.new_empty(chunks * groups, head_dim) for weight in weights
     ]
     parts = None if dbias is None else softmax.new_empty(chunks * each, heads, length, length)
+    # Norm and rotation hold more of a row: with 16 rows to a warp they would spill.
+    rows = 16 if form.norm == 0 and call.cos is None else 8
     short.backward_kernel[(chunks * groups,)](
         call.qkv, dout, softmax, dqkv, *partials, parts, *call.parameters, per_chunk, call.items, tokens, heads,
         *call.box.arguments, call.scale, call.eps,
-        each > 1, form, tile, per_program, num_warps=4 if call.exact else tile // 16, num_stages=1,
+        each > 1, form, tile, per_program, num_warps=4 if call.exact else tile // rows, num_stages=1,
     )  # fmt: skip
-    if dbias is not None:
+    if parts is not None and dbias is not None:
         sum_rows(parts, dbias)
     return partials
 

@@ -1,0 +1,52 @@
+"""``guided_step``: guidance and the sampler's update. ``as written`` is one equation after the other."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+import minisora_kernels as mk
+from bench.harness import FWD, Problem, Random, cases
+from bench.shapes import GUIDED_STEP, Latents
+from models.objectives import FlowMatching, schedule
+from models.samplers import diffusion_plan, flow_plan
+
+GUIDANCE, STEPS, STEP = 4.0, 50, 20
+
+EULER = flow_plan(FlowMatching(), "euler", STEPS, GUIDANCE).coefficients[STEP, 0].tolist()
+ANCESTRAL = diffusion_plan("ddpm", STEPS, GUIDANCE).coefficients[STEP, 0].tolist()
+TABLES = [table[STEPS - 1 - STEP].item() for table in schedule(STEPS, torch.device("cpu"), torch.float64)]
+
+
+def problem(shape: Latents, dtype: torch.dtype, device: torch.device) -> Problem:
+    random = Random(dtype, device)
+    size = (shape.batch, shape.channels, *shape.size)
+    predicted = (shape.batch, shape.channels * (2 if shape.ancestral else 1), *shape.size)
+    inputs = {
+        "x": random(*size),
+        "cond": random(*predicted),
+        "null": random(*predicted),
+        "coefficients": torch.tensor(ANCESTRAL if shape.ancestral else EULER, device=device),
+    }
+    inputs |= {"z": random(*size)} if shape.ancestral else {}
+
+    def written(t: dict[str, Tensor]) -> Tensor:
+        x, (cond, *variance), (null, *_) = t["x"], *(t[name].split(shape.channels, 1) for name in ("cond", "null"))
+        g = null + GUIDANCE * (cond - null)
+        if not shape.ancestral:
+            return x + g / STEPS
+        _, beta, alpha_bar, _, x0_weight, x_weight, smallest = TABLES
+        x_0 = (x - (1 - alpha_bar) ** 0.5 * g) / alpha_bar**0.5
+        mean = x0_weight * x_0 + x_weight * x
+        fraction = (variance[0] + 1) / 2
+        log_variance = fraction * math.log(beta) + (1 - fraction) * smallest
+        return mean + (0.5 * log_variance).exp() * t["z"]
+
+    return Problem(inputs, lambda t: mk.guided_step(**t), list(inputs), ("as written", written))
+
+
+@cases(GUIDED_STEP, [FWD])
+def test_guided_step(bench, shape: Latents, dtype: str, direction: str):
+    bench("guided_step", problem, shape, dtype, direction)

@@ -1,0 +1,74 @@
+"""How often a Triton kernel reads and writes every element of the large tensors, by construction.
+
+Keys are raw ops; ``read`` and ``written`` say how often an element of a tensor passes, on average. What is small beside
+them (rows of modulation, weights, partial sums) is left out, and stays in the caches. tests/test_triton_traffic.py
+counts the accesses of every element in the interpreter and holds this table against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Traffic(NamedTuple):
+    read: dict[str, float]
+    written: dict[str, float]
+
+
+TRAFFIC = {
+    "adaln_fwd": Traffic({"x": 1}, {"y": 1, "mean": 1, "rstd": 1}),
+    "adaln_bwd": Traffic({"dy": 1, "x": 1}, {"dx": 1}),
+    "gate_residual_fwd": Traffic({"x": 1, "branch": 1}, {"y": 1}),
+    "gate_residual_bwd": Traffic({"dy": 1, "branch": 1}, {"dbranch": 1}),
+    "gate_residual_adaln_fwd": Traffic({"x": 1, "branch": 1}, {"residual": 1, "y": 1, "mean": 1, "rstd": 1}),
+    "gate_residual_adaln_bwd": Traffic({"dresidual": 1, "dy": 1, "residual": 1, "branch": 1}, {"dx": 1, "dbranch": 1}),
+    # Around torch's matrix products: h and a, and da, which becomes dh in place.
+    "gelu_mlp_fwd": Traffic({"h": 1}, {}),
+    "gelu_mlp_bwd": Traffic({"h": 1, "dh": 1}, {"a": 1, "dh": 1}),
+    "guided_step_fwd": Traffic({"x": 1, "cond": 1, "null": 1}, {"y": 1}),
+    "patch_embed_fwd": Traffic({}, {"y": 1}),
+    "patch_embed_bwd": Traffic({}, {}),
+    "unpatchify_fwd": Traffic({"tokens": 1}, {"video": 1}),
+    "unpatchify_bwd": Traffic({"dvideo": 1}, {"dtokens": 1}),
+    # Windows of up to 64 tokens. The backward reads q and k once more, from the caches, for the gradient of their norm.
+    "window_attention_fwd": Traffic({"qkv": 1}, {"out": 1, "softmax": 1}),
+    "window_attention_bwd": Traffic({"dout": 1, "qkv": 5 / 3, "softmax": 1, "out": 0}, {"dqkv": 1}),
+}
+
+# The names of results that have none in their schema.
+RETURNS = {
+    "gate_residual_fwd": "y",
+    "guided_step_fwd": "y",
+    "patch_embed_fwd": "y",
+    "unpatchify_fwd": "video",
+    "unpatchify_bwd": "dtokens",
+}
+
+
+def named(name: str, arguments: Sequence[Any], result: Any) -> dict[str, Any]:
+    """What goes into and comes out of raw op ``name``, by the names of its schema."""
+    schema = getattr(torch.ops.minisora_triton, name).default._schema
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    names = [argument.name for argument in schema.arguments] + [r.name or RETURNS[name] for r in schema.returns]
+    return dict(zip(names, [*arguments, *results], strict=True))
+
+
+def bytes_moved(name: str, values: dict[str, Any], scratch: int) -> dict[str, int]:
+    """``must``: bytes if every tensor passed once. ``does``: as often as the table says, and ``scratch`` twice.
+
+    Nothing for windows of more than 64 tokens: how often their keys and values pass depends on the caches.
+    """
+    if name.startswith("window_attention") and values["wt"] * values["wh"] * values["ww"] > 64:
+        return {}
+    traffic = TRAFFIC[name]
+    must, does = 0, 0.0
+    for key, tensor in values.items():
+        if isinstance(tensor, Tensor):
+            passes = [part[key] for part in traffic if key in part]
+            must += tensor.nbytes
+            does += tensor.nbytes * (sum(passes) if passes else 1)
+    return {"must": must, "does": round(does) + 2 * scratch}

@@ -1,0 +1,380 @@
+"""adaln, and with a branch to add first gate_residual_adaln: equations and derivations in minisora_kernels/ops.
+
+Forward: a program takes some tokens. It reads x (and the branch) once, keeps it in registers for the mean, the centred
+squares and the result, and writes y (and the residual) and the statistics once.
+
+Backward: a program takes a run of tokens that share their rows of the modulation, a few at a time. It reads every
+activation once, writes dx (and dbranch) once and keeps fp32 sums in registers. With P = sum dy and Q = sum dy * h,
+
+    dshift = P      dscale = weight * Q + bias * P      dweight = (1 + scale) * Q      dbias = (1 + scale) * P
+
+of which every run leaves a partial sum, to be added up by the second stage in _rows.py. A parameter with a row a token
+needs no sum: the gradient of the row is written with its token. Rows and samples only decide where runs begin and end,
+so batches and a modulation per frame cost what one row costs.
+
+Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import cast
+from ._rows import (
+    BACKWARD,
+    FORWARD,
+    Runs,
+    add,
+    check_dense,
+    chunks,
+    columns,
+    load,
+    mask_of,
+    max_itemsize,
+    padded,
+    row_of,
+    run_of,
+    store,
+    store_sum,
+    strided,
+    tile_of,
+    tokens_per_row,
+    zeros,
+)
+
+
+@triton.jit(do_not_specialize=["count", "tokens", "gate_tokens", "shift_tokens", "scale_tokens"])
+def _fwd(
+    x_ptr,
+    branch_ptr,
+    gate,
+    shift,
+    scale,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    eps,
+    count,
+    tokens,
+    gate_tokens,
+    shift_tokens,
+    scale_tokens,
+    RMS: tl.constexpr,
+    tile: tl.constexpr,
+):
+    column = columns(tile)
+    token = tl.program_id(0) * tile.rows + tl.arange(0, tile.rows)[:, None, None]
+    live = token < count
+    at = token.to(tl.int64) * tile.width
+    sample = token // tokens
+    place = token - sample * tokens
+    shift_row = row_of(shift, sample, place, shift_tokens)
+    scale_row = row_of(scale, sample, place, scale_tokens)
+    if branch_ptr is not None:
+        gate_row = row_of(gate, sample, place, gate_tokens)
+
+    xs = ()
+    sums = tl.zeros([tile.rows, tile.lanes], tl.float32)
+    for c in tl.static_range(chunks(tile)):
+        mask = mask_of(live, column[c], tile, c)
+        here = at + column[c]
+        x = load(x_ptr + here, mask)
+        if branch_ptr is not None:
+            x += load(gate_row + column[c], mask) * load(branch_ptr + here, mask)
+            residual = cast(x, residual_ptr.dtype.element_ty)
+            store(residual_ptr + here, residual, mask)
+            x = residual.to(tl.float32)
+        xs = xs + (x,)
+        sums += tl.sum(x, 2)
+    mean = tl.zeros([tile.rows, 1, 1], tl.float32)
+    if not RMS:
+        mean = tl.sum(sums, 1)[:, None, None] / tile.width
+
+    sums = tl.zeros([tile.rows, tile.lanes], tl.float32)
+    for c in tl.static_range(chunks(tile)):
+        d = xs[c] - mean
+        if padded(tile, c):
+            d = tl.where(column[c] < tile.width, d, 0.0)
+        sums += tl.sum(d * d, 2)
+    rstd = tl.rsqrt(tl.sum(sums, 1)[:, None, None] / tile.width + eps)
+    store(mean_ptr + token, mean, live)
+    store(rstd_ptr + token, rstd, live)
+
+    for c in tl.static_range(chunks(tile)):
+        mask = mask_of(live, column[c], tile, c)
+        y = (xs[c] - mean) * rstd
+        if weight_ptr is not None:
+            y *= load(weight_ptr + column[c], mask)
+        if bias_ptr is not None:
+            y += load(bias_ptr + column[c], mask)
+        y *= 1 + load(scale_row + column[c], mask)
+        y += load(shift_row + column[c], mask)
+        store(y_ptr + at + column[c], y, mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "row_tokens", "run_tokens", "gate_tokens", "scale_tokens"])
+def _bwd(
+    dresidual_ptr,
+    dy_ptr,
+    x_ptr,
+    branch_ptr,
+    gate,
+    scale,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dbranch_ptr,
+    dgate_ptr,
+    dshift_ptr,
+    dscale_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    tokens,
+    row_tokens,
+    run_tokens,
+    gate_tokens,
+    scale_tokens,
+    RMS: tl.constexpr,
+    GATE_PER_TOKEN: tl.constexpr,
+    SHIFT_PER_TOKEN: tl.constexpr,
+    SCALE_PER_TOKEN: tl.constexpr,
+    tile: tl.constexpr,
+):
+    column = columns(tile)
+    member = tl.arange(0, tile.rows)[:, None, None]
+    begin, end, sample, place = run_of(tokens, row_tokens, run_tokens)
+    if not SCALE_PER_TOKEN:
+        scale_row = row_of(scale, sample, place, scale_tokens)
+    if branch_ptr is not None and not GATE_PER_TOKEN:
+        gate_row = row_of(gate, sample, place, gate_tokens)
+    sum_dy = zeros(tile)
+    sum_da = zeros(tile)
+    sum_h = zeros(tile)  # of dy * h, or of da * h where every token has a scale of its own
+    sum_gate = zeros(tile)
+
+    for first in range(begin, end, tile.rows):
+        token = first + member
+        live = token < end
+        at = token.to(tl.int64) * tile.width
+        if SCALE_PER_TOKEN:
+            scale_row = row_of(scale, sample, place + token - begin, 1)
+        if branch_ptr is not None and GATE_PER_TOKEN:
+            gate_row = row_of(gate, sample, place + token - begin, 1)
+        rstd = tl.load(rstd_ptr + token, live, other=0.0)
+        mean = tl.zeros([tile.rows, 1, 1], tl.float32)
+        if not RMS:
+            mean = tl.load(mean_ptr + token, live, other=0.0)
+
+        hs = ()
+        dhs = ()
+        sum_dh = tl.zeros([tile.rows, tile.lanes], tl.float32)
+        sum_dh_h = tl.zeros([tile.rows, tile.lanes], tl.float32)
+        for c in tl.static_range(chunks(tile)):
+            mask = mask_of(live, column[c], tile, c)
+            here = at + column[c]
+            dy = load(dy_ptr + here, mask)
+            h = (load(x_ptr + here, mask) - mean) * rstd
+            da = dy * (1 + load(scale_row + column[c], mask))
+            dh = da
+            a = h
+            if weight_ptr is not None:
+                weight = load(weight_ptr + column[c], mask)
+                dh *= weight
+                a *= weight
+            if bias_ptr is not None:
+                a += load(bias_ptr + column[c], mask)
+            sum_dy = add(sum_dy, c, dy)
+            if SHIFT_PER_TOKEN:
+                store(dshift_ptr + here, dy, mask)
+            if SCALE_PER_TOKEN:
+                store(dscale_ptr + here, dy * a, mask)
+                sum_da = add(sum_da, c, da)
+                sum_h = add(sum_h, c, da * h)
+            else:
+                sum_h = add(sum_h, c, dy * h)
+            hs = hs + (h,)
+            dhs = dhs + (dh,)
+            sum_dh += tl.sum(dh, 2)
+            sum_dh_h += tl.sum(dh * h, 2)
+
+        # joined: one exchange between warps for both
+        mean_dh, mean_dh_h = tl.split(tl.sum(tl.join(sum_dh, sum_dh_h), 1)[:, None, None] / tile.width)
+        for c in tl.static_range(chunks(tile)):
+            mask = mask_of(live, column[c], tile, c)
+            here = at + column[c]
+            dx = dhs[c] - hs[c] * mean_dh_h
+            if not RMS:
+                dx -= mean_dh
+            dx *= rstd
+            if branch_ptr is not None:
+                dx += load(dresidual_ptr + here, mask)
+                dgate = dx * load(branch_ptr + here, mask)
+                if GATE_PER_TOKEN:
+                    store(dgate_ptr + here, dgate, mask)
+                else:
+                    sum_gate = add(sum_gate, c, dgate)
+                store(dbranch_ptr + here, dx * load(gate_row + column[c], mask), mask)
+            store(dx_ptr + here, dx, mask)
+
+    for c in tl.static_range(chunks(tile)):
+        mask = mask_of(True, column[c], tile, c)
+        total = tl.sum(sum_dy[c], 0)[None]
+        total_h = tl.sum(sum_h[c], 0)[None]
+        if not SHIFT_PER_TOKEN:
+            store_sum(dshift_ptr, total, column[c], mask, tile)
+        if SCALE_PER_TOKEN:
+            total = tl.sum(sum_da[c], 0)[None]
+        else:
+            dscale = total_h
+            if weight_ptr is not None:
+                dscale *= load(weight_ptr + column[c], mask)
+            if bias_ptr is not None:
+                dscale += load(bias_ptr + column[c], mask) * total
+            store_sum(dscale_ptr, dscale, column[c], mask, tile)
+            one_plus_scale = 1 + load(scale_row + column[c], mask)
+            total *= one_plus_scale
+            total_h *= one_plus_scale
+        if dweight_ptr is not None:
+            store_sum(dweight_ptr, total_h, column[c], mask, tile)
+        if dbias_ptr is not None:
+            store_sum(dbias_ptr, total, column[c], mask, tile)
+        if branch_ptr is not None and not GATE_PER_TOKEN:
+            store_sum(dgate_ptr, tl.sum(sum_gate[c], 0)[None], column[c], mask, tile)
+
+
+def forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rms: bool,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """(residual, y, mean, rstd); no residual without a branch."""
+    check_dense(x=x, branch=branch, weight=weight, bias=bias)
+    batch, tokens, width = x.shape
+    residual = None if branch is None else torch.empty_like(x)
+    y = torch.empty_like(x, dtype=out_dtype)
+    mean = x.new_empty((batch, tokens), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if x.numel():
+        tile, warps = tile_of(width, max_itemsize(x, branch, y), *FORWARD)
+        _fwd[(triton.cdiv(batch * tokens, tile.rows),)](
+            x,
+            branch,
+            strided("gate", gate),
+            strided("shift", shift),
+            strided("scale", scale),
+            weight,
+            bias,
+            residual,
+            y,
+            mean,
+            rstd,
+            eps,
+            batch * tokens,
+            tokens,
+            tokens_per_row(gate, tokens),
+            tokens_per_row(shift, tokens),
+            tokens_per_row(scale, tokens),
+            rms,
+            tile,
+            num_warps=warps,
+        )
+    return residual, y, mean, rstd
+
+
+def backward(
+    dresidual: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    rms: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, branch, gate, shift, scale, weight and bias; ``x`` is what was normalised."""
+    check_dense(dresidual=dresidual, dy=dy, x=x, branch=branch, weight=weight, bias=bias, mean=mean, rstd=rstd)
+    tokens, width = x.shape[1:]
+    rows = (gate, shift, scale)
+    dx, dbranch, *gradients = (None if t is None else t.new_empty(t.shape) for t in (x, branch, *rows, weight, bias))
+    if x.numel() == 0:
+        return dx, dbranch, *(None if gradient is None else gradient.zero_() for gradient in gradients)
+
+    per_token = [tokens_per_row(parameter, tokens) == 1 for parameter in rows]
+    written = [parameter for parameter, token_by_token in zip(rows, per_token, strict=True) if token_by_token]
+    tile, warps = tile_of(width, max_itemsize(dy, x, branch, *written), *BACKWARD)
+    runs = Runs(x, tile, gate, shift, scale)
+    targets = [runs.target(gradient) for gradient in gradients]
+    _bwd[(runs.count,)](
+        dresidual,
+        dy,
+        x,
+        branch,
+        strided("gate", gate),
+        strided("scale", scale),
+        weight,
+        bias,
+        mean,
+        rstd,
+        dx,
+        dbranch,
+        *targets,
+        tokens,
+        runs.row_tokens,
+        runs.run_tokens,
+        tokens_per_row(gate, tokens),
+        tokens_per_row(scale, tokens),
+        rms,
+        *per_token,
+        tile,
+        num_warps=warps,
+    )
+    runs.finish()
+    return dx, dbranch, *gradients
+
+
+def adaln_fwd(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rms: bool,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    _, *results = forward(x, None, None, shift, scale, weight, bias, rms, eps, out_dtype)
+    return tuple(results)
+
+
+def adaln_bwd(
+    dy: Tensor,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    rms: bool,
+) -> tuple[Tensor | None, ...]:
+    dx, _, _, *gradients = backward(None, dy, x, None, None, shift, scale, weight, bias, mean, rstd, rms)
+    return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in gradients)

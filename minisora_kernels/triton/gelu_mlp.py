@@ -1,0 +1,97 @@
+"""gelu_mlp: the activation in one pass over h, and its backward in one pass over h and da. The products are torch's.
+
+Forward, a program takes a stretch of h, read once, and writes the activation; over h itself where h is not kept.
+Backward, a program takes some columns of a chunk of rows: it reads h and da once, writes a and dh (over da), and sums
+dh over its rows in fp32; the chunks are then added in order. So dh is not read again for db1, and a is not kept.
+Both are bound by memory: accesses are of 16 bytes, and sums stay in registers until the chunk ends.
+
+The GELU that cuBLASLt can apply at the end of a product (``torch._addmm_activation``, the tanh form on CUDA) would save
+a pass where h is not kept, but rounds only once: a forward without gradients, or the first one of a checkpoint, would
+differ from one that keeps h.
+
+Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import sum_parts
+
+BLOCK = 2048  # elements of h a program takes forward: 16 a thread
+ROWS, COLUMNS = 8, 256  # a tile backward
+# Programs backward. Enough for several on each multiprocessor of a large GPU; the partial sums stay small beside h.
+PROGRAMS = 2048
+
+# exp(-2u) = exp2(h * (LINEAR + CUBIC * h^2)) with u = sqrt(2 / pi) * (h + 0.044715 * h^3)
+LINEAR = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634)
+CUBIC = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634 * 0.044715)
+# 2 du/dh = SLOPE + SLOPE_SQUARED * h^2
+SLOPE = tl.constexpr(2 * 0.7978845608028654)
+SLOPE_SQUARED = tl.constexpr(6 * 0.7978845608028654 * 0.044715)
+
+
+@triton.jit
+def _sigmoid(h):
+    """exp(-2u), and s = sigmoid(2u) = (1 + tanh(u)) / 2, which keeps its digits where tanh(u) is near -1."""
+    e = tl.exp2(h * (LINEAR + CUBIC * (h * h)))
+    return e, 1.0 / (1.0 + e)
+
+
+@triton.jit
+def _fwd(h_ptr, a_ptr, size, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    h = tl.load(h_ptr + offsets, mask, other=0.0).to(tl.float32)
+    _, s = _sigmoid(h)
+    tl.store(a_ptr + offsets, (h * s).to(a_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["size", "chunk"])
+def _bwd(
+    h_ptr, grad_ptr, a_ptr, sums_ptr, size, chunk, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    blocks: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
+    part = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(part * chunk, tl.minimum(size, (part + 1) * chunk), ROWS):
+        rows = first + tl.arange(0, ROWS)
+        offsets = rows[:, None] * HIDDEN + columns[None, :]
+        mask = (rows[:, None] < size) & (columns[None, :] < HIDDEN)
+        h = tl.load(h_ptr + offsets, mask, other=0.0).to(tl.float32)
+        da = tl.load(grad_ptr + offsets, mask, other=0.0).to(tl.float32)
+        e, s = _sigmoid(h)
+        hs = h * s
+        tl.store(a_ptr + offsets, hs.to(a_ptr.dtype.element_ty), mask)
+        # 1 - s loses digits where s is near 1, and e may be inf where s is 0
+        complement = tl.where(s < 0.5, 1.0 - s, e * s)
+        dh = da * (s + hs * complement * (SLOPE + SLOPE_SQUARED * (h * h)))
+        tl.store(grad_ptr + offsets, dh.to(grad_ptr.dtype.element_ty), mask)
+        sums += dh
+    tl.store(sums_ptr + part * HIDDEN + columns, tl.sum(sums, 0), columns < HIDDEN)
+
+
+def gelu_mlp_fwd(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor]:
+    h = F.linear(x, w1, b1)
+    a = torch.empty_like(h) if keep else h
+    _fwd[(triton.cdiv(h.numel(), BLOCK),)](h, a, h.numel(), BLOCK=BLOCK)
+    return F.linear(a, w2, b2), h if keep else h.new_empty(0, 0)
+
+
+def gelu_mlp_bwd(dy: Tensor, h: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert h.is_contiguous(), "gelu_mlp: h must be contiguous"
+    size, hidden = h.shape
+    dh = dy @ w2
+    a = torch.empty_like(h)
+    blocks = triton.cdiv(hidden, COLUMNS)
+    chunk = triton.cdiv(triton.cdiv(size, ROWS), max(PROGRAMS // blocks, 1)) * ROWS
+    sums = h.new_empty(triton.cdiv(size, max(chunk, 1)), hidden, dtype=torch.float32)
+    _bwd[(sums.shape[0] * blocks,)](h, dh, a, sums, size, chunk, HIDDEN=hidden, ROWS=ROWS, COLUMNS=COLUMNS)
+    return dh @ w1, a, dh, sum_parts(sums, h.dtype)

@@ -1,0 +1,63 @@
+"""guided_step: equation in minisora_kernels/ops/guided_step.py.
+
+A program takes a block of one sample's latents. It reads x, cond, null, z and the variance once, each where it is
+given, and the sample's five coefficients, and writes x' once; everything in between stays in registers. There is
+nothing to share between elements, so the only concern is the width of the accesses: 8 elements a thread are one
+16-byte access in half precision and two in fp32. Blocks do not cross samples, so that the coefficients are scalars.
+
+Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK, WARPS = 1024, 4
+
+
+@triton.jit(do_not_specialize=["row_stride"])
+def _update(
+    x, cond, null, z, coefficients, out, size, guided, cond_size, row_stride, LEARNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    blocks = tl.cdiv(size, BLOCK)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    row = coefficients + sample * row_stride
+    g = tl.load(cond + sample * cond_size + i, inside).to(tl.float32)
+    if null is not None:
+        other = tl.load(null + sample * cond_size + i, inside & (i < guided)).to(tl.float32)
+        # from cond, not from null: exact where w is 1
+        g = tl.where(i < guided, g + (tl.load(row) - 1) * (g - other), g)
+    y = tl.load(row + 1) * tl.load(x + sample * size + i, inside).to(tl.float32) + tl.load(row + 2) * g
+    if z is not None:
+        factor = tl.load(row + 3)
+        if LEARNED:
+            v = tl.load(cond + sample * cond_size + size + i, inside).to(tl.float32)
+            factor *= tl.exp(tl.load(row + 4) * (v - 1))
+        y += factor * tl.load(z + sample * size + i, inside).to(tl.float32)
+    tl.store(out + sample * size + i, y.to(out.dtype.element_ty), inside)
+
+
+def guided_step_fwd(
+    x: Tensor, cond: Tensor, null: Tensor | None, z: Tensor | None, coefficients: Tensor, channels: int
+) -> Tensor:
+    for name, tensor in (("x", x), ("cond", cond), ("null", null), ("z", z)):
+        assert tensor is None or tensor.is_contiguous(), f"guided_step: {name} must be contiguous"
+    assert coefficients.stride(1) == 1, "guided_step: rows of coefficients must be contiguous"
+    out = x.new_empty(x.shape)
+    if out.numel() == 0:
+        return out
+    batch = x.shape[0]
+    size, cond_size = x.numel() // batch, cond.numel() // batch
+    guided = size // x.shape[1] * channels
+    grid = (batch * triton.cdiv(size, BLOCK),)
+    _update[grid](
+        *(x, cond, null, z, coefficients, out, size, guided, cond_size, coefficients.stride(0)),
+        LEARNED=cond_size > size,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+    return out

@@ -1,0 +1,71 @@
+"""recompute_adaln: the same gradients from less memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import minisora_kernels as mk
+from bench.counters import Counter, saved_bytes
+from minisora_kernels import backends
+
+pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="no CPU kernels")
+B, N, D = 2, 12, 16
+
+
+def leaves(dtype=torch.float32, stream=None):
+    """x, branch, gate, shift, scale and the weight of a Linear."""
+    shapes = [(B, N, D), (B, N, D), (B, D), (B, 3, D), (B, D), (24, D)]
+    return [torch.randn(s).to(stream if i == 0 and stream else dtype).requires_grad_() for i, s in enumerate(shapes)]
+
+
+def step(x, branch, gate, shift, scale, weight, again=True):
+    x, y = mk.gate_residual_adaln(x, branch, gate, shift, scale, norm="rms", eps=1e-4)
+    if not again:
+        return F.linear(y, weight).square().sum() + x.sum()
+    with mk.recompute_adaln(y, x, shift, scale, norm="rms", eps=1e-4):
+        z = F.linear(y, weight)
+    return z.square().sum() + x.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stream", [None, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_same_bits_from_less_memory(dtype, stream, autocast):
+    given = leaves(dtype, stream)
+    results = []
+    for again in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = step(*given, again=again)
+        with Counter() as counter:
+            results.append(torch.autograd.grad(loss, given))
+        assert ("adaln_fwd" in counter.kernels) == again
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+    def kept(again):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return saved_bytes(lambda: step(*given, again=again), given)
+
+    size = 2 if autocast or dtype == torch.bfloat16 else 4
+    assert kept(False) - kept(True) == B * N * D * size
+
+
+def test_reference_compile_and_sampling_are_left_alone():
+    given = leaves()
+    expected = torch.autograd.grad(step(*given, again=False), given)
+    with mk.use_backend("reference"):
+        assert saved_bytes(lambda: step(*given), given) == saved_bytes(lambda: step(*given, again=False), given)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for one, other in zip(torch.autograd.grad(compiled(*given), given), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        step(*given)
+
+
+def test_a_y_of_another_shape_is_named():
+    x, _, gate, *_ = leaves()
+    message = r"recompute_adaln: y has shape \(2, 12, 8\), x \(2, 12, 16\)"
+    with pytest.raises(ValueError, match=message), mk.recompute_adaln(x[..., :8], x, gate, gate):
+        pass

@@ -1,0 +1,93 @@
+"""Every access of every element, counted in the interpreter: nothing passes more often than bench/traffic.py says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.traffic import TRAFFIC, named
+from minisora_kernels import backends
+
+pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="needs TRITON_INTERPRET=1: see make check-gpu-code")
+
+
+@contextmanager
+def recorded() -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
+    """The addresses that kernels load from, and store to, within the block."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    loads: list[np.ndarray] = []
+    stores: list[np.ndarray] = []
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def note(addresses: list[np.ndarray], pointers: Any, mask: Any) -> None:
+        addresses.append(np.broadcast_to(pointers.data, mask.data.shape)[mask.data].ravel())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            InterpreterBuilder,
+            "create_masked_load",
+            lambda self, ptrs, mask, *rest: (note(loads, ptrs, mask), load(self, ptrs, mask, *rest))[1],
+        )
+        patch.setattr(
+            InterpreterBuilder,
+            "create_masked_store",
+            lambda self, ptrs, value, mask, *rest: (note(stores, ptrs, mask), store(self, ptrs, value, mask, *rest))[1],
+        )
+        yield loads, stores
+
+
+def counts(addresses: list[np.ndarray], tensor: Tensor) -> np.ndarray:
+    """How often the elements of ``tensor``, which is dense, were accessed."""
+    all_of_them = np.concatenate([*addresses, np.empty(0, np.uint64)]).astype(np.int64)
+    place = (all_of_them - tensor.data_ptr()) // tensor.element_size()
+    place = place[(place >= 0) & (place < tensor.numel())]
+    return np.bincount(place, minlength=tensor.numel())
+
+
+class Recorder(TorchDispatchMode):
+    """For each raw op that ran: how often its tensors were read and written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[str, dict[str, np.ndarray]] = {}
+        self.written: dict[str, dict[str, np.ndarray]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "minisora_triton":
+            return func(*args, **(kwargs or {}))
+        with recorded() as (loads, stores):
+            result = func(*args)
+        op = func._schema.name.split("::")[1]
+        tensors = {name: value for name, value in named(op, args, result).items() if isinstance(value, Tensor)}
+        self.read[op] = {name: counts(loads, tensor) for name, tensor in tensors.items()}
+        self.written[op] = {name: counts(stores, tensor) for name, tensor in tensors.items()}
+        return result
+
+
+@pytest.mark.parametrize("op", sorted({case.op for case in CASES}))
+def test_every_element_passes_as_often_as_the_table_says(op: str):
+    case = next(case for case in CASES if case.op == op)
+    recorder = Recorder()
+    leaves = case.leaves(torch.float32)
+    with recorder:
+        result = case.call(leaves, backend="triton")
+        result = result if isinstance(result, tuple) else (result,)
+        if case.differentiable:
+            torch.autograd.backward(result, [torch.ones_like(value) for value in result])
+    assert recorder.read.keys() <= TRAFFIC.keys()
+    assert any(name.startswith(op) for name in recorder.read)
+    for name, traffic in ((name, TRAFFIC[name]) for name in recorder.read):
+        for table, found in ((traffic.read, recorder.read[name]), (traffic.written, recorder.written[name])):
+            for tensor, times in table.items():
+                assert found[tensor].mean() == pytest.approx(times), f"{name}: {tensor}"
+                if times in (0, 1):
+                    assert (found[tensor] == times).all(), f"{name}: {tensor}"
