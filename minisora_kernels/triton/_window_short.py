@@ -1,7 +1,3 @@
-<<<<<<< HEAD
-# mypy: disable-error-code="assignment,misc"
-=======
->>>>>>> origin/main
 """window_attention for windows of at most 64 tokens: whole windows in one tile of scores.
 
 A program takes a tile of TILE places, which holds TILE // L windows of one head, and multiplies all its queries with
