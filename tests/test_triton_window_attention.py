@@ -19,6 +19,7 @@ from minisora_kernels import backends, rope_3d, window_attention
 
 pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="set TRITON_INTERPRET=1")
 if backends.INTERPRETED:
+    from minisora_kernels.triton import _window_library as library
     from minisora_kernels.triton import _window_rows as rows
     from minisora_kernels.triton import window_attention as launchers
 
@@ -138,6 +139,26 @@ def test_a_pass_of_its_own_for_norm_and_rotation(style, dtype, nan_filled, monke
     check(dtype, 2, (3, 8, 9), (1, 8, 9), 2, 24, style)
 
 
+@pytest.mark.parametrize("style", STYLES, ids=str)
+def test_flash_attn_takes_long_windows_without_a_bias(style, nan_filled, monkeypatch):
+    """What goes before and after it; torch's attention stands in for it."""
+    calls = []
+
+    def attend(q, k, v, scale):
+        calls.append(q.shape)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+
+    monkeypatch.setattr(launchers, "PREPARE_FROM", 65)
+    monkeypatch.setattr(library, "flash_attention", lambda device, head_dim: attend)
+    check(torch.bfloat16, 2, (3, 8, 9), (1, 8, 9), 2, 24, style)
+    assert calls == [(6, 72, 2, 24)] * 2
+    check(torch.bfloat16, 1, (2, 8, 9), (1, 8, 9), 1, 8, biased=True)
+    check(torch.bfloat16, 1, (1, 10, 9), (1, 8, 9), 1, 8)
+    check(torch.float32, 1, (2, 8, 9), (1, 8, 9), 1, 8)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("grid", "window"),
@@ -240,7 +261,7 @@ def test_offsets_of_rows_are_64_bit(length, tmp_path):
     checked = 0
     for text in functions:
         made = dict(re.findall(r"(%[\w.#]+)(?::\d+)? = (.*)", text))
-        for offset in re.findall(r"tt\.addptr %[\w.#]+, (%[\w.#]+) : tensor<[^>]*>, tensor<\d+[^>]*xi32>", text):
+        for offset in re.findall(r"tt\.addptr %[\w.#]+, (%[\w.#]+) : tensor<.*>, tensor<[\dx]*i32>", text):
             queue = [offset]
             while queue:
                 name = queue.pop()

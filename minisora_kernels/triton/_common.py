@@ -47,13 +47,14 @@ def _sum_parts(parts_ptr, out_ptr, parts, size, PARTS: tl.constexpr, COLUMNS: tl
         rows = first + tl.arange(0, PARTS).to(tl.int64)
         mask = (rows[:, None] < parts) & (columns[None, :] < size)
         sums += tl.load(parts_ptr + rows[:, None] * size + columns[None, :], mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + columns, tl.sum(sums, 0).to(out_ptr.dtype.element_ty), columns < size)
+    tl.store(out_ptr + columns, cast(tl.sum(sums, 0), out_ptr.dtype.element_ty), columns < size)
 
 
 def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous ``parts [P, ...]`` added over P in fp32, in an order that depends on P alone."""
+    """Contiguous ``parts [P, ...]`` added over P in fp32, in an order that depends on its shape alone."""
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
-    rows = min(triton.next_power_of_2(max(parts.shape[0], 1)), 16)
+    # The fewer columns, the more rows at a time: enough programs, and few steps of each.
+    rows = min(triton.next_power_of_2(max(parts.shape[0], 1)), 128 if out.numel() <= 4096 else 16)
     columns = 2048 // rows  # a tile's loads are in flight together: 16 elements a thread
     grid = (triton.cdiv(out.numel(), columns),)
     _sum_parts[grid](parts, out, parts.shape[0], out.numel(), PARTS=rows, COLUMNS=columns)

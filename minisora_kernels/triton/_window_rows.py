@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ._common import cast, dot
 
@@ -387,22 +386,3 @@ def store_dweight(pointer, row, dweight, FORM: tl.constexpr):
         column = columns(FORM.qk[i])
         at = row.to(tl.int64) * FORM.head_dim + column
         tl.store(pointer + at, tl.sum(dweight[i], 0), mask=column < FORM.qk[i][2])
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _sum_kernel(partial, out, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS)
-        here = (row < rows)[:, None] & (column < columns)[None, :]
-        total += tl.load(partial + row.to(tl.int64)[:, None] * columns + column[None, :], mask=here, other=0.0)
-    tl.store(out + column, cast(tl.sum(total, 0), out.dtype.element_ty), mask=column < columns)
-
-
-def sum_rows(partial: Tensor, out: Tensor) -> None:
-    """The second stage of a gradient's sum: ``out = partial [rows, *out.shape] summed over rows``, in a fixed order."""
-    columns = out.numel()
-    # A weight has few columns and many rows of partial sums, a bias the reverse.
-    rows, width = (128, 16) if columns <= 4096 else (8, 256)
-    _sum_kernel[(triton.cdiv(columns, width),)](partial, out, partial.numel() // columns, columns, rows, width)

@@ -2,7 +2,8 @@
 
 The kernels read qkv, and write dqkv, where the projection left it: a program computes the addresses of its window's
 tokens. _window_short.py holds the kernels for windows of a tile, _window_flash.py those for longer ones, which loop
-over blocks of tokens. All choices here follow from shapes and dtype, never from the device.
+over blocks of tokens, and _window_library.py leaves the longest to flash-attn. But for the latter, all choices here
+follow from shapes and dtype, never from the device.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import triton
 from torch import Tensor
 
 from . import _window_flash as flash
+from . import _window_library as library
 from . import _window_short as short
-from ._window_rows import Boxes, Form, boxes, narrow_pieces, sum_rows, wide_pieces
+from ._common import sum_parts
+from ._window_rows import Boxes, Form, boxes, narrow_pieces, wide_pieces
 
 # None of these was measured on a GPU.
 # Windows of at most this many tokens fit a tile of scores that a program keeps in registers.
@@ -27,6 +30,8 @@ PREPARE_FROM = 512
 # Heads of the same tokens that a program takes, so that their rotary angles, as large as q and k, are read a quarter as
 # often.
 HEADS = 4
+# Rows of a program of the passes that take rows one by one.
+ROWS = 64
 # Programs at most that share the sum of a bias' gradient: some for every SM of the largest GPU; a partial sum is large.
 BIAS_PROGRAMS = 1024
 # The same for a weight, whose partial sums are small.
@@ -81,6 +86,9 @@ def _call(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interlea
 def window_attention_fwd(qkv, *arguments) -> tuple[Tensor, Tensor]:
     call = _call(qkv, *arguments)
     batch, tokens, _, heads, head_dim = qkv.shape
+    if (attend := _library(call)) is not None:
+        out = attend(*_views(call, _prepared(call)), call.scale)
+        return out.view(batch, tokens, heads * head_dim), qkv.new_zeros(batch, tokens, heads, 2, dtype=torch.float32)
     out = qkv.new_empty(batch, tokens, heads * head_dim)
     softmax = qkv.new_empty(batch, tokens, heads, 2, dtype=torch.float32)
     if call.box.length <= SHORT:
@@ -92,10 +100,10 @@ def window_attention_fwd(qkv, *arguments) -> tuple[Tensor, Tensor]:
         )  # fmt: skip
         return out, softmax
     qk = _prepared(call)
-    block, inner, warps = (32, 32, 4) if call.exact else (128, 64, 8)
+    block, inner, warps, stages = _blocks(call, 64)
     flash.forward_kernel[(call.items * heads * triton.cdiv(call.box.length, block),)](
         qk, qkv, out, softmax, *call.parameters, tokens, heads, *call.box.arguments, call.scale, call.eps,
-        qk is not qkv, call.form, block, inner, num_warps=warps,
+        qk is not qkv, call.form, block, inner, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, softmax
 
@@ -103,18 +111,19 @@ def window_attention_fwd(qkv, *arguments) -> tuple[Tensor, Tensor]:
 def window_attention_bwd(dout, qkv, out, softmax, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = _call(qkv, *arguments[:-1], dout=dout, out=out, softmax=softmax)
     dqkv = torch.empty_like(qkv)
-    dbias = torch.empty_like(call.bias) if call.bias is not None and arguments[-1] else None
     if call.box.length <= SHORT:
-        partials = _short_backward(call, dout, softmax, dqkv, dbias)
+        parts = _short_backward(call, dout, softmax, dqkv, arguments[-1])
+    elif (attend := _library(call)) is not None:
+        parts = _library_backward(call, attend, dout, dqkv)
     else:
-        partials = _flash_backward(call, dout, out, softmax, dqkv, dbias)
-    dweights = [
-        qkv.new_empty(0) if weight is None else torch.empty_like(weight) for weight in (call.q_weight, call.k_weight)
-    ]
-    for partial, dweight in zip(partials, dweights, strict=True):
-        if partial is not None:
-            sum_rows(partial, dweight)
-    return dqkv, dweights[0], dweights[1], qkv.new_empty(0) if dbias is None else dbias
+        parts = _flash_backward(call, dout, out, softmax, dqkv, arguments[-1])
+    sums = []
+    for part, parameter in zip(parts, (call.q_weight, call.k_weight, call.bias), strict=True):
+        if part is None or parameter is None:
+            sums.append(qkv.new_empty(0))
+        else:
+            sums.append(sum_parts(part.view(-1, *parameter.shape), parameter.dtype))
+    return dqkv, *sums
 
 
 def _tile(length: int) -> int:
@@ -122,37 +131,47 @@ def _tile(length: int) -> int:
     return max(16, triton.next_power_of_2(length))
 
 
-def _short_backward(call: Call, dout, softmax, dqkv, dbias) -> list[Tensor | None]:
-    tokens, _, heads, head_dim = call.qkv.shape[1:]
-    length, form, weights = call.box.length, call.form, (call.q_weight, call.k_weight)
+def _blocks(call: Call, inner: int) -> tuple[int, int, int, int]:
+    """For long windows: rows of a block, rows at a step, warps and stages, as registers and shared memory allow."""
+    if call.exact:
+        return 32, 32, 4, 1
+    if call.form.head_dim > 128:
+        return 64, 32, 4, 1
+    return 128, inner, 8, 2
+
+
+def _weight_parts(call: Call, count: int) -> list[Tensor | None]:
+    """``count`` partial sums for the gradient of a weight of each head, if there is a weight."""
+    shape = (count, call.form.head_dim)
+    return [
+        None if weight is None else call.qkv.new_empty(shape, dtype=torch.float32)
+        for weight in (call.q_weight, call.k_weight)
+    ]
+
+
+def _short_backward(call: Call, dout, softmax, dqkv, with_dbias: bool) -> list[Tensor | None]:
+    tokens, _, heads, _ = call.qkv.shape[1:]
+    length, form = call.box.length, call.form
+    weighted = call.q_weight is not None or call.k_weight is not None
     tile = _tile(length)
     each = tile // length
     tiles = triton.cdiv(call.items, each)
     # A sum over tokens of one head stays in a program's registers.
-    of_one_head = dbias is not None or form.q_step > 0 or form.k_step > 0
-    per_program = 1 if of_one_head else HEADS
+    per_program = 1 if with_dbias or form.q_step or form.k_step else HEADS
     groups = triton.cdiv(heads, per_program)
-    most = tiles * groups
-    if dbias is not None:
-        most = BIAS_PROGRAMS
-    elif weights != (None, None):
-        most = WEIGHT_PROGRAMS
-    per_chunk = max(1, triton.cdiv(tiles * groups, most)) if most else 1
+    programs = BIAS_PROGRAMS if with_dbias else WEIGHT_PROGRAMS if weighted else tiles * groups
+    per_chunk = max(1, triton.cdiv(tiles * groups, max(1, programs)))
     chunks = max(1, triton.cdiv(tiles, per_chunk))
-    partials: list[Tensor | None] = [
-        None if weight is None else softmax.new_empty(chunks * groups, head_dim) for weight in weights
-    ]
-    parts = None if dbias is None else softmax.new_empty(chunks * each, heads, length, length)
+    weights = _weight_parts(call, chunks * groups)
+    dbias = softmax.new_empty(chunks * each, heads, length, length) if with_dbias else None
     # Norm and rotation hold more of a row: with 16 rows to a warp they would spill.
     rows = 16 if form.norm == 0 and call.cos is None else 8
     short.backward_kernel[(chunks * groups,)](
-        call.qkv, dout, softmax, dqkv, *partials, parts, *call.parameters, per_chunk, call.items, tokens, heads,
+        call.qkv, dout, softmax, dqkv, *weights, dbias, *call.parameters, per_chunk, call.items, tokens, heads,
         *call.box.arguments, call.scale, call.eps,
         each > 1, form, tile, per_program, num_warps=4 if call.exact else tile // rows, num_stages=1,
     )  # fmt: skip
-    if parts is not None and dbias is not None:
-        sum_rows(parts, dbias)
-    return partials
+    return [*weights, dbias]
 
 
 def _prepared(call: Call) -> Tensor:
@@ -162,38 +181,62 @@ def _prepared(call: Call) -> Tensor:
         return qkv
     batch, tokens, _, heads, head_dim = qkv.shape
     qk = qkv.new_empty(batch, tokens, 2, heads, head_dim)
-    block = 64
-    flash.prepare_kernel[(triton.cdiv(batch * tokens, block) * heads,)](
-        qkv, qk, *call.parameters[:4], batch * tokens, tokens, heads, call.eps, form, block
+    flash.prepare_kernel[(triton.cdiv(batch * tokens, ROWS) * heads,)](
+        qkv, qk, *call.parameters[:4], batch * tokens, tokens, heads, call.eps, form, ROWS
     )
     return qk
 
 
-def _flash_backward(call: Call, dout, out, softmax, dqkv, dbias) -> list[Tensor | None]:
+def _flash_backward(call: Call, dout, out, softmax, dqkv, with_dbias: bool) -> list[Tensor | None]:
     qkv, length, form = call.qkv, call.box.length, call.form
-    batch, tokens, _, heads, head_dim = qkv.shape
+    batch, tokens, _, heads, _ = qkv.shape
     qk = _prepared(call)
     delta = softmax.new_empty(batch, tokens, heads)
-    flash.delta_kernel[(triton.cdiv(delta.numel(), 64),)](dout, out, delta, delta.numel(), form, 64)
-    block, inner, warps = (32, 32, 4) if call.exact else (128, 32, 8)
-    blocks = triton.cdiv(length, block)
-    partials: list[Tensor | None] = [
-        None if weight is None else softmax.new_empty(call.items * blocks, heads, head_dim)
-        for weight in (call.q_weight, call.k_weight)
-    ]
-    flash.backward_kernel[(call.items * heads * blocks,)](
-        qk, qkv, dout, softmax, delta, dqkv, *partials, *call.parameters, tokens, heads, *call.box.arguments,
-        call.scale, call.eps, qk is not qkv, form, block, inner, num_warps=warps,
+    flash.delta_kernel[(triton.cdiv(delta.numel(), ROWS),)](dout, out, delta, delta.numel(), form, ROWS)
+    block, inner, warps, stages = _blocks(call, 32)
+    programs = call.items * heads * triton.cdiv(length, block)
+    weights = _weight_parts(call, programs)
+    flash.backward_kernel[(programs,)](
+        qk, qkv, dout, softmax, delta, dqkv, *weights, *call.parameters, tokens, heads, *call.box.arguments,
+        call.scale, call.eps, qk is not qkv, form, block, inner, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    if dbias is not None:
-        block = 32 if call.exact else 64
-        programs = triton.cdiv(length, block) ** 2 * heads
-        chunks = max(1, min(call.items, BIAS_PROGRAMS // programs))
-        parts = dbias if chunks == 1 else softmax.new_empty(chunks, *dbias.shape)
-        flash.dbias_kernel[(programs * chunks,)](
-            qk, qkv, dout, softmax, delta, parts, *call.parameters, call.items, chunks, tokens, heads,
-            *call.box.arguments, call.scale, call.eps, qk is not qkv, form, block,
-        )  # fmt: skip
-        if chunks > 1:
-            sum_rows(parts, dbias)
-    return partials
+    if not with_dbias:
+        return [*weights, None]
+    side = 32 if call.exact else 64
+    blocks = triton.cdiv(length, side) ** 2 * heads
+    chunks = max(1, min(call.items, BIAS_PROGRAMS // blocks))
+    dbias = softmax.new_empty(chunks, heads, length, length)
+    flash.dbias_kernel[(blocks * chunks,)](
+        qk, qkv, dout, softmax, delta, dbias, *call.parameters, call.items, chunks, tokens, heads,
+        *call.box.arguments, call.scale, call.eps, qk is not qkv, form, side, num_stages=stages,
+    )  # fmt: skip
+    return [*weights, dbias]
+
+
+def _library(call: Call) -> library.Attention | None:
+    """flash-attn's attention, where it can serve the call."""
+    size, _, width = call.box.axes[0]
+    runs = len(call.box.axes) == 1 and size % width == 0
+    if call.box.length <= PREPARE_FROM or call.bias is not None or call.exact or not runs:
+        return None
+    return library.flash_attention(call.qkv.device, call.form.head_dim)
+
+
+def _views(call: Call, qk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v ``[windows, length, heads, head_dim]``."""
+    heads, head_dim = call.qkv.shape[3:]
+    q, k, v = call.qkv.view(-1, call.box.length, 3, heads, head_dim).unbind(2)
+    if qk is not call.qkv:
+        q, k = qk.view(-1, call.box.length, 2, heads, head_dim).unbind(2)
+    return q, k, v
+
+
+def _library_backward(call: Call, attend: library.Attention, dout, dqkv) -> list[Tensor | None]:
+    batch, tokens, _, heads, _ = call.qkv.shape
+    grads = library.gradients(attend, *_views(call, _prepared(call)), call.scale, dout)
+    programs = triton.cdiv(batch * tokens, ROWS) * heads
+    weights = _weight_parts(call, programs)
+    library.finish_kernel[(programs,)](
+        call.qkv, *grads, dqkv, *weights, *call.parameters[:4], batch * tokens, tokens, heads, call.eps, call.form, ROWS
+    )
+    return [*weights, None]
