@@ -30,6 +30,7 @@ TRAFFIC = {
     "gelu_mlp_fwd": Traffic({"h": 1}, {}),
     "gelu_mlp_bwd": Traffic({"h": 1, "dh": 1}, {"a": 1, "dh": 1}),
     "guided_step_fwd": Traffic({"x": 1, "cond": 1, "null": 1}, {"y": 1}),
+    # The video and dy are read once per block of columns and of elements, the second time from the caches.
     "patch_embed_fwd": Traffic({}, {"y": 1}),
     "patch_embed_bwd": Traffic({}, {}),
     "unpatchify_fwd": Traffic({"tokens": 1}, {"video": 1}),

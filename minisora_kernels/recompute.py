@@ -31,7 +31,7 @@ def recompute_adaln(
 
     ``y`` is the output of :func:`minisora_kernels.adaln` or :func:`minisora_kernels.gate_residual_adaln` for the other
     arguments (x the new residual stream), and the block is the Linear or MLP that reads it and keeps it for its weight
-    gradient. x is kept in any case, by the op that made y. The backward reads x and writes y once more::
+    gradient. x is kept in any case, by the op that made y. The backward reads x and writes y once more, per reader::
 
         x, y = mk.gate_residual_adaln(x, branch, gate, shift, scale)
         with mk.recompute_adaln(y, x, shift, scale):
@@ -43,6 +43,7 @@ def recompute_adaln(
 
     Raises:
         ValueError: y has another shape than x.
+        RuntimeError: in the backward, for an argument that was changed in place since.
     """
     if y.shape != x.shape:
         raise ValueError(f"recompute_adaln: y has shape {tuple(y.shape)}, x {tuple(x.shape)}; y must be adaln of x")
@@ -51,17 +52,24 @@ def recompute_adaln(
     if backend == "reference" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         yield
         return
-    storage, dtype, device = y.untyped_storage().data_ptr(), y.dtype, y.device.type
+    storage, dtype, device, version = y.untyped_storage().data_ptr(), y.dtype, y.device.type, y._version
     made_of = tuple(None if tensor is None else tensor.detach() for tensor in (x, shift, scale, weight, bias))
+    versions = [tensor._version for tensor in made_of if tensor is not None]
 
     def pack(tensor: Tensor) -> Any:
-        if tensor.untyped_storage().data_ptr() != storage:
+        # Memory of no bytes is at 0, whosever it is; a y that was changed is not what adaln makes.
+        same = tensor.untyped_storage().data_ptr() == storage != 0
+        if not same or tensor.dtype != dtype or tensor._version != version:
             return tensor
         return made_of, (tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def unpack(kept: Any) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
+        if versions != [tensor._version for tensor in made_of if tensor is not None]:
+            raise RuntimeError(
+                "recompute_adaln: x, shift, scale, weight or bias was changed in place since the forward"
+            )
         (x, shift, scale, weight, bias), view = kept
         # y has another dtype than x under autocast, or where the residual stream is wider than the branches.
         with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != x.dtype):

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
     pytest.mark.skipif(backends.INTERPRETED, reason="the interpreter compiles nothing"),
 ]
-RECORD = json.loads(aot.RECORD.read_text())
+RECORD = json.loads(aot.RECORD.read_text()) if aot.RECORD.exists() else {}
 
 
 def test_no_kernel_spills_grew_or_is_missing():

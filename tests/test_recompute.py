@@ -69,3 +69,33 @@ def test_a_y_of_another_shape_is_named():
     message = r"recompute_adaln: y has shape \(2, 12, 8\), x \(2, 12, 16\)"
     with pytest.raises(ValueError, match=message), mk.recompute_adaln(x[..., :8], x, gate, gate):
         pass
+
+
+def test_a_changed_y_is_kept_and_a_changed_argument_is_an_error():
+    x, _, _, _, scale, weight = leaves()
+    results = []
+    for again in (True, False):
+        y = mk.adaln(x, scale, scale)
+        with mk.recompute_adaln(y, x, scale, scale) if again else torch.enable_grad():
+            y = y.mul_(2)
+            z = F.linear(y, weight)
+        results.append(torch.autograd.grad(z.square().sum(), [x, weight]))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    y = mk.adaln(x, scale, scale)
+    with mk.recompute_adaln(y, x, scale, scale):
+        z = F.linear(y, weight)
+    with torch.no_grad():
+        scale.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place since the forward"):
+        torch.autograd.grad(z.sum(), weight)
+
+
+def test_no_samples():
+    given = [torch.randn(0, N, D, requires_grad=True), torch.randn(0, D), torch.randn(24, D, requires_grad=True)]
+    y = mk.adaln(given[0], given[1], given[1])
+    with mk.recompute_adaln(y, given[0], given[1], given[1]):
+        z = F.linear(y, given[2])
+    assert all(
+        gradient.shape == t.shape
+        for gradient, t in zip(torch.autograd.grad(z.sum(), given[::2]), given[::2], strict=True)
+    )

@@ -1,4 +1,4 @@
-"""Every access of every element, counted in the interpreter: nothing passes more often than bench/traffic.py says."""
+"""Every access of every element of the tensors in bench/traffic.py, counted in the interpreter."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ struct Sigmoid {
 };
 
 // Tokens that go from one product to the next at a time, so that what lies between the products is still in the caches, and
-// needs no memory for all tokens. A product of this many rows runs as fast as one of all rows.
+// needs no memory for all tokens. On two cores with AVX-512 a product of this many rows ran as fast as one of all rows.
 constexpr int64_t kRowsPerThread = 128;
 constexpr int64_t kRows = 32; // of one task; db1 is summed over this many tokens, then over the sums in order
 

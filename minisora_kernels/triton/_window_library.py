@@ -37,6 +37,8 @@ def flash_attention(device: torch.device, head_dim: int) -> Attention | None:
     if device.type != "cuda" or head_dim > 256:
         return None
     major = torch.cuda.get_device_capability(device)[0]
+    if major < 8:
+        return None
     newest = {9: "flash_attn_interface", 10: "flash_attn.cute" if head_dim in (64, 96, 128) else None}.get(major)
     function = (newest and _function(newest)) or _function("flash_attn")
     if function is None:

@@ -217,7 +217,7 @@ def _library(call: Call) -> library.Attention | None:
     """flash-attn's attention, where it can serve the call."""
     size, _, width = call.box.axes[0]
     runs = len(call.box.axes) == 1 and size % width == 0
-    if call.box.length <= PREPARE_FROM or call.bias is not None or call.exact or not runs:
+    if call.box.length <= PREPARE_FROM or call.bias is not None or call.exact or not runs or call.items == 0:
         return None
     return library.flash_attention(call.qkv.device, call.form.head_dim)
 
