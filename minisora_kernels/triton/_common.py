@@ -39,6 +39,16 @@ def cast(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def load(ptr, mask):
+    return tl.load(ptr, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(ptr, value, mask):
+    tl.store(ptr, cast(value, ptr.dtype.element_ty), mask)
+
+
 @triton.jit(do_not_specialize=["parts"])
 def _sum_parts(parts_ptr, out_ptr, parts, size, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
     columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -46,8 +56,8 @@ def _sum_parts(parts_ptr, out_ptr, parts, size, PARTS: tl.constexpr, COLUMNS: tl
     for first in range(0, parts, PARTS):
         rows = first + tl.arange(0, PARTS).to(tl.int64)
         mask = (rows[:, None] < parts) & (columns[None, :] < size)
-        sums += tl.load(parts_ptr + rows[:, None] * size + columns[None, :], mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + columns, cast(tl.sum(sums, 0), out_ptr.dtype.element_ty), columns < size)
+        sums += load(parts_ptr + rows[:, None] * size + columns[None, :], mask)
+    store(out_ptr + columns, tl.sum(sums, 0), columns < size)
 
 
 def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:

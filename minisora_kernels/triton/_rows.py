@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cast
+from ._common import load, store
 
 # The most columns of a token that a thread holds, and the most tokens that a program takes at a time. A backward, with
 # sums for two or three parameters in registers too, has room for two to four blocks of it on a multiprocessor, and
@@ -87,16 +87,6 @@ def mask_of(live, column, tile: tl.constexpr, c: tl.constexpr):
     if padded(tile, c):
         mask = live & (column < tile.width)
     return mask
-
-
-@triton.jit
-def load(ptr, mask):
-    return tl.load(ptr, mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store(ptr, value, mask):
-    tl.store(ptr, cast(value, ptr.dtype.element_ty), mask)
 
 
 @triton.jit

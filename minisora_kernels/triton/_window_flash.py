@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import cast
+from ._common import load, store
 from ._window_rows import (
     add_product,
     exp,
@@ -54,7 +54,7 @@ def _operand(qk, offset, token, valid, weight, cos, sin, eps, PREPARED: tl.const
 def _load_bias(bias, head, q_place, k_place, length):
     """``bias[head, q, k]`` in fp32; one of the places is [n, 1], the other [1, n]."""
     at = (head.to(tl.int64) * length + q_place) * length + k_place
-    return tl.load(bias + at, mask=(q_place < length) & (k_place < length), other=0.0).to(tl.float32)
+    return load(bias + at, (q_place < length) & (k_place < length))
 
 
 @triton.jit
@@ -258,4 +258,4 @@ def dbias_kernel(
         total += tl.where(q_valid[:, None] & k_valid[None, :], ds, 0.0)
     at = ((chunk * heads + head) * length + q_place[:, None]) * length + k_place[None, :]
     here = (q_place < length)[:, None] & (k_place < length)[None, :]
-    tl.store(dbias + at, cast(total, dbias.dtype.element_ty), mask=here)
+    store(dbias + at, total, here)

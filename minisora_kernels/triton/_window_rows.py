@@ -18,7 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ._common import cast, dot
+from ._common import cast, dot, load, store
 
 Piece = tuple[int, int, int]
 Triple = tuple[int, int, int]
@@ -193,7 +193,7 @@ def load_rows(pointer, offset, valid, PIECES: tl.constexpr):
 def store_rows(pointer, offset, valid, rows, PIECES: tl.constexpr):
     for i in tl.static_range(len(PIECES)):
         at = pointer + offset[:, None] + columns(PIECES[i])[None, :]
-        tl.store(at, cast(rows[i], pointer.dtype.element_ty), mask=channels(valid[:, None], PIECES[i]))
+        store(at, rows[i], channels(valid[:, None], PIECES[i]))
 
 
 @triton.jit
@@ -281,7 +281,7 @@ def load_weight(pointer, PIECES: tl.constexpr):
     vectors = ()
     for i in tl.static_range(len(PIECES)):
         column = columns(PIECES[i])
-        vectors += (tl.load(pointer + column, mask=column < PIECES[i][2], other=0.0).to(tl.float32)[None, :],)
+        vectors += (load(pointer + column, column < PIECES[i][2])[None, :],)
     return vectors
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import cast, dot
+from ._common import cast, dot, load
 from ._window_rows import (
     exp,
     inner,
@@ -76,7 +76,7 @@ def _tile(tile, items, length, each, tokens, box, TILE: tl.constexpr, FORM: tl.c
 @triton.jit
 def _load_bias(bias, head, place, seen, length):
     at = (head * length + place[:, None]) * length + place[None, :]
-    return tl.load(bias + at, mask=seen, other=0.0).to(tl.float32)
+    return load(bias + at, seen)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

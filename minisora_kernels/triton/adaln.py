@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cast
+from ._common import cast, load, store
 from ._rows import (
     BACKWARD,
     FORWARD,
@@ -31,13 +31,11 @@ from ._rows import (
     check_dense,
     chunks,
     columns,
-    load,
     mask_of,
     max_itemsize,
     padded,
     row_of,
     run_of,
-    store,
     store_sum,
     strided,
     tile_of,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import load, store
 from ._rows import (
     BACKWARD,
     FORWARD,
@@ -22,12 +23,10 @@ from ._rows import (
     check_dense,
     chunks,
     columns,
-    load,
     mask_of,
     max_itemsize,
     row_of,
     run_of,
-    store,
     store_sum,
     strided,
     tile_of,

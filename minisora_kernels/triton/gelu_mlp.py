@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import sum_parts
+from ._common import load, store, sum_parts
 
 BLOCK = 2048  # elements of h a program takes forward: 16 a thread
 ROWS, COLUMNS = 8, 256  # a tile backward
@@ -46,9 +46,9 @@ def _sigmoid(h):
 def _fwd(h_ptr, a_ptr, size, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
-    h = tl.load(h_ptr + offsets, mask, other=0.0).to(tl.float32)
+    h = load(h_ptr + offsets, mask)
     _, s = _sigmoid(h)
-    tl.store(a_ptr + offsets, (h * s).to(a_ptr.dtype.element_ty), mask)
+    store(a_ptr + offsets, h * s, mask)
 
 
 @triton.jit(do_not_specialize=["size", "chunk"])
@@ -63,15 +63,15 @@ def _bwd(
         rows = first + tl.arange(0, ROWS)
         offsets = rows[:, None] * HIDDEN + columns[None, :]
         mask = (rows[:, None] < size) & (columns[None, :] < HIDDEN)
-        h = tl.load(h_ptr + offsets, mask, other=0.0).to(tl.float32)
-        da = tl.load(grad_ptr + offsets, mask, other=0.0).to(tl.float32)
+        h = load(h_ptr + offsets, mask)
+        da = load(grad_ptr + offsets, mask)
         e, s = _sigmoid(h)
         hs = h * s
-        tl.store(a_ptr + offsets, hs.to(a_ptr.dtype.element_ty), mask)
+        store(a_ptr + offsets, hs, mask)
         # 1 - s loses digits where s is near 1, and e may be inf where s is 0
         complement = tl.where(s < 0.5, 1.0 - s, e * s)
         dh = da * (s + hs * complement * (SLOPE + SLOPE_SQUARED * (h * h)))
-        tl.store(grad_ptr + offsets, dh.to(grad_ptr.dtype.element_ty), mask)
+        store(grad_ptr + offsets, dh, mask)
         sums += dh
     tl.store(sums_ptr + part * HIDDEN + columns, tl.sum(sums, 0), columns < HIDDEN)
 

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import load, store
+
 BLOCK, WARPS = 1024, 4
 
 
@@ -26,19 +28,19 @@ def _update(
     i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     row = coefficients + sample * row_stride
-    g = tl.load(cond + sample * cond_size + i, inside).to(tl.float32)
+    g = load(cond + sample * cond_size + i, inside)
     if null is not None:
-        other = tl.load(null + sample * cond_size + i, inside & (i < guided)).to(tl.float32)
+        other = load(null + sample * cond_size + i, inside & (i < guided))
         # from cond, not from null: exact where w is 1
         g = tl.where(i < guided, g + (tl.load(row) - 1) * (g - other), g)
-    y = tl.load(row + 1) * tl.load(x + sample * size + i, inside).to(tl.float32) + tl.load(row + 2) * g
+    y = tl.load(row + 1) * load(x + sample * size + i, inside) + tl.load(row + 2) * g
     if z is not None:
         factor = tl.load(row + 3)
         if LEARNED:
-            v = tl.load(cond + sample * cond_size + size + i, inside).to(tl.float32)
+            v = load(cond + sample * cond_size + size + i, inside)
             factor *= tl.exp(tl.load(row + 4) * (v - 1))
-        y += factor * tl.load(z + sample * size + i, inside).to(tl.float32)
-    tl.store(out + sample * size + i, y.to(out.dtype.element_ty), inside)
+        y += factor * load(z + sample * size + i, inside)
+    store(out + sample * size + i, y, inside)
 
 
 def guided_step_fwd(

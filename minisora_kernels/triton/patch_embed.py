@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import dot, sum_parts
+from ._common import dot, load, store, sum_parts
 
 COLUMNS = 128  # of y and dy in a tile; divides the widths of all models
 SHORT = 256  # bytes of a patch that fits one tile
@@ -53,10 +53,10 @@ def _addend(bias_ptr, pos_ptr, n, d, tokens, WIDTH: tl.constexpr):
     """What every sample adds to its products: a tile [tokens, columns], or a scalar."""
     total = 0.0
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + d, d < WIDTH, other=0.0).to(tl.float32)[None, :]
+        total += load(bias_ptr + d, d < WIDTH)[None, :]
     if pos_ptr is not None:
         mask = (n[:, None] < tokens) & (d[None, :] < WIDTH)
-        total += tl.load(pos_ptr + n.to(tl.int64)[:, None] * WIDTH + d[None, :], mask, other=0.0).to(tl.float32)
+        total += load(pos_ptr + n.to(tl.int64)[:, None] * WIDTH + d[None, :], mask)
     return total
 
 
@@ -120,7 +120,7 @@ def _fwd(
             addend = _addend(bias_ptr, pos_ptr, n, d, tokens, WIDTH)
         y_mask = (n[:, None] < tokens) & (d[None, :] < WIDTH)
         y_ptrs = y_ptr + (b * tokens + n)[:, None] * WIDTH + d[None, :]
-        tl.store(y_ptrs, (y + addend).to(y_ptr.dtype.element_ty), y_mask)
+        store(y_ptrs, y + addend, y_mask)
 
 
 @triton.jit(do_not_specialize=["tiles", "chunk", "tokens", "height", "width"])
@@ -221,7 +221,7 @@ def _bwd_x(
     starts = b * stride_b + _starts(n, height, width, stride_t, stride_h, stride_w, PT, PH, PW)
     places = _places(k, stride_c, stride_t, stride_h, stride_w, PT, PH, PW)
     dx_mask = (n[:, None] < tokens) & (k[None, :] < LENGTH)
-    tl.store(dx_ptr + starts[:, None] + places[None, :], dx.to(dx_ptr.dtype.element_ty), dx_mask)
+    store(dx_ptr + starts[:, None] + places[None, :], dx, dx_mask)
 
 
 def _arguments(x: Tensor, weight: Tensor) -> tuple[int, tuple[int, ...], dict[str, int]]:
