@@ -137,8 +137,8 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def delta_kernel(dout, out, delta, rows, FORM: tl.constexpr, BLOCK: tl.constexpr):
     """rowsum(dout * out), for every token and head."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    at = row.to(tl.int64) * FORM.head_dim
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = row * FORM.head_dim
     d, o = load_rows(dout, at, row < rows, FORM.v), load_rows(out, at, row < rows, FORM.v)
     tl.store(delta + row, row_sums(d, o), mask=row < rows)
 
