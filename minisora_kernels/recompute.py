@@ -60,7 +60,7 @@ def recompute_adaln(
         # Memory of no bytes is at 0, whosever it is; a y that was changed is not what adaln makes.
         same = tensor.untyped_storage().data_ptr() == storage != 0
         if not same or tensor.dtype != dtype or tensor._version != version:
-            return tensor
+            return tensor.detach()  # an op that saves its own result would else keep itself alive
         return made_of, (tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def unpack(kept: Any) -> Tensor:

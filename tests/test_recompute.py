@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,3 +102,30 @@ def test_no_samples():
         gradient.shape == t.shape
         for gradient, t in zip(torch.autograd.grad(z.sum(), given[::2]), given[::2], strict=True)
     )
+
+
+def test_a_forward_without_a_backward_leaves_nothing():
+    """An op that saves its result, as softmax does, must not hold itself through the hooks."""
+
+    def results():
+        x, _, _, shift, scale, _ = leaves()
+        y = mk.adaln(x, shift[:, 0], scale)
+        with mk.recompute_adaln(y, x, shift[:, 0], scale):
+            inside = y.softmax(-1)
+        return weakref.ref(inside)
+
+    held = results()
+    gc.collect()
+    assert held() is None
+
+
+def test_counting_what_is_saved_leaves_nothing():
+    made = []
+
+    def forward():
+        made.append(torch.randn(3, 5, requires_grad=True).softmax(-1))
+        made[:] = [weakref.ref(made[0])]
+
+    saved_bytes(forward, [])
+    gc.collect()
+    assert made[0]() is None
