@@ -15,13 +15,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
 from bench import record
 
-ROOT = Path(__file__).parent.parent
 TESTS = ["tests/test_ops.py", "tests/test_model_kernels.py"]
 SMALL = "values and gradients and float32 and not long and not model-width and not clip"
 
@@ -54,7 +52,7 @@ def main() -> int:
             "MINISORA_TEST_DEVICE": "cuda",
             "PYTORCH_NO_CUDA_MEMORY_CACHING": str(int(name == "sanitizer")),
         }
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, cwd=record.ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         (folder / f"{options.name}-{name}.txt").write_text(done.stdout)
         print(done.stdout[-4000:], flush=True)
         status = status or done.returncode

@@ -102,6 +102,7 @@ WINDOW_ATTENTION = (
     _windows("spatial 16x(16x16)", "XL", (16, 16, 16), (1, 16, 16)),
     _windows("spatial 4x(32x32)", "L", (4, 32, 32), (1, 32, 32)),
     _windows("joint 4x16x16", "XL", (4, 16, 16), (4, 16, 16)),
+    _windows("joint 4x16x16", "XL", (4, 16, 16), (4, 16, 16), norm_and_rope=True, dtypes=LONG),
     *(
         _windows(
             f"W.A.L.T {'x'.join(map(str, window))} b2",

@@ -7,16 +7,34 @@ counts the accesses of every element in the interpreter and holds this table aga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+Passes = float | Callable[[dict[str, Any]], float]
+
 
 class Traffic(NamedTuple):
-    read: dict[str, float]
-    written: dict[str, float]
+    """Per tensor a number, or what computes it from the arguments and results of the op by name."""
+
+    read: dict[str, Passes]
+    written: dict[str, Passes]
+
+
+def _columns(values: dict[str, Any]) -> int:
+    return -(-values["weight"].shape[0] // 128)
+
+
+def _elements(values: dict[str, Any], most: int) -> int:
+    length = values["weight"][0].numel()
+    return -(-length // min(max(16, 1 << (length - 1).bit_length()), most))
+
+
+def _dy(values: dict[str, Any]) -> int:
+    """For dweight and dbias, dpos and dx."""
+    return _elements(values, 128) + (values["pos"] is not None) + values["need_x"] * _elements(values, 64)
 
 
 TRAFFIC = {
@@ -30,9 +48,9 @@ TRAFFIC = {
     "gelu_mlp_fwd": Traffic({"h": 1}, {}),
     "gelu_mlp_bwd": Traffic({"h": 1, "dh": 1}, {"a": 1, "dh": 1}),
     "guided_step_fwd": Traffic({"x": 1, "cond": 1, "null": 1}, {"y": 1}),
-    # The video and dy are read once per block of columns and of elements, the second time from the caches.
-    "patch_embed_fwd": Traffic({}, {"y": 1}),
-    "patch_embed_bwd": Traffic({}, {}),
+    # The video is read once per block of columns, dy once per block of elements of a patch, mostly from the caches.
+    "patch_embed_fwd": Traffic({"x": _columns}, {"y": 1}),
+    "patch_embed_bwd": Traffic({"x": _columns, "dy": _dy}, {"dx": lambda values: int(values["need_x"])}),
     "unpatchify_fwd": Traffic({"tokens": 1}, {"video": 1}),
     "unpatchify_bwd": Traffic({"dvideo": 1}, {"dtokens": 1}),
     # Windows of up to 64 tokens. The backward reads q and k once more, from the caches, for the gradient of their norm.
@@ -58,6 +76,10 @@ def named(name: str, arguments: Sequence[Any], result: Any) -> dict[str, Any]:
     return dict(zip(names, [*arguments, *results], strict=True))
 
 
+def passes(table: dict[str, Passes], values: dict[str, Any]) -> dict[str, float]:
+    return {key: times(values) if callable(times) else times for key, times in table.items()}
+
+
 def bytes_moved(name: str, values: dict[str, Any], scratch: int) -> dict[str, int]:
     """``must``: bytes if every tensor passed once. ``does``: as often as the table says, and ``scratch`` twice.
 
@@ -65,11 +87,11 @@ def bytes_moved(name: str, values: dict[str, Any], scratch: int) -> dict[str, in
     """
     if name.startswith("window_attention") and values["wt"] * values["wh"] * values["ww"] > 64:
         return {}
-    traffic = TRAFFIC[name]
+    traffic = [passes(table, values) for table in TRAFFIC[name]]
     must, does = 0, 0.0
     for key, tensor in values.items():
         if isinstance(tensor, Tensor):
-            passes = [part[key] for part in traffic if key in part]
+            times = [table[key] for table in traffic if key in table]
             must += tensor.nbytes
-            does += tensor.nbytes * (sum(passes) if passes else 1)
+            does += tensor.nbytes * (sum(times) if times else 1)
     return {"must": must, "does": round(does) + 2 * scratch}

@@ -146,9 +146,8 @@ def test_strided_and_expanded_inputs(case: Case, backend: str):
     for expand in (True, False):
         leaves = case.leaves(torch.float32)
         result = outputs(case.call(leaves, backend=backend))[-1]
-        one = torch.ones((), dtype=result.dtype, device=DEVICE).expand(
-            result.shape
-        )  # what .sum().backward() hands over
+        # what .sum().backward() hands over
+        one = torch.ones((), dtype=result.dtype, device=DEVICE).expand(result.shape)
         result.backward(one if expand else one.contiguous())
         gradients.append([leaf.grad for leaf in leaves.values() if leaf.requires_grad])
     for expanded, dense in zip(*gradients, strict=True):
