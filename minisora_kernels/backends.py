@@ -68,19 +68,23 @@ if _forced is not None:
     _check_name(_forced, "the environment variable MINISORA_BACKEND")
 
 
+def launcher(name: str) -> Callable:
+    """The function that launches Triton's kernels for raw op ``name``; imports its file."""
+    op = re.sub("_[a-z]+$", "", name)
+    return getattr(importlib.import_module(f"{__package__}.triton.{op}"), name)
+
+
 def define(schema: str) -> None:
     """Define a raw op for every backend. Triton's is imported when it is first called."""
     for library in LIBRARIES:
         library.define(schema)
     name = schema.split("(")[0]
-    op = re.sub("_[a-z]+$", "", name)
 
     def launch(first: torch.Tensor, *arguments: Any) -> Any:
-        launcher = getattr(importlib.import_module(f"{__package__}.triton.{op}"), name)
         if not first.is_cuda:
-            return launcher(first, *arguments)
+            return launcher(name)(first, *arguments)
         with torch.cuda.device(first.device):  # Triton launches on the current device
-            return launcher(first, *arguments)
+            return launcher(name)(first, *arguments)
 
     LIBRARIES[1].impl(name, launch, DEVICES["triton"].upper())
 

@@ -69,3 +69,10 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     grid = (triton.cdiv(out.numel(), columns),)
     _sum_parts[grid](parts, out, parts.shape[0], out.numel(), PARTS=rows, COLUMNS=columns)
     return out
+
+
+def check_dense(**tensors: Tensor | None) -> None:
+    """Raises ValueError for a tensor that a kernel would index with no strides and that has some."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")

@@ -215,9 +215,3 @@ def max_itemsize(*tensors: Tensor | None) -> int:
     Triton would exchange values between threads before every store.
     """
     return max(tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-def check_dense(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")

@@ -22,13 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cast, load, store
+from ._common import cast, check_dense, load, store
 from ._rows import (
     BACKWARD,
     FORWARD,
     Runs,
     add,
-    check_dense,
     chunks,
     columns,
     mask_of,

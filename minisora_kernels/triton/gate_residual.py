@@ -14,13 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import load, store
+from ._common import check_dense, load, store
 from ._rows import (
     BACKWARD,
     FORWARD,
     Runs,
     add,
-    check_dense,
     chunks,
     columns,
     mask_of,

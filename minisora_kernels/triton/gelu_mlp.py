@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import load, store, sum_parts
+from ._common import check_dense, load, store, sum_parts
 
 BLOCK = 2048  # elements of h a program takes forward: 16 a thread
 ROWS, COLUMNS = 8, 256  # a tile backward
@@ -86,11 +86,11 @@ def gelu_mlp_fwd(
 
 
 def gelu_mlp_bwd(dy: Tensor, h: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert h.is_contiguous(), "gelu_mlp: h must be contiguous"
+    check_dense(h=h)
     size, hidden = h.shape
     dh = dy @ w2
     a = torch.empty_like(h)
-    blocks = triton.cdiv(hidden, COLUMNS)
+    blocks = max(triton.cdiv(hidden, COLUMNS), 1)
     chunk = triton.cdiv(triton.cdiv(size, ROWS), max(PROGRAMS // blocks, 1)) * ROWS
     sums = h.new_empty(triton.cdiv(size, max(chunk, 1)), hidden, dtype=torch.float32)
     _bwd[(sums.shape[0] * blocks,)](h, dh, a, sums, size, chunk, HIDDEN=hidden, ROWS=ROWS, COLUMNS=COLUMNS)

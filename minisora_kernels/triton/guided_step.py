@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import load, store
+from ._common import check_dense, load, store
 
 BLOCK, WARPS = 1024, 4
 
@@ -46,9 +46,7 @@ def _update(
 def guided_step_fwd(
     x: Tensor, cond: Tensor, null: Tensor | None, z: Tensor | None, coefficients: Tensor, channels: int
 ) -> Tensor:
-    for name, tensor in (("x", x), ("cond", cond), ("null", null), ("z", z)):
-        assert tensor is None or tensor.is_contiguous(), f"guided_step: {name} must be contiguous"
-    assert coefficients.stride(1) == 1, "guided_step: rows of coefficients must be contiguous"
+    check_dense(x=x, cond=cond, null=null, z=z, coefficients=coefficients[:1])
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out

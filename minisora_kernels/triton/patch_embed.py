@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import dot, load, store, sum_parts
+from ._common import check_dense, dot, load, store, sum_parts
 
 COLUMNS = 128  # of y and dy in a tile; divides the widths of all models
 SHORT = 256  # bytes of a patch that fits one tile
@@ -234,8 +234,7 @@ def _arguments(x: Tensor, weight: Tensor) -> tuple[int, tuple[int, ...], dict[st
 
 
 def patch_embed_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None) -> Tensor:
-    for name, tensor in (("weight", weight), ("bias", bias), ("pos", pos)):
-        assert tensor is None or tensor.is_contiguous(), f"patch_embed: {name} must be contiguous"
+    check_dense(weight=weight, bias=bias, pos=pos)
     batch, columns, length = x.shape[0], weight.shape[0], weight[0].numel()
     tokens, arguments, constants = _arguments(x, weight)
     # Short: small tiles, so that some programs of a multiprocessor write while others wait. Long: blocks of 64 bytes
@@ -256,8 +255,7 @@ def patch_embed_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor 
 def patch_embed_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: torch.dtype | None, pos: torch.dtype | None, need_x: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    for name, tensor in (("dy", dy), ("weight", weight)):
-        assert tensor.is_contiguous(), f"patch_embed: {name} must be contiguous"
+    check_dense(dy=dy, weight=weight)
     columns, length = weight.shape[0], weight[0].numel()
     tokens, arguments, constants = _arguments(x, weight)
     elements = min(max(16, triton.next_power_of_2(length)), 128)

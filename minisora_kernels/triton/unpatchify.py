@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import check_dense
+
 ELEMENTS = 2048  # a tile: 16 a thread, two vectors of 16 bytes in 16 bits
 MAX_CHANNELS = 64
 
@@ -86,7 +88,7 @@ def _launch(video: Tensor, tokens: Tensor, patch: tuple[int, int, int], to_video
 def unpatchify_fwd(
     tokens: Tensor, frames: int, height: int, width: int, pt: int, ph: int, pw: int, channels: int
 ) -> Tensor:
-    assert tokens.is_contiguous(), "unpatchify: tokens must be contiguous"
+    check_dense(tokens=tokens)
     video = tokens.new_empty(tokens.shape[0], channels, frames * pt, height * ph, width * pw)
     _launch(video, tokens, (pt, ph, pw), to_video=True)
     return video

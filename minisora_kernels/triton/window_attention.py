@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _window_flash as flash
 from . import _window_library as library
 from . import _window_short as short
-from ._common import sum_parts
+from ._common import check_dense, sum_parts
 from ._window_rows import Boxes, Form, boxes, narrow_pieces, wide_pieces
 
 # None of these was measured on a GPU.
@@ -68,10 +68,7 @@ class Call(NamedTuple):
 
 
 def _call(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps, **rest) -> Call:
-    tensors = {"qkv": qkv, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin, "bias": bias, **rest}
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"window_attention: {name} must be contiguous, its strides are {tensor.stride()}")
+    check_dense(qkv=qkv, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin, bias=bias, **rest)
     head_dim = qkv.shape[4]
     box = boxes((t, h, w), (wt, wh, ww))
     halves = cos is not None and not interleaved
