@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import assert_as_accurate
 
+import minisora_kernels as mk
 from minisora_kernels import backends
 
 pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="TRITON_INTERPRET is not 1")
@@ -80,3 +81,12 @@ def test_parts_are_added(shape, nan_filled):
         total = sum_parts(parts, dtype)
         assert total.dtype == dtype
         torch.testing.assert_close(total, parts.double().sum(0).to(dtype))
+
+
+def test_no_hidden_units():
+    x, w1, w2, b2 = (torch.randn(shape, requires_grad=True) for shape in ((2, 5, 8), (0, 8), (8, 0), (8,)))
+    y = mk.gelu_mlp(x, w1, None, w2, b2, backend="triton")
+    assert torch.equal(y, b2.expand_as(y))
+    dx, dw1, dw2, db2 = torch.autograd.grad(y.sum(), (x, w1, w2, b2))
+    assert torch.equal(dx, torch.zeros_like(x)) and torch.equal(db2, torch.full_like(b2, 10.0))
+    assert (dw1.shape, dw2.shape) == (w1.shape, w2.shape)

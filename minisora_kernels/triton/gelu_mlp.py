@@ -93,5 +93,6 @@ def gelu_mlp_bwd(dy: Tensor, h: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor,
     blocks = max(triton.cdiv(hidden, COLUMNS), 1)
     chunk = triton.cdiv(triton.cdiv(size, ROWS), max(PROGRAMS // blocks, 1)) * ROWS
     sums = h.new_empty(triton.cdiv(size, max(chunk, 1)), hidden, dtype=torch.float32)
-    _bwd[(sums.shape[0] * blocks,)](h, dh, a, sums, size, chunk, HIDDEN=hidden, ROWS=ROWS, COLUMNS=COLUMNS)
+    if hidden:  # a kernel cannot be made for no columns
+        _bwd[(sums.shape[0] * blocks,)](h, dh, a, sums, size, chunk, HIDDEN=hidden, ROWS=ROWS, COLUMNS=COLUMNS)
     return dh @ w1, a, dh, sum_parts(sums, h.dtype)
