@@ -26,7 +26,8 @@ test: $(VENV)/.installed
 	$(BIN)/python -m minisora_kernels
 	$(BIN)/python -m pytest tests --ignore tests/test_aot.py --ignore tests/test_cuda_build.py
 
-# What the kernels are worth on this machine, against eager PyTorch and torch.compile: under 25 minutes on two cores.
+# What the kernels are worth on this machine, against eager PyTorch and torch.compile: under 25 minutes on two cores
+# with a warm compiler cache.
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only
 
