@@ -23,18 +23,22 @@ class Traffic(NamedTuple):
     written: dict[str, Passes]
 
 
-def _columns(values: dict[str, Any]) -> int:
-    return -(-values["weight"].shape[0] // 128)
+def _video(values: dict[str, Any]) -> int:
+    """Once per block of columns."""
+    from minisora_kernels.triton import patch_embed
 
-
-def _elements(values: dict[str, Any], most: int) -> int:
-    length = values["weight"][0].numel()
-    return -(-length // min(max(16, 1 << (length - 1).bit_length()), most))
+    return -(-values["weight"].shape[0] // patch_embed.COLUMNS)
 
 
 def _dy(values: dict[str, Any]) -> int:
-    """For dweight and dbias, dpos and dx."""
-    return _elements(values, 128) + (values["pos"] is not None) + values["need_x"] * _elements(values, 64)
+    """Once per block of elements of a patch for dweight and dbias, and for dx; once for dpos."""
+    from minisora_kernels.triton import patch_embed
+
+    def blocks(most: int) -> int:
+        return -(-values["weight"][0].numel() // patch_embed.elements_of(values["weight"], most))
+
+    passes = blocks(patch_embed.WEIGHT_ELEMENTS) + (values["pos"] is not None)
+    return passes + values["need_x"] * blocks(patch_embed.VIDEO_ELEMENTS)
 
 
 TRAFFIC = {
@@ -48,9 +52,9 @@ TRAFFIC = {
     "gelu_mlp_fwd": Traffic({"h": 1}, {}),
     "gelu_mlp_bwd": Traffic({"h": 1, "dh": 1}, {"a": 1, "dh": 1}),
     "guided_step_fwd": Traffic({"x": 1, "cond": 1, "null": 1}, {"y": 1}),
-    # The video is read once per block of columns, dy once per block of elements of a patch, mostly from the caches.
-    "patch_embed_fwd": Traffic({"x": _columns}, {"y": 1}),
-    "patch_embed_bwd": Traffic({"x": _columns, "dy": _dy}, {"dx": lambda values: int(values["need_x"])}),
+    # What is read more than once comes mostly from the caches.
+    "patch_embed_fwd": Traffic({"x": _video}, {"y": 1}),
+    "patch_embed_bwd": Traffic({"x": _video, "dy": _dy}, {"dx": lambda values: int(values["need_x"])}),
     "unpatchify_fwd": Traffic({"tokens": 1}, {"video": 1}),
     "unpatchify_bwd": Traffic({"dvideo": 1}, {"dtokens": 1}),
     # Windows of up to 64 tokens. The backward reads q and k once more, from the caches, for the gradient of their norm.

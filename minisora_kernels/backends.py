@@ -12,6 +12,7 @@ the op and does not refuse the call; each refusal is logged once at INFO level.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import logging
@@ -68,6 +69,7 @@ if _forced is not None:
     _check_name(_forced, "the environment variable MINISORA_BACKEND")
 
 
+@functools.cache
 def launcher(name: str) -> Callable:
     """The function that launches Triton's kernels for raw op ``name``; imports its file."""
     op = re.sub("_[a-z]+$", "", name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,18 @@ def test_saved_bytes_of_a_known_function():
 
     assert saved_bytes(function, [x]) == 2 * x.nbytes
     assert saved_bytes(function, []) == 3 * x.nbytes
+
+
+def test_counting_what_is_saved_leaves_nothing():
+    made = []
+
+    def forward():
+        made.append(torch.randn(3, 5, requires_grad=True).softmax(-1))
+        made[:] = [weakref.ref(made[0])]
+
+    saved_bytes(forward, [])
+    gc.collect()
+    assert made[0]() is None
 
 
 def test_moved_bytes_and_flops_of_a_known_function():

@@ -30,6 +30,8 @@ COLUMNS = 128  # of y and dy in a tile; divides the widths of all models
 SHORT = 256  # bytes of a patch that fits one tile
 # Programs wanted: several on each multiprocessor of a large GPU, or one or two of the large tiles of a long patch.
 PROGRAMS, LARGE_PROGRAMS = 512, 256
+# Most elements of a patch in a tile of the gradient of the weight, and of the video.
+WEIGHT_ELEMENTS, VIDEO_ELEMENTS = 128, 64
 
 
 @triton.jit
@@ -233,6 +235,11 @@ def _arguments(x: Tensor, weight: Tensor) -> tuple[int, tuple[int, ...], dict[st
     return frames * height * width, (height, width, *x.stride()), constants
 
 
+def elements_of(weight: Tensor, most: int) -> int:
+    """Elements of a patch in a tile of a gradient."""
+    return min(max(16, triton.next_power_of_2(weight[0].numel())), most)
+
+
 def patch_embed_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None) -> Tensor:
     check_dense(weight=weight, bias=bias, pos=pos)
     batch, columns, length = x.shape[0], weight.shape[0], weight[0].numel()
@@ -258,11 +265,11 @@ def patch_embed_bwd(
     check_dense(dy=dy, weight=weight)
     columns, length = weight.shape[0], weight[0].numel()
     tokens, arguments, constants = _arguments(x, weight)
-    elements = min(max(16, triton.next_power_of_2(length)), 128)
+    elements = elements_of(weight, WEIGHT_ELEMENTS)
     constants |= {"TOKENS": 64 // x.element_size(), "ELEMENTS": elements}
     blocks = triton.cdiv(columns, COLUMNS) * triton.cdiv(length, elements)
     tiles = x.shape[0] * triton.cdiv(tokens, constants["TOKENS"])
-    chunk = triton.cdiv(tiles, max((PROGRAMS if elements < 128 else LARGE_PROGRAMS) // blocks, 1))
+    chunk = triton.cdiv(tiles, max((PROGRAMS if elements < WEIGHT_ELEMENTS else LARGE_PROGRAMS) // blocks, 1))
     parts = triton.cdiv(tiles, max(chunk, 1))
     dweight = dy.new_empty(parts, *weight.shape, dtype=torch.float32)
     dbias = dy.new_empty(parts, columns, dtype=torch.float32)
@@ -280,7 +287,7 @@ def patch_embed_bwd(
 def _gradient_of_x(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     dx = x.new_empty(x.shape)
     tokens, arguments, constants = _arguments(dx, weight)
-    elements = min(max(16, triton.next_power_of_2(weight[0].numel())), 64)
+    elements = elements_of(weight, VIDEO_ELEMENTS)
     constants |= {"TOKENS": 64, "COLUMNS": 128 // x.element_size(), "ELEMENTS": elements}
     tiles = triton.cdiv(tokens, 64) * triton.cdiv(weight[0].numel(), elements)
     _bwd_x[(x.shape[0] * tiles,)](dy, weight, dx, tokens, *arguments, **constants)
