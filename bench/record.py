@@ -22,6 +22,8 @@ FORMAT = 1
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+# A virtual machine that gives freed memory back to its host: fresh memory may then cost a fault there as well.
+PAGE_REPORTING = Path("/sys/module/page_reporting/parameters/page_reporting_order")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 
 # Of every case; the rest of a case depends on its direction and device.
@@ -58,6 +60,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "flags": [flag for flag in FLAGS if flag in flags],
         "capability": backends.cpu_capability(),
         "huge_pages": HUGE_PAGES.read_text().strip() if HUGE_PAGES.exists() else None,
+        # the order is -1, unsigned, where no host has asked for pages
+        "host_takes_free_pages": PAGE_REPORTING.exists() and int(PAGE_REPORTING.read_text()) < 64,
         "device": device.type,
     }
     if device.type == "cuda":

@@ -138,7 +138,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
   Tensor a = empty_like_shape(h, {tokens, hidden}, h.scalar_type());
   Tensor dh = empty_like_shape(h, {tokens, hidden}, h.scalar_type());
   Tensor db1 = empty_like_shape(h, {hidden}, h.scalar_type());
-  const Tensor da = empty_like_shape(h, {chunk, hidden}, h.scalar_type());
   std::vector<float> partial((chunk + kRows - 1) / kRows * hidden), sum(hidden, 0.0f);
   const Matrix up(w1), down(w2);
   with_type(h.scalar_type(), [&](auto tag) {
@@ -146,12 +145,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
     const T* in = static_cast<const T*>(h.const_data_ptr());
     const T* grad = static_cast<const T*>(dy.const_data_ptr());
     T* back = static_cast<T*>(dx.mutable_data_ptr());
-    T* grad_a = static_cast<T*>(da.mutable_data_ptr());
     for (int64_t row = 0; row < tokens; row += chunk) {
       const int64_t rows = std::min(chunk, tokens - row);
-      product(rows_of(h, grad_a, 0, rows, hidden), rows_of(h, grad, row, rows, out_width), down);
       T* activation = static_cast<T*>(a.mutable_data_ptr()) + row * hidden;
-      T* out = static_cast<T*>(dh.mutable_data_ptr()) + row * hidden;
+      T* out = static_cast<T*>(dh.mutable_data_ptr()) + row * hidden; // holds da until dh takes its place
+      product(rows_of(h, out, 0, rows, hidden), rows_of(h, grad, row, rows, out_width), down);
       const T* kept = in + row * hidden;
       for_rows(rows, [&](int64_t first, int64_t last, int64_t task) {
         float* sums = partial.data() + task * hidden;
@@ -167,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
             const Vec complement = finite * s * finite;
             const Vec hs = value * s;
             const Vec slope = at::vec::fmadd(squared, Vec(6.0f * kSqrt2OverPi * kCubic), Vec(2.0f * kSqrt2OverPi));
-            const Vec slant = load(grad_a + i, count) * at::vec::fmadd(hs * complement, slope, s);
+            const Vec slant = load(out + i, count) * at::vec::fmadd(hs * complement, slope, s);
             store(activation + i, hs, count);
             store(out + i, slant, count);
             store(sums + column, load(sums + column, count) + slant, count);
