@@ -10,7 +10,8 @@ from torch import Tensor
 import minisora_kernels as mk
 from bench.harness import FWD, Problem, Random, cases
 from bench.shapes import GUIDED_STEP, Latents
-from models.objectives import FlowMatching, schedule
+from models.diffusion import schedule
+from models.flow import FlowMatching
 from models.samplers import diffusion_plan, flow_plan
 
 GUIDANCE, STEPS, STEP = 4.0, 50, 20

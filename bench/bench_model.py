@@ -19,7 +19,7 @@ from bench.shapes import BLOCK, SAMPLING_RUN, SAMPLING_STEP, TRAINING_STEP, Mode
 from bench.written import WrittenDiT
 from minisora_kernels import adaln, guided_step
 from models.dit import DiT
-from models.objectives import FlowMatching
+from models.flow import FlowMatching
 from models.samplers import Predictor, flow_plan
 
 GUIDANCE, STEPS = 4.0, 50

@@ -11,16 +11,16 @@ import logging
 import os
 import pickle
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .dit import DiT, DiTConfig
+from .registry import build, config_from
 
-FORMAT = 1
+FORMAT = 2
 MAGIC = "minisora checkpoint"
 
 _log = logging.getLogger(__name__)
@@ -34,12 +34,12 @@ class NotACheckpoint(ValueError):
 class Checkpoint:
     """The state of a run after ``step`` optimizer steps, which is also its place in the data.
 
-    ``train`` and ``dit`` are TrainConfig and DiTConfig as JSON-able dictionaries, ``classes`` the class names, ``ema``
-    the averaged weights, ``rng`` the states of the random generators by name.
+    ``train`` and ``config`` are the run's and the model's configuration as JSON-able dictionaries, ``classes`` the class
+    names, ``ema`` the averaged weights, ``rng`` the states of the random generators by name.
     """
 
     train: dict[str, Any]
-    dit: dict[str, Any]
+    config: dict[str, Any]
     classes: list[str]
     step: int
     model: dict[str, Tensor]
@@ -47,14 +47,14 @@ class Checkpoint:
     optimizer: dict[str, Any]
     rng: dict[str, Tensor]
 
-    def build(self, *, ema: bool = True) -> DiT:
+    def build(self, *, ema: bool = True) -> nn.Module:
         """The model with the averaged (or else the last) weights.
 
         Raises:
             ValueError: weights that do not belong to the stored configuration.
         """
         try:
-            model = DiT(DiTConfig(**self.dit))
+            model = build(config_from(self.config))
             model.load_state_dict(self.ema if ema else self.model)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"the weights do not match the stored model configuration: {error}") from error
@@ -161,14 +161,3 @@ def latest(folder: str | Path) -> tuple[Path, Checkpoint]:
         except NotACheckpoint as reason:
             _log.warning("skipped: %s", reason)
     raise NotACheckpoint(f"{folder} holds no whole checkpoint (step_*.pt)")
-
-
-def as_plain(config: Any) -> dict[str, Any]:
-    """A configuration dataclass as dictionaries, lists and values, as JSON would return it."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    return plain(asdict(config))

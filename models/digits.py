@@ -22,7 +22,7 @@ from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
 from .config import PRESETS, from_dict, merge
 from .data import Batches, MovingDigits, to_float
-from .sample import choose_device, class_ids, contact_sheet, make_objective, progress_bar, sample_clips, write_png
+from .sample import choose_device, class_ids, contact_sheet, progress_bar, sample_clips, write_png
 from .train import Stopped, train_or_continue
 
 
@@ -106,7 +106,7 @@ def judge(config: DigitsConfig, path: Path) -> dict[str, float | int]:
         raise ValueError(f"{path} was trained on {trained.data.source!r}, not on digits")
     clips = sample_clips(
         checkpoint.build().to(choose_device(trained.device)),
-        make_objective(trained),
+        trained.objective,
         count,
         labels,
         steps=config.steps,

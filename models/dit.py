@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,37 +58,46 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTSettings:
+    """What a DiT is, whatever it is trained on."""
+
+    name: ClassVar[str] = "dit"
+
+    width: int = 192
+    """D, a multiple of 4 and of heads."""
+    depth: int = 6
+    heads: int = 3
+    patch: tuple[int, ...] = (1, 4, 4)
+    """Frames, rows and columns of a token; two numbers make an image model, which needs data.frames = 1."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over the width."""
+    attention: Literal["joint", "factorized"] = "joint"
+    """Over all tokens, or over space and over time in turns."""
+    class_dropout: float = 0.1
+    """Share of labels that training replaces by the null class, so that guidance is possible."""
+    learn_sigma: bool = False
+    """Learn the variance too, in as many channels again; objective 'ddpm' only."""
+    qk_norm: Literal["rms", "layer"] | None = None
+    """Norm of queries and keys over head_dim, with a learned weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig(DiTSettings):
     """What a DiT is built from; survives ``dataclasses.asdict``, JSON and ``DiTConfig(**values)``.
 
     Args:
-        input_size: cells of the input, pixels or latents: ``(T, H, W)`` for video, ``(H, W)`` for images.
-        patch: cells per token, one number per axis of ``input_size``, each dividing it.
+        input_size: cells of the input, pixels or latents: ``(T, H, W)`` for video, ``(H, W)`` for images; each a
+            multiple of ``patch``.
         channels: of the input.
-        width, depth, heads: D, blocks, attention heads; D is a multiple of 4 and of ``heads``.
-        mlp_ratio: hidden width of the MLP over D.
-        attention: ``"joint"`` or ``"factorized"`` (video only).
         num_classes: 0 for an unconditional model.
-        class_dropout: share of training labels replaced by the null class, for classifier-free guidance.
-        learn_sigma: the output has ``2 * channels``: prediction, then variance.
-        qk_norm: None, ``"rms"`` or ``"layer"``: norm of queries and keys over head_dim, with a learned weight.
 
     Raises:
         ValueError: a value that does not fit, by name.
     """
 
     input_size: tuple[int, ...]
-    patch: tuple[int, ...]
     channels: int
-    width: int
-    depth: int
-    heads: int
-    mlp_ratio: float = 4.0
-    attention: str = "joint"
     num_classes: int = 0
-    class_dropout: float = 0.1
-    learn_sigma: bool = False
-    qk_norm: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("input_size", "patch"):

@@ -17,17 +17,16 @@ import numpy as np
 import torch
 import tyro
 from av.filter import Graph
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from minisora_kernels import use_backend
 
 from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
-from .config import TrainConfig, from_dict
+from .config import from_dict
 from .data import to_bytes
-from .dit import DiT
-from .objectives import DDPM, FlowMatching
+from .registry import Objective
 from .samplers import SOLVERS, sample
 
 SMALLEST_SIDE = 128
@@ -105,12 +104,6 @@ def progress_bar(**options: Any) -> tqdm:
     return tqdm(mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True, **options)
 
 
-def make_objective(config: TrainConfig) -> FlowMatching | DDPM:
-    if config.objective == "ddpm":
-        return DDPM()
-    return FlowMatching(config.timesteps, config.logit_mean, config.logit_std, config.prediction)
-
-
 def class_ids(wanted: tuple[str, ...], classes: list[str], count: int) -> Tensor | None:
     """Class ids ``[count]``, the wanted classes (all by default) in turn; None for a model without classes.
 
@@ -134,8 +127,8 @@ def class_ids(wanted: tuple[str, ...], classes: list[str], count: int) -> Tensor
 
 
 def sample_clips(
-    model: DiT,
-    objective: FlowMatching | DDPM,
+    model: nn.Module,
+    objective: Objective,
     count: int,
     y: Tensor | None,
     *,
@@ -153,7 +146,7 @@ def sample_clips(
     The clips depend on ``seed`` and ``count``, those of solver ddpm on ``batch_size`` too. The solver is by default the
     first of the objective.
     """
-    device = model.pos_embed.device
+    device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     shape = (model.config.channels, *model.config.input_size)
     noise = torch.randn((count, *shape), generator=generator, device=device)
@@ -322,7 +315,7 @@ def run(config: SampleConfig) -> list[Path]:
     ):
         clips = sample_clips(
             model,
-            make_objective(from_dict(checkpoint.train)),
+            from_dict(checkpoint.train).objective,
             config.count,
             y,
             solver=config.solver,

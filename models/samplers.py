@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from minisora_kernels import guided_step
 
-from .objectives import DDPM, TIMESTEPS, FlowMatching, Schedule, schedule
+from .diffusion import Schedule, schedule
+from .flow import FlowMatching
+from .objectives import TIMESTEPS
+from .registry import Objective
 
-Objective = FlowMatching | DDPM
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 SOLVERS = {"flow": ("euler", "heun"), "ddpm": ("ddpm", "ddim")}

@@ -35,16 +35,15 @@ from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
-from .checkpoint import Checkpoint, as_plain
-from .config import TrainConfig, from_dict, load, preset, start_parser
+from .checkpoint import Checkpoint
+from .config import TrainConfig, as_plain, choose, from_dict, load, preset, start_parser
 from .data import Batches, Source, open_source
-from .dit import DiT
+from .registry import OBJECTIVES, build, configure
 from .sample import (
     choose_backend,
     choose_device,
     class_ids,
     contact_sheet,
-    make_objective,
     progress_bar,
     sample_clips,
     write_png,
@@ -156,9 +155,9 @@ class Trainer:
         )
         self.classes = list(self.source.classes)
         channels, frames, height, width = self.source.shape
-        dit = config.model.build(channels, frames, (height, width), len(self.classes))
+        built_from = configure(config.model, channels, frames, (height, width), len(self.classes))
         torch.manual_seed(config.seed)
-        self.model = DiT(dit).to(self.device)
+        self.model = build(built_from).to(self.device)
         self.model.checkpointing = config.checkpointing
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -170,7 +169,7 @@ class Trainer:
             fused=self.device.type in ("cpu", "cuda"),
         )
         self.trained = trained
-        self.objective = make_objective(config)
+        self.objective = config.objective
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.batches = Batches(self.source, config.batch_size, config.seed)
         self.step = 0
@@ -180,9 +179,9 @@ class Trainer:
             self.model.compile()
 
     def _restore(self, saved: Checkpoint) -> None:
-        dit = as_plain(self.model.config)
-        if saved.dit != dit or saved.classes != self.classes:
-            changed = sorted(key for key in dit if saved.dit.get(key) != dit[key]) or ["classes"]
+        built_from = as_plain(self.model.config)
+        if saved.config != built_from or saved.classes != self.classes:
+            changed = sorted(key for key in built_from if saved.config.get(key) != built_from[key]) or ["classes"]
             raise ValueError(f"the checkpoint does not match the data: {', '.join(changed)} differ")
         was = "cuda" if "cuda" in saved.rng else "cpu"
         if was != self.device.type:
@@ -204,7 +203,7 @@ class Trainer:
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         return Checkpoint(
             train=as_plain(self.config),
-            dit=as_plain(self.model.config),
+            config=as_plain(self.model.config),
             classes=self.classes,
             step=self.step,
             model=self.model.state_dict(),
@@ -218,7 +217,7 @@ class Trainer:
         config = self.config
         x, y = self.batches.batch(self.step)
         x = x.to(self.device, non_blocking=True)
-        if len(self.model.config.patch) == 2:
+        if len(self.model.config.input_size) == 2:
             x = x.squeeze(2)
         labels = y.to(self.device, non_blocking=True) if self.classes else None
         total = torch.zeros((), device=self.device)
@@ -397,8 +396,20 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
         default = load(start.config)
     elif start.preset is not None:
         default = preset(start.preset)
-    description = f"{__doc__}\nStart from --preset NAME, --config FILE or --resume RUN; the options below change it."
-    config = tyro.cli(TrainConfig, prog="python -m models.train", description=description, default=default, args=rest)
+    if resume is not None and (start.model or start.objective):
+        raise ValueError("model and objective cannot change in a resumed run; start a new one")
+    default = choose(default, start.model, start.objective)
+    description = (
+        f"{__doc__}\nStart from --preset NAME, --config FILE or --resume RUN, then choose a system with --model NAME "
+        f"('list' shows them) and an objective with --objective {{{','.join(OBJECTIVES)}}}; the options below change it."
+    )
+    config = tyro.cli(
+        tyro.conf.AvoidSubcommands[TrainConfig],
+        prog="python -m models.train",
+        description=description,
+        default=default,
+        args=rest,
+    )
     if resume is not None:
         names = [item.name for item in dataclasses.fields(config)]
         changed = [name for name in names if getattr(config, name) != getattr(default, name)]

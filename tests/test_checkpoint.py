@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.checkpoint import Checkpoint, NotACheckpoint, as_plain, latest, load, path_of, save
-from models.config import TrainConfig, from_dict
+from models.checkpoint import Checkpoint, NotACheckpoint, latest, load, path_of, save
+from models.config import TrainConfig, as_plain, from_dict
 from models.dit import DiT, DiTConfig
 
 DIT = DiTConfig(input_size=(2, 8, 8), patch=(1, 4, 4), channels=1, width=16, depth=1, heads=2, num_classes=3)
@@ -26,7 +26,7 @@ def make(step: int) -> Checkpoint:
     model = DiT(DIT)
     return Checkpoint(
         train=as_plain(TrainConfig(seed=step)),
-        dit=as_plain(DIT),
+        config=as_plain(DIT),
         classes=["a", "b", "c"],
         step=step,
         model=model.state_dict(),
@@ -147,7 +147,7 @@ def test_weights_that_do_not_match_the_configuration_are_refused():
         {"width": 17},
     ):
         with pytest.raises(ValueError, match="do not match the stored model configuration"):
-            dataclasses.replace(checkpoint, dit=checkpoint.dit | change).build()
+            dataclasses.replace(checkpoint, config=checkpoint.config | change).build()
 
 
 LIMITED = """

@@ -15,8 +15,12 @@ from torch import nn
 from minisora_kernels import use_backend
 from models.dit import SIZES, DiT, DiTConfig, TimestepEmbedder, grid_positions
 
-IMAGE = DiTConfig((8, 8), (2, 2), channels=4, width=32, depth=2, heads=4, num_classes=10, learn_sigma=True)
-VIDEO = DiTConfig((4, 8, 12), (2, 2, 2), channels=3, width=32, depth=2, heads=4, num_classes=5, class_dropout=0.0)
+IMAGE = DiTConfig(
+    input_size=(8, 8), patch=(2, 2), channels=4, width=32, depth=2, heads=4, num_classes=10, learn_sigma=True
+)
+VIDEO = DiTConfig(
+    input_size=(4, 8, 12), patch=(2, 2, 2), channels=3, width=32, depth=2, heads=4, num_classes=5, class_dropout=0.0
+)
 CONFIGS = {
     "image": replace(IMAGE, class_dropout=0.0),
     "joint": VIDEO,
@@ -239,14 +243,18 @@ def test_timestep_sinusoid():
 @pytest.mark.parametrize(("size", "millions"), [("S", 32.9), ("B", 130.3), ("L", 457.8), ("XL", 674.8)])
 def test_sizes_have_the_published_parameter_counts(size, millions):
     with torch.device("meta"):
-        model = DiT(DiTConfig((32, 32), (2, 2), 4, num_classes=1000, learn_sigma=True, **SIZES[size]))
+        model = DiT(
+            DiTConfig(input_size=(32, 32), patch=(2, 2), channels=4, num_classes=1000, learn_sigma=True, **SIZES[size])
+        )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert round(trained / 1e6, 1) == millions
 
 
 def test_state_dict_has_the_names_and_shapes_of_meta():
     with torch.device("meta"):
-        model = DiT(DiTConfig((32, 32), (2, 2), 4, num_classes=1000, learn_sigma=True, **SIZES["XL"]))
+        model = DiT(
+            DiTConfig(input_size=(32, 32), patch=(2, 2), channels=4, num_classes=1000, learn_sigma=True, **SIZES["XL"])
+        )
     d = 1152
     expected = {
         "pos_embed": (1, 256, d),

@@ -20,12 +20,30 @@ import minisora_kernels as mk
 from models.dit import DiT, DiTConfig
 
 CONFIGS = {
-    "joint": DiTConfig((3, 6, 10), (1, 2, 2), 4, width=48, depth=2, heads=3, num_classes=5, class_dropout=0.0),
+    "joint": DiTConfig(
+        input_size=(3, 6, 10), patch=(1, 2, 2), channels=4, width=48, depth=2, heads=3, num_classes=5, class_dropout=0.0
+    ),
     "factorized": DiTConfig(
-        (4, 6, 10), (2, 2, 2), 4, width=72, depth=4, heads=1, attention="factorized", qk_norm="rms", learn_sigma=True
+        input_size=(4, 6, 10),
+        patch=(2, 2, 2),
+        channels=4,
+        width=72,
+        depth=4,
+        heads=1,
+        attention="factorized",
+        qk_norm="rms",
+        learn_sigma=True,
     ),
     "image": DiTConfig(
-        (6, 10), (2, 2), 4, width=32, depth=2, heads=4, num_classes=5, class_dropout=0.0, qk_norm="layer"
+        input_size=(6, 10),
+        patch=(2, 2),
+        channels=4,
+        width=32,
+        depth=2,
+        heads=4,
+        num_classes=5,
+        class_dropout=0.0,
+        qk_norm="layer",
     ),
 }
 OPS = {"adaln", "gate_residual_adaln", "gelu_mlp", "patch_embed", "unpatchify", "window_attention"}

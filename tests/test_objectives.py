@@ -1,4 +1,4 @@
-"""models/objectives.py against the formulas, written again in NumPy or with torch.distributions."""
+"""The objectives against the formulas, written again in NumPy or with torch.distributions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from models.diffusion import DDPM, discretized_log_likelihood, schedule
 from models.dit import DiT, DiTConfig
-from models.objectives import DDPM, OBJECTIVES, FlowMatching, discretized_log_likelihood, schedule
+from models.flow import FlowMatching
+from models.registry import OBJECTIVES
 
 CPU = torch.device("cpu")
 SHAPE = (6, 2, 3, 4, 4)
@@ -47,7 +49,7 @@ def test_registry():
 @pytest.mark.parametrize("timesteps", ["uniform", "logit_normal"])
 def test_flow_matching_loss(timesteps):
     x, y, model = data(), torch.arange(6), Recorder()
-    loss = FlowMatching(timesteps).loss(model, x, y, generator())
+    loss = FlowMatching(timesteps=timesteps).loss(model, x, y, generator())
     t = (model.t / 1000).reshape(-1, 1, 1, 1, 1)
     noise = (model.x - t * x) / (1 - t)
     assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1
@@ -77,7 +79,7 @@ def test_flow_timesteps(timesteps, quartiles):
         seen.append(t / 1000)
         return torch.zeros_like(x_t)
 
-    FlowMatching(timesteps).loss(model, x, None, generator())
+    FlowMatching(timesteps=timesteps).loss(model, x, None, generator())
     assert seen[0].min() >= 0 and seen[0].max() <= 1
     for share, quartile in zip((0.25, 0.5, 0.75), quartiles, strict=True):
         assert seen[0].quantile(share).item() == pytest.approx(quartile, abs=0.01)
@@ -101,8 +103,8 @@ def test_half_precision_data_and_output_are_lifted(name):
 
 def test_flow_matching_refuses():
     with pytest.raises(ValueError, match="timesteps is 'cosine'"):
-        FlowMatching("cosine")
-    config = DiTConfig((4, 4), (2, 2), channels=2, width=8, depth=1, heads=1, learn_sigma=True)
+        FlowMatching(timesteps="cosine")
+    config = DiTConfig(input_size=(4, 4), patch=(2, 2), channels=2, width=8, depth=1, heads=1, learn_sigma=True)
     with pytest.raises(ValueError, match="learn_sigma=False"):
         FlowMatching().loss(DiT(config), torch.zeros(1, 2, 4, 4), None, generator())
 
@@ -243,7 +245,7 @@ def test_schedule_refuses(steps):
 def test_prediction_of_the_data_is_the_same_flow():
     """A model that knows the data has no loss and gives the velocity x_1 - x_0 wherever 1 - t is above its bound."""
     x = torch.randn(64, 2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    objective = FlowMatching("logit_normal", logit_mean=-0.8, logit_std=0.8, prediction="data")
+    objective = FlowMatching(timesteps="logit_normal", logit_mean=-0.8, logit_std=0.8, prediction="data")
     seen = []
 
     def knows(x_t, t, y):
@@ -271,4 +273,4 @@ def test_unknown_flow_options_raise():
     with pytest.raises(ValueError, match="prediction is 'score'; it may be 'velocity' or 'data'"):
         FlowMatching(prediction="score")
     with pytest.raises(ValueError, match="logit_std is 0; it must be positive"):
-        FlowMatching("logit_normal", logit_std=0)
+        FlowMatching(timesteps="logit_normal", logit_std=0)

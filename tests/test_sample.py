@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.checkpoint import Checkpoint, as_plain, save
-from models.config import TrainConfig
+from models.checkpoint import Checkpoint, save
+from models.config import TrainConfig, as_plain
+from models.diffusion import DDPM
 from models.dit import DiT, DiTConfig
 from models.sample import SampleConfig, choose_device, class_ids, contact_sheet, enlarge, main, mosaic, run, write_mp4
 
@@ -38,7 +39,7 @@ def make(
         folder,
         Checkpoint(
             train=as_plain(train or TrainConfig()),
-            dit=as_plain(dit),
+            config=as_plain(dit),
             classes=list(classes),
             step=5,
             model=model.state_dict(),
@@ -153,7 +154,7 @@ def test_a_run_folder_means_its_newest_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("solver", [None, "ddim"])
 def test_a_diffusion_with_learned_variance(tmp_path, solver):
-    train = TrainConfig(objective="ddpm")
+    train = TrainConfig(objective=DDPM())
     path = make(tmp_path / "run", train=train, learn_sigma=True)
     assert clips(run(SampleConfig(path, count=1, steps=3, solver=solver))).shape == (1, 3, 8, 12, 3)
 
@@ -187,7 +188,7 @@ def test_what_does_not_match_is_refused_with_the_reason(tmp_path):
         run(SampleConfig(tmp_path / "text.pt"))
     path = make(tmp_path / "run")
     content = torch.load(path, weights_only=True)
-    content["dit"]["depth"] = 3
+    content["config"]["depth"] = 3
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"(?s)do not match the stored model configuration.*blocks\.2"):
         run(SampleConfig(tmp_path / "other.pt"))

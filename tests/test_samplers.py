@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.dit import DiT, DiTConfig
-from models.objectives import DDPM, FlowMatching, schedule
+from models.flow import FlowMatching
+from models.diffusion import DDPM, schedule
 from models.samplers import SOLVERS, Graphed, Predictor, sample
 
 MEAN, STD = 1.5, 0.4
@@ -207,7 +208,9 @@ def test_the_learned_variance_is_not_guided():
 @pytest.mark.parametrize(("classes", "guidance"), [(0, 1.0), (3, 1.0), (3, 3.0)])
 @pytest.mark.parametrize(("objective", "solver"), [(FlowMatching(), "heun"), (DDPM(), "ddpm")])
 def test_modulations_are_computed_for_many_steps_at_once(objective, solver, classes, guidance, monkeypatch):
-    dit = DiT(DiTConfig((2, 4, 4), (1, 2, 2), 3, width=16, depth=2, heads=2, num_classes=classes)).double()
+    dit = DiT(
+        DiTConfig(input_size=(2, 4, 4), patch=(1, 2, 2), channels=3, width=16, depth=2, heads=2, num_classes=classes)
+    ).double()
     for parameter in dit.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
 
@@ -288,7 +291,18 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_graphs_replay_the_same_samples(objective, solver, captured, guidance, recorded):
     learned = objective.name == "ddpm"
-    dit = DiT(DiTConfig((2, 4, 4), (1, 2, 2), 3, width=16, depth=2, heads=2, num_classes=3, learn_sigma=learned))
+    dit = DiT(
+        DiTConfig(
+            input_size=(2, 4, 4),
+            patch=(1, 2, 2),
+            channels=3,
+            width=16,
+            depth=2,
+            heads=2,
+            num_classes=3,
+            learn_sigma=learned,
+        )
+    )
     for parameter in dit.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     y = torch.tensor([2, 0])

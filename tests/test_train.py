@@ -23,23 +23,26 @@ from models.checkpoint import latest, load
 from models.config import (
     PRESETS,
     DataConfig,
-    ModelConfig,
     OptimizerConfig,
     PreviewConfig,
     TrainConfig,
+    as_plain,
     from_dict,
     merge,
 )
 from models.config import load as load_config
 from models.data import MovingDigits
-from models.dit import DiT
+from models.diffusion import DDPM
+from models.dit import DiT, DiTSettings
+from models.flow import FlowMatching
+from models.registry import SYSTEMS, build, configure
 from models.sample import write_png
 from models.train import Stopped, Trainer, average, learning_rate, main, parse, train, train_or_continue
 
 ROOT = Path(__file__).parent.parent
 TINY = TrainConfig(
     data=DataConfig(frames=2),
-    model=ModelConfig(width=16, depth=2, heads=2, patch=(1, 8, 8), class_dropout=0.3),
+    model=DiTSettings(width=16, depth=2, heads=2, patch=(1, 8, 8), class_dropout=0.3),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup=2, schedule="cosine", ema=0.9),
     preview=PreviewConfig(count=2, steps=2),
     steps=8,
@@ -223,8 +226,8 @@ def test_images_and_videos_without_classes_train(tmp_path):
     write_png(tmp_path / "clips/a.png", np.zeros((16, 16, 3), dtype=np.uint8))
     data = {"source": str(tmp_path / "clips"), "frames": 1}
     path = train(tiny(tmp_path / "run", data=data, model={"patch": [8, 8]}, steps=2))
-    dit = load(path).dit
-    assert dit["input_size"] == [16, 16] and dit["num_classes"] == 0 and dit["channels"] == 3
+    built_from = load(path).config
+    assert (built_from["input_size"], built_from["num_classes"], built_from["channels"]) == ([16, 16], 0, 3)
     with pytest.raises(ValueError, match="that of an image model"):
         train(tiny(tmp_path / "other", model={"patch": [8, 8]}))
 
@@ -246,6 +249,8 @@ def test_resume_refuses_what_would_change_the_run(tmp_path, monkeypatch):
     folder = str(tmp_path / "run")
     stop_after(4, tiny(tmp_path / "run"), monkeypatch)
     assert parse(["--resume", folder, "--preview.every", "2"])[0].preview.every == 2
+    with pytest.raises(ValueError, match="model and objective cannot change"):
+        parse(["--resume", folder, "--objective", "ddpm"])
     with pytest.raises(ValueError, match="seed cannot change"):
         parse(["--resume", folder, "--seed", "1"])
     with pytest.raises(ValueError, match="steps cannot change"):
@@ -258,7 +263,7 @@ def test_resume_refuses_what_would_change_the_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="device is 'tpu'; it may be 'auto'"):
         train(dataclasses.replace(config, device="tpu"), checkpoint)
     with pytest.raises(ValueError, match="does not match the data: width"):
-        train(config, dataclasses.replace(checkpoint, dit=checkpoint.dit | {"width": 8}))
+        train(config, dataclasses.replace(checkpoint, config=checkpoint.config | {"width": 8}))
     train(config, checkpoint)
     with pytest.raises(ValueError, match="is complete, at step 8 of 8"):
         train(*parse(["--resume", folder]))
@@ -358,6 +363,10 @@ def test_configuration_files(tmp_path):
         ("steps: 0", "steps is 0; it must be at least 1"),
         ("accumulation: 5", "it must divide batch_size 32"),
         ("model: {learn_sigma: true}", "needs objective 'ddpm'"),
+        ("model: unet", "model is 'unet'; it may be one of dit"),
+        ("objective: {name: flow, timesteps: cosine}", "objective.timesteps is 'cosine'"),
+        ("objective: {name: ddpm, prediction: data}", "unknown key 'objective.prediction'"),
+        ("objective: {logit_mean: 1}", "logit_mean and logit_std need"),
         ("preset: none", "preset is 'none'; it may be one of digits"),
         ("- 1", "it must hold a mapping"),
     ):
@@ -371,11 +380,34 @@ def test_configuration_files(tmp_path):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_fit_together(name):
     config = PRESETS[name]
-    dit = config.model.build(3, config.data.frames, config.data.size, num_classes=3)
-    assert dit.grid == tuple(
+    built_from = configure(config.model, 3, config.data.frames, config.data.size, num_classes=3)
+    assert built_from.grid == tuple(
         n // p for n, p in zip((config.data.frames, *config.data.size), config.model.patch, strict=True)
     )
     assert parse(["--preset", name])[0] == config
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_is_a_model_on_the_command_line(name):
+    config = parse(["--model", name])[0]
+    assert (config.model, config.objective) == SYSTEMS[name]
+    assert from_dict(json.loads(json.dumps(as_plain(config)))) == config
+    frames = 1 if len(config.model.patch) == 2 else 8
+    with torch.device("meta"):
+        build(configure(config.model, 4, frames, (32, 32), num_classes=10))
+
+
+def test_the_command_line_lists_and_chooses(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--model", "list"])
+    assert "latte-xl/1x2x2" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="model is 'unet'; it may be 'list' or one of dit-s/2"):
+        parse(["--model", "unet"])
+    config = parse(["--preset", "digits", "--objective", "ddpm", "--model.learn-sigma", "True"])[0]
+    assert config.objective == DDPM() and config.model == dataclasses.replace(PRESETS["digits"].model, learn_sigma=True)
+    assert parse(["--objective.prediction", "data"])[0].objective == FlowMatching("data")
+    with pytest.raises(SystemExit):
+        parse(["--model", "sit-s/2", "--objective", "ddpm", "--objective.prediction", "data"])
 
 
 def test_large_blocks_are_kept():

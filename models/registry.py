@@ -1,0 +1,89 @@
+"""The systems: which models there are, by name, and the objective that each was published with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .diffusion import DDPM
+from .dit import SIZES, DiT, DiTConfig, DiTSettings
+from .flow import FlowMatching
+
+Settings = DiTSettings
+Config = DiTConfig
+Objective = FlowMatching | DDPM
+
+
+class Family(NamedTuple):
+    """The settings of a kind of model, all that it is built from, and the model."""
+
+    settings: type[Settings]
+    config: type[Config]
+    model: type[nn.Module]
+
+
+FAMILIES = {DiTSettings.name: Family(DiTSettings, DiTConfig, DiT)}
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (FlowMatching, DDPM)}
+
+
+class System(NamedTuple):
+    """A named model with the objective that it was published with."""
+
+    settings: Settings
+    objective: Objective
+
+
+def _systems() -> dict[str, System]:
+    systems = {}
+    for size, shape in SIZES.items():
+        for patch in (2, 4, 8):
+            image = DiTSettings(patch=(patch, patch), **shape)
+            learned = dataclasses.replace(image, learn_sigma=True)
+            systems[f"dit-{size.lower()}/{patch}"] = System(learned, DDPM())
+            systems[f"sit-{size.lower()}/{patch}"] = System(image, FlowMatching())
+        for patch in ((1, 2, 2), (2, 2, 2)):
+            name = f"{size.lower()}/{'x'.join(map(str, patch))}"
+            for kind, attention in (("vdit", "joint"), ("latte", "factorized")):
+                video = DiTSettings(patch=patch, attention=attention, learn_sigma=True, **shape)
+                systems[f"{kind}-{name}"] = System(video, DDPM())
+    return systems
+
+
+SYSTEMS = _systems()
+
+
+def configure(settings: Settings, channels: int, frames: int, size: tuple[int, int], num_classes: int) -> Config:
+    """What the model for data of this shape is built from.
+
+    Raises:
+        ValueError: settings that do not fit the data, by name.
+    """
+    patch = getattr(settings, "patch", (1, 1, 1))
+    if len(patch) == 2 and frames != 1:
+        raise ValueError(f"model.patch is {patch}, that of an image model, but data.frames is {frames}, not 1")
+    values = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
+    values |= {"input_size": size if len(patch) == 2 else (frames, *size), "channels": channels}
+    return FAMILIES[settings.name].config(**values, num_classes=num_classes)
+
+
+def build(config: Config) -> nn.Module:
+    """The model, with fresh weights."""
+    return FAMILIES[config.name].model(config)
+
+
+def config_from(values: dict[str, Any]) -> Config:
+    """A configuration from what ``config.as_plain`` and JSON made of it.
+
+    Raises:
+        ValueError: of a model that this version does not have, or with values that do not fit.
+    """
+    values = dict(values)
+    name = values.pop("name", None)
+    if name not in FAMILIES:
+        raise ValueError(f"the model is {name!r}; it may be one of {', '.join(FAMILIES)}")
+    try:
+        return FAMILIES[name].config(**values)
+    except TypeError as error:
+        raise ValueError(f"the model {name!r} is not built from these values: {error}") from error
