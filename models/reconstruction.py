@@ -1,0 +1,174 @@
+"""The objective of autoencoders: reconstruct the clip, look like it, and keep the latents in bounds.
+
+    loss = |x' - x|^p + laplacian_weight * Lap(x' - x) + penalty_weight * penalty + hinge
+
+p is 1 or 2 and every term is a mean. The penalty is the model's: the KL divergence of a variational tokenizer, the
+codebook and commitment loss of a VQGAN. Lap sums the mean absolute bands of a Laplacian pyramid, a stand-in for LPIPS,
+which the papers use: LPIPS compares features of a pretrained network, whose weights cannot be shipped.
+
+The hinge is that of a patch discriminator D, which is a part of the model so that the trainer's one optimizer has its
+weights. Between x' and D lies a layer that reverses the gradient:
+
+    hinge = mean relu(1 - D(x)) + mean relu(1 + D(reverse(x')))        reverse(x') = x', d reverse = -adversarial_weight
+
+D descends the hinge while the autoencoder, through the reversal, ascends its second term: a two-player game in one
+backward pass. GANs with a hinge usually have the autoencoder descend -D(x') instead, which differs where
+D(x') < -1: there the reversed hinge is flat and its gradient 0, for the discriminator as for the autoencoder.
+
+Source: Laplacian pyramid loss: Bojanowski et al. 2018 (arXiv 1707.05776). Gradient reversal: Ganin & Lempitsky 2015
+(arXiv 1409.7495). Hinge: Lim & Ye 2017 (arXiv 1705.02894). Patches: Isola et al. 2017 (arXiv 1611.07004).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .objectives import at_least_float32
+
+
+class _ReverseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return -ctx.weight * gradients[0], None
+
+
+def reverse_gradient(x: Tensor, weight: float) -> Tensor:
+    """x itself; its gradient is that of the result times ``-weight``."""
+    return _ReverseGradient.apply(x, weight)
+
+
+class PatchDiscriminator(nn.Module):
+    """Logits of overlapping patches: ``[B, C, T, H, W]`` to ``[B, 1, T', H', W']``, high for what looks like data.
+
+    Three convolutions, halving H and W each and T in the last two, and one that makes the logits. No norm: statistics
+    of a batch would tell real from reconstructed by themselves.
+
+    Attributes:
+        batches: how many batches the objective's loss has seen in training, a buffer, so that a resumed run knows.
+    """
+
+    batches: Tensor
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        widths = (channels, width, 2 * width, 4 * width)
+        strides = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
+        layers: list[nn.Module] = []
+        for before, after, stride in zip(widths, widths[1:], strides, strict=False):
+            layers += [nn.Conv3d(before, after, 3, stride, padding=1), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv3d(widths[-1], 1, 3, padding=1))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def laplacian(x: Tensor, levels: int = 4) -> Tensor:
+    """Sum of the mean absolute bands of a Laplacian pyramid of the frames of ``x [B, C, T, H, W]``: a scalar.
+
+        g_0 = x      g_{i+1} = mean of 2 x 2 pixels of g_i      band_i = g_i - enlarged g_{i+1}      last band = g_last
+
+    The pyramid is linear: that of a difference compares two clips. Frames of one row or column are not halved further.
+    """
+    frames = x.transpose(1, 2).flatten(0, 1)
+    total = x.new_zeros(())
+    for _ in range(levels - 1):
+        if min(frames.shape[-2:]) < 2:
+            break
+        coarse = F.avg_pool2d(frames, 2, ceil_mode=True)
+        total = total + (frames - F.interpolate(coarse, frames.shape[-2:])).abs().mean()
+        frames = coarse
+    return total + frames.abs().mean()
+
+
+def psnr(x: Tensor, reconstruction: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of clips in [-1, 1], one for each: ``10 log10(4 / mean (x' - x)^2)``, ``[B]``."""
+    error = (reconstruction.clamp(-1, 1) - x).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / error)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The loss of an autoencoder; the equations are at the top of this module.
+
+    Raises:
+        ValueError: an option that does not fit.
+    """
+
+    name: ClassVar[str] = "reconstruction"
+
+    pixels: Literal["l1", "l2"] = "l1"
+    """Absolute or squared error of a pixel."""
+    laplacian_weight: float = 1.0
+    penalty_weight: float = 1e-4
+    """Of the model's penalty: the KL divergence of a tokenizer, the codebook loss of a VQGAN (published with 1)."""
+    adversarial_weight: float = 0.0
+    """Of the discriminator's gradient for the autoencoder; positive if and only if the model has a discriminator."""
+    adversarial_start: int = 0
+    """Batches before the discriminator joins; a step of the trainer is as many as its accumulation."""
+
+    def __post_init__(self) -> None:
+        if self.pixels not in ("l1", "l2"):
+            raise ValueError(f"pixels is {self.pixels!r}; it may be 'l1' or 'l2'")
+        for name in ("laplacian_weight", "penalty_weight", "adversarial_weight", "adversarial_start"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.adversarial_start and not self.adversarial_weight:
+            raise ValueError(f"adversarial_start is {self.adversarial_start}, but adversarial_weight is 0")
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
+        """The sum of the weighted terms: a scalar.
+
+        Args:
+            model: a CausalTokenizer or a VQGAN. In training mode a variational one samples its latents.
+            x: clips ``[B, C, T, H, W]`` in [-1, 1].
+            y: not used; an autoencoder knows no classes.
+            generator: on x's device; the only source of the latents' noise.
+
+        Raises:
+            ValueError: adversarial_weight without a discriminator, or the reverse.
+        """
+        x = at_least_float32(x)
+        self.check(model.discriminator is not None)
+        shape = model.noise_shape(x) if model.training else None
+        noise = None if shape is None else torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
+        reconstruction, penalty = model(x, noise)
+        reconstruction = reconstruction.to(x.dtype)
+        error = reconstruction - x
+        loss = error.abs().mean() if self.pixels == "l1" else error.square().mean()
+        loss = loss + self.laplacian_weight * laplacian(error) + self.penalty_weight * penalty
+        return loss + self.hinge(model.discriminator, x, reconstruction) if self.adversarial_weight else loss
+
+    def hinge(self, discriminator: PatchDiscriminator, x: Tensor, reconstruction: Tensor) -> Tensor:
+        """The discriminator's loss, reversed for the reconstruction; 0 before ``adversarial_start`` batches."""
+        started = int(discriminator.batches) >= self.adversarial_start
+        if discriminator.training:
+            discriminator.batches += 1
+        if not started:
+            return x.new_zeros(())
+        fake = discriminator(reverse_gradient(reconstruction, self.adversarial_weight))
+        return F.relu(1 - discriminator(x)).mean() + F.relu(1 + fake).mean()
+
+    def check(self, discriminator: bool) -> None:
+        """Raises ValueError if the model's discriminator and the weight of its loss are not both there."""
+        if discriminator != (self.adversarial_weight > 0):
+            raise ValueError(
+                f"objective.adversarial_weight is {self.adversarial_weight}, but the model has "
+                f"{'a' if discriminator else 'no'} discriminator (model.discriminator); set both or neither"
+            )
+
+    @staticmethod
+    @torch.no_grad()
+    def preview(model: nn.Module, x: Tensor) -> Tensor:
+        """Each of the clips ``x [B, C, T, H, W]`` and, after it, its reconstruction by a model in eval mode."""
+        return torch.stack((x, model(x)[0].to(x.dtype)), dim=1).flatten(0, 1)
