@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from .dit import SIZES, DiTSettings
 from .flow import FlowMatching
+from .reconstruction import Reconstruction
 from .registry import OBJECTIVES, SYSTEMS, Objective, Settings
+from .tokenizer import TokenizerSettings
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,13 @@ class TrainConfig:
             raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
         if getattr(self.model, "learn_sigma", False) and self.objective.name != "ddpm":
             raise ValueError(f"model.learn_sigma needs objective 'ddpm'; it is {self.objective.name!r}")
+        if getattr(self.model, "autoencoder", False) != isinstance(self.objective, Reconstruction):
+            raise ValueError(
+                f"objective is {self.objective.name!r} and the model {self.model.name!r}; 'reconstruction' goes "
+                "with an autoencoder, and an autoencoder with no other"
+            )
+        if isinstance(self.objective, Reconstruction):
+            self.objective.check(self.model.discriminator > 0)
 
 
 PRESETS: dict[str, TrainConfig] = {
@@ -155,6 +164,17 @@ PRESETS: dict[str, TrainConfig] = {
         steps=1100,
         batch_size=4,
         save_every=350,
+    ),
+    "digits-tokenizer": TrainConfig(
+        run="runs/digits-tokenizer",
+        data=DataConfig(frames=9),
+        model=TokenizerSettings(width=16, multipliers=(1, 2, 2), temporal_strides=(2, 2), res_blocks=1, groups=8),
+        objective=Reconstruction(),
+        optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=50, schedule="linear", ema=0.98),
+        preview=PreviewConfig(every=200),
+        steps=400,
+        batch_size=8,
+        save_every=200,
     ),
     **{
         f"dit-{name.lower()}": TrainConfig(

@@ -92,7 +92,7 @@ def laplacian(x: Tensor, levels: int = 4) -> Tensor:
 
 
 def psnr(x: Tensor, reconstruction: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of clips in [-1, 1], one for each: ``10 log10(4 / mean (x' - x)^2)``, ``[B]``."""
+    """Peak signal-to-noise ratio of each clip in [-1, 1], in dB: ``10 log10(4 / mean (x' - x)^2)``, ``[B]``."""
     error = (reconstruction.clamp(-1, 1) - x).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / error)
 
@@ -142,7 +142,7 @@ class Reconstruction:
         self.check(model.discriminator is not None)
         shape = model.noise_shape(x) if model.training else None
         noise = None if shape is None else torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
-        reconstruction, penalty = model(x, noise)
+        reconstruction, penalty = model(x) if noise is None else model(x, noise)
         reconstruction = reconstruction.to(x.dtype)
         error = reconstruction - x
         loss = error.abs().mean() if self.pixels == "l1" else error.square().mean()

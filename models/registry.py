@@ -10,10 +10,13 @@ from torch import nn
 from .diffusion import DDPM
 from .dit import SIZES, DiT, DiTConfig, DiTSettings
 from .flow import FlowMatching
+from .reconstruction import Reconstruction
+from .tokenizer import CausalTokenizer, TokenizerConfig, TokenizerSettings
+from .vqgan import VQGAN, VQGANConfig, VQGANSettings
 
-Settings = DiTSettings
-Config = DiTConfig
-Objective = FlowMatching | DDPM
+Settings = DiTSettings | TokenizerSettings | VQGANSettings
+Config = DiTConfig | TokenizerConfig | VQGANConfig
+Objective = FlowMatching | DDPM | Reconstruction
 
 
 class Family(NamedTuple):
@@ -24,8 +27,12 @@ class Family(NamedTuple):
     model: type[nn.Module]
 
 
-FAMILIES = {DiTSettings.name: Family(DiTSettings, DiTConfig, DiT)}
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (FlowMatching, DDPM)}
+FAMILIES = {
+    DiTSettings.name: Family(DiTSettings, DiTConfig, DiT),
+    TokenizerSettings.name: Family(TokenizerSettings, TokenizerConfig, CausalTokenizer),
+    VQGANSettings.name: Family(VQGANSettings, VQGANConfig, VQGAN),
+}
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (FlowMatching, DDPM, Reconstruction)}
 
 
 class System(NamedTuple):
@@ -48,6 +55,8 @@ def _systems() -> dict[str, System]:
             for kind, attention in (("vdit", "joint"), ("latte", "factorized")):
                 video = DiTSettings(patch=patch, attention=attention, learn_sigma=True, **shape)
                 systems[f"{kind}-{name}"] = System(video, DDPM())
+    systems["walt-tokenizer"] = System(TokenizerSettings(), Reconstruction())
+    systems["cascade-a"] = System(VQGANSettings(), Reconstruction(penalty_weight=1.0))
     return systems
 
 

@@ -300,6 +300,9 @@ def run(config: SampleConfig) -> list[Path]:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     path, checkpoint = open_checkpoint(config.checkpoint)
+    objective = from_dict(checkpoint.train).objective
+    if objective.name not in SOLVERS:
+        raise ValueError(f"{path} was trained with objective {objective.name!r}, from which nothing can be sampled")
     folder = config.out or path.parent / "samples"
     present = [str(file) for file in output_paths(folder) if file.exists()]
     if present and not config.overwrite:
@@ -315,7 +318,7 @@ def run(config: SampleConfig) -> list[Path]:
     ):
         clips = sample_clips(
             model,
-            from_dict(checkpoint.train).objective,
+            objective,
             config.count,
             y,
             solver=config.solver,

@@ -289,9 +289,7 @@ class CausalTokenizer(nn.Module):
         self.null_class = None
         self.checkpointing = False
         self.encoder, self.decoder = encoder(config), decoder(config)
-        self.discriminator = (
-            PatchDiscriminator(config.channels, config.discriminator) if config.discriminator else None
-        )
+        self.discriminator = PatchDiscriminator(config.channels, config.discriminator) if config.discriminator else None
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 

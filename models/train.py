@@ -37,7 +37,7 @@ from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
 from .checkpoint import Checkpoint
 from .config import TrainConfig, as_plain, choose, from_dict, load, preset, start_parser
-from .data import Batches, Source, open_source
+from .data import Batches, Source, open_source, to_bytes
 from .registry import OBJECTIVES, build, configure
 from .sample import (
     choose_backend,
@@ -234,12 +234,21 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         average(list(self.ema.parameters()), list(self.model.parameters()), config.optimizer.ema, self.step)
+        for kept, current in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            kept.copy_(current)
         self.step += 1
         return total, norm, rate
 
     def preview(self) -> Any:
-        """A contact sheet of the averaged model's samples, uint8 ``[H, W, 3]``; does not disturb the training."""
+        """A contact sheet of the averaged model's samples, uint8 ``[H, W, 3]``; does not disturb the training.
+
+        An objective with a ``preview`` of its own makes it from the first clips of the run.
+        """
         preview = self.config.preview
+        own = getattr(self.objective, "preview", None)
+        if own is not None:
+            x, _ = Batches(self.source, preview.count, self.config.seed, prefetch=0).batch(0)
+            return contact_sheet(to_bytes(own(self.ema, x.to(self.device))).permute(0, 2, 3, 4, 1).cpu().numpy())
         clips = sample_clips(
             self.ema,
             self.objective,

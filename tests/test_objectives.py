@@ -43,7 +43,9 @@ class Recorder:
 
 
 def test_registry():
-    assert {name: kind.name for name, kind in OBJECTIVES.items()} == {"flow": "flow", "ddpm": "ddpm"}
+    assert {name: kind.name for name, kind in OBJECTIVES.items()} == {
+        name: name for name in ("flow", "ddpm", "reconstruction")
+    }
 
 
 @pytest.mark.parametrize("timesteps", ["uniform", "logit_normal"])
