@@ -1,0 +1,105 @@
+"""``python -m models.measure RUN``: what an autoencoder's reconstructions are worth, and the scale of its latents.
+
+Prints the peak signal-to-noise ratio of reconstructed clips, mean and least, and writes a picture of some beside the
+checkpoint. The digits are held-out ones; of other data the clips are those of the training, cut anew. A tokenizer's
+latents are measured on the training clips, and their mean and deviation by channel are written into the checkpoint,
+where ``encode`` and ``decode`` normalise with them; do this before anything is trained on its latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+from . import checkpoint as checkpoints
+from .config import DataConfig, from_dict
+from .data import Batches, MovingDigits, Source, open_source, to_bytes
+from .reconstruction import Reconstruction, psnr
+from .sample import choose_device, contact_sheet, open_checkpoint, write_png
+from .tokenizer import CausalTokenizer, measure_latents
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """Which autoencoder, and on how many clips."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint, or a run's folder for its newest whole checkpoint."""
+    batches: int = 16
+    """Batches for each of the two measurements."""
+    batch_size: int = 16
+    seed: int = 1
+    device: str = "auto"
+    """'cpu', 'cuda' or 'cuda:1' and so on; 'auto' is CUDA if there is a device. CUDA was not run on a GPU."""
+
+
+def _clips(source: Source, config: MeasureConfig, device: torch.device) -> list[Tensor]:
+    batches = Batches(source, config.batch_size, config.seed, prefetch=0)
+    return [batches.batch(step)[0].to(device) for step in range(config.batches)]
+
+
+def _sources(data: DataConfig) -> tuple[Source, Source]:
+    """Training clips, and those to judge on."""
+    source = open_source(
+        data.source,
+        frames=data.frames,
+        size=data.size,
+        stride=data.stride,
+        crop=data.crop,
+        positions=data.positions,
+        cache_bytes=data.cache_megabytes << 20,
+    )
+    if data.source != "digits":
+        return source, source
+    return source, MovingDigits(frames=data.frames, size=data.size, stride=data.stride, held_out=True)
+
+
+@torch.no_grad()
+def run(config: MeasureConfig) -> dict[str, float]:
+    """Measure as configured; returns ``psnr`` and ``least psnr`` in dB.
+
+    Raises:
+        ValueError: a file that is not a checkpoint, or one of a model that is not an autoencoder.
+    """
+    for name in ("batches", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    path, checkpoint = open_checkpoint(config.checkpoint)
+    trained = from_dict(checkpoint.train)
+    if not isinstance(trained.objective, Reconstruction):
+        raise ValueError(f"{path} was trained with objective {trained.objective.name!r}; it must be an autoencoder's")
+    device = choose_device(config.device)
+    model = checkpoint.build().to(device).eval()
+    training, judged = _sources(trained.data)
+    batches = _clips(judged, config, device)
+    ratios = torch.cat([psnr(x, model(x)[0]) for x in batches])
+    pairs = to_bytes(Reconstruction.preview(model, batches[0][:4])).permute(0, 2, 3, 4, 1)
+    write_png(path.parent / "reconstructions.png", contact_sheet(pairs.cpu().numpy()))
+    if isinstance(model, CausalTokenizer):
+        measure_latents(model, _clips(training, config, device))
+        measured = {name: getattr(model, name).cpu() for name in ("latent_mean", "latent_std")}
+        changed = dataclasses.replace(checkpoint, model=checkpoint.model | measured, ema=checkpoint.ema | measured)
+        checkpoints.save(path.parent, changed, trained.keep)
+    return {"psnr": ratios.mean().item(), "least psnr": ratios.min().item()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    logging.basicConfig(format="%(message)s")
+    config = tyro.cli(MeasureConfig, prog="python -m models.measure", description=__doc__, args=arguments)
+    try:
+        result = run(config)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    clips = config.batches * config.batch_size
+    print(f"PSNR of {clips} clips: {result['psnr']:.2f} dB, at least {result['least psnr']:.2f} dB")
+
+
+if __name__ == "__main__":
+    main()
