@@ -124,9 +124,10 @@ class Tile:
     """The parts in which :meth:`CausalTokenizer.decode` takes latents, to save memory.
 
     In time the parts are consecutive and every convolution keeps the frames that the next part needs: the result is
-    that of the whole, but for the rounding of convolutions of another size. In space they overlap and are blended
-    linearly: group norm takes the statistics of a part for those of the frame, and what lies outside of it is zero, so
-    the result is close to that of the whole, not equal.
+    that of the whole, but for the rounding of convolutions of another size. In space they overlap and are blended: group
+    norm takes the statistics of a part for those of the frame, and what lies outside of it is zero, so the result is
+    near that of the whole, not equal. Of a fresh network on noise it differs most by 6% of the largest value with parts
+    of 24 out of 32 rows and columns that share 8, by 17% with parts of 16 (``tests/test_tokenizer.py``).
 
     Raises:
         ValueError: a value that does not fit, by name.
@@ -261,10 +262,18 @@ def starts(length: int, part: int, overlap: int) -> list[int]:
     return [*range(0, last, part - overlap), last]
 
 
-def ramp(length: int, overlap: int, like: Tensor) -> Tensor:
-    """Weights ``[length]`` of a part's cells: 1 but for a rise and a fall over ``overlap`` cells at its ends."""
-    places = torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
-    return (torch.minimum(places, length - places) / max(overlap, 1)).clamp_max(1)
+def ramp(start: int, part: int, length: int, overlap: int, like: Tensor) -> Tensor:
+    """Weights ``[part]`` of the cells from ``start`` on, for a line of ``length`` cells.
+
+    1, but towards a neighbour: there they are 0 for a quarter of the overlap, which the zeros around a part spoil most,
+    and rise linearly over the next half. The weights of two neighbours add up to 1.
+    """
+    places = torch.arange(part, device=like.device, dtype=like.dtype) + 0.5
+    weights = torch.ones_like(places)
+    for distance, cut in ((places, start > 0), (part - places, start + part < length)):
+        if cut:
+            weights = weights * ((distance - overlap / 4) / max(overlap / 2, 0.5)).clamp(0, 1)
+    return weights
 
 
 class CausalTokenizer(nn.Module):
@@ -393,14 +402,14 @@ class CausalTokenizer(nn.Module):
 
         (s, f), (b, _, t, h, w) = self.config.factors, z.shape
         height, width = min(tile.size[0], h), min(tile.size[1], w)
-        overlap = tile.overlap * f
-        weight = ramp(height * f, overlap, z)[:, None] * ramp(width * f, overlap, z)
         video = z.new_zeros(b, self.config.channels, 1 + (t - 1) * s, h * f, w * f)
         weights = z.new_zeros(h * f, w * f)
         for top in starts(h, height, tile.overlap):
             for left in starts(w, width, tile.overlap):
                 part = self._decode_frames(z[..., top : top + height, left : left + width], tile.frames)
                 place = (..., slice(top * f, (top + height) * f), slice(left * f, (left + width) * f))
+                rows = ramp(top * f, height * f, h * f, tile.overlap * f, z)
+                weight = rows[:, None] * ramp(left * f, width * f, w * f, tile.overlap * f, z)
                 video[place] += part * weight
                 weights[place] += weight
         return video / weights
