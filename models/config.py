@@ -171,10 +171,10 @@ PRESETS: dict[str, TrainConfig] = {
         model=TokenizerSettings(width=16, multipliers=(1, 2, 2), temporal_strides=(2, 2), res_blocks=1, groups=8),
         objective=Reconstruction(),
         optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=50, schedule="linear", ema=0.98),
-        preview=PreviewConfig(every=200),
-        steps=400,
+        preview=PreviewConfig(every=500),
+        steps=1500,
         batch_size=8,
-        save_every=200,
+        save_every=500,
     ),
     **{
         f"dit-{name.lower()}": TrainConfig(

@@ -299,6 +299,12 @@ class CausalTokenizer(nn.Module):
         self.checkpointing = False
         self.encoder, self.decoder = encoder(config), decoder(config)
         self.discriminator = PatchDiscriminator(config.channels, config.discriminator) if config.discriminator else None
+        if config.variational:
+            # A narrow posterior, e^-3 wide: under noise as wide as its prior a decoder learns to ignore the latents.
+            with torch.no_grad():
+                head = self.encoder[-1].conv
+                head.weight[config.latent_channels :].zero_()
+                head.bias[config.latent_channels :].fill_(-6)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
