@@ -34,8 +34,8 @@ class NotACheckpoint(ValueError):
 class Checkpoint:
     """The state of a run after ``step`` optimizer steps, which is also its place in the data.
 
-    ``train`` and ``config`` are the run's and the model's configuration as JSON-able dictionaries, ``classes`` the class
-    names, ``ema`` the averaged weights, ``rng`` the states of the random generators by name.
+    ``train`` and ``config`` are the run's and the model's configuration as JSON-able dictionaries, ``classes`` the
+    class names, ``ema`` the averaged weights, ``rng`` the states of the random generators by name.
     """
 
     train: dict[str, Any]

@@ -231,7 +231,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 
 
 def as_plain(config: Any) -> Any:
-    """A configuration dataclass as dictionaries, lists and values, as JSON would return it; of several kinds, by name."""
+    """A configuration dataclass as dictionaries, lists and values, as JSON would return it; kinds by name."""
     if dataclasses.is_dataclass(config):
         values = {item.name: as_plain(getattr(config, item.name)) for item in dataclasses.fields(config)}
         return {"name": config.name, **values} if hasattr(config, "name") else values
