@@ -37,8 +37,8 @@ from minisora_kernels.__main__ import ops
 
 RECORD = RESULTS / "aot.json"
 GROWTH = 1.1
-# Bound by their products, windows of more than 64 tokens and float32 without tensor cores may spill a little; all others
-# are bound by memory and must not.
+# Bound by their products, windows of more than 64 tokens and float32 without tensor cores may spill a little; all
+# others are bound by memory and must not.
 COMPUTE_BOUND = re.compile(r"window_attention \w+ (forward|backward|dbias)_kernel|patch_embed float32")
 # Those that should not and do, by so many bytes a thread.
 SPILLING = {"sm_80 gate_residual_adaln float16 _bwd 1": 8}

@@ -3,15 +3,16 @@
     python -m models.plan --model latte-xl/1x2x2 --frames 72 --size 480 848 --gpu a100-80g --gpus 8 --sharding fsdp
 
 Nothing is allocated: the model runs on fake tensors, which have shapes but no memory, forward and backward, while
-every tensor that an op makes is counted from its birth to its death. So activations are those that this code keeps, with its
-kernels, autocast and checkpointing, not a formula; tests/test_plan.py holds them against the memory of a real step.
+every tensor that an op makes is counted from its birth to its death. So activations are those that this code keeps,
+with its kernels, autocast and checkpointing, not a formula; tests/test_plan.py holds them against a real step.
 
-    training = weights + gradients + optimizer (two moments) + average, fp32, each over the GPUs if sharded + activations
+    training = weights + gradients + optimizer (two moments) + average, fp32, over the GPUs if sharded, + activations
     sampling = weights + activations of one guided step
     seconds  = FLOPs / (peak FLOP/s * utilization) + bytes moved by the ops / peak bytes/s
 
-The peaks are the vendors' figures for dense bfloat16 products with fp32 sums, and for memory; the utilization is an assumption to be replaced by a measurement on that GPU. Not counted: what the allocator loses between blocks,
-workspaces of libraries, an autoencoder (encode beforehand, decode in tiles), and the time that GPUs wait for each other.
+The peaks are the vendors' figures for dense bfloat16 products with fp32 sums, and for memory; the utilization is
+an assumption to be replaced by a measurement on that GPU. Not counted: what the allocator loses between blocks,
+workspaces of libraries, an autoencoder (encode beforehand, decode in tiles), and that GPUs wait for each other.
 """
 
 from __future__ import annotations
@@ -138,8 +139,8 @@ def _model(config: PlanConfig) -> tuple[nn.Module, torch.Tensor, torch.Tensor, t
     return model, x, torch.empty(config.batch_size), y
 
 
-def _run(config: PlanConfig, *, training: bool, backend: str | None) -> tuple[int, int, int, int]:
-    """Parameters, the most bytes of activations, FLOPs and bytes moved of one step."""
+def _run(config: PlanConfig, *, training: bool, backend: str | None) -> tuple[list[int], int, int, int]:
+    """Parameters, all and trained, the most bytes of activations, FLOPs and bytes moved of one step."""
     with FakeTensorMode(), use_backend(backend) if backend else torch.enable_grad():
         model, x, t, y = _model(config)
         model.train(training)
@@ -154,7 +155,8 @@ def _run(config: PlanConfig, *, training: bool, backend: str | None) -> tuple[in
                 loss = model(x, t, y).square().mean()
             if training:
                 loss.backward()
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parameters = [sum(parameter.numel() for parameter in part) for part in (model.parameters(), trained)]
     return parameters, alive.peak, counter.flops, counter.moved
 
 
@@ -175,14 +177,14 @@ def needs(config: PlanConfig, *, training: bool) -> Needs:
     parameters, activations, _, moved = _run(config, training=training, backend=None)
     # Plain PyTorch has the same products, in ops whose FLOPs torch knows.
     _, _, flops, _ = _run(config, training=training, backend="reference")
-    weights = 4 * parameters
+    weights, trained = (4 * count for count in parameters)
     if not training:
         return Needs({"weights": weights, "activations": activations}, flops, moved)
     sharded = config.gpus if config.sharding != "none" else 1
     memory = {
         "weights": weights / (config.gpus if config.sharding == "fsdp" else 1),
-        "gradients": weights / sharded,
-        "optimizer": 2 * weights / sharded,
+        "gradients": trained / sharded,
+        "optimizer": 2 * trained / sharded,
         "average": weights / sharded,
         "activations": activations,
     }
@@ -211,7 +213,8 @@ def report(config: PlanConfig) -> str:
         fits = "fits" if total <= available else "does NOT fit"
         step = seconds(found, config)
         lines.append(
-            f"{'training' if training else 'sampling'}: {total / 1e9:.2f} GB a GPU ({parts}) {fits} in {available / 1e9:.1f} GB"
+            f"{'training' if training else 'sampling'}: {total / 1e9:.2f} GB a GPU ({parts}) {fits} in "
+            f"{available / 1e9:.1f} GB"
         )
         if training:
             clips = config.batch_size * config.gpus / step

@@ -401,7 +401,8 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
     default = choose(default, start.model, start.objective)
     description = (
         f"{__doc__}\nStart from --preset NAME, --config FILE or --resume RUN, then choose a system with --model NAME "
-        f"('list' shows them) and an objective with --objective {{{','.join(OBJECTIVES)}}}; the options below change it."
+        f"('list' shows them) and an objective with --objective {{{','.join(OBJECTIVES)}}}; the options below change "
+        "it."
     )
     config = tyro.cli(
         tyro.conf.AvoidSubcommands[TrainConfig],
