@@ -391,7 +391,7 @@ class MovingDigits:
         return clip, int(self.labels[index])
 
     def split(self, buckets: Sequence[Bucket]) -> list[Source]:
-        """A source for each bucket ``(frames, height, width)``: digits suit all alike, so each gets as many, at random."""
+        """A source for each bucket ``(frames, height, width)``, with equally many digits, for all suit them alike."""
         order = np.random.default_rng(0).permutation(len(self))
         parts: list[Source] = []
         for number, (frames, height, width) in enumerate(buckets):

@@ -444,8 +444,8 @@ class DiT(nn.Module):
         widths = [6 * self.config.width] * self.config.depth + [2 * self.config.width]
         if tuple(modulations.shape) not in ((batch, sum(widths)), (batch, frames, sum(widths))):
             raise ValueError(
-                f"modulations have shape {tuple(modulations.shape)}; it must be [{batch}, {sum(widths)}] or, per frame, "
-                f"[{batch}, {frames}, {sum(widths)}]"
+                f"modulations have shape {tuple(modulations.shape)}; it must be [{batch}, {sum(widths)}] or, per "
+                f"frame, [{batch}, {frames}, {sum(widths)}]"
             )
         return modulations.split(widths, dim=-1)
 

@@ -8,7 +8,7 @@ costs more than a small model's step, so ``models.precompute`` runs it once. The
     index.json                     format, encoder (kind, path, sha256), what it was made from, shape, classes, mean and
                                    std of each channel, and of each shard: name, clips, bytes, sha256
 
-The index is written last; before that, ``index.partial.json`` says which shards are whole. With ``normalize`` the source
+The index is written last; until then ``index.partial.json`` says which shards are whole. With ``normalize`` the source
 gives (z - mean) / std, and the decoder undoes it (W.A.L.T, Gupta et al. 2023, arXiv 2312.06662, needs it).
 
 The sizes of all shards are checked when the folder is opened, and the checksum of a shard when it is first read.

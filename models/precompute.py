@@ -3,8 +3,8 @@
     python -m models.precompute --data.source videos --encoder runs/tokenizer --out latents
     python -m models.train --data.source latents --model.patch 1 2 2
 
-Clip ``p * n + i`` of the folder is item i of the n of the source, with the random crop and start that training with the
-same seed sees in epoch p. The same command goes on with an interrupted run; the files are the same as if it had not been
+Clip ``p * n + i`` of the folder is item i of the n of the source, with the random crop and start that it has in epoch p
+of a training with the same seed. The same command goes on with an interrupted run; the files are as if it had not been
 interrupted (on the same machine, with the same number of threads).
 """
 
@@ -149,7 +149,9 @@ def encode_clips(
             labels.append(label)
         encoded = encoder.encode(torch.from_numpy(np.stack(clips))).to("cpu", DTYPES[config.precision])
         if not encoded.isfinite().all():
-            raise ValueError(f"clips {first} to {first + len(clips) - 1} have latents that {config.precision} cannot hold")
+            raise ValueError(
+                f"clips {first} to {first + len(clips) - 1} have latents that {config.precision} cannot hold"
+            )
         latents.append(encoded)
     return torch.cat(latents), torch.tensor(labels)
 
