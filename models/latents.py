@@ -26,9 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import safetensors
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
@@ -72,14 +70,14 @@ class Pixels:
 
 
 class Autoencoder:
-    """A frozen module with ``encode`` and ``decode`` between pixels in [-1, 1] and latents, both ``[B, C, T, H, W]``.
+    """Anything with ``encode`` and ``decode`` between pixels in [-1, 1] and latents, both ``[B, C, T, H, W]``.
 
     One for images, whose ``config.input_size`` has two numbers, gets the frames one by one.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.module, self.device = module.to(device).eval().requires_grad_(False), device
-        self.images = len(getattr(getattr(module, "config", None), "input_size", (0, 0, 0))) == 2
+    def __init__(self, autoencoder: Any, device: torch.device) -> None:
+        self.autoencoder, self.device = autoencoder, device
+        self.images = len(getattr(getattr(autoencoder, "config", None), "input_size", (0, 0, 0))) == 2
 
     def shape(self, pixels: Shape) -> Shape:
         try:
@@ -89,10 +87,10 @@ class Autoencoder:
         return channels, frames, height, width
 
     def encode(self, clips: Tensor) -> Tensor:
-        return self._each(self.module.encode, to_float(clips))
+        return self._each(self.autoencoder.encode, to_float(clips))
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self._each(self.module.decode, latents)
+        return self._each(self.autoencoder.decode, latents).clamp(-1, 1)
 
     @torch.no_grad()
     def _each(self, function: Any, x: Tensor) -> Tensor:
@@ -147,19 +145,17 @@ def open_encoder(record: Mapping[str, Any], device: torch.device, path: str | Pa
         raise ValueError(f"encoder {_describe(found)} is not the one of the latents, {_describe(record)}")
     if found["kind"] == "pixels":
         return Pixels()
-    module: nn.Module
-    if found["kind"] == "checkpoint":
-        checkpoint = checkpoints.load(found["path"])
-        if checkpoint.encoder is not None:
-            raise ValueError(f"encoder {found['path']} was trained on latents itself; it must be trained on pixels")
-        module = checkpoint.build()
-    else:
-        from .autoencoders import load_autoencoder
+    if found["kind"] == "diffusers":
+        from .autoencoders import load_autoencoder  # which needs packages that nothing else does
 
-        module = load_autoencoder(found["path"])
+        return Autoencoder(load_autoencoder(found["path"], device=device), device)
+    checkpoint = checkpoints.load(found["path"])
+    if checkpoint.encoder is not None:
+        raise ValueError(f"encoder {found['path']} was trained on latents itself; it must be trained on pixels")
+    module: nn.Module = checkpoint.build()
     if not (hasattr(module, "encode") and hasattr(module, "decode")):
         raise ValueError(f"encoder {found['path']} holds a {type(module).__name__}, which has no encode and decode")
-    return Autoencoder(module, device)
+    return Autoencoder(module.to(device).eval().requires_grad_(False), device)
 
 
 def _describe(record: Mapping[str, Any]) -> str:
@@ -227,6 +223,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ValueError("latents need the package safetensors: pip install safetensors") from error
+    return safetensors
+
+
 def write_shard(
     folder: Path, number: int, latents: Tensor, labels: Tensor, text: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, Any]:
@@ -242,7 +246,7 @@ def write_shard(
     tensors = {"latents": latents, "labels": labels}
     if text is not None:
         tensors |= {"text": text[0], "text_mask": text[1]}
-    content = to_safetensors({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+    content = _safetensors().torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
     path = folder / f"shard_{number:05d}.safetensors"
     write_whole(path, content)
     digest = hashlib.sha256(content).hexdigest()
@@ -355,5 +359,5 @@ class LatentClips:
         if number not in self._checked:
             check_shard(self.folder, entry, whole=True)
             self._checked.add(number)
-        file = safetensors.safe_open(self.folder / entry["name"], framework="pt")
+        file = _safetensors().safe_open(self.folder / entry["name"], framework="pt")
         return _Shard(file, file.get_tensor("labels"))

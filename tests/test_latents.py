@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import av
@@ -18,6 +19,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+pytest.importorskip("safetensors")
 
 from models import checkpoint as checkpoints
 from models import registry, sample
@@ -407,6 +410,32 @@ def test_encoders_that_cannot_be_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"encoder is 'pixels', but .* makes pixels, not latents"):
         sample.run(SampleConfig(path, tmp_path / "out", encoder="pixels"))
     assert not (tmp_path / "z").exists()
+
+
+def test_an_autoencoder_of_diffusers_is_loaded_from_its_folder(tmp_path, monkeypatch):
+    asked = []
+
+    def load_autoencoder(name, *, device):
+        asked.append((name, device))
+        return Shuffle(None)
+
+    monkeypatch.setitem(sys.modules, "models.autoencoders", SimpleNamespace(load_autoencoder=load_autoencoder))
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "weights.safetensors").write_bytes(b"weights")
+    run(replace(pixels(tmp_path / "z"), encoder=str(folder)))
+    latents = LatentClips(tmp_path / "z")
+    assert asked == [(str(folder), CPU)] and latents.shape == (4, 2, 6, 8) and latents.encoder["kind"] == "diffusers"
+    assert Decoder(latents.encoder, CPU)(torch.ones(1, *latents.shape)).shape == (1, 1, 2, 12, 16)
+    (folder / "weights.safetensors").write_bytes(b"Weights")
+    with pytest.raises(ValueError, match=r"vae .* is not the one of the latents"):
+        Decoder(latents.encoder, CPU)
+
+
+def test_pixels_are_clamped(tmp_path, monkeypatch):
+    encoder = open_encoder(identify(autoencoder(tmp_path / "encoder", monkeypatch)), CPU)
+    assert encoder.decode(torch.full((1, 4, 1, 2, 2), 9.0)).unique().tolist() == [1.0]
 
 
 def test_an_autoencoder_of_images_gets_the_frames(tmp_path, monkeypatch):
