@@ -13,8 +13,8 @@ The one modulation for all blocks with tables of their own, adaLN-single, and th
 PixArt-alpha's (Chen et al. 2023, arXiv 2310.00426). Attention over time reads x as it is, without a norm, and shares the
 gate of the attention over space: Open-Sora's formula, kept. Output projections of time and of cross start at zero.
 
-The text goes through Linear, tanh-GELU, Linear to width D. Without captions, classes make a text of one token; without
-either there is no cross-attention. What is not Open-Sora's: the null caption is one learned token, not L fixed random
+The text goes through Linear, tanh-GELU, Linear to width D. Without captions, classes make a text of one token, which
+has all the attention whatever the queries: only its value is computed. Without either there is no cross-attention. What is not Open-Sora's: the null caption is one learned token, not L fixed random
 ones behind the mask of the caption that was dropped; grids need not be square, and positions count tokens, without
 scales for resolution and frame rate; ``qk_norm`` may be asked for.
 
@@ -32,7 +32,7 @@ The parameters have Open-Sora's names, but for ``y_embedder.null``:
     y_embedder.embedding_table.weight              [num_classes + 1, D], with classes in the place of text
     blocks.i.scale_shift_table                     [6, D]
     blocks.i.{attn,attn_temp}.{qkv,proj}.*         space, time
-    blocks.i.cross_attn.{q_linear,kv_linear,proj}.*
+    blocks.i.cross_attn.{q_linear,kv_linear,proj}.*     v_linear in the place of the two with classes
     blocks.i.mlp.{fc1,fc2}.*
     final_layer.scale_shift_table, final_layer.linear.*   [2, D]; D -> prod(patch) * out_channels, channels last
 """
@@ -154,7 +154,7 @@ class CaptionEmbedder(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Every token of the video attends to those of its text that ``mask [B, L]`` has, or to all; plain PyTorch."""
+    """Every token of the video attends to those of its text that ``mask [B, L]`` has; plain PyTorch."""
 
     def __init__(self, config: STDiTConfig) -> None:
         super().__init__()
@@ -163,11 +163,22 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(config.width, 2 * config.width)
         self.proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         q = self.q_linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv_linear(text).unflatten(-1, (2, self.heads, -1)).transpose(1, 3).unbind(2)
-        seen = None if mask is None else mask[:, None, None]
-        return self.proj(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v, mask[:, None, None]).transpose(1, 2).flatten(2))
+
+
+class ClassAttention(nn.Module):
+    """What attention to a single token ``[B, 1, D]`` gives to every token of the video: its value."""
+
+    def __init__(self, config: STDiTConfig) -> None:
+        super().__init__()
+        self.v_linear = nn.Linear(config.width, config.width)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, text: Tensor, mask: None) -> Tensor:
+        return self.proj(self.v_linear(text)).expand_as(x)
 
 
 class Block(nn.Module):
@@ -178,7 +189,11 @@ class Block(nn.Module):
         t, h, w = config.grid
         self.attn = Attention(config, (1, h, w))
         self.attn_temp = Attention(config, (t, 1, 1))
-        self.cross_attn = CrossAttention(config) if config.num_classes or config.text_width else None
+        self.cross_attn: nn.Module | None = None
+        if config.num_classes:
+            self.cross_attn = ClassAttention(config)
+        elif config.text_width:
+            self.cross_attn = CrossAttention(config)
         self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
         self.scale_shift_table = nn.Parameter(torch.empty(6, config.width))
 
