@@ -9,8 +9,9 @@
 | ``AutoencoderKLCogVideoX`` | causal | 4, and 8 in space | 0, 1 | 1.15258426 or 0.7 |
 
 The numbers are read from the config of the autoencoder at hand; the table has those of the published weights. A causal
-one encodes the first frame alone and then so many frames at a time: 1 + 4 k frames are 1 + k latent frames, and an image
-is one. Other numbers of frames are refused: diffusers drops or regroups some of them without a word.
+one encodes the first frame and then so many frames at a time: 1 + 4 k frames are 1 + k latent frames, images are one.
+CogVideoX decodes an even number of latent frames as if it had no first frame, so its k must be even. Other numbers of
+frames are refused: diffusers drops or regroups some of them without a word.
 
 Source: Rombach et al. 2021 (arXiv 2112.10752); Wan 2025 (arXiv 2503.20314); CogVideoX, Yang et al. 2024 (arXiv
 2408.06072).
@@ -53,6 +54,7 @@ class Autoencoder:
             self.spatial = 2 ** (len(config.block_out_channels) - 1)
             self.temporal = int(config.get("temporal_compression_ratio") or 1)
         self.causal = self.kind != "AutoencoderKL"
+        self._together = 2 if self.kind == "AutoencoderKLCogVideoX" else 1
         self._mean = self._per_channel("latents_mean", config.get("shift_factor") or 0.0)
         self._std = self._per_channel("latents_std", 1.0) / (config.get("scaling_factor") or 1.0)
 
@@ -68,9 +70,7 @@ class Autoencoder:
         Raises:
             ValueError: a clip that does not divide into cells.
         """
-        if frames < 1 or (frames - self.causal) % self.temporal:
-            rule = f"1 + a multiple of {self.temporal}" if self.causal else f"a multiple of {self.temporal}"
-            raise ValueError(f"frames is {frames}; {self.kind} takes {rule}")
+        self._check_frames("frames", frames, self.temporal * self._together)
         for name, size in (("height", height), ("width", width)):
             if size < 1 or size % self.spatial:
                 raise ValueError(f"{name} is {size}; {self.kind} takes a multiple of {self.spatial}")
@@ -78,8 +78,17 @@ class Autoencoder:
         return self.channels, cells, height // self.spatial, width // self.spatial
 
     def clip_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """``(3, T, H, W)`` of the clip that latents of so many frames and cells are decoded to."""
+        """``(3, T, H, W)`` of the clip that latents of so many frames and cells are decoded to.
+
+        Raises:
+            ValueError: a number of latent frames that is not decoded to such a clip.
+        """
+        self._check_frames("latent frames", frames, self._together)
         return 3, self.causal + (frames - self.causal) * self.temporal, height * self.spatial, width * self.spatial
+
+    def _check_frames(self, name: str, count: int, step: int) -> None:
+        if count < 1 or (count - self.causal) % step:
+            raise ValueError(f"the number of {name} is {count}; {self.kind} takes 1 + a multiple of {step}")
 
     @torch.no_grad()
     def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -100,7 +109,7 @@ class Autoencoder:
         z = posterior.mode() if generator is None else posterior.sample(generator)
         z = z if self.causal else _unfold(z, len(video))
         if z.shape[1:] != shape:
-            raise ValueError(f"{self.kind} made latents {tuple(z.shape[1:])} of a clip for which they should be {shape}")
+            raise ValueError(f"{self.kind} made latents {tuple(z.shape[1:])} of a clip; they should be {shape}")
         return (z.float() - self._mean) / self._std
 
     @torch.no_grad()
@@ -112,11 +121,14 @@ class Autoencoder:
         """
         if latents.dim() != 5 or latents.shape[1] != self.channels:
             raise ValueError(f"latents have shape {tuple(latents.shape)}; it must be [B, {self.channels}, T', H', W']")
+        shape = self.clip_shape(*latents.shape[2:])
         z = (latents.float() * self._std + self._mean).to(self.model.dtype)
         if self.causal:
             video = self.model.decode(z).sample
         else:
             video = _unfold(self.model.decode(_fold(z)).sample, len(latents))
+        if video.shape[1:] != shape:
+            raise ValueError(f"{self.kind} made a clip {tuple(video.shape[1:])} of latents; it should be {shape}")
         return video.float().clamp(-1, 1)
 
 
@@ -158,7 +170,9 @@ def load_autoencoder(
     if found not in KINDS:
         raise ValueError(f"autoencoder {str(name)!r} is a {found}; it may be one of {', '.join(KINDS)}")
     try:
-        model = getattr(diffusers, found).from_pretrained(str(name), **options)
+        model, loading = getattr(diffusers, found).from_pretrained(str(name), output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"autoencoder {str(name)!r} cannot be loaded: {error}") from error
+    if loading["missing_keys"]:
+        raise ValueError(f"autoencoder {str(name)!r} lacks weights, {', '.join(sorted(loading['missing_keys']))}")
     return Autoencoder(model.to(device, dtype))

@@ -198,7 +198,7 @@ class VideoClips:
         # Drawn before any file is opened, so that a clip does not depend on which files were found broken earlier.
         place = rng.random(3)
         for offset in range(len(self.items)):
-            path, label = self.items[(index + offset) % len(self.items)]
+            path, label, _ = self.items[(index + offset) % len(self.items)]
             try:
                 return self._cut(self._read(path, place[0]), place[1], place[2]), label
             except Undecodable as reason:

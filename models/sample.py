@@ -286,7 +286,7 @@ def write_gif(path: Path, film: np.ndarray, fps: int) -> None:
 
 
 def write(folder: Path, clips: np.ndarray, labels: Tensor | list[str] | None, fps: int) -> list[Path]:
-    """The four files for uint8 clips ``[N, T, H, W, C]``; the npz holds ``clips`` and ``labels``, classes or captions."""
+    """The four files for uint8 clips ``[N, T, H, W, C]``; the npz has ``clips`` and ``labels``, classes or captions."""
     folder.mkdir(parents=True, exist_ok=True)
     mp4, gif, png, npz = paths = output_paths(folder)
     film = mosaic(clips)

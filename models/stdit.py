@@ -10,17 +10,19 @@
     output = unpatchify(Linear(adaln(x, shift, scale)))             shift, scale = t_embed(t) + a table
 
 The one modulation for all blocks with tables of their own, adaLN-single, and the cross-attention without a norm are
-PixArt-alpha's (Chen et al. 2023, arXiv 2310.00426). Attention over time reads x as it is, without a norm, and shares the
-gate of the attention over space: Open-Sora's formula, kept. Output projections of time and of cross start at zero.
+PixArt-alpha's (Chen et al. 2023, arXiv 2310.00426). Attention over time reads x as it is, without a norm, and shares
+the gate of the attention over space: Open-Sora's formula, kept. Output projections of time and of cross start at zero.
 
 The text goes through Linear, tanh-GELU, Linear to width D. Without captions, classes make a text of one token, which
-has all the attention whatever the queries: only its value is computed. Without either there is no cross-attention. What is not Open-Sora's: the null caption is one learned token, not L fixed random
-ones behind the mask of the caption that was dropped; grids need not be square, and positions count tokens, without
-scales for resolution and frame rate; ``qk_norm`` may be asked for.
+has all the attention whatever the queries: only its value is computed. Without either there is no cross-attention.
+
+What is not Open-Sora's: the null caption is one learned token, not L fixed random ones behind the mask of the caption
+that was dropped; grids need not be square, and positions count tokens, without scales for resolution and frame rate;
+``qk_norm`` may be asked for.
 
 Every residual sum whose reader is normalised is fused with that norm. The cross-attention is torch's
-``scaled_dot_product_attention`` with the mask, not a kernel of this project; its sum x + cross is a gated sum with a gate
-of ones, so that it too is fused with the norm of the MLP.
+``scaled_dot_product_attention`` with the mask, not a kernel of this project; its sum x + cross is a gated sum with a
+gate of ones, so that it too is fused with the norm of the MLP.
 
 The parameters have Open-Sora's names, but for ``y_embedder.null``:
 

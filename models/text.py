@@ -25,8 +25,8 @@ from torch import Tensor
 class Text(NamedTuple):
     """A batch of encoded captions; a model takes it as ``y``.
 
-    ``states [B, L, E]`` are the encoder's, floating point; ``mask [B, L]``, bool, is True at the tokens of a caption and
-    False at the padding, which no model may read. A row without a token is the null caption.
+    ``states [B, L, E]`` are the encoder's, floating point; ``mask [B, L]``, bool, is True at the tokens of a caption
+    and False at the padding, which no model may read. A row without a token is the null caption.
     """
 
     states: Tensor
@@ -131,7 +131,7 @@ class TextEncoder:
             config = transformers.AutoConfig.from_pretrained(encoder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"text encoder {encoder!r} is neither a folder with a model nor the hub name of a downloaded one: {error}"
+                f"text encoder {encoder!r} is neither a folder with one nor the hub name of a downloaded one: {error}"
             ) from error
         if config.model_type not in MODELS:
             raise ValueError(f"text encoder {encoder!r} is a {config.model_type!r}; it may be T5 or CLIP")
@@ -140,11 +140,13 @@ class TextEncoder:
             raise ValueError(f"pooled is True, but text encoder {encoder!r} is a T5, which has no pooled output")
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(encoder, local_files_only=True)
-            self.model = getattr(transformers, MODELS[config.model_type]).from_pretrained(
-                encoder, local_files_only=True
+            self.model, loading = getattr(transformers, MODELS[config.model_type]).from_pretrained(
+                encoder, local_files_only=True, output_loading_info=True
             )
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(f"text encoder {encoder!r} cannot be loaded: {error}") from error
+        if loading["missing_keys"]:
+            raise ValueError(f"text encoder {encoder!r} lacks weights, {', '.join(sorted(loading['missing_keys']))}")
         if is_clip and max_length > self.model.config.max_position_embeddings:
             most = self.model.config.max_position_embeddings
             raise ValueError(f"max_length is {max_length}; text encoder {encoder!r} takes {most} tokens at most")
@@ -180,4 +182,3 @@ class TextEncoder:
         with torch.autocast(torch.device(self.device).type, enabled=False):
             output = self.model(tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device))
         return (output.pooler_output if self.pooled else output.last_hidden_state[0]).cpu()
-
