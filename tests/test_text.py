@@ -97,6 +97,34 @@ def test_an_encoder_gives_the_states_of_a_caption_alone(folder, kind, width, aro
 
 
 @needs_transformers
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_the_encoder_of_a_whole_model(folder, tmp_path, kind):
+    """As the published checkpoints are: T5 with its decoder, CLIP with its vision tower."""
+    import transformers
+
+    alone = TextEncoder(save_encoder(folder, kind), max_length=8)
+    if kind == "t5":
+        whole = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**alone.model.config.to_dict() | {"is_encoder_decoder": True})
+        )
+        whole.shared.load_state_dict(alone.model.shared.state_dict())
+        whole.encoder.load_state_dict(alone.model.encoder.state_dict())
+    else:
+        vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        whole = transformers.CLIPModel(
+            transformers.CLIPConfig(text_config=alone.model.config.to_dict(), vision_config=vision)
+        )
+        weights = {f"text_model.{name.removeprefix('text_model.')}": w for name, w in alone.model.state_dict().items()}
+        assert not whole.load_state_dict(weights, strict=False).unexpected_keys
+    whole.save_pretrained(tmp_path)
+    alone.tokenizer.save_pretrained(tmp_path)
+    for pooled in (False, True)[: 1 if kind == "t5" else 2]:
+        part = TextEncoder(str(tmp_path), max_length=8, pooled=pooled)
+        expected = TextEncoder(save_encoder(folder, kind), max_length=8, pooled=pooled)
+        assert torch.equal(part(["a red square"]).states, expected(["a red square"]).states)
+
+
+@needs_transformers
 def test_an_encoder_is_frozen_and_encodes_a_caption_once(folder, monkeypatch):
     encoder = TextEncoder(save_encoder(folder, "t5"), max_length=8, cache=2)
     assert not encoder.model.training and not any(p.requires_grad for p in encoder.model.parameters())
