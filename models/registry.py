@@ -10,9 +10,10 @@ from torch import nn
 from .diffusion import DDPM
 from .dit import SIZES, DiT, DiTConfig, DiTSettings
 from .flow import FlowMatching
+from .stdit import STDiT, STDiTConfig, STDiTSettings
 
-Settings = DiTSettings
-Config = DiTConfig
+Settings = DiTSettings | STDiTSettings
+Config = DiTConfig | STDiTConfig
 Objective = FlowMatching | DDPM
 
 
@@ -24,7 +25,10 @@ class Family(NamedTuple):
     model: type[nn.Module]
 
 
-FAMILIES = {DiTSettings.name: Family(DiTSettings, DiTConfig, DiT)}
+FAMILIES = {
+    DiTSettings.name: Family(DiTSettings, DiTConfig, DiT),
+    STDiTSettings.name: Family(STDiTSettings, STDiTConfig, STDiT),
+}
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (FlowMatching, DDPM)}
 
 
@@ -48,14 +52,19 @@ def _systems() -> dict[str, System]:
             for kind, attention in (("vdit", "joint"), ("latte", "factorized")):
                 video = DiTSettings(patch=patch, attention=attention, learn_sigma=True, **shape)
                 systems[f"{kind}-{name}"] = System(video, DDPM())
+        # Only XL was published; the others have DiT's shapes.
+        space_time = STDiTSettings(patch=(1, 2, 2), learn_sigma=True, **shape)
+        systems[f"stdit-{size.lower()}/1x2x2"] = System(space_time, DDPM())
     return systems
 
 
 SYSTEMS = _systems()
 
 
-def configure(settings: Settings, channels: int, frames: int, size: tuple[int, int], num_classes: int) -> Config:
-    """What the model for data of this shape is built from.
+def configure(
+    settings: Settings, channels: int, frames: int, size: tuple[int, int], num_classes: int, text_width: int = 0
+) -> Config:
+    """What the model for data of this shape, with classes or with text of this width, is built from.
 
     Raises:
         ValueError: settings that do not fit the data, by name.
@@ -65,7 +74,12 @@ def configure(settings: Settings, channels: int, frames: int, size: tuple[int, i
         raise ValueError(f"model.patch is {patch}, that of an image model, but data.frames is {frames}, not 1")
     values = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
     values |= {"input_size": size if len(patch) == 2 else (frames, *size), "channels": channels}
-    return FAMILIES[settings.name].config(**values, num_classes=num_classes)
+    config = FAMILIES[settings.name].config
+    if text_width:
+        if "text_width" not in {item.name for item in dataclasses.fields(config)}:
+            raise ValueError(f"model is {settings.name!r}, which takes no text, but text.encoder was given")
+        values["text_width"] = text_width
+    return config(**values, num_classes=num_classes)
 
 
 def build(config: Config) -> nn.Module:
