@@ -188,9 +188,8 @@ class Block(nn.Module):
 
     def __init__(self, config: STDiTConfig) -> None:
         super().__init__()
-        t, h, w = config.grid
-        self.attn = Attention(config, (1, h, w))
-        self.attn_temp = Attention(config, (t, 1, 1))
+        self.attn = Attention(config, (False, True, True))
+        self.attn_temp = Attention(config, (True, False, False))
         self.cross_attn: nn.Module | None = None
         if config.num_classes:
             self.cross_attn = ClassAttention(config)
