@@ -87,11 +87,28 @@ class DDPM:
         noise = gaussian(x, generator)
         alpha_bar = expand(tables.alpha_bar[t], x)
         x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
-        epsilon, fraction = self.split(model(x_t, t, y).to(x.dtype), x)
+        given: dict[str, Tensor] = {}
+        if hasattr(model, "training_conditions"):
+
+            def estimate(**given: Tensor) -> Tensor:
+                return self.estimate(model(x_t, t, y, **given), x_t, t)
+
+            given = model.training_conditions(x, estimate, generator)
+        epsilon, fraction = self.split(model(x_t, t, y, **given).to(x.dtype), x)
         loss = (epsilon - noise).square().mean()
         if fraction is None:
             return loss
         return loss + self.variational_bound(tables, x, x_t, t, epsilon.detach(), fraction).mean()
+
+    @classmethod
+    def estimate(cls, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The data that a prediction at ``x`` and timesteps ``t [B]``, int64, points at, for self-conditioning.
+
+        Bounded by 4, for data of about unit scale: at timestep 999 an error of the noise counts 157-fold.
+        """
+        epsilon, _ = cls.split(prediction.to(x.dtype), x)
+        alpha_bar = expand(schedule(TIMESTEPS, x.device, x.dtype).alpha_bar[t], x)
+        return ((x - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()).clamp(-4, 4)
 
     @staticmethod
     def check(prediction: Tensor, x: Tensor) -> None:

@@ -10,9 +10,10 @@ from torch import nn
 from .diffusion import DDPM
 from .dit import SIZES, DiT, DiTConfig, DiTSettings
 from .flow import FlowMatching
+from .walt import WALT, WALTConfig, WALTSettings
 
-Settings = DiTSettings
-Config = DiTConfig
+Settings = DiTSettings | WALTSettings
+Config = DiTConfig | WALTConfig
 Objective = FlowMatching | DDPM
 
 
@@ -24,7 +25,10 @@ class Family(NamedTuple):
     model: type[nn.Module]
 
 
-FAMILIES = {DiTSettings.name: Family(DiTSettings, DiTConfig, DiT)}
+FAMILIES = {
+    DiTSettings.name: Family(DiTSettings, DiTConfig, DiT),
+    WALTSettings.name: Family(WALTSettings, WALTConfig, WALT),
+}
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (FlowMatching, DDPM)}
 
 
@@ -48,6 +52,8 @@ def _systems() -> dict[str, System]:
             for kind, attention in (("vdit", "joint"), ("latte", "factorized")):
                 video = DiTSettings(patch=patch, attention=attention, learn_sigma=True, **shape)
                 systems[f"{kind}-{name}"] = System(video, DDPM())
+    for size in ("L", "XL"):
+        systems[f"walt-{size.lower()}"] = System(WALTSettings(**SIZES[size]), DDPM())
     return systems
 
 

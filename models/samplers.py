@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,23 +68,44 @@ class Predictor:
     What a call needs besides x comes from :meth:`conditions`. Of a model with ``modulations``, as DiT has them, those
     are computed for many timesteps at once: its conditional layers read their weights once, not once a step.
 
+    ``given`` are further arguments of the model by name, ``[B, ...]``. The call without classes is without past frames
+    too. A model with self-conditioning is given its last estimate of the data, each half of a doubled batch its own.
+
     Raises:
-        ValueError: guidance for a model without classes, or without labels.
+        ValueError: guidance for a model without classes, or without labels, unless there are past frames to guide by.
     """
 
     # At a time: enough rows to occupy a matrix product, 200 MB of modulations for DiT-XL.
     ROWS = 256
 
-    def __init__(self, model: nn.Module, y: Tensor | None, guidance: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        y: Tensor | None,
+        guidance: float,
+        estimate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.model, self.guided, self.ahead = model, guidance != 1, hasattr(model, "modulations")
         # Classes whose modulations are needed, and whose are which sample's: all samples share the null class.
         self.classes, self.places = y, None if y is None else torch.arange(len(y), device=y.device)
+        self.given: dict[str, Tensor] = dict(given or {})
+        self.previous: Tensor | None = None
+        if self.given and self.ahead:
+            raise ValueError(f"{' and '.join(self.given)} cannot be given to a {type(model).__name__}")
+        self.estimate = estimate if getattr(getattr(model, "config", None), "self_conditioning", 0) else None
         if self.guided:
             null_class = getattr(model, "null_class", None)
-            if null_class is None or y is None:
+            if null_class is not None and y is not None:
+                self.classes = torch.cat((y, y.new_full((1,), null_class)))
+                self.places = torch.cat((self.places, self.places.new_full(y.shape, len(y))))
+            elif "past" not in self.given:
                 raise ValueError(f"guidance is {guidance}; without classes it must be 1")
-            self.classes = torch.cat((y, y.new_full((1,), null_class)))
-            self.places = torch.cat((self.places, self.places.new_full(y.shape, len(y))))
+            self.given = {name: torch.cat((value, value)) for name, value in self.given.items()}
+            if "past" in self.given:
+                past = self.given["past"]
+                counts = torch.tensor((past.shape[2], 0), device=past.device)
+                self.given["past_frames"] = counts.repeat_interleave(len(past) // 2)
 
     def conditions(self, times: Tensor) -> Iterator[Tensor]:
         """One for each of the timesteps ``times``."""
@@ -105,7 +126,12 @@ class Predictor:
             prediction = self.model(x, modulations=rows)
         else:
             y = None if self.classes is None else self.classes[self.places]
-            prediction = self.model(x, condition.expand(len(x)), y)
+            t = condition.expand(len(x))
+            if self.previous is not None:
+                self.given["previous"] = self.previous
+            prediction = self.model(x, t, y, **self.given)
+            if self.estimate is not None:
+                self.previous = self.estimate(prediction, x, t)
         if not self.guided:
             return prediction, None
         cond, null = prediction.chunk(2)
@@ -167,6 +193,9 @@ def sample(
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
     cuda_graphs: bool = False,
+    past: Tensor | None = None,
+    low: Tensor | None = None,
+    low_t: Tensor | None = None,
 ) -> Tensor:
     """Samples from ``noise``; the model is in eval mode meanwhile.
 
@@ -183,12 +212,15 @@ def sample(
         generator: of the noise that ``"ddpm"`` adds at each step.
         progress: wraps the iterable of steps, as tqdm does.
         cuda_graphs: replay the steps as CUDA graphs; the capture takes four calls. Not run on a GPU.
+        past: for frame prediction, the known first frames ``[B, C, k, ...]``; the result begins with them.
+        low, low_t: for super-resolution, the small clip and the level of its noise, as the model takes them.
 
     Returns:
         ``[B, C, ...]`` in noise's dtype.
 
     Raises:
-        ValueError: a solver that is not the objective's, steps or guidance that do not fit, CUDA graphs on a CPU.
+        ValueError: a solver that is not the objective's, steps or guidance that do not fit, CUDA graphs on a CPU
+            or with self-conditioning.
     """
     allowed = SOLVERS[objective.name]
     if solver not in allowed:
@@ -197,7 +229,10 @@ def sample(
         raise ValueError(f"steps is {steps}; it must be at least 1")
     if guidance_channels is not None and guidance == 1:
         raise ValueError(f"guidance_channels is {guidance_channels}, but guidance is 1, which is none")
-    predict = Predictor(model, y, guidance)
+    given = {name: value for name, value in (("past", past), ("low", low), ("low_t", low_t)) if value is not None}
+    predict = Predictor(model, y, guidance, getattr(objective, "estimate", None), given)
+    if cuda_graphs and predict.estimate is not None:
+        raise ValueError("cuda_graphs is True; a model with self-conditioning keeps an estimate between its calls")
     if isinstance(objective, FlowMatching):
         plan = flow_plan(objective, solver, steps, guidance)
     else:
@@ -225,6 +260,39 @@ def sample(
                 if solver == "ddpm" and i < steps - 1:
                     z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
                 x = update(x, next(conditions), row, z)
-        return x
+        return x if past is None else torch.cat((past.to(x.dtype), x[:, :, past.shape[2] :]), dim=2)
     finally:
         model.train(was_training)
+
+
+def continue_video(
+    model: nn.Module,
+    objective: Objective,
+    clip: Tensor,
+    noises: Sequence[Tensor],
+    y: Tensor | None,
+    *,
+    past_of: Callable[[Tensor], Tensor] = lambda clip: clip[:, :, -2:],
+    **options: Any,
+) -> list[Tensor]:
+    """Clips that go on from ``clip``, each from the end of the one before it.
+
+    Args:
+        model: trained with past frames.
+        clip: ``[B, C, T, H, W]``.
+        noises: for each clip to make, of clip's shape.
+        past_of: the first frames ``[B, C, k, H, W]`` of what follows a clip; by default its last two. With a causal
+            tokenizer, whose first latent frame is one frame and whose others are several, decode the clip and encode
+            its last frames: W.A.L.T encodes the last 5 as 2.
+        options: as for :func:`sample`.
+
+    Returns:
+        a clip for each noise; its first k frames are ``past_of`` the one before.
+
+    Raises:
+        ValueError: as for :func:`sample`.
+    """
+    clips = [clip]
+    for noise in noises:
+        clips.append(sample(model, objective, noise, y, past=past_of(clips[-1]), **options))
+    return clips[1:]
