@@ -91,21 +91,20 @@ class Predictor:
         self.classes, self.places = y, None if y is None else torch.arange(len(y), device=y.device)
         self.given: dict[str, Tensor] = dict(given or {})
         self.previous: Tensor | None = None
+        self.estimate = estimate if getattr(getattr(model, "config", None), "self_conditioning", 0) else None
         if self.given and self.ahead:
             raise ValueError(f"{' and '.join(self.given)} cannot be given to a {type(model).__name__}")
-        self.estimate = estimate if getattr(getattr(model, "config", None), "self_conditioning", 0) else None
-        if self.guided:
+        if self.guided and not (y is None and "past" in self.given):
             null_class = getattr(model, "null_class", None)
-            if null_class is not None and y is not None:
-                self.classes = torch.cat((y, y.new_full((1,), null_class)))
-                self.places = torch.cat((self.places, self.places.new_full(y.shape, len(y))))
-            elif "past" not in self.given:
+            if null_class is None or y is None:
                 raise ValueError(f"guidance is {guidance}; without classes it must be 1")
+            self.classes = torch.cat((y, y.new_full((1,), null_class)))
+            self.places = torch.cat((self.places, self.places.new_full(y.shape, len(y))))
+        if self.guided:
             self.given = {name: torch.cat((value, value)) for name, value in self.given.items()}
             if "past" in self.given:
-                past = self.given["past"]
-                counts = torch.tensor((past.shape[2], 0), device=past.device)
-                self.given["past_frames"] = counts.repeat_interleave(len(past) // 2)
+                batch, _, k = self.given["past"].shape[:3]
+                self.given["past_frames"] = (torch.arange(batch, device=self.given["past"].device) < batch // 2) * k
 
     def conditions(self, times: Tensor) -> Iterator[Tensor]:
         """One for each of the timesteps ``times``."""
@@ -126,16 +125,18 @@ class Predictor:
             prediction = self.model(x, modulations=rows)
         else:
             y = None if self.classes is None else self.classes[self.places]
-            t = condition.expand(len(x))
-            if self.previous is not None:
-                self.given["previous"] = self.previous
-            prediction = self.model(x, t, y, **self.given)
-            if self.estimate is not None:
-                self.previous = self.estimate(prediction, x, t)
+            prediction = self._ask(x, condition.expand(len(x)), y)
         if not self.guided:
             return prediction, None
         cond, null = prediction.chunk(2)
         return cond, null
+
+    def _ask(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        previous = {} if self.previous is None else {"previous": self.previous}
+        prediction = self.model(x, t, y, **self.given, **previous)
+        if self.estimate is not None:
+            self.previous = self.estimate(prediction, x, t)
+        return prediction
 
 
 class Graphed:
