@@ -59,7 +59,6 @@ from minisora_kernels import (
     window_attention,
 )
 
-from .diffusion import schedule
 from .dit import MLP, Grid, Scale, TimestepEmbedder, modulation
 from .objectives import TIMESTEPS, expand, gaussian
 from .text import Text
@@ -602,7 +601,9 @@ def _described(tensor: Tensor | None) -> str:
 
 
 def augment(low: Tensor, low_t: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """``sqrt(alpha_bar) low + sqrt(1 - alpha_bar) e`` at timesteps ``low_t [B]``, int64 in 0..999, of the linear betas.
+    """``sqrt(alpha_bar) low + sqrt(1 - alpha_bar) e`` at timesteps ``low_t [B]``, int64 in 0..999.
+
+    alpha_bar is of DDPM's linear betas, whatever the schedule of the model's own noise.
 
     Source: noise-conditioning augmentation, Ho et al. 2021 (arXiv 2106.15282).
 
@@ -611,7 +612,8 @@ def augment(low: Tensor, low_t: Tensor, generator: torch.Generator | None = None
     """
     if tuple(low_t.shape) != (len(low),):
         raise ValueError(f"low_t has shape {tuple(low_t.shape)}; it must be [{len(low)}]")
-    alpha_bar = expand(schedule(TIMESTEPS, low.device, low.dtype).alpha_bar[low_t], low)
+    betas = torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64, device=low.device)
+    alpha_bar = expand((1 - betas).cumprod(0)[low_t].to(low.dtype), low)
     return alpha_bar.sqrt() * low + (1 - alpha_bar).sqrt() * gaussian(low, generator)
 
 
