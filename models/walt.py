@@ -3,7 +3,7 @@
     c      = t_embed(t) + y_embed(y) [+ t_embed'(low_t)]                      [B, D]
     A_1    = Linear(SiLU(c))                                                 [B, 6 D]: shift, scale, gate, twice
     A_i    = A_1 + B_i A'_i c                                                AdaLN-LoRA: A'_i [r, D], B_i [6 D, r]
-    x      = patch_embed([x_t | previous | past, mask | low]) + pos_space + pos_time          [B, N, D]
+    x      = patch_embed([x_t | previous | low | past, mask]) + pos_space + pos_time          [B, N, D]
     x      = x + gate_msa * attention(adaln(x, shift_msa, scale_msa))        depth times
     x      = x + cross(norm(x), [the query's window | text])                 only with text
     x      = x + gate_mlp * mlp(adaln(x, shift_mlp, scale_mlp))
@@ -459,7 +459,7 @@ class WALT(nn.Module):
             raise ValueError("y was given to an unconditional model (num_classes = 0, text_width = 0)")
         if any(condition.dim() == 3 for condition in conditions):
             conditions = [c if c.dim() == 3 else c[:, None] for c in conditions]
-        return torch.stack(torch.broadcast_tensors(*conditions)).sum(0)
+        return sum(conditions[1:], start=conditions[0])
 
     def _modulations(self, c: Tensor, frame: Tensor | None) -> list[tuple[Tensor, ...]]:
         """Shift, scale, gate, twice, of each layer, then shift and scale of the end: ``[B, D]`` or ``[B, T', D]``."""

@@ -628,17 +628,19 @@ def test_resize_refuses():
         resize(weights, replace(CLASSES, width=32), CLASSES)
 
 
-def test_autocast_keeps_an_fp32_residual_stream():
-    model = randomized(TEXT)
+@pytest.mark.parametrize("name", ["classes", "text", "super-resolution"])
+def test_autocast_keeps_an_fp32_residual_stream(name):
+    config, images = CASES[name]
+    model = randomized(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.3)
-    x, t, y, _ = inputs(TEXT, dtype=torch.float32)
-    exact = model(x, t, y)
+    x, t, y, given = inputs(config, images, dtype=torch.float32)
+    exact = model(x, t, y, **given)
     seen = []
     model.blocks[0].register_forward_hook(lambda _, __, out: seen.extend(part.dtype for part in out))
     with torch.autocast("cpu", torch.bfloat16):
-        out = model(x, t, y)
+        out = model(x, t, y, **given)
     assert seen == [torch.float32, torch.bfloat16] and out.dtype == torch.bfloat16
     assert (out.float() - exact).abs().max() < 0.05 * exact.abs().max()
     out.float().square().mean().backward()
