@@ -11,7 +11,7 @@ import logging
 import os
 import pickle
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,8 +34,9 @@ class NotACheckpoint(ValueError):
 class Checkpoint:
     """The state of a run after ``step`` optimizer steps, which is also its place in the data.
 
-    ``train`` and ``config`` are the run's and the model's configuration as JSON-able dictionaries, ``classes`` the class
-    names, ``ema`` the averaged weights, ``rng`` the states of the random generators by name.
+    ``train`` and ``config`` are the run's and the model's configuration as JSON-able dictionaries, ``classes`` the
+    class names, ``ema`` the averaged weights, ``rng`` the states of the random generators by name, ``memory`` what the
+    objective's loss remembers.
     """
 
     train: dict[str, Any]
@@ -46,6 +47,7 @@ class Checkpoint:
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]
     rng: dict[str, Tensor]
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     def build(self, *, ema: bool = True) -> nn.Module:
         """The model with the averaged (or else the last) weights.

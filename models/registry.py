@@ -53,7 +53,9 @@ def _systems() -> dict[str, System]:
                 video = DiTSettings(patch=patch, attention=attention, learn_sigma=True, **shape)
                 systems[f"{kind}-{name}"] = System(video, DDPM())
     for size in ("L", "XL"):
-        systems[f"walt-{size.lower()}"] = System(WALTSettings(**SIZES[size]), DDPM())
+        systems[f"walt-{size.lower()}"] = System(
+            WALTSettings(**SIZES[size]), DDPM(prediction="velocity", zero_snr=True)
+        )
     return systems
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minisora_kernels import guided_step
 
-from .diffusion import Schedule, schedule
+from .diffusion import DDPM, Schedule, space_timesteps
 from .flow import FlowMatching
 from .objectives import TIMESTEPS
 from .registry import Objective
@@ -40,22 +40,48 @@ def flow_plan(objective: FlowMatching, solver: str, steps: int, guidance: float)
     return Plan(times * TIMESTEPS, _stack(columns, times))
 
 
-def diffusion_plan(solver: str, steps: int, guidance: float) -> Plan:
+def diffusion_plan(objective: DDPM, solver: str, steps: int | str, guidance: float) -> Plan:
     """DDPM: the mean of p(x_{i-1} | x_i) and noise. DDIM: the predicted x_0, diffused again by the predicted noise.
 
-    A learned variance lies between beta and the posterior variance; one that is not is beta. On the CPU, in float64.
+    A learned variance lies between beta and the posterior variance; one that is not is beta. ``steps`` as in
+    :func:`space_timesteps`. On the CPU, in float64.
+
+    Raises:
+        ValueError: steps that do not fit; those of a schedule with zero terminal SNR start at timestep 999.
     """
-    tables = schedule(steps, torch.device("cpu"), torch.float64)
+    kept = space_timesteps(steps)
+    if objective.zero_snr and kept[-1] != TIMESTEPS - 1:
+        raise ValueError(
+            f"steps is {steps!r}, which starts at timestep {kept[-1]}; with zero_snr only timestep {TIMESTEPS - 1} is "
+            "pure noise: use a number, or sections whose last has more than 1"
+        )
+    tables = objective.tables(kept, torch.device("cpu"), torch.float64)
     tables = Schedule(*(table.flip(0)[:, None] for table in tables))
-    # x_0 = of_x x + of_noise epsilon
-    of_x, of_noise = tables.alpha_bar.rsqrt(), -(1 / tables.alpha_bar - 1).sqrt()
+    (x0_of_x, x0_of_prediction), (noise_of_x, noise_of_prediction) = objective.weights(tables)
     if solver == "ddim":
-        x_0, x, epsilon = tables.previous.sqrt(), 0.0, (1 - tables.previous).sqrt()
+        x_0, x, noise = tables.previous.sqrt(), 0.0, (1 - tables.previous).sqrt()
     else:
-        x_0, x, epsilon = tables.posterior_x0_weight, tables.posterior_x_weight, 0.0
+        x_0, x, noise = tables.posterior_x0_weight, tables.posterior_x_weight, 0.0
+    of_x = x_0 * x0_of_x + x + noise * noise_of_x
+    of_prediction = x_0 * x0_of_prediction + noise * noise_of_prediction
     slope = (tables.beta.log() - tables.posterior_log_variance) / 4
-    columns = (guidance, x_0 * of_x + x, x_0 * of_noise + epsilon, tables.beta.sqrt(), slope)
+    columns = (guidance, of_x, of_prediction, tables.beta.sqrt(), slope)
     return Plan(tables.timesteps, _stack(columns, tables.timesteps))
+
+
+def count_steps(objective: Objective, steps: int | str) -> int:
+    """How many steps ``steps`` are: a number, or for a diffusion also what :func:`space_timesteps` takes.
+
+    Raises:
+        ValueError: steps that are not the objective's.
+    """
+    if isinstance(objective, DDPM):
+        return len(space_timesteps(steps))
+    if not isinstance(steps, int):
+        raise ValueError(f"steps is {steps!r}; objective {objective.name!r} takes a number, only 'ddpm' has timesteps")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1")
+    return steps
 
 
 def _stack(columns: Iterable[float | Tensor], like: Tensor) -> Tensor:
@@ -188,7 +214,7 @@ def sample(
     y: Tensor | None,
     *,
     solver: str,
-    steps: int,
+    steps: int | str,
     guidance: float = 1.0,
     guidance_channels: int | None = None,
     generator: torch.Generator | None = None,
@@ -207,7 +233,8 @@ def sample(
         y: classes ``[B]``, or None for an unconditional model.
         solver: ``"euler"`` or ``"heun"`` (two calls a step, second order) for flow matching; ``"ddpm"`` (ancestral) or
             ``"ddim"`` (deterministic, eta = 0; Song et al. 2020, arXiv 2010.02502) for DDPM.
-        steps: of the solver; DDPM and DDIM use that many evenly spaced ones of the 1000.
+        steps: how many; DDPM and DDIM keep that many evenly spaced ones of the 1000 timesteps, or those of ``"ddimN"``
+            or sections such as ``"10,15,20"`` (:func:`models.diffusion.space_timesteps`).
         guidance: classifier-free guidance scale; 1 is none and costs half.
         guidance_channels: guide the first so many channels only; None guides all.
         generator: of the noise that ``"ddpm"`` adds at each step.
@@ -226,8 +253,7 @@ def sample(
     allowed = SOLVERS[objective.name]
     if solver not in allowed:
         raise ValueError(f"solver is {solver!r}; objective {objective.name!r} has {' and '.join(map(repr, allowed))}")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; it must be at least 1")
+    count = count_steps(objective, steps)
     if guidance_channels is not None and guidance == 1:
         raise ValueError(f"guidance_channels is {guidance_channels}, but guidance is 1, which is none")
     given = {name: value for name, value in (("past", past), ("low", low), ("low_t", low_t)) if value is not None}
@@ -235,9 +261,9 @@ def sample(
     if cuda_graphs and predict.estimate is not None:
         raise ValueError("cuda_graphs is True; a model with self-conditioning keeps an estimate between its calls")
     if isinstance(objective, FlowMatching):
-        plan = flow_plan(objective, solver, steps, guidance)
+        plan = flow_plan(objective, solver, count, guidance)
     else:
-        plan = diffusion_plan(solver, steps, guidance)
+        plan = diffusion_plan(objective, solver, steps, guidance)
 
     def update(x: Tensor, condition: Tensor, row: Tensor, z: Tensor | None) -> Tensor:
         cond, null = predict(x, condition)
@@ -254,11 +280,11 @@ def sample(
     model.eval()
     try:
         conditions = predict.conditions(times.flatten())
-        for i in (progress or iter)(range(steps)):
+        for i in (progress or iter)(range(count)):
             start = x
             for call, row in enumerate(coefficients[i]):
                 z = start if call == 1 else None
-                if solver == "ddpm" and i < steps - 1:
+                if solver == "ddpm" and i < count - 1:
                     z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
                 x = update(x, next(conditions), row, z)
         return x if past is None else torch.cat((past.to(x.dtype), x[:, :, past.shape[2] :]), dim=2)

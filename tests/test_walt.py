@@ -471,10 +471,14 @@ def test_no_gradient_flows_through_the_first_pass():
 
 def test_an_estimate_is_the_data_that_the_prediction_points_at():
     x, noise, t = random(3, 2, 4, seed=0).clamp(-3, 3), random(3, 2, 4, seed=1), torch.tensor([0, 400, 999])
-    alpha_bar = ALPHA_BARS[t].reshape(-1, 1, 1)
-    x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+    signal, sigma = (root.sqrt().reshape(-1, 1, 1) for root in (ALPHA_BARS[t], 1 - ALPHA_BARS[t]))
+    x_t = signal * x + sigma * noise
     torch.testing.assert_close(DDPM().estimate(noise, x_t, t), x)
     assert DDPM().estimate(-noise, x_t, t).abs().max() == 4
+    velocity = DDPM(prediction="velocity")
+    torch.testing.assert_close(velocity.estimate(signal * noise - sigma * x, x_t, t), x)
+    published = SYSTEMS["walt-l"].objective
+    torch.testing.assert_close(published.estimate(-x, noise, torch.tensor([999] * 3)), x)
 
 
 def test_training_draws_as_often_as_it_is_told():
