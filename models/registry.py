@@ -10,10 +10,11 @@ from torch import nn
 from .diffusion import DDPM
 from .dit import SIZES, DiT, DiTConfig, DiTSettings
 from .flow import FlowMatching
+from .stdit import STDiT, STDiTConfig, STDiTSettings
 from .walt import WALT, WALTConfig, WALTSettings
 
-Settings = DiTSettings | WALTSettings
-Config = DiTConfig | WALTConfig
+Settings = DiTSettings | STDiTSettings | WALTSettings
+Config = DiTConfig | STDiTConfig | WALTConfig
 Objective = FlowMatching | DDPM
 
 
@@ -27,6 +28,7 @@ class Family(NamedTuple):
 
 FAMILIES = {
     DiTSettings.name: Family(DiTSettings, DiTConfig, DiT),
+    STDiTSettings.name: Family(STDiTSettings, STDiTConfig, STDiT),
     WALTSettings.name: Family(WALTSettings, WALTConfig, WALT),
 }
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (FlowMatching, DDPM)}
@@ -52,18 +54,22 @@ def _systems() -> dict[str, System]:
             for kind, attention in (("vdit", "joint"), ("latte", "factorized")):
                 video = DiTSettings(patch=patch, attention=attention, learn_sigma=True, **shape)
                 systems[f"{kind}-{name}"] = System(video, DDPM())
+        # Only XL was published; the others have DiT's shapes.
+        space_time = STDiTSettings(patch=(1, 2, 2), learn_sigma=True, **shape)
+        systems[f"stdit-{size.lower()}/1x2x2"] = System(space_time, DDPM())
+    velocity = DDPM(prediction="velocity", zero_snr=True)
     for size in ("L", "XL"):
-        systems[f"walt-{size.lower()}"] = System(
-            WALTSettings(**SIZES[size]), DDPM(prediction="velocity", zero_snr=True)
-        )
+        systems[f"walt-{size.lower()}"] = System(WALTSettings(**SIZES[size]), velocity)
     return systems
 
 
 SYSTEMS = _systems()
 
 
-def configure(settings: Settings, channels: int, frames: int, size: tuple[int, int], num_classes: int) -> Config:
-    """What the model for data of this shape is built from.
+def configure(
+    settings: Settings, channels: int, frames: int, size: tuple[int, int], num_classes: int, text_width: int = 0
+) -> Config:
+    """What the model for data of this shape, with classes or with text of this width, is built from.
 
     Raises:
         ValueError: settings that do not fit the data, by name.
@@ -73,7 +79,12 @@ def configure(settings: Settings, channels: int, frames: int, size: tuple[int, i
         raise ValueError(f"model.patch is {patch}, that of an image model, but data.frames is {frames}, not 1")
     values = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
     values |= {"input_size": size if len(patch) == 2 else (frames, *size), "channels": channels}
-    return FAMILIES[settings.name].config(**values, num_classes=num_classes)
+    config = FAMILIES[settings.name].config
+    if text_width:
+        if "text_width" not in {item.name for item in dataclasses.fields(config)}:
+            raise ValueError(f"model is {settings.name!r}, which takes no text, but text.encoder was given")
+        values["text_width"] = text_width
+    return config(**values, num_classes=num_classes)
 
 
 def build(config: Config) -> nn.Module:

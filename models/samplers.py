@@ -14,6 +14,7 @@ from .diffusion import DDPM, Schedule, space_timesteps
 from .flow import FlowMatching
 from .objectives import TIMESTEPS
 from .registry import Objective
+from .text import Text, rows
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -89,7 +90,7 @@ def _stack(columns: Iterable[float | Tensor], like: Tensor) -> Tensor:
 
 
 class Predictor:
-    """The model's predictions with classes and, for guidance, without: one call on a doubled batch.
+    """The model's predictions with classes or text and, for guidance, without: one call on a doubled batch.
 
     What a call needs besides x comes from :meth:`conditions`. Of a model with ``modulations``, as DiT has them, those
     are computed for many timesteps at once: its conditional layers read their weights once, not once a step.
@@ -98,7 +99,7 @@ class Predictor:
     too. A model with self-conditioning is given its last estimate of the data, each half of a doubled batch its own.
 
     Raises:
-        ValueError: guidance for a model without classes, or without labels, unless there are past frames to guide by.
+        ValueError: guidance for a model without classes or text, or without labels, unless there are past frames.
     """
 
     # At a time: enough rows to occupy a matrix product, 200 MB of modulations for DiT-XL.
@@ -107,14 +108,16 @@ class Predictor:
     def __init__(
         self,
         model: nn.Module,
-        y: Tensor | None,
+        y: Tensor | Text | None,
         guidance: float,
         estimate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
         given: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.model, self.guided, self.ahead = model, guidance != 1, hasattr(model, "modulations")
+        self.model, self.guided = model, guidance != 1
+        self.ahead = hasattr(model, "modulations") and not isinstance(y, Text)
         # Classes whose modulations are needed, and whose are which sample's: all samples share the null class.
-        self.classes, self.places = y, None if y is None else torch.arange(len(y), device=y.device)
+        labels = y.mask if isinstance(y, Text) else y
+        self.classes, self.places = y, None if y is None else torch.arange(len(labels), device=labels.device)
         self.given: dict[str, Tensor] = dict(given or {})
         self.previous: Tensor | None = None
         self.estimate = estimate if getattr(getattr(model, "config", None), "self_conditioning", 0) else None
@@ -122,10 +125,13 @@ class Predictor:
             raise ValueError(f"{' and '.join(self.given)} cannot be given to a {type(model).__name__}")
         if self.guided and not (y is None and "past" in self.given):
             null_class = getattr(model, "null_class", None)
-            if null_class is None or y is None:
-                raise ValueError(f"guidance is {guidance}; without classes it must be 1")
-            self.classes = torch.cat((y, y.new_full((1,), null_class)))
-            self.places = torch.cat((self.places, self.places.new_full(y.shape, len(y))))
+            if isinstance(y, Text):
+                self.classes = Text(*map(torch.cat, zip(y, y.null(), strict=True)))
+            elif y is None or null_class is None:
+                raise ValueError(f"guidance is {guidance}; without classes or text it must be 1")
+            else:
+                self.classes = torch.cat((y, y.new_full((1,), null_class)))
+            self.places = torch.cat((self.places, torch.full_like(self.places, len(self.places))))
         if self.guided:
             self.given = {name: torch.cat((value, value)) for name, value in self.given.items()}
             if "past" in self.given:
@@ -147,17 +153,17 @@ class Predictor:
         if self.guided:
             x = torch.cat((x, x))
         if self.ahead:
-            rows = condition.expand(len(x), -1) if self.places is None else condition[self.places]
-            prediction = self.model(x, modulations=rows)
+            modulations = condition.expand(len(x), -1) if self.places is None else condition[self.places]
+            prediction = self.model(x, modulations=modulations)
         else:
-            y = None if self.classes is None else self.classes[self.places]
+            y = None if self.classes is None else rows(self.classes, self.places)
             prediction = self._ask(x, condition.expand(len(x)), y)
         if not self.guided:
             return prediction, None
         cond, null = prediction.chunk(2)
         return cond, null
 
-    def _ask(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    def _ask(self, x: Tensor, t: Tensor, y: Tensor | Text | None) -> Tensor:
         previous = {} if self.previous is None else {"previous": self.previous}
         prediction = self.model(x, t, y, **self.given, **previous)
         if self.estimate is not None:
@@ -211,7 +217,7 @@ def sample(
     model: nn.Module,
     objective: Objective,
     noise: Tensor,
-    y: Tensor | None,
+    y: Tensor | Text | None,
     *,
     solver: str,
     steps: int | str,
@@ -227,10 +233,10 @@ def sample(
     """Samples from ``noise``; the model is in eval mode meanwhile.
 
     Args:
-        model: a DiT, or any module with its call; with guidance it has ``null_class``.
+        model: a DiT, or any module with its call; with classes and guidance it has ``null_class``.
         objective: what the model was trained with.
         noise: ``[B, C, ...]``, standard normal.
-        y: classes ``[B]``, or None for an unconditional model.
+        y: classes ``[B]``, captions, or None for an unconditional model.
         solver: ``"euler"`` or ``"heun"`` (two calls a step, second order) for flow matching; ``"ddpm"`` (ancestral) or
             ``"ddim"`` (deterministic, eta = 0; Song et al. 2020, arXiv 2010.02502) for DDPM.
         steps: how many; DDPM and DDIM keep that many evenly spaced ones of the 1000 timesteps, or those of ``"ddimN"``
@@ -297,7 +303,7 @@ def continue_video(
     objective: Objective,
     clip: Tensor,
     noises: Sequence[Tensor],
-    y: Tensor | None,
+    y: Tensor | Text | None,
     *,
     past_of: Callable[[Tensor], Tensor] = lambda clip: clip[:, :, -2:],
     **options: Any,

@@ -48,6 +48,7 @@ from .sample import (
     sample_clips,
     write_png,
 )
+from .text import Text, TextEncoder
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -154,8 +155,15 @@ class Trainer:
             cache_bytes=data.cache_megabytes << 20,
         )
         self.classes = list(self.source.classes)
+        captions = list(getattr(self.source, "captions", ()))
+        self.text, self.captions, text_width = None, captions or self.classes, 0
+        if config.text.encoder is not None:
+            self.text = self._encoder()
+            self.classes, text_width = [], self.text.width
+        elif captions:
+            _log.warning("the captions of %s are not used: text.encoder is not given", data.source)
         channels, frames, height, width = self.source.shape
-        built_from = configure(config.model, channels, frames, (height, width), len(self.classes))
+        built_from = configure(config.model, channels, frames, (height, width), len(self.classes), text_width)
         torch.manual_seed(config.seed)
         self.model = build(built_from).to(self.device)
         self.model.checkpointing = config.checkpointing
@@ -178,6 +186,12 @@ class Trainer:
             self._restore(resume)
         if config.compile:
             self.model.compile()
+
+    def _encoder(self) -> TextEncoder:
+        if not self.captions:
+            text, data = self.config.text.encoder, self.config.data.source
+            raise ValueError(f"text.encoder is {text!r}, but {data} has neither captions nor classes")
+        return TextEncoder(**dataclasses.asdict(self.config.text), device=self.device)
 
     def _restore(self, saved: Checkpoint) -> None:
         built_from = as_plain(self.model.config)
@@ -222,7 +236,10 @@ class Trainer:
         x = x.to(self.device, non_blocking=True)
         if len(self.model.config.input_size) == 2:
             x = x.squeeze(2)
-        labels = y.to(self.device, non_blocking=True) if self.classes else None
+        labels: Tensor | Text | None = y if self.classes else None
+        if self.text is not None:
+            labels = self.text([self.captions[i] for i in y])
+        labels = None if labels is None else labels.to(self.device, non_blocking=True)
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(x.chunk(config.accumulation)):
             part_labels = None if labels is None else labels.chunk(config.accumulation)[i]
@@ -244,11 +261,15 @@ class Trainer:
     def preview(self) -> Any:
         """A contact sheet of the averaged model's samples, uint8 ``[H, W, 3]``; does not disturb the training."""
         preview = self.config.preview
+        if self.text is None:
+            y = class_ids((), self.classes, preview.count)
+        else:
+            y = self.text([self.captions[i % len(self.captions)] for i in range(preview.count)])
         clips = sample_clips(
             self.ema,
             self.objective,
             preview.count,
-            class_ids((), self.classes, preview.count),
+            y,
             steps=preview.steps,
             guidance=preview.guidance,
             seed=self.config.seed,
