@@ -163,6 +163,11 @@ class TrainConfig:
             raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
         if getattr(self.model, "learn_sigma", False) and self.objective.name != "ddpm":
             raise ValueError(f"model.learn_sigma needs objective 'ddpm'; it is {self.objective.name!r}")
+        if getattr(self.model, "learn_sigma", False) and getattr(self.objective, "zero_snr", False):
+            raise ValueError("model.learn_sigma is True; with objective.zero_snr it must be False")
+        for name in ("self_conditioning", "past"):
+            if getattr(self.model, name, 0) and self.objective.name != "ddpm":
+                raise ValueError(f"model.{name} needs objective 'ddpm'; it is {self.objective.name!r}")
 
 
 PRESETS: dict[str, TrainConfig] = {

@@ -11,9 +11,10 @@ from .diffusion import DDPM
 from .dit import SIZES, DiT, DiTConfig, DiTSettings
 from .flow import FlowMatching
 from .stdit import STDiT, STDiTConfig, STDiTSettings
+from .walt import WALT, WALTConfig, WALTSettings
 
-Settings = DiTSettings | STDiTSettings
-Config = DiTConfig | STDiTConfig
+Settings = DiTSettings | STDiTSettings | WALTSettings
+Config = DiTConfig | STDiTConfig | WALTConfig
 Objective = FlowMatching | DDPM
 
 
@@ -28,6 +29,7 @@ class Family(NamedTuple):
 FAMILIES = {
     DiTSettings.name: Family(DiTSettings, DiTConfig, DiT),
     STDiTSettings.name: Family(STDiTSettings, STDiTConfig, STDiT),
+    WALTSettings.name: Family(WALTSettings, WALTConfig, WALT),
 }
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (FlowMatching, DDPM)}
 
@@ -55,6 +57,9 @@ def _systems() -> dict[str, System]:
         # Only XL was published; the others have DiT's shapes.
         space_time = STDiTSettings(patch=(1, 2, 2), learn_sigma=True, **shape)
         systems[f"stdit-{size.lower()}/1x2x2"] = System(space_time, DDPM())
+    velocity = DDPM(prediction="velocity", zero_snr=True)
+    for size in ("L", "XL"):
+        systems[f"walt-{size.lower()}"] = System(WALTSettings(**SIZES[size]), velocity)
     return systems
 
 

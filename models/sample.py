@@ -29,7 +29,7 @@ from .config import from_dict
 from .data import to_bytes
 from .latents import Decoder
 from .registry import Objective
-from .samplers import SOLVERS, sample
+from .samplers import SOLVERS, count_steps, sample
 from .text import Text, TextEncoder, rows
 
 SMALLEST_SIDE = 128
@@ -52,8 +52,8 @@ class SampleConfig:
     """Captions, dealt to the clips in turn, for a model that was trained with text; '' is none."""
     text_encoder: str | None = None
     """The text encoder of the training, if it is elsewhere now."""
-    steps: int = 50
-    """Steps of the solver."""
+    steps: int | str = 50
+    """Steps of the solver; of a diffusion also 'ddim50' (timesteps 0, 20, ... 980) or '10,15,20' (of each third)."""
     solver: Literal["euler", "heun", "ddpm", "ddim"] | None = None
     """Euler or Heun for a flow (default euler), DDPM or DDIM for a diffusion (default ddpm)."""
     guidance: float = 1.0
@@ -153,7 +153,7 @@ def sample_clips(
     y: Tensor | Text | None,
     *,
     solver: str | None = None,
-    steps: int,
+    steps: int | str,
     guidance: float = 1.0,
     guidance_channels: int | None = None,
     seed: int,
@@ -173,7 +173,7 @@ def sample_clips(
     noise = torch.randn((count, *shape), generator=generator, device=device)
     clips = []
     starts = range(0, count, batch_size)
-    with progress_bar(total=len(starts) * steps, desc="sampling", disable=not progress) as bar:
+    with progress_bar(total=len(starts) * count_steps(objective, steps), desc="sampling", disable=not progress) as bar:
 
         def counted(steps: Iterable[int]) -> Iterator[int]:
             for step in steps:
@@ -319,7 +319,7 @@ def run(config: SampleConfig) -> list[Path]:
         ValueError: a file that is not a checkpoint or does not match, output that is there already, or an option that
             does not fit the model.
     """
-    for name in ("count", "steps", "batch_size", "fps"):
+    for name in ("count", "batch_size", "fps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     path, checkpoint = open_checkpoint(config.checkpoint)

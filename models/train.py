@@ -138,7 +138,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 class Trainer:
-    """A run between two steps: model, optimizer, average, random generators and place in the data.
+    """A run between two steps: model, optimizer, average, random generators, the loss's memory and place in the data.
 
     ``resume`` continues from a checkpoint. Raises ValueError for a configuration that does not fit together.
     """
@@ -182,6 +182,7 @@ class Trainer:
         )
         self.trained = trained
         self.objective = config.objective
+        self.memory = self.objective.memory(self.device)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.batches = self._batches()
         self.step = 0
@@ -247,6 +248,7 @@ class Trainer:
         self.generator.set_state(saved.rng["objective"].cpu())
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(saved.rng["cuda"].cpu(), self.device)
+        self.memory = {name: value.to(self.device) for name, value in saved.memory.items()}
         self.step = saved.step
 
     def checkpoint(self) -> Checkpoint:
@@ -263,6 +265,7 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             rng=rng,
             encoder=self.encoder,
+            memory=self.memory,
         )
 
     def train_step(self) -> tuple[Tensor, Tensor, float]:
@@ -281,7 +284,8 @@ class Trainer:
         for i, part in enumerate(x.chunk(config.accumulation)):
             part_labels = None if labels is None else labels.chunk(config.accumulation)[i]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = self.objective.loss(self.model, part, part_labels, self.generator) / config.accumulation
+                loss = self.objective.loss(self.model, part, part_labels, self.generator, self.memory)
+            loss = loss / config.accumulation
             loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.trained, config.optimizer.clip or math.inf, foreach=True)

@@ -321,7 +321,7 @@ def test_a_batch_has_the_captions_of_its_clips(tmp_path, folder, monkeypatch):
     """Class names are the captions of data without captions."""
     seen = []
 
-    def loss(self, model, x, y, generator=None):
+    def loss(self, model, x, y, generator=None, memory=None):
         seen.append((x, y))
         return model(x, torch.zeros(len(x)), y).square().mean()
 
