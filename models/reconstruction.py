@@ -52,12 +52,7 @@ class PatchDiscriminator(nn.Module):
 
     Three convolutions, halving H and W each and T in the last two, and one that makes the logits. No norm: statistics
     of a batch would tell real from reconstructed by themselves.
-
-    Attributes:
-        batches: how many batches the objective's loss has seen in training, a buffer, so that a resumed run knows.
     """
-
-    batches: Tensor
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -67,7 +62,6 @@ class PatchDiscriminator(nn.Module):
         for before, after, stride in zip(widths, widths[1:], strides, strict=False):
             layers += [nn.Conv3d(before, after, 3, stride, padding=1), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv3d(widths[-1], 1, 3, padding=1))
-        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -115,7 +109,7 @@ class Reconstruction:
     adversarial_weight: float = 0.0
     """Of the discriminator's gradient for the autoencoder; positive if and only if the model has a discriminator."""
     adversarial_start: int = 0
-    """Batches before the discriminator joins; a step of the trainer is as many as its accumulation."""
+    """Calls of the loss before the discriminator joins; a step of the trainer has as many as its accumulation."""
 
     def __post_init__(self) -> None:
         if self.pixels not in ("l1", "l2"):
@@ -126,7 +120,18 @@ class Reconstruction:
         if self.adversarial_start and not self.adversarial_weight:
             raise ValueError(f"adversarial_start is {self.adversarial_start}, but adversarial_weight is 0")
 
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
+    def memory(self, device: torch.device) -> dict[str, Tensor]:
+        """What ``loss`` remembers from call to call: how many there were, if the discriminator joins later."""
+        return {"calls": torch.zeros((), dtype=torch.int64, device=device)} if self.adversarial_start else {}
+
+    def loss(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor | None,
+        generator: torch.Generator | None = None,
+        memory: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """The sum of the weighted terms: a scalar.
 
         Args:
@@ -134,9 +139,11 @@ class Reconstruction:
             x: clips ``[B, C, T, H, W]`` in [-1, 1].
             y: not used; an autoencoder knows no classes.
             generator: on x's device; the only source of the latents' noise.
+            memory: of :meth:`memory`, the same in all calls of a training; updated in place.
 
         Raises:
-            ValueError: adversarial_weight without a discriminator, or the reverse.
+            ValueError: adversarial_weight without a discriminator, or the reverse; adversarial_start without
+                ``memory``.
         """
         x = at_least_float32(x)
         self.check(model.discriminator is not None)
@@ -147,15 +154,21 @@ class Reconstruction:
         error = reconstruction - x
         loss = error.abs().mean() if self.pixels == "l1" else error.square().mean()
         loss = loss + self.laplacian_weight * laplacian(error) + self.penalty_weight * penalty
-        return loss + self.hinge(model.discriminator, x, reconstruction) if self.adversarial_weight else loss
+        if not self.adversarial_weight or not self._joined(memory):
+            return loss
+        return loss + self.hinge(model.discriminator, x, reconstruction)
 
-    def hinge(self, discriminator: PatchDiscriminator, x: Tensor, reconstruction: Tensor) -> Tensor:
-        """The discriminator's loss, reversed for the reconstruction; 0 before ``adversarial_start`` batches."""
-        started = int(discriminator.batches) >= self.adversarial_start
-        if discriminator.training:
-            discriminator.batches += 1
-        if not started:
-            return x.new_zeros(())
+    def _joined(self, memory: dict[str, Tensor] | None) -> bool:
+        """Whether the discriminator has joined; counts the call."""
+        if not self.adversarial_start:
+            return True
+        if not memory:
+            raise ValueError(f"memory is {memory}; with adversarial_start it must be what memory() returned")
+        memory["calls"] += 1
+        return int(memory["calls"]) > self.adversarial_start
+
+    def hinge(self, discriminator: nn.Module, x: Tensor, reconstruction: Tensor) -> Tensor:
+        """The discriminator's loss, reversed for the reconstruction: a scalar."""
         fake = discriminator(reverse_gradient(reconstruction, self.adversarial_weight))
         return F.relu(1 - discriminator(x)).mean() + F.relu(1 + fake).mean()
 

@@ -11,11 +11,13 @@ from .diffusion import DDPM
 from .dit import SIZES, DiT, DiTConfig, DiTSettings
 from .flow import FlowMatching
 from .reconstruction import Reconstruction
+from .stdit import STDiT, STDiTConfig, STDiTSettings
 from .tokenizer import CausalTokenizer, TokenizerConfig, TokenizerSettings
 from .vqgan import VQGAN, VQGANConfig, VQGANSettings
+from .walt import WALT, WALTConfig, WALTSettings
 
-Settings = DiTSettings | TokenizerSettings | VQGANSettings
-Config = DiTConfig | TokenizerConfig | VQGANConfig
+Settings = DiTSettings | STDiTSettings | WALTSettings | TokenizerSettings | VQGANSettings
+Config = DiTConfig | STDiTConfig | WALTConfig | TokenizerConfig | VQGANConfig
 Objective = FlowMatching | DDPM | Reconstruction
 
 
@@ -29,6 +31,8 @@ class Family(NamedTuple):
 
 FAMILIES = {
     DiTSettings.name: Family(DiTSettings, DiTConfig, DiT),
+    STDiTSettings.name: Family(STDiTSettings, STDiTConfig, STDiT),
+    WALTSettings.name: Family(WALTSettings, WALTConfig, WALT),
     TokenizerSettings.name: Family(TokenizerSettings, TokenizerConfig, CausalTokenizer),
     VQGANSettings.name: Family(VQGANSettings, VQGANConfig, VQGAN),
 }
@@ -55,6 +59,12 @@ def _systems() -> dict[str, System]:
             for kind, attention in (("vdit", "joint"), ("latte", "factorized")):
                 video = DiTSettings(patch=patch, attention=attention, learn_sigma=True, **shape)
                 systems[f"{kind}-{name}"] = System(video, DDPM())
+        # Only XL was published; the others have DiT's shapes.
+        space_time = STDiTSettings(patch=(1, 2, 2), learn_sigma=True, **shape)
+        systems[f"stdit-{size.lower()}/1x2x2"] = System(space_time, DDPM())
+    velocity = DDPM(prediction="velocity", zero_snr=True)
+    for size in ("L", "XL"):
+        systems[f"walt-{size.lower()}"] = System(WALTSettings(**SIZES[size]), velocity)
     systems["walt-tokenizer"] = System(TokenizerSettings(), Reconstruction())
     systems["cascade-a"] = System(VQGANSettings(), Reconstruction(penalty_weight=1.0))
     return systems
@@ -63,8 +73,10 @@ def _systems() -> dict[str, System]:
 SYSTEMS = _systems()
 
 
-def configure(settings: Settings, channels: int, frames: int, size: tuple[int, int], num_classes: int) -> Config:
-    """What the model for data of this shape is built from.
+def configure(
+    settings: Settings, channels: int, frames: int, size: tuple[int, int], num_classes: int, text_width: int = 0
+) -> Config:
+    """What the model for data of this shape, with classes or with text of this width, is built from.
 
     Raises:
         ValueError: settings that do not fit the data, by name.
@@ -74,7 +86,12 @@ def configure(settings: Settings, channels: int, frames: int, size: tuple[int, i
         raise ValueError(f"model.patch is {patch}, that of an image model, but data.frames is {frames}, not 1")
     values = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
     values |= {"input_size": size if len(patch) == 2 else (frames, *size), "channels": channels}
-    return FAMILIES[settings.name].config(**values, num_classes=num_classes)
+    config = FAMILIES[settings.name].config
+    if text_width:
+        if "text_width" not in {item.name for item in dataclasses.fields(config)}:
+            raise ValueError(f"model is {settings.name!r}, which takes no text, but text.encoder was given")
+        values["text_width"] = text_width
+    return config(**values, num_classes=num_classes)
 
 
 def build(config: Config) -> nn.Module:
