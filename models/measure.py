@@ -66,7 +66,8 @@ def run(config: MeasureConfig) -> dict[str, float]:
     """Measure as configured; returns ``psnr`` and ``least psnr`` in dB.
 
     Raises:
-        ValueError: a file that is not a checkpoint, or one of a model that is not an autoencoder.
+        ValueError: a file that is not a checkpoint, one of a model that is not an autoencoder, or one of a tokenizer
+            under another name than its run gave it, which could not be written again.
     """
     for name in ("batches", "batch_size"):
         if getattr(config, name) < 1:
@@ -75,6 +76,10 @@ def run(config: MeasureConfig) -> dict[str, float]:
     trained = from_dict(checkpoint.train)
     if not isinstance(trained.objective, Reconstruction):
         raise ValueError(f"{path} was trained with objective {trained.objective.name!r}; it must be an autoencoder's")
+    if trained.model.name == "tokenizer" and path != checkpoints.path_of(path.parent, checkpoint.step):
+        raise ValueError(
+            f"{path} is not named as its run named it, {checkpoints.path_of(path.parent, checkpoint.step)}"
+        )
     device = choose_device(config.device)
     model = checkpoint.build().to(device).eval()
     training, judged = _sources(trained.data)

@@ -169,6 +169,8 @@ def needs(config: PlanConfig, *, training: bool) -> Needs:
     for name in ("frames", "batch_size", "gpus", "steps", "channels"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    if getattr(SYSTEMS[config.model].settings, "autoencoder", False):
+        raise ValueError(f"model is {config.model!r}, an autoencoder; it must be a model that denoises")
     for name, low, high in (("utilization", 0.01, 1.0), ("reserve", 0.0, 0.9)):
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be in [{low}, {high}]")

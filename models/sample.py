@@ -166,7 +166,12 @@ def sample_clips(
 
     The clips depend on ``seed`` and ``count``, those of solver ddpm on ``batch_size`` too. The solver is by default the
     first of the objective. ``decode`` makes pixels ``[B, C, T, H, W]`` of the samples of a model of latents.
+
+    Raises:
+        ValueError: an objective without a sampler, that of autoencoders.
     """
+    if objective.name not in SOLVERS:
+        raise ValueError(f"objective is {objective.name!r}; it may be one of {', '.join(SOLVERS)} to sample from noise")
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     shape = (model.config.channels, *model.config.input_size)
@@ -324,8 +329,6 @@ def run(config: SampleConfig) -> list[Path]:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     path, checkpoint = open_checkpoint(config.checkpoint)
     train = from_dict(checkpoint.train)
-    if train.objective.name not in SOLVERS:
-        raise ValueError(f"{path} was trained with objective {train.objective.name!r}, which nothing is sampled from")
     folder = config.out or path.parent / "samples"
     present = [str(file) for file in output_paths(folder) if file.exists()]
     if present and not config.overwrite:

@@ -18,11 +18,12 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import minisora_kernels as mk
-from models import measure, sample
+from models import measure, plan, sample
 from models.checkpoint import load
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig, merge
-from models.data import Batches, MovingDigits
+from models.data import Batches, MovingDigits, to_bytes
 from models.flow import FlowMatching
+from models.latents import identify, open_encoder
 from models.reconstruction import PatchDiscriminator, Reconstruction, laplacian, psnr, reverse_gradient
 from models.tokenizer import (
     CausalConv,
@@ -560,6 +561,8 @@ def test_objective_refuses():
         TrainConfig(objective=Reconstruction())
     with pytest.raises(ValueError, match="'reconstruction' goes with an autoencoder"):
         TrainConfig(model=TokenizerSettings(), objective=FlowMatching())
+    with pytest.raises(ValueError, match="'cascade-a', an autoencoder"):
+        plan.needs(plan.PlanConfig("cascade-a", "a100-80g"), training=True)
     with pytest.raises(ValueError, match="has a discriminator"):
         TrainConfig(model=VQGANSettings(discriminator=8), objective=Reconstruction())
 
@@ -709,8 +712,14 @@ def test_a_tokenizer_learns_is_measured_and_is_not_sampled(tmp_path):
     with torch.no_grad():
         z = model.encode(clip)
         torch.testing.assert_close(model.decode(z), model(clip)[0], rtol=1e-4, atol=1e-4)
+    encoder = open_encoder(identify(run), torch.device("cpu"))
+    torch.testing.assert_close(encoder.encode(to_bytes(clip)), z)
+    torch.testing.assert_close(encoder.decode(z), model.decode(z).clamp(-1, 1))
     assert z.mean((0, 2, 3, 4)).abs().max() < 1e-4 and (z.std((0, 2, 3, 4), unbiased=False) - 1).abs().max() < 1e-3
+    path.rename(run / "best.pt")
+    with pytest.raises(ValueError, match=r"best\.pt is not named as its run named it"):
+        measure.run(dataclasses.replace(config, checkpoint=run / "best.pt"))
     with av.open(str(run / "reconstructions.png")) as picture:
         assert picture.streams.video[0].height == 8 * 136 - 4
-    with pytest.raises(ValueError, match="'reconstruction', which nothing is sampled from"):
-        sample.run(sample.SampleConfig(run))
+    with pytest.raises(ValueError, match="objective is 'reconstruction'; it may be one of flow, ddpm"):
+        sample.run(sample.SampleConfig(run / "best.pt"))
