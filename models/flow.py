@@ -87,14 +87,14 @@ class FlowMatching:
     """A path, what the model predicts on it, and the loss.
 
         velocity      mean (model(x_t, t) - alpha' x_1 - sigma' x_0)^2
-        data          the same, of the velocity that the prediction stands for, with sigma at least 0.05 where it divides
+        data          the same, of the velocity that the prediction stands for; it is divided by max(sigma, 0.05)
         noise         mean w(t) (model(x_t, t) - x_0)^2
         score         mean w(t) (sigma model(x_t, t) + x_0)^2
 
-    The model is called with ``1000 t``. (SiT gives t itself to the sinusoid, which over [0, 1] is nearly a straight line.)
+    The model is called with ``1000 t``. (SiT gives its sinusoid t itself, and over [0, 1] that is nearly a straight line.)
     A narrow model learns faster to predict the data: it need not carry the noise of every pixel through its width.
 
-    Times stay away from the ends where a division by alpha or sigma fails: they lie in [start, 1 - eps], where ``eps`` is
+    Times stay away from the ends where a division by alpha or sigma fails: they lie in [start, 1 - eps], with
 
         path          prediction        eps in training    eps in sampling    start
         linear, gvp   velocity, data    0                  0                  0

@@ -26,6 +26,7 @@ from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
 from .config import from_dict
 from .data import to_bytes
+from .integrators import SolverOptions
 from .registry import Objective
 from .samplers import SOLVERS, sample
 
@@ -34,7 +35,7 @@ FORMATS = ("mp4", "gif", "png", "npz")
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(SolverOptions):
     """What to sample, and how."""
 
     checkpoint: tyro.conf.Positional[Path]
@@ -45,10 +46,13 @@ class SampleConfig:
     """Number of clips."""
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
     """Names or ids of the classes, dealt to the clips in turn; by default all."""
-    steps: int = 50
-    """Steps of the solver."""
-    solver: Literal["euler", "heun", "ddpm", "ddim"] | None = None
-    """Euler or Heun for a flow (default euler), DDPM or DDIM for a diffusion (default ddpm)."""
+    steps: int | None = None
+    """Steps of the solver; by default 50. dopri5 takes what its tolerances need."""
+    solver: (
+        Literal["euler", "heun", "midpoint", "rk4", "dopri5", "euler_maruyama", "heun_sde", "ddpm", "ddim"] | None
+    ) = None
+    """For a flow its ODE by euler (default), heun, midpoint, rk4 or dopri5, or its SDE by euler_maruyama or heun_sde.
+    For a diffusion ddpm (default) or ddim."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is none."""
     guidance_channels: int | None = None
@@ -133,9 +137,10 @@ def sample_clips(
     y: Tensor | None,
     *,
     solver: str | None = None,
-    steps: int,
+    steps: int | None,
     guidance: float = 1.0,
     guidance_channels: int | None = None,
+    options: SolverOptions | None = None,
     seed: int,
     batch_size: int = 16,
     progress: bool = False,
@@ -143,8 +148,8 @@ def sample_clips(
 ) -> Tensor:
     """uint8 ``[count, T, H, W, C]`` from the model, ``batch_size`` clips at a time, on the model's device.
 
-    The clips depend on ``seed`` and ``count``, those of solver ddpm on ``batch_size`` too. The solver is by default the
-    first of the objective.
+    The clips depend on ``seed`` and ``count``, those of dopri5 and of solvers that draw noise on ``batch_size`` too.
+    The solver is by default the first of the objective.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -152,7 +157,7 @@ def sample_clips(
     noise = torch.randn((count, *shape), generator=generator, device=device)
     clips = []
     starts = range(0, count, batch_size)
-    with progress_bar(total=len(starts) * steps, desc="sampling", disable=not progress) as bar:
+    with progress_bar(total=len(starts) * (steps or 1), desc="sampling", disable=not progress) as bar:
 
         def counted(steps: Iterable[int]) -> Iterator[int]:
             for step in steps:
@@ -170,6 +175,7 @@ def sample_clips(
                 steps=steps,
                 guidance=guidance,
                 guidance_channels=guidance_channels,
+                options=options,
                 generator=generator,
                 progress=counted,
                 cuda_graphs=cuda_graphs,
@@ -297,8 +303,9 @@ def run(config: SampleConfig) -> list[Path]:
             does not fit the model.
     """
     for name in ("count", "steps", "batch_size", "fps"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
     path, checkpoint = open_checkpoint(config.checkpoint)
     folder = config.out or path.parent / "samples"
     present = [str(file) for file in output_paths(folder) if file.exists()]
@@ -319,9 +326,10 @@ def run(config: SampleConfig) -> list[Path]:
             config.count,
             y,
             solver=config.solver,
-            steps=config.steps,
+            steps=50 if config.steps is None and config.solver != "dopri5" else config.steps,
             guidance=config.guidance,
             guidance_channels=config.guidance_channels,
+            options=config,
             seed=config.seed,
             batch_size=config.batch_size,
             progress=True,

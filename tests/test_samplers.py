@@ -80,7 +80,7 @@ def test_flow_times():
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "data"])
-@pytest.mark.parametrize("solver", SOLVERS["flow"])
+@pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_flow_step_by_step(solver, prediction):
     """Three steps against the objective's own velocity."""
 
