@@ -91,7 +91,7 @@ class FlowMatching:
         noise         mean w(t) (model(x_t, t) - x_0)^2
         score         mean w(t) (sigma model(x_t, t) + x_0)^2
 
-    The model is called with ``1000 t``. (SiT gives its sinusoid t itself, and over [0, 1] that is nearly a straight line.)
+    The model is called with ``1000 t``. (SiT gives its sinusoid t itself, which over [0, 1] is nearly a straight line.)
     A narrow model learns faster to predict the data: it need not carry the noise of every pixel through its width.
 
     Times stay away from the ends where a division by alpha or sigma fails: they lie in [start, 1 - eps], with
