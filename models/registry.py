@@ -7,13 +7,16 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from . import cascade
+from .cascade import Cascade, CascadeConfig, CascadeSettings
 from .diffusion import DDPM
 from .dit import SIZES, DiT, DiTConfig, DiTSettings
 from .flow import FlowMatching
+from .logsnr import LogSNR
 
-Settings = DiTSettings
-Config = DiTConfig
-Objective = FlowMatching | DDPM
+Settings = DiTSettings | CascadeSettings
+Config = DiTConfig | CascadeConfig
+Objective = FlowMatching | DDPM | LogSNR
 
 
 class Family(NamedTuple):
@@ -24,8 +27,11 @@ class Family(NamedTuple):
     model: type[nn.Module]
 
 
-FAMILIES = {DiTSettings.name: Family(DiTSettings, DiTConfig, DiT)}
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (FlowMatching, DDPM)}
+FAMILIES = {
+    DiTSettings.name: Family(DiTSettings, DiTConfig, DiT),
+    CascadeSettings.name: Family(CascadeSettings, CascadeConfig, Cascade),
+}
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (FlowMatching, DDPM, LogSNR)}
 
 
 class System(NamedTuple):
@@ -48,6 +54,11 @@ def _systems() -> dict[str, System]:
             for kind, attention in (("vdit", "joint"), ("latte", "factorized")):
                 video = DiTSettings(patch=patch, attention=attention, learn_sigma=True, **shape)
                 systems[f"{kind}-{name}"] = System(video, DDPM())
+    for name, shape in cascade.SIZES.items():
+        image = CascadeSettings(**shape)
+        objective = LogSNR(sample_shift=2.0 if name.startswith("c-") else 1.0)
+        systems[f"cascade-{name}"] = System(image, objective)
+        systems[f"cascade-{name}/video"] = System(cascade.with_time(image), objective)
     return systems
 
 

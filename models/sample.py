@@ -53,6 +53,8 @@ class SampleConfig:
     """Scale of classifier-free guidance; 1 is none."""
     guidance_channels: int | None = None
     """Guide the first so many channels only; by default all."""
+    guidance_rescale: float = 0.0
+    """Share of the guided prediction that gets the spread of the one with classes; 0.7 is usual with strong guidance."""
     seed: int = 0
     batch_size: int = 16
     """Clips made at a time."""
@@ -136,6 +138,7 @@ def sample_clips(
     steps: int,
     guidance: float = 1.0,
     guidance_channels: int | None = None,
+    guidance_rescale: float = 0.0,
     seed: int,
     batch_size: int = 16,
     progress: bool = False,
@@ -170,6 +173,7 @@ def sample_clips(
                 steps=steps,
                 guidance=guidance,
                 guidance_channels=guidance_channels,
+                guidance_rescale=guidance_rescale,
                 generator=generator,
                 progress=counted,
                 cuda_graphs=cuda_graphs,
@@ -322,6 +326,7 @@ def run(config: SampleConfig) -> list[Path]:
             steps=config.steps,
             guidance=config.guidance,
             guidance_channels=config.guidance_channels,
+            guidance_rescale=config.guidance_rescale,
             seed=config.seed,
             batch_size=config.batch_size,
             progress=True,

@@ -12,12 +12,13 @@ from minisora_kernels import guided_step
 
 from .diffusion import Schedule, schedule
 from .flow import FlowMatching
-from .objectives import TIMESTEPS
+from .logsnr import LogSNR, logsnr, noise_level, scales
+from .objectives import TIMESTEPS, at_least_float32, expand
 from .registry import Objective
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
-SOLVERS = {"flow": ("euler", "heun"), "ddpm": ("ddpm", "ddim")}
+SOLVERS = {"flow": ("euler", "heun"), "ddpm": ("ddpm", "ddim"), "logsnr": ("ddpm", "ddim")}
 
 
 class Plan(NamedTuple):
@@ -58,8 +59,57 @@ def diffusion_plan(solver: str, steps: int, guidance: float) -> Plan:
     return Plan(tables.timesteps, _stack(columns, tables.timesteps))
 
 
+def logsnr_plan(objective: LogSNR, solver: str, steps: int, guidance: float) -> Plan:
+    """DDPM and DDIM over the logSNR of evenly spaced r from 1 to 0, with ``objective.sample_shift``.
+
+        x' = a' x_0 + sqrt(b'^2 - sigma^2) e + sigma z       sigma = b' / b sqrt(1 - a^2 / a'^2) for DDPM, 0 for DDIM
+
+    The last step returns x_0 itself (a' = 1, b' = 0), not the noisy sample at the schedule's bound. On the CPU, in
+    float64.
+    """
+    value = logsnr(torch.linspace(1, 0, steps + 1, dtype=torch.float64), objective.sample_shift)
+    a, b = (scale[:-1] for scale in scales(value))
+    next_a, next_b = (torch.cat((scale[1:-1], end)) for scale, end in zip(scales(value), a.new_tensor([[1], [0]])))
+    # x_0 and e as sums of x and of the prediction
+    zero, one = torch.zeros_like(a), torch.ones_like(a)
+    if objective.prediction == "noise":
+        x_0, e = (1 / a, -b / a), (zero, one)
+    else:
+        x_0, e = (a, -b), (b, a)
+    sigma = next_b / b * (1 - (a / next_a).square()).sqrt() if solver == "ddpm" else zero
+    of_e = (next_b.square() - sigma.square()).sqrt()
+    columns = (guidance, next_a * x_0[0] + of_e * e[0], next_a * x_0[1] + of_e * e[1], sigma, 0.0)
+    times = noise_level(value[:-1])[:, None] * TIMESTEPS
+    return Plan(times, _stack((c if isinstance(c, float) else c[:, None] for c in columns), times))
+
+
 def _stack(columns: Iterable[float | Tensor], like: Tensor) -> Tensor:
     return torch.stack([torch.as_tensor(column, dtype=torch.float64).expand(like.shape) for column in columns], dim=-1)
+
+
+def rescaled(cond: Tensor, null: Tensor, guidance: Tensor | float, share: float, count: int, guided: int) -> Tensor:
+    """The guided prediction, a share of which has the spread of the one with classes.
+
+        g = null + w (cond - null)          share g std(cond) / std(g) + (1 - share) g
+
+    The standard deviation is over all of a sample (StableCascade takes it over the batch, so that a sample depends on
+    its batch-mates). Strong guidance widens the prediction, and pictures come out overexposed (Lin et al. 2023, arXiv
+    2305.08891).
+
+    Args:
+        cond, null: ``[B, C, ...]``, or ``[B, 2 C, ...]`` with a learned variance, which stays that of cond.
+        count: C.
+        guided: how many of the C channels are guided.
+
+    Returns:
+        as cond, in fp32 at least.
+    """
+    cond, null = at_least_float32(cond), at_least_float32(null)
+    g = cond[:, :count].clone()
+    g[:, :guided] = torch.lerp(null[:, :guided], cond[:, :guided], guidance)
+    spread, wanted = (expand(part.flatten(1).std(1), g) for part in (g, cond[:, :count]))
+    g = g * (share * wanted / spread.clamp_min(1e-9) + 1 - share)
+    return torch.cat((g, cond[:, count:]), dim=1)
 
 
 class Predictor:
@@ -164,6 +214,7 @@ def sample(
     steps: int,
     guidance: float = 1.0,
     guidance_channels: int | None = None,
+    guidance_rescale: float = 0.0,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
     cuda_graphs: bool = False,
@@ -176,10 +227,12 @@ def sample(
         noise: ``[B, C, ...]``, standard normal.
         y: classes ``[B]``, or None for an unconditional model.
         solver: ``"euler"`` or ``"heun"`` (two calls a step, second order) for flow matching; ``"ddpm"`` (ancestral) or
-            ``"ddim"`` (deterministic, eta = 0; Song et al. 2020, arXiv 2010.02502) for DDPM.
+            ``"ddim"`` (deterministic, eta = 0; Song et al. 2020, arXiv 2010.02502) for DDPM and LogSNR.
         steps: of the solver; DDPM and DDIM use that many evenly spaced ones of the 1000.
         guidance: classifier-free guidance scale; 1 is none and costs half.
         guidance_channels: guide the first so many channels only; None guides all.
+        guidance_rescale: share of the guided prediction that :func:`rescaled` gives the spread of the one with classes;
+            it is computed in PyTorch, not by the op.
         generator: of the noise that ``"ddpm"`` adds at each step.
         progress: wraps the iterable of steps, as tqdm does.
         cuda_graphs: replay the steps as CUDA graphs; the capture takes four calls. Not run on a GPU.
@@ -197,15 +250,25 @@ def sample(
         raise ValueError(f"steps is {steps}; it must be at least 1")
     if guidance_channels is not None and guidance == 1:
         raise ValueError(f"guidance_channels is {guidance_channels}, but guidance is 1, which is none")
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale is {guidance_rescale}; it must be in [0, 1]")
+    if guidance_rescale > 0 and guidance == 1:
+        raise ValueError(f"guidance_rescale is {guidance_rescale}, but guidance is 1, which is none")
     predict = Predictor(model, y, guidance)
     if isinstance(objective, FlowMatching):
         plan = flow_plan(objective, solver, steps, guidance)
+    elif isinstance(objective, LogSNR):
+        plan = logsnr_plan(objective, solver, steps, guidance)
     else:
         plan = diffusion_plan(solver, steps, guidance)
 
     def update(x: Tensor, condition: Tensor, row: Tensor, z: Tensor | None) -> Tensor:
         cond, null = predict(x, condition)
         objective.check(cond, x)
+        if null is not None and guidance_rescale > 0:
+            count = x.shape[1]
+            cond = rescaled(cond, null, guidance, guidance_rescale, count, guidance_channels or count)
+            return guided_step(x, cond, row, z=z)
         return guided_step(x, cond, row, null=null, z=z, channels=guidance_channels)
 
     if cuda_graphs:

@@ -43,7 +43,7 @@ class Recorder:
 
 
 def test_registry():
-    assert {name: kind.name for name, kind in OBJECTIVES.items()} == {"flow": "flow", "ddpm": "ddpm"}
+    assert {name: kind.name for name, kind in OBJECTIVES.items()} == {n: n for n in ("flow", "ddpm", "logsnr")}
 
 
 @pytest.mark.parametrize("timesteps", ["uniform", "logit_normal"])
