@@ -13,16 +13,17 @@ A stage is a U-Net whose levels are strings of block letters, repeated; x is ``[
     up     z   = level_i(z, skip = z_i) ``repeats`` times, Linear between two, then resample; the deepest has no skip
     output = unpatchify(Linear(LN(z)))
 
-Stage C makes small latents (16 x 24 x 24 of a 1024 x 1024 picture) and keeps their resolution; stage B makes the latents
-of an autoencoder under the condition of those of stage C, and halves the resolution from level to level.
+Stage C makes small latents (16 x 24 x 24 of a 1024 x 1024 picture) and keeps their resolution; stage B makes the
+latents of an autoencoder under the condition of those of stage C, and halves the resolution from level to level.
 
 Video: frames share all blocks but V, whose rotary embedding tells their order. Its output projection starts at 0, and
 so does the depthwise convolution over time that C may have: with the weights of an image model a video model makes the
 frames that the image model makes (``inflate.py``).
 
-What is not upstream's: its "sca" and "crp" inputs of T, constants unless a caller sets them, are part of T's bias; there
-is no dropout inside the attention; the transposed convolution on the way up is the same Linear, laid out. The attention
-of A is torch's, not a kernel of this project: its keys come from two places.
+What differs from StableCascade's code: its further inputs of T ("sca", "crp"), constants unless a caller sets them, are
+left to T's bias; there is no dropout inside the attention; the convolutions that change the resolution are written as
+Linear on 2 x 2 sites. Where there are conditioning tokens, the attention of A is torch's, not a kernel of this project:
+its keys come from two places.
 """
 
 from __future__ import annotations
@@ -244,10 +245,10 @@ def norm(x: Tensor) -> Tensor:
 def gelu_grn(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
     """Exact GELU, then global response normalisation frame by frame (Woo et al. 2023, arXiv 2301.00808).
 
-        a = gelu(x)          G = sqrt(sum of a^2 over the sites)          y = weight (a G / (mean of G + 1e-6)) + bias + a
+        a = gelu(x)        G = sqrt(sum of a^2 over the sites)        y = weight (a G / (mean of G + 1e-6)) + bias + a
 
-    ``x``: ``[B, N, C]``, tokens of ``groups`` frames one after the other; ``weight``, ``bias``: ``[C]``. The sum and the
-    mean over the channels are at least fp32. Plain PyTorch.
+    ``x``: ``[B, N, C]``, tokens of ``groups`` frames one after the other; ``weight``, ``bias``: ``[C]``. Sums and means
+    are at least fp32. Plain PyTorch.
     """
     a = F.gelu(x).unflatten(1, (groups, -1))
     response = torch.linalg.vector_norm(a, dim=2, keepdim=True, dtype=torch.promote_types(a.dtype, torch.float32))
@@ -608,11 +609,8 @@ class Cascade(nn.Module):
         if isinstance(y, Text):
             if not config.text_width:
                 raise ValueError("y is a Text, but the model has text_width = 0")
-            if (
-                y.states.dim() != 3
-                or y.mask.shape != y.states.shape[:2]
-                or y.states.shape[::2] != (batch, config.text_width)
-            ):
+            wanted = (batch, y.mask.shape[-1], config.text_width)
+            if tuple(y.states.shape) != wanted or tuple(y.mask.shape) != wanted[:2]:
                 raise ValueError(
                     f"y is a Text of shapes {tuple(y.states.shape)} and {tuple(y.mask.shape)}; they must be "
                     f"[{batch}, L, {config.text_width}] and [{batch}, L]"
@@ -620,7 +618,7 @@ class Cascade(nn.Module):
         elif y is None:
             if config.num_classes or config.text_width:
                 raise ValueError(
-                    f"y is None; the model has {config.num_classes} classes, text_width {config.text_width}"
+                    f"y is None; a model with {config.num_classes} classes and text_width {config.text_width} needs one"
                 )
         elif not config.num_classes:
             raise ValueError("y holds classes, but the model has num_classes = 0")
@@ -636,8 +634,8 @@ class Cascade(nn.Module):
                 raise ValueError(f"{name} were given to a model without {name[:-1]}_channels")
             frames = config.grid[:1] if len(config.patch) == 3 else ()
             if tuple(given.shape[:-2]) != (batch, channels, *frames):
-                wanted = ", ".join(map(str, (batch, channels, *frames, "h", "w")))
-                raise ValueError(f"{name} have shape {tuple(given.shape)}; it must be [{wanted}]")
+                shape = ", ".join(map(str, (batch, channels, *frames, "h", "w")))
+                raise ValueError(f"{name} have shape {tuple(given.shape)}; it must be [{shape}]")
 
 
 class Conditioned(nn.Module):

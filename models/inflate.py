@@ -36,7 +36,7 @@ def load_image_weights(
 
     Args:
         model: a DiT or a Cascade for video.
-        image_state: the image model's ``state_dict()``: of the same widths, heads, patch in space, channels and classes,
+        image_state: the image model's ``state_dict()``: of the same widths, heads, patch in space, channels, classes,
             and, for a DiT, of the same height and width.
         patch: where in the frames of a token the patch embedding goes.
         frame_positions: add to a DiT's positions how those of the later frames differ from those of the first. Then
@@ -77,7 +77,7 @@ def load_image_weights(
             )
         state[target] = value
         taken.add(target)
-    for name in state.keys() - taken:
+    for name in [name for name in state if name not in taken]:
         if not _temporal(name, factorized):
             raise ValueError(f"image_state is without {name!r}")
         if re.search(r"adaLN_modulation|\.V\.proj\.|\.temporal$", name):

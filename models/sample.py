@@ -54,7 +54,7 @@ class SampleConfig:
     guidance_channels: int | None = None
     """Guide the first so many channels only; by default all."""
     guidance_rescale: float = 0.0
-    """Share of the guided prediction that gets the spread of the one with classes; 0.7 is usual with strong guidance."""
+    """Share of the guided prediction that gets the spread of the one with classes; StableCascade takes 0.7."""
     seed: int = 0
     batch_size: int = 16
     """Clips made at a time."""

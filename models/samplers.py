@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisora_kernels import guided_step
@@ -69,7 +70,7 @@ def logsnr_plan(objective: LogSNR, solver: str, steps: int, guidance: float) -> 
     """
     value = logsnr(torch.linspace(1, 0, steps + 1, dtype=torch.float64), objective.sample_shift)
     a, b = (scale[:-1] for scale in scales(value))
-    next_a, next_b = (torch.cat((scale[1:-1], end)) for scale, end in zip(scales(value), a.new_tensor([[1], [0]])))
+    next_a, next_b = (F.pad(scale[1:-1], (0, 1), value=end) for scale, end in zip(scales(value), (1, 0), strict=True))
     # x_0 and e as sums of x and of the prediction
     zero, one = torch.zeros_like(a), torch.ones_like(a)
     if objective.prediction == "noise":
