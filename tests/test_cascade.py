@@ -402,10 +402,9 @@ def test_checkpointing_gives_the_same_gradients(name, dropout):
 
 
 def test_compiles_without_a_graph_break():
-    config = replace(
-        STAGE_B, widths=(8, 16), heads=(1, 2), levels=("CT", "CTAFV"), down=(1, 1), up=(1, 1), repeats=(2, 1)
-    )
-    config = replace(config, dropout=(0.0, 0.0), num_classes=5, temporal_convolution=True)
+    levels = {"widths": (8, 16), "heads": (1, 2), "levels": ("CT", "CTAFV"), "dropout": (0.0, 0.0)}
+    counts = {"down": (1, 1), "up": (1, 1), "repeats": (2, 1)}
+    config = replace(STAGE_B, **levels, **counts, num_classes=5, temporal_convolution=True)
     model = randomized(Cascade(config))
     x, t, y, given = inputs(config)
     expected = gradients(model(x, t, y, **given), dict(model.named_parameters()))

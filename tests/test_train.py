@@ -403,7 +403,7 @@ def test_the_command_line_lists_and_chooses(capsys):
     assert "latte-xl/1x2x2" in capsys.readouterr().out
     with pytest.raises(ValueError, match="model is 'unet'; it may be 'list' or one of dit-s/2"):
         parse(["--model", "unet"])
-    config = parse(["--preset", "digits", "--objective", "ddpm", "--model.learn-sigma", "True"])[0]
+    config = parse(["--preset", "digits", "--objective", "ddpm", "--model.learn-sigma"])[0]
     assert config.objective == DDPM() and config.model == dataclasses.replace(PRESETS["digits"].model, learn_sigma=True)
     assert parse(["--objective.prediction", "data"])[0].objective == FlowMatching("data")
     with pytest.raises(SystemExit):
