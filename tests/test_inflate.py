@@ -149,6 +149,6 @@ def test_refuses():
         load_image_weights(video, DiT(replace(DIT, depth=1)).state_dict())
     with pytest.raises(ValueError, match=r"'y_embedder\.embedding_table\.weight' makes shape \(5, 32\)"):
         load_image_weights(video, DiT(replace(DIT, num_classes=4)).state_dict())
-    with pytest.raises(ValueError, match="image_state is without 'embedding.weight'"):
+    with pytest.raises(ValueError, match=r"image_state is without 'embedding\.weight'"):
         load_image_weights(Cascade(STAGE_C), {})
     assert all(torch.equal(before[name], value) for name, value in video.state_dict().items())
