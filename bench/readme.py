@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import RESULTS, ROOT, key, load
-from bench.report import NO_RATIO, about, counted, markdown, milliseconds, ratio
+from bench.report import NO_RATIO, about, counted, markdown, milliseconds, of_roofline, ratio
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -41,14 +41,19 @@ def _ops(records: list[Cases]) -> list[str]:
     return markdown(("op", "shape", "dtype", *(f"{direction}: {column}" for direction, column in OP_CELLS)), rows)
 
 
-def _models(records: list[Cases]) -> list[str]:
+def _models(records: list[Cases], ceilings: list[dict[str, Any]]) -> list[str]:
     names = {name: None for cases in records for name in cases if name[0] in MODELS}
     rows = []
     for *place, direction in names:
         found = [cases.get((*place, direction)) for cases in records]
         ours = " / ".join(milliseconds(case["columns"]["ours"]["median"]) if case else NO_RATIO for case in found)
-        rows.append((*place, direction, ours, *(_cell(records, tuple(place), direction, part) for part in MODEL_CELLS)))
-    return markdown(("", "model", "dtype", "direction", "ours, ms", "best eager", "as written", "compile"), rows)
+        shares = " / ".join(
+            of_roofline(case, each) if case else NO_RATIO for case, each in zip(found, ceilings, strict=True)
+        )
+        ratios = (_cell(records, tuple(place), direction, part) for part in MODEL_CELLS)
+        rows.append((*place, direction, ours, *ratios, shares))
+    header = ("", "model", "dtype", "direction", "ours, ms", "best eager", "as written", "compile", "ours of roofline")
+    return markdown(header, rows)
 
 
 def section(records: list[dict[str, Any]], plots: list[str]) -> list[str]:
@@ -60,7 +65,7 @@ def section(records: list[dict[str, Any]], plots: list[str]) -> list[str]:
         "",
         f"Time of the other column over that of ours, medians, allocator {settings}; above 1 ours is faster.",
         "",
-        *_models(cases),
+        *_models(cases, [record["ceilings"] for record in records]),
         "",
         "A sampling run is of four steps; what stands there as written is ours with modulations computed step by step.",
         "",

@@ -58,6 +58,11 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def of_roofline(case: dict[str, Any], ceilings: dict[str, Any]) -> str:
+    least, bound = roofline(case, ceilings)
+    return f"{least / case['columns']['ours']['median']:.0%} ({bound})"
+
+
 def timings(record: dict[str, Any]) -> list[str]:
     header = (
         *("op", "shape", "dtype", "direction", "ours ms", "eager", "compile", "as written", "in compile"),
@@ -66,7 +71,6 @@ def timings(record: dict[str, Any]) -> list[str]:
     rows = []
     for case in record["cases"]:
         ours = case["columns"]["ours"]["median"]
-        least, bound = roofline(case, record["ceilings"])
         name = written(case)
         rows.append(
             (
@@ -78,7 +82,7 @@ def timings(record: dict[str, Any]) -> list[str]:
                 ratio(case, "ours in compile", with_spread=False),
                 f"{case['bytes'] / ours / 1e9:.1f}",
                 f"{case['flops'] / ours / 1e9:.0f}" if case["flops"] else NO_RATIO,
-                f"{least / ours:.0%} ({bound})",
+                of_roofline(case, record["ceilings"]),
                 size(case["peak"]["ours"]) if "peak" in case else NO_RATIO,
             )
         )

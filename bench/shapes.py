@@ -215,7 +215,11 @@ def _model(size: str, clip: Triple, depth: int | None = None, **options) -> Mode
 
 
 BLOCK = (_model("XL", (16, 256, 256), quick=True, depth=2, dtypes=LONG),)
-TRAINING_STEP = (_model("B", (16, 256, 256), dtypes=LONG), _model("S", (16, 256, 256)))
+TRAINING_STEP = (
+    _model("B", (16, 256, 256), dtypes=LONG),
+    _model("S", (16, 256, 256), dtypes=LONG),
+    _model("S", (8, 256, 256), dtypes=("float32",)),
+)
 SAMPLING_STEP = TRAINING_STEP
 # A short clip: the shorter, the more of a step goes into what does not depend on the tokens.
 SAMPLING_RUN = (_model("XL", (1, 256, 256), depth=2),)

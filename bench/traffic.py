@@ -41,6 +41,30 @@ def _dy(values: dict[str, Any]) -> int:
     return passes + values["need_x"] * blocks(patch_embed.VIDEO_ELEMENTS)
 
 
+def _blocks(values: dict[str, Any], rows: int) -> int:
+    """Blocks of ``rows`` tokens that a window of more than 64 is cut into; each passes over the whole window."""
+    return -(-values["wt"] * values["wh"] * values["ww"] // rows)
+
+
+def _long(values: dict[str, Any]) -> bool:
+    from minisora_kernels.triton import window_attention
+
+    return values["wt"] * values["wh"] * values["ww"] > window_attention.SHORT
+
+
+def _passes(values: dict[str, Any]) -> int:
+    from minisora_kernels.triton import window_attention
+
+    return _blocks(values, window_attention.block_of(values["qkv"].dtype, values["qkv"].shape[-1]))
+
+
+def _bias_passes(values: dict[str, Any]) -> int:
+    """Over q, k, v and dout for dbias."""
+    from minisora_kernels.triton import window_attention
+
+    return _blocks(values, window_attention.bias_block_of(values["qkv"].dtype)) if values["with_dbias"] else 0
+
+
 TRAFFIC = {
     "adaln_fwd": Traffic({"x": 1}, {"y": 1, "mean": 1, "rstd": 1}),
     "adaln_bwd": Traffic({"dy": 1, "x": 1}, {"dx": 1}),
@@ -57,9 +81,21 @@ TRAFFIC = {
     "patch_embed_bwd": Traffic({"x": _video, "dy": _dy}, {"dx": lambda values: int(values["need_x"])}),
     "unpatchify_fwd": Traffic({"tokens": 1}, {"video": 1}),
     "unpatchify_bwd": Traffic({"dvideo": 1}, {"dtokens": 1}),
-    # Windows of up to 64 tokens. The backward reads q and k once more, from the caches, for the gradient of their norm.
-    "window_attention_fwd": Traffic({"qkv": 1}, {"out": 1, "softmax": 1}),
-    "window_attention_bwd": Traffic({"dout": 1, "qkv": 5 / 3, "softmax": 1, "out": 0}, {"dqkv": 1}),
+    # The backward reads q and k once more for the gradient of their norm. What of a long window is read more than once
+    # comes from the caches: k and v of a window and head are 100 KB at 320 tokens. Where q and k are prepared by a pass
+    # of their own, reading what was prepared counts as reading qkv.
+    "window_attention_fwd": Traffic(
+        {"qkv": lambda values: (1 + 2 * _passes(values)) / 3 if _long(values) else 1}, {"out": 1, "softmax": 1}
+    ),
+    "window_attention_bwd": Traffic(
+        {
+            "dout": lambda values: 2 + _passes(values) + _bias_passes(values) if _long(values) else 1,
+            "qkv": lambda values: 5 / 3 + (_passes(values) + _bias_passes(values) if _long(values) else 0),
+            "softmax": lambda values: 1 + _passes(values) + _bias_passes(values) if _long(values) else 1,
+            "out": lambda values: int(_long(values)),
+        },
+        {"dqkv": 1},
+    ),
 }
 
 # The names of results that have none in their schema.
@@ -85,12 +121,7 @@ def passes(table: dict[str, Passes], values: dict[str, Any]) -> dict[str, float]
 
 
 def bytes_moved(name: str, values: dict[str, Any], scratch: int) -> dict[str, int]:
-    """``must``: bytes if every tensor passed once. ``does``: as often as the table says, and ``scratch`` twice.
-
-    Nothing for windows of more than 64 tokens: how often their keys and values pass depends on the caches.
-    """
-    if name.startswith("window_attention") and values["wt"] * values["wh"] * values["ww"] > 64:
-        return {}
+    """``must``: bytes if every tensor passed once. ``does``: as often as the table says, and ``scratch`` twice."""
     traffic = [passes(table, values) for table in TRAFFIC[name]]
     must, does = 0, 0.0
     for key, tensor in values.items():

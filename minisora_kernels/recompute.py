@@ -52,14 +52,13 @@ def recompute_adaln(
     if backend == "reference" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         yield
         return
-    storage, dtype, device, version = y.untyped_storage().data_ptr(), y.dtype, y.device.type, y._version
+    storage, dtype, device, version = y.untyped_storage()._cdata, y.dtype, y.device.type, y._version
     made_of = tuple(None if tensor is None else tensor.detach() for tensor in (x, shift, scale, weight, bias))
     versions = [tensor._version for tensor in made_of if tensor is not None]
 
     def pack(tensor: Tensor) -> Any:
-        # Memory of no bytes is at 0, whosever it is; a y that was changed is not what adaln makes.
-        same = tensor.untyped_storage().data_ptr() == storage != 0
-        if not same or tensor.dtype != dtype or tensor._version != version:
+        # A y that was changed is not what adaln makes.
+        if tensor.untyped_storage()._cdata != storage or tensor.dtype != dtype or tensor._version != version:
             return tensor.detach()  # an op that saves its own result would else keep itself alive
         return made_of, (tensor.size(), tensor.stride(), tensor.storage_offset())
 

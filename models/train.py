@@ -37,7 +37,8 @@ from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
 from .checkpoint import Checkpoint
 from .config import TrainConfig, as_plain, choose, from_dict, load, preset, start_parser
-from .data import Batches, Source, open_source
+from .data import Batches, BucketBatches, Prefetching, Source, open_source
+from .latents import Decoder
 from .registry import OBJECTIVES, build, configure
 from .sample import (
     choose_backend,
@@ -154,6 +155,9 @@ class Trainer:
             cache_bytes=data.cache_megabytes << 20,
         )
         self.classes = list(self.source.classes)
+        # What made the latents, if the clips are latents: their previews need it, so it must be there from the start.
+        self.encoder: dict[str, Any] | None = getattr(self.source, "encoder", None)
+        self.decode = None if self.encoder is None else Decoder(self.encoder, self.device)
         channels, frames, height, width = self.source.shape
         built_from = configure(config.model, channels, frames, (height, width), len(self.classes))
         torch.manual_seed(config.seed)
@@ -171,18 +175,52 @@ class Trainer:
         self.trained = trained
         self.objective = config.objective
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
-        self.batches = Batches(self.source, config.batch_size, config.seed)
+        self.batches = self._batches()
         self.step = 0
+        self.tokens = 0
         if resume is not None:
             self._restore(resume)
         if config.compile:
             self.model.compile()
+
+    def _batches(self) -> Prefetching:
+        """Batches of one size, or, with buckets, of as many samples of a bucket's size as ``batch_tokens`` allows."""
+        config = self.config
+        if not config.data.buckets:
+            return Batches(self.source, config.batch_size, config.seed)
+        if not hasattr(self.model, "any_size"):
+            raise ValueError(f"data.buckets needs a model for inputs of any size; {config.model.name!r} has one size")
+        if not hasattr(self.source, "split"):
+            raise ValueError(f"data.buckets cannot be filled from {config.data.source!r}: its clips have one size")
+        self.model.any_size = True
+        for frames, *size in config.data.buckets:
+            try:
+                configure(config.model, self.source.shape[0], frames, tuple(size), len(self.classes))
+            except ValueError as error:
+                raise ValueError(f"data.buckets has {(frames, *size)}, which the model cannot take: {error}") from error
+        sources = self.source.split(config.data.buckets)
+        sizes = []
+        for source in sources:
+            tokens = self._tokens(source.shape[1:])
+            size = config.batch_tokens // tokens // config.accumulation * config.accumulation
+            if not size:
+                needed = f"{config.accumulation} sample{'s' * (config.accumulation > 1)} of {tokens} tokens"
+                raise ValueError(f"batch_tokens is {config.batch_tokens}; bucket {source.shape[1:]} needs {needed}")
+            sizes.append(size)
+        return BucketBatches(sources, sizes, config.seed)
+
+    def _tokens(self, size: tuple[int, ...]) -> int:
+        """Tokens of a sample of this many cells per axis."""
+        return self.model.tokens_per_sample * math.prod(size) // math.prod(self.model.config.input_size)
 
     def _restore(self, saved: Checkpoint) -> None:
         built_from = as_plain(self.model.config)
         if saved.config != built_from or saved.classes != self.classes:
             changed = sorted(key for key in built_from if saved.config.get(key) != built_from[key]) or ["classes"]
             raise ValueError(f"the checkpoint does not match the data: {', '.join(changed)} differ")
+        # The file may have been moved since, so its path may differ.
+        if any((saved.encoder or {}).get(k) != (self.encoder or {}).get(k) for k in ("kind", "sha256", "mean", "std")):
+            raise ValueError(f"the checkpoint does not match the data: its encoder was {saved.encoder}")
         was = "cuda" if "cuda" in saved.rng else "cpu"
         if was != self.device.type:
             raise ValueError(
@@ -210,12 +248,14 @@ class Trainer:
             ema=self.ema.state_dict(),
             optimizer=self.optimizer.state_dict(),
             rng=rng,
+            encoder=self.encoder,
         )
 
     def train_step(self) -> tuple[Tensor, Tensor, float]:
         """One optimizer step: mean loss of the batch, norm of the gradient before clipping, learning rate."""
         config = self.config
         x, y = self.batches.batch(self.step)
+        self.tokens += len(x) * self._tokens(x.shape[2:])
         x = x.to(self.device, non_blocking=True)
         if len(self.model.config.input_size) == 2:
             x = x.squeeze(2)
@@ -248,6 +288,7 @@ class Trainer:
             steps=preview.steps,
             guidance=preview.guidance,
             seed=self.config.seed,
+            decode=self.decode,
         )
         return contact_sheet(clips.numpy())
 
@@ -264,7 +305,7 @@ class Log:
         self.board: SummaryWriter = SummaryWriter(str(folder), purge_step=trainer.step or None)
         self.bar = progress_bar(total=config.steps, initial=trainer.step, desc=folder.name, unit="step")
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
-        self.tokens = config.batch_size * trainer.model.tokens_per_sample
+        self.tokens = trainer.tokens
         self.since = time.perf_counter()
 
     def add(self, loss: Tensor, norm: Tensor, rate: float) -> None:
@@ -283,7 +324,8 @@ class Log:
             return
         rows = [(step, loss.item(), norm.item(), rate) for step, loss, norm, rate in self.pending]
         self.pending.clear()
-        speed = self.tokens * len(rows) / (time.perf_counter() - self.since)
+        speed = (self.trainer.tokens - self.tokens) / (time.perf_counter() - self.since)
+        self.tokens = self.trainer.tokens
         self.losses.write(rows)
         step, loss, norm, rate = rows[-1]
         for name, value in (("loss", loss), ("gradient norm", norm), ("learning rate", rate), ("tokens/s", speed)):
@@ -401,7 +443,8 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
     default = choose(default, start.model, start.objective)
     description = (
         f"{__doc__}\nStart from --preset NAME, --config FILE or --resume RUN, then choose a system with --model NAME "
-        f"('list' shows them) and an objective with --objective {{{','.join(OBJECTIVES)}}}; the options below change it."
+        f"('list' shows them) and an objective with --objective {{{','.join(OBJECTIVES)}}}; the options below change "
+        "it."
     )
     config = tyro.cli(
         tyro.conf.AvoidSubcommands[TrainConfig],

@@ -121,7 +121,7 @@ def test_other_files_and_versions_are_refused_with_the_reason(tmp_path):
     path = save(tmp_path, make(1), keep=1)
     content = torch.load(path, weights_only=True)
     torch.save(content | {"format": 99}, path)
-    with pytest.raises(ValueError, match="format version 99; this code reads version 1"):
+    with pytest.raises(ValueError, match="format version 99; this code reads version 2"):
         load(path)
     with pytest.raises(ValueError, match="format version 99"):
         latest(tmp_path)

@@ -297,7 +297,15 @@ def test_recognised_counts_frames():
     clips = torch.zeros(3, 2, 2, 5, 1, dtype=torch.uint8)
     for clip, frame, place in ((0, 0, 1), (0, 1, 1), (1, 0, 9), (1, 1, 3), (2, 0, 0), (2, 1, 4)):
         clips[clip, frame].view(-1)[place] = 255
-    assert digits.recognised(Brightest(), clips, torch.tensor([1, 9, 2])) == pytest.approx(3 / 6)
+    assert digits.recognised(Brightest(), clips, torch.tensor([1, 9, 2])).mean() == pytest.approx(3 / 6)
+
+
+def test_moves_are_those_of_a_digit():
+    clips, _ = digits.held_out_clips(8, (12, 12))
+    assert digits.moves(clips) > 0.99
+    assert digits.moves(clips[:, :1].expand(-1, 8, -1, -1, -1)) == 0
+    assert digits.moves(clips.flip(1)) == digits.moves(clips)
+    assert digits.moves(clips[:, torch.tensor([0, 5, 2, 7, 4, 1, 6, 3])]) < 0.6
 
 
 def test_real_frames_are_judged_on_unseen_digits():

@@ -80,7 +80,7 @@ def _load_bias(bias, head, place, seen, length):
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def forward_kernel(
+def short_forward_kernel(
     qkv, out, softmax, q_weight, k_weight, cos, sin, bias, items, tokens, heads, n0, n1, n2, s0, s1, s2, w0, scale, eps,
     PACKED: tl.constexpr, FORM: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "tiles"])
-def backward_kernel(
+def short_backward_kernel(
     qkv, dout, softmax, dqkv, dq_partial, dk_partial, dbias_partial, q_weight, k_weight, cos, sin, bias, tiles, items,
     tokens, heads, n0, n1, n2, s0, s1, s2, w0, scale, eps,
     PACKED: tl.constexpr, FORM: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,

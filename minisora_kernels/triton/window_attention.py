@@ -91,7 +91,7 @@ def window_attention_fwd(qkv, *arguments) -> tuple[Tensor, Tensor]:
     if call.box.length <= SHORT:
         tile = _tile(call.box.length)
         each = tile // call.box.length
-        short.forward_kernel[(triton.cdiv(call.items, each) * triton.cdiv(heads, HEADS),)](
+        short.short_forward_kernel[(triton.cdiv(call.items, each) * triton.cdiv(heads, HEADS),)](
             qkv, out, softmax, *call.parameters, call.items, tokens, heads, *call.box.arguments, call.scale, call.eps,
             each > 1, call.form, tile, HEADS, num_warps=4 if call.exact else tile // 16, num_stages=1,
         )  # fmt: skip
@@ -128,13 +128,22 @@ def _tile(length: int) -> int:
     return max(16, triton.next_power_of_2(length))
 
 
+def block_of(dtype: torch.dtype, head_dim: int) -> int:
+    """Rows of a long window that a program takes, as registers and shared memory allow."""
+    if dtype == torch.float32:
+        return 32
+    return 64 if head_dim > 128 else 128
+
+
+def bias_block_of(dtype: torch.dtype) -> int:
+    """Rows and columns of a bias' gradient that a program adds up."""
+    return 32 if dtype == torch.float32 else 64
+
+
 def _blocks(call: Call, inner: int) -> tuple[int, int, int, int]:
-    """For long windows: rows of a block, rows at a step, warps and stages, as registers and shared memory allow."""
-    if call.exact:
-        return 32, 32, 4, 1
-    if call.form.head_dim > 128:
-        return 64, 32, 4, 1
-    return 128, inner, 8, 2
+    """For long windows: rows of a block, rows at a step, warps and stages."""
+    block = block_of(call.qkv.dtype, call.form.head_dim)
+    return (128, inner, 8, 2) if block == 128 else (block, 32, 4, 1)
 
 
 def _weight_parts(call: Call, count: int) -> list[Tensor | None]:
@@ -163,7 +172,7 @@ def _short_backward(call: Call, dout, softmax, dqkv, with_dbias: bool) -> list[T
     dbias = softmax.new_empty(chunks * each, heads, length, length) if with_dbias else None
     # Norm and rotation hold more of a row: with 16 rows to a warp they would spill.
     rows = 16 if form.norm == 0 and call.cos is None else 8
-    short.backward_kernel[(chunks * groups,)](
+    short.short_backward_kernel[(chunks * groups,)](
         call.qkv, dout, softmax, dqkv, *weights, dbias, *call.parameters, per_chunk, call.items, tokens, heads,
         *call.box.arguments, call.scale, call.eps,
         each > 1, form, tile, per_program, num_warps=4 if call.exact else tile // rows, num_stages=1,
@@ -199,7 +208,7 @@ def _flash_backward(call: Call, dout, out, softmax, dqkv, with_dbias: bool) -> l
     )  # fmt: skip
     if not with_dbias:
         return [*weights, None]
-    side = 32 if call.exact else 64
+    side = bias_block_of(qkv.dtype)
     blocks = triton.cdiv(length, side) ** 2 * heads
     chunks = max(1, min(call.items, BIAS_PROGRAMS // blocks))
     dbias = softmax.new_empty(chunks, heads, length, length)

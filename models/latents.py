@@ -1,0 +1,363 @@
+"""Latents that an autoencoder made of the clips beforehand: the files, the encoders, and the source that reads them.
+
+Latent diffusion (Rombach et al. 2021, arXiv 2112.10752) trains on z = E(clip) and samples clip = D(z). E is frozen and
+costs more than a small model's step, so ``models.precompute`` runs it once. The folder that it writes:
+
+    shard_00000.safetensors ...    latents [N, C, T, H, W] fp16, bf16 or fp32; labels [N] int64;
+                                   with text: text [N, L, E] and text_mask [N, L] bool
+    index.json                     format, encoder (kind, path, sha256), what it was made from, shape, classes, mean and
+                                   std of each channel, and of each shard: name, clips, bytes, sha256
+
+The index is written last; until then ``index.partial.json`` says which shards are whole. With ``normalize`` the source
+gives (z - mean) / std, and the decoder undoes it (W.A.L.T, Gupta et al. 2023, arXiv 2312.06662, needs it).
+
+The sizes of all shards are checked when the folder is opened, and the checksum of a shard when it is first read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint as checkpoints
+from .config import DataConfig, as_plain
+from .data import LATENT_INDEX, LATENT_PROGRESS, to_float
+
+FORMAT = 1
+MAGIC = "minisora latents"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+Shape = tuple[int, int, int, int]
+
+
+class Encoder(Protocol):
+    """An autoencoder, as this module and ``models.precompute`` use it."""
+
+    def shape(self, pixels: Shape) -> Shape:
+        """``(C, T, H, W)`` of the latents of clips of ``pixels``; ValueError if it does not take such clips."""
+        ...
+
+    def encode(self, clips: Tensor) -> Tensor:
+        """uint8 ``[B, C, T, H, W]`` to float32 latents ``[B, C', T', H', W']``."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to float32 pixels in [-1, 1]."""
+        ...
+
+
+class Pixels:
+    """The identity: latents are the pixels in [-1, 1]."""
+
+    def shape(self, pixels: Shape) -> Shape:
+        return pixels
+
+    def encode(self, clips: Tensor) -> Tensor:
+        return to_float(clips)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.float()
+
+
+class Autoencoder:
+    """Anything with ``encode`` and ``decode`` between pixels in [-1, 1] and latents, both ``[B, C, T, H, W]``.
+
+    One for images, whose ``config.input_size`` has two numbers, gets the frames one by one.
+    """
+
+    def __init__(self, autoencoder: Any, device: torch.device) -> None:
+        self.autoencoder, self.device = autoencoder, device
+        self.images = len(getattr(getattr(autoencoder, "config", None), "input_size", (0, 0, 0))) == 2
+
+    def shape(self, pixels: Shape) -> Shape:
+        try:
+            channels, frames, height, width = self.encode(torch.zeros(1, *pixels, dtype=torch.uint8)).shape[1:]
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"the encoder does not take clips of {pixels} (C, T, H, W): {error}") from error
+        return channels, frames, height, width
+
+    def encode(self, clips: Tensor) -> Tensor:
+        return self._each(self.autoencoder.encode, to_float(clips))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._each(self.autoencoder.decode, latents).clamp(-1, 1)
+
+    @torch.no_grad()
+    def _each(self, function: Any, x: Tensor) -> Tensor:
+        x = x.to(self.device)
+        # Half precision is for the model that is trained; an autoencoder may overflow in it.
+        with torch.autocast(self.device.type, enabled=False):
+            if not self.images:
+                return function(x).float()
+            out = function(x.transpose(1, 2).flatten(0, 1)).float()
+        return out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+def identify(path: str | Path) -> dict[str, Any]:
+    """Which encoder this is: ``{"kind", "path", "sha256"}``.
+
+    Args:
+        path: ``"pixels"``; a checkpoint of an autoencoder or a run's folder for its newest one (kind "checkpoint"); or
+            a folder that diffusers' ``save_pretrained`` wrote (kind "diffusers").
+
+    Raises:
+        ValueError: none of these.
+    """
+    if str(path) == "pixels":
+        return {"kind": "pixels", "path": "pixels", "sha256": None}
+    path = Path(path)
+    if path.is_dir() and any(path.glob("step_*.pt")):
+        path = checkpoints.latest(path)[0]
+    if path.is_file():
+        return {"kind": "checkpoint", "path": str(path.resolve()), "sha256": sha256_of(path)}
+    if (path / "config.json").is_file():
+        digest = hashlib.sha256()
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
+        return {"kind": "diffusers", "path": str(path.resolve()), "sha256": digest.hexdigest()}
+    raise ValueError(
+        f"encoder is {str(path)!r}, which is not there; it may be 'pixels', a checkpoint of an autoencoder, the folder "
+        f"of its run, or a folder of a diffusers autoencoder"
+    )
+
+
+def open_encoder(record: Mapping[str, Any], device: torch.device, path: str | Path | None = None) -> Encoder:
+    """The encoder of a record that :func:`identify` made, loaded from ``path`` or where it was then.
+
+    Raises:
+        ValueError: it is not there, is another one than the record says, or cannot encode and decode.
+    """
+    try:
+        found = identify(path or record["path"])
+    except ValueError as error:
+        raise ValueError(f"{error}; the latents were made with {_describe(record)}") from None
+    if (found["kind"], found["sha256"]) != (record["kind"], record["sha256"]):
+        raise ValueError(f"encoder {_describe(found)} is not the one of the latents, {_describe(record)}")
+    if found["kind"] == "pixels":
+        return Pixels()
+    if found["kind"] == "diffusers":
+        from .autoencoders import load_autoencoder  # which needs packages that nothing else does
+
+        return Autoencoder(load_autoencoder(found["path"], device=device), device)
+    checkpoint = checkpoints.load(found["path"])
+    if checkpoint.encoder is not None:
+        raise ValueError(f"encoder {found['path']} was trained on latents itself; it must be trained on pixels")
+    module: nn.Module = checkpoint.build()
+    if not (hasattr(module, "encode") and hasattr(module, "decode")):
+        raise ValueError(f"encoder {found['path']} holds a {type(module).__name__}, which has no encode and decode")
+    return Autoencoder(module.to(device).eval().requires_grad_(False), device)
+
+
+def _describe(record: Mapping[str, Any]) -> str:
+    checksum = "" if record["sha256"] is None else f" (sha256 {record['sha256'][:12]}...)"
+    return f"{record['path']}{checksum}"
+
+
+class Decoder:
+    """Latents as :class:`LatentClips` gives them, ``[B, C, T, H, W]``, to pixels in [-1, 1].
+
+    ``record`` is the source's ``encoder``, which checkpoints keep; ``path`` as for :func:`open_encoder`.
+    """
+
+    def __init__(self, record: Mapping[str, Any], device: torch.device, path: str | Path | None = None) -> None:
+        self.encoder = open_encoder(record, device, path)
+        self.moments = None
+        if record["mean"] is not None:
+            self.moments = [torch.tensor(record[key], device=device).view(-1, 1, 1, 1) for key in ("mean", "std")]
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        latents = latents.float()
+        if self.moments is not None:
+            mean, std = self.moments
+            latents = latents * std + mean
+        return self.encoder.decode(latents)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is whole under its name at any time, and on the disk when this returns."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    checkpoints.sync_folder(path.parent)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    write_whole(path, (json.dumps({"magic": MAGIC, "format": FORMAT, **values}, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_json` wrote.
+
+    Raises:
+        ValueError: something else, or another format version.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict) or values.get("magic") != MAGIC:
+        raise ValueError(f"{path} was not written by models.precompute")
+    if values.get("format") != FORMAT:
+        raise ValueError(f"{path} has format version {values.get('format')}; this code reads version {FORMAT}")
+    return values
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ValueError("latents need the package safetensors: pip install safetensors") from error
+    return safetensors
+
+
+def write_shard(
+    folder: Path, number: int, latents: Tensor, labels: Tensor, text: tuple[Tensor, Tensor] | None = None
+) -> dict[str, Any]:
+    """Write a shard and return its entry in the index.
+
+    Args:
+        folder: of the shards.
+        number: of this one.
+        latents: ``[N, C, T, H, W]``, fp16, bf16 or fp32.
+        labels: class ids ``[N]``, int64.
+        text: states ``[N, L, E]`` of the captions, and their mask ``[N, L]``.
+    """
+    tensors = {"latents": latents, "labels": labels}
+    if text is not None:
+        tensors |= {"text": text[0], "text_mask": text[1]}
+    content = _safetensors().torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+    path = folder / f"shard_{number:05d}.safetensors"
+    write_whole(path, content)
+    digest = hashlib.sha256(content).hexdigest()
+    return {"name": path.name, "count": len(latents), "bytes": len(content), "sha256": digest}
+
+
+def check_shard(folder: Path, entry: Mapping[str, Any], *, whole: bool) -> None:
+    """Check the size of a shard against its entry, and with ``whole`` its checksum.
+
+    Raises:
+        ValueError: a shard that is missing or damaged, by name.
+    """
+    path = folder / entry["name"]
+    if not path.is_file():
+        raise ValueError(f"latents {path} are missing; make them again with models.precompute")
+    if path.stat().st_size != entry["bytes"]:
+        raise ValueError(f"latents {path} are damaged: {path.stat().st_size} bytes, not {entry['bytes']}")
+    if whole and sha256_of(path) != entry["sha256"]:
+        raise ValueError(f"latents {path} are damaged: the checksum is not that of the index")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a folder whose shards all have the size that it says.
+
+    Raises:
+        ValueError: no whole index, or a shard that is missing or of another size.
+    """
+    path = folder / LATENT_INDEX
+    if not path.is_file() and (folder / LATENT_PROGRESS).is_file():
+        raise ValueError(f"latents in {folder} are not finished; go on with the same command of models.precompute")
+    index = read_json(path)
+    for entry in index["shards"]:
+        check_shard(folder, entry, whole=False)
+    return index
+
+
+class _Shard(NamedTuple):
+    file: Any
+    labels: Tensor
+
+
+class LatentClips:
+    """The clips of a folder of latents, float32 ``[C, T, H, W]``, as a source (see ``data.py``).
+
+    Args:
+        folder: of ``models.precompute``.
+        options: of the data; one that is neither the default nor what the latents were made with is refused.
+
+    Attributes:
+        classes: names of the classes.
+        encoder: what :class:`Decoder` needs: kind, path and sha256 of the encoder, and mean and std of each channel
+            if they were taken out, else None.
+
+    Raises:
+        ValueError: options or files that do not fit; also from :meth:`clip`, for a shard whose checksum is wrong.
+    """
+
+    # Shards that are open at a time: each is a memory map.
+    OPEN = 64
+
+    def __init__(self, folder: str | Path, options: Mapping[str, Any] | None = None) -> None:
+        self.folder = Path(folder)
+        self.index = index = read_index(self.folder)
+        default = {item.name: item.default for item in dataclasses.fields(DataConfig)}
+        for name, value in (options or {}).items():
+            made = index["made"]["data"][name]
+            if value != default[name] and as_plain(value) != made:
+                raise ValueError(f"data.{name} is {value}; the latents in {self.folder} were made with {made}")
+        self.classes = tuple(index["classes"])
+        normalized = index["made"]["normalize"]
+        self.encoder = index["encoder"] | {key: index[key] if normalized else None for key in ("mean", "std")}
+        self._moments = None
+        if normalized:
+            self._moments = [torch.tensor(index[key]).view(-1, 1, 1, 1) for key in ("mean", "std")]
+        self._ends = np.cumsum([entry["count"] for entry in index["shards"]])
+        self._checked: set[int] = set()
+        self._shard = functools.lru_cache(maxsize=self.OPEN)(self._open)
+
+    @property
+    def shape(self) -> Shape:
+        channels, frames, height, width = self.index["shape"]
+        return channels, frames, height, width
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        shard, row = self._find(index)
+        latents = shard.file.get_slice("latents")[row : row + 1][0].float()
+        if self._moments is not None:
+            mean, std = self._moments
+            latents = (latents - mean) / std
+        return latents.numpy(), int(shard.labels[row])
+
+    def text(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """States ``[L, E]`` and mask ``[L]`` of the clip's caption; None in a folder without text."""
+        shard, row = self._find(index)
+        if "text" not in shard.file.keys():  # noqa: SIM118 - not a dictionary
+            return None
+        states, mask = (shard.file.get_slice(name)[row : row + 1][0] for name in ("text", "text_mask"))
+        return states, mask
+
+    def _find(self, index: int) -> tuple[_Shard, int]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        start = int(self._ends[number - 1]) if number else 0
+        return self._shard(number), index - start
+
+    def _open(self, number: int) -> _Shard:
+        entry = self.index["shards"][number]
+        if number not in self._checked:
+            check_shard(self.folder, entry, whole=True)
+            self._checked.add(number)
+        file = _safetensors().safe_open(self.folder / entry["name"], framework="pt")
+        return _Shard(file, file.get_tensor("labels"))

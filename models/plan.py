@@ -1,0 +1,239 @@
+"""``python -m models.plan``: does training or sampling of such clips fit into such GPUs, and how fast could it be?
+
+    python -m models.plan --model latte-xl/1x2x2 --frames 72 --size 480 848 --gpu a100-80g --gpus 8 --sharding fsdp
+
+Nothing is allocated: the model runs on fake tensors, which have shapes but no memory, forward and backward, while
+every tensor that an op makes is counted from its birth to its death. So activations are those that this code keeps,
+with its kernels, autocast and checkpointing, not a formula; tests/test_plan.py holds them against a real step.
+
+    training = weights + gradients + optimizer (two moments) + average, fp32, over the GPUs if sharded, + activations
+    sampling = weights + activations of one guided step
+    seconds  = FLOPs / (peak FLOP/s * utilization) + bytes moved by the ops / peak bytes/s
+
+The peaks are the vendors' figures for dense bfloat16 products with fp32 sums, and for memory; the utilization is
+an assumption to be replaced by a measurement on that GPU. Not counted: what the allocator loses between blocks,
+workspaces of libraries, an autoencoder (encode beforehand, decode in tiles), and that GPUs wait for each other.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import tyro
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.counters import Counter
+from minisora_kernels import use_backend
+
+from .registry import SYSTEMS, build, configure
+
+
+class GPU(NamedTuple):
+    """Peaks of a GPU: bytes of memory, FLOP/s of dense bfloat16 products summed in fp32, bytes/s of memory."""
+
+    memory: float
+    flops: float
+    bandwidth: float
+    source: str
+
+
+GPUS = {
+    "a100-80g": GPU(80e9, 312e12, 2039e9, "NVIDIA A100 80GB SXM datasheet"),
+    "h100-80g": GPU(80e9, 989e12, 3350e9, "NVIDIA H100 SXM datasheet"),
+    "h200": GPU(141e9, 989e12, 4800e9, "NVIDIA H200 datasheet"),
+    "a6000-48g": GPU(48e9, 154.8e12, 768e9, "NVIDIA RTX A6000 datasheet"),
+    "rtx4090-24g": GPU(24e9, 165.2e12, 1008e9, "NVIDIA Ada GPU architecture whitepaper"),
+}
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What would run where."""
+
+    model: Literal[tuple(SYSTEMS)]  # type: ignore[valid-type]
+    """Name of a system; `python -m models.train --model list` says more of them."""
+    gpu: Literal[tuple(GPUS)]  # type: ignore[valid-type]
+    frames: int = 16
+    size: tuple[int, int] = (256, 256)
+    """Height and width in pixels."""
+    compression: tuple[int, int] = (1, 8)
+    """Frames and pixels a side to one of the latents; 1 1 for a model of pixels."""
+    channels: int = 4
+    """Of the latents."""
+    classes: int = 1000
+    batch_size: int = 1
+    """Clips of a GPU."""
+    gpus: int = 1
+    sharding: Literal["none", "zero2", "fsdp"] = "none"
+    """Over the GPUs: 'zero2' shards gradients, optimizer and average, 'fsdp' the weights too."""
+    checkpointing: bool = False
+    """Recompute the blocks in the backward."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    steps: int = 50
+    """Of sampling; each calls the model on a doubled batch, for guidance."""
+    utilization: float = 0.5
+    """Share of the peak FLOP/s that matrix products reach; assumed, not measured."""
+    reserve: float = 0.1
+    """Share of the GPU's memory for CUDA, its libraries and fragmentation; assumed, not measured."""
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes that tensors made inside the block held at a time.
+
+    A storage counts once, in full, from the op that returns it until it is freed; that of an argument does not count.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outside = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                key = storage._cdata
+                if key not in outside and key not in self._seen:
+                    self._seen.add(key)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._freed, key, storage.nbytes())
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+class Needs(NamedTuple):
+    """Of one GPU: bytes by what holds them, FLOPs, and bytes moved by the ops."""
+
+    memory: dict[str, float]
+    flops: int
+    moved: int
+
+
+def _model(config: PlanConfig) -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    time, space = config.compression
+    if any(side % space for side in config.size):
+        raise ValueError(f"size is {config.size}; it must be a multiple of compression {space}")
+    if (config.frames - 1) % time:
+        raise ValueError(f"frames is {config.frames}; with compression {time} it must be 1 + a multiple of that")
+    frames = 1 + (config.frames - 1) // time
+    height, width = (side // space for side in config.size)
+    settings = SYSTEMS[config.model].settings
+    model = build(configure(settings, config.channels, frames, (height, width), config.classes))
+    x = torch.empty(config.batch_size, config.channels, *model.config.input_size)
+    y = torch.zeros(config.batch_size, dtype=torch.int64) if config.classes else None
+    return model, x, torch.empty(config.batch_size), y
+
+
+def _run(config: PlanConfig, *, training: bool, backend: str | None) -> tuple[list[int], int, int, int]:
+    """Parameters, all and trained, the most bytes of activations, FLOPs and bytes moved of one step."""
+    with FakeTensorMode(), use_backend(backend) if backend else torch.enable_grad():
+        model, x, t, y = _model(config)
+        model.train(training)
+        model.checkpointing = config.checkpointing
+        if not training:
+            x, t, y = (None if tensor is None else torch.cat((tensor, tensor)) for tensor in (x, t, y))
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # gradients are counted by themselves
+                parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+        with Counter() as counter, Alive() as alive, torch.set_grad_enabled(training):
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = model(x, t, y).square().mean()
+            if training:
+                loss.backward()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parameters = [sum(parameter.numel() for parameter in part) for part in (model.parameters(), trained)]
+    return parameters, alive.peak, counter.flops, counter.moved
+
+
+def needs(config: PlanConfig, *, training: bool) -> Needs:
+    """What a training step, or a guided step of sampling, needs of each GPU.
+
+    Raises:
+        ValueError: sizes that the model does not take.
+    """
+    for name in ("frames", "batch_size", "gpus", "steps", "channels"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    for name, low, high in (("utilization", 0.01, 1.0), ("reserve", 0.0, 0.9)):
+        if not low <= getattr(config, name) <= high:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be in [{low}, {high}]")
+    if config.sharding != "none" and config.gpus == 1:
+        raise ValueError(f"sharding is {config.sharding!r}, but gpus is 1: there is nothing to share")
+    parameters, activations, _, moved = _run(config, training=training, backend=None)
+    # Plain PyTorch has the same products, in ops whose FLOPs torch knows.
+    _, _, flops, _ = _run(config, training=training, backend="reference")
+    weights, trained = (4 * count for count in parameters)
+    if not training:
+        return Needs({"weights": weights, "activations": activations}, flops, moved)
+    sharded = config.gpus if config.sharding != "none" else 1
+    memory = {
+        "weights": weights / (config.gpus if config.sharding == "fsdp" else 1),
+        "gradients": trained / sharded,
+        "optimizer": 2 * trained / sharded,
+        "average": weights / sharded,
+        "activations": activations,
+    }
+    return Needs(memory, flops, moved)
+
+
+def seconds(found: Needs, config: PlanConfig) -> float:
+    gpu = GPUS[config.gpu]
+    return found.flops / (gpu.flops * config.utilization) + found.moved / gpu.bandwidth
+
+
+def report(config: PlanConfig) -> str:
+    """The plan in words and numbers; every assumption is named."""
+    gpu = GPUS[config.gpu]
+    available = gpu.memory * (1 - config.reserve)
+    lines = [
+        f"{config.model}, {config.frames} frames of {config.size[0]}x{config.size[1]}, {config.batch_size} a GPU, "
+        f"{config.precision}, on {config.gpus} x {config.gpu}",
+        f"peaks: {gpu.memory / 1e9:.0f} GB, {gpu.flops / 1e12:.0f} TFLOP/s bfloat16, {gpu.bandwidth / 1e9:.0f} GB/s "
+        f"({gpu.source}); assumed: {config.utilization:.0%} of the FLOP/s, {config.reserve:.0%} of the memory reserved",
+    ]
+    for training in (True, False):
+        found = needs(config, training=training)
+        total = sum(found.memory.values())
+        parts = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in found.memory.items())
+        fits = "fits" if total <= available else "does NOT fit"
+        step = seconds(found, config)
+        lines.append(
+            f"{'training' if training else 'sampling'}: {total / 1e9:.2f} GB a GPU ({parts}) {fits} in "
+            f"{available / 1e9:.1f} GB"
+        )
+        if training:
+            clips = config.batch_size * config.gpus / step
+            lines.append(
+                f"  {found.flops / 1e12:.1f} TFLOP and {found.moved / 1e9:.0f} GB moved a step: {step:.2f} s, "
+                f"{clips:.2f} clips/s"
+            )
+        else:
+            lines.append(f"  {config.steps} guided steps: {config.steps * step:.1f} s for {config.batch_size} clips")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = tyro.cli(PlanConfig, prog="python -m models.plan", description=__doc__, args=arguments)
+    try:
+        print(report(config))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

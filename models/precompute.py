@@ -1,0 +1,245 @@
+"""``python -m models.precompute``: encode clips once, for training on latents (see ``latents.py``).
+
+    python -m models.precompute --data.source videos --encoder runs/tokenizer --out latents
+    python -m models.train --data.source latents --model.patch 1 2 2
+
+Clip ``p * n + i`` of the folder is item i of the n of the source, with the random crop and start that it has in epoch p
+of a training with the same seed. The same command goes on with an interrupted run; the files are as if it had not been
+interrupted (on the same machine, with the same number of threads).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from .allocator import reuse_large_allocations
+from .config import DataConfig, as_plain
+from .data import LATENT_INDEX, LATENT_PROGRESS, Source, open_source
+from .latents import (
+    DTYPES,
+    Encoder,
+    LatentClips,
+    check_shard,
+    identify,
+    open_encoder,
+    read_index,
+    read_json,
+    write_json,
+    write_shard,
+)
+from .sample import choose_backend, choose_device, progress_bar
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PrecomputeConfig:
+    """What to encode, and how."""
+
+    out: Path
+    """Folder for the latents; one of an interrupted run of the same options is continued."""
+    encoder: str
+    """'pixels' (no encoder: the pixels themselves), a checkpoint of an autoencoder or its run's folder, or a folder of
+    a diffusers autoencoder."""
+    data: DataConfig = field(default_factory=DataConfig)
+    passes: int = 1
+    """How often the source is gone through; each pass has crops and starts of its own."""
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Of the latents on the disk; the encoder runs in fp32."""
+    normalize: bool = False
+    """Train on latents of mean 0 and deviation 1 in each channel instead of as the encoder gives them."""
+    shard_clips: int = 256
+    """Clips of one file."""
+    batch_size: int = 16
+    """Clips encoded at a time."""
+    seed: int = 0
+    """Of the crops and starts, as the seed of models.train."""
+    backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
+    """Which kernels the ops run on."""
+    device: str = "auto"
+    """'cpu', 'cuda' or 'cuda:1' and so on; 'auto' is CUDA if there is a device. CUDA was not run on a GPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("passes", "shard_clips", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0")
+        if self.data.buckets:
+            raise ValueError(f"data.buckets is {self.data.buckets}; a folder of latents has one size, data.size")
+
+
+def made_from(config: PrecomputeConfig, source: Source, encoder: dict[str, Any]) -> dict[str, Any]:
+    """All that the latents depend on, as JSON returns it."""
+    data = as_plain(config.data)
+    for name in ("buckets", "cache_megabytes"):
+        del data[name]
+    files = hashlib.sha256()
+    for item in getattr(source, "items", ()):
+        size = item.path.stat().st_size if item.path.is_file() else None
+        files.update(f"{item.path} {item.label} {size}\n".encode())
+    names = ("passes", "precision", "normalize", "shard_clips", "batch_size", "seed")
+    return {
+        "encoder": {key: encoder[key] for key in ("kind", "sha256")},  # the same one may be found elsewhere
+        "data": data,
+        "items": len(source),
+        "files": files.hexdigest(),
+        **{name: getattr(config, name) for name in names},
+    }
+
+
+def shards_there(folder: Path, made: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of the shards that an interrupted run left whole, up to the first that is not.
+
+    Raises:
+        ValueError: the folder holds latents of other options, or something else.
+    """
+    progress = folder / LATENT_PROGRESS
+    if not progress.is_file():
+        # Shards without a list: the run was stopped before the first was entered.
+        foreign = [file.name for file in folder.glob("*") if not file.name.startswith(("shard_", LATENT_PROGRESS))]
+        if foreign:
+            raise ValueError(f"{folder} holds other files, {sorted(foreign)[0]} for one; choose another --out")
+        return []
+    values = read_json(progress)
+    refuse_others(folder, values["made"], made)
+    whole = []
+    for entry in values["shards"]:
+        try:
+            check_shard(folder, entry, whole=True)
+        except ValueError as reason:
+            _log.warning("%s; it is made again, with those after it", reason)
+            break
+        whole.append(entry)
+    return whole
+
+
+def refuse_others(folder: Path, there: dict[str, Any], made: dict[str, Any]) -> None:
+    changed = [key for key in made if key != "data" and there.get(key) != made[key]]
+    changed += [f"data.{key}" for key in made["data"] if there["data"].get(key) != made["data"][key]]
+    if changed:
+        raise ValueError(f"{folder} holds latents of other options: {', '.join(changed)} differ; choose another --out")
+
+
+def encode_clips(
+    source: Source, encoder: Encoder, start: int, stop: int, config: PrecomputeConfig
+) -> tuple[Tensor, Tensor]:
+    """Latents and labels of the clips ``start`` to ``stop``.
+
+    Raises:
+        ValueError: a latent that is not finite in the precision of the files.
+    """
+    latents, labels = [], []
+    for first in range(start, stop, config.batch_size):
+        clips = []
+        for number in range(first, min(first + config.batch_size, stop)):
+            epoch, index = divmod(number, len(source))
+            clip, label = source.clip(index, np.random.default_rng((config.seed, epoch, index)))
+            clips.append(clip)
+            labels.append(label)
+        encoded = encoder.encode(torch.from_numpy(np.stack(clips))).to("cpu", DTYPES[config.precision])
+        if not encoded.isfinite().all():
+            raise ValueError(
+                f"clips {first} to {first + len(clips) - 1} have latents that {config.precision} cannot hold"
+            )
+        latents.append(encoded)
+    return torch.cat(latents), torch.tensor(labels)
+
+
+def run(config: PrecomputeConfig) -> Path:
+    """Encode as configured; returns the index.
+
+    Raises:
+        ValueError: options, an encoder or a source that do not fit, or a folder with something else.
+        OSError: a file that could not be written.
+    """
+    data, folder = config.data, config.out
+    options = {key: getattr(data, key) for key in ("frames", "size", "stride", "crop", "positions")}
+    source = open_source(data.source, cache_bytes=data.cache_megabytes << 20, **options)
+    if isinstance(source, LatentClips):
+        raise ValueError(f"data source {data.source!r} holds latents already")
+    record = identify(config.encoder)
+    made = made_from(config, source, record)
+    path = folder / LATENT_INDEX
+    if path.is_file():
+        refuse_others(folder, read_index(folder)["made"], made)
+        (folder / LATENT_PROGRESS).unlink(missing_ok=True)
+        print(f"{folder} is complete")
+        return path
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out is {str(folder)!r}, which is a file; it must be a folder")
+    shards = shards_there(folder, made)
+    with choose_backend(config.backend):
+        encoder = open_encoder(record, choose_device(config.device))
+        shape = encoder.shape(source.shape)
+        total = config.passes * len(source)
+        starts = range(0, total, config.shard_clips)
+        folder.mkdir(parents=True, exist_ok=True)
+        with progress_bar(total=total, desc=folder.name, unit="clip") as bar:
+            bar.update(sum(entry["count"] for entry in shards))
+            for number in range(len(shards), len(starts)):
+                stop = min(starts[number] + config.shard_clips, total)
+                latents, labels = encode_clips(source, encoder, starts[number], stop, config)
+                exact = latents.double()
+                sums = {"sum": exact.sum((0, 2, 3, 4)).tolist(), "squares": exact.square().sum((0, 2, 3, 4)).tolist()}
+                shards.append(write_shard(folder, number, latents, labels) | sums)
+                write_json(folder / LATENT_PROGRESS, {"made": made, "shards": shards})
+                bar.update(len(latents))
+    mean, std = moments(shards, total * shape[1] * shape[2] * shape[3])
+    if config.normalize and min(std) == 0:
+        raise ValueError(f"channel {std.index(0)} of the latents is constant; normalize cannot divide by its deviation")
+    write_json(
+        path,
+        {
+            "encoder": record,
+            "made": made,
+            "pixels": source.shape,
+            "shape": shape,
+            "classes": source.classes,
+            "mean": mean,
+            "std": std,
+            "shards": [{key: entry[key] for key in ("name", "count", "bytes", "sha256")} for entry in shards],
+        },
+    )
+    (folder / LATENT_PROGRESS).unlink()
+    for leftover in folder.glob("*.tmp"):
+        leftover.unlink()
+    return path
+
+
+def moments(shards: list[dict[str, Any]], cells: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, from the shards' sums and sums of squares over ``cells`` cells."""
+    totals = [[sum(values) for values in zip(*(e[key] for e in shards), strict=True)] for key in ("sum", "squares")]
+    mean = [total / cells for total in totals[0]]
+    return mean, [max(total / cells - m * m, 0.0) ** 0.5 for total, m in zip(totals[1], mean, strict=True)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    logging.basicConfig(format="%(message)s")
+    reuse_large_allocations()
+    try:
+        config = tyro.cli(PrecomputeConfig, prog="python -m models.precompute", description=__doc__, args=arguments)
+        path = run(config)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    index = read_index(path.parent)
+    count = sum(entry["count"] for entry in index["shards"])
+    size = sum(entry["bytes"] for entry in index["shards"])
+    print(f"{count} clips {tuple(index['pixels'])} as latents {tuple(index['shape'])}, {size / 2**20:.1f} MiB: {path}")
+
+
+if __name__ == "__main__":
+    main()

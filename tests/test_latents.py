@@ -1,0 +1,514 @@
+"""Latents made beforehand: the files survive a crash and show damage; training, previews and samples use them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+pytest.importorskip("safetensors")
+
+from models import checkpoint as checkpoints
+from models import registry, sample
+from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig, as_plain, merge
+from models.data import MovingDigits, open_source, to_float
+from models.dit import DiTSettings
+from models.latents import Decoder, LatentClips, identify, open_encoder, read_index, write_shard
+from models.precompute import PrecomputeConfig, main, run
+from models.sample import SampleConfig, write_mp4
+from models.train import Trainer, train
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+DIGITS = DataConfig(frames=2, size=(12, 16))
+MODEL = DiTSettings(width=16, depth=2, heads=2, patch=(1, 4, 4))
+LATENT = replace(MODEL, patch=(1, 2, 2))
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def _few_digits(monkeypatch):
+    """22 digits instead of 1438."""
+    original = MovingDigits.__init__
+
+    def init(self, **options):
+        original(self, **options)
+        self.images, self.labels = self.images[:22], self.labels[:22]
+
+    monkeypatch.setattr(MovingDigits, "__init__", init)
+
+
+def pixels(folder: Path, **changes) -> PrecomputeConfig:
+    options = {"data": DIGITS, "precision": "fp32", "shard_clips": 8, "batch_size": 3} | changes
+    return PrecomputeConfig(folder, "pixels", **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def videos(folder: Path) -> DataConfig:
+    """Five clips of two classes, from which nothing is drawn at random."""
+    generator = np.random.default_rng(0)
+    for name in ("a/0", "a/1", "b/0", "b/1", "b/2"):
+        path = folder / f"{name}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blocks = generator.integers(0, 256, (3, 4, 6, 3), dtype=np.uint8)
+        write_mp4(path, blocks.repeat(4, axis=1).repeat(4, axis=2), 8)
+    return DataConfig(source=str(folder), frames=3, size=(16, 16), crop="center", positions=1)
+
+
+@dataclass(frozen=True)
+class ShuffleSettings:
+    name: ClassVar[str] = "shuffle"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShuffleConfig(ShuffleSettings):
+    input_size: tuple[int, ...]
+    channels: int
+    num_classes: int = 0
+
+
+class Shuffle(nn.Module):
+    """An autoencoder without loss: 2x2 pixels to channels, times a weight."""
+
+    def __init__(self, config: ShuffleConfig) -> None:
+        super().__init__()
+        self.config, self.weight = config, nn.Parameter(torch.tensor(3.0))
+
+    def encode(self, x):
+        if x.dim() == 4:
+            return F.pixel_unshuffle(x, 2) * self.weight
+        return F.pixel_unshuffle(x.transpose(1, 2), 2).transpose(1, 2) * self.weight
+
+    def decode(self, z):
+        if z.dim() == 4:
+            return F.pixel_shuffle(z / self.weight, 2)
+        return F.pixel_shuffle(z.transpose(1, 2) / self.weight, 2).transpose(1, 2)
+
+
+def autoencoder(folder: Path, monkeypatch, *, weight: float = 3.0, size: tuple[int, ...] = (2, 12, 16)) -> Path:
+    """A checkpoint of it."""
+    family = registry.Family(ShuffleSettings, ShuffleConfig, Shuffle)
+    monkeypatch.setitem(registry.FAMILIES, "shuffle", family)
+    config = ShuffleConfig(input_size=size, channels=1)
+    state = {"weight": torch.tensor(weight)}
+    folder.mkdir()
+    saved = checkpoints.Checkpoint(as_plain(TrainConfig()), as_plain(config), [], 7, state, state, {}, {})
+    return checkpoints.save(folder, saved, keep=1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_the_clips_come_back(tmp_path, precision):
+    index = read_index(run(pixels(tmp_path / "z", precision=precision, passes=2, seed=3)).parent)
+    assert [entry["count"] for entry in index["shards"]] == [8, 8, 8, 8, 8, 4]
+    source, latents = MovingDigits(frames=2, size=(12, 16)), LatentClips(tmp_path / "z")
+    assert latents.shape == source.shape and latents.classes == source.classes and len(latents) == 2 * len(source) == 44
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    clips = []
+    for number in range(len(latents)):
+        epoch, item = divmod(number, len(source))
+        clip, label = source.clip(item, np.random.default_rng((3, epoch, item)))
+        got, got_label = latents.clip(number, np.random.default_rng(99))
+        expected = to_float(torch.from_numpy(clip)).to(dtype).float()
+        assert got.dtype == np.float32 and torch.equal(torch.from_numpy(got), expected) and got_label == label
+        clips.append(expected)
+    assert index["mean"] == pytest.approx([torch.stack(clips).double().mean().item()])
+    assert index["std"] == pytest.approx([torch.stack(clips).double().std(correction=0).item()])
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the rename", "after it"])
+def test_an_interrupted_run_goes_on_and_gives_the_same_files(tmp_path, monkeypatch, after):
+    run(pixels(tmp_path / "whole"))
+    whole = contents(tmp_path / "whole")
+    assert set(whole) == {"index.json", *(f"shard_0000{number}.safetensors" for number in range(3))}
+    original, done = os.replace, []
+
+    def replace_or_die(source, target):
+        if len(done) == fatal and not after:
+            raise Killed
+        original(source, target)
+        done.append(target)
+        if len(done) == fatal + 1:
+            raise Killed
+
+    # Each of the three shards and of their entries, and the index.
+    for fatal in range(7):
+        done.clear()
+        folder = tmp_path / f"{fatal}"
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", replace_or_die)
+            with pytest.raises(Killed):
+                run(pixels(folder))
+        # All that a kill leaves: a file that was not renamed is still there, nothing was cleaned up.
+        assert len(list(folder.glob("*.tmp"))) == (not after)
+        if fatal < 6 or not after:
+            with pytest.raises(ValueError, match=r"are not finished|no file ending"):
+                open_source(str(folder), frames=2, size=(12, 16))
+        run(pixels(folder))
+        assert contents(folder) == whole
+
+
+def test_a_killed_process_goes_on(tmp_path, monkeypatch):
+    monkeypatch.undo()  # all digits, as in the process
+    folder = tmp_path / "killed"
+    options = [
+        "--encoder",
+        "pixels",
+        "--data.frames",
+        "2",
+        "--shard-clips",
+        "20",
+        "--batch-size",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    command = [sys.executable, "-m", "models.precompute", "--out", str(folder), *options]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline and not (folder / "shard_00005.safetensors").exists():
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "index.json").exists()
+    shard = folder / "shard_00003.safetensors"
+    written = shard.stat().st_mtime_ns
+    main(["--out", str(folder), *options])
+    assert shard.stat().st_mtime_ns == written
+    main(["--out", str(tmp_path / "whole"), *options])
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_a_damaged_shard_is_made_again_when_a_run_goes_on(tmp_path, monkeypatch, caplog):
+    run(pixels(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr("models.precompute.moments", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run(pixels(tmp_path / "z"))
+    damage(tmp_path / "z/shard_00001.safetensors")
+    run(pixels(tmp_path / "z"))
+    assert "shard_00001.safetensors are damaged" in caplog.text
+    assert contents(tmp_path / "z") == contents(tmp_path / "whole")
+
+
+def test_a_folder_of_other_options_is_refused(tmp_path, monkeypatch):
+    finished, stopped = tmp_path / "finished", tmp_path / "stopped"
+    run(pixels(finished))
+    with monkeypatch.context() as patch:
+        patch.setattr("models.precompute.moments", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run(pixels(stopped))
+    encoder = autoencoder(tmp_path / "encoder", monkeypatch)
+    for folder in (finished, stopped):
+        before = contents(folder)
+        for changes, differs in (
+            ({"seed": 1}, "seed"),
+            ({"precision": "fp16"}, "precision"),
+            ({"shard_clips": 9, "passes": 2}, "passes, shard_clips"),
+            ({"data": replace(DIGITS, size=(16, 12))}, "data.size"),
+        ):
+            with pytest.raises(ValueError, match=f"holds latents of other options: {differs} differ"):
+                run(pixels(folder, **changes))
+        with pytest.raises(ValueError, match="encoder differ"):
+            run(replace(pixels(folder), encoder=str(encoder)))
+        assert contents(folder) == before
+    written = {file: file.stat().st_mtime_ns for file in finished.iterdir()}
+    assert run(pixels(finished)) == finished / "index.json"
+    assert {file: file.stat().st_mtime_ns for file in finished.iterdir()} == written
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds other files, notes\.txt for one"):
+        run(pixels(tmp_path / "other"))
+    assert [file.name for file in (tmp_path / "other").iterdir()] == ["notes.txt"]
+
+
+def test_files_that_changed_are_other_options(tmp_path):
+    data = videos(tmp_path / "videos")
+    run(pixels(tmp_path / "z", data=data))
+    write_mp4(tmp_path / "videos/a/0.mp4", np.zeros((9, 16, 24, 3), dtype=np.uint8), 8)
+    with pytest.raises(ValueError, match="other options: files differ"):
+        run(pixels(tmp_path / "z", data=data))
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def test_damage_is_named_and_refused_before_training(tmp_path):
+    config = TrainConfig(run=str(tmp_path / "run"), model=MODEL, steps=1, batch_size=22)
+    for name, harm, reason in (
+        ("flipped", damage, r"shard_00001\.safetensors are damaged: the checksum"),
+        (
+            "short",
+            lambda path: path.write_bytes(path.read_bytes()[:-1]),
+            r"shard_00001\.safetensors are damaged: .* bytes",
+        ),
+        ("missing", lambda path: path.unlink(), r"shard_00001\.safetensors are missing"),
+    ):
+        folder = run(pixels(tmp_path / name)).parent
+        harm(folder / "shard_00001.safetensors")
+        with pytest.raises(ValueError, match=reason):
+            train(merge(config, {"data": {"source": str(folder)}}))
+        assert not (tmp_path / "run").exists()
+    # A shard that is whole is still read: the checksum is of each when it is first read.
+    latents = LatentClips(tmp_path / "flipped")
+    latents.clip(7, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="checksum"):
+        latents.clip(8, np.random.default_rng(0))
+
+
+def test_an_index_that_does_not_fit_is_refused(tmp_path):
+    path = run(pixels(tmp_path / "z"))
+    whole = json.loads(path.read_text())
+    for text, reason in (
+        (path.read_text()[:-9], "is damaged"),
+        ("[]", "was not written by models.precompute"),
+        (json.dumps(whole | {"format": 2}), "has format version 2; this code reads version 1"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            open_source(str(tmp_path / "z"), frames=2, size=(12, 16))
+
+
+def test_training_on_stored_pixels_is_training_on_the_source(tmp_path):
+    data = videos(tmp_path / "videos")
+    run(pixels(tmp_path / "z", data=data, shard_clips=2))
+    optimizer = OptimizerConfig(learning_rate=1e-2)
+    config = TrainConfig(data=data, model=MODEL, optimizer=optimizer, batch_size=2, precision="bf16")
+    losses = []
+    for source in (data.source, str(tmp_path / "z")):
+        trainer = Trainer(merge(config, {"data": {"source": source}}))
+        losses.append([trainer.train_step()[0].item() for _ in range(8)])
+        trainer.batches.close()
+    assert losses[0] == losses[1] and len(set(losses[0])) == 8
+
+
+def test_digits_are_the_same_for_as_many_epochs_as_there_are_passes(tmp_path):
+    run(pixels(tmp_path / "z", seed=4))
+    config = TrainConfig(data=DIGITS, model=MODEL, batch_size=11, seed=4)
+    batches = []
+    for source in ("digits", str(tmp_path / "z")):
+        trainer = Trainer(merge(config, {"data": {"source": source}}))
+        batches.append([trainer.batches.batch(step)[0] for step in range(4)])
+        trainer.batches.close()
+    assert [torch.equal(*pair) for pair in zip(*batches, strict=True)] == [True, True, False, False]
+
+
+def test_options_that_the_latents_do_not_have_are_refused(tmp_path):
+    run(pixels(tmp_path / "z"))
+    source = str(tmp_path / "z")
+    for same in ({}, {"frames": 2, "size": (12, 16)}):
+        options = {"frames": 8, "size": (16, 16)} | same
+        assert open_source(source, **options).shape == (1, 2, 12, 16)
+    for name, value, made in (("size", (32, 32), r"\[12, 16\]"), ("stride", 2, "1"), ("crop", "center", "random")):
+        with pytest.raises(ValueError, match=f"data.{name} is .*; the latents in .* were made with {made}"):
+            open_source(source, **({"frames": 8, "size": (16, 16)} | {name: value}))
+    with pytest.raises(ValueError, match=r"buckets cannot be filled from .*: its clips have one size"):
+        Trainer(TrainConfig(data=DataConfig(source, buckets=((2, 12, 16),)), model=MODEL, batch_tokens=99))
+    with pytest.raises(ValueError, match="holds latents already"):
+        run(pixels(tmp_path / "again", data=DataConfig(source)))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_an_autoencoder_makes_the_latents_and_decodes_previews_and_samples(tmp_path, monkeypatch, normalize):
+    encoder = autoencoder(tmp_path / "encoder", monkeypatch)
+    run(replace(pixels(tmp_path / "z", normalize=normalize), encoder=str(tmp_path / "encoder")))
+    latents = LatentClips(tmp_path / "z")
+    assert latents.shape == (4, 2, 6, 8)
+    assert {key: latents.encoder[key] for key in ("kind", "path")} == {"kind": "checkpoint", "path": str(encoder)}
+    clip, _ = MovingDigits(frames=2, size=(12, 16)).clip(5, np.random.default_rng((0, 0, 5)))
+    exact = to_float(torch.from_numpy(clip))
+    stored = torch.from_numpy(latents.clip(5, np.random.default_rng(0))[0])
+    torch.testing.assert_close(Decoder(latents.encoder, CPU)(stored[None])[0], exact)
+    everything = torch.stack([torch.from_numpy(latents.clip(i, np.random.default_rng(0))[0]) for i in range(22)])
+    mean, std = everything.mean((0, 2, 3, 4)), everything.std((0, 2, 3, 4), correction=0)
+    if normalize:
+        assert mean.abs().max() < 1e-5 and (std - 1).abs().max() < 1e-5
+    else:
+        assert torch.equal(stored, Shuffle(None).encode(exact[None])[0].detach())
+        assert mean.tolist() == pytest.approx(latents.index["mean"]) and std.tolist() == pytest.approx(
+            latents.index["std"]
+        )
+
+    config = TrainConfig(run=str(tmp_path / "run"), data=DataConfig(str(tmp_path / "z")), model=LATENT, steps=2)
+    path = train(replace(config, preview=PreviewConfig(count=2, steps=2)))
+    assert checkpoints.load(path).encoder == latents.encoder
+    with av.open(str(tmp_path / "run/previews/step_00000002.png")) as container:
+        frame = next(container.decode(video=0))
+    # Two samples of two frames of 12x16 pixels, eleven times as large, 4 pixels apart.
+    assert (frame.height, frame.width) == (2 * 132 + 4, 2 * 176 + 4)
+    seen = []
+    decode = Shuffle.decode
+    monkeypatch.setattr(Shuffle, "decode", lambda self, z: seen.append(decode(self, z)) or seen[-1])
+    files = sample.run(SampleConfig(path, count=2, steps=1))
+    expected = sample.to_bytes(seen[0]).permute(0, 2, 3, 4, 1).numpy()
+    assert expected.shape == (2, 2, 12, 16, 1) and (np.load(files[3])["clips"] == expected).all()
+
+
+def test_an_encoder_that_is_missing_or_another_is_refused(tmp_path, monkeypatch):
+    autoencoder(tmp_path / "encoder", monkeypatch)
+    run(replace(pixels(tmp_path / "z"), encoder=str(tmp_path / "encoder")))
+    config = TrainConfig(run=str(tmp_path / "run"), data=DataConfig(str(tmp_path / "z")), model=LATENT, steps=1)
+    path = train(config)
+    moved = (tmp_path / "encoder").rename(tmp_path / "moved") / "step_00000007.pt"
+    for start in (
+        lambda: sample.run(SampleConfig(path, tmp_path / "out")),
+        lambda: train(replace(config, run=str(tmp_path / "second"))),
+    ):
+        with pytest.raises(ValueError, match=r"encoder is .*encoder/step_00000007\.pt', which is not there.*made with"):
+            start()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "second").exists()
+    assert sample.run(SampleConfig(path, tmp_path / "out", count=1, steps=1, encoder=str(moved)))[0].exists()
+    other = autoencoder(tmp_path / "encoder", monkeypatch, weight=4.0)
+    with pytest.raises(ValueError, match=r"step_00000007\.pt \(sha256 .*\) is not the one of the latents"):
+        sample.run(SampleConfig(path, tmp_path / "other"))
+    with pytest.raises(ValueError, match="is not the one of the latents"):
+        train(replace(config, run=str(tmp_path / "second")))
+    # A run cannot go on with the latents of another encoder.
+    run(replace(pixels(tmp_path / "z4"), encoder=str(other)))
+    with pytest.raises(ValueError, match="does not match the data: its encoder was"):
+        Trainer(merge(config, {"data": {"source": str(tmp_path / "z4")}}), checkpoints.load(path))
+    with pytest.raises(ValueError, match=r"was trained on latents itself"):
+        run(replace(pixels(tmp_path / "none"), encoder=str(path)))
+
+
+def test_encoders_that_cannot_be_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"encoder is 'nowhere', which is not there; it may be 'pixels', a checkpoint"):
+        run(replace(pixels(tmp_path / "z"), encoder="nowhere"))
+    path = train(TrainConfig(run=str(tmp_path / "run"), data=DIGITS, model=MODEL, steps=1))
+    with pytest.raises(ValueError, match="holds a DiT, which has no encode and decode"):
+        run(replace(pixels(tmp_path / "z"), encoder=str(path)))
+    odd = autoencoder(tmp_path / "encoder", monkeypatch)
+    with pytest.raises(ValueError, match=r"the encoder does not take clips of \(1, 2, 13, 16\)"):
+        run(replace(pixels(tmp_path / "z", data=replace(DIGITS, size=(13, 16))), encoder=str(odd)))
+    with pytest.raises(ValueError, match=r"encoder is 'pixels', but .* makes pixels, not latents"):
+        sample.run(SampleConfig(path, tmp_path / "out", encoder="pixels"))
+    assert not (tmp_path / "z").exists()
+
+
+def test_an_autoencoder_of_diffusers_is_loaded_from_its_folder(tmp_path, monkeypatch):
+    asked = []
+
+    def load_autoencoder(name, *, device):
+        asked.append((name, device))
+        return Shuffle(None)
+
+    monkeypatch.setitem(sys.modules, "models.autoencoders", SimpleNamespace(load_autoencoder=load_autoencoder))
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "weights.safetensors").write_bytes(b"weights")
+    run(replace(pixels(tmp_path / "z"), encoder=str(folder)))
+    latents = LatentClips(tmp_path / "z")
+    assert asked == [(str(folder), CPU)] and latents.shape == (4, 2, 6, 8) and latents.encoder["kind"] == "diffusers"
+    assert Decoder(latents.encoder, CPU)(torch.ones(1, *latents.shape)).shape == (1, 1, 2, 12, 16)
+    (folder / "weights.safetensors").write_bytes(b"Weights")
+    with pytest.raises(ValueError, match=r"vae .* is not the one of the latents"):
+        Decoder(latents.encoder, CPU)
+
+
+def test_pixels_are_clamped(tmp_path, monkeypatch):
+    encoder = open_encoder(identify(autoencoder(tmp_path / "encoder", monkeypatch)), CPU)
+    assert encoder.decode(torch.full((1, 4, 1, 2, 2), 9.0)).unique().tolist() == [1.0]
+
+
+def test_an_autoencoder_of_images_gets_the_frames(tmp_path, monkeypatch):
+    path = autoencoder(tmp_path / "encoder", monkeypatch, size=(12, 16))
+    encoder = open_encoder(identify(path), CPU)
+    clips = torch.randint(256, (3, 1, 2, 12, 16), dtype=torch.uint8)
+    latents = encoder.encode(clips)
+    assert encoder.shape((1, 2, 12, 16)) == latents.shape[1:] == (4, 2, 6, 8)
+    for frame in range(2):
+        expected = F.pixel_unshuffle(to_float(clips[:, :, frame]), 2) * 3
+        assert torch.equal(latents[:, :, frame], expected)
+    torch.testing.assert_close(encoder.decode(latents), to_float(clips))
+
+
+def test_images_train_on_latents(tmp_path):
+    run(pixels(tmp_path / "z", data=DataConfig(frames=1, size=(12, 16))))
+    config = TrainConfig(run=str(tmp_path / "run"), data=DataConfig(str(tmp_path / "z")), steps=1, batch_size=2)
+    path = train(replace(config, model=replace(MODEL, patch=(4, 4)), preview=PreviewConfig(count=2, steps=1)))
+    assert checkpoints.load(path).config["input_size"] == [12, 16]
+    assert np.load(sample.run(SampleConfig(path, count=2, steps=1))[3])["clips"].shape == (2, 1, 12, 16, 1)
+
+
+def test_latents_that_the_precision_cannot_hold_are_refused(tmp_path, monkeypatch):
+    path = autoencoder(tmp_path / "encoder", monkeypatch, weight=1e5)
+    with pytest.raises(ValueError, match="clips 0 to 2 have latents that fp16 cannot hold"):
+        run(replace(pixels(tmp_path / "z", precision="fp16"), encoder=str(path)))
+    run(replace(pixels(tmp_path / "z2", precision="bf16"), encoder=str(path)))
+
+
+def test_a_constant_channel_cannot_be_normalized(tmp_path):
+    (tmp_path / "black").mkdir()
+    write_mp4(tmp_path / "black/a.mp4", np.zeros((2, 16, 16, 3), dtype=np.uint8), 8)
+    data = DataConfig(str(tmp_path / "black"), frames=2, size=(16, 16))
+    with pytest.raises(ValueError, match="channel 0 of the latents is constant"):
+        run(pixels(tmp_path / "z", data=data, normalize=True))
+
+
+def test_text_comes_back(tmp_path):
+    path = run(pixels(tmp_path / "z"))
+    assert LatentClips(tmp_path / "z").text(3) is None
+    index = json.loads(path.read_text())
+    states, mask = torch.randn(8, 5, 4).half(), torch.rand(8, 5) < 0.5
+    latents = torch.randn(8, 1, 2, 12, 16)
+    index["shards"][1] = write_shard(path.parent, 1, latents, torch.arange(8), (states, mask))
+    path.write_text(json.dumps(index))
+    clips = LatentClips(tmp_path / "z")
+    got = clips.text(11)
+    assert got is not None and torch.equal(got[0], states[3]) and torch.equal(got[1], mask[3])
+    assert clips.clip(11, np.random.default_rng(0))[1] == 3
+
+
+def test_a_checkpoint_from_before_there_were_encoders_loads(tmp_path):
+    path = train(TrainConfig(run=str(tmp_path / "run"), data=DIGITS, model=MODEL, steps=1))
+    content = torch.load(path, weights_only=True)
+    assert content.pop("encoder") is None
+    torch.save(content, path)
+    assert checkpoints.load(path).encoder is None
+    content.pop("ema")
+    torch.save(content, path)
+    with pytest.raises(checkpoints.NotACheckpoint, match="lacks ema"):
+        checkpoints.load(path)
+
+
+def test_the_command_line(tmp_path, capsys):
+    command = ["--out", str(tmp_path / "z"), "--encoder", "pixels", "--data.frames", "2", "--data.size", "12", "16"]
+    main(command)
+    assert "22 clips (1, 2, 12, 16) as latents (1, 2, 12, 16)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"error: .*holds latents of other options: seed differ"):
+        main([*command, "--seed", "1"])
+    for wrong, reason in (
+        ({"passes": 0}, "passes is 0; it must be at least 1"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"data": DataConfig(buckets=((2, 12, 16),))}, "data.buckets is .*; a folder of latents has one size"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            pixels(tmp_path, **wrong)
