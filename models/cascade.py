@@ -145,8 +145,6 @@ class CascadeSettings:
     """Tokens of a class."""
     class_dropout: float = 0.1
     """Share of labels or captions that training replaces by the null class or an empty caption, for guidance."""
-    text_width: int = 0
-    """E of the captions' states; 0 for no text. A model may have both; each call gives classes or a Text."""
     latent_channels: int = 0
     """Channels of stage C's latents that stage B is given; 0 for none."""
     latent_dropout: float = 0.1
@@ -171,6 +169,8 @@ class CascadeConfig(CascadeSettings):
         input_size: cells of the input: ``(T, H, W)`` for video, ``(H, W)`` for images; each a multiple of ``patch``.
         channels: of the input.
         num_classes: 0 for a model without classes.
+        text_width: E of the captions' states; 0 for a model without text. A model may have both; each call gives
+            classes or a Text.
 
     Raises:
         ValueError: a value that does not fit, by name.
@@ -179,6 +179,7 @@ class CascadeConfig(CascadeSettings):
     input_size: tuple[int, ...]
     channels: int
     num_classes: int = 0
+    text_width: int = 0
 
     def __post_init__(self) -> None:
         per_level = ("widths", "heads", "levels", "down", "up", "repeats", "dropout")

@@ -6,6 +6,8 @@
     positions         those of the image on every frame; with frame positions their differences to the first frame too
     what has no counterpart in an image (temporal blocks, V, temporal convolution) adds 0 until it is trained
 
+Equal but for the rounding of products, which depends on their shapes.
+
 A DiT with "factorized" attention has two blocks for each of the image's: the first, over space, takes its weights, the
 second, over time, has adaLN gates of 0. One with "joint" attention has the image's blocks, and makes the image model's
 frames of a clip that stands still: a query sees its key T times, which the softmax shares out.
@@ -42,7 +44,7 @@ def load_image_weights(
         frame_positions: add to a DiT's positions how those of the later frames differ from those of the first. Then
             only the first frame's tokens are what they were, but the model can tell the order of its frames, which
             attention over time needs: choose it to train on. A Cascade can tell them by its rotary embedding, and
-            refuses it.
+            refuses it. (With ``any_size`` a DiT makes positions for other sizes itself, frames' included.)
 
     Raises:
         TypeError: another kind of model.
