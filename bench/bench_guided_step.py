@@ -10,15 +10,16 @@ from torch import Tensor
 import minisora_kernels as mk
 from bench.harness import FWD, Problem, Random, cases
 from bench.shapes import GUIDED_STEP, Latents
-from models.diffusion import schedule
+from models.diffusion import DDPM, schedule, space_timesteps
 from models.flow import FlowMatching
 from models.samplers import diffusion_plan, flow_plan
 
 GUIDANCE, STEPS, STEP = 4.0, 50, 20
 
 EULER = flow_plan(FlowMatching(), "euler", STEPS, GUIDANCE).coefficients[STEP, 0].tolist()
-ANCESTRAL = diffusion_plan("ddpm", STEPS, GUIDANCE).coefficients[STEP, 0].tolist()
-TABLES = [table[STEPS - 1 - STEP].item() for table in schedule(STEPS, torch.device("cpu"), torch.float64)]
+ANCESTRAL = diffusion_plan(DDPM(), "ddpm", STEPS, GUIDANCE).coefficients[STEP, 0].tolist()
+KEPT = schedule(space_timesteps(STEPS), torch.device("cpu"), torch.float64)
+TABLES = [table[STEPS - 1 - STEP].item() for table in KEPT]
 
 
 def problem(shape: Latents, dtype: torch.dtype, device: torch.device) -> Problem:

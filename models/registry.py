@@ -13,9 +13,11 @@ from .diffusion import DDPM
 from .dit import SIZES, DiT, DiTConfig, DiTSettings
 from .flow import FlowMatching
 from .logsnr import LogSNR
+from .stdit import STDiT, STDiTConfig, STDiTSettings
+from .walt import WALT, WALTConfig, WALTSettings
 
-Settings = DiTSettings | CascadeSettings
-Config = DiTConfig | CascadeConfig
+Settings = DiTSettings | STDiTSettings | WALTSettings | CascadeSettings
+Config = DiTConfig | STDiTConfig | WALTConfig | CascadeConfig
 Objective = FlowMatching | DDPM | LogSNR
 
 
@@ -29,6 +31,8 @@ class Family(NamedTuple):
 
 FAMILIES = {
     DiTSettings.name: Family(DiTSettings, DiTConfig, DiT),
+    STDiTSettings.name: Family(STDiTSettings, STDiTConfig, STDiT),
+    WALTSettings.name: Family(WALTSettings, WALTConfig, WALT),
     CascadeSettings.name: Family(CascadeSettings, CascadeConfig, Cascade),
 }
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (FlowMatching, DDPM, LogSNR)}
@@ -54,6 +58,12 @@ def _systems() -> dict[str, System]:
             for kind, attention in (("vdit", "joint"), ("latte", "factorized")):
                 video = DiTSettings(patch=patch, attention=attention, learn_sigma=True, **shape)
                 systems[f"{kind}-{name}"] = System(video, DDPM())
+        # Only XL was published; the others have DiT's shapes.
+        space_time = STDiTSettings(patch=(1, 2, 2), learn_sigma=True, **shape)
+        systems[f"stdit-{size.lower()}/1x2x2"] = System(space_time, DDPM())
+    velocity = DDPM(prediction="velocity", zero_snr=True)
+    for size in ("L", "XL"):
+        systems[f"walt-{size.lower()}"] = System(WALTSettings(**SIZES[size]), velocity)
     for name, shape in cascade.SIZES.items():
         image = CascadeSettings(**shape)
         objective = LogSNR(sample_shift=2.0 if name.startswith("c-") else 1.0)
@@ -65,8 +75,10 @@ def _systems() -> dict[str, System]:
 SYSTEMS = _systems()
 
 
-def configure(settings: Settings, channels: int, frames: int, size: tuple[int, int], num_classes: int) -> Config:
-    """What the model for data of this shape is built from.
+def configure(
+    settings: Settings, channels: int, frames: int, size: tuple[int, int], num_classes: int, text_width: int = 0
+) -> Config:
+    """What the model for data of this shape, with classes or with text of this width, is built from.
 
     Raises:
         ValueError: settings that do not fit the data, by name.
@@ -76,7 +88,12 @@ def configure(settings: Settings, channels: int, frames: int, size: tuple[int, i
         raise ValueError(f"model.patch is {patch}, that of an image model, but data.frames is {frames}, not 1")
     values = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
     values |= {"input_size": size if len(patch) == 2 else (frames, *size), "channels": channels}
-    return FAMILIES[settings.name].config(**values, num_classes=num_classes)
+    config = FAMILIES[settings.name].config
+    if text_width:
+        if "text_width" not in {item.name for item in dataclasses.fields(config)}:
+            raise ValueError(f"model is {settings.name!r}, which takes no text, but text.encoder was given")
+        values["text_width"] = text_width
+    return config(**values, num_classes=num_classes)
 
 
 def build(config: Config) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import re
 import sys
@@ -28,7 +29,8 @@ from .config import from_dict
 from .data import to_bytes
 from .latents import Decoder
 from .registry import Objective
-from .samplers import SOLVERS, sample
+from .samplers import SOLVERS, count_steps, sample
+from .text import Text, TextEncoder, rows
 
 SMALLEST_SIDE = 128
 FORMATS = ("mp4", "gif", "png", "npz")
@@ -46,8 +48,12 @@ class SampleConfig:
     """Number of clips."""
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
     """Names or ids of the classes, dealt to the clips in turn; by default all."""
-    steps: int = 50
-    """Steps of the solver."""
+    prompt: tuple[str, ...] = ()
+    """Captions, dealt to the clips in turn, for a model that was trained with text; '' is none."""
+    text_encoder: str | None = None
+    """The text encoder of the training, if it is elsewhere now."""
+    steps: int | str = 50
+    """Steps of the solver; of a diffusion also 'ddim50' (timesteps 0, 20, ... 980) or '10,15,20' (of each third)."""
     solver: Literal["euler", "heun", "ddpm", "ddim"] | None = None
     """Euler or Heun for a flow (default euler), DDPM or DDIM for a diffusion (default ddpm)."""
     guidance: float = 1.0
@@ -131,14 +137,25 @@ def class_ids(wanted: tuple[str, ...], classes: list[str], count: int) -> Tensor
     return torch.tensor([ids[i % len(ids)] for i in range(count)])
 
 
+def prompts(wanted: tuple[str, ...], count: int) -> list[str]:
+    """The captions in turn, ``count`` of them.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not wanted:
+        raise ValueError("this model was trained with text; prompt must have a caption, '' for none")
+    return [wanted[i % len(wanted)] for i in range(count)]
+
+
 def sample_clips(
     model: nn.Module,
     objective: Objective,
     count: int,
-    y: Tensor | None,
+    y: Tensor | Text | None,
     *,
     solver: str | None = None,
-    steps: int,
+    steps: int | str,
     guidance: float = 1.0,
     guidance_channels: int | None = None,
     guidance_rescale: float = 0.0,
@@ -159,7 +176,7 @@ def sample_clips(
     noise = torch.randn((count, *shape), generator=generator, device=device)
     clips = []
     starts = range(0, count, batch_size)
-    with progress_bar(total=len(starts) * steps, desc="sampling", disable=not progress) as bar:
+    with progress_bar(total=len(starts) * count_steps(objective, steps), desc="sampling", disable=not progress) as bar:
 
         def counted(steps: Iterable[int]) -> Iterator[int]:
             for step in steps:
@@ -172,7 +189,7 @@ def sample_clips(
                 model,
                 objective,
                 noise[part],
-                None if y is None else y[part].to(device),
+                None if y is None else rows(y, part).to(device),
                 solver=solver or SOLVERS[objective.name][0],
                 steps=steps,
                 guidance=guidance,
@@ -278,15 +295,15 @@ def write_gif(path: Path, film: np.ndarray, fps: int) -> None:
         container.mux(stream.encode(None))
 
 
-def write(folder: Path, clips: np.ndarray, y: Tensor | None, fps: int) -> list[Path]:
-    """The four files for uint8 clips ``[N, T, H, W, C]``; the npz holds ``clips`` and, with classes, ``labels``."""
+def write(folder: Path, clips: np.ndarray, labels: Tensor | list[str] | None, fps: int) -> list[Path]:
+    """The four files for uint8 clips ``[N, T, H, W, C]``; the npz has ``clips`` and ``labels``, classes or captions."""
     folder.mkdir(parents=True, exist_ok=True)
     mp4, gif, png, npz = paths = output_paths(folder)
     film = mosaic(clips)
     write_mp4(mp4, film, fps)
     write_gif(gif, film, fps)
     write_png(png, contact_sheet(clips))
-    np.savez_compressed(npz, clips=clips, **({} if y is None else {"labels": y.numpy()}))
+    np.savez_compressed(npz, clips=clips, **({} if labels is None else {"labels": np.asarray(labels)}))
     return paths
 
 
@@ -306,7 +323,7 @@ def run(config: SampleConfig) -> list[Path]:
         ValueError: a file that is not a checkpoint or does not match, output that is there already, or an option that
             does not fit the model.
     """
-    for name in ("count", "steps", "batch_size", "fps"):
+    for name in ("count", "batch_size", "fps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     path, checkpoint = open_checkpoint(config.checkpoint)
@@ -314,12 +331,20 @@ def run(config: SampleConfig) -> list[Path]:
     present = [str(file) for file in output_paths(folder) if file.exists()]
     if present and not config.overwrite:
         raise ValueError(f"{', '.join(present)} exists already; use --overwrite or another --out")
-    y = class_ids(config.classes, checkpoint.classes, config.count)
+    train = from_dict(checkpoint.train)
+    labels = y = class_ids(config.classes, checkpoint.classes, config.count)
     device = choose_device(config.device)
     if checkpoint.encoder is None and config.encoder is not None:
         raise ValueError(f"encoder is {config.encoder!r}, but {path} makes pixels, not latents")
     # Before the sampling, so that an encoder that is missing costs no time.
     decode = None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device, config.encoder)
+    if train.text.encoder is not None:
+        labels = prompts(config.prompt, config.count)
+        encoder = config.text_encoder or train.text.encoder
+        y = TextEncoder(**dataclasses.asdict(train.text) | {"encoder": encoder}, device=device)(labels)
+    elif config.prompt or config.text_encoder:
+        option = "prompt" if config.prompt else "text_encoder"
+        raise ValueError(f"{option} is {getattr(config, option)!r}; this model was trained without text")
     model = checkpoint.build(ema=not config.last_weights).to(device)
     if config.compile:
         model.compile()
@@ -329,7 +354,7 @@ def run(config: SampleConfig) -> list[Path]:
     ):
         clips = sample_clips(
             model,
-            from_dict(checkpoint.train).objective,
+            train.objective,
             config.count,
             y,
             solver=config.solver,
@@ -343,10 +368,12 @@ def run(config: SampleConfig) -> list[Path]:
             cuda_graphs=config.cuda_graphs,
             decode=decode,
         )
-    paths = write(folder, clips.numpy(), y, config.fps)
+    paths = write(folder, clips.numpy(), labels, config.fps)
     print(f"{config.count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
-    if y is not None:
-        print("classes:", ", ".join(checkpoint.classes[i] for i in y))
+    if isinstance(labels, list):
+        print("prompts:", ", ".join(map(repr, labels)))
+    elif labels is not None:
+        print("classes:", ", ".join(checkpoint.classes[i] for i in labels))
     for file in paths:
         print(f"  {file}")
     return paths

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from minisora_kernels import guided_step
 
-from .diffusion import Schedule, schedule
+from .diffusion import DDPM, Schedule, space_timesteps
 from .flow import FlowMatching
 from .logsnr import LogSNR, logsnr, noise_level, scales
 from .objectives import TIMESTEPS, at_least_float32, expand
 from .registry import Objective
+from .text import Text, rows
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -42,21 +43,32 @@ def flow_plan(objective: FlowMatching, solver: str, steps: int, guidance: float)
     return Plan(times * TIMESTEPS, _stack(columns, times))
 
 
-def diffusion_plan(solver: str, steps: int, guidance: float) -> Plan:
+def diffusion_plan(objective: DDPM, solver: str, steps: int | str, guidance: float) -> Plan:
     """DDPM: the mean of p(x_{i-1} | x_i) and noise. DDIM: the predicted x_0, diffused again by the predicted noise.
 
-    A learned variance lies between beta and the posterior variance; one that is not is beta. On the CPU, in float64.
+    A learned variance lies between beta and the posterior variance; one that is not is beta. ``steps`` as in
+    :func:`space_timesteps`. On the CPU, in float64.
+
+    Raises:
+        ValueError: steps that do not fit; those of a schedule with zero terminal SNR start at timestep 999.
     """
-    tables = schedule(steps, torch.device("cpu"), torch.float64)
+    kept = space_timesteps(steps)
+    if objective.zero_snr and kept[-1] != TIMESTEPS - 1:
+        raise ValueError(
+            f"steps is {steps!r}, which starts at timestep {kept[-1]}; with zero_snr only timestep {TIMESTEPS - 1} is "
+            "pure noise: use a number, or sections whose last has more than 1"
+        )
+    tables = objective.tables(kept, torch.device("cpu"), torch.float64)
     tables = Schedule(*(table.flip(0)[:, None] for table in tables))
-    # x_0 = of_x x + of_noise epsilon
-    of_x, of_noise = tables.alpha_bar.rsqrt(), -(1 / tables.alpha_bar - 1).sqrt()
+    (x0_of_x, x0_of_prediction), (noise_of_x, noise_of_prediction) = objective.weights(tables)
     if solver == "ddim":
-        x_0, x, epsilon = tables.previous.sqrt(), 0.0, (1 - tables.previous).sqrt()
+        x_0, x, noise = tables.previous.sqrt(), 0.0, (1 - tables.previous).sqrt()
     else:
-        x_0, x, epsilon = tables.posterior_x0_weight, tables.posterior_x_weight, 0.0
+        x_0, x, noise = tables.posterior_x0_weight, tables.posterior_x_weight, 0.0
+    of_x = x_0 * x0_of_x + x + noise * noise_of_x
+    of_prediction = x_0 * x0_of_prediction + noise * noise_of_prediction
     slope = (tables.beta.log() - tables.posterior_log_variance) / 4
-    columns = (guidance, x_0 * of_x + x, x_0 * of_noise + epsilon, tables.beta.sqrt(), slope)
+    columns = (guidance, of_x, of_prediction, tables.beta.sqrt(), slope)
     return Plan(tables.timesteps, _stack(columns, tables.timesteps))
 
 
@@ -82,6 +94,21 @@ def logsnr_plan(objective: LogSNR, solver: str, steps: int, guidance: float) -> 
     columns = (guidance, next_a * x_0[0] + of_e * e[0], next_a * x_0[1] + of_e * e[1], sigma, 0.0)
     times = noise_level(value[:-1])[:, None] * TIMESTEPS
     return Plan(times, _stack((c if isinstance(c, float) else c[:, None] for c in columns), times))
+
+
+def count_steps(objective: Objective, steps: int | str) -> int:
+    """How many steps ``steps`` are: a number, or for a diffusion also what :func:`space_timesteps` takes.
+
+    Raises:
+        ValueError: steps that are not the objective's.
+    """
+    if isinstance(objective, DDPM):
+        return len(space_timesteps(steps))
+    if not isinstance(steps, int):
+        raise ValueError(f"steps is {steps!r}; objective {objective.name!r} takes a number, only 'ddpm' has timesteps")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1")
+    return steps
 
 
 def _stack(columns: Iterable[float | Tensor], like: Tensor) -> Tensor:
@@ -114,28 +141,53 @@ def rescaled(cond: Tensor, null: Tensor, guidance: Tensor | float, share: float,
 
 
 class Predictor:
-    """The model's predictions with classes and, for guidance, without: one call on a doubled batch.
+    """The model's predictions with classes or text and, for guidance, without: one call on a doubled batch.
 
     What a call needs besides x comes from :meth:`conditions`. Of a model with ``modulations``, as DiT has them, those
     are computed for many timesteps at once: its conditional layers read their weights once, not once a step.
 
+    ``given`` are further arguments of the model by name, ``[B, ...]``. The call without classes is without past frames
+    too. A model with self-conditioning is given its last estimate of the data, each half of a doubled batch its own.
+
     Raises:
-        ValueError: guidance for a model without classes, or without labels.
+        ValueError: guidance for a model without classes or text, or without labels, unless there are past frames.
     """
 
     # At a time: enough rows to occupy a matrix product, 200 MB of modulations for DiT-XL.
     ROWS = 256
 
-    def __init__(self, model: nn.Module, y: Tensor | None, guidance: float) -> None:
-        self.model, self.guided, self.ahead = model, guidance != 1, hasattr(model, "modulations")
+    def __init__(
+        self,
+        model: nn.Module,
+        y: Tensor | Text | None,
+        guidance: float,
+        estimate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.model, self.guided = model, guidance != 1
+        self.ahead = hasattr(model, "modulations") and not isinstance(y, Text)
         # Classes whose modulations are needed, and whose are which sample's: all samples share the null class.
-        self.classes, self.places = y, None if y is None else torch.arange(len(y), device=y.device)
-        if self.guided:
+        labels = y.mask if isinstance(y, Text) else y
+        self.classes, self.places = y, None if y is None else torch.arange(len(labels), device=labels.device)
+        self.given: dict[str, Tensor] = dict(given or {})
+        self.previous: Tensor | None = None
+        self.estimate = estimate if getattr(getattr(model, "config", None), "self_conditioning", 0) else None
+        if self.given and self.ahead:
+            raise ValueError(f"{' and '.join(self.given)} cannot be given to a {type(model).__name__}")
+        if self.guided and not (y is None and "past" in self.given):
             null_class = getattr(model, "null_class", None)
-            if null_class is None or y is None:
-                raise ValueError(f"guidance is {guidance}; without classes it must be 1")
-            self.classes = torch.cat((y, y.new_full((1,), null_class)))
-            self.places = torch.cat((self.places, self.places.new_full(y.shape, len(y))))
+            if isinstance(y, Text):
+                self.classes = Text(*map(torch.cat, zip(y, y.null(), strict=True)))
+            elif y is None or null_class is None:
+                raise ValueError(f"guidance is {guidance}; without classes or text it must be 1")
+            else:
+                self.classes = torch.cat((y, y.new_full((1,), null_class)))
+            self.places = torch.cat((self.places, torch.full_like(self.places, len(self.places))))
+        if self.guided:
+            self.given = {name: torch.cat((value, value)) for name, value in self.given.items()}
+            if "past" in self.given:
+                batch, _, k = self.given["past"].shape[:3]
+                self.given["past_frames"] = (torch.arange(batch, device=self.given["past"].device) < batch // 2) * k
 
     def conditions(self, times: Tensor) -> Iterator[Tensor]:
         """One for each of the timesteps ``times``."""
@@ -152,15 +204,22 @@ class Predictor:
         if self.guided:
             x = torch.cat((x, x))
         if self.ahead:
-            rows = condition.expand(len(x), -1) if self.places is None else condition[self.places]
-            prediction = self.model(x, modulations=rows)
+            modulations = condition.expand(len(x), -1) if self.places is None else condition[self.places]
+            prediction = self.model(x, modulations=modulations)
         else:
-            y = None if self.classes is None else self.classes[self.places]
-            prediction = self.model(x, condition.expand(len(x)), y)
+            y = None if self.classes is None else rows(self.classes, self.places)
+            prediction = self._ask(x, condition.expand(len(x)), y)
         if not self.guided:
             return prediction, None
         cond, null = prediction.chunk(2)
         return cond, null
+
+    def _ask(self, x: Tensor, t: Tensor, y: Tensor | Text | None) -> Tensor:
+        previous = {} if self.previous is None else {"previous": self.previous}
+        prediction = self.model(x, t, y, **self.given, **previous)
+        if self.estimate is not None:
+            self.previous = self.estimate(prediction, x, t)
+        return prediction
 
 
 class Graphed:
@@ -209,27 +268,31 @@ def sample(
     model: nn.Module,
     objective: Objective,
     noise: Tensor,
-    y: Tensor | None,
+    y: Tensor | Text | None,
     *,
     solver: str,
-    steps: int,
+    steps: int | str,
     guidance: float = 1.0,
     guidance_channels: int | None = None,
     guidance_rescale: float = 0.0,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
     cuda_graphs: bool = False,
+    past: Tensor | None = None,
+    low: Tensor | None = None,
+    low_t: Tensor | None = None,
 ) -> Tensor:
     """Samples from ``noise``; the model is in eval mode meanwhile.
 
     Args:
-        model: a DiT, or any module with its call; with guidance it has ``null_class``.
+        model: a DiT, or any module with its call; with classes and guidance it has ``null_class``.
         objective: what the model was trained with.
         noise: ``[B, C, ...]``, standard normal.
-        y: classes ``[B]``, or None for an unconditional model.
+        y: classes ``[B]``, captions, or None for an unconditional model.
         solver: ``"euler"`` or ``"heun"`` (two calls a step, second order) for flow matching; ``"ddpm"`` (ancestral) or
             ``"ddim"`` (deterministic, eta = 0; Song et al. 2020, arXiv 2010.02502) for DDPM and LogSNR.
-        steps: of the solver; DDPM and DDIM use that many evenly spaced ones of the 1000.
+        steps: how many; for DDPM that many evenly spaced ones of the 1000 timesteps, or those of ``"ddimN"`` or of
+            sections such as ``"10,15,20"`` (:func:`models.diffusion.space_timesteps`).
         guidance: classifier-free guidance scale; 1 is none and costs half.
         guidance_channels: guide the first so many channels only; None guides all.
         guidance_rescale: share of the guided prediction that :func:`rescaled` gives the spread of the one with classes;
@@ -237,38 +300,43 @@ def sample(
         generator: of the noise that ``"ddpm"`` adds at each step.
         progress: wraps the iterable of steps, as tqdm does.
         cuda_graphs: replay the steps as CUDA graphs; the capture takes four calls. Not run on a GPU.
+        past: for frame prediction, the known first frames ``[B, C, k, ...]``; the result begins with them.
+        low, low_t: for super-resolution, the small clip and the level of its noise, as the model takes them.
 
     Returns:
         ``[B, C, ...]`` in noise's dtype.
 
     Raises:
-        ValueError: a solver that is not the objective's, steps or guidance that do not fit, CUDA graphs on a CPU.
+        ValueError: a solver that is not the objective's, steps or guidance that do not fit, CUDA graphs on a CPU
+            or with self-conditioning.
     """
     allowed = SOLVERS[objective.name]
     if solver not in allowed:
         raise ValueError(f"solver is {solver!r}; objective {objective.name!r} has {' and '.join(map(repr, allowed))}")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; it must be at least 1")
+    count = count_steps(objective, steps)
     if guidance_channels is not None and guidance == 1:
         raise ValueError(f"guidance_channels is {guidance_channels}, but guidance is 1, which is none")
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale is {guidance_rescale}; it must be in [0, 1]")
     if guidance_rescale > 0 and guidance == 1:
         raise ValueError(f"guidance_rescale is {guidance_rescale}, but guidance is 1, which is none")
-    predict = Predictor(model, y, guidance)
+    given = {name: value for name, value in (("past", past), ("low", low), ("low_t", low_t)) if value is not None}
+    predict = Predictor(model, y, guidance, getattr(objective, "estimate", None), given)
+    if cuda_graphs and predict.estimate is not None:
+        raise ValueError("cuda_graphs is True; a model with self-conditioning keeps an estimate between its calls")
     if isinstance(objective, FlowMatching):
-        plan = flow_plan(objective, solver, steps, guidance)
+        plan = flow_plan(objective, solver, count, guidance)
     elif isinstance(objective, LogSNR):
-        plan = logsnr_plan(objective, solver, steps, guidance)
+        plan = logsnr_plan(objective, solver, count, guidance)
     else:
-        plan = diffusion_plan(solver, steps, guidance)
+        plan = diffusion_plan(objective, solver, steps, guidance)
 
     def update(x: Tensor, condition: Tensor, row: Tensor, z: Tensor | None) -> Tensor:
         cond, null = predict(x, condition)
         objective.check(cond, x)
         if null is not None and guidance_rescale > 0:
-            count = x.shape[1]
-            cond = rescaled(cond, null, guidance, guidance_rescale, count, guidance_channels or count)
+            channels = x.shape[1]
+            cond = rescaled(cond, null, guidance, guidance_rescale, channels, guidance_channels or channels)
             return guided_step(x, cond, row, z=z)
         return guided_step(x, cond, row, null=null, z=z, channels=guidance_channels)
 
@@ -282,13 +350,46 @@ def sample(
     model.eval()
     try:
         conditions = predict.conditions(times.flatten())
-        for i in (progress or iter)(range(steps)):
+        for i in (progress or iter)(range(count)):
             start = x
             for call, row in enumerate(coefficients[i]):
                 z = start if call == 1 else None
-                if solver == "ddpm" and i < steps - 1:
+                if solver == "ddpm" and i < count - 1:
                     z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
                 x = update(x, next(conditions), row, z)
-        return x
+        return x if past is None else torch.cat((past.to(x.dtype), x[:, :, past.shape[2] :]), dim=2)
     finally:
         model.train(was_training)
+
+
+def continue_video(
+    model: nn.Module,
+    objective: Objective,
+    clip: Tensor,
+    noises: Sequence[Tensor],
+    y: Tensor | Text | None,
+    *,
+    past_of: Callable[[Tensor], Tensor] = lambda clip: clip[:, :, -2:],
+    **options: Any,
+) -> list[Tensor]:
+    """Clips that go on from ``clip``, each from the end of the one before it.
+
+    Args:
+        model: trained with past frames.
+        clip: ``[B, C, T, H, W]``.
+        noises: for each clip to make, of clip's shape.
+        past_of: the first frames ``[B, C, k, H, W]`` of what follows a clip; by default its last two. With a causal
+            tokenizer, whose first latent frame is one frame and whose others are several, decode the clip and encode
+            its last frames: W.A.L.T encodes the last 5 as 2.
+        options: as for :func:`sample`.
+
+    Returns:
+        a clip for each noise; its first k frames are ``past_of`` the one before.
+
+    Raises:
+        ValueError: as for :func:`sample`.
+    """
+    clips = [clip]
+    for noise in noises:
+        clips.append(sample(model, objective, noise, y, past=past_of(clips[-1]), **options))
+    return clips[1:]

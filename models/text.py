@@ -1,14 +1,184 @@
-"""Text as a condition of a model."""
+"""Text as a condition: what models take in the place of class ids, and the frozen encoders that make it.
+
+    T5:    states = encoder(tokens of the caption)     [n, E], one row a token
+    CLIP:  the same, or its pooled output alone        [1, E], the state of the end token
+
+The null caption, which guidance sets against the caption and which training puts in the place of dropped ones, is a row
+without a token. What stands for it is the model's, a learned embedding for one: an encoder's output for ``""`` is that
+of another caption, and a guidance between two captions that are equal does nothing.
+
+Source: T5, Raffel et al. 2019 (arXiv 1910.10683); CLIP, Radford et al. 2021 (arXiv 2103.00020); text tokens in
+cross-attention with a dropped caption for guidance: PixArt-alpha, Chen et al. 2023 (arXiv 2310.00426).
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class Text(NamedTuple):
-    """A batch of encoded captions: ``states [B, L, E]`` and the ``mask [B, L]``, bool, True where there is a token."""
+    """A batch of encoded captions; a model takes it as ``y``.
+
+    ``states [B, L, E]`` are the encoder's, floating point; ``mask [B, L]``, bool, is True at the tokens of a caption
+    and False at the padding, which no model may read. A row without a token is the null caption.
+    """
 
     states: Tensor
     mask: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(B, L, E)``."""
+        return self.states.shape
+
+    def to(self, *arguments: Any, **options: Any) -> Text:
+        """On another device; takes what ``Tensor.to`` takes for one."""
+        return Text(*(part.to(*arguments, **options) for part in self))
+
+    def chunk(self, chunks: int) -> list[Text]:
+        """The captions in so many parts, as ``Tensor.chunk``."""
+        return [Text(*parts) for parts in zip(*(part.chunk(chunks) for part in self), strict=True)]
+
+    def null(self) -> Text:
+        """One null caption, of the same length."""
+        return Text(torch.zeros_like(self.states[:1]), torch.zeros_like(self.mask[:1]))
+
+
+def rows(y: Tensor | Text, index: slice | Tensor) -> Tensor | Text:
+    """Classes or captions of the samples that ``index`` picks."""
+    return Text(*(part[index] for part in y)) if isinstance(y, Text) else y[index]
+
+
+def with_null(y: Text, share: float, null: Tensor) -> Text:
+    """``y`` with a learned embedding for the null caption, and the share of captions dropped that training drops.
+
+    Args:
+        y: captions, some of them perhaps null.
+        share: probability with which a caption becomes the null caption, drawn from torch's generator of y's device.
+        null: ``[E]``, the only token of the null caption.
+
+    Returns:
+        Text in null's dtype, in which every row has a token.
+    """
+    states, mask = y
+    if share > 0:
+        mask = mask & (torch.rand(len(mask), 1, device=mask.device) >= share)
+    first = torch.arange(mask.shape[1], device=mask.device) == 0
+    absent = ~mask.any(1, keepdim=True) & first
+    return Text(torch.where(absent[..., None], null, states.to(null.dtype)), mask | absent)
+
+
+def package(name: str) -> Any:
+    """The package, imported only now.
+
+    Raises:
+        ValueError: it is not installed; says how it may be.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"package {name!r} is needed: pip install {name} ({error})") from error
+
+
+MODELS = {"t5": "T5EncoderModel", "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}
+
+
+class TextEncoder:
+    """A frozen T5 or CLIP text encoder of transformers, in eval mode: captions to :class:`Text`.
+
+    A caption is encoded by itself, so that its states do not depend on what it is batched with, and kept in memory.
+    CLIP's padding tokens are not among the states, although Stable Diffusion reads them.
+
+    Args:
+        encoder: folder with encoder and tokenizer, or the hub name of a model that was downloaded before: nothing is
+            downloaded here.
+        max_length: L, the tokens of a caption; longer ones are cut.
+        precision: of the encoder; T5 overflows in float16, hence bfloat16.
+        pooled: CLIP's pooled output, one token a caption, in the place of its states.
+        cache: captions whose states stay in memory; the least recently used goes first.
+        device: where the encoder runs.
+
+    Attributes:
+        width: E.
+        length: L, 1 if pooled.
+
+    Raises:
+        ValueError: no such model, one that is neither T5 nor CLIP, a missing package, or an option that does not fit.
+    """
+
+    def __init__(
+        self,
+        encoder: str,
+        *,
+        max_length: int = 120,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        pooled: bool = False,
+        cache: int = 10_000,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}; it must be at least 1")
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision is {precision!r}; it may be 'fp32' or 'bf16'")
+        transformers = package("transformers")
+        try:
+            config = transformers.AutoConfig.from_pretrained(encoder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"text encoder {encoder!r} is neither a folder with one nor the hub name of a downloaded one: {error}"
+            ) from error
+        if config.model_type not in MODELS:
+            raise ValueError(f"text encoder {encoder!r} is a {config.model_type!r}; it may be T5 or CLIP")
+        is_clip = config.model_type != "t5"
+        if pooled and not is_clip:
+            raise ValueError(f"pooled is True, but text encoder {encoder!r} is a T5, which has no pooled output")
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(encoder, local_files_only=True)
+            self.model, loading = getattr(transformers, MODELS[config.model_type]).from_pretrained(
+                encoder, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(f"text encoder {encoder!r} cannot be loaded: {error}") from error
+        if loading["missing_keys"]:
+            raise ValueError(f"text encoder {encoder!r} lacks weights, {', '.join(sorted(loading['missing_keys']))}")
+        if is_clip and max_length > self.model.config.max_position_embeddings:
+            most = self.model.config.max_position_embeddings
+            raise ValueError(f"max_length is {max_length}; text encoder {encoder!r} takes {most} tokens at most")
+        self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        self.model = self.model.to(device, self.dtype).eval().requires_grad_(False)
+        self.device, self.max_length, self.pooled = device, max_length, pooled
+        self.width: int = self.model.config.hidden_size
+        self.length = 1 if pooled else max_length
+        self._states = functools.lru_cache(maxsize=cache)(self._encode)
+
+    def __call__(self, captions: Sequence[str]) -> Text:
+        """``states [B, L, E]`` in the encoder's precision and ``mask [B, L]``, on the CPU; ``""`` is the null caption.
+
+        Raises:
+            TypeError: captions that are one string.
+        """
+        if isinstance(captions, str):
+            raise TypeError("captions is a string; it must be a sequence of strings")
+        states = torch.zeros(len(captions), self.length, self.width, dtype=self.dtype)
+        mask = torch.zeros(len(captions), self.length, dtype=torch.bool)
+        for i, caption in enumerate(captions):
+            if caption:
+                found = self._states(caption)
+                states[i, : len(found)] = found
+                mask[i, : len(found)] = True
+        return Text(states, mask)
+
+    @torch.no_grad()
+    def _encode(self, caption: str) -> Tensor:
+        """``[n, E]`` of the caption's n tokens, on the CPU."""
+        tokens = self.tokenizer([caption], truncation=True, max_length=self.max_length, return_tensors="pt")
+        # The training's autocast is none of the encoder's business, which may have run before.
+        with torch.autocast(torch.device(self.device).type, enabled=False):
+            output = self.model(tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device))
+        return (output.pooler_output if self.pooled else output.last_hidden_state[0]).cpu()

@@ -49,6 +49,7 @@ from .sample import (
     sample_clips,
     write_png,
 )
+from .text import Text, TextEncoder
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -137,7 +138,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 class Trainer:
-    """A run between two steps: model, optimizer, average, random generators and place in the data.
+    """A run between two steps: model, optimizer, average, random generators, the loss's memory and place in the data.
 
     ``resume`` continues from a checkpoint. Raises ValueError for a configuration that does not fit together.
     """
@@ -158,8 +159,15 @@ class Trainer:
         # What made the latents, if the clips are latents: their previews need it, so it must be there from the start.
         self.encoder: dict[str, Any] | None = getattr(self.source, "encoder", None)
         self.decode = None if self.encoder is None else Decoder(self.encoder, self.device)
+        captions = list(getattr(self.source, "captions", ()))
+        self.text, self.captions, text_width = None, captions or self.classes, 0
+        if config.text.encoder is not None:
+            self.text = self._encoder()
+            self.classes, text_width = [], self.text.width
+        elif captions:
+            _log.warning("the captions of %s are not used: text.encoder is not given", data.source)
         channels, frames, height, width = self.source.shape
-        built_from = configure(config.model, channels, frames, (height, width), len(self.classes))
+        built_from = configure(config.model, channels, frames, (height, width), len(self.classes), text_width)
         torch.manual_seed(config.seed)
         self.model = build(built_from).to(self.device)
         self.model.checkpointing = config.checkpointing
@@ -174,6 +182,7 @@ class Trainer:
         )
         self.trained = trained
         self.objective = config.objective
+        self.memory = self.objective.memory(self.device)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.batches = self._batches()
         self.step = 0
@@ -213,6 +222,12 @@ class Trainer:
         """Tokens of a sample of this many cells per axis."""
         return self.model.tokens_per_sample * math.prod(size) // math.prod(self.model.config.input_size)
 
+    def _encoder(self) -> TextEncoder:
+        if not self.captions:
+            text, data = self.config.text.encoder, self.config.data.source
+            raise ValueError(f"text.encoder is {text!r}, but {data} has neither captions nor classes")
+        return TextEncoder(**dataclasses.asdict(self.config.text), device=self.device)
+
     def _restore(self, saved: Checkpoint) -> None:
         built_from = as_plain(self.model.config)
         if saved.config != built_from or saved.classes != self.classes:
@@ -233,6 +248,7 @@ class Trainer:
         self.generator.set_state(saved.rng["objective"].cpu())
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(saved.rng["cuda"].cpu(), self.device)
+        self.memory = {name: value.to(self.device) for name, value in saved.memory.items()}
         self.step = saved.step
 
     def checkpoint(self) -> Checkpoint:
@@ -249,6 +265,7 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             rng=rng,
             encoder=self.encoder,
+            memory=self.memory,
         )
 
     def train_step(self) -> tuple[Tensor, Tensor, float]:
@@ -259,12 +276,16 @@ class Trainer:
         x = x.to(self.device, non_blocking=True)
         if len(self.model.config.input_size) == 2:
             x = x.squeeze(2)
-        labels = y.to(self.device, non_blocking=True) if self.classes else None
+        labels: Tensor | Text | None = y if self.classes else None
+        if self.text is not None:
+            labels = self.text([self.captions[i] for i in y])
+        labels = None if labels is None else labels.to(self.device, non_blocking=True)
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(x.chunk(config.accumulation)):
             part_labels = None if labels is None else labels.chunk(config.accumulation)[i]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = self.objective.loss(self.model, part, part_labels, self.generator) / config.accumulation
+                loss = self.objective.loss(self.model, part, part_labels, self.generator, self.memory)
+            loss = loss / config.accumulation
             loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.trained, config.optimizer.clip or math.inf, foreach=True)
@@ -280,11 +301,15 @@ class Trainer:
     def preview(self) -> Any:
         """A contact sheet of the averaged model's samples, uint8 ``[H, W, 3]``; does not disturb the training."""
         preview = self.config.preview
+        if self.text is None:
+            y = class_ids((), self.classes, preview.count)
+        else:
+            y = self.text([self.captions[i % len(self.captions)] for i in range(preview.count)])
         clips = sample_clips(
             self.ema,
             self.objective,
             preview.count,
-            class_ids((), self.classes, preview.count),
+            y,
             steps=preview.steps,
             guidance=preview.guidance,
             seed=self.config.seed,

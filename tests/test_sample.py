@@ -159,6 +159,21 @@ def test_a_diffusion_with_learned_variance(tmp_path, solver):
     assert clips(run(SampleConfig(path, count=1, steps=3, solver=solver))).shape == (1, 3, 8, 12, 3)
 
 
+@pytest.mark.parametrize(("steps", "timesteps"), [("2", 2), ("ddim4", 4), ("1,2,1", 4)])
+def test_the_command_line_takes_timesteps_of_a_diffusion(tmp_path, capsys, steps, timesteps, monkeypatch):
+    calls = []
+    forward = DiT.forward
+    monkeypatch.setattr(DiT, "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k))
+    path = make(tmp_path / "run", train=TrainConfig(objective=DDPM()))
+    main([str(path), "--count", "1", "--steps", steps])
+    assert len(calls) == timesteps
+    with pytest.raises(SystemExit, match=r"error: steps is '1,x'; it may be a number, 'ddimN', or sections"):
+        main([str(path), "--steps", "1,x", "--overwrite"])
+    flow = make(tmp_path / "flow")
+    with pytest.raises(SystemExit, match="error: steps is 'ddim4'; objective 'flow' takes a number"):
+        main([str(flow), "--steps", "ddim4"])
+
+
 def test_unconditional_grey_and_image_models(tmp_path):
     path = make(tmp_path / "run", classes=(), channels=1, input_size=(8, 8), patch=(4, 4))
     paths = run(SampleConfig(path, count=5, steps=1))

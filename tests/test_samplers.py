@@ -12,28 +12,40 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.diffusion import DDPM, schedule
+from models.diffusion import ALL, DDPM
 from models.dit import DiT, DiTConfig
 from models.flow import FlowMatching
-from models.samplers import SOLVERS, Graphed, Predictor, sample
+from models.samplers import SOLVERS, Graphed, Predictor, count_steps, diffusion_plan, sample
 
 MEAN, STD = 1.5, 0.4
 CPU = torch.device("cpu")
+DIFFUSIONS = [
+    DDPM(),
+    DDPM(prediction="velocity"),
+    DDPM(schedule="squared_cosine"),
+    DDPM(schedule="squared_cosine", prediction="velocity"),
+    DDPM(prediction="velocity", zero_snr=True),
+    DDPM(schedule="squared_cosine", prediction="velocity", zero_snr=True),
+]
 
 
 class Gaussian(nn.Module):
     """The optimal velocity, or noise, for data N(MEAN, STD^2) in every cell."""
 
-    def __init__(self, kind):
+    def __init__(self, kind, objective=DDPM()):  # noqa: B008 - frozen
         super().__init__()
-        self.kind, self.times, self.modes = kind, [], []
+        self.kind, self.objective, self.times, self.modes = kind, objective, [], []
 
     def forward(self, x, t, y):
         self.times.append(t.clone())
         self.modes.append(self.training)
         if self.kind == "ddpm":
-            alpha_bar = schedule(1000, x.device, x.dtype).alpha_bar[t].reshape(-1, 1, 1)
-            return (1 - alpha_bar).sqrt() * (x - alpha_bar.sqrt() * MEAN) / (alpha_bar * STD**2 + 1 - alpha_bar)
+            alpha_bar = self.objective.tables(ALL, x.device, x.dtype).alpha_bar[t].reshape(-1, 1, 1)
+            centred = (x - alpha_bar.sqrt() * MEAN) / (alpha_bar * STD**2 + 1 - alpha_bar)
+            noise, x_0 = (1 - alpha_bar).sqrt() * centred, MEAN + alpha_bar.sqrt() * STD**2 * centred
+            if self.objective.prediction == "noise":
+                return noise
+            return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x_0
         t = (t / 1000).reshape(-1, 1, 1)
         centred = (x - t * MEAN) / (t**2 * STD**2 + (1 - t) ** 2)
         return MEAN + t * STD**2 * centred - (1 - t) * centred
@@ -100,23 +112,65 @@ def test_flow_step_by_step(solver, prediction):
 
 
 @pytest.mark.parametrize("steps", [100, 1000])
-def test_ddim_follows_the_flow_and_is_deterministic(steps):
+@pytest.mark.parametrize("objective", DIFFUSIONS, ids=str)
+def test_ddim_follows_the_flow_and_is_deterministic(objective, steps):
     x = noise()
-    runs = [sample(Gaussian("ddpm"), DDPM(), x, None, solver="ddim", steps=steps) for _ in range(2)]
+    runs = [sample(Gaussian("ddpm", objective), objective, x, None, solver="ddim", steps=steps) for _ in range(2)]
     assert torch.equal(*runs)
-    # At timestep 999 a little signal is left (alpha_bar = 4e-5), which bounds how well the map is met.
+    # At timestep 999 linear betas leave a little signal (alpha_bar = 4e-5), which bounds how well the map is met.
     torch.testing.assert_close(runs[0], MEAN + STD * x, rtol=0, atol=0.05 if steps == 100 else 0.02)
 
 
-@pytest.mark.parametrize("steps", [50, 1000])
-def test_ddpm_has_the_right_mean_and_variance(steps):
+@pytest.mark.parametrize("steps", [50, 1000, "ddim100", "80,40,20,10"])
+@pytest.mark.parametrize("objective", DIFFUSIONS, ids=str)
+def test_ddpm_has_the_right_mean_and_variance(objective, steps):
+    if steps == "ddim100" and objective.zero_snr:
+        pytest.skip("starts at 990")
     x = noise(1, 1, 20_000)
     generator = torch.Generator().manual_seed(1)
-    out = sample(Gaussian("ddpm"), DDPM(), x, None, solver="ddpm", steps=steps, generator=generator)
+    out = sample(Gaussian("ddpm", objective), objective, x, None, solver="ddpm", steps=steps, generator=generator)
     assert out.mean().item() == pytest.approx(MEAN, abs=0.02)
-    assert out.std().item() == pytest.approx(STD, rel=0.06 if steps == 50 else 0.02)
+    assert out.std().item() == pytest.approx(STD, rel=0.02 if steps == 1000 else 0.06)
     # An ancestral sample forgets the noise that it started from.
     assert abs(torch.corrcoef(torch.stack((x.flatten(), out.flatten())))[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("solver", SOLVERS["ddpm"])
+@pytest.mark.parametrize("schedule", ["linear", "squared_cosine"])
+@pytest.mark.parametrize("steps", [1, 17, "ddim25", "3,1,6"])
+def test_noise_and_velocity_of_one_model_give_the_same_samples(schedule, solver, steps):
+    runs = []
+    for prediction in ("noise", "velocity"):
+        objective = DDPM(schedule=schedule, prediction=prediction)
+        model, generator = Gaussian("ddpm", objective), torch.Generator().manual_seed(1)
+        runs.append(sample(model, objective, noise(), None, solver=solver, steps=steps, generator=generator))
+    torch.testing.assert_close(*runs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("objective", [item for item in DIFFUSIONS if item.zero_snr], ids=str)
+@pytest.mark.parametrize("solver", SOLVERS["ddpm"])
+def test_zero_snr_starts_at_999_with_finite_steps(objective, solver):
+    for steps in (1, 2, 50, 1000, "10,15,20", "ddim112"):
+        plan = diffusion_plan(objective, solver, steps, 1.0)
+        assert plan.times[0] == 999 and plan.coefficients.isfinite().all()
+        assert len(plan.times) == count_steps(objective, steps)
+    # The first step of one: x_0 is all that there is, and of pure noise it is the mean of the data.
+    out = sample(Gaussian("ddpm", objective), objective, noise(), None, solver=solver, steps=1)
+    torch.testing.assert_close(out, torch.full_like(out, MEAN))
+    for steps, start in (("ddim50", 980), ("10,1", 500)):
+        with pytest.raises(ValueError, match=f"steps is '{steps}', which starts at timestep {start}; with zero_snr"):
+            sample(Gaussian("ddpm", objective), objective, noise(), None, solver=solver, steps=steps)
+
+
+def test_timesteps_of_respaced_samples():
+    for steps, expected in (
+        ("ddim4", [750, 500, 250, 0]),
+        ("2,1,3", [999, 833, 667, 334, 333, 0]),
+        ("3", [999, 500, 0]),
+    ):
+        model = Gaussian("ddpm")
+        sample(model, DDPM(), noise(), None, solver="ddim", steps=steps)
+        assert [t.tolist() for t in model.times] == [[t, t] for t in expected]
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -354,9 +408,12 @@ def test_refuses_a_solver_of_another_objective(objective, solver, right):
         sample(Gaussian("flow"), objective, noise(), None, solver=solver, steps=2)
 
 
-@pytest.mark.parametrize(("objective", "solver", "steps"), [(FlowMatching(), "heun", 0), (DDPM(), "ddim", 1001)])
+@pytest.mark.parametrize(
+    ("objective", "solver", "steps"),
+    [(FlowMatching(), "heun", 0), (FlowMatching(), "euler", "ddim50"), (DDPM(), "ddim", 1001), (DDPM(), "ddpm", "x")],
+)
 def test_refuses_steps(objective, solver, steps):
-    with pytest.raises(ValueError, match=f"steps is {steps}"):
+    with pytest.raises(ValueError, match=f"steps is {steps!r}"):
         sample(Gaussian(objective.name), objective, noise(), None, solver=solver, steps=steps)
 
 

@@ -89,10 +89,18 @@ def stop_after(step: int, config: TrainConfig, monkeypatch, number: int = signal
         {},
         {"accumulation": 3, "precision": "bf16", "checkpointing": True},
         {"objective": "ddpm", "model": {"learn_sigma": True}},
+        {"objective": {"name": "ddpm", "timesteps": "loss_aware"}, "accumulation": 2},
+        {"objective": {"name": "logsnr", "weight": "adaptive"}, "model": {"name": "cascade", "patch": (1, 4, 4)}},
     ],
-    ids=["flow", "accumulation", "ddpm"],
+    ids=["flow", "accumulation", "ddpm", "loss_aware", "adaptive"],
 )
 def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, monkeypatch, changes):
+    # Until all of the 1000 timesteps have 10 losses, draws would not depend on them: start with these.
+    start = {"losses": torch.rand(1000, 10).exp(), "counts": torch.full((1000,), 10)}
+    empty = DDPM.memory
+    monkeypatch.setattr(
+        DDPM, "memory", lambda self, device: {name: start[name].clone() for name in empty(self, device)}
+    )
     whole = load(train(tiny(tmp_path / "whole", **changes)))
     stop_after(5, tiny(tmp_path / "parts", **changes), monkeypatch)
     # The machine died in step 7, after logging it and before a checkpoint.
@@ -104,10 +112,16 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, monkeypatch, ch
     parts = load(train(config, checkpoint))
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert [int(row[0]) for row in rows(tmp_path / "whole")[1:]] == list(range(8))
-    for part in ("model", "ema", "rng"):
+    for part in ("model", "ema", "rng", "memory"):
         ours, theirs = getattr(parts, part), getattr(whole, part)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert str(parts.optimizer) == str(whole.optimizer)
+    if "counts" in whole.memory:
+        assert whole.memory["counts"].sum() == 10_000 + 8 * 6 and not torch.equal(
+            whole.memory["losses"], start["losses"]
+        )
+    elif whole.memory:
+        assert 1 < (whole.memory["losses"] != 1).sum() <= 8 * 6
     moved = [key for key, weight in whole.ema.items() if not torch.equal(weight, whole.model[key])]
     assert len(moved) > 20
 
@@ -133,7 +147,7 @@ class Deterministic:
 
     name = "flow"
 
-    def loss(self, model, x, y, generator):
+    def loss(self, model, x, y, generator, memory):
         noise = torch.linspace(-1, 1, x[0].numel()).view_as(x[0])
         return (model(0.5 * (x + noise), torch.full((x.shape[0],), 500.0), y) - (x - noise)).square().mean()
 
@@ -373,7 +387,13 @@ def test_configuration_files(tmp_path):
         ("model: {learn_sigma: true}", "needs objective 'ddpm'"),
         ("model: unet", "model is 'unet'; it may be one of dit"),
         ("objective: {name: flow, timesteps: cosine}", "objective.timesteps is 'cosine'"),
-        ("objective: {name: ddpm, prediction: data}", "unknown key 'objective.prediction'"),
+        ("objective: {name: ddpm, prediction: data}", "objective.prediction is 'data'"),
+        ("objective: {name: ddpm, logit_mean: 1}", "unknown key 'objective.logit_mean'"),
+        ("objective: {name: ddpm, zero_snr: true}", "zero_snr needs prediction 'velocity'"),
+        (
+            "{objective: {name: ddpm, zero_snr: true, prediction: velocity}, model: {learn_sigma: true}}",
+            "model.learn_sigma is True; with objective.zero_snr it must be False",
+        ),
         ("objective: {logit_mean: 1}", "logit_mean and logit_std need"),
         ("preset: none", "preset is 'none'; it may be one of digits"),
         ("- 1", "it must hold a mapping"),
@@ -414,6 +434,9 @@ def test_the_command_line_lists_and_chooses(capsys):
     config = parse(["--preset", "digits", "--objective", "ddpm", "--model.learn-sigma"])[0]
     assert config.objective == DDPM() and config.model == dataclasses.replace(PRESETS["digits"].model, learn_sigma=True)
     assert parse(["--objective.prediction", "data"])[0].objective == FlowMatching("data")
+    options = ["--objective.prediction", "velocity", "--objective.zero-snr", "--objective.schedule"]
+    config = parse(["--objective", "ddpm", *options, "squared_cosine"])[0]
+    assert config.objective == DDPM("squared_cosine", zero_snr=True, prediction="velocity")
     with pytest.raises(SystemExit):
         parse(["--model", "sit-s/2", "--objective", "ddpm", "--objective.prediction", "data"])
 

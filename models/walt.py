@@ -1,0 +1,665 @@
+"""W.A.L.T: a transformer with window attention that denoises images and video (Gupta et al. 2023, arXiv 2312.06662).
+
+    c      = t_embed(t) + y_embed(y) [+ t_embed'(low_t)]                      [B, D]
+    A_1    = Linear(SiLU(c))                                                 [B, 6 D]: shift, scale, gate, twice
+    A_i    = A_1 + B_i A'_i c                                                AdaLN-LoRA: A'_i [r, D], B_i [6 D, r]
+    x      = patch_embed([x_t | previous | low | past, mask]) + pos_space + pos_time          [B, N, D]
+    x      = x + gate_msa * attention(adaln(x, shift_msa, scale_msa))        depth times
+    x      = x + cross(norm(x), [the query's window | text])                 only with text
+    x      = x + gate_mlp * mlp(adaln(x, shift_mlp, scale_mlp))
+    output = unpatchify(Linear(adaln(x, shift, scale)))
+
+The layers alternate: attention inside a frame, in windows (1, h, w), then inside windows of all frames, (T, h', w').
+Windows do not overlap and are not shifted. Queries and keys have a layer norm; scores have a learned bias for each
+relative position (Swin, Liu et al. 2021, arXiv 2103.14030), one table a layer.
+
+The paper prints the shapes of AdaLN-LoRA as D x r and r x 6D, which cannot act on c in the printed order; the only
+reading that can, ``B A' c`` with the shapes above, also gives its 12 M parameters for width 1408. B starts at zero, so
+the fresh model is adaLN-Zero. c stands in ``A'_i c`` without SiLU, as printed.
+
+What the model may be told besides t and y, all on channels next to x_t:
+
+    previous   self-conditioning (Chen et al. 2022, arXiv 2208.04202): its last estimate of the data, without gradient
+    past       frame prediction: the first one or two frames and a mask of which are known. The paper prints
+               ``m * z_t``; here they are the clean frames, without which there is nothing to continue from
+    low        super-resolution: the clip at half the size, with noise of level low_t (Ho et al. 2021, arXiv
+               2106.15282), through a convolution and depth to space. The paper gives neither its kernel (here 3 x 3)
+               nor the range of low_t
+
+Joint training on images and video: the last frames of the grid may be independent images, with the first temporal
+position. They take part in layers within a frame; in the others they attend to themselves alone, which passes v on.
+
+Cross-attention is plain PyTorch (scaled_dot_product_attention), not one of our kernels; it has QK-norm, no relative
+positions, no modulation, and a projection that starts at zero.
+
+Sizes: L and XL, with the paper's 313 M and 460 M parameters, are in ``registry.py``. Its text-to-video model of 3 B is
+not: the table's width of 9216 at 52 layers would be 53 B parameters, and the true width is not printed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minisora_kernels import (
+    adaln,
+    gate_residual,
+    gate_residual_adaln,
+    patch_embed,
+    recompute_adaln,
+    unpatchify,
+    window_attention,
+)
+
+from .dit import MLP, Grid, Scale, TimestepEmbedder, modulation
+from .objectives import TIMESTEPS, expand, gaussian
+from .text import Text
+
+PAST_FRAMES = 2
+
+
+@dataclass(frozen=True)
+class WALTSettings:
+    """What a W.A.L.T is, whatever it is trained on."""
+
+    name: ClassVar[str] = "walt"
+
+    width: int = 192
+    """D, a multiple of heads."""
+    depth: int = 6
+    heads: int = 3
+    patch: tuple[int, int, int] = (1, 1, 1)
+    """Frames (always 1), rows and columns of a token."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over the width."""
+    spatial_window: tuple[int, int] = (16, 16)
+    """Rows and columns of tokens that attend to each other in even layers; the whole axis where it is shorter."""
+    spatiotemporal_window: tuple[int, int, int] = (5, 8, 8)
+    """Frames, rows and columns of tokens in odd layers."""
+    lora_rank: int = 2
+    """r: by what matrix of rank r the modulation of a layer differs from that of the first."""
+    class_dropout: float = 0.1
+    """Share of labels or captions that training leaves out, so that guidance is possible."""
+    self_conditioning: float = 0.9
+    """Share of training samples with an estimate of the data to go by; 0 for a model without. Objective 'ddpm' only."""
+    past: float = 0.0
+    """Share of training samples with their first frames to go by; 0 for a model without. Objective 'ddpm' only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WALTConfig(WALTSettings):
+    """What a W.A.L.T is built from; survives ``dataclasses.asdict``, JSON and ``WALTConfig(**values)``.
+
+    Args:
+        input_size: cells of the input, pixels or latents: ``(T, H, W)``, H and W multiples of ``patch``; T = 1 for
+            images.
+        channels: of the input.
+        num_classes: 0 for a model without.
+        text_width: E of the captions' states; 0 for a model without text. Not together with classes.
+        cross_attention: layers that see the text: ``"all"``, or ``"spatial"``, as joint training on images asks.
+        low_resolution: a 2x super-resolution stage, which is told the clip at half the height and width.
+        low_noise: the largest low_t that training draws, below 1000; with low_resolution only.
+
+    Raises:
+        ValueError: a value that does not fit, by name.
+    """
+
+    input_size: tuple[int, int, int]
+    channels: int
+    num_classes: int = 0
+    text_width: int = 0
+    cross_attention: Literal["all", "spatial"] = "all"
+    low_resolution: bool = False
+    low_noise: int = 200
+
+    def __post_init__(self) -> None:
+        for name, count in (("input_size", 3), ("patch", 3), ("spatial_window", 2), ("spatiotemporal_window", 3)):
+            value = tuple(getattr(self, name))
+            object.__setattr__(self, name, value)
+            if len(value) != count or any(n < 1 for n in value):
+                raise ValueError(f"{name} is {value}; it must be {count} positive numbers")
+        if self.patch[0] != 1:
+            raise ValueError(f"patch is {self.patch}; a token must be of one frame: (1, rows, columns)")
+        if any(n % p for n, p in zip(self.input_size, self.patch, strict=True)):
+            raise ValueError(f"patch is {self.patch}; it must divide input_size {self.input_size}")
+        for name in ("channels", "width", "depth", "heads", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}; it must be a multiple of heads = {self.heads}")
+        if int(self.width * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; the MLP must have at least one hidden unit")
+        for name in ("num_classes", "text_width"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (none) or positive")
+        if self.num_classes and self.text_width:
+            raise ValueError(f"text_width is {self.text_width}; with {self.num_classes} classes it must be 0")
+        if self.cross_attention not in ("all", "spatial"):
+            raise ValueError(f"cross_attention is {self.cross_attention!r}; it may be 'all' or 'spatial'")
+        for name in ("class_dropout", "self_conditioning", "past"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
+        if self.past and self.input_size[0] == 1:
+            raise ValueError(f"past is {self.past}; with one frame there is none to predict: it must be 0")
+        if self.low_resolution and any(n % 2 for n in self.input_size[1:]):
+            raise ValueError(f"low_resolution is True; input_size {self.input_size} must have an even height and width")
+        if not 0 <= self.low_noise < TIMESTEPS:
+            raise ValueError(f"low_noise is {self.low_noise}; it must be in 0..{TIMESTEPS - 1}")
+
+    @property
+    def grid(self) -> Grid:
+        """Tokens per axis ``(T', H', W')``."""
+        t, h, w = (n // p for n, p in zip(self.input_size, self.patch, strict=True))
+        return t, h, w
+
+    def window(self, layer: int) -> Grid:
+        """The window of a layer, no longer than the grid on any axis: within a frame in even layers."""
+        sizes = self.spatiotemporal_window if layer % 2 else (1, *self.spatial_window)
+        t, h, w = (min(size, n) for size, n in zip(sizes, self.grid, strict=True))
+        return t, h, w
+
+
+def relative_places(window: Grid) -> Tensor:
+    """``[L, L]``, int64: of query i and key j, the row of ``[(2 wt - 1) (2 wh - 1) (2 ww - 1)]`` for their offset."""
+    places = torch.cartesian_prod(*(torch.arange(n) for n in window)).reshape(-1, 3)
+    sizes = torch.tensor(window)
+    t, h, w = (places[:, None] - places + sizes - 1).unbind(-1)
+    return (t * (2 * window[1] - 1) + h) * (2 * window[2] - 1) + w
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention in windows, with QK-norm and a learned bias for each relative position."""
+
+    def __init__(self, config: WALTConfig, layer: int) -> None:
+        super().__init__()
+        self.grid, self.window, self.heads = config.grid, config.window(layer), config.heads
+        self.spatial = layer % 2 == 0
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+        self.q_norm, self.k_norm = (Scale(config.width // config.heads) for _ in range(2))
+        self.bias_table = nn.Parameter(torch.empty(config.heads, math.prod(2 * n - 1 for n in self.window)))
+        self.register_buffer("places", relative_places(self.window), persistent=False)
+
+    def forward(self, x: Tensor, images: int) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        # The backward of embedding sums in a fixed order, which that of indexing need not.
+        bias = F.embedding(self.places, self.bias_table.t()).permute(2, 0, 1)
+        if self.spatial or images == 0:
+            return self.proj(self._attend(qkv, self.grid, self.window, bias))
+        t, h, w = self.grid
+        video = t - images, h, w
+        window = min(self.window[0], video[0]), *self.window[1:]
+        length, tokens = math.prod(window), math.prod(video)
+        # Fewer frames are the first rows and columns of the bias.
+        out = self._attend(qkv[:, :tokens], video, window, bias[:, :length, :length])
+        return self.proj(torch.cat((out, qkv[:, tokens:, 2].flatten(2)), dim=1))
+
+    def _attend(self, qkv: Tensor, grid: Grid, window: Grid, bias: Tensor) -> Tensor:
+        weights = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
+        return window_attention(qkv, grid, window, qk_norm="layer", bias=bias, **weights)
+
+
+class CrossAttention(nn.Module):
+    """Attention of each token to its own window and to the text; plain PyTorch.
+
+    Keys and values are of the same projection for tokens and text. Edge windows are padded, the padding is masked.
+    """
+
+    def __init__(self, config: WALTConfig, layer: int) -> None:
+        super().__init__()
+        self.grid, self.window, self.heads = config.grid, config.window(layer), config.heads
+        width, head_dim = config.width, config.width // config.heads
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.q_norm, self.k_norm = (nn.LayerNorm(head_dim, eps=1e-6, bias=False) for _ in range(2))
+        tokens = torch.ones(1, math.prod(self.grid), 1, dtype=torch.bool)
+        self.register_buffer("inside", self._to_windows(tokens).squeeze(-1), persistent=False)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """``x [B, N, D]``; text ``[B, S, L, D]`` and its mask ``[B, S, L]``, S = 1, or T' with one text a frame."""
+        batch, width = len(x), x.shape[-1]
+        q, k, v = self._heads(self._to_windows(self.qkv(self.norm(x))), 3)
+        windows = k.shape[1]
+        rows = self.qkv.weight[width:], self.qkv.bias[width:]
+        text_k, text_v = self._heads(F.linear(text, *rows).repeat_interleave(windows // text.shape[1], dim=1), 2)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(torch.cat((k, text_k), dim=2)).to(v.dtype)
+        v = torch.cat((v, text_v), dim=2)
+        inside = self.inside.expand(batch, -1, -1)
+        allowed = torch.cat((inside, mask.repeat_interleave(windows // mask.shape[1], dim=1)), dim=2)
+        q, k, v = (part.flatten(0, 1).transpose(1, 2) for part in (q, k, v))  # [B windows, heads, L, head_dim]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed.flatten(0, 1)[:, None, None])
+        return self.proj(self._to_tokens(out.transpose(1, 2).flatten(2).unflatten(0, (batch, windows))))
+
+    def _heads(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        """``[..., count D]`` as ``count`` times ``[..., heads, head_dim]``."""
+        return x.unflatten(-1, (count, self.heads, -1)).unbind(-3)
+
+    def _to_windows(self, x: Tensor) -> Tensor:
+        """``[B, N, D]`` as ``[B, windows, wt wh ww, D]``, padded with zeros."""
+        x = x.unflatten(1, self.grid)
+        padding = [-n % size for n, size in zip(self.grid, self.window, strict=True)]
+        x = F.pad(x, (0, 0, 0, padding[2], 0, padding[1], 0, padding[0]))
+        for axis in (2, 1, 0):
+            x = x.unflatten(1 + axis, (-1, self.window[axis]))
+        return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4, 6).flatten(1, 3)
+
+    def _to_tokens(self, x: Tensor) -> Tensor:
+        """Back from :meth:`_to_windows`, without the padding."""
+        counts = [-(-n // size) for n, size in zip(self.grid, self.window, strict=True)]
+        x = x.unflatten(2, self.window).unflatten(1, counts).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        t, h, w = self.grid
+        return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, :t, :h, :w].flatten(1, 3)
+
+
+class Block(nn.Module):
+    """One layer. As DiT's block, it takes ``y`` normalised for its attention and leaves it so for what reads x next."""
+
+    def __init__(self, config: WALTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer)
+        sees_text = config.text_width and (config.cross_attention == "all" or layer % 2 == 0)
+        self.cross = CrossAttention(config, layer) if sees_text else None
+        self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        text: Tensor | None,
+        mask: Tensor | None,
+        images: int,
+        shift_msa: Tensor,
+        scale_msa: Tensor,
+        gate_msa: Tensor,
+        shift_mlp: Tensor,
+        scale_mlp: Tensor,
+        gate_mlp: Tensor,
+        next_shift: Tensor,
+        next_scale: Tensor,
+        recompute_norms: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        with recompute_adaln(y, x, shift_msa, scale_msa) if recompute_norms else nullcontext():
+            branch = self.attn(y, images)
+        if self.cross is None:
+            x, y = gate_residual_adaln(x, branch, gate_msa, shift_mlp, scale_mlp)
+        else:
+            x = gate_residual(x, branch, gate_msa)
+            x = x + self.cross(x, text, mask)
+            y = adaln(x, shift_mlp, scale_mlp)
+        with recompute_adaln(y, x, shift_mlp, scale_mlp) if recompute_norms else nullcontext():
+            branch = self.mlp(y)
+        return gate_residual_adaln(x, branch, gate_mlp, next_shift, next_scale)
+
+
+class FinalLayer(nn.Module):
+    """The last modulation and the Linear from a token to its patch."""
+
+    def __init__(self, config: WALTConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.width, math.prod(config.patch) * config.channels)
+        self.adaLN_modulation = modulation(config.width, 2)
+
+
+class Upsampler(nn.Module):
+    """Frames at half the size to full size: a 3 x 3 convolution to 4 C channels, then depth to space."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = F.pixel_shuffle(self.proj(x.transpose(1, 2).flatten(0, 1)), 2)
+        return frames.unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+class WALT(nn.Module):
+    """The denoiser.
+
+    Attributes:
+        config: what it was built from.
+        out_channels: ``channels``.
+        null_class: the label of "no class"; None without classes.
+        checkpointing: recompute each layer in backward instead of keeping its activations; otherwise only what adaln
+            made is recomputed. False at first.
+    """
+
+    def __init__(self, config: WALTConfig) -> None:
+        super().__init__()
+        self.config, self.out_channels = config, config.channels
+        self.null_class = config.num_classes or None
+        self.checkpointing = False
+        t, h, w = config.grid
+        d, r = config.width, config.lora_rank
+
+        told = [config.self_conditioning > 0, config.low_resolution, config.past > 0]
+        self.x_embedder = nn.Conv3d(config.channels * (1 + sum(told)) + told[2], d, config.patch, config.patch)
+        self.upsampler = Upsampler(config.channels) if config.low_resolution else None
+        self.pos_space = nn.Parameter(torch.empty(h, w, d))
+        self.pos_time = nn.Parameter(torch.empty(t, d))
+        self.t_embedder = TimestepEmbedder(d)
+        self.low_t_embedder = TimestepEmbedder(d) if config.low_resolution else None
+        self.y_embedder = nn.Embedding(config.num_classes + 1, d) if config.num_classes else None
+        self.text_embedder = nn.Linear(config.text_width, d) if config.text_width else None
+        self.adaLN_modulation = modulation(d, 6)
+        self.lora_down = nn.Parameter(torch.empty(config.depth - 1, r, d))
+        self.lora_up = nn.Parameter(torch.empty(config.depth - 1, 6 * d, r))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Xavier, except that every layer starts as the identity and the model as zero."""
+        zero = ("adaLN_modulation", "lora_up", "final_layer.linear.weight", "cross.proj.weight")
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or any(part in name for part in zero):
+                nn.init.zeros_(parameter)
+            elif name == "lora_down":
+                nn.init.normal_(parameter, std=self.config.width**-0.5)
+            elif name.startswith(("pos_", "t_embedder.", "low_t_embedder.", "y_embedder.")) or "bias_table" in name:
+                nn.init.normal_(parameter, std=0.02)
+            elif parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter.flatten(1))
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return math.prod(self.config.grid)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | Text | None = None,
+        *,
+        previous: Tensor | None = None,
+        past: Tensor | None = None,
+        past_frames: Tensor | None = None,
+        low: Tensor | None = None,
+        low_t: Tensor | None = None,
+        images: int = 0,
+    ) -> Tensor:
+        """What the objective asks of a noisy clip: its noise or its velocity.
+
+        Args:
+            x: ``[B, C, T, H, W]``.
+            t: timesteps in [0, 1000]: ``[B]``, or ``[B, 1 + images]``, of the video and of each image.
+            y: classes, int64, of t's possible shapes, ``null_class`` for none; for a model with text
+                ``Text(states [B, L, E], mask [B, L])``, or ``[B, 1 + images, L, E]`` and ``[B, 1 + images, L]``. A mask
+                of False alone is no text. None if and only if the model has neither.
+            previous: the last estimate of the data, of x's shape; None is zeros.
+            past: clean first frames ``[B, C, k, H, W]``, k = 1 or 2; None is none.
+            past_frames: how many of the k each sample is told, int64 ``[B]`` in 0..k; None is all.
+            low: the clip at half the size ``[B, C, T, H/2, W/2]``, with noise of level low_t (:func:`augment`).
+            low_t: timesteps ``[B]``.
+            images: so many frames at the end are independent images; at least one frame is video.
+
+        Returns:
+            x's shape.
+
+        Raises:
+            ValueError: an argument whose shape does not fit the config, or one that is missing or not wanted.
+            TypeError: y of the wrong kind.
+        """
+        config = self.config
+        self._check(x, previous, past, past_frames, low, low_t, images)
+        frame = self._frame_of_condition(images, x.device)
+        vectors = self._modulations(self._condition(t, y, low_t, len(x), images), frame)
+        text, mask = self._text(y, len(x), images, frame) if self.text_embedder is not None else (None, None)
+
+        parts = [x]
+        if config.self_conditioning:
+            parts.append(torch.zeros_like(x) if previous is None else previous.to(x.dtype))
+        if self.upsampler is not None:
+            parts.append(self.upsampler(low).to(x.dtype))
+        if config.past:
+            parts.append(self._known(x, past, past_frames))
+        # The images' temporal position is the first.
+        time = torch.cat((self.pos_time[: config.grid[0] - images], self.pos_time[:1].expand(images, -1)))
+        pos = (time[:, None, None] + self.pos_space).flatten(0, 2)
+        # Under autocast the embedding comes out in half precision; the residual stream keeps the parameters' dtype.
+        x = patch_embed(torch.cat(parts, dim=1), self.x_embedder.weight, self.x_embedder.bias, pos).to(pos.dtype)
+
+        y = adaln(x, vectors[0][0], vectors[0][1])
+        for block, own, (shift, scale, *_) in zip(self.blocks, vectors, vectors[1:], strict=False):
+            arguments = (x, y, text, mask, images, *own, shift, scale)
+            if self.checkpointing and torch.is_grad_enabled():
+                # A layer draws no random numbers, so there is no generator state to restore.
+                x, y = checkpoint(block, *arguments, False, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, y = block(*arguments)
+        return unpatchify(self.final_layer.linear(y), config.grid, config.patch, self.out_channels)
+
+    def _condition(self, t: Tensor, y: Tensor | Text | None, low_t: Tensor | None, batch: int, images: int) -> Tensor:
+        """c: ``[B, D]``, or ``[B, 1 + images, D]`` if t or y has one for each image."""
+        shapes = ((batch,), (batch, 1 + images)) if images else ((batch,),)
+        allowed = " or ".join(str(list(shape)) for shape in shapes)
+        if tuple(t.shape) not in shapes:
+            raise ValueError(f"t has shape {tuple(t.shape)}; with images = {images} it may be {allowed}")
+        conditions = [self.t_embedder(t, self.pos_time.dtype)]
+        if self.low_t_embedder is not None and low_t is not None:
+            conditions.append(self.low_t_embedder(low_t, self.pos_time.dtype))
+        if self.y_embedder is not None:
+            if y is None:
+                raise ValueError(f"y is None; a model with {self.null_class} classes needs {allowed}")
+            if isinstance(y, Text):
+                raise TypeError(f"y is a Text; a model with {self.null_class} classes needs a tensor of labels")
+            if tuple(y.shape) not in shapes:
+                raise ValueError(f"y has shape {tuple(y.shape)}; with images = {images} it may be {allowed}")
+            if self.training and self.config.class_dropout:
+                y = torch.where(self._dropped(y), self.config.num_classes, y)
+            conditions.append(self.y_embedder(y))
+        elif self.text_embedder is None and y is not None:
+            raise ValueError("y was given to an unconditional model (num_classes = 0, text_width = 0)")
+        if any(condition.dim() == 3 for condition in conditions):
+            conditions = [c if c.dim() == 3 else c[:, None] for c in conditions]
+        return sum(conditions[1:], start=conditions[0])
+
+    def _modulations(self, c: Tensor, frame: Tensor | None) -> list[tuple[Tensor, ...]]:
+        """Shift, scale, gate, twice, of each layer, then shift and scale of the end: ``[B, D]`` or ``[B, T', D]``."""
+        first = self.adaLN_modulation(c)
+        low_rank = F.linear(c, self.lora_down.flatten(0, 1)).unflatten(-1, self.lora_down.shape[:2])
+        others = first.unsqueeze(-2) + torch.einsum("...lr,lor->...lo", low_rank, self.lora_up)
+        rows = [first, *others.unbind(-2), self.final_layer.adaLN_modulation(c)]
+        if c.dim() == 3 and frame is not None:
+            rows = [row.index_select(1, frame) for row in rows]
+        return [row.chunk(row.shape[-1] // self.config.width, dim=-1) for row in rows]
+
+    def _text(self, y: Tensor | Text | None, batch: int, images: int, frame: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The captions in the model's width, ``[B, S, L, D]``, and their mask; S is 1, or T' with ``images``."""
+        if not isinstance(y, Text):
+            raise TypeError(f"y is {type(y).__name__}; a model with text needs a Text(states, mask)")
+        states, mask = y
+        shapes = ((batch,), (batch, 1 + images)) if images else ((batch,),)
+        if tuple(states.shape[:-2]) not in shapes or states.shape[-1] != self.config.text_width:
+            wanted = " or ".join(f"[{', '.join(map(str, shape))}, L, {self.config.text_width}]" for shape in shapes)
+            raise ValueError(f"y.states has shape {tuple(states.shape)}; with images = {images} it may be {wanted}")
+        if mask.shape != states.shape[:-1] or mask.dtype != torch.bool:
+            raise ValueError(
+                f"y.mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be bool {list(states.shape[:-1])}"
+            )
+        if images and self.config.cross_attention != "spatial":
+            raise ValueError(f"images is {images}; a model with text needs cross_attention = 'spatial' for it")
+        if self.training and self.config.class_dropout:
+            mask = mask & ~self._dropped(mask[..., 0])[..., None]
+        text = self.text_embedder(states.to(self.pos_time.dtype))
+        if text.dim() == 3:
+            return text[:, None], mask[:, None]
+        return text.index_select(1, frame), mask.index_select(1, frame)
+
+    def _dropped(self, like: Tensor) -> Tensor:
+        return torch.rand(like.shape, device=like.device) < self.config.class_dropout
+
+    def _frame_of_condition(self, images: int, device: torch.device) -> Tensor | None:
+        """For each frame, which of the 1 + images conditions is its own."""
+        if not images:
+            return None
+        return (torch.arange(self.config.grid[0], device=device) - (self.config.grid[0] - images - 1)).clamp_min(0)
+
+    @staticmethod
+    def _known(x: Tensor, past: Tensor | None, past_frames: Tensor | None) -> Tensor:
+        """``[B, C + 1, T, H, W]``: the frames that are known, others zero, and the mask."""
+        batch, channels, frames, height, width = x.shape
+        if past is None:
+            return x.new_zeros(batch, channels + 1, frames, height, width)
+        k = past.shape[2]
+        counts = past.new_full((batch,), k) if past_frames is None else past_frames
+        mask = (torch.arange(k, device=x.device) < counts[:, None]).to(x.dtype)[:, None, :, None, None]
+        known = torch.cat((past.to(x.dtype) * mask, mask.expand(-1, -1, -1, height, width)), dim=1)
+        return F.pad(known, (0, 0, 0, 0, 0, frames - k))
+
+    def _check(
+        self,
+        x: Tensor,
+        previous: Tensor | None,
+        past: Tensor | None,
+        past_frames: Tensor | None,
+        low: Tensor | None,
+        low_t: Tensor | None,
+        images: int,
+    ) -> None:
+        config, batch = self.config, len(x)
+        frames, height, width = config.input_size
+        expected = (batch, config.channels, frames, height, width)
+        if tuple(x.shape) != expected:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, {', '.join(map(str, expected[1:]))}]")
+        if not 0 <= images < frames:
+            raise ValueError(f"images is {images}; with {frames} frames it must be in 0..{frames - 1}")
+        for name, given, wanted in (
+            ("previous", previous, config.self_conditioning),
+            ("past", past, config.past),
+            ("low", low, config.low_resolution),
+        ):
+            if given is not None and not wanted:
+                raise ValueError(f"{name} was given to a model that was built without it")
+        if previous is not None and tuple(previous.shape) != expected:
+            raise ValueError(f"previous has shape {tuple(previous.shape)}; it must be {list(expected)}")
+        if past is not None:
+            most = min(PAST_FRAMES, frames - images)
+            if past.dim() != 5 or past.shape[:2] + past.shape[3:] != x.shape[:2] + x.shape[3:]:
+                raise ValueError(
+                    f"past has shape {tuple(past.shape)}; it must be [{batch}, {config.channels}, k, {height}, {width}]"
+                )
+            if not 1 <= past.shape[2] <= most:
+                raise ValueError(f"past has {past.shape[2]} frames; it must have 1..{most}")
+        if past_frames is not None and (past is None or tuple(past_frames.shape) != (batch,)):
+            raise ValueError(f"past_frames has shape {tuple(past_frames.shape)}; it must be [{batch}], with past")
+        if config.low_resolution:
+            small = (*expected[:3], height // 2, width // 2)
+            if low is None or tuple(low.shape) != small:
+                raise ValueError(f"low {_described(low)}; it must be {list(small)}")
+            if low_t is None or tuple(low_t.shape) != (batch,):
+                raise ValueError(f"low_t {_described(low_t)}; it must be [{batch}]")
+        elif low_t is not None:
+            raise ValueError("low_t was given to a model that was built without low_resolution")
+
+    def training_conditions(
+        self, x: Tensor, estimate: Callable[..., Tensor], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """What an objective gives the model in training besides x_t, t and y.
+
+        - past: the first one or two frames of x, as many of either, for the share ``config.past`` of the samples.
+        - low: the 2 x 2 means of x, with noise. For pixels that is the clip at half the size; for latents it stands in
+          for the encoded small clip.
+        - previous: the estimate that a first pass without gradient gives, for the share ``config.self_conditioning``;
+          zeros for the others. It drops the same labels as the second pass: an estimate made with the class would
+          tell it to the pass without.
+
+        Args:
+            x: data ``[B, C, T, H, W]``.
+            estimate: the data that the model's prediction points at, given what is returned here but ``previous``.
+            generator: on x's device; of all that is drawn here.
+
+        Returns:
+            arguments of :meth:`forward` by name.
+        """
+        config, batch = self.config, len(x)
+        given: dict[str, Tensor] = {}
+        if config.past:
+            k = min(PAST_FRAMES, x.shape[2] - 1)
+            told = torch.rand(batch, generator=generator, device=x.device) < config.past
+            count = torch.randint(1, k + 1, (batch,), generator=generator, device=x.device)
+            given |= {"past": x[:, :, :k], "past_frames": count * told}
+        if config.low_resolution:
+            low_t = torch.randint(config.low_noise + 1, (batch,), generator=generator, device=x.device)
+            given |= {"low": augment(F.avg_pool3d(x, (1, 2, 2)), low_t, generator), "low_t": low_t}
+        if config.self_conditioning:
+            told = torch.rand(batch, generator=generator, device=x.device) < config.self_conditioning
+            with torch.no_grad(), torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+                given["previous"] = estimate(**given) * expand(told, x)
+        return given
+
+
+def _described(tensor: Tensor | None) -> str:
+    return "is None" if tensor is None else f"has shape {tuple(tensor.shape)}"
+
+
+def augment(low: Tensor, low_t: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """``sqrt(alpha_bar) low + sqrt(1 - alpha_bar) e`` at timesteps ``low_t [B]``, int64 in 0..999.
+
+    alpha_bar is of DDPM's linear betas, whatever the schedule of the model's own noise.
+
+    Source: noise-conditioning augmentation, Ho et al. 2021 (arXiv 2106.15282).
+
+    Raises:
+        ValueError: low_t of another shape.
+    """
+    if tuple(low_t.shape) != (len(low),):
+        raise ValueError(f"low_t has shape {tuple(low_t.shape)}; it must be [{len(low)}]")
+    betas = torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64, device=low.device)
+    alpha_bar = expand((1 - betas).cumprod(0)[low_t].to(low.dtype), low)
+    return alpha_bar.sqrt() * low + (1 - alpha_bar).sqrt() * gaussian(low, generator)
+
+
+def resize(weights: Mapping[str, Tensor], old: WALTConfig, new: WALTConfig) -> dict[str, Tensor]:
+    """A state dict for a grid and windows of other sizes, to go on training with.
+
+    Absolute positions are interpolated between token centres, linearly; the tables of relative positions so that the
+    offset 0 stays and the farthest offsets meet. All other weights are as they were.
+
+    Args:
+        weights: of ``WALT(old)``.
+        old, new: may differ in input_size, windows, and in what is not a weight.
+
+    Raises:
+        ValueError: weights that are not of ``old``, or configs that differ in what changes the other weights.
+    """
+    with torch.device("meta"):
+        expected, wanted = WALT(old).state_dict(), WALT(new).state_dict()
+    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
+        raise ValueError("weights are not those of a model with the config old")
+    resized = {}
+    for name, weight in weights.items():
+        if name == "pos_space":
+            # [H', W', D] as D channels.
+            resized[name] = _interpolate(weight.movedim(-1, 0), new.grid[1:], ends_meet=False).movedim(0, -1)
+        elif name == "pos_time":
+            resized[name] = _interpolate(weight.t(), new.grid[:1], ends_meet=False).t()
+        elif name.endswith(".bias_table"):
+            layer = int(name.split(".")[1])
+            before, after = ([2 * n - 1 for n in config.window(layer)] for config in (old, new))
+            resized[name] = _interpolate(weight.unflatten(1, before), after, ends_meet=True).flatten(1)
+        else:
+            resized[name] = weight
+    changed = sorted(name for name in wanted.keys() | resized.keys() if _shape(wanted, name) != _shape(resized, name))
+    if changed:
+        raise ValueError(f"new differs from old in more than sizes: {', '.join(changed[:5])} would change")
+    return {name: weight.contiguous() for name, weight in resized.items()}
+
+
+def _shape(weights: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return weights[name].shape if name in weights else None
+
+
+def _interpolate(x: Tensor, size: list[int] | tuple[int, ...], *, ends_meet: bool) -> Tensor:
+    """``[channels, ...]`` with other sizes of the axes behind the channels."""
+    if list(x.shape[1:]) == list(size):
+        return x
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
+    return F.interpolate(x[None], list(size), mode=mode, align_corners=ends_meet)[0]
