@@ -146,7 +146,7 @@ class CascadeSettings:
     class_dropout: float = 0.1
     """Share of labels or captions that training replaces by the null class or an empty caption, for guidance."""
     latent_channels: int = 0
-    """Channels of stage C's latents that stage B is given; 0 for none."""
+    """Channels of stage C's latents that stage B gets (by :class:`Conditioned`; the trainer gives none); 0 for none."""
     latent_dropout: float = 0.1
     """Share of samples whose latents training replaces by 0, which is what stands for none."""
     pixel_channels: int = 0
@@ -266,6 +266,11 @@ def embed_r(r: Tensor) -> Tensor:
     places = torch.arange(half, device=r.device, dtype=torch.float32)
     angles = r.float()[:, None] * 10_000 * torch.exp(places * (-math.log(10_000.0) / (half - 1)))
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def sites(x: Tensor) -> Tensor:
+    """``[B, C, T, H, W]`` or ``[B, C, H, W]`` as ``[B, T, H, W, C]``."""
+    return (x if x.dim() == 5 else x.unsqueeze(2)).movedim(1, -1)
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -553,12 +558,10 @@ class Cascade(nn.Module):
         self._check(x, t, y, latents, pixels)
         config, dtype = self.config, self.output.weight.dtype
         z = norm(patch_embed(x, self.embedding.weight, self.embedding.bias).unflatten(1, config.grid)).to(dtype)
-        for mapping, given, share in (
-            ("latent_mapper", latents, config.latent_dropout),
-            ("pixel_mapper", pixels, 0.0),
-        ):
-            if hasattr(self, mapping):
-                z = z + self._map(getattr(self, mapping), given, share, z)
+        if config.latent_channels:
+            z = z + self._latents(latents, z)
+        if config.pixel_channels:
+            z = z + self._pixels(pixels, z)
         condition = None if y is None else self._condition(y)
         r = embed_r(t / TIMESTEPS).to(dtype)
 
@@ -589,14 +592,20 @@ class Cascade(nn.Module):
             y = torch.where(torch.rand(y.shape, device=y.device) < share, self.config.num_classes, y)
         return norm(self.class_embedding(y).unflatten(-1, (self.config.condition_tokens, -1))), None
 
-    def _map(self, mapping: nn.Module, given: Tensor | None, share: float, z: Tensor) -> Tensor:
-        """What latents or pixels add to the tokens ``z [B, T, H', W', C]``."""
-        if given is None:
-            return norm(mapping(z.new_zeros(1, 1, 1, 1, mapping[0].in_features)))
-        given = given.unsqueeze(2) if given.dim() == 4 else given
-        if self.training and share > 0:
-            given = given * expand(torch.rand(len(given), device=given.device) >= share, given)
-        return norm(mapping(resize(given.movedim(1, -1).to(z.dtype), z.shape[2:4])))
+    def _latents(self, latents: Tensor | None, z: Tensor) -> Tensor:
+        """What they add to the tokens ``z [B, T, H', W', C]``: resized, then mapped."""
+        if latents is None:
+            return norm(self.latent_mapper(z.new_zeros(1, 1, 1, 1, self.config.latent_channels)))
+        if self.training and self.config.latent_dropout > 0:
+            kept = torch.rand(len(latents), device=latents.device) >= self.config.latent_dropout
+            latents = latents * expand(kept, latents)
+        return norm(self.latent_mapper(resize(sites(latents).to(z.dtype), z.shape[2:4])))
+
+    def _pixels(self, pixels: Tensor | None, z: Tensor) -> Tensor:
+        """The same of a picture: mapped, then resized."""
+        if pixels is None:
+            return norm(self.pixel_mapper(z.new_zeros(1, 1, 1, 1, self.config.pixel_channels)))
+        return resize(norm(self.pixel_mapper(sites(pixels).to(z.dtype))), z.shape[2:4])
 
     def _check(
         self, x: Tensor, t: Tensor, y: Tensor | Text | None, latents: Tensor | None, pixels: Tensor | None

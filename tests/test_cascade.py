@@ -173,10 +173,7 @@ class Eager:
                     x = self.block(block, letter, self.config.heads[i], x, *arguments, None if j else skip)
         return x
 
-    def mapped(self, name, x, size):
-        if x.dim() == 5:
-            x = rearrange(x, "b c t h w -> (b t) c h w")
-        x = F.interpolate(x, size, mode="bilinear", align_corners=True)
+    def mapped(self, name, x):
         return ln(self.pointwise(f"{name}.2", F.gelu(self.pointwise(f"{name}.0", x))))
 
     def __call__(self, x, t, y, latents=None, pixels=None):
@@ -185,9 +182,11 @@ class Eager:
         weight, bias = self.weights("embedding")
         side = config.patch[-1]
         x = ln(F.conv2d(F.pixel_unshuffle(x, side), rearrange(weight, "d ... -> d (...) 1 1"), bias))
-        for name, given in (("latent_mapper", latents), ("pixel_mapper", pixels)):
-            if given is not None:
-                x = x + self.mapped(name, given, x.shape[2:])
+        if latents is not None:
+            latents, pixels = (rearrange(part, "b c t h w -> (b t) c h w") for part in (latents, pixels))
+            resize = {"size": x.shape[2:], "mode": "bilinear", "align_corners": True}
+            x = x + self.mapped("latent_mapper", F.interpolate(latents, **resize))
+            x = x + F.interpolate(self.mapped("pixel_mapper", pixels), **resize)
         # From the module itself: angles of up to 10^4 radians are not the same in another order of products.
         r = repeat(embed_r(t / 1000), "b c -> (b t) c", t=self.frames).to(x.dtype)
         condition = None
