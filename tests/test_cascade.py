@@ -38,7 +38,7 @@ STAGE_C = CascadeConfig(
     temporal_convolution=True,
 )
 STAGE_B = CascadeConfig(
-    input_size=(2, 14, 10),
+    input_size=(2, 22, 18),
     channels=4,
     widths=(16, 24, 32),
     heads=(1, 3, 4),
@@ -57,7 +57,7 @@ STAGE_B = CascadeConfig(
 CONFIGS = {
     "C": STAGE_C,
     "B": STAGE_B,
-    "text": replace(STAGE_C, num_classes=0, text_width=10, temporal_convolution=False),
+    "text": replace(STAGE_C, input_size=(3, 9, 8), num_classes=0, text_width=10, temporal_convolution=False),
     "image": replace(STAGE_C, input_size=(5, 7), patch=(1, 1), levels=("CTA", "CAFT"), temporal_convolution=False),
 }
 
@@ -515,9 +515,9 @@ def test_stage_b_trains_and_samples_under_its_condition(guidance):
 
 def test_attributes():
     model = Cascade(STAGE_B)
-    assert (model.out_channels, model.null_class, model.checkpointing, model.tokens_per_sample) == (4, None, False, 70)
+    assert (model.out_channels, model.null_class, model.checkpointing, model.tokens_per_sample) == (4, None, False, 198)
     assert Cascade(STAGE_C).null_class == 5
-    assert model.config.grids == [(2, 7, 5), (2, 3, 2), (2, 1, 1)]
+    assert model.config.grids == [(2, 11, 9), (2, 5, 4), (2, 2, 2)]
 
 
 def test_config_survives_json():
