@@ -12,7 +12,8 @@ from bench.harness import FWD, Problem, Random, cases
 from bench.shapes import GUIDED_STEP, Latents
 from models.diffusion import DDPM, schedule, space_timesteps
 from models.flow import FlowMatching
-from models.samplers import diffusion_plan, flow_plan
+from models.integrators import flow_plan
+from models.samplers import diffusion_plan
 
 GUIDANCE, STEPS, STEP = 4.0, 50, 20
 

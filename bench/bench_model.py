@@ -20,7 +20,8 @@ from bench.written import WrittenDiT
 from minisora_kernels import adaln, guided_step
 from models.dit import DiT
 from models.flow import FlowMatching
-from models.samplers import Predictor, flow_plan
+from models.integrators import flow_plan
+from models.samplers import Predictor
 
 GUIDANCE, STEPS = 4.0, 50
 

@@ -27,6 +27,7 @@ from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
 from .config import from_dict
 from .data import to_bytes
+from .integrators import SolverOptions
 from .latents import Decoder
 from .registry import Objective
 from .samplers import SOLVERS, count_steps, sample
@@ -37,7 +38,7 @@ FORMATS = ("mp4", "gif", "png", "npz")
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(SolverOptions):
     """What to sample, and how."""
 
     checkpoint: tyro.conf.Positional[Path]
@@ -52,10 +53,14 @@ class SampleConfig:
     """Captions, dealt to the clips in turn, for a model that was trained with text; '' is none."""
     text_encoder: str | None = None
     """The text encoder of the training, if it is elsewhere now."""
-    steps: int | str = 50
-    """Steps of the solver; of a diffusion also 'ddim50' (timesteps 0, 20, ... 980) or '10,15,20' (of each third)."""
-    solver: Literal["euler", "heun", "ddpm", "ddim"] | None = None
-    """Euler or Heun for a flow (default euler), DDPM or DDIM for a diffusion (default ddpm)."""
+    steps: int | str | None = None
+    """Steps of the solver, by default 50; dopri5 takes what its tolerances need. Of a diffusion also 'ddim50'
+    (timesteps 0, 20, ... 980) or '10,15,20' (of each third)."""
+    solver: (
+        Literal["euler", "heun", "midpoint", "rk4", "dopri5", "euler_maruyama", "heun_sde", "ddpm", "ddim"] | None
+    ) = None
+    """For a flow its ODE by euler (default), heun, midpoint, rk4 or dopri5, or its SDE by euler_maruyama or heun_sde.
+    For a diffusion ddpm (default) or ddim."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is none."""
     guidance_channels: int | None = None
@@ -155,10 +160,11 @@ def sample_clips(
     y: Tensor | Text | None,
     *,
     solver: str | None = None,
-    steps: int | str,
+    steps: int | str | None,
     guidance: float = 1.0,
     guidance_channels: int | None = None,
     guidance_rescale: float = 0.0,
+    options: SolverOptions | None = None,
     seed: int,
     batch_size: int = 16,
     progress: bool = False,
@@ -167,8 +173,9 @@ def sample_clips(
 ) -> Tensor:
     """uint8 ``[count, T, H, W, C]`` from the model, ``batch_size`` clips at a time, on the model's device.
 
-    The clips depend on ``seed`` and ``count``, those of solver ddpm on ``batch_size`` too. The solver is by default the
-    first of the objective. ``decode`` makes pixels ``[B, C, T, H, W]`` of the samples of a model of latents.
+    The clips depend on ``seed`` and ``count``, those of dopri5 and of solvers that draw noise on ``batch_size`` too.
+    The solver is by default the first of the objective. ``decode`` makes pixels ``[B, C, T, H, W]`` of the samples of
+    a model of latents.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -176,7 +183,8 @@ def sample_clips(
     noise = torch.randn((count, *shape), generator=generator, device=device)
     clips = []
     starts = range(0, count, batch_size)
-    with progress_bar(total=len(starts) * count_steps(objective, steps), desc="sampling", disable=not progress) as bar:
+    calls = 1 if steps is None else count_steps(objective, steps)
+    with progress_bar(total=len(starts) * calls, desc="sampling", disable=not progress) as bar:
 
         def counted(steps: Iterable[int]) -> Iterator[int]:
             for step in steps:
@@ -195,6 +203,7 @@ def sample_clips(
                 guidance=guidance,
                 guidance_channels=guidance_channels,
                 guidance_rescale=guidance_rescale,
+                options=options,
                 generator=generator,
                 progress=counted,
                 cuda_graphs=cuda_graphs,
@@ -358,10 +367,11 @@ def run(config: SampleConfig) -> list[Path]:
             config.count,
             y,
             solver=config.solver,
-            steps=config.steps,
+            steps=50 if config.steps is None and config.solver != "dopri5" else config.steps,
             guidance=config.guidance,
             guidance_channels=config.guidance_channels,
             guidance_rescale=config.guidance_rescale,
+            options=config,
             seed=config.seed,
             batch_size=config.batch_size,
             progress=True,

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from minisora_kernels import guided_step
 
+from . import integrators
 from .diffusion import DDPM, Schedule, space_timesteps
 from .flow import FlowMatching
+from .integrators import FLOW_SOLVERS, SolverOptions
 from .logsnr import LogSNR, logsnr, noise_level, scales
 from .objectives import TIMESTEPS, at_least_float32, expand
 from .registry import Objective
@@ -20,7 +22,7 @@ from .text import Text, rows
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
-SOLVERS = {"flow": ("euler", "heun"), "ddpm": ("ddpm", "ddim"), "logsnr": ("ddpm", "ddim")}
+SOLVERS = {"flow": FLOW_SOLVERS, "ddpm": ("ddpm", "ddim"), "logsnr": ("ddpm", "ddim")}
 
 
 class Plan(NamedTuple):
@@ -32,15 +34,6 @@ class Plan(NamedTuple):
 
     times: Tensor
     coefficients: Tensor
-
-
-def flow_plan(objective: FlowMatching, solver: str, steps: int, guidance: float) -> Plan:
-    """Euler: ``x1 = x + h v(x, t)``. Heun goes on to ``(x + x1) / 2 + h / 2 v(x1, t + h)``. On the CPU, in float64."""
-    share = torch.tensor([1.0] if solver == "euler" else [1.0, 0.5], dtype=torch.float64)
-    times = (torch.arange(steps)[:, None] + torch.arange(len(share))).double() / steps
-    of_x, of_prediction = objective.weights(times)
-    columns = (guidance, share * (1 + of_x / steps), share * of_prediction / steps, 1 - share, 0.0)
-    return Plan(times * TIMESTEPS, _stack(columns, times))
 
 
 def diffusion_plan(objective: DDPM, solver: str, steps: int | str, guidance: float) -> Plan:
@@ -93,7 +86,7 @@ def logsnr_plan(objective: LogSNR, solver: str, steps: int, guidance: float) -> 
     of_e = (next_b.square() - sigma.square()).sqrt()
     columns = (guidance, next_a * x_0[0] + of_e * e[0], next_a * x_0[1] + of_e * e[1], sigma, 0.0)
     times = noise_level(value[:-1])[:, None] * TIMESTEPS
-    return Plan(times, _stack((c if isinstance(c, float) else c[:, None] for c in columns), times))
+    return Plan(times, _stack((c[:, None] if torch.is_tensor(c) else c for c in columns), times))
 
 
 def count_steps(objective: Objective, steps: int | str) -> int:
@@ -263,6 +256,11 @@ class Graphed:
         return graph, places, result
 
 
+def _check_guidance_channels(guidance: float, channels: int | None) -> None:
+    if channels is not None and guidance == 1:
+        raise ValueError(f"guidance_channels is {channels}, but guidance is 1, which is none")
+
+
 @torch.no_grad()
 def sample(
     model: nn.Module,
@@ -271,10 +269,12 @@ def sample(
     y: Tensor | Text | None,
     *,
     solver: str,
-    steps: int | str,
+    steps: int | str | None = None,
     guidance: float = 1.0,
     guidance_channels: int | None = None,
     guidance_rescale: float = 0.0,
+    options: SolverOptions | None = None,
+    reverse: bool = False,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
     cuda_graphs: bool = False,
@@ -289,15 +289,19 @@ def sample(
         objective: what the model was trained with.
         noise: ``[B, C, ...]``, standard normal.
         y: classes ``[B]``, captions, or None for an unconditional model.
-        solver: ``"euler"`` or ``"heun"`` (two calls a step, second order) for flow matching; ``"ddpm"`` (ancestral) or
-            ``"ddim"`` (deterministic, eta = 0; Song et al. 2020, arXiv 2010.02502) for DDPM and LogSNR.
+        solver: for flow matching, of the ODE: ``"euler"``, ``"heun"`` and ``"midpoint"`` (two calls a step, second
+            order), ``"rk4"`` (four, fourth) or ``"dopri5"`` (adaptive; the samples of a batch share its steps); of the
+            SDE: ``"euler_maruyama"`` or ``"heun_sde"`` (two calls a step). For DDPM and LogSNR ``"ddpm"``
+            (ancestral) or ``"ddim"`` (deterministic, eta = 0; Song et al. 2020, arXiv 2010.02502).
         steps: how many; for DDPM that many evenly spaced ones of the 1000 timesteps, or those of ``"ddimN"`` or of
-            sections such as ``"10,15,20"`` (:func:`models.diffusion.space_timesteps`).
+            sections such as ``"10,15,20"`` (:func:`models.diffusion.space_timesteps`). None for ``"dopri5"`` alone.
         guidance: classifier-free guidance scale; 1 is none and costs half.
         guidance_channels: guide the first so many channels only; None guides all.
         guidance_rescale: share of the guided prediction that :func:`rescaled` gives the spread of the one with classes;
             it is computed in PyTorch, not by the op.
-        generator: of the noise that ``"ddpm"`` adds at each step.
+        options: of the SDE solvers and of ``"dopri5"``.
+        reverse: solve the ODE from data, given as ``noise``, to noise.
+        generator: of the noise that ``"ddpm"`` and the SDE solvers add at each step.
         progress: wraps the iterable of steps, as tqdm does.
         cuda_graphs: replay the steps as CUDA graphs; the capture takes four calls. Not run on a GPU.
         past: for frame prediction, the known first frames ``[B, C, k, ...]``; the result begins with them.
@@ -307,15 +311,22 @@ def sample(
         ``[B, C, ...]`` in noise's dtype.
 
     Raises:
-        ValueError: a solver that is not the objective's, steps or guidance that do not fit, CUDA graphs on a CPU
-            or with self-conditioning.
+        ValueError: a solver that is not the objective's, steps, guidance or options that do not fit, CUDA graphs on a
+            CPU or with self-conditioning.
     """
+    options = options or SolverOptions()
     allowed = SOLVERS[objective.name]
     if solver not in allowed:
         raise ValueError(f"solver is {solver!r}; objective {objective.name!r} has {' and '.join(map(repr, allowed))}")
-    count = count_steps(objective, steps)
-    if guidance_channels is not None and guidance == 1:
-        raise ValueError(f"guidance_channels is {guidance_channels}, but guidance is 1, which is none")
+    options.check(solver)
+    if reverse and (solver in integrators.SDE_SOLVERS or not isinstance(objective, FlowMatching)):
+        raise ValueError(f"reverse needs a solver of the flow's ODE; solver is {solver!r}")
+    if solver == "dopri5" and steps is not None:
+        raise ValueError(f"steps is {steps}, but solver 'dopri5' takes what its tolerances need")
+    if solver != "dopri5" and steps is None:
+        raise ValueError(f"steps is None; with solver {solver!r} it must be at least 1")
+    count = 1 if steps is None else count_steps(objective, steps)
+    _check_guidance_channels(guidance, guidance_channels)
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale is {guidance_rescale}; it must be in [0, 1]")
     if guidance_rescale > 0 and guidance == 1:
@@ -324,12 +335,6 @@ def sample(
     predict = Predictor(model, y, guidance, getattr(objective, "estimate", None), given)
     if cuda_graphs and predict.estimate is not None:
         raise ValueError("cuda_graphs is True; a model with self-conditioning keeps an estimate between its calls")
-    if isinstance(objective, FlowMatching):
-        plan = flow_plan(objective, solver, count, guidance)
-    elif isinstance(objective, LogSNR):
-        plan = logsnr_plan(objective, solver, count, guidance)
-    else:
-        plan = diffusion_plan(objective, solver, steps, guidance)
 
     def update(x: Tensor, condition: Tensor, row: Tensor, z: Tensor | None) -> Tensor:
         cond, null = predict(x, condition)
@@ -343,12 +348,25 @@ def sample(
     if cuda_graphs:
         update = Graphed(update, noise.device)
     x = noise
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    times = plan.times.to(x.device, dtype if plan.times.is_floating_point() else None)
-    coefficients = plan.coefficients.to(x.device, dtype)
     was_training = model.training
     model.eval()
     try:
+        if solver == "dopri5":
+            start, end = reversed(objective.interval()) if reverse else objective.interval()
+            velocity = integrators.velocity_of(objective, update, predict.conditions, guidance)
+            for _ in (progress or iter)(range(1)):
+                x = integrators.dopri5(velocity, at_least_float32(x), start, end, options)
+            return x.to(noise.dtype)
+        if isinstance(objective, FlowMatching):
+            plan = integrators.flow_plan(objective, solver, steps, guidance, options, reverse=reverse)
+            return integrators.follow(plan, update, predict.conditions, x, generator, progress)
+        if isinstance(objective, LogSNR):
+            plan = logsnr_plan(objective, solver, count, guidance)
+        else:
+            plan = diffusion_plan(objective, solver, steps, guidance)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        times = plan.times.to(x.device, dtype if plan.times.is_floating_point() else None)
+        coefficients = plan.coefficients.to(x.device, dtype)
         conditions = predict.conditions(times.flatten())
         for i in (progress or iter)(range(count)):
             start = x
@@ -393,3 +411,52 @@ def continue_video(
     for noise in noises:
         clips.append(sample(model, objective, noise, y, past=past_of(clips[-1]), **options))
     return clips[1:]
+
+
+@torch.no_grad()
+def log_likelihood(
+    model: nn.Module,
+    objective: Objective,
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    guidance: float = 1.0,
+    guidance_channels: int | None = None,
+    exact: bool = False,
+    options: SolverOptions | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The log-density of ``x [B, C, ...]`` in nats, ``[B]``, under the flow's ODE; the model is in eval mode meanwhile.
+
+    For bits per dimension of 8-bit data on [-1, 1]: ``log2(127.5) - log_likelihood / (D log 2)``, for x with uniform
+    noise of a level's width added. See :func:`integrators.log_likelihood`.
+
+    Args:
+        model, objective, y, guidance, guidance_channels: as for :func:`sample`; flow matching only.
+        exact: the divergence itself, a derivative for every element of a sample; else an unbiased estimate.
+        options: the tolerances of dopri5.
+        generator: of the estimate's signs, on x's device.
+
+    Raises:
+        ValueError: another objective, guidance or options that do not fit.
+    """
+    if not isinstance(objective, FlowMatching):
+        raise ValueError(f"objective is {objective.name!r}; only 'flow' has the ODE of this likelihood")
+    options = options or SolverOptions()
+    options.check("dopri5")
+    _check_guidance_channels(guidance, guidance_channels)
+    predict = Predictor(model, y, guidance)
+
+    def update(x: Tensor, condition: Tensor, row: Tensor, z: Tensor | None) -> Tensor:
+        cond, null = predict(x, condition)
+        objective.check(cond, x)
+        # The kernels have no backward, and this one is differentiated.
+        return guided_step(x, cond, row, null=null, z=z, channels=guidance_channels, backend="reference")
+
+    was_training = model.training
+    model.eval()
+    try:
+        velocity = integrators.velocity_of(objective, update, predict.conditions, guidance)
+        return integrators.log_likelihood(velocity, x, *objective.interval(), options, exact=exact, generator=generator)
+    finally:
+        model.train(was_training)

@@ -576,6 +576,7 @@ def test_forward_refuses():
             model(*arguments)
     with pytest.raises(ValueError, match="latents were given to a model without latent_channels"):
         model(x, t, y, latents=x)
+    x = inputs(CONFIGS["text"])[0]
     with pytest.raises(ValueError, match="num_classes = 0"):
         Cascade(CONFIGS["text"])(x, t, y)
     with pytest.raises(ValueError, match=r"they must be \[3, L, 10\]"):

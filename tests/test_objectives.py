@@ -506,7 +506,7 @@ def test_prediction_of_the_data_is_the_same_flow():
 
 
 def test_unknown_flow_options_raise():
-    with pytest.raises(ValueError, match="prediction is 'score'; it may be 'velocity' or 'data'"):
-        FlowMatching(prediction="score")
+    with pytest.raises(ValueError, match="prediction is 'x'; it may be 'velocity', 'data', 'score' or 'noise'"):
+        FlowMatching(prediction="x")
     with pytest.raises(ValueError, match="logit_std is 0; it must be positive"):
         FlowMatching(timesteps="logit_normal", logit_std=0)

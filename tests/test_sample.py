@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import re
 from pathlib import Path
 
 import av
@@ -13,6 +15,7 @@ from models.checkpoint import Checkpoint, save
 from models.config import TrainConfig, as_plain
 from models.diffusion import DDPM
 from models.dit import DiT, DiTConfig
+from models.flow import FlowMatching
 from models.sample import SampleConfig, choose_device, class_ids, contact_sheet, enlarge, main, mosaic, run, write_mp4
 
 FILES = ("samples.mp4", "samples.gif", "samples.png", "samples.npz")
@@ -172,6 +175,39 @@ def test_the_command_line_takes_timesteps_of_a_diffusion(tmp_path, capsys, steps
     flow = make(tmp_path / "flow")
     with pytest.raises(SystemExit, match="error: steps is 'ddim4'; objective 'flow' takes a number"):
         main([str(flow), "--steps", "ddim4"])
+
+
+def test_solvers_of_a_flow_and_their_options(tmp_path, capsys):
+    train = TrainConfig(objective=FlowMatching("noise", path="vp"))
+    base = SampleConfig(make(tmp_path / "run", train=train), count=1)
+    made = {}
+    for number, change in enumerate(
+        (
+            {"solver": "euler", "steps": 50},
+            {"solver": "dopri5", "rtol": 0.1},
+            {"solver": "dopri5", "rtol": 0.1, "atol": 0.5},
+            {"solver": "rk4", "steps": 3},
+            {"solver": "heun_sde", "steps": 3},
+            {"solver": "heun_sde", "steps": 3, "diffusion": "linear", "diffusion_norm": 2.0},
+            {"solver": "heun_sde", "steps": 3, "last_step": "tweedie", "last_step_size": 0.2},
+        )
+    ):
+        made[number] = clips(run(dataclasses.replace(base, out=tmp_path / str(number), **change)))
+    for one, other in itertools.combinations(made, 2):
+        assert (made[one] != made[other]).any(), (one, other)
+    # The defaults: Euler, 50 steps.
+    assert (made[0] == clips(run(dataclasses.replace(base, out=tmp_path / "default")))).all()
+    for change, reason in (
+        ({"rtol": 1e-4}, "rtol is 0.0001, but solver is 'euler'; only 'dopri5' has it"),
+        ({"solver": "rk4", "last_step": "mean"}, "last_step is 'mean', but solver is 'rk4'; only 'euler_maruyama' and"),
+        ({"solver": "dopri5", "steps": 9}, "steps is 9, but solver 'dopri5'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            run(dataclasses.replace(base, out=tmp_path / "refused", **change))
+    assert not (tmp_path / "refused").exists()
+    with pytest.raises(SystemExit):
+        main([str(base.checkpoint), "--solver", "heun_sde", "--diffusion-norm", "-1"])
+    assert "diffusion_norm is -1.0; it must be positive" in capsys.readouterr().err
 
 
 def test_unconditional_grey_and_image_models(tmp_path):
