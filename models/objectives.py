@@ -2,7 +2,7 @@
 
 A model takes ``(x [B, C, ...], timesteps [B], y)``, with timesteps in [0, 1000], the range that a 256-channel sinusoid
 resolves (over [0, 1] it is nearly a straight line). The objectives point in opposite directions: FlowMatching
-(``flow.py``) has noise at 0, DDPM (``diffusion.py``) at 999.
+(``flow.py``) has noise at 0, DDPM (``diffusion.py``) at 999 and LogSNR (``logsnr.py``) at 1000.
 
 What a loss remembers from call to call is a dictionary of tensors: ``objective.memory(device)`` makes it,
 ``loss(model, x, y, generator, memory)`` updates it in place, and a checkpoint holds it.

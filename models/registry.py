@@ -7,18 +7,21 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from . import cascade
+from .cascade import Cascade, CascadeConfig, CascadeSettings
 from .diffusion import DDPM
 from .dit import SIZES, DiT, DiTConfig, DiTSettings
 from .flow import FlowMatching
+from .logsnr import LogSNR
 from .reconstruction import Reconstruction
 from .stdit import STDiT, STDiTConfig, STDiTSettings
 from .tokenizer import CausalTokenizer, TokenizerConfig, TokenizerSettings
 from .vqgan import VQGAN, VQGANConfig, VQGANSettings
 from .walt import WALT, WALTConfig, WALTSettings
 
-Settings = DiTSettings | STDiTSettings | WALTSettings | TokenizerSettings | VQGANSettings
-Config = DiTConfig | STDiTConfig | WALTConfig | TokenizerConfig | VQGANConfig
-Objective = FlowMatching | DDPM | Reconstruction
+Settings = DiTSettings | STDiTSettings | WALTSettings | CascadeSettings | TokenizerSettings | VQGANSettings
+Config = DiTConfig | STDiTConfig | WALTConfig | CascadeConfig | TokenizerConfig | VQGANConfig
+Objective = FlowMatching | DDPM | LogSNR | Reconstruction
 
 
 class Family(NamedTuple):
@@ -33,10 +36,11 @@ FAMILIES = {
     DiTSettings.name: Family(DiTSettings, DiTConfig, DiT),
     STDiTSettings.name: Family(STDiTSettings, STDiTConfig, STDiT),
     WALTSettings.name: Family(WALTSettings, WALTConfig, WALT),
+    CascadeSettings.name: Family(CascadeSettings, CascadeConfig, Cascade),
     TokenizerSettings.name: Family(TokenizerSettings, TokenizerConfig, CausalTokenizer),
     VQGANSettings.name: Family(VQGANSettings, VQGANConfig, VQGAN),
 }
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (FlowMatching, DDPM, Reconstruction)}
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (FlowMatching, DDPM, LogSNR, Reconstruction)}
 
 
 class System(NamedTuple):
@@ -67,6 +71,11 @@ def _systems() -> dict[str, System]:
         systems[f"walt-{size.lower()}"] = System(WALTSettings(**SIZES[size]), velocity)
     systems["walt-tokenizer"] = System(TokenizerSettings(), Reconstruction())
     systems["cascade-a"] = System(VQGANSettings(), Reconstruction(penalty_weight=1.0))
+    for name, shape in cascade.SIZES.items():
+        image = CascadeSettings(**shape)
+        objective = LogSNR(sample_shift=2.0 if name.startswith("c-") else 1.0)
+        systems[f"cascade-{name}"] = System(image, objective)
+        systems[f"cascade-{name}/video"] = System(cascade.with_time(image), objective)
     return systems
 
 

@@ -65,6 +65,8 @@ class SampleConfig(SolverOptions):
     """Scale of classifier-free guidance; 1 is none."""
     guidance_channels: int | None = None
     """Guide the first so many channels only; by default all."""
+    guidance_rescale: float = 0.0
+    """Share of the guided prediction that gets the spread of the one with classes; StableCascade takes 0.7."""
     seed: int = 0
     batch_size: int = 16
     """Clips made at a time."""
@@ -161,6 +163,7 @@ def sample_clips(
     steps: int | str | None,
     guidance: float = 1.0,
     guidance_channels: int | None = None,
+    guidance_rescale: float = 0.0,
     options: SolverOptions | None = None,
     seed: int,
     batch_size: int = 16,
@@ -204,6 +207,7 @@ def sample_clips(
                 steps=steps,
                 guidance=guidance,
                 guidance_channels=guidance_channels,
+                guidance_rescale=guidance_rescale,
                 options=options,
                 generator=generator,
                 progress=counted,
@@ -371,6 +375,7 @@ def run(config: SampleConfig) -> list[Path]:
             steps=50 if config.steps is None and config.solver != "dopri5" else config.steps,
             guidance=config.guidance,
             guidance_channels=config.guidance_channels,
+            guidance_rescale=config.guidance_rescale,
             options=config,
             seed=config.seed,
             batch_size=config.batch_size,

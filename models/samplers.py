@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisora_kernels import guided_step
@@ -14,13 +15,14 @@ from . import integrators
 from .diffusion import DDPM, Schedule, space_timesteps
 from .flow import FlowMatching
 from .integrators import FLOW_SOLVERS, SolverOptions
-from .objectives import TIMESTEPS, at_least_float32
+from .logsnr import LogSNR, logsnr, noise_level, scales
+from .objectives import TIMESTEPS, at_least_float32, expand
 from .registry import Objective
 from .text import Text, rows
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
-SOLVERS = {"flow": FLOW_SOLVERS, "ddpm": ("ddpm", "ddim")}
+SOLVERS = {"flow": FLOW_SOLVERS, "ddpm": ("ddpm", "ddim"), "logsnr": ("ddpm", "ddim")}
 
 
 class Plan(NamedTuple):
@@ -63,6 +65,30 @@ def diffusion_plan(objective: DDPM, solver: str, steps: int | str, guidance: flo
     return Plan(tables.timesteps, _stack(columns, tables.timesteps))
 
 
+def logsnr_plan(objective: LogSNR, solver: str, steps: int, guidance: float) -> Plan:
+    """DDPM and DDIM over the logSNR of evenly spaced r from 1 to 0, with ``objective.sample_shift``.
+
+        x' = a' x_0 + sqrt(b'^2 - sigma^2) e + sigma z       sigma = b' / b sqrt(1 - a^2 / a'^2) for DDPM, 0 for DDIM
+
+    The last step returns x_0 itself (a' = 1, b' = 0), not the noisy sample at the schedule's bound. On the CPU, in
+    float64.
+    """
+    value = logsnr(torch.linspace(1, 0, steps + 1, dtype=torch.float64), objective.sample_shift)
+    a, b = (scale[:-1] for scale in scales(value))
+    next_a, next_b = (F.pad(scale[1:-1], (0, 1), value=end) for scale, end in zip(scales(value), (1, 0), strict=True))
+    # x_0 and e as sums of x and of the prediction
+    zero, one = torch.zeros_like(a), torch.ones_like(a)
+    if objective.prediction == "noise":
+        x_0, e = (1 / a, -b / a), (zero, one)
+    else:
+        x_0, e = (a, -b), (b, a)
+    sigma = next_b / b * (1 - (a / next_a).square()).sqrt() if solver == "ddpm" else zero
+    of_e = (next_b.square() - sigma.square()).sqrt()
+    columns = (guidance, next_a * x_0[0] + of_e * e[0], next_a * x_0[1] + of_e * e[1], sigma, 0.0)
+    times = noise_level(value[:-1])[:, None] * TIMESTEPS
+    return Plan(times, _stack((c[:, None] if torch.is_tensor(c) else c for c in columns), times))
+
+
 def count_steps(objective: Objective, steps: int | str) -> int:
     """How many steps ``steps`` are: a number, or for a diffusion also what :func:`space_timesteps` takes.
 
@@ -80,6 +106,31 @@ def count_steps(objective: Objective, steps: int | str) -> int:
 
 def _stack(columns: Iterable[float | Tensor], like: Tensor) -> Tensor:
     return torch.stack([torch.as_tensor(column, dtype=torch.float64).expand(like.shape) for column in columns], dim=-1)
+
+
+def rescaled(cond: Tensor, null: Tensor, guidance: Tensor | float, share: float, count: int, guided: int) -> Tensor:
+    """The guided prediction, a share of which has the spread of the one with classes.
+
+        g = null + w (cond - null)          share g std(cond) / std(g) + (1 - share) g
+
+    The standard deviation is over all of a sample (StableCascade takes it over the batch, so that a sample depends on
+    its batch-mates). Strong guidance widens the prediction, and pictures come out overexposed (Lin et al. 2023, arXiv
+    2305.08891).
+
+    Args:
+        cond, null: ``[B, C, ...]``, or ``[B, 2 C, ...]`` with a learned variance, which stays that of cond.
+        count: C.
+        guided: how many of the C channels are guided.
+
+    Returns:
+        as cond, in fp32 at least.
+    """
+    cond, null = at_least_float32(cond), at_least_float32(null)
+    g = cond[:, :count].clone()
+    g[:, :guided] = torch.lerp(null[:, :guided], cond[:, :guided], guidance)
+    spread, wanted = (expand(part.flatten(1).std(1), g) for part in (g, cond[:, :count]))
+    g = g * (share * wanted / spread.clamp_min(1e-9) + 1 - share)
+    return torch.cat((g, cond[:, count:]), dim=1)
 
 
 class Predictor:
@@ -221,6 +272,7 @@ def sample(
     steps: int | str | None = None,
     guidance: float = 1.0,
     guidance_channels: int | None = None,
+    guidance_rescale: float = 0.0,
     options: SolverOptions | None = None,
     reverse: bool = False,
     generator: torch.Generator | None = None,
@@ -239,12 +291,14 @@ def sample(
         y: classes ``[B]``, captions, or None for an unconditional model.
         solver: for flow matching, of the ODE: ``"euler"``, ``"heun"`` and ``"midpoint"`` (two calls a step, second
             order), ``"rk4"`` (four, fourth) or ``"dopri5"`` (adaptive; the samples of a batch share its steps); of the
-            SDE: ``"euler_maruyama"`` or ``"heun_sde"`` (two calls a step). For DDPM ``"ddpm"`` (ancestral) or
-            ``"ddim"`` (deterministic, eta = 0; Song et al. 2020, arXiv 2010.02502).
-        steps: how many; DDPM and DDIM keep that many evenly spaced ones of the 1000 timesteps, or those of ``"ddimN"``
-            or sections such as ``"10,15,20"`` (:func:`models.diffusion.space_timesteps`). None for ``"dopri5"`` alone.
+            SDE: ``"euler_maruyama"`` or ``"heun_sde"`` (two calls a step). For DDPM and LogSNR ``"ddpm"``
+            (ancestral) or ``"ddim"`` (deterministic, eta = 0; Song et al. 2020, arXiv 2010.02502).
+        steps: how many; for DDPM that many evenly spaced ones of the 1000 timesteps, or those of ``"ddimN"`` or of
+            sections such as ``"10,15,20"`` (:func:`models.diffusion.space_timesteps`). None for ``"dopri5"`` alone.
         guidance: classifier-free guidance scale; 1 is none and costs half.
         guidance_channels: guide the first so many channels only; None guides all.
+        guidance_rescale: share of the guided prediction that :func:`rescaled` gives the spread of the one with classes;
+            it is computed in PyTorch, not by the op.
         options: of the SDE solvers and of ``"dopri5"``.
         reverse: solve the ODE from data, given as ``noise``, to noise.
         generator: of the noise that ``"ddpm"`` and the SDE solvers add at each step.
@@ -273,6 +327,10 @@ def sample(
         raise ValueError(f"steps is None; with solver {solver!r} it must be at least 1")
     count = 1 if steps is None else count_steps(objective, steps)
     _check_guidance_channels(guidance, guidance_channels)
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale is {guidance_rescale}; it must be in [0, 1]")
+    if guidance_rescale > 0 and guidance == 1:
+        raise ValueError(f"guidance_rescale is {guidance_rescale}, but guidance is 1, which is none")
     given = {name: value for name, value in (("past", past), ("low", low), ("low_t", low_t)) if value is not None}
     predict = Predictor(model, y, guidance, getattr(objective, "estimate", None), given)
     if cuda_graphs and predict.estimate is not None:
@@ -281,6 +339,10 @@ def sample(
     def update(x: Tensor, condition: Tensor, row: Tensor, z: Tensor | None) -> Tensor:
         cond, null = predict(x, condition)
         objective.check(cond, x)
+        if null is not None and guidance_rescale > 0:
+            channels = x.shape[1]
+            cond = rescaled(cond, null, guidance, guidance_rescale, channels, guidance_channels or channels)
+            return guided_step(x, cond, row, z=z)
         return guided_step(x, cond, row, null=null, z=z, channels=guidance_channels)
 
     if cuda_graphs:
@@ -298,7 +360,10 @@ def sample(
         if isinstance(objective, FlowMatching):
             plan = integrators.flow_plan(objective, solver, steps, guidance, options, reverse=reverse)
             return integrators.follow(plan, update, predict.conditions, x, generator, progress)
-        plan = diffusion_plan(objective, solver, steps, guidance)
+        if isinstance(objective, LogSNR):
+            plan = logsnr_plan(objective, solver, count, guidance)
+        else:
+            plan = diffusion_plan(objective, solver, steps, guidance)
         dtype = torch.promote_types(x.dtype, torch.float32)
         times = plan.times.to(x.device, dtype if plan.times.is_floating_point() else None)
         coefficients = plan.coefficients.to(x.device, dtype)

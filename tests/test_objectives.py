@@ -55,9 +55,8 @@ class Recorder:
 
 
 def test_registry():
-    assert {name: kind.name for name, kind in OBJECTIVES.items()} == {
-        name: name for name in ("flow", "ddpm", "reconstruction")
-    }
+    names = ("flow", "ddpm", "logsnr", "reconstruction")
+    assert {name: kind.name for name, kind in OBJECTIVES.items()} == {name: name for name in names}
 
 
 @pytest.mark.parametrize("timesteps", ["uniform", "logit_normal"])

@@ -1,0 +1,671 @@
+"""Stages C and B of StableCascade (Wuerstchen; Pernias et al. 2023, arXiv 2306.00637), for images and for video.
+
+A stage is a U-Net whose levels are strings of block letters, repeated; x is ``[B, T, H, W, C]``, r the noise level in
+[0, 1], ``LN`` has no parameters, and c are the conditioning tokens ``[B, L, condition_width]`` of a class or a caption:
+
+    C  x + W2 dropout(GRN(GELU(W1 [LN(depthwise3x3(x)), skip])))       GRN per frame, hidden width 4 C, exact GELU
+    T  x (1 + a) + b                                                   [a, b] = Linear(embed(r)), no norm
+    A  x + attention(q = LN(x), kv = [LN(x), Linear(SiLU(c))])         over the tokens of a frame
+    F  x + W2 dropout(GRN(GELU(W1 LN(x))))
+    V  x + attention(LN(x))                                            over the frames at each site; not the paper's
+
+    down   z_i = level_i(resample(z_{i-1}))
+    up     z   = level_i(z, skip = z_i) ``repeats`` times, Linear between two, then resample; the deepest has no skip
+    output = unpatchify(Linear(LN(z)))
+
+Stage C makes small latents (16 x 24 x 24 of a 1024 x 1024 picture) and keeps their resolution; stage B makes the
+latents of an autoencoder under the condition of those of stage C, and halves the resolution from level to level.
+
+Video: frames share all blocks but V, whose rotary embedding tells their order. Its output projection starts at 0, and
+so does the depthwise convolution over time that C may have: with the weights of an image model a video model makes the
+frames that the image model makes (``inflate.py``).
+
+What differs from StableCascade's code: its further inputs of T ("sca", "crp"), constants unless a caller sets them, are
+left to T's bias; there is no dropout inside the attention; the convolutions that change the resolution are written as
+Linear on 2 x 2 sites. Where there are conditioning tokens, the attention of A is torch's, not a kernel of this project:
+its keys come from two places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minisora_kernels import Rope, patch_embed, rope_3d, unpatchify, window_attention
+
+from .objectives import TIMESTEPS, at_least_float32, expand
+from .text import Text
+
+Grid = tuple[int, int, int]
+Condition = tuple[Tensor, "Tensor | None"]
+
+LETTERS = "CTAFV"
+R_CHANNELS = 64
+
+SIZES = {
+    "c-3.6b": {
+        "widths": (2048, 2048),
+        "heads": (32, 32),
+        "levels": ("CTA", "CTA"),
+        "down": (8, 24),
+        "up": (24, 8),
+        "repeats": (1, 1),
+        "dropout": (0.1, 0.1),
+        "patch": (1, 1),
+        "condition_width": 2048,
+    },
+    "c-1b": {
+        "widths": (1536, 1536),
+        "heads": (24, 24),
+        "levels": ("CTA", "CTA"),
+        "down": (4, 12),
+        "up": (12, 4),
+        "repeats": (1, 1),
+        "dropout": (0.1, 0.1),
+        "patch": (1, 1),
+        "condition_width": 1536,
+    },
+    "c-tiny": {"levels": ("CTA", "CTA"), "patch": (1, 1)},
+    "b-1.5b": {
+        "widths": (320, 640, 1280, 1280),
+        "heads": (5, 10, 20, 20),
+        "levels": ("CT", "CT", "CTA", "CTA"),
+        "down": (2, 6, 28, 6),
+        "up": (6, 28, 6, 2),
+        "repeats": (3, 3, 2, 2),
+        "dropout": (0.0, 0.0, 0.1, 0.1),
+        "patch": (2, 2),
+        "downsample": True,
+        "condition_width": 1280,
+        "latent_channels": 16,
+        "pixel_channels": 3,
+    },
+    "b-700m": {
+        "widths": (320, 576, 1152, 1152),
+        "heads": (5, 9, 18, 18),
+        "levels": ("CT", "CT", "CTA", "CTA"),
+        "down": (2, 4, 14, 4),
+        "up": (4, 14, 4, 2),
+        "repeats": (2, 2, 2, 2),
+        "dropout": (0.0, 0.0, 0.1, 0.1),
+        "patch": (2, 2),
+        "downsample": True,
+        "condition_width": 1280,
+        "latent_channels": 16,
+        "pixel_channels": 3,
+    },
+    "b-tiny": {
+        "widths": (32, 64),
+        "levels": ("CT", "CTA"),
+        "repeats": (2, 2),
+        "patch": (2, 2),
+        "downsample": True,
+        "latent_channels": 16,
+        "pixel_channels": 3,
+    },
+}
+"""The published sizes, as image models, and a tiny one of each stage. Upstream's code calls the larger B "3B"."""
+
+
+@dataclass(frozen=True)
+class CascadeSettings:
+    """What a stage is, whatever it is trained on. Tuples have an entry a level."""
+
+    name: ClassVar[str] = "cascade"
+
+    widths: tuple[int, ...] = (64, 64)
+    """C of each level, a multiple of its heads."""
+    heads: tuple[int, ...] = (4, 4)
+    """Of A and V; of no meaning for a level without."""
+    levels: tuple[str, ...] = ("CTAV", "CTAV")
+    """Block letters of C, T, A, F and V, each at most once, C first."""
+    down: tuple[int, ...] = (1, 2)
+    """How often a level's letters are repeated on the way down."""
+    up: tuple[int, ...] = (2, 1)
+    """The same on the way up, from the deepest level."""
+    repeats: tuple[int, ...] = (1, 1)
+    """How often the blocks of a level are run on the way up, from the deepest level."""
+    patch: tuple[int, ...] = (1, 1, 1)
+    """(1, p, p), or (p, p) for an image model, which needs data.frames = 1."""
+    downsample: bool = False
+    """Halve height and width from level to level, as stage B does."""
+    temporal_convolution: bool = False
+    """A depthwise convolution over three frames in C, after that over the frame; starts at 0."""
+    condition_width: int = 64
+    """Channels of the conditioning tokens."""
+    condition_tokens: int = 4
+    """Tokens of a class."""
+    class_dropout: float = 0.1
+    """Share of labels or captions that training replaces by the null class or an empty caption, for guidance."""
+    latent_channels: int = 0
+    """Channels of stage C's latents that stage B gets (by :class:`Conditioned`; the trainer gives none); 0 for none."""
+    latent_dropout: float = 0.1
+    """Share of samples whose latents training replaces by 0, which is what stands for none."""
+    pixel_channels: int = 0
+    """Channels of a picture that stage B may be given besides; 0 for none."""
+    dropout: tuple[float, ...] = (0.1, 0.1)
+    """Inside C and F."""
+
+
+def with_time(image: CascadeSettings) -> CascadeSettings:
+    """The video model of an image model's size: V after every A."""
+    levels = tuple(letters.replace("A", "AV") for letters in image.levels)
+    return dataclasses.replace(image, levels=levels, patch=(1, *image.patch))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeConfig(CascadeSettings):
+    """What a stage is built from; survives ``dataclasses.asdict``, JSON and ``CascadeConfig(**values)``.
+
+    Args:
+        input_size: cells of the input: ``(T, H, W)`` for video, ``(H, W)`` for images; each a multiple of ``patch``.
+        channels: of the input.
+        num_classes: 0 for a model without classes.
+        text_width: E of the captions' states; 0 for a model without text. A model may have both; each call gives
+            classes or a Text.
+
+    Raises:
+        ValueError: a value that does not fit, by name.
+    """
+
+    input_size: tuple[int, ...]
+    channels: int
+    num_classes: int = 0
+    text_width: int = 0
+
+    def __post_init__(self) -> None:
+        per_level = ("widths", "heads", "levels", "down", "up", "repeats", "dropout")
+        for name in ("input_size", "patch", *per_level):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.input_size) not in (2, 3) or any(n < 1 for n in self.input_size):
+            raise ValueError(f"input_size is {self.input_size}; it must be (T, H, W) or (H, W), positive")
+        if len(self.patch) != len(self.input_size) or any(p < 1 for p in self.patch):
+            raise ValueError(f"patch is {self.patch}; it must have one positive number per axis of {self.input_size}")
+        if self.patch[:-2] not in ((), (1,)):
+            raise ValueError(f"patch is {self.patch}; a token is of one frame, so its first number must be 1")
+        if any(n % p for n, p in zip(self.input_size, self.patch, strict=True)):
+            raise ValueError(f"patch is {self.patch}; it must divide input_size {self.input_size}")
+        if not self.widths:
+            raise ValueError("widths is (); there must be at least one level")
+        for name in per_level:
+            if len(getattr(self, name)) != len(self.widths):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must have {len(self.widths)} entries, as widths")
+        for name in ("widths", "heads", "down", "up", "repeats"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; all must be positive")
+        for letters in self.levels:
+            if not letters.startswith("C") or len(set(letters)) < len(letters) or not set(letters) <= set(LETTERS):
+                raise ValueError(f"levels is {self.levels}; each must be letters of {LETTERS}, each once, C first")
+        if len(self.patch) == 2 and (self.temporal_convolution or "V" in "".join(self.levels)):
+            raise ValueError(f"patch is {self.patch}, an image model's, which has no V and no temporal_convolution")
+        for letters, width, heads in zip(self.levels, self.widths, self.heads, strict=True):
+            if set(letters) & set("AV") and (width % heads or width // heads % 2):
+                raise ValueError(f"widths is {self.widths}; each must be an even multiple of heads {self.heads}")
+        if self.downsample and min(self.grid[1:]) < 2 ** (len(self.widths) - 1):
+            raise ValueError(f"downsample is True; {len(self.widths)} levels need more tokens than {self.grid}")
+        for name in ("channels", "condition_width", "condition_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("num_classes", "text_width", "latent_channels", "pixel_channels"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (none) or positive")
+        for name, shares in (
+            ("class_dropout", [self.class_dropout]),
+            ("latent_dropout", [self.latent_dropout]),
+            ("dropout", self.dropout),
+        ):
+            if not all(0 <= share <= 1 for share in shares):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
+
+    @property
+    def grid(self) -> Grid:
+        """Tokens per axis ``(T, H', W')`` of the first level; T is 1 for images."""
+        t, h, w = (1,) * (3 - len(self.patch)) + tuple(n // p for n, p in zip(self.input_size, self.patch, strict=True))
+        return t, h, w
+
+    @property
+    def grids(self) -> list[Grid]:
+        """The grid of each level."""
+        (t, h, w), factor = self.grid, 2 if self.downsample else 1
+        return [(t, h // factor**i, w // factor**i) for i in range(len(self.widths))]
+
+
+def norm(x: Tensor) -> Tensor:
+    """LN: over the channels, without parameters."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def gelu_grn(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    """Exact GELU, then global response normalisation frame by frame (Woo et al. 2023, arXiv 2301.00808).
+
+        a = gelu(x)        G = sqrt(sum of a^2 over the sites)        y = weight (a G / (mean of G + 1e-6)) + bias + a
+
+    ``x``: ``[B, N, C]``, tokens of ``groups`` frames one after the other; ``weight``, ``bias``: ``[C]``. Sums and means
+    are at least fp32. Plain PyTorch.
+    """
+    a = F.gelu(x).unflatten(1, (groups, -1))
+    response = torch.linalg.vector_norm(a, dim=2, keepdim=True, dtype=torch.promote_types(a.dtype, torch.float32))
+    gain = 1 + weight * (response / (response.mean(-1, keepdim=True) + 1e-6))
+    return (a * gain.to(a.dtype) + bias.to(a.dtype)).flatten(1, 2)
+
+
+def embed_r(r: Tensor) -> Tensor:
+    """``[B]`` in [0, 1] to ``[B, 64]``, fp32: sin, then cos, of ``10^4 r`` times ``10^4 ** (-i / 31)`` for i < 32.
+
+    DiT's has cos first, and divides i by 32.
+    """
+    half = R_CHANNELS // 2
+    places = torch.arange(half, device=r.device, dtype=torch.float32)
+    angles = r.float()[:, None] * 10_000 * torch.exp(places * (-math.log(10_000.0) / (half - 1)))
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def sites(x: Tensor) -> Tensor:
+    """``[B, C, T, H, W]`` or ``[B, C, H, W]`` as ``[B, T, H, W, C]``."""
+    return (x if x.dim() == 5 else x.unsqueeze(2)).movedim(1, -1)
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """``[B, T, H, W, C]`` to another height and width, bilinear, corner on corner; as it is if that is its size."""
+    if tuple(x.shape[2:4]) == tuple(size):
+        return x
+    frames = at_least_float32(x.flatten(0, 1).movedim(-1, 1))
+    frames = F.interpolate(frames, size, mode="bilinear", align_corners=True)
+    return frames.movedim(1, -1).unflatten(0, x.shape[:2]).to(x.dtype)
+
+
+class Channelwise(nn.Module):
+    """Linear, GELU, GRN, dropout, Linear: the second half of C, and all of F."""
+
+    def __init__(self, inputs: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.expand = nn.Linear(inputs, 4 * width)
+        self.grn_weight = nn.Parameter(torch.zeros(4 * width))
+        self.grn_bias = nn.Parameter(torch.zeros(4 * width))
+        self.dropout = nn.Dropout(dropout)
+        self.contract = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.expand(x).flatten(1, 3)
+        hidden = gelu_grn(hidden, self.grn_weight, self.grn_bias, x.shape[1])
+        return self.contract(self.dropout(hidden)).unflatten(1, x.shape[1:4])
+
+
+class ResBlock(nn.Module):
+    """C. With ``skip`` channels it reads the output of the level on the way down."""
+
+    def __init__(self, width: int, skip: int, dropout: float, temporal: bool) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.temporal = nn.Parameter(torch.zeros(3, width)) if temporal else None
+        self.channelwise = Channelwise(width + skip, width, dropout)
+
+    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        y = self.depthwise(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1).unflatten(0, x.shape[:2])
+        if self.temporal is not None:
+            past, present, future = self.temporal.to(y.dtype)
+            padded = F.pad(y, (0, 0, 0, 0, 0, 0, 1, 1))
+            y = y + past * padded[:, :-2] + present * y + future * padded[:, 2:]
+        y = norm(y)
+        if skip is not None:
+            y = torch.cat((y, skip.to(y.dtype)), dim=-1)
+        return x + self.channelwise(y)
+
+
+class TimestepBlock(nn.Module):
+    """T."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mapper = nn.Linear(R_CHANNELS, 2 * width)
+
+    def forward(self, x: Tensor, r: Tensor) -> Tensor:
+        a, b = self.mapper(r)[:, None, None, None].chunk(2, dim=-1)
+        return x * (1 + a) + b
+
+
+class SpatialAttention(nn.Module):
+    """A. Without conditioning tokens it is window attention over a frame."""
+
+    def __init__(self, width: int, heads: int, condition_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.condition = nn.Linear(condition_width, width) if condition_width else None
+
+    def forward(self, x: Tensor, condition: Condition | None) -> Tensor:
+        t, h, w, width = x.shape[1:]
+        qkv = self.qkv(norm(x).flatten(1, 3)).unflatten(-1, (3, self.heads, -1))
+        if condition is None or self.condition is None:
+            return x + self.proj(window_attention(qkv, (t, h, w), (1, h, w))).unflatten(1, (t, h, w))
+        tokens, mask = condition
+        mapped = self.condition(F.silu(tokens))
+        more = F.linear(mapped, self.qkv.weight[width:], self.qkv.bias[width:]).unflatten(-1, (2, self.heads, -1))
+        # All [B T, heads, tokens, head_dim]; every frame has the conditioning tokens of its sample.
+        q, k, v = qkv.unflatten(1, (t, h * w)).flatten(0, 1).permute(2, 0, 3, 1, 4)
+        more_k, more_v = more.permute(2, 0, 3, 1, 4).repeat_interleave(t, dim=1)
+        if mask is not None:
+            mask = F.pad(mask, (h * w, 0), value=True).repeat_interleave(t, dim=0)[:, None, None]
+        out = F.scaled_dot_product_attention(q, torch.cat((k, more_k), 2), torch.cat((v, more_v), 2), attn_mask=mask)
+        return x + self.proj(out.transpose(1, 2).reshape(x.shape))
+
+
+class FeedForward(nn.Module):
+    """F."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.channelwise = Channelwise(width, width, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.channelwise(norm(x))
+
+
+class TemporalAttention(nn.Module):
+    """V."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+        grid = x.shape[1:4]
+        qkv = self.qkv(norm(x).flatten(1, 3)).unflatten(-1, (3, self.heads, -1))
+        return x + self.proj(window_attention(qkv, grid, (grid[0], 1, 1), rope=rope)).unflatten(1, grid)
+
+
+class Resample(nn.Module):
+    """LN and Linear to the next level's width: of 2 x 2 sites to one on the way down, of one to 2 x 2 on the way up."""
+
+    def __init__(self, inputs: int, outputs: int, factor: int, *, up: bool) -> None:
+        super().__init__()
+        self.factor, self.up = factor, up
+        sites = factor**2
+        self.linear = nn.Linear(inputs, sites * outputs) if up else nn.Linear(sites * inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, factor = norm(x), self.factor
+        if factor == 1:
+            return self.linear(x)
+        if self.up:
+            x = self.linear(x).unflatten(-1, (factor, factor, -1)).transpose(3, 4)
+            return x.flatten(4, 5).flatten(2, 3)
+        h, w = (n // factor * factor for n in x.shape[2:4])
+        x = x[:, :, :h, :w].unflatten(3, (-1, factor)).unflatten(2, (-1, factor)).transpose(3, 4)
+        return self.linear(x.flatten(4))
+
+
+class Level(nn.Module):
+    """The blocks of one level of one of the two ways: ``groups`` of its letters, run ``repeats`` times."""
+
+    def __init__(self, config: CascadeConfig, level: int, groups: int, repeats: int, skip: int) -> None:
+        super().__init__()
+        width, heads, dropout = config.widths[level], config.heads[level], config.dropout[level]
+        condition_width = config.condition_width if config.num_classes or config.text_width else 0
+
+        def block(letter: str, skip: int) -> nn.Module:
+            if letter == "C":
+                return ResBlock(width, skip, dropout, config.temporal_convolution)
+            if letter == "T":
+                return TimestepBlock(width)
+            if letter == "A":
+                return SpatialAttention(width, heads, condition_width)
+            return FeedForward(width, dropout) if letter == "F" else TemporalAttention(width, heads)
+
+        letters = config.levels[level]
+        self.groups = nn.ModuleList(
+            nn.ModuleDict({letter: block(letter, 0 if i else skip) for letter in letters}) for i in range(groups)
+        )
+        self.between = nn.ModuleList(nn.Linear(width, width) for _ in range(repeats - 1))
+        self.random = dropout > 0
+        if "V" in letters:
+            head_dim = width // heads
+            rope = rope_3d(config.grids[level], head_dim, split=(head_dim, 0, 0))
+            self.register_buffer("cos", rope.cos, persistent=False)
+            self.register_buffer("sin", rope.sin, persistent=False)
+
+    def forward(
+        self, x: Tensor, r: Tensor, condition: Condition | None, skip: Tensor | None, checkpointing: bool
+    ) -> Tensor:
+        for i in range(len(self.between) + 1):
+            if i:
+                x = self.between[i - 1](x)
+            for j in range(len(self.groups)):
+                arguments = (j, x, r, condition, None if j else skip)
+                if checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(self._group, *arguments, use_reentrant=False, preserve_rng_state=self.random)
+                else:
+                    x = self._group(*arguments)
+        return x
+
+    def _group(self, index: int, x: Tensor, r: Tensor, condition: Condition | None, skip: Tensor | None) -> Tensor:
+        for letter, block in self.groups[index].items():
+            if letter == "C":
+                x = block(x, skip)
+            elif letter == "T":
+                x = block(x, r)
+            elif letter == "A":
+                x = block(x, condition)
+            elif letter == "V":
+                x = block(x, Rope(self.cos, self.sin))
+            else:
+                x = block(x)
+        return x
+
+
+def mapper(inputs: int, width: int) -> nn.Sequential:
+    """Of latents or pixels, site by site."""
+    return nn.Sequential(nn.Linear(inputs, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+class Cascade(nn.Module):
+    """Stage C, or stage B with ``downsample``, ``latent_channels`` and ``pixel_channels``.
+
+    Attributes:
+        config: what it was built from.
+        out_channels: ``channels``.
+        null_class: the label of "no class"; None without classes.
+        checkpointing: recompute each group of blocks in backward instead of keeping its activations. False at first.
+    """
+
+    def __init__(self, config: CascadeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.out_channels = config.channels
+        self.null_class = config.num_classes or None
+        self.checkpointing = False
+
+        widths, last, factor = config.widths, len(config.widths) - 1, 2 if config.downsample else 1
+        convolution = nn.Conv3d if len(config.patch) == 3 else nn.Conv2d
+        self.embedding = convolution(config.channels, widths[0], config.patch, config.patch)
+        if config.num_classes:
+            tokens = config.condition_tokens * config.condition_width
+            self.class_embedding = nn.Embedding(config.num_classes + 1, tokens)
+        if config.text_width:
+            self.text_mapper = nn.Linear(config.text_width, config.condition_width)
+        if config.latent_channels:
+            self.latent_mapper = mapper(config.latent_channels, widths[0])
+        if config.pixel_channels:
+            self.pixel_mapper = mapper(config.pixel_channels, widths[0])
+
+        self.down = nn.ModuleList(Level(config, i, config.down[i], 1, 0) for i in range(last + 1))
+        self.up = nn.ModuleList(
+            Level(config, i, config.up[last - i], config.repeats[last - i], widths[i] if i < last else 0)
+            for i in range(last, -1, -1)
+        )
+        self.down_resample = nn.ModuleList(Resample(widths[i], widths[i + 1], factor, up=False) for i in range(last))
+        self.up_resample = nn.ModuleList(
+            Resample(widths[i], widths[i - 1], factor, up=True) for i in range(last, 0, -1)
+        )
+        self.output = nn.Linear(widths[0], math.prod(config.patch) * self.out_channels)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Xavier, small at both ends of the residual branches; the model starts as zero, T and V as the identity."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(("bias", "grn_weight", "temporal", ".T.mapper.weight", ".V.proj.weight", "output.weight")):
+                nn.init.zeros_(parameter)
+            elif name.startswith(("class_embedding", "text_mapper", "latent_mapper", "pixel_mapper")):
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                nn.init.xavier_uniform_(parameter, gain=0.02 if name.startswith("embedding") else 1.0)
+            if name.endswith("channelwise.contract.weight"):
+                with torch.no_grad():
+                    parameter.mul_(sum(self.config.down) ** -0.5)
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Tokens of one sample in the first level."""
+        return math.prod(self.config.grid)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | Text | None = None,
+        *,
+        latents: Tensor | None = None,
+        pixels: Tensor | None = None,
+    ) -> Tensor:
+        """What the objective asks for: noise or velocity.
+
+        Args:
+            x: ``[B, C, T, H, W]``, or ``[B, C, H, W]`` in image mode.
+            t: noise levels in [0, 1000], ``[B]``: 1000 r.
+            y: classes ``[B]``, int64, ``null_class`` for none, or captions, a row without a token for none; None if and
+                only if the model has neither classes nor text.
+            latents: of stage C, ``[B, latent_channels, T, h, w]`` or ``[B, latent_channels, h, w]``, of any h and w;
+                None and zeros mean none.
+            pixels: a picture or clip of any size, as latents.
+
+        Returns:
+            x's shape with ``out_channels`` channels.
+
+        Raises:
+            ValueError: an argument whose shape does not fit the config, or one that is missing or not wanted.
+        """
+        self._check(x, t, y, latents, pixels)
+        config, dtype = self.config, self.output.weight.dtype
+        z = norm(patch_embed(x, self.embedding.weight, self.embedding.bias).unflatten(1, config.grid)).to(dtype)
+        if config.latent_channels:
+            z = z + self._latents(latents, z)
+        if config.pixel_channels:
+            z = z + self._pixels(pixels, z)
+        condition = None if y is None else self._condition(y)
+        r = embed_r(t / TIMESTEPS).to(dtype)
+
+        outputs: list[Tensor] = []
+        for i, level in enumerate(self.down):
+            if i:
+                z = self.down_resample[i - 1](z)
+            z = level(z, r, condition, None, self.checkpointing)
+            outputs.append(z)
+        skip = None
+        for i, level in enumerate(self.up):
+            if i:
+                skip = outputs[-1 - i]
+                z = resize(self.up_resample[i - 1](z), skip.shape[2:4])
+            z = level(z, r, condition, skip, self.checkpointing)
+        patches = self.output(norm(z)).flatten(1, 3)
+        return unpatchify(patches, config.grid[-len(config.patch) :], config.patch, self.out_channels)
+
+    def _condition(self, y: Tensor | Text) -> Condition:
+        """Conditioning tokens ``[B, L, condition_width]`` and, for captions, which of them count ``[B, L]``."""
+        share = self.config.class_dropout if self.training else 0.0
+        if isinstance(y, Text):
+            mask = y.mask
+            if share > 0:
+                mask = mask & (torch.rand(len(mask), 1, device=mask.device) >= share)
+            return norm(self.text_mapper(y.states.to(self.text_mapper.weight.dtype))), mask
+        if share > 0:
+            y = torch.where(torch.rand(y.shape, device=y.device) < share, self.config.num_classes, y)
+        return norm(self.class_embedding(y).unflatten(-1, (self.config.condition_tokens, -1))), None
+
+    def _latents(self, latents: Tensor | None, z: Tensor) -> Tensor:
+        """What they add to the tokens ``z [B, T, H', W', C]``: resized, then mapped."""
+        if latents is None:
+            return norm(self.latent_mapper(z.new_zeros(1, 1, 1, 1, self.config.latent_channels)))
+        if self.training and self.config.latent_dropout > 0:
+            kept = torch.rand(len(latents), device=latents.device) >= self.config.latent_dropout
+            latents = latents * expand(kept, latents)
+        return norm(self.latent_mapper(resize(sites(latents).to(z.dtype), z.shape[2:4])))
+
+    def _pixels(self, pixels: Tensor | None, z: Tensor) -> Tensor:
+        """The same of a picture: mapped, then resized."""
+        if pixels is None:
+            return norm(self.pixel_mapper(z.new_zeros(1, 1, 1, 1, self.config.pixel_channels)))
+        return resize(norm(self.pixel_mapper(sites(pixels).to(z.dtype))), z.shape[2:4])
+
+    def _check(
+        self, x: Tensor, t: Tensor, y: Tensor | Text | None, latents: Tensor | None, pixels: Tensor | None
+    ) -> None:
+        config, batch = self.config, len(x)
+        expected = (config.channels, *config.input_size)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, {', '.join(map(str, expected))}]")
+        if tuple(t.shape) != (batch,):
+            raise ValueError(f"t has shape {tuple(t.shape)}; it must be [{batch}]")
+        if isinstance(y, Text):
+            if not config.text_width:
+                raise ValueError("y is a Text, but the model has text_width = 0")
+            wanted = (batch, y.mask.shape[-1], config.text_width)
+            if tuple(y.states.shape) != wanted or tuple(y.mask.shape) != wanted[:2]:
+                raise ValueError(
+                    f"y is a Text of shapes {tuple(y.states.shape)} and {tuple(y.mask.shape)}; they must be "
+                    f"[{batch}, L, {config.text_width}] and [{batch}, L]"
+                )
+        elif y is None:
+            if config.num_classes or config.text_width:
+                raise ValueError(
+                    f"y is None; a model with {config.num_classes} classes and text_width {config.text_width} needs one"
+                )
+        elif not config.num_classes:
+            raise ValueError("y holds classes, but the model has num_classes = 0")
+        elif tuple(y.shape) != (batch,):
+            raise ValueError(f"y is of shape {tuple(y.shape)}; it must be [{batch}]")
+        for name, given, channels in (
+            ("latents", latents, config.latent_channels),
+            ("pixels", pixels, config.pixel_channels),
+        ):
+            if given is None:
+                continue
+            if not channels:
+                raise ValueError(f"{name} were given to a model without {name[:-1]}_channels")
+            frames = config.grid[:1] if len(config.patch) == 3 else ()
+            if tuple(given.shape[:-2]) != (batch, channels, *frames):
+                shape = ", ".join(map(str, (batch, channels, *frames, "h", "w")))
+                raise ValueError(f"{name} have shape {tuple(given.shape)}; it must be [{shape}]")
+
+
+class Conditioned(nn.Module):
+    """Stage B with its latents and pixels: a model of ``(x, t, y)``, for an objective or a sampler.
+
+    A batch of several times as many samples, as guidance makes, has them once for each; samples of the null class, or
+    whose caption has no token, are without latents too.
+    """
+
+    def __init__(self, model: Cascade, latents: Tensor | None = None, pixels: Tensor | None = None) -> None:
+        super().__init__()
+        self.model, self.latents, self.pixels = model, latents, pixels
+        self.config, self.out_channels, self.null_class = model.config, model.out_channels, model.null_class
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | Text | None = None) -> Tensor:
+        latents, pixels = (
+            None if given is None else given.repeat(len(x) // len(given), *(1,) * (given.dim() - 1))
+            for given in (self.latents, self.pixels)
+        )
+        if latents is not None and y is not None:
+            present = y.mask.any(1) if isinstance(y, Text) else y != self.null_class
+            latents = latents * expand(present, latents)
+        return self.model(x, t, y, latents=latents, pixels=pixels)
