@@ -1,4 +1,4 @@
-"""``grn``: response normalisation of every frame, with the GELU before it. ``as written`` is one equation after the other."""
+"""``grn``: response normalisation, with the GELU before it. ``as written`` is one equation after the other."""
 
 from __future__ import annotations
 

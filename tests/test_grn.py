@@ -1,4 +1,4 @@
-"""What is special to grn: the equation written out, frames that know nothing of each other, channels of zeros, errors."""
+"""What is special to grn: the equation written out, frames by themselves, channels of zeros, its GELU, errors."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ ROWS, COLUMNS = 8, 256  # sites and channels of a tile: 16 elements a thread
 # Sites that a program takes: enough programs for one frame of 24x24 sites and 8192 channels to fill a large GPU, while
 # the partial sums are 3% of x in bfloat16.
 PART = 64
-DEPTH = 32  # parts, or frames, that are added up at a time
+DEPTH = 16  # parts that are added up at a time
+FRAMES, CHANNELS = 32, 32  # a tile of the sums over the frames, which are in float64
 
 
 @triton.jit
@@ -243,15 +244,15 @@ def _parameters(
     dbias_ptr,
     frames,
     WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    FRAMES: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     """dweight and dbias: over the frames, in float64, for a batch of clips has thousands of them."""
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    dweight = tl.zeros((DEPTH, COLUMNS), tl.float64)
-    dbias = tl.zeros((DEPTH, COLUMNS), tl.float64)
-    for first in range(0, frames, DEPTH):
-        frame = first + tl.arange(0, DEPTH).to(tl.int64)[:, None]
+    columns = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    dweight = tl.zeros((FRAMES, CHANNELS), tl.float64)
+    dbias = tl.zeros((FRAMES, CHANNELS), tl.float64)
+    for first in range(0, frames, FRAMES):
+        frame = first + tl.arange(0, FRAMES).to(tl.int64)[:, None]
         mask = (frame < frames) & (columns[None, :] < WIDTH)
         at = frame * WIDTH + columns[None, :]
         s = load(norms_ptr + at, mask) * load(inverse_ptr + frame, frame < frames)
@@ -289,14 +290,12 @@ def grn_bwd(
     if x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
     parts = triton.cdiv(sites, PART)
-    blocks = triton.cdiv(width, COLUMNS)
+    grid = (frames * parts * triton.cdiv(width, COLUMNS),)
     partial = [x.new_empty((frames * parts, width), dtype=torch.float32) for _ in range(2)]
     sums = [torch.empty_like(norms) for _ in range(2)]
     inverse, shared = (x.new_empty(frames, dtype=torch.float32) for _ in range(2))
-    _products[(frames * parts * blocks,)](dy, x, *partial, sites, gelu, width, PART, ROWS, COLUMNS)
+    _products[grid](dy, x, *partial, sites, gelu, width, PART, ROWS, COLUMNS)
     _frames[(frames,)](*partial, weight, norms, *sums, inverse, shared, parts, eps, width, DEPTH, COLUMNS)
-    _bwd[(frames * parts * blocks,)](
-        dy, x, weight, norms, sums[0], inverse, shared, dx, sites, gelu, width, PART, ROWS, COLUMNS
-    )
-    _parameters[(blocks,)](*sums, norms, inverse, dweight, dbias, frames, width, DEPTH, COLUMNS)
+    _bwd[grid](dy, x, weight, norms, sums[0], inverse, shared, dx, sites, gelu, width, PART, ROWS, COLUMNS)
+    _parameters[(triton.cdiv(width, CHANNELS),)](*sums, norms, inverse, dweight, dbias, frames, width, FRAMES, CHANNELS)
     return dx, dweight, dbias
