@@ -256,7 +256,7 @@ def _grn() -> Iterator[Case]:
         ("wide", 1, 2 * 9, 2048, 2, None, {}),
         ("fp32-weights", 2, 65, 48, 1, "gelu", single),
         ("fp32-stream", 2, 30, 48, 2, None, {"x": torch.float32, "bias": torch.float32}),
-        ("many-frames", 1, 300, 8, 150, "gelu", {}),
+        ("many-frames", 1, 120, 8, 40, "gelu", {}),
         ("a-clip", 1, 16 * 576, 64, 16, "gelu", {}),
         ("empty-batch", 0, 6, 16, 2, "gelu", {}),
         ("no-tokens", 2, 0, 16, 1, None, {}),

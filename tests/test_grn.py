@@ -101,7 +101,7 @@ def test_channels_and_frames_of_zeros_have_finite_gradients(backend: str):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_the_gelu_and_its_slope_everywhere(dtype: torch.dtype, backend: str):
     """With zero weights y = gelu(x) and dx = gelu'(x) dy, from -60 to 60, where the density has long been 0."""
-    sweep = torch.cat([torch.linspace(-60, 60, 997), torch.linspace(-6, 6, 4001)]).to(DEVICE, dtype).view(1, -1, 1)
+    sweep = torch.cat([torch.linspace(-60, 60, 997), torch.linspace(-6, 6, 2001)]).to(DEVICE, dtype).view(1, -1, 1)
     found = []
     for name, to in ((backend, dtype), ("reference", dtype), ("reference", torch.float64)):
         x = sweep.to(to, copy=True).requires_grad_()
