@@ -167,6 +167,36 @@ GELU_MLP = (
 
 
 @dataclass(frozen=True)
+class Responses:
+    """What the middle of a ResBlock normalises: ``[batch, frames * side^2, width]``, with the GELU before it or not."""
+
+    name: str
+    frames: int
+    side: int
+    width: int
+    activation: str | None
+    batch: int = 1
+    quick: bool = False
+    dtypes: tuple[str, ...] = DTYPES
+
+
+def _responses(stage: str, frames: int, side: int, channels: int, activation: str | None, **options) -> Responses:
+    name = f"{stage} {frames}x{side}x{side} C {4 * channels}" + (f" {activation}" if activation else "")
+    return Responses(name, frames, side, 4 * channels, activation, **options)
+
+
+# StableCascade: stage C of 3.6B on frames of 1024x1024 and 512x512 pixels, of 1B, a level of stage B, a small model.
+GRN = (
+    _responses("C 3.6B", 4, 24, 2048, "gelu", quick=True),
+    _responses("C 3.6B", 4, 24, 2048, None),
+    _responses("C 3.6B", 8, 12, 2048, "gelu"),
+    _responses("C 1B", 1, 24, 1536, "gelu"),
+    _responses("B", 1, 64, 640, "gelu"),
+    _responses("small", 8, 12, 128, "gelu"),
+)
+
+
+@dataclass(frozen=True)
 class Latents:
     """``[batch, channels, T, H, W]`` in a step of Euler, or of DDPM with a learned variance."""
 

@@ -75,6 +75,9 @@ TRAFFIC = {
     # Around torch's matrix products: h and a, and da, which becomes dh in place.
     "gelu_mlp_fwd": Traffic({"h": 1}, {}),
     "gelu_mlp_bwd": Traffic({"h": 1, "dh": 1}, {"a": 1, "dh": 1}),
+    # A pass for the sums over the sites of a frame, and one that writes.
+    "grn_fwd": Traffic({"x": 2}, {"y": 1}),
+    "grn_bwd": Traffic({"dy": 2, "x": 2}, {"dx": 1}),
     "guided_step_fwd": Traffic({"x": 1, "cond": 1, "null": 1}, {"y": 1}),
     # What is read more than once comes mostly from the caches.
     "patch_embed_fwd": Traffic({"x": _video}, {"y": 1}),

@@ -241,6 +241,36 @@ def _gelu_mlp() -> Iterator[Case]:
         )
 
 
+def _grn() -> Iterator[Case]:
+    random = _random(6)
+    single = dict.fromkeys(("weight", "bias"), torch.float32)
+    # name, B, N, C, groups, activation, dtypes
+    table: list[tuple] = [
+        ("frames", 2, 3 * 20, 24, 3, None, {}),
+        ("gelu", 2, 3 * 20, 24, 3, "gelu", {}),
+        ("odd", 3, 35, 7, 1, None, {}),
+        ("odd-gelu", 3, 35, 77, 5, "gelu", {}),
+        ("width-one", 2, 5, 1, 1, "gelu", {}),
+        ("one-site", 1, 4, 40, 4, "gelu", {}),
+        ("sites-over-chunks", 2, 2 * 150, 33, 2, "gelu", {}),
+        ("wide", 1, 2 * 9, 2048, 2, None, {}),
+        ("fp32-weights", 2, 65, 48, 1, "gelu", single),
+        ("fp32-stream", 2, 30, 48, 2, None, {"x": torch.float32, "bias": torch.float32}),
+        ("many-frames", 1, 120, 8, 40, "gelu", {}),
+        ("a-clip", 1, 16 * 576, 64, 16, "gelu", {}),
+        ("empty-batch", 0, 6, 16, 2, "gelu", {}),
+        ("no-tokens", 2, 0, 16, 1, None, {}),
+    ]
+    for name, batch, tokens, width, groups, activation, dtypes in table:
+        yield Case(
+            "grn",
+            name,
+            {"x": random(batch, tokens, width) * 2 + 0.5, "weight": random(width), "bias": random(width)},
+            lambda t, options=dict(groups=groups, activation=activation), **kwargs: mk.grn(**t, **options, **kwargs),
+            dtypes,
+        )
+
+
 CASES = [
     *_adaln_family(),
     *_window_attention(),
@@ -248,6 +278,7 @@ CASES = [
     *_unpatchify(),
     *_guided_step(),
     *_gelu_mlp(),
+    *_grn(),
 ]
 # Triton's interpreter takes milliseconds for a program: the longest are for the chunks and threads of a CPU.
 # tests/test_triton.py has the widths of models on few tokens.

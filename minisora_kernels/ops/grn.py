@@ -1,0 +1,138 @@
+"""Global response normalisation: channels that respond more than the mean channel of their frame grow, others shrink.
+
+    a = x, or gelu(x) = x * Phi(x)             Phi: the normal distribution, "exact" GELU
+    G = sqrt(sum a^2)                          over the N sites of a frame, for every channel
+    s = G / (mean(G) + eps)                    mean over the C channels of the frame
+    y = a * (1 + weight * s) + bias            = weight * (a * s) + bias + a
+
+Source: Woo et al. 2023 (arXiv 2301.00808), ConvNeXt V2; with the GELU before it in the ResBlock of StableCascade
+(Pernias et al. 2023, arXiv 2306.00637).
+
+Backward. G couples the sites and its mean couples the channels. With sums over the sites P = sum dy * a, and
+r = 1 / (mean(G) + eps), the gradient of s is weight * P, and s_c depends on G_c by r and on every G by the mean:
+
+    dbias = sum dy                   dweight = sum over frames s * P
+    dG = r * (weight * P - mean(weight * P * s))         mean over C
+    da = dy * (1 + weight * s) + a * dG / G              the second term is 0 where G is 0
+    dx = da, or da * gelu'(x)                            gelu'(x) = Phi(x) + x * phi(x), phi: the density
+
+So it needs x and G only: a is computed again, in the pass that reads x.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import backends
+from ..backends import define, kernels, register_fake
+from ..checks import check_tensor, compute_dtype, kernel_refusal
+from ..modulation import check_tokens
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False, eps: float = 1e-6) -> Tensor:
+    """The equation in plain PyTorch. ``x``: frames ``[F, N, C]``."""
+    out_dtype = compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        a = F.gelu(x) if gelu else x
+        statistic = torch.promote_types(x.dtype, torch.float32)
+        # vector_norm is slower; the bound keeps the derivative of the root finite where a channel is 0 throughout
+        norms = a.to(statistic).square().sum(1, keepdim=True).clamp_min(torch.finfo(statistic).tiny).sqrt()
+        gain = 1 + weight.to(statistic) * (norms / (norms.mean(-1, keepdim=True) + eps))
+        return torch.addcmul(bias.to(x.dtype), a, gain.to(x.dtype)).to(out_dtype)
+
+
+define(
+    "grn_fwd(Tensor x, Tensor weight, Tensor bias, bool gelu, float eps, ScalarType out_dtype) -> "
+    "(Tensor y, Tensor norms)"
+)
+define(
+    "grn_bwd(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor norms, bool gelu, float eps) -> "
+    "(Tensor dx, Tensor dweight, Tensor dbias)"
+)
+
+
+@register_fake("grn_fwd")
+def _(x, weight, bias, gelu, eps, out_dtype):
+    frames, _, width = x.shape
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty((frames, width), dtype=torch.float32)
+
+
+@register_fake("grn_bwd")
+def _(dy, x, weight, bias, norms, gelu, eps):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+class _GRN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, gelu, eps, out_dtype, backend):
+        x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+        ctx.gelu, ctx.eps, ctx.backend = gelu, eps, backend
+        y, norms = kernels(backend).grn_fwd(x, weight, bias, gelu, eps, out_dtype)
+        ctx.save_for_backward(x, weight, bias, norms)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any):
+        dy = gradients[0].contiguous()
+        return *kernels(ctx.backend).grn_bwd(dy, *ctx.saved_tensors, ctx.gelu, ctx.eps), *(None,) * 4
+
+
+def _kernels(x, weight, bias):
+    return kernel_refusal(x=x, weight=weight, bias=bias)
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
+
+
+def grn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    groups: int = 1,
+    activation: str | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """``a * (1 + weight * s) + bias`` with ``s = G / (mean(G) + eps)``, G the norms of a's channels over the sites of
+    a frame, and ``a`` x or its GELU. Differentiable in every tensor.
+
+    Args:
+        x: tokens ``[B, N, C]``, channels last; float16, bfloat16, float32 (float64: reference only).
+        weight, bias: ``[C]``; their dtype may differ from x's.
+        groups: the N tokens are this many groups of neighbours, each normalised by itself: T for the T frames of a
+            video. Must divide N.
+        activation: ``"gelu"`` applies the exact GELU to x first, in the same passes; ``None`` does not.
+        eps: added to the mean norm of a frame.
+        backend: ``None`` chooses; a name runs that backend or raises.
+
+    Returns:
+        ``[B, N, C]`` in x's dtype; inside autocast in autocast's dtype. On the kernels everything is fp32 and the
+        result is rounded once; the reference rounds as eager PyTorch does. For the backward x and G are kept.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.
+    """
+    check_tokens("grn", "x", x)
+    batch, tokens, width = x.shape
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check_tensor("grn", name, parameter, x)
+        if tuple(parameter.shape) != (width,):
+            raise ValueError(f"grn: {name} has shape {tuple(parameter.shape)}; it must be [C] with C = {width}")
+    if activation not in (None, "gelu"):
+        raise ValueError(f"grn: activation is {activation!r}; it may be None or 'gelu'")
+    if groups < 1 or tokens % groups:
+        raise ValueError(f"grn: groups is {groups}; it must be positive and divide the {tokens} tokens of x")
+    chosen = backends.choose("grn", BACKENDS, x.device, backend, x, weight, bias)
+    frames = x.reshape(batch * groups, tokens // groups, width)
+    if chosen == "reference":
+        y = reference(frames, weight, bias, gelu=activation == "gelu", eps=eps)
+    else:
+        y = backends.apply(_GRN, frames, weight, bias, activation == "gelu", eps, compute_dtype(x), chosen)
+    return y.view(x.shape)
