@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minisora_kernels import Rope, patch_embed, rope_3d, unpatchify, window_attention
+from minisora_kernels import Rope, grn, patch_embed, rope_3d, unpatchify, window_attention
 
 from .objectives import TIMESTEPS, at_least_float32, expand
 from .text import Text
@@ -243,20 +243,6 @@ def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def gelu_grn(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
-    """Exact GELU, then global response normalisation frame by frame (Woo et al. 2023, arXiv 2301.00808).
-
-        a = gelu(x)        G = sqrt(sum of a^2 over the sites)        y = weight (a G / (mean of G + 1e-6)) + bias + a
-
-    ``x``: ``[B, N, C]``, tokens of ``groups`` frames one after the other; ``weight``, ``bias``: ``[C]``. Sums and means
-    are at least fp32. Plain PyTorch.
-    """
-    a = F.gelu(x).unflatten(1, (groups, -1))
-    response = torch.linalg.vector_norm(a, dim=2, keepdim=True, dtype=torch.promote_types(a.dtype, torch.float32))
-    gain = 1 + weight * (response / (response.mean(-1, keepdim=True) + 1e-6))
-    return (a * gain.to(a.dtype) + bias.to(a.dtype)).flatten(1, 2)
-
-
 def embed_r(r: Tensor) -> Tensor:
     """``[B]`` in [0, 1] to ``[B, 64]``, fp32: sin, then cos, of ``10^4 r`` times ``10^4 ** (-i / 31)`` for i < 32.
 
@@ -295,7 +281,7 @@ class Channelwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.expand(x).flatten(1, 3)
-        hidden = gelu_grn(hidden, self.grn_weight, self.grn_bias, x.shape[1])
+        hidden = grn(hidden, self.grn_weight, self.grn_bias, groups=x.shape[1], activation="gelu")
         return self.contract(self.dropout(hidden)).unflatten(1, x.shape[1:4])
 
 
