@@ -24,6 +24,7 @@ from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
 from .config import from_dict, merge, preset
 from .data import Batches, MovingDigits, to_float
+from .latents import Decoder
 from .sample import choose_device, class_ids, contact_sheet, progress_bar, sample_clips, write_png
 from .train import Stopped, train_or_continue
 
@@ -119,9 +120,10 @@ def judge(config: DigitsConfig, path: Path) -> dict[str, Any]:
     trained = from_dict(checkpoint.train)
     count = 10 * config.per_class
     labels = class_ids((), checkpoint.classes, count)
-    if trained.data.source != "digits" or labels is None:
+    if checkpoint.classes != list(MovingDigits.classes) or labels is None:
         raise ValueError(f"{path} was trained on {trained.data.source!r}, not on digits")
     device = choose_device(trained.device)
+    decode = None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device)
     clips = sample_clips(
         checkpoint.build().to(device),
         trained.objective,
@@ -132,9 +134,11 @@ def judge(config: DigitsConfig, path: Path) -> dict[str, Any]:
         seed=config.seed,
         batch_size=50,
         progress=True,
+        decode=decode,
     )
-    classifier = train_classifier(trained.data.size)
-    real, real_labels = held_out_clips(trained.data.frames, trained.data.size)
+    frames, height, width = clips.shape[1:4]
+    classifier = train_classifier((height, width))
+    real, real_labels = held_out_clips(frames, (height, width))
     shares = recognised(classifier, clips, labels)
     result = {
         "step": checkpoint.step,
