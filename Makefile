@@ -48,7 +48,7 @@ lint: $(VENV)/.installed
 # and, with nvcc, compiled.
 check-gpu-code: $(VENV)/.installed
 	$(BIN)/python -c 'import triton'  # without it the tests below would be skipped, which is no proof
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_model_kernels.py tests/test_triton*.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_model_kernels.py tests/test_grn.py tests/test_triton*.py
 	$(BIN)/python -m pytest tests/test_aot.py tests/test_cuda_build.py
 
 clean:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bench.harness import BOTH, FWD, Problem, Random, cases, on_backend
+from bench.harness import BOTH, FWD, Problem, Random, cases, on_backend, ours_on
 from bench.shapes import BLOCK, SAMPLING_RUN, SAMPLING_STEP, TRAINING_STEP, Model
 from bench.written import WrittenDiT
 from minisora_kernels import adaln, guided_step
@@ -138,7 +138,7 @@ def sampling_run(shape: Model, dtype: torch.dtype, device: torch.device) -> Prob
     data, model = sampling_data(shape, dtype, device, 4), build(shape, dtype, device)
     problem = problem_of(Sampling, model, data, list(data))
     step_by_step = problem_of(lambda model: Sampling(model, 1), model, data, list(data))
-    return dataclasses.replace(problem, written=("step by step", on_backend(None, step_by_step.call)))
+    return dataclasses.replace(problem, written=("step by step", on_backend(ours_on(device), step_by_step.call)))
 
 
 @cases(BLOCK)

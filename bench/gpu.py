@@ -20,7 +20,7 @@ import torch
 
 from bench import record
 
-TESTS = ["tests/test_ops.py", "tests/test_model_kernels.py"]
+TESTS = ["tests/test_ops.py", "tests/test_grn.py", "tests/test_model_kernels.py"]
 SMALL = "values and gradients and float32 and not long and not model-width and not clip"
 
 

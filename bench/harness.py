@@ -11,9 +11,10 @@ A case is op x shape x dtype x direction. Its columns:
 ``fwd`` runs without gradients (and is compiled so); ``fwd+bwd`` computes the gradient of every input that is not a
 constant, from dense random upstream gradients that are made once.
 
-Before anything is timed, every column's values and gradients are compared with the reference in float64 on the same
-rounded inputs, and the bench fails if they are wrong. Ours must pass the rule of ``tests/tolerance.py``. The others
-need only compute the same thing: their error, in the root mean square, must stay below sqrt(eps) of the result.
+Before anything is timed, every column's values and gradients are compared with the reference in float64 (for models in
+half precision, in float32) on the same rounded inputs, and the bench fails if they are wrong. Ours must pass the rule
+of ``tests/tolerance.py``. The others need only compute the same thing: their error, in the root mean square, must stay
+below sqrt(eps) of the result.
 (Inductor sums long columns one number after the other and misses the rule in float32, also around our kernels.)
 
 The compilation of a case takes 1 to 9 seconds for an op and up to a minute for a model (two cores, cold cache), which
@@ -145,6 +146,11 @@ def tuple_of(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
+def ours_on(device: torch.device) -> str | None:
+    """The backend of our columns: a GPU's automatic choice is the reference until the kernels have been run on one."""
+    return "triton" if device.type == "cuda" else None
+
+
 def on_backend(backend: str | None, call: Call) -> Call:
     def chosen(inputs: dict[str, Tensor]) -> Any:
         with use_backend(backend):
@@ -178,8 +184,8 @@ def evaluate(
 class Oracle:
     """What is right for a problem, how near the reference comes, and the FLOPs of its products.
 
-    Right is the reference in float64; for a model in half precision, which takes long, in float32: its error is a
-    thousandth of what is compared.
+    Right is the reference in float64; for a model in half precision, which takes long, in float32, whose unit of
+    rounding is 2^-16 of bfloat16's.
     """
 
     problem: Problem
@@ -259,8 +265,7 @@ class Session:
             calls[problem.written[0]] = on_backend("reference", problem.written[1])
         compiled = torch.compile(problem.call, dynamic=False, fullgraph=True)
         calls["compile"] = on_backend("reference", compiled)
-        # A GPU's automatic choice is the reference until the kernels have been run on one.
-        ours = "triton" if self.device.type == "cuda" else None
+        ours = ours_on(self.device)
         calls["ours"] = on_backend(ours, problem.call)
         if direction == BOTH and not self.quick and not problem.model:
             calls["ours in compile"] = on_backend(ours, compiled)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from models.cascade import SIZES as CASCADE
 from models.dit import SIZES, DiTConfig
 
 Triple = tuple[int, int, int]
@@ -187,11 +188,11 @@ def _responses(stage: str, frames: int, side: int, channels: int, activation: st
 
 # StableCascade: stage C of 3.6B on frames of 1024x1024 and 512x512 pixels, of 1B, a level of stage B, a small model.
 GRN = (
-    _responses("C 3.6B", 4, 24, 2048, "gelu", quick=True),
-    _responses("C 3.6B", 4, 24, 2048, None),
-    _responses("C 3.6B", 8, 12, 2048, "gelu"),
-    _responses("C 1B", 1, 24, 1536, "gelu"),
-    _responses("B", 1, 64, 640, "gelu"),
+    _responses("C 3.6B", 4, 24, CASCADE["c-3.6b"]["widths"][0], "gelu", quick=True),
+    _responses("C 3.6B", 4, 24, CASCADE["c-3.6b"]["widths"][0], None),
+    _responses("C 3.6B", 8, 12, CASCADE["c-3.6b"]["widths"][0], "gelu"),
+    _responses("C 1B", 1, 24, CASCADE["c-1b"]["widths"][0], "gelu"),
+    _responses("B", 1, 64, CASCADE["b-1.5b"]["widths"][1], "gelu"),
     _responses("small", 8, 12, 128, "gelu"),
 )
 

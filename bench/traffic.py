@@ -1,12 +1,13 @@
 """How often a Triton kernel reads and writes every element of the large tensors, by construction.
 
 Keys are raw ops; ``read`` and ``written`` say how often an element of a tensor passes, on average. What is small beside
-them (rows of modulation, weights, partial sums) is left out, and stays in the caches. tests/test_triton_traffic.py
+them (rows of modulation, weights, rotary tables) is left out, and stays in the caches. tests/test_triton_traffic.py
 counts the accesses of every element in the interpreter and holds this table against them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -65,6 +66,23 @@ def _bias_passes(values: dict[str, Any]) -> int:
     return _blocks(values, window_attention.bias_block_of(values["qkv"].dtype)) if values["with_dbias"] else 0
 
 
+def _windows(values: dict[str, Any]) -> int:
+    """Of all samples; each reads the bias."""
+    sides = ((values[n], values[f"w{n}"]) for n in "thw")
+    return values["qkv"].shape[0] * math.prod(-(-n // size) for n, size in sides)
+
+
+def _bias_backward(values: dict[str, Any]) -> int:
+    """Long windows: for dq, for dk and dv, and once for every partial sum of dbias."""
+    from minisora_kernels.triton import window_attention
+
+    if not _long(values):
+        return _windows(values)
+    blocks = _bias_passes(values) ** 2 * values["qkv"].shape[3]
+    chunks = max(1, min(_windows(values), window_attention.BIAS_PROGRAMS // blocks)) if blocks else 0
+    return 2 * _windows(values) + chunks
+
+
 TRAFFIC = {
     "adaln_fwd": Traffic({"x": 1}, {"y": 1, "mean": 1, "rstd": 1}),
     "adaln_bwd": Traffic({"dy": 1, "x": 1}, {"dx": 1}),
@@ -84,11 +102,16 @@ TRAFFIC = {
     "patch_embed_bwd": Traffic({"x": _video, "dy": _dy}, {"dx": lambda values: int(values["need_x"])}),
     "unpatchify_fwd": Traffic({"tokens": 1}, {"video": 1}),
     "unpatchify_bwd": Traffic({"dvideo": 1}, {"dtokens": 1}),
-    # The backward reads q and k once more for the gradient of their norm. What of a long window is read more than once
-    # comes from the caches: k and v of a window and head are 100 KB at 320 tokens. Where q and k are prepared by a pass
-    # of their own, reading what was prepared counts as reading qkv.
+    # The backward reads q and k once more for the gradient of their norm, if they have one. What of a long window is
+    # read more than once comes from the caches: k and v of a window and head are 100 KB at 320 tokens; so does the
+    # bias, which all windows share. Where q and k are prepared by a pass of their own (windows of more than 512 tokens;
+    # not counted in the interpreter), reading what was prepared counts as reading qkv. Edge windows count as whole.
     "window_attention_fwd": Traffic(
-        {"qkv": lambda values: (1 + 2 * _passes(values)) / 3 if _long(values) else 1}, {"out": 1, "softmax": 1}
+        {
+            "qkv": lambda values: (1 + 2 * _passes(values)) / 3 if _long(values) else 1,
+            "bias": _windows,
+        },
+        {"out": 1, "softmax": 1},
     ),
     "window_attention_bwd": Traffic(
         {
@@ -96,6 +119,7 @@ TRAFFIC = {
             "qkv": lambda values: 5 / 3 + (_passes(values) + _bias_passes(values) if _long(values) else 0),
             "softmax": lambda values: 1 + _passes(values) + _bias_passes(values) if _long(values) else 1,
             "out": lambda values: int(_long(values)),
+            "bias": _bias_backward,
         },
         {"dqkv": 1},
     ),

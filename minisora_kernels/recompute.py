@@ -37,19 +37,25 @@ def recompute_adaln(
         with mk.recompute_adaln(y, x, shift, scale):
             branch = mlp(y)
 
-    Does nothing where the reference serves adaln, while compiling (torch.compile decides itself what it recomputes) and
-    without gradients. Not for a block inside ``torch.utils.checkpoint``, which recomputes all and whose own hooks these
-    would hide. Source: selective recomputation, Korthikanti et al. 2022 (arXiv 2205.05198).
+    Does nothing where the reference serves adaln, where y is wider than x, without gradients, and while compiling
+    (torch.compile decides itself what it recomputes). Not for a block inside ``torch.utils.checkpoint``, which
+    recomputes all and whose own hooks these would hide. Source: selective recomputation, Korthikanti et al. 2022
+    (arXiv 2205.05198).
 
     Raises:
-        ValueError: y has another shape than x.
+        ValueError: y has another shape than x, or is a part of another tensor.
         RuntimeError: in the backward, for an argument that was changed in place since.
     """
     if y.shape != x.shape:
         raise ValueError(f"recompute_adaln: y has shape {tuple(y.shape)}, x {tuple(x.shape)}; y must be adaln of x")
     shift, scale = rows("recompute_adaln", "shift", shift, x), rows("recompute_adaln", "scale", scale, x)
+    if y.untyped_storage().nbytes() != y.numel() * y.element_size():
+        raise ValueError(
+            "recompute_adaln: y is a part of another tensor; it must be what adaln or gate_residual_adaln made"
+        )
     backend = backends.choose("adaln", adaln.BACKENDS, x.device, None, x, shift, scale, weight, bias)
-    if backend == "reference" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    wider = y.element_size() > x.element_size()
+    if backend == "reference" or wider or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         yield
         return
     storage, dtype, device, version = y.untyped_storage()._cdata, y.dtype, y.device.type, y._version

@@ -426,7 +426,7 @@ class Level(nn.Module):
     ) -> Tensor:
         for i in range(len(self.between) + 1):
             if i:
-                x = self.between[i - 1](x)
+                x = self.between[i - 1](x).to(x.dtype)
             for j in range(len(self.groups)):
                 arguments = (j, x, r, condition, None if j else skip)
                 if checkpointing and torch.is_grad_enabled():
@@ -554,14 +554,14 @@ class Cascade(nn.Module):
         outputs: list[Tensor] = []
         for i, level in enumerate(self.down):
             if i:
-                z = self.down_resample[i - 1](z)
+                z = self.down_resample[i - 1](z).to(dtype)
             z = level(z, r, condition, None, self.checkpointing)
             outputs.append(z)
         skip = None
         for i, level in enumerate(self.up):
             if i:
                 skip = outputs[-1 - i]
-                z = resize(self.up_resample[i - 1](z), skip.shape[2:4])
+                z = resize(self.up_resample[i - 1](z).to(dtype), skip.shape[2:4])
             z = level(z, r, condition, skip, self.checkpointing)
         patches = self.output(norm(z)).flatten(1, 3)
         return unpatchify(patches, config.grid[-len(config.patch) :], config.patch, self.out_channels)
@@ -606,10 +606,10 @@ class Cascade(nn.Module):
             if not config.text_width:
                 raise ValueError("y is a Text, but the model has text_width = 0")
             wanted = (batch, y.mask.shape[-1], config.text_width)
-            if tuple(y.states.shape) != wanted or tuple(y.mask.shape) != wanted[:2]:
+            if tuple(y.states.shape) != wanted or tuple(y.mask.shape) != wanted[:2] or y.mask.dtype != torch.bool:
                 raise ValueError(
-                    f"y is a Text of shapes {tuple(y.states.shape)} and {tuple(y.mask.shape)}; they must be "
-                    f"[{batch}, L, {config.text_width}] and [{batch}, L]"
+                    f"y is a Text of shapes {tuple(y.states.shape)} and {tuple(y.mask.shape)} of {y.mask.dtype}; they "
+                    f"must be [{batch}, L, {config.text_width}] and [{batch}, L] of torch.bool"
                 )
         elif y is None:
             if config.num_classes or config.text_width:

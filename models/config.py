@@ -150,7 +150,7 @@ class TrainConfig:
                 value = getattr(value, part)
             if value < least:  # type: ignore[operator]
                 raise ValueError(f"{path} is {value}; it must be at least {least}")
-        if self.optimizer.learning_rate <= 0:
+        if not self.optimizer.learning_rate > 0:
             raise ValueError(f"optimizer.learning_rate is {self.optimizer.learning_rate}; it must be positive")
         if not 0 <= self.optimizer.ema < 1:
             raise ValueError(f"optimizer.ema is {self.optimizer.ema}; it must be in [0, 1)")
@@ -163,6 +163,11 @@ class TrainConfig:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; it is for data.buckets only, use batch_size")
         if not buckets and self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
+        if self.preview.guidance != 1 and getattr(self.model, "class_dropout", 1) == 0:
+            raise ValueError(
+                f"preview.guidance is {self.preview.guidance}; with model.class_dropout 0 it must be 1, for the null "
+                "class is never trained"
+            )
         if getattr(self.model, "learn_sigma", False) and self.objective.name != "ddpm":
             raise ValueError(f"model.learn_sigma needs objective 'ddpm'; it is {self.objective.name!r}")
         if getattr(self.model, "autoencoder", False) != isinstance(self.objective, Reconstruction):

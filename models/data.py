@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import logging
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -191,6 +192,7 @@ class VideoClips:
         self.frames, self.size, self.stride = frames, size, stride
         self.crop, self.positions, self.cache_bytes = crop, positions, cache_bytes
         self._cache: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
         self._films: dict[Path, _Film] = {}
         self._reported: set[Path] = set()
         self._short: set[Path] = set()
@@ -203,6 +205,10 @@ class VideoClips:
         return len(self.items)
 
     def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        with self._lock:  # a preview may read while the next batch is made
+            return self._clip(index, rng)
+
+    def _clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         # Drawn before any file is opened, so that a clip does not depend on which files were found broken earlier.
         place = rng.random(3)
         for offset in range(len(self.items)):

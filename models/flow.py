@@ -31,7 +31,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .objectives import TIMESTEPS, Model, at_least_float32, expand, gaussian
+from .objectives import TIMESTEPS, Model, at_least_float32, expand, gaussian, refuse_conditions
 
 Prediction = Literal["velocity", "data", "score", "noise"]
 PathName = Literal["linear", "gvp", "vp"]
@@ -187,6 +187,7 @@ class FlowMatching:
         Raises:
             ValueError: a model with a learned variance.
         """
+        refuse_conditions(model, self.name)
         x = at_least_float32(x)
         if self.timesteps == "uniform":
             t = torch.rand(x.shape[0], generator=generator, device=x.device, dtype=x.dtype)

@@ -4,9 +4,9 @@ Latent diffusion (Rombach et al. 2021, arXiv 2112.10752) trains on z = E(clip) a
 costs more than a small model's step, so ``models.precompute`` runs it once. The folder that it writes:
 
     shard_00000.safetensors ...    latents [N, C, T, H, W] fp16, bf16 or fp32; labels [N] int64;
-                                   with text: text [N, L, E] and text_mask [N, L] bool
-    index.json                     format, encoder (kind, path, sha256), what it was made from, shape, classes, mean and
-                                   std of each channel, and of each shard: name, clips, bytes, sha256
+    index.json                     format, encoder (kind, path, sha256), what it was made from, shape, classes or
+                                   captions (labels are their numbers), mean and std of each channel, and of each
+                                   shard: name, clips, bytes, sha256
 
 The index is written last; until then ``index.partial.json`` says which shards are whole. With ``normalize`` the source
 gives (z - mean) / std, and the decoder undoes it (W.A.L.T, Gupta et al. 2023, arXiv 2312.06662, needs it).
@@ -231,9 +231,7 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def write_shard(
-    folder: Path, number: int, latents: Tensor, labels: Tensor, text: tuple[Tensor, Tensor] | None = None
-) -> dict[str, Any]:
+def write_shard(folder: Path, number: int, latents: Tensor, labels: Tensor) -> dict[str, Any]:
     """Write a shard and return its entry in the index.
 
     Args:
@@ -241,11 +239,8 @@ def write_shard(
         number: of this one.
         latents: ``[N, C, T, H, W]``, fp16, bf16 or fp32.
         labels: class ids ``[N]``, int64.
-        text: states ``[N, L, E]`` of the captions, and their mask ``[N, L]``.
     """
     tensors = {"latents": latents, "labels": labels}
-    if text is not None:
-        tensors |= {"text": text[0], "text_mask": text[1]}
     content = _safetensors().torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
     path = folder / f"shard_{number:05d}.safetensors"
     write_whole(path, content)
@@ -296,7 +291,7 @@ class LatentClips:
         options: of the data; one that is neither the default nor what the latents were made with is refused.
 
     Attributes:
-        classes: names of the classes.
+        classes, captions: names of the classes, or the captions.
         encoder: what :class:`Decoder` needs: kind, path and sha256 of the encoder, and mean and std of each channel
             if they were taken out, else None.
 
@@ -315,7 +310,7 @@ class LatentClips:
             made = index["made"]["data"][name]
             if value != default[name] and as_plain(value) != made:
                 raise ValueError(f"data.{name} is {value}; the latents in {self.folder} were made with {made}")
-        self.classes = tuple(index["classes"])
+        self.classes, self.captions = tuple(index["classes"]), tuple(index["captions"])
         normalized = index["made"]["normalize"]
         self.encoder = index["encoder"] | {key: index[key] if normalized else None for key in ("mean", "std")}
         self._moments = None
@@ -340,14 +335,6 @@ class LatentClips:
             mean, std = self._moments
             latents = (latents - mean) / std
         return latents.numpy(), int(shard.labels[row])
-
-    def text(self, index: int) -> tuple[Tensor, Tensor] | None:
-        """States ``[L, E]`` and mask ``[L]`` of the clip's caption; None in a folder without text."""
-        shard, row = self._find(index)
-        if "text" not in shard.file.keys():  # noqa: SIM118 - not a dictionary
-            return None
-        states, mask = (shard.file.get_slice(name)[row : row + 1][0] for name in ("text", "text_mask"))
-        return states, mask
 
     def _find(self, index: int) -> tuple[_Shard, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))

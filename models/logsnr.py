@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .objectives import TIMESTEPS, Model, at_least_float32, expand, gaussian
+from .objectives import TIMESTEPS, Model, at_least_float32, expand, gaussian, refuse_conditions
 
 OFFSET = 0.008
 SMALLEST = 1e-4
@@ -112,6 +112,7 @@ class LogSNR:
         """
         if self.weight == "adaptive" and (memory is None or "losses" not in memory):
             raise ValueError("memory is without 'losses'; weight 'adaptive' needs what memory(device) returned")
+        refuse_conditions(model, self.name)
         x = at_least_float32(x)
         u = torch.rand(x.shape[0], generator=generator, device=x.device, dtype=x.dtype)
         value = logsnr(1 - 0.999 * u, self.shift)
@@ -130,7 +131,8 @@ class LogSNR:
             # A product with the buckets' indicator adds in a fixed order on every device.
             inside = torch.nn.functional.one_hot(bucket, BUCKETS).to(kept.dtype)
             count = inside.sum(0)
-            mean = losses.detach().to(kept.dtype) @ inside / count.clamp_min(1)
+            with torch.autocast(x.device.type, enabled=False):
+                mean = losses.detach().to(kept.dtype) @ inside / count.clamp_min(1)
             kept.copy_(torch.where(count > 0, BUCKET_DECAY * kept + (1 - BUCKET_DECAY) * mean, kept))
         return (weights * losses).mean()
 

@@ -25,6 +25,14 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *(1,) * (like.dim() - 1))
 
 
+def refuse_conditions(model: object, objective: str) -> None:
+    """Raises ValueError for a model that is to be told more in training than an objective tells it."""
+    config = getattr(model, "config", None)
+    for name in ("self_conditioning", "past"):
+        if getattr(config, name, 0):
+            raise ValueError(f"model.{name} is {getattr(config, name)}; objective {objective!r} needs it to be 0")
+
+
 def gaussian(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal noise of x's shape, dtype and device."""
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

@@ -10,9 +10,11 @@ with its kernels, autocast and checkpointing, not a formula; tests/test_plan.py 
     sampling = weights + activations of one guided step
     seconds  = FLOPs / (peak FLOP/s * utilization) + bytes moved by the ops / peak bytes/s
 
-The peaks are the vendors' figures for dense bfloat16 products with fp32 sums, and for memory; the utilization is
-an assumption to be replaced by a measurement on that GPU. Not counted: what the allocator loses between blocks,
-workspaces of libraries, an autoencoder (encode beforehand, decode in tiles), and that GPUs wait for each other.
+A training step is a forward and a backward of the model; what an objective adds, as the first pass of a model with
+self-conditioning, is not in it. The peaks are the vendors' figures for dense bfloat16 products with fp32 sums, and for
+memory; the utilization is an assumption to be replaced by a measurement on that GPU. Not counted: what the allocator
+loses between blocks, workspaces of libraries, an autoencoder (encode beforehand, decode in tiles), the weights that
+FSDP gathers for a block, and that GPUs wait for each other.
 """
 
 from __future__ import annotations
@@ -72,7 +74,10 @@ class PlanConfig:
     """Clips of a GPU."""
     gpus: int = 1
     sharding: Literal["none", "zero2", "fsdp"] = "none"
-    """Over the GPUs: 'zero2' shards gradients, optimizer and average, 'fsdp' the weights too."""
+    """Over the GPUs: 'zero2' shards gradients, optimizer and average, 'fsdp' the weights too. On paper only, for
+    models.train runs on one GPU."""
+    backend: Literal["reference", "kernels"] = "reference"
+    """Plain PyTorch, as a CUDA device runs by itself until the kernels have been run on one, or our kernels."""
     checkpointing: bool = False
     """Recompute the blocks in the backward."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -139,9 +144,9 @@ def _model(config: PlanConfig) -> tuple[nn.Module, torch.Tensor, torch.Tensor, t
     return model, x, torch.empty(config.batch_size), y
 
 
-def _run(config: PlanConfig, *, training: bool, backend: str | None) -> tuple[list[int], int, int, int]:
+def _run(config: PlanConfig, *, training: bool, backend: str) -> tuple[list[int], int, int, int]:
     """Parameters, all and trained, the most bytes of activations, FLOPs and bytes moved of one step."""
-    with FakeTensorMode(), use_backend(backend) if backend else torch.enable_grad():
+    with FakeTensorMode(), use_backend(backend):
         model, x, t, y = _model(config)
         model.train(training)
         model.checkpointing = config.checkpointing
@@ -176,7 +181,8 @@ def needs(config: PlanConfig, *, training: bool) -> Needs:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be in [{low}, {high}]")
     if config.sharding != "none" and config.gpus == 1:
         raise ValueError(f"sharding is {config.sharding!r}, but gpus is 1: there is nothing to share")
-    parameters, activations, _, moved = _run(config, training=training, backend=None)
+    backend = "cpu" if config.backend == "kernels" else "reference"  # whose memory is that of the other kernels
+    parameters, activations, _, moved = _run(config, training=training, backend=backend)
     # Plain PyTorch has the same products, in ops whose FLOPs torch knows.
     _, _, flops, _ = _run(config, training=training, backend="reference")
     weights, trained = (4 * count for count in parameters)
@@ -204,7 +210,7 @@ def report(config: PlanConfig) -> str:
     available = gpu.memory * (1 - config.reserve)
     lines = [
         f"{config.model}, {config.frames} frames of {config.size[0]}x{config.size[1]}, {config.batch_size} a GPU, "
-        f"{config.precision}, on {config.gpus} x {config.gpu}",
+        f"{config.precision}, {config.backend}, on {config.gpus} x {config.gpu}",
         f"peaks: {gpu.memory / 1e9:.0f} GB, {gpu.flops / 1e12:.0f} TFLOP/s bfloat16, {gpu.bandwidth / 1e9:.0f} GB/s "
         f"({gpu.source}); assumed: {config.utilization:.0%} of the FLOP/s, {config.reserve:.0%} of the memory reserved",
     ]

@@ -87,7 +87,7 @@ def made_from(config: PrecomputeConfig, source: Source, encoder: dict[str, Any])
     files = hashlib.sha256()
     for item in getattr(source, "items", ()):
         size = item.path.stat().st_size if item.path.is_file() else None
-        files.update(f"{item.path} {item.label} {size}\n".encode())
+        files.update(f"{item.path} {item.label} {item.text} {size}\n".encode())
     names = ("passes", "precision", "normalize", "shard_clips", "batch_size", "seed")
     return {
         "encoder": {key: encoder[key] for key in ("kind", "sha256")},  # the same one may be found elsewhere
@@ -206,6 +206,7 @@ def run(config: PrecomputeConfig) -> Path:
             "pixels": source.shape,
             "shape": shape,
             "classes": source.classes,
+            "captions": getattr(source, "captions", ()),
             "mean": mean,
             "std": std,
             "shards": [{key: entry[key] for key in ("name", "count", "bytes", "sha256")} for entry in shards],

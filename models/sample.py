@@ -347,6 +347,11 @@ def run(config: SampleConfig) -> list[Path]:
     if present and not config.overwrite:
         raise ValueError(f"{', '.join(present)} exists already; use --overwrite or another --out")
     labels = y = class_ids(config.classes, checkpoint.classes, config.count)
+    if config.guidance != 1 and checkpoint.config.get("class_dropout") == 0:
+        raise ValueError(
+            f"guidance is {config.guidance}; it must be 1, for the model was trained with class_dropout 0, without a "
+            "null class"
+        )
     device = choose_device(config.device)
     if checkpoint.encoder is None and config.encoder is not None:
         raise ValueError(f"encoder is {config.encoder!r}, but {path} makes pixels, not latents")

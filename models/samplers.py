@@ -256,9 +256,11 @@ class Graphed:
         return graph, places, result
 
 
-def _check_guidance_channels(guidance: float, channels: int | None) -> None:
+def _check_guidance_channels(guidance: float, channels: int | None, of: int) -> None:
     if channels is not None and guidance == 1:
         raise ValueError(f"guidance_channels is {channels}, but guidance is 1, which is none")
+    if channels is not None and not 1 <= channels <= of:
+        raise ValueError(f"guidance_channels is {channels}; it must be in 1..{of}")
 
 
 @torch.no_grad()
@@ -326,11 +328,13 @@ def sample(
     if solver != "dopri5" and steps is None:
         raise ValueError(f"steps is None; with solver {solver!r} it must be at least 1")
     count = 1 if steps is None else count_steps(objective, steps)
-    _check_guidance_channels(guidance, guidance_channels)
+    _check_guidance_channels(guidance, guidance_channels, noise.shape[1])
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale is {guidance_rescale}; it must be in [0, 1]")
     if guidance_rescale > 0 and guidance == 1:
         raise ValueError(f"guidance_rescale is {guidance_rescale}, but guidance is 1, which is none")
+    if past is not None and not isinstance(objective, DDPM):
+        raise ValueError(f"past was given, but objective {objective.name!r} teaches no model to go on from it")
     given = {name: value for name, value in (("past", past), ("low", low), ("low_t", low_t)) if value is not None}
     predict = Predictor(model, y, guidance, getattr(objective, "estimate", None), given)
     if cuda_graphs and predict.estimate is not None:
@@ -444,7 +448,7 @@ def log_likelihood(
         raise ValueError(f"objective is {objective.name!r}; only 'flow' has the ODE of this likelihood")
     options = options or SolverOptions()
     options.check("dopri5")
-    _check_guidance_channels(guidance, guidance_channels)
+    _check_guidance_channels(guidance, guidance_channels, x.shape[1])
     predict = Predictor(model, y, guidance)
 
     def update(x: Tensor, condition: Tensor, row: Tensor, z: Tensor | None) -> Tensor:

@@ -338,6 +338,7 @@ class CausalTokenizer(nn.Module):
             if noise is not None:
                 raise ValueError("noise was given to a tokenizer that is not variational")
             return self.decoder(mean, None, self.checkpointing), mean.new_zeros(())
+        mean, log_variance = mean.float(), log_variance.float()  # the divergence cancels in half precision
         z = mean if noise is None else mean + (log_variance / 2).exp() * noise
         kl = (mean.square() + log_variance.exp() - 1 - log_variance) / 2
         return self.decoder(z, None, self.checkpointing), kl.mean()

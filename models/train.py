@@ -39,7 +39,7 @@ from .checkpoint import Checkpoint
 from .config import TrainConfig, as_plain, choose, from_dict, load, preset, start_parser
 from .data import Batches, BucketBatches, Prefetching, Source, open_source, to_bytes
 from .latents import Decoder
-from .registry import OBJECTIVES, build, configure
+from .registry import OBJECTIVES, build, config_from, configure
 from .sample import (
     choose_backend,
     choose_device,
@@ -83,6 +83,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def average(ema: list[Tensor], weights: list[Tensor], decay: float, step: int) -> None:
     """``ema = decay * ema + (1 - decay) * weights`` in place, with less decay in the first steps."""
     torch._foreach_lerp_(ema, weights, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+def _statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that training changes and a state keeps, as a batch norm's."""
+    kept = model.state_dict()
+    return [buffer for name, buffer in model.named_buffers() if name in kept and buffer.is_floating_point()]
 
 
 class Losses:
@@ -166,6 +172,8 @@ class Trainer:
             self.classes, text_width = [], self.text.width
         elif captions:
             _log.warning("the captions of %s are not used: text.encoder is not given", data.source)
+        if config.preview.guidance != 1 and not self.classes and not text_width:
+            raise ValueError(f"preview.guidance is {config.preview.guidance}; without classes or text it must be 1")
         channels, frames, height, width = self.source.shape
         built_from = configure(config.model, channels, frames, (height, width), len(self.classes), text_width)
         torch.manual_seed(config.seed)
@@ -230,8 +238,10 @@ class Trainer:
 
     def _restore(self, saved: Checkpoint) -> None:
         built_from = as_plain(self.model.config)
-        if saved.config != built_from or saved.classes != self.classes:
-            changed = sorted(key for key in built_from if saved.config.get(key) != built_from[key]) or ["classes"]
+        # A file of before a field was there has its default.
+        was_built_from = as_plain(config_from(saved.config))
+        if was_built_from != built_from or saved.classes != self.classes:
+            changed = sorted(key for key in built_from if was_built_from.get(key) != built_from[key]) or ["classes"]
             raise ValueError(f"the checkpoint does not match the data: {', '.join(changed)} differ")
         # The file may have been moved since, so its path may differ.
         if any((saved.encoder or {}).get(k) != (self.encoder or {}).get(k) for k in ("kind", "sha256", "mean", "std")):
@@ -295,8 +305,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         average(list(self.ema.parameters()), list(self.model.parameters()), config.optimizer.ema, self.step)
-        for kept, current in zip(self.ema.buffers(), self.model.buffers(), strict=True):
-            kept.copy_(current)
+        average(_statistics(self.ema), _statistics(self.model), config.optimizer.ema, self.step)
         self.step += 1
         return total, norm, rate
 

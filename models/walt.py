@@ -591,7 +591,18 @@ class WALT(nn.Module):
             given |= {"low": augment(F.avg_pool3d(x, (1, 2, 2)), low_t, generator), "low_t": low_t}
         if config.self_conditioning:
             told = torch.rand(batch, generator=generator, device=x.device) < config.self_conditioning
-            with torch.no_grad(), torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+            kind = x.device.type
+            with (
+                torch.no_grad(),
+                torch.random.fork_rng([x.device] if kind == "cuda" else []),
+                # Weights that autocast converts here have no gradient, and must not be kept for the second pass.
+                torch.autocast(
+                    kind,
+                    torch.get_autocast_dtype(kind),
+                    enabled=torch.is_autocast_enabled(kind),
+                    cache_enabled=False,
+                ),
+            ):
                 given["previous"] = estimate(**given) * expand(told, x)
         return given
 

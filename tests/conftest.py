@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 
 import pytest
@@ -31,6 +32,21 @@ if "triton" in KERNEL_BACKENDS and backends.INTERPRETED:
         return helper.rewrite()(*args, **kwargs)
 
     InterpretedFunction.__call__ = call_helper
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What cannot run is left out: the backend "cuda" has adaln only."""
+
+    def fits(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        op = getattr(parameters.get("case"), "op", None)
+        return parameters.get("backend") != "cuda" or (op is not None and "cuda" in table_of(op))
+
+    def table_of(op: str) -> backends.Table:
+        return importlib.import_module(f"minisora_kernels.ops.{op}").BACKENDS
+
+    config.hook.pytest_deselected(items=[item for item in items if not fits(item)])
+    items[:] = [item for item in items if fits(item)]
 
 
 @pytest.fixture(autouse=True)

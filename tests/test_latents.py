@@ -27,9 +27,9 @@ from models import registry, sample
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig, as_plain, merge
 from models.data import MovingDigits, open_source, to_float
 from models.dit import DiTSettings
-from models.latents import Decoder, LatentClips, identify, open_encoder, read_index, write_shard
+from models.latents import Decoder, LatentClips, identify, open_encoder, read_index
 from models.precompute import PrecomputeConfig, main, run
-from models.sample import SampleConfig, write_mp4
+from models.sample import SampleConfig, write_mp4, write_png
 from models.train import Trainer, train
 
 ROOT = Path(__file__).parent.parent
@@ -473,42 +473,14 @@ def test_a_constant_channel_cannot_be_normalized(tmp_path):
         run(pixels(tmp_path / "z", data=data, normalize=True))
 
 
-def test_text_comes_back(tmp_path):
-    path = run(pixels(tmp_path / "z"))
-    assert LatentClips(tmp_path / "z").text(3) is None
-    index = json.loads(path.read_text())
-    states, mask = torch.randn(8, 5, 4).half(), torch.rand(8, 5) < 0.5
-    latents = torch.randn(8, 1, 2, 12, 16)
-    index["shards"][1] = write_shard(path.parent, 1, latents, torch.arange(8), (states, mask))
-    path.write_text(json.dumps(index))
+def test_captions_stay_with_their_clips(tmp_path):
+    for name, value in (("a", 40), ("b", 200)):
+        write_png(tmp_path / f"{name}.png", np.full((16, 16, 3), value, dtype=np.uint8))
+    (tmp_path / "list.csv").write_text("path,text\na.png,dark\nb.png,bright\n")
+    data = DataConfig(source=str(tmp_path / "list.csv"), frames=1)
+    run(pixels(tmp_path / "z", data=data))
     clips = LatentClips(tmp_path / "z")
-    got = clips.text(11)
-    assert got is not None and torch.equal(got[0], states[3]) and torch.equal(got[1], mask[3])
-    assert clips.clip(11, np.random.default_rng(0))[1] == 3
-
-
-def test_a_checkpoint_from_before_there_were_encoders_loads(tmp_path):
-    path = train(TrainConfig(run=str(tmp_path / "run"), data=DIGITS, model=MODEL, steps=1))
-    content = torch.load(path, weights_only=True)
-    assert content.pop("encoder") is None
-    torch.save(content, path)
-    assert checkpoints.load(path).encoder is None
-    content.pop("ema")
-    torch.save(content, path)
-    with pytest.raises(checkpoints.NotACheckpoint, match="lacks ema"):
-        checkpoints.load(path)
-
-
-def test_the_command_line(tmp_path, capsys):
-    command = ["--out", str(tmp_path / "z"), "--encoder", "pixels", "--data.frames", "2", "--data.size", "12", "16"]
-    main(command)
-    assert "22 clips (1, 2, 12, 16) as latents (1, 2, 12, 16)" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"error: .*holds latents of other options: seed differ"):
-        main([*command, "--seed", "1"])
-    for wrong, reason in (
-        ({"passes": 0}, "passes is 0; it must be at least 1"),
-        ({"seed": -1}, "seed is -1; it must be at least 0"),
-        ({"data": DataConfig(buckets=((2, 12, 16),))}, "data.buckets is .*; a folder of latents has one size"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            pixels(tmp_path, **wrong)
+    found = {
+        clips.captions[label]: clip.mean() for clip, label in (clips.clip(i, np.random.default_rng(0)) for i in (0, 1))
+    }
+    assert clips.classes == () and found["dark"] < 0 < found["bright"]

@@ -19,12 +19,18 @@ SMALL = PlanConfig("latte-s/1x2x2", "rtx4090-24g", frames=4, size=(256, 256), cl
 STEP = """
 import json, sys
 import torch
+from minisora_kernels import use_backend
 from models import plan
 values = json.loads(sys.argv[1])
 config, training = plan.PlanConfig(**values["config"]), values["training"]
 torch.manual_seed(0)
 
 def step():
+    backend = "cpu" if config.backend == "kernels" else "reference"
+    with use_backend(backend):
+        return peak_of_a_step()
+
+def peak_of_a_step():
     model, x, t, y = plan._model(config)
     x.normal_(), t.uniform_(0, 1000)
     model.train(training)
@@ -60,10 +66,11 @@ def measured(config: PlanConfig, training: bool) -> int:
     ("changes", "training"),
     [
         ({}, True),
-        ({"checkpointing": True}, True),
+        ({"backend": "kernels"}, True),
+        ({"backend": "kernels", "checkpointing": True}, True),
         ({"precision": "fp32", "batch_size": 2}, True),
         ({"model": "vdit-s/2x2x2", "frames": 8}, True),
-        ({}, False),
+        ({"backend": "kernels"}, False),
     ],
 )
 def test_activations_are_those_of_a_real_step(changes, training):

@@ -117,3 +117,20 @@ def test_a_forward_without_a_backward_leaves_nothing():
     held = results()
     gc.collect()
     assert held() is None
+
+
+def test_what_it_cannot_make_again_is_kept_or_refused():
+    x, branch, gate, shift, scale, _ = leaves(torch.bfloat16)
+    _, y = mk.gate_residual_adaln(x, branch.float(), gate, shift, scale)
+    wide = torch.randn(24, D, requires_grad=True)
+    assert y.dtype == torch.float32  # wider than the residual stream
+    with mk.recompute_adaln(y, x, shift, scale):
+        z = F.linear(y, wide)
+    z.sum().backward()
+    assert torch.equal(wide.grad, y.detach().sum((0, 1)).expand(24, -1))
+    whole = torch.randn(2 * B, N, D)
+    with (
+        pytest.raises(ValueError, match="y is a part of another tensor"),
+        mk.recompute_adaln(whole[:B], x, shift, scale),
+    ):
+        pass

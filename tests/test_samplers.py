@@ -162,6 +162,15 @@ def test_zero_snr_starts_at_999_with_finite_steps(objective, solver):
             sample(Gaussian("ddpm", objective), objective, noise(), None, solver=solver, steps=steps)
 
 
+def test_past_frames_and_guided_channels_are_checked():
+    with pytest.raises(ValueError, match="past was given, but objective 'flow' teaches no model"):
+        sample(Gaussian("flow"), FlowMatching(), noise(), None, solver="euler", steps=1, past=noise())
+    model, y = Labelled(), torch.tensor([0, 2])
+    for channels in (0, 99):
+        with pytest.raises(ValueError, match=f"guidance_channels is {channels}; it must be in 1.."):
+            sample(model, FlowMatching(), noise(), y, solver="euler", steps=1, guidance=2.0, guidance_channels=channels)
+
+
 def test_timesteps_of_respaced_samples():
     for steps, expected in (
         ("ddim4", [750, 500, 250, 0]),

@@ -235,6 +235,14 @@ def test_it_learns(tmp_path):
     assert np.mean(losses[-10:]) < 0.9 < 1.5 < np.mean(losses[:2])
 
 
+def test_guided_previews_need_classes(tmp_path):
+    write_png(tmp_path / "a.png", np.zeros((16, 16, 3), dtype=np.uint8))
+    config = tiny(tmp_path / "run", data={"source": str(tmp_path), "frames": 1}, preview={"guidance": 2.0})
+    with pytest.raises(ValueError, match=r"preview.guidance is 2\.0; without classes or text it must be 1"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_images_and_videos_without_classes_train(tmp_path):
     (tmp_path / "clips").mkdir()
     write_png(tmp_path / "clips/a.png", np.zeros((16, 16, 3), dtype=np.uint8))
@@ -394,6 +402,7 @@ def test_configuration_files(tmp_path):
             "{objective: {name: ddpm, zero_snr: true, prediction: velocity}, model: {learn_sigma: true}}",
             "model.learn_sigma is True; with objective.zero_snr it must be False",
         ),
+        ("{preview: {guidance: 2}, model: {class_dropout: 0}}", "with model.class_dropout 0 it must be 1"),
         ("objective: {logit_mean: 1}", "logit_mean and logit_std need"),
         ("preset: none", "preset is 'none'; it may be one of digits"),
         ("- 1", "it must hold a mapping"),

@@ -95,6 +95,8 @@ def test_every_element_passes_as_often_as_the_table_says(case: Case):
     for name, traffic in ((name, TRAFFIC[name]) for name in recorder.read):
         for table, found in ((traffic.read, recorder.read[name]), (traffic.written, recorder.written[name])):
             for tensor, times in passes(table, recorder.values[name]).items():
+                if recorder.values[name][tensor] is None:
+                    continue
                 assert found[tensor].mean() == pytest.approx(times), f"{name}: {tensor}"
                 if times in (0, 1):
                     assert (found[tensor] == times).all(), f"{name}: {tensor}"

@@ -23,6 +23,7 @@ from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfi
 from models.diffusion import DDPM
 from models.dit import SIZES, TimestepEmbedder
 from models.flow import FlowMatching
+from models.logsnr import LogSNR
 from models.registry import SYSTEMS, build, config_from
 from models.samplers import continue_video, sample
 from models.text import Text
@@ -803,3 +804,23 @@ def test_text_refuses():
             model(x, t, bad)
     with pytest.raises(ValueError, match="images is 1; a model with text needs cross_attention = 'spatial'"):
         WALT(replace(TEXT, cross_attention="all"))(x, t, y, images=1)
+
+
+def test_the_first_pass_leaves_no_weight_without_a_gradient():
+    """Autocast keeps the weights that it has converted; those of a pass without gradient must not serve the second."""
+    torch.manual_seed(0)
+    config, _ = CASES["classes"]
+    model = randomized(replace(config, self_conditioning=1.0)).float()
+    x = torch.randn(2, config.channels, *config.input_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = DDPM().loss(model, x, torch.zeros(2, dtype=torch.int64), torch.Generator().manual_seed(0))
+    loss.backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None or p.grad.count_nonzero() == 0]
+    assert missing == []
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(), LogSNR()])
+def test_objectives_that_tell_the_model_less_refuse_it(objective):
+    config, _ = CASES["classes"]
+    with pytest.raises(ValueError, match=f"objective '{objective.name}' needs it to be 0"):
+        objective.loss(randomized(replace(config, self_conditioning=0.9)), torch.zeros(1), None)

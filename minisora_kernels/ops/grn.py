@@ -125,6 +125,8 @@ def grn(
         check_tensor("grn", name, parameter, x)
         if tuple(parameter.shape) != (width,):
             raise ValueError(f"grn: {name} has shape {tuple(parameter.shape)}; it must be [C] with C = {width}")
+    if not eps > 0:
+        raise ValueError(f"grn: eps is {eps}; it must be positive, or a frame of zeros is divided by 0")
     if activation not in (None, "gelu"):
         raise ValueError(f"grn: activation is {activation!r}; it may be None or 'gelu'")
     if groups < 1 or tokens % groups:

@@ -71,6 +71,8 @@ def _call(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interlea
     check_dense(qkv=qkv, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin, bias=bias, **rest)
     head_dim = qkv.shape[4]
     box = boxes((t, h, w), (wt, wh, ww))
+    if bias is not None and bias.shape != (wanted := (qkv.shape[3], box.length, box.length)):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [heads, L, L] = {list(wanted)}")
     halves = cos is not None and not interleaved
     steps = (head_dim if weight is not None and weight.dim() == 2 else 0 for weight in (q_weight, k_weight))
     cut = narrow_pieces if box.length <= PREPARE_FROM else wide_pieces
