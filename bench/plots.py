@@ -65,7 +65,7 @@ def roofline(record: dict[str, Any], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
     cases = record["cases"]
     ops = sorted({case["op"] for case in cases})
-    colour = {op: plt.get_cmap("tab10")(i % 10) for i, op in enumerate(ops)}
+    colour = {op: plt.get_cmap("tab20")(i % 20) for i, op in enumerate(ops)}
     marker = {"float32": "o", "bfloat16": "^"}
     for case in cases:
         ours = case["columns"]["ours"]["median"]
