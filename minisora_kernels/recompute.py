@@ -49,15 +49,15 @@ def recompute_adaln(
     if y.shape != x.shape:
         raise ValueError(f"recompute_adaln: y has shape {tuple(y.shape)}, x {tuple(x.shape)}; y must be adaln of x")
     shift, scale = rows("recompute_adaln", "shift", shift, x), rows("recompute_adaln", "scale", scale, x)
-    if y.untyped_storage().nbytes() != y.numel() * y.element_size():
-        raise ValueError(
-            "recompute_adaln: y is a part of another tensor; it must be what adaln or gate_residual_adaln made"
-        )
     backend = backends.choose("adaln", adaln.BACKENDS, x.device, None, x, shift, scale, weight, bias)
     wider = y.element_size() > x.element_size()
     if backend == "reference" or wider or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         yield
         return
+    if y.untyped_storage().nbytes() != y.numel() * y.element_size():
+        raise ValueError(
+            "recompute_adaln: y is a part of another tensor; it must be what adaln or gate_residual_adaln made"
+        )
     storage, dtype, device, version = y.untyped_storage()._cdata, y.dtype, y.device.type, y._version
     made_of = tuple(None if tensor is None else tensor.detach() for tensor in (x, shift, scale, weight, bias))
     versions = [tensor._version for tensor in made_of if tensor is not None]

@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minisora_kernels import unpatchify
 
+from .objectives import at_least_float32
 from .reconstruction import PatchDiscriminator
 
 Size = tuple[int, int, int]
@@ -338,8 +339,8 @@ class CausalTokenizer(nn.Module):
             if noise is not None:
                 raise ValueError("noise was given to a tokenizer that is not variational")
             return self.decoder(mean, None, self.checkpointing), mean.new_zeros(())
-        mean, log_variance = mean.float(), log_variance.float()  # the divergence cancels in half precision
         z = mean if noise is None else mean + (log_variance / 2).exp() * noise
+        mean, log_variance = at_least_float32(mean), at_least_float32(log_variance)  # its terms cancel
         kl = (mean.square() + log_variance.exp() - 1 - log_variance) / 2
         return self.decoder(z, None, self.checkpointing), kl.mean()
 

@@ -82,7 +82,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def average(ema: list[Tensor], weights: list[Tensor], decay: float, step: int) -> None:
     """``ema = decay * ema + (1 - decay) * weights`` in place, with less decay in the first steps."""
-    torch._foreach_lerp_(ema, weights, 1 - min(decay, (1 + step) / (10 + step)))
+    if ema:
+        torch._foreach_lerp_(ema, weights, 1 - min(decay, (1 + step) / (10 + step)))
 
 
 def _statistics(model: nn.Module) -> list[Tensor]:

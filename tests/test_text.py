@@ -351,7 +351,9 @@ def test_training_with_text_refuses(tmp_path, folder, caplog):
     # Captions without an encoder: an unconditional model, and a word about it.
     csv = write_csv(tmp_path)
     with caplog.at_level(logging.WARNING):
-        trainer = Trainer(merge(TINY, {"run": str(tmp_path / "run"), "data": {"source": csv}}))
+        trainer = Trainer(
+            merge(TINY, {"run": str(tmp_path / "run"), "data": {"source": csv}, "preview": {"guidance": 1.0}})
+        )
     trainer.batches.close()
     assert trainer.model.y_embedder is None and "captions of" in caplog.text and "are not used" in caplog.text
 
