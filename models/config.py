@@ -328,6 +328,8 @@ def preset(name: str) -> TrainConfig:
 def choose(config: TrainConfig, system: str | None, objective: str | None) -> TrainConfig:
     """``config`` with the model and the objective of a named system, then with the objective of that name.
 
+    With another objective than it was published with, a system is without what only that one teaches.
+
     Raises:
         ValueError: no such system.
         SystemExit: system ``"list"``, after the names were printed.
@@ -339,7 +341,12 @@ def choose(config: TrainConfig, system: str | None, objective: str | None) -> Tr
     if system is not None:
         if system not in SYSTEMS:
             raise ValueError(f"model is {system!r}; it may be 'list' or one of {', '.join(SYSTEMS)}")
-        config = dataclasses.replace(config, model=SYSTEMS[system].settings, objective=SYSTEMS[system].objective)
+        settings, published = SYSTEMS[system]
+        if objective not in (None, published.name):
+            taught = {"learn_sigma": False, "self_conditioning": 0.0, "past": 0.0}
+            settings = dataclasses.replace(settings, **{k: v for k, v in taught.items() if hasattr(settings, k)})
+            published = OBJECTIVES[objective]()
+        return dataclasses.replace(config, model=settings, objective=published)
     return config if objective is None else dataclasses.replace(config, objective=OBJECTIVES[objective]())
 
 

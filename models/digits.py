@@ -161,6 +161,8 @@ def run(config: DigitsConfig) -> dict[str, Any]:
     folder = Path(config.run or chosen.run)
     if config.per_class < 1:
         raise ValueError(f"per_class is {config.per_class}; it must be at least 1")
+    if chosen.data.source != "digits" or getattr(chosen.model, "autoencoder", False):
+        raise ValueError(f"preset is {config.preset!r}; it must be a model that makes digits")
     path = train_or_continue(merge(chosen, {"run": str(folder)}))
     result = judge(config, path)
     print(

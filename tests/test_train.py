@@ -322,6 +322,13 @@ def test_recognised_counts_frames():
     assert digits.recognised(Brightest(), clips, torch.tensor([1, 9, 2])).mean() == pytest.approx(3 / 6)
 
 
+def test_only_a_maker_of_digits_is_judged(tmp_path):
+    for name in ("digits-tokenizer", "demo"):
+        with pytest.raises(ValueError, match="it must be a model that makes digits"):
+            digits.run(digits.DigitsConfig(preset=name, run=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_moves_are_those_of_a_digit():
     clips, _ = digits.held_out_clips(8, (12, 12))
     assert digits.moves(clips) > 0.99
@@ -443,6 +450,9 @@ def test_the_command_line_lists_and_chooses(capsys):
         parse(["--model", "unet"])
     config = parse(["--preset", "digits", "--objective", "ddpm", "--model.learn-sigma"])[0]
     assert config.objective == DDPM() and config.model == dataclasses.replace(PRESETS["digits"].model, learn_sigma=True)
+    latte = parse(["--model", "latte-s/1x2x2", "--objective", "flow"])[0]
+    assert latte.objective == FlowMatching() and not latte.model.learn_sigma
+    assert parse(["--model", "walt-l", "--objective", "flow"])[0].model.self_conditioning == 0
     assert parse(["--objective.prediction", "data"])[0].objective == FlowMatching("data")
     options = ["--objective.prediction", "velocity", "--objective.zero-snr", "--objective.schedule"]
     config = parse(["--objective", "ddpm", *options, "squared_cosine"])[0]
