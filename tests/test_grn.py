@@ -10,6 +10,7 @@ from conftest import DEVICE, KERNEL_BACKENDS
 from tolerance import assert_as_accurate
 
 import minisora_kernels as mk
+from minisora_kernels import backends
 
 X = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 BACKENDS = ("reference", *KERNEL_BACKENDS)
@@ -119,6 +120,30 @@ def test_the_gelu_and_its_slope_everywhere(dtype: torch.dtype, backend: str):
         found.append([part.detach() for part in (y, x.grad, y[inner], x.grad[inner])])
     for kernel, reference, exact in zip(*found, strict=True):
         assert_as_accurate("gelu", kernel, reference, exact)
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize(
+    ("sites", "width", "dtype"),
+    [
+        (1100, 8, torch.float32),  # partial sums of more than one program, or task
+        (70, 600, torch.float32),  # and of more than one block of columns
+        (2100, 2048, torch.bfloat16),  # results that go past the caches
+    ],
+)
+def test_long_and_wide_frames(sites: int, width: int, dtype: torch.dtype, backend: str):
+    if backends.INTERPRETED and sites * width > 100_000:
+        pytest.skip("takes the interpreter minutes")
+    inputs = [torch.randn(1, sites, width), torch.randn(width), torch.randn(width)]
+    dy = torch.randn(1, sites, width).to(dtype)
+    found = []
+    for name, to in ((backend, dtype), ("reference", dtype), ("reference", torch.float64)):
+        leaves = [tensor.to(dtype).to(to, copy=True).requires_grad_() for tensor in inputs]
+        y = mk.grn(*leaves, activation="gelu", backend=name)
+        y.backward(dy.to(to))
+        found.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for part, kernel, reference, exact in zip(("y", "dx", "dweight", "dbias"), *found, strict=True):
+        assert_as_accurate(part, kernel, reference, exact)
 
 
 @pytest.mark.skipif(not KERNEL_BACKENDS, reason="no kernels here")
