@@ -16,6 +16,7 @@ from .dit import SIZES, DiTSettings
 from .flow import FlowMatching
 from .reconstruction import Reconstruction
 from .registry import OBJECTIVES, SYSTEMS, Objective, Settings
+from .stdit import STDiTSettings
 from .tokenizer import TokenizerSettings
 
 
@@ -184,17 +185,27 @@ class TrainConfig:
                 raise ValueError(f"model.{name} needs objective 'ddpm'; it is {self.objective.name!r}")
 
 
+DIGITS = TrainConfig(
+    run="runs/digits",
+    data=DataConfig(size=(12, 12)),
+    model=DiTSettings(width=128, heads=4, patch=(2, 4, 4), qk_norm="rms"),
+    optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=50, schedule="linear", ema=0.98),
+    preview=PreviewConfig(every=1000, count=10, steps=30, guidance=3.0),
+    objective=FlowMatching("data", "logit_normal", logit_mean=-0.8, logit_std=0.8),
+    steps=3000,
+    batch_size=16,
+    save_every=1000,
+)
+
 PRESETS: dict[str, TrainConfig] = {
-    "digits": TrainConfig(
-        run="runs/digits",
-        data=DataConfig(size=(12, 12)),
-        model=DiTSettings(width=128, heads=4, patch=(2, 4, 4), qk_norm="rms"),
-        optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=50, schedule="linear", ema=0.98),
-        preview=PreviewConfig(every=1000, count=10, steps=30, guidance=3.0),
-        objective=FlowMatching("data", "logit_normal", logit_mean=-0.8, logit_std=0.8),
-        steps=3000,
-        batch_size=16,
-        save_every=1000,
+    "digits": DIGITS,
+    "digits-latte": dataclasses.replace(
+        DIGITS, run="runs/digits-latte", model=dataclasses.replace(DIGITS.model, attention="factorized")
+    ),
+    "digits-stdit": dataclasses.replace(
+        DIGITS,
+        run="runs/digits-stdit",
+        model=STDiTSettings(width=128, depth=4, heads=4, patch=(2, 4, 4), qk_norm="rms"),
     ),
     "demo": TrainConfig(
         run="runs/demo",
