@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .cascade import CascadeSettings
 from .dit import SIZES, DiTSettings
 from .flow import FlowMatching
+from .logsnr import LogSNR
 from .reconstruction import Reconstruction
 from .registry import OBJECTIVES, SYSTEMS, Objective, Settings
 from .stdit import STDiTSettings
@@ -206,6 +208,14 @@ PRESETS: dict[str, TrainConfig] = {
         DIGITS,
         run="runs/digits-stdit",
         model=STDiTSettings(width=128, depth=4, heads=4, patch=(2, 4, 4), qk_norm="rms"),
+    ),
+    # StableCascade's stage C, with attention over time, on pixels.
+    "digits-cascade": dataclasses.replace(
+        DIGITS,
+        run="runs/digits-cascade",
+        model=CascadeSettings(widths=(96, 96), patch=(1, 2, 2), dropout=(0.0, 0.0)),
+        objective=LogSNR("velocity", weight="min_snr"),
+        steps=1500,
     ),
     "demo": TrainConfig(
         run="runs/demo",
