@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .cascade import CascadeSettings
+from .diffusion import DDPM
 from .dit import SIZES, DiTSettings
 from .flow import FlowMatching
 from .logsnr import LogSNR
@@ -20,6 +21,7 @@ from .reconstruction import Reconstruction
 from .registry import OBJECTIVES, SYSTEMS, Objective, Settings
 from .stdit import STDiTSettings
 from .tokenizer import TokenizerSettings
+from .walt import WALTSettings
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,14 @@ PRESETS: dict[str, TrainConfig] = {
         DIGITS,
         run="runs/digits-stdit",
         model=STDiTSettings(width=128, depth=4, heads=4, patch=(2, 4, 4), qk_norm="rms"),
+    ),
+    # W.A.L.T's denoiser, on pixels.
+    "digits-walt": dataclasses.replace(
+        DIGITS,
+        run="runs/digits-walt",
+        model=WALTSettings(width=128, heads=4, patch=(1, 4, 4), spatial_window=(3, 3), spatiotemporal_window=(8, 3, 3)),
+        objective=DDPM(prediction="velocity", zero_snr=True),
+        steps=2500,
     ),
     # StableCascade's stage C, with attention over time, on pixels.
     "digits-cascade": dataclasses.replace(
