@@ -11,6 +11,7 @@ import torch
 
 from minisora_kernels import backends
 from minisora_kernels.__main__ import ops
+from models.config import PRESETS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -54,3 +55,12 @@ def test_the_share_of_recognised_digits_is_the_committed_record():
     record = json.loads((ROOT / path[1]).read_text())
     assert f"{record['generated_recognised']:.1%}, against {record['real_recognised']:.1%} of real frames" in README
     assert record["wall_seconds"] < 600
+
+
+def test_the_table_of_systems_is_the_committed_record():
+    record = json.loads((ROOT / re.search(r"\((bench/results/.*?systems\.json)\)", README)[1]).read_text())
+    assert record["systems"].keys() == {name for name in PRESETS if name.startswith("digits")} - {"digits-tokenizer"}
+    for name, found in record["systems"].items():
+        worst = min(found["generated_recognised_by_class"])
+        shares = f"{found['generated_recognised']:.1%} | {worst:.1%} | {found['generated_moves']:.0%}"
+        assert f"| `{name}` | {found['step']} | {shares} |" in README
