@@ -41,8 +41,9 @@ from torch.utils.checkpoint import checkpoint
 
 from minisora_kernels import Rope, grn, patch_embed, rope_3d, unpatchify, window_attention
 
+from .dit import drop_labels
 from .objectives import TIMESTEPS, at_least_float32, expand
-from .text import Text
+from .text import Text, drop_captions
 
 Grid = tuple[int, int, int]
 Condition = tuple[Tensor, "Tensor | None"]
@@ -570,12 +571,8 @@ class Cascade(nn.Module):
         """Conditioning tokens ``[B, L, condition_width]`` and, for captions, which of them count ``[B, L]``."""
         share = self.config.class_dropout if self.training else 0.0
         if isinstance(y, Text):
-            mask = y.mask
-            if share > 0:
-                mask = mask & (torch.rand(len(mask), 1, device=mask.device) >= share)
-            return norm(self.text_mapper(y.states.to(self.text_mapper.weight.dtype))), mask
-        if share > 0:
-            y = torch.where(torch.rand(y.shape, device=y.device) < share, self.config.num_classes, y)
+            return norm(self.text_mapper(y.states.to(self.text_mapper.weight.dtype))), drop_captions(y.mask, share)
+        y = drop_labels(y, self.config.num_classes, share)
         return norm(self.class_embedding(y).unflatten(-1, (self.config.condition_tokens, -1))), None
 
     def _latents(self, latents: Tensor | None, z: Tensor) -> Tensor:

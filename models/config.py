@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .cascade import CascadeSettings
+from .data import Source, open_source
 from .diffusion import DDPM
 from .dit import SIZES, DiTSettings
 from .flow import FlowMatching
@@ -46,6 +47,22 @@ class DataConfig:
     """Number of evenly spaced places in a file at which a clip may start; 0 for all of them."""
     cache_megabytes: int = 2048
     """Memory for decoded frames."""
+
+    def open(self) -> Source:
+        """The clips; buckets are up to the trainer.
+
+        Raises:
+            ValueError: as :func:`models.data.open_source`.
+        """
+        return open_source(
+            self.source,
+            frames=self.frames,
+            size=self.size,
+            stride=self.stride,
+            crop=self.crop,
+            positions=self.positions,
+            cache_bytes=self.cache_megabytes << 20,
+        )
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,11 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(self.sinusoid(t).to(dtype))
 
 
+def drop_labels(y: Tensor, null_class: int, share: float) -> Tensor:
+    """Classes of any shape, each replaced by the null class with probability ``share``."""
+    return torch.where(torch.rand(y.shape, device=y.device) < share, null_class, y) if share > 0 else y
+
+
 class LabelEmbedder(nn.Module):
     """A table of classes; its last row is the null class, which replaces dropped labels in training."""
 
@@ -196,10 +201,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(config.num_classes + 1, config.width)
 
     def forward(self, y: Tensor) -> Tensor:
-        if self.training and self.dropout > 0:
-            dropped = torch.rand(y.shape, device=y.device) < self.dropout
-            y = torch.where(dropped, self.null_class, y)
-        return self.embedding_table(y)
+        return self.embedding_table(drop_labels(y, self.null_class, self.dropout if self.training else 0.0))
 
 
 class Scale(nn.Module):

@@ -31,7 +31,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .objectives import TIMESTEPS, Model, at_least_float32, expand, gaussian, refuse_conditions
+from .objectives import TIMESTEPS, Model, at_least_float32, check_shape, expand, gaussian, refuse_conditions
 
 Prediction = Literal["velocity", "data", "score", "noise"]
 PathName = Literal["linear", "gvp", "vp"]
@@ -247,8 +247,4 @@ class FlowMatching:
     @staticmethod
     def check(prediction: Tensor, x: Tensor) -> None:
         """Raises ValueError for a prediction that has not x's shape."""
-        if prediction.shape != x.shape:
-            raise ValueError(
-                f"the model returned shape {tuple(prediction.shape)} for x {tuple(x.shape)}; flow matching has no "
-                "variance to learn: build the model with learn_sigma=False"
-            )
+        check_shape(prediction, x, "flow matching")

@@ -139,18 +139,19 @@ def span(objective: FlowMatching, options: SolverOptions) -> tuple[float, float]
     return first, 1 - options.value("last_step_size")
 
 
-class FlowPlan(NamedTuple):
+class Plan(NamedTuple):
     """What a fixed-step solver asks of the model, and what it makes of the answers.
 
     ``times [steps, calls]`` are the model's timesteps and ``coefficients [steps, calls, 5]`` the rows of
-    :func:`minisora_kernels.guided_step`, whose z is fresh noise if ``noisy`` (Euler-Maruyama), else an earlier state.
-    ``kicks [steps]`` is how much noise is added before a step's first call (Heun's SDE), and ``last`` the timestep and
-    the row of one more call, after the steps.
+    :func:`minisora_kernels.guided_step`, whose z is an earlier state, or fresh noise if ``noisy`` (Euler-Maruyama;
+    DDPM, whose last step has none: ``noisy_end`` is False). ``kicks [steps]`` is how much noise is added before a
+    step's first call (Heun's SDE), and ``last`` the timestep and the row of one more call, after the steps.
     """
 
     times: Tensor
     coefficients: Tensor
     noisy: bool = False
+    noisy_end: bool = True
     kicks: Tensor | None = None
     last: tuple[Tensor, Tensor] | None = None
 
@@ -163,7 +164,7 @@ def flow_plan(
     options: SolverOptions | None = None,
     *,
     reverse: bool = False,
-) -> FlowPlan:
+) -> Plan:
     """The plan of every solver in ``TABLEAUX``, on the CPU, in float64; ``reverse``: from data to noise."""
     options, stochastic = options or SolverOptions(), solver in SDE_SOLVERS
     first, end = span(objective, options) if stochastic else objective.interval()
@@ -179,7 +180,7 @@ def flow_plan(
         of_z, kicks = (noise, None) if noisy else (of_z, noise[:, 0])
     of_x, of_prediction = of_state + of_slope * (slope_x * length / steps), of_slope * (slope_p * length / steps)
     last = _last_step(objective, options, end, guidance) if stochastic else None
-    return FlowPlan(times * TIMESTEPS, _rows(guidance, of_x, of_prediction, of_z), noisy, kicks, last)
+    return Plan(times * TIMESTEPS, step_rows(guidance, of_x, of_prediction, of_z), noisy, kicks=kicks, last=last)
 
 
 def _drift(objective: FlowMatching, options: SolverOptions, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,12 +203,16 @@ def _last_step(
     else:
         slope_x, slope_p = _drift(objective, options, t) if kind == "mean" else objective.weights(t)
         of_x, of_prediction = 1 + (1 - end) * slope_x, (1 - end) * slope_p
-    return t * TIMESTEPS, _rows(guidance, of_x, of_prediction, torch.zeros_like(t))
+    return t * TIMESTEPS, step_rows(guidance, of_x, of_prediction)
 
 
-def _rows(guidance: float, of_x: Tensor, of_prediction: Tensor, of_z: Tensor) -> Tensor:
-    columns = (torch.full_like(of_x, guidance), of_x, of_prediction, of_z.expand_as(of_x), torch.zeros_like(of_x))
-    return torch.stack(columns, dim=-1)
+def step_rows(
+    guidance: float, of_x: Tensor, of_prediction: Tensor, of_z: Tensor | float = 0.0, slope: Tensor | float = 0.0
+) -> Tensor:
+    """Coefficients of :func:`minisora_kernels.guided_step`, ``[..., 5]`` for of_x ``[...]``."""
+    columns = (guidance, of_x, of_prediction, of_z, slope)
+    like = {"dtype": of_x.dtype, "device": of_x.device}
+    return torch.stack([torch.as_tensor(column, **like).expand_as(of_x) for column in columns], dim=-1)
 
 
 def _earlier(states: list[Tensor]) -> Tensor | None:
@@ -218,7 +223,7 @@ def _earlier(states: list[Tensor]) -> Tensor | None:
 
 
 def follow(
-    plan: FlowPlan,
+    plan: Plan,
     update: Update,
     conditions: Conditions,
     x: Tensor,
@@ -235,14 +240,15 @@ def follow(
     times, coefficients = plan.times.flatten(), plan.coefficients.to(x.device, dtype)
     if plan.last is not None:
         times = torch.cat((times, plan.last[0][None]))
-    condition = conditions(times.to(x.device, dtype))
+    condition = conditions(times.to(x.device, dtype if times.is_floating_point() else None))
     kicks = None if plan.kicks is None else plan.kicks.to(x.device, x.dtype)
     for i in (progress or iter)(range(len(coefficients))):
         if kicks is not None:
             x = x + kicks[i] * gaussian(x, generator)
         states = [x]
         for row in coefficients[i]:
-            z = gaussian(x, generator) if plan.noisy else _earlier(states)
+            draw = plan.noisy and (plan.noisy_end or i < len(coefficients) - 1)
+            z = gaussian(x, generator) if draw else _earlier(states)
             states.append(update(states[-1], next(condition), row, z))
         x = states[-1]
     if plan.last is not None:
@@ -262,7 +268,7 @@ def velocity_of(
         with torch.no_grad():
             condition = next(conditions((t * TIMESTEPS).to(x.dtype)[None]))
         of_x, of_prediction = objective.weights(t)
-        return update(x, condition, _rows(guidance, of_x, of_prediction, torch.zeros_like(t)).to(x.dtype), None)
+        return update(x, condition, step_rows(guidance, of_x, of_prediction).to(x.dtype), None)
 
     return velocity
 

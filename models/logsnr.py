@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .objectives import TIMESTEPS, Model, at_least_float32, expand, gaussian, refuse_conditions
+from .objectives import TIMESTEPS, Model, at_least_float32, check_shape, expand, gaussian, refuse_conditions
 
 OFFSET = 0.008
 SMALLEST = 1e-4
@@ -154,8 +154,4 @@ class LogSNR:
     @staticmethod
     def check(prediction: Tensor, x: Tensor) -> None:
         """Raises ValueError for a prediction that has not x's shape."""
-        if prediction.shape != x.shape:
-            raise ValueError(
-                f"the model returned shape {tuple(prediction.shape)} for x {tuple(x.shape)}; objective 'logsnr' has no "
-                "variance to learn: build the model with learn_sigma=False"
-            )
+        check_shape(prediction, x, "objective 'logsnr'")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import checkpoint as checkpoints
 from .config import DataConfig, from_dict
-from .data import Batches, MovingDigits, Source, open_source, to_bytes
+from .data import Batches, MovingDigits, Source, to_bytes
 from .reconstruction import Reconstruction, psnr
 from .sample import choose_device, contact_sheet, open_checkpoint, write_png
 from .tokenizer import CausalTokenizer, measure_latents
@@ -47,15 +47,7 @@ def _clips(source: Source, config: MeasureConfig, device: torch.device) -> list[
 
 def _sources(data: DataConfig) -> tuple[Source, Source]:
     """Training clips, and those to judge on."""
-    source = open_source(
-        data.source,
-        frames=data.frames,
-        size=data.size,
-        stride=data.stride,
-        crop=data.crop,
-        positions=data.positions,
-        cache_bytes=data.cache_megabytes << 20,
-    )
+    source = data.open()
     if data.source != "digits":
         return source, source
     return source, MovingDigits(frames=data.frames, size=data.size, stride=data.stride, held_out=True)

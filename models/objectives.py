@@ -33,6 +33,15 @@ def refuse_conditions(model: object, objective: str) -> None:
             raise ValueError(f"model.{name} is {getattr(config, name)}; objective {objective!r} needs it to be 0")
 
 
+def check_shape(prediction: Tensor, x: Tensor, objective: str) -> None:
+    """Raises ValueError for a prediction that has not x's shape."""
+    if prediction.shape != x.shape:
+        raise ValueError(
+            f"the model returned shape {tuple(prediction.shape)} for x {tuple(x.shape)}; {objective} has no "
+            "variance to learn: build the model with learn_sigma=False"
+        )
+
+
 def gaussian(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal noise of x's shape, dtype and device."""
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

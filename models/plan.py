@@ -182,9 +182,9 @@ def needs(config: PlanConfig, *, training: bool) -> Needs:
     if config.sharding != "none" and config.gpus == 1:
         raise ValueError(f"sharding is {config.sharding!r}, but gpus is 1: there is nothing to share")
     backend = "cpu" if config.backend == "kernels" else "reference"  # whose memory is that of the other kernels
-    parameters, activations, _, moved = _run(config, training=training, backend=backend)
-    # Plain PyTorch has the same products, in ops whose FLOPs torch knows.
-    _, _, flops, _ = _run(config, training=training, backend="reference")
+    parameters, activations, flops, moved = _run(config, training=training, backend=backend)
+    if backend != "reference":  # it has the same products, in ops whose FLOPs torch knows
+        _, _, flops, _ = _run(config, training=training, backend="reference")
     weights, trained = (4 * count for count in parameters)
     if not training:
         return Needs({"weights": weights, "activations": activations}, flops, moved)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .allocator import reuse_large_allocations
 from .config import DataConfig, as_plain
-from .data import LATENT_INDEX, LATENT_PROGRESS, Source, open_source
+from .data import LATENT_INDEX, LATENT_PROGRESS, Source
 from .latents import (
     DTYPES,
     Encoder,
@@ -164,8 +164,7 @@ def run(config: PrecomputeConfig) -> Path:
         OSError: a file that could not be written.
     """
     data, folder = config.data, config.out
-    options = {key: getattr(data, key) for key in ("frames", "size", "stride", "crop", "positions")}
-    source = open_source(data.source, cache_bytes=data.cache_megabytes << 20, **options)
+    source = data.open()
     if isinstance(source, LatentClips):
         raise ValueError(f"data source {data.source!r} holds latents already")
     record = identify(config.encoder)

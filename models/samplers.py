@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,26 +14,13 @@ from minisora_kernels import guided_step
 from . import integrators
 from .diffusion import DDPM, Schedule, space_timesteps
 from .flow import FlowMatching
-from .integrators import FLOW_SOLVERS, SolverOptions
+from .integrators import FLOW_SOLVERS, Plan, Progress, SolverOptions
 from .logsnr import LogSNR, logsnr, noise_level, scales
 from .objectives import TIMESTEPS, at_least_float32, expand
 from .registry import Objective
 from .text import Text, rows
 
-Progress = Callable[[Iterable[int]], Iterable[int]]
-
 SOLVERS = {"flow": FLOW_SOLVERS, "ddpm": ("ddpm", "ddim"), "logsnr": ("ddpm", "ddim")}
-
-
-class Plan(NamedTuple):
-    """What a solver asks of the model, and what it makes of the answers; it has one or two calls a step.
-
-    ``times [steps, calls]`` are the model's timesteps, ``coefficients [steps, calls, 5]`` those of
-    :func:`minisora_kernels.guided_step`.
-    """
-
-    times: Tensor
-    coefficients: Tensor
 
 
 def diffusion_plan(objective: DDPM, solver: str, steps: int | str, guidance: float) -> Plan:
@@ -61,8 +48,8 @@ def diffusion_plan(objective: DDPM, solver: str, steps: int | str, guidance: flo
     of_x = x_0 * x0_of_x + x + noise * noise_of_x
     of_prediction = x_0 * x0_of_prediction + noise * noise_of_prediction
     slope = (tables.beta.log() - tables.posterior_log_variance) / 4
-    columns = (guidance, of_x, of_prediction, tables.beta.sqrt(), slope)
-    return Plan(tables.timesteps, _stack(columns, tables.timesteps))
+    coefficients = integrators.step_rows(guidance, of_x, of_prediction, tables.beta.sqrt(), slope)
+    return Plan(tables.timesteps, coefficients, noisy=solver == "ddpm", noisy_end=False)
 
 
 def logsnr_plan(objective: LogSNR, solver: str, steps: int, guidance: float) -> Plan:
@@ -84,9 +71,10 @@ def logsnr_plan(objective: LogSNR, solver: str, steps: int, guidance: float) -> 
         x_0, e = (a, -b), (b, a)
     sigma = next_b / b * (1 - (a / next_a).square()).sqrt() if solver == "ddpm" else zero
     of_e = (next_b.square() - sigma.square()).sqrt()
-    columns = (guidance, next_a * x_0[0] + of_e * e[0], next_a * x_0[1] + of_e * e[1], sigma, 0.0)
+    of_x, of_prediction = (next_a * of_x_0 + of_e * of_noise for of_x_0, of_noise in zip(x_0, e, strict=True))
+    coefficients = integrators.step_rows(guidance, of_x, of_prediction, sigma)[:, None]
     times = noise_level(value[:-1])[:, None] * TIMESTEPS
-    return Plan(times, _stack((c[:, None] if torch.is_tensor(c) else c for c in columns), times))
+    return Plan(times, coefficients, noisy=solver == "ddpm", noisy_end=False)
 
 
 def count_steps(objective: Objective, steps: int | str) -> int:
@@ -102,10 +90,6 @@ def count_steps(objective: Objective, steps: int | str) -> int:
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
     return steps
-
-
-def _stack(columns: Iterable[float | Tensor], like: Tensor) -> Tensor:
-    return torch.stack([torch.as_tensor(column, dtype=torch.float64).expand(like.shape) for column in columns], dim=-1)
 
 
 def rescaled(cond: Tensor, null: Tensor, guidance: Tensor | float, share: float, count: int, guided: int) -> Tensor:
@@ -363,22 +347,11 @@ def sample(
             return x.to(noise.dtype)
         if isinstance(objective, FlowMatching):
             plan = integrators.flow_plan(objective, solver, steps, guidance, options, reverse=reverse)
-            return integrators.follow(plan, update, predict.conditions, x, generator, progress)
-        if isinstance(objective, LogSNR):
+        elif isinstance(objective, LogSNR):
             plan = logsnr_plan(objective, solver, count, guidance)
         else:
             plan = diffusion_plan(objective, solver, steps, guidance)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        times = plan.times.to(x.device, dtype if plan.times.is_floating_point() else None)
-        coefficients = plan.coefficients.to(x.device, dtype)
-        conditions = predict.conditions(times.flatten())
-        for i in (progress or iter)(range(count)):
-            start = x
-            for call, row in enumerate(coefficients[i]):
-                z = start if call == 1 else None
-                if solver == "ddpm" and i < count - 1:
-                    z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-                x = update(x, next(conditions), row, z)
+        x = integrators.follow(plan, update, predict.conditions, x, generator, progress)
         return x if past is None else torch.cat((past.to(x.dtype), x[:, :, past.shape[2] :]), dim=2)
     finally:
         model.train(was_training)

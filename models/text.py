@@ -55,6 +55,11 @@ def rows(y: Tensor | Text, index: slice | Tensor) -> Tensor | Text:
     return Text(*(part[index] for part in y)) if isinstance(y, Text) else y[index]
 
 
+def drop_captions(mask: Tensor, share: float) -> Tensor:
+    """``mask [..., L]`` without the tokens of captions that become null, each with probability ``share``."""
+    return mask & (torch.rand((*mask.shape[:-1], 1), device=mask.device) >= share) if share > 0 else mask
+
+
 def with_null(y: Text, share: float, null: Tensor) -> Text:
     """``y`` with a learned embedding for the null caption, and the share of captions dropped that training drops.
 
@@ -67,8 +72,7 @@ def with_null(y: Text, share: float, null: Tensor) -> Text:
         Text in null's dtype, in which every row has a token.
     """
     states, mask = y
-    if share > 0:
-        mask = mask & (torch.rand(len(mask), 1, device=mask.device) >= share)
+    mask = drop_captions(mask, share)
     first = torch.arange(mask.shape[1], device=mask.device) == 0
     absent = ~mask.any(1, keepdim=True) & first
     return Text(torch.where(absent[..., None], null, states.to(null.dtype)), mask | absent)

@@ -37,7 +37,7 @@ from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
 from .checkpoint import Checkpoint
 from .config import TrainConfig, as_plain, choose, from_dict, load, preset, start_parser
-from .data import Batches, BucketBatches, Prefetching, Source, open_source, to_bytes
+from .data import Batches, BucketBatches, Prefetching, Source, to_bytes
 from .latents import Decoder
 from .registry import OBJECTIVES, build, config_from, configure
 from .sample import (
@@ -153,15 +153,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, resume: Checkpoint | None = None) -> None:
         self.config, self.device = config, choose_device(config.device)
         data = config.data
-        self.source: Source = open_source(
-            data.source,
-            frames=data.frames,
-            size=data.size,
-            stride=data.stride,
-            crop=data.crop,
-            positions=data.positions,
-            cache_bytes=data.cache_megabytes << 20,
-        )
+        self.source: Source = data.open()
         self.classes = list(self.source.classes)
         # What made the latents, if the clips are latents: their previews need it, so it must be there from the start.
         self.encoder: dict[str, Any] | None = getattr(self.source, "encoder", None)

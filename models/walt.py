@@ -59,9 +59,10 @@ from minisora_kernels import (
     window_attention,
 )
 
-from .dit import MLP, Grid, Scale, TimestepEmbedder, modulation
+from .diffusion import alpha_bars
+from .dit import MLP, FinalLayer, Grid, Scale, TimestepEmbedder, drop_labels, modulation
 from .objectives import TIMESTEPS, expand, gaussian
-from .text import Text
+from .text import Text, drop_captions
 
 PAST_FRAMES = 2
 
@@ -299,15 +300,6 @@ class Block(nn.Module):
         return gate_residual_adaln(x, branch, gate_mlp, next_shift, next_scale)
 
 
-class FinalLayer(nn.Module):
-    """The last modulation and the Linear from a token to its patch."""
-
-    def __init__(self, config: WALTConfig) -> None:
-        super().__init__()
-        self.linear = nn.Linear(config.width, math.prod(config.patch) * config.channels)
-        self.adaLN_modulation = modulation(config.width, 2)
-
-
 class Upsampler(nn.Module):
     """Frames at half the size to full size: a 3 x 3 convolution to 4 C channels, then depth to space."""
 
@@ -352,7 +344,7 @@ class WALT(nn.Module):
         self.lora_down = nn.Parameter(torch.empty(config.depth - 1, r, d))
         self.lora_up = nn.Parameter(torch.empty(config.depth - 1, 6 * d, r))
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
-        self.final_layer = FinalLayer(config)
+        self.final_layer = FinalLayer(config, config.channels)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -452,9 +444,7 @@ class WALT(nn.Module):
                 raise TypeError(f"y is a Text; a model with {self.null_class} classes needs a tensor of labels")
             if tuple(y.shape) not in shapes:
                 raise ValueError(f"y has shape {tuple(y.shape)}; with images = {images} it may be {allowed}")
-            if self.training and self.config.class_dropout:
-                y = torch.where(self._dropped(y), self.config.num_classes, y)
-            conditions.append(self.y_embedder(y))
+            conditions.append(self.y_embedder(drop_labels(y, self.config.num_classes, self._dropout)))
         elif self.text_embedder is None and y is not None:
             raise ValueError("y was given to an unconditional model (num_classes = 0, text_width = 0)")
         if any(condition.dim() == 3 for condition in conditions):
@@ -486,15 +476,15 @@ class WALT(nn.Module):
             )
         if images and self.config.cross_attention != "spatial":
             raise ValueError(f"images is {images}; a model with text needs cross_attention = 'spatial' for it")
-        if self.training and self.config.class_dropout:
-            mask = mask & ~self._dropped(mask[..., 0])[..., None]
+        mask = drop_captions(mask, self._dropout)
         text = self.text_embedder(states.to(self.pos_time.dtype))
         if text.dim() == 3:
             return text[:, None], mask[:, None]
         return text.index_select(1, frame), mask.index_select(1, frame)
 
-    def _dropped(self, like: Tensor) -> Tensor:
-        return torch.rand(like.shape, device=like.device) < self.config.class_dropout
+    @property
+    def _dropout(self) -> float:
+        return self.config.class_dropout if self.training else 0.0
 
     def _frame_of_condition(self, images: int, device: torch.device) -> Tensor | None:
         """For each frame, which of the 1 + images conditions is its own."""
@@ -623,8 +613,7 @@ def augment(low: Tensor, low_t: Tensor, generator: torch.Generator | None = None
     """
     if tuple(low_t.shape) != (len(low),):
         raise ValueError(f"low_t has shape {tuple(low_t.shape)}; it must be [{len(low)}]")
-    betas = torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64, device=low.device)
-    alpha_bar = expand((1 - betas).cumprod(0)[low_t].to(low.dtype), low)
+    alpha_bar = expand(alpha_bars("linear", False).to(low.device)[low_t].to(low.dtype), low)
     return alpha_bar.sqrt() * low + (1 - alpha_bar).sqrt() * gaussian(low, generator)
 
 
