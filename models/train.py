@@ -504,13 +504,15 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     reuse_large_allocations()
     try:
-        path = train(*parse(sys.argv[1:] if arguments is None else arguments))
+        config, resume = parse(sys.argv[1:] if arguments is None else arguments)
+        path = train(config, resume)
     except Stopped as stopped:
         print(f"{stopped}\ncontinue with: python -m models.train --resume RUN", file=sys.stderr)
         sys.exit(stopped.status)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"trained: {path}\nsample with: python -m models.sample {path.parent}")
+    follows = "measure" if getattr(config.model, "autoencoder", False) else "sample"
+    print(f"trained: {path}\n{follows} with: python -m models.{follows} {path.parent}")
 
 
 if __name__ == "__main__":

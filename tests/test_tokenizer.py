@@ -38,6 +38,7 @@ from models.tokenizer import (
     starts,
 )
 from models.train import Trainer, train
+from models.train import main as train_main
 from models.vqgan import VQGAN, Block, VQGANConfig, VQGANSettings
 
 VIDEO = TokenizerConfig(
@@ -688,6 +689,12 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, config):
     else:  # the average has batch norm statistics of its own, or it would be of no use
         mean = whole.ema["norm.running_mean"]
         assert mean.abs().max() > 0 and not torch.equal(mean, whole.model["norm.running_mean"])
+
+
+def test_the_program_says_how_to_go_on(tmp_path, capsys):
+    options = ["--run", str(tmp_path / "run"), "--steps", "1", "--preview.count", "1", "--batch-size", "1"]
+    train_main(["--preset", "digits-tokenizer", *options])
+    assert f"measure with: python -m models.measure {tmp_path / 'run'}" in capsys.readouterr().out
 
 
 def test_the_preview_shows_originals_over_reconstructions(tmp_path):
