@@ -164,7 +164,7 @@ def _describe(record: Mapping[str, Any]) -> str:
 
 
 class Decoder:
-    """Latents as :class:`LatentClips` gives them, ``[B, C, T, H, W]``, to pixels in [-1, 1].
+    """Latents as :class:`LatentClips` gives them, ``[B, C, T, H, W]``, to pixels in [-1, 1], and back.
 
     ``record`` is the source's ``encoder``, which checkpoints keep; ``path`` as for :func:`open_encoder`.
     """
@@ -181,6 +181,14 @@ class Decoder:
             mean, std = self.moments
             latents = latents * std + mean
         return self.encoder.decode(latents)
+
+    def encode(self, clips: Tensor) -> Tensor:
+        """Such latents, float32, of uint8 clips ``[B, C, T, H, W]``."""
+        latents = self.encoder.encode(clips)
+        if self.moments is not None:
+            mean, std = self.moments
+            latents = (latents - mean) / std
+        return latents
 
 
 def sha256_of(path: Path) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,7 +27,7 @@ from minisora_kernels import use_backend
 from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
 from .config import from_dict
-from .data import to_bytes
+from .data import to_bytes, to_float
 from .integrators import SolverOptions
 from .latents import Decoder
 from .registry import Objective
@@ -45,8 +46,8 @@ class SampleConfig(SolverOptions):
     """A checkpoint, or a run's folder for its newest whole checkpoint."""
     out: Path | None = None
     """Folder for the files; by default `samples` beside the checkpoint."""
-    count: int = 8
-    """Number of clips."""
+    count: int | None = None
+    """Number of clips; by default 8, or as many as `past` has."""
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
     """Names or ids of the classes, dealt to the clips in turn; by default all."""
     prompt: tuple[str, ...] = ()
@@ -76,6 +77,11 @@ class SampleConfig(SolverOptions):
     """Where the autoencoder of a model of latents is now; by default where it was when they were made."""
     fps: int = 8
     """Frames a second of mp4 and GIF."""
+    continuations: int = 0
+    """How often to go on from the last frames of a clip, with a model that was trained with `past`."""
+    past: Path | None = None
+    """An npz as it is written here, to go on from its clips instead of from sampled ones, with their classes or
+    captions if none are given."""
     overwrite: bool = False
     """Replace files that are there."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -170,25 +176,42 @@ def sample_clips(
     progress: bool = False,
     cuda_graphs: bool = False,
     decode: Callable[[Tensor], Tensor] | None = None,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    continuations: int = 0,
+    past: Tensor | None = None,
 ) -> Tensor:
     """uint8 ``[count, T, H, W, C]`` from the model, ``batch_size`` clips at a time, on the model's device.
 
     The clips depend on ``seed`` and ``count``, those of dopri5 and of solvers that draw noise on ``batch_size`` too.
     The solver is by default the first of the objective. ``decode`` makes pixels ``[B, C, T, H, W]`` of the samples of
-    a model of latents.
+    a model of latents, and ``encode`` latents of uint8 pixels.
+
+    With ``continuations`` the model, trained with past frames, goes on so often from the last frames of a clip, which
+    are encoded anew: W.A.L.T's tokenizer makes its two known latent frames of the last 5 frames. The result has them
+    once. ``past`` are clips to go on from, as they are returned here, in the place of sampled ones.
 
     Raises:
-        ValueError: an objective without a sampler, that of autoencoders.
+        ValueError: an objective without a sampler, that of autoencoders; a model that cannot go on, or ``past`` of
+            another size.
     """
     if objective.name not in SOLVERS:
         raise ValueError(f"objective is {objective.name!r}; it may be one of {', '.join(SOLVERS)} to sample from noise")
+    if continuations < (past is not None):
+        wanted = "not be negative" if past is None else "be at least 1 with past"
+        raise ValueError(f"continuations is {continuations}; it must {wanted}")
+    if decode is not None and encode is None and continuations:
+        raise ValueError(f"encode is None; with decode and {continuations} continuations it must be given")
+    decode, encode = decode or (lambda clip: clip), encode or to_float
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     shape = (model.config.channels, *model.config.input_size)
-    noise = torch.randn((count, *shape), generator=generator, device=device)
-    clips = []
+    noises = [
+        torch.randn((count, *shape), generator=generator, device=device) for _ in range(continuations + (past is None))
+    ]
+    overlap = _overlap(model, decode, count, continuations, past) if continuations else 0
+    films = []
     starts = range(0, count, batch_size)
-    calls = 1 if steps is None else count_steps(objective, steps)
+    calls = len(noises) * (1 if steps is None else count_steps(objective, steps))
     with progress_bar(total=len(starts) * calls, desc="sampling", disable=not progress) as bar:
 
         def counted(steps: Iterable[int]) -> Iterator[int]:
@@ -198,28 +221,56 @@ def sample_clips(
 
         for start in starts:
             part = slice(start, start + batch_size)
-            clip = sample(
-                model,
-                objective,
-                noise[part],
-                None if y is None else rows(y, part).to(device),
-                solver=solver or SOLVERS[objective.name][0],
-                steps=steps,
-                guidance=guidance,
-                guidance_channels=guidance_channels,
-                guidance_rescale=guidance_rescale,
-                options=options,
-                generator=generator,
-                progress=counted,
-                cuda_graphs=cuda_graphs,
-            )
-            if decode is not None:
-                clip = decode(clip if clip.dim() == 5 else clip.unsqueeze(2))
-            clips.append(to_bytes(clip).cpu())
-    result = torch.cat(clips)
-    if result.dim() == 4:
-        result = result.unsqueeze(2)
-    return result.permute(0, 2, 3, 4, 1).contiguous()
+            labels = None if y is None else rows(y, part).to(device)
+            film = None if past is None else past[part].to(device).permute(0, 4, 1, 2, 3)
+            for noise in noises:
+                clip = sample(
+                    model,
+                    objective,
+                    noise[part],
+                    labels,
+                    solver=solver or SOLVERS[objective.name][0],
+                    steps=steps,
+                    guidance=guidance,
+                    guidance_channels=guidance_channels,
+                    guidance_rescale=guidance_rescale,
+                    options=options,
+                    generator=generator,
+                    progress=counted,
+                    cuda_graphs=cuda_graphs,
+                    past=None if film is None else encode(film[:, :, -overlap:]),
+                )
+                frames = to_bytes(decode(clip if clip.dim() == 5 else clip.unsqueeze(2)))
+                film = frames if film is None else torch.cat((film, frames[:, :, overlap:]), dim=2)
+            films.append(film.cpu())
+    return torch.cat(films).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def _overlap(
+    model: nn.Module, decode: Callable[[Tensor], Tensor], count: int, continuations: int, past: Tensor | None
+) -> int:
+    """How many frames of pixels a clip has in common with the one that it continues.
+
+    Raises:
+        ValueError: a model that was trained without past frames, or ``past`` that it cannot go on from.
+    """
+    known = getattr(model.config, "known_frames", 0)
+    if not known:
+        raise ValueError(f"continuations is {continuations}; the model was trained without past, so it must be 0")
+    _, height, width = model.config.input_size
+    latents = torch.zeros(1, model.config.channels, known, height, width, device=next(model.parameters()).device)
+    channels, frames, height, width = decode(latents).shape[1:]
+    if past is not None and (
+        past.dtype != torch.uint8
+        or past.dim() != 5
+        or past.shape[1] < frames
+        or (len(past), *past.shape[2:]) != (count, height, width, channels)
+    ):
+        raise ValueError(
+            f"past is {past.dtype} of shape {tuple(past.shape)}; it must be torch.uint8 "
+            f"[{count}, {frames} or more, {height}, {width}, {channels}]"
+        )
+    return frames
 
 
 def enlarge(clips: np.ndarray) -> np.ndarray:
@@ -321,6 +372,37 @@ def write(folder: Path, clips: np.ndarray, labels: Tensor | list[str] | None, fp
     return paths
 
 
+def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """``clips`` and, where there are, ``labels`` of an npz that :func:`write` wrote.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        with np.load(path) as arrays:
+            clips, labels = arrays["clips"], arrays.get("labels")
+    except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not an npz with clips: {error}") from error
+    if clips.dtype != np.uint8 or clips.ndim != 5:
+        raise ValueError(f"{path} has clips of {clips.dtype} {list(clips.shape)}; they must be uint8 [N, T, H, W, C]")
+    if labels is not None and labels.shape != clips.shape[:1]:
+        raise ValueError(f"{path} has labels of shape {list(labels.shape)}; it must be [{len(clips)}]")
+    return clips, labels
+
+
+def names_of(labels: np.ndarray, classes: list[str]) -> tuple[str, ...]:
+    """The names of class ids; captions, of a model without classes, as they are.
+
+    Raises:
+        ValueError: a label that is not the model's.
+    """
+    for label in labels.tolist():
+        if not (isinstance(label, int) and 0 <= label < len(classes) if classes else isinstance(label, str)):
+            allowed = f"a class id in 0..{len(classes) - 1}" if classes else "a caption"
+            raise ValueError(f"label is {label!r}; for this model it must be {allowed}")
+    return tuple(classes[label] if classes else label for label in labels.tolist())
+
+
 def output_paths(folder: Path) -> list[Path]:
     return [folder / f"samples.{suffix}" for suffix in FORMATS]
 
@@ -337,16 +419,25 @@ def run(config: SampleConfig) -> list[Path]:
         ValueError: a file that is not a checkpoint or does not match, output that is there already, or an option that
             does not fit the model.
     """
-    for name in ("count", "batch_size", "fps"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    past, told = (None, None) if config.past is None else read(config.past)
+    count = (8 if past is None else len(past)) if config.count is None else config.count
+    for name, value in (("count", count), ("batch_size", config.batch_size), ("fps", config.fps)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if past is not None and count > len(past):
+        raise ValueError(f"count is {count}; {config.past} has {len(past)} clips")
     path, checkpoint = open_checkpoint(config.checkpoint)
     train = from_dict(checkpoint.train)
     folder = config.out or path.parent / "samples"
     present = [str(file) for file in output_paths(folder) if file.exists()]
     if present and not config.overwrite:
         raise ValueError(f"{', '.join(present)} exists already; use --overwrite or another --out")
-    labels = y = class_ids(config.classes, checkpoint.classes, config.count)
+    wanted, captions = config.classes, config.prompt
+    if told is not None and checkpoint.classes:
+        wanted = wanted or names_of(told, checkpoint.classes)
+    if told is not None and train.text.encoder is not None:
+        captions = captions or names_of(told, [])
+    labels = y = class_ids(wanted, checkpoint.classes, count)
     if config.guidance != 1 and checkpoint.config.get("class_dropout") == 0:
         raise ValueError(
             f"guidance is {config.guidance}; it must be 1, for the model was trained with class_dropout 0, without a "
@@ -358,7 +449,7 @@ def run(config: SampleConfig) -> list[Path]:
     # Before the sampling, so that an encoder that is missing costs no time.
     decode = None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device, config.encoder)
     if train.text.encoder is not None:
-        labels = prompts(config.prompt, config.count)
+        labels = prompts(captions, count)
         encoder = config.text_encoder or train.text.encoder
         y = TextEncoder(**dataclasses.asdict(train.text) | {"encoder": encoder}, device=device)(labels)
     elif config.prompt or config.text_encoder:
@@ -374,7 +465,7 @@ def run(config: SampleConfig) -> list[Path]:
         clips = sample_clips(
             model,
             train.objective,
-            config.count,
+            count,
             y,
             solver=config.solver,
             steps=50 if config.steps is None and config.solver != "dopri5" else config.steps,
@@ -387,9 +478,12 @@ def run(config: SampleConfig) -> list[Path]:
             progress=True,
             cuda_graphs=config.cuda_graphs,
             decode=decode,
+            encode=None if decode is None else decode.encode,
+            continuations=config.continuations,
+            past=None if past is None else torch.from_numpy(past[:count]),
         )
     paths = write(folder, clips.numpy(), labels, config.fps)
-    print(f"{config.count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
+    print(f"{count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
     if isinstance(labels, list):
         print("prompts:", ", ".join(map(repr, labels)))
     elif labels is not None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -355,39 +354,6 @@ def sample(
         return x if past is None else torch.cat((past.to(x.dtype), x[:, :, past.shape[2] :]), dim=2)
     finally:
         model.train(was_training)
-
-
-def continue_video(
-    model: nn.Module,
-    objective: Objective,
-    clip: Tensor,
-    noises: Sequence[Tensor],
-    y: Tensor | Text | None,
-    *,
-    past_of: Callable[[Tensor], Tensor] = lambda clip: clip[:, :, -2:],
-    **options: Any,
-) -> list[Tensor]:
-    """Clips that go on from ``clip``, each from the end of the one before it.
-
-    Args:
-        model: trained with past frames.
-        clip: ``[B, C, T, H, W]``.
-        noises: for each clip to make, of clip's shape.
-        past_of: the first frames ``[B, C, k, H, W]`` of what follows a clip; by default its last two. With a causal
-            tokenizer, whose first latent frame is one frame and whose others are several, decode the clip and encode
-            its last frames: W.A.L.T encodes the last 5 as 2.
-        options: as for :func:`sample`.
-
-    Returns:
-        a clip for each noise; its first k frames are ``past_of`` the one before.
-
-    Raises:
-        ValueError: as for :func:`sample`.
-    """
-    clips = [clip]
-    for noise in noises:
-        clips.append(sample(model, objective, noise, y, past=past_of(clips[-1]), **options))
-    return clips[1:]
 
 
 @torch.no_grad()

@@ -161,6 +161,11 @@ class WALTConfig(WALTSettings):
         t, h, w = (n // p for n, p in zip(self.input_size, self.patch, strict=True))
         return t, h, w
 
+    @property
+    def known_frames(self) -> int:
+        """The most first frames of a clip that training tells; 0 without ``past``."""
+        return min(PAST_FRAMES, self.input_size[0] - 1) if self.past else 0
+
     def window(self, layer: int) -> Grid:
         """The window of a layer, no longer than the grid on any axis: within a frame in even layers."""
         sizes = self.spatiotemporal_window if layer % 2 else (1, *self.spatial_window)
@@ -572,7 +577,7 @@ class WALT(nn.Module):
         config, batch = self.config, len(x)
         given: dict[str, Tensor] = {}
         if config.past:
-            k = min(PAST_FRAMES, x.shape[2] - 1)
+            k = config.known_frames
             told = torch.rand(batch, generator=generator, device=x.device) < config.past
             count = torch.randint(1, k + 1, (batch,), generator=generator, device=x.device)
             given |= {"past": x[:, :, :k], "past_frames": count * told}

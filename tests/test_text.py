@@ -317,6 +317,20 @@ def test_captions_from_a_csv_to_training_resume_and_prompts(tmp_path, folder, ca
 
 
 @needs_transformers
+def test_a_video_goes_on_with_the_captions_of_its_file(tmp_path, folder, capsys):
+    model = {"name": "walt", "width": 16, "depth": 2, "heads": 2, "patch": [1, 8, 8], "past": 0.5}
+    changes = {"run": str(tmp_path / "run"), "data": {"frames": 3}, "model": model, "objective": "ddpm", "steps": 1}
+    train(merge(TINY, changes | {"text": {"encoder": save_encoder(folder, "t5")}}))
+    sampling = SampleConfig(tmp_path / "run", tmp_path / "a", count=2, prompt=("two", "a nine"), steps=1)
+    film = run_sample(sampling)[3]
+    again = dataclasses.replace(sampling, out=tmp_path / "b", count=None, prompt=(), past=film, continuations=2)
+    arrays = np.load(run_sample(again)[3])
+    assert arrays["labels"].tolist() == ["two", "a nine"] and arrays["clips"].shape == (2, 5, 16, 16, 1)
+    other = np.load(run_sample(dataclasses.replace(again, out=tmp_path / "c", prompt=("six",)))[3])
+    assert other["labels"].tolist() == ["six", "six"]
+
+
+@needs_transformers
 def test_a_batch_has_the_captions_of_its_clips(tmp_path, folder, monkeypatch):
     """Class names are the captions of data without captions."""
     seen = []

@@ -25,7 +25,7 @@ from models.dit import SIZES, TimestepEmbedder
 from models.flow import FlowMatching
 from models.logsnr import LogSNR
 from models.registry import SYSTEMS, build, config_from
-from models.samplers import continue_video, sample
+from models.samplers import sample
 from models.text import Text
 from models.train import Trainer, train
 from models.walt import WALT, WALTConfig, WALTSettings, augment, relative_places, resize
@@ -573,20 +573,6 @@ def test_the_sampler_is_told_past_frames_and_guides_by_them():
     low, low_t = random(2, 3, 5, 1, 1, seed=2), torch.tensor([5, 6])
     sample(model, DDPM(), noise, torch.tensor([0, 2]), solver="ddim", steps=1, low=low, low_t=low_t, guidance=3.0)
     assert model.calls[0][3]["low_t"].tolist() == [5, 6, 5, 6] and model.calls[0][3]["low"].shape[0] == 4
-
-
-def test_long_videos():
-    model, clip = Remembers(replace(CLASSES, self_conditioning=0.0)), random(2, 3, 5, 2, 2, seed=0)
-    noises, y = [random(2, 3, 5, 2, 2, seed=seed) for seed in (1, 2)], torch.tensor([0, 2])
-    options = {"solver": "ddim", "steps": 2}
-    clips = continue_video(model, DDPM(), clip, noises, y, **options)
-    before = clip
-    for made, noise in zip(clips, noises, strict=True):
-        assert torch.equal(made, sample(model, DDPM(), noise, y, past=before[:, :, -2:], **options))
-        assert torch.equal(made[:, :, :2], before[:, :, -2:])
-        before = made
-    (made,) = continue_video(model, DDPM(), clip, noises[:1], y, past_of=lambda clip: -clip[:, :, :1], **options)
-    assert torch.equal(made[:, :, :1], -clip[:, :, :1])
 
 
 def test_resize_to_the_same_size_is_the_identity():
