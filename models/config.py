@@ -47,9 +47,12 @@ class DataConfig:
     """Number of evenly spaced places in a file at which a clip may start; 0 for all of them."""
     cache_megabytes: int = 2048
     """Memory for decoded frames."""
+    images: int = 0
+    """Independent images after the frames of each clip, frames of clips drawn at random, for a model that trains on
+    both, 'walt'."""
 
     def open(self) -> Source:
-        """The clips; buckets are up to the trainer.
+        """The clips; buckets and images are up to the trainer.
 
         Raises:
             ValueError: as :func:`models.data.open_source`.
@@ -152,6 +155,7 @@ class TrainConfig:
             ("data.stride", 1),
             ("data.positions", 0),
             ("data.cache_megabytes", 0),
+            ("data.images", 0),
             ("text.max_length", 1),
             ("text.cache", 0),
             ("optimizer.warmup", 0),
@@ -185,6 +189,12 @@ class TrainConfig:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; it is for data.buckets only, use batch_size")
         if not buckets and self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
+        if self.data.images and not isinstance(self.model, WALTSettings):
+            raise ValueError(f"data.images is {self.data.images}; with model {self.model.name!r} it must be 0")
+        if self.data.images and self.text.encoder is not None and self.model.cross_attention != "spatial":
+            raise ValueError(
+                f"data.images is {self.data.images}; with text.encoder it needs model.cross_attention 'spatial'"
+            )
         if self.preview.guidance != 1 and getattr(self.model, "class_dropout", 1) == 0:
             raise ValueError(
                 f"preview.guidance is {self.preview.guidance}; with model.class_dropout 0 it must be 1, for the null "

@@ -52,7 +52,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int | tuple[int, ...]]:
         """``[C, T, H, W]``, uint8 or float32, and its class or caption (0 without); of ``index`` and ``rng`` only."""
         ...
 
@@ -420,6 +420,37 @@ class MovingDigits:
         return parts
 
 
+class WithImages:
+    """Clips of a source followed by ``images`` frames of other clips, for training on both (W.A.L.T, ``walt.py``).
+
+    Each image is a frame drawn from a clip drawn from all, of which the whole is read. Of latents it is the first: only
+    that one a causal tokenizer makes of a single frame, as it makes an image's. The label is ``(clip's, *images')``.
+    """
+
+    def __init__(self, source: Source, images: int) -> None:
+        if images < 1:
+            raise ValueError(f"images is {images}; it must be positive")
+        self.source, self.images, self.classes = source, images, source.classes
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        channels, frames, height, width = self.source.shape
+        return channels, frames + self.images, height, width
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:
+        clip, label = self.source.clip(index, rng)
+        parts, labels = [clip], [label]
+        for _ in range(self.images):
+            other, label = self.source.clip(int(rng.integers(len(self))), rng)
+            frame = rng.integers(other.shape[1]) if other.dtype == np.uint8 else 0
+            parts.append(other[:, frame : frame + 1])
+            labels.append(label)
+        return np.concatenate(parts, axis=1), tuple(labels)
+
+
 def open_source(
     source: str,
     *,
@@ -500,6 +531,8 @@ class Prefetching(ABC):
 
 class Batches(Prefetching):
     """``batch(step)``: float ``[B, C, T, H, W]`` and class ids ``[B]``, a pure function of ``(seed, step)``.
+
+    With images (:class:`WithImages`) the class ids are ``[B, 1 + images]``.
 
     uint8 clips are brought to [-1, 1], float clips are left as they are. The samples of consecutive steps run through
     the source in a new random order every epoch; what is random in item ``index`` of epoch ``epoch`` comes from

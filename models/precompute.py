@@ -77,12 +77,14 @@ class PrecomputeConfig:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
         if self.data.buckets:
             raise ValueError(f"data.buckets is {self.data.buckets}; a folder of latents has one size, data.size")
+        if self.data.images:
+            raise ValueError(f"data.images is {self.data.images}; training draws them, so it must be 0 here")
 
 
 def made_from(config: PrecomputeConfig, source: Source, encoder: dict[str, Any]) -> dict[str, Any]:
     """All that the latents depend on, as JSON returns it."""
     data = as_plain(config.data)
-    for name in ("buckets", "cache_megabytes"):
+    for name in ("buckets", "cache_megabytes", "images"):
         del data[name]
     files = hashlib.sha256()
     for item in getattr(source, "items", ()):

@@ -37,7 +37,7 @@ from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
 from .checkpoint import Checkpoint
 from .config import TrainConfig, as_plain, choose, from_dict, load, preset, start_parser
-from .data import Batches, BucketBatches, Prefetching, Source, to_bytes
+from .data import Batches, BucketBatches, Prefetching, Source, WithImages, to_bytes
 from .latents import Decoder
 from .registry import OBJECTIVES, build, config_from, configure
 from .sample import (
@@ -197,7 +197,8 @@ class Trainer:
         """Batches of one size, or, with buckets, of as many samples of a bucket's size as ``batch_tokens`` allows."""
         config = self.config
         if not config.data.buckets:
-            return Batches(self.source, config.batch_size, config.seed)
+            source = WithImages(self.source, config.data.images) if config.data.images else self.source
+            return Batches(source, config.batch_size, config.seed)
         if not hasattr(self.model, "any_size"):
             raise ValueError(f"data.buckets needs a model for inputs of any size; {config.model.name!r} has one size")
         if not hasattr(self.source, "split"):
@@ -281,7 +282,8 @@ class Trainer:
             x = x.squeeze(2)
         labels: Tensor | Text | None = y if self.classes else None
         if self.text is not None:
-            labels = self.text([self.captions[i] for i in y])
+            labels = self.text([self.captions[i] for i in y.flatten()])
+            labels = Text(*(part.unflatten(0, y.shape) for part in labels))
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(x.chunk(config.accumulation)):

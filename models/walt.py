@@ -26,7 +26,7 @@ What the model may be told besides t and y, all on channels next to x_t:
                2106.15282), through a convolution and depth to space. The paper gives neither its kernel (here 3 x 3)
                nor the range of low_t
 
-Joint training on images and video: the last frames of the grid may be independent images, with the first temporal
+Joint training on images and video: frames of x beyond the model's own are independent images, with the first temporal
 position. They take part in layers within a frame; in the others they attend to themselves alone, which passes v on.
 
 Cross-attention is plain PyTorch (scaled_dot_product_attention), not one of our kernels; it has QK-norm, no relative
@@ -87,6 +87,8 @@ class WALTSettings:
     """Frames, rows and columns of tokens in odd layers."""
     lora_rank: int = 2
     """r: by what matrix of rank r the modulation of a layer differs from that of the first."""
+    cross_attention: Literal["all", "spatial"] = "all"
+    """Layers that see the text; with data.images only 'spatial'."""
     class_dropout: float = 0.1
     """Share of labels or captions that training leaves out, so that guidance is possible."""
     self_conditioning: float = 0.9
@@ -105,7 +107,6 @@ class WALTConfig(WALTSettings):
         channels: of the input.
         num_classes: 0 for a model without.
         text_width: E of the captions' states; 0 for a model without text. Not together with classes.
-        cross_attention: layers that see the text: ``"all"``, or ``"spatial"``, as joint training on images asks.
         low_resolution: a 2x super-resolution stage, which is told the clip at half the height and width.
         low_noise: the largest low_t that training draws, below 1000; with low_resolution only.
 
@@ -117,7 +118,6 @@ class WALTConfig(WALTSettings):
     channels: int
     num_classes: int = 0
     text_width: int = 0
-    cross_attention: Literal["all", "spatial"] = "all"
     low_resolution: bool = False
     low_noise: int = 200
 
@@ -194,23 +194,18 @@ class Attention(nn.Module):
         self.bias_table = nn.Parameter(torch.empty(config.heads, math.prod(2 * n - 1 for n in self.window)))
         self.register_buffer("places", relative_places(self.window), persistent=False)
 
-    def forward(self, x: Tensor, images: int) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         # The backward of embedding sums in a fixed order, which that of indexing need not.
         bias = F.embedding(self.places, self.bias_table.t()).permute(2, 0, 1)
-        if self.spatial or images == 0:
-            return self.proj(self._attend(qkv, self.grid, self.window, bias))
-        t, h, w = self.grid
-        video = t - images, h, w
-        window = min(self.window[0], video[0]), *self.window[1:]
-        length, tokens = math.prod(window), math.prod(video)
-        # Fewer frames are the first rows and columns of the bias.
-        out = self._attend(qkv[:, :tokens], video, window, bias[:, :length, :length])
-        return self.proj(torch.cat((out, qkv[:, tokens:, 2].flatten(2)), dim=1))
-
-    def _attend(self, qkv: Tensor, grid: Grid, window: Grid, bias: Tensor) -> Tensor:
         weights = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
-        return window_attention(qkv, grid, window, qk_norm="layer", bias=bias, **weights)
+        _, h, w = self.grid
+        grid = (x.shape[1] // (h * w), h, w) if self.spatial else self.grid
+        tokens = math.prod(grid)
+        out = window_attention(qkv[:, :tokens], grid, self.window, qk_norm="layer", bias=bias, **weights)
+        # Images: what attends to itself alone gets its own v.
+        alone = qkv[:, tokens:, 2].flatten(2)
+        return self.proj(torch.cat((out, alone), dim=1) if alone.shape[1] else out)
 
 
 class CrossAttention(nn.Module):
@@ -226,23 +221,21 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.q_norm, self.k_norm = (nn.LayerNorm(head_dim, eps=1e-6, bias=False) for _ in range(2))
-        tokens = torch.ones(1, math.prod(self.grid), 1, dtype=torch.bool)
-        self.register_buffer("inside", self._to_windows(tokens).squeeze(-1), persistent=False)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """``x [B, N, D]``; text ``[B, S, L, D]`` and its mask ``[B, S, L]``, S = 1, or T' with one text a frame."""
-        batch, width = len(x), x.shape[-1]
+        """``x [B, N, D]``; text ``[B, S, L, D]`` and its mask ``[B, S, L]``, S = 1, or one text a frame."""
+        batch, tokens, width = x.shape
         q, k, v = self._heads(self._to_windows(self.qkv(self.norm(x))), 3)
         windows = k.shape[1]
         rows = self.qkv.weight[width:], self.qkv.bias[width:]
         text_k, text_v = self._heads(F.linear(text, *rows).repeat_interleave(windows // text.shape[1], dim=1), 2)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(torch.cat((k, text_k), dim=2)).to(v.dtype)
         v = torch.cat((v, text_v), dim=2)
-        inside = self.inside.expand(batch, -1, -1)
+        inside = self._to_windows(mask.new_ones(batch, tokens, 1)).squeeze(-1)
         allowed = torch.cat((inside, mask.repeat_interleave(windows // mask.shape[1], dim=1)), dim=2)
         q, k, v = (part.flatten(0, 1).transpose(1, 2) for part in (q, k, v))  # [B windows, heads, L, head_dim]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed.flatten(0, 1)[:, None, None])
-        return self.proj(self._to_tokens(out.transpose(1, 2).flatten(2).unflatten(0, (batch, windows))))
+        return self.proj(self._to_tokens(out.transpose(1, 2).flatten(2).unflatten(0, (batch, windows)), tokens))
 
     def _heads(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
         """``[..., count D]`` as ``count`` times ``[..., heads, head_dim]``."""
@@ -250,19 +243,19 @@ class CrossAttention(nn.Module):
 
     def _to_windows(self, x: Tensor) -> Tensor:
         """``[B, N, D]`` as ``[B, windows, wt wh ww, D]``, padded with zeros."""
-        x = x.unflatten(1, self.grid)
-        padding = [-n % size for n, size in zip(self.grid, self.window, strict=True)]
+        x = x.unflatten(1, (-1, *self.grid[1:]))
+        padding = [-n % size for n, size in zip(x.shape[1:4], self.window, strict=True)]
         x = F.pad(x, (0, 0, 0, padding[2], 0, padding[1], 0, padding[0]))
         for axis in (2, 1, 0):
             x = x.unflatten(1 + axis, (-1, self.window[axis]))
         return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4, 6).flatten(1, 3)
 
-    def _to_tokens(self, x: Tensor) -> Tensor:
+    def _to_tokens(self, x: Tensor, tokens: int) -> Tensor:
         """Back from :meth:`_to_windows`, without the padding."""
-        counts = [-(-n // size) for n, size in zip(self.grid, self.window, strict=True)]
+        _, h, w = self.grid
+        counts = [-1, *(-(-n // size) for n, size in zip((h, w), self.window[1:], strict=True))]
         x = x.unflatten(2, self.window).unflatten(1, counts).permute(0, 1, 4, 2, 5, 3, 6, 7)
-        t, h, w = self.grid
-        return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, :t, :h, :w].flatten(1, 3)
+        return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, :, :h, :w].flatten(1, 3)[:, :tokens]
 
 
 class Block(nn.Module):
@@ -281,7 +274,6 @@ class Block(nn.Module):
         y: Tensor,
         text: Tensor | None,
         mask: Tensor | None,
-        images: int,
         shift_msa: Tensor,
         scale_msa: Tensor,
         gate_msa: Tensor,
@@ -293,7 +285,7 @@ class Block(nn.Module):
         recompute_norms: bool = True,
     ) -> tuple[Tensor, Tensor]:
         with recompute_adaln(y, x, shift_msa, scale_msa) if recompute_norms else nullcontext():
-            branch = self.attn(y, images)
+            branch = self.attn(y)
         if self.cross is None:
             x, y = gate_residual_adaln(x, branch, gate_msa, shift_mlp, scale_mlp)
         else:
@@ -380,12 +372,11 @@ class WALT(nn.Module):
         past_frames: Tensor | None = None,
         low: Tensor | None = None,
         low_t: Tensor | None = None,
-        images: int = 0,
     ) -> Tensor:
         """What the objective asks of a noisy clip: its noise or its velocity.
 
         Args:
-            x: ``[B, C, T, H, W]``.
+            x: ``[B, C, T + images, H, W]``: T frames of video, then any number of independent images.
             t: timesteps in [0, 1000]: ``[B]``, or ``[B, 1 + images]``, of the video and of each image.
             y: classes, int64, of t's possible shapes, ``null_class`` for none; for a model with text
                 ``Text(states [B, L, E], mask [B, L])``, or ``[B, 1 + images, L, E]`` and ``[B, 1 + images, L]``. A mask
@@ -393,9 +384,9 @@ class WALT(nn.Module):
             previous: the last estimate of the data, of x's shape; None is zeros.
             past: clean first frames ``[B, C, k, H, W]``, k = 1 or 2; None is none.
             past_frames: how many of the k each sample is told, int64 ``[B]`` in 0..k; None is all.
-            low: the clip at half the size ``[B, C, T, H/2, W/2]``, with noise of level low_t (:func:`augment`).
+            low: the clip and the images at half the size ``[B, C, T + images, H/2, W/2]``, with noise of level low_t
+                (:func:`augment`).
             low_t: timesteps ``[B]``.
-            images: so many frames at the end are independent images; at least one frame is video.
 
         Returns:
             x's shape.
@@ -405,7 +396,8 @@ class WALT(nn.Module):
             TypeError: y of the wrong kind.
         """
         config = self.config
-        self._check(x, previous, past, past_frames, low, low_t, images)
+        self._check(x, previous, past, past_frames, low, low_t)
+        images = x.shape[2] - config.input_size[0]
         frame = self._frame_of_condition(images, x.device)
         vectors = self._modulations(self._condition(t, y, low_t, len(x), images), frame)
         text, mask = self._text(y, len(x), images, frame) if self.text_embedder is not None else (None, None)
@@ -418,20 +410,21 @@ class WALT(nn.Module):
         if config.past:
             parts.append(self._known(x, past, past_frames))
         # The images' temporal position is the first.
-        time = torch.cat((self.pos_time[: config.grid[0] - images], self.pos_time[:1].expand(images, -1)))
+        time = torch.cat((self.pos_time, self.pos_time[:1].expand(images, -1)))
         pos = (time[:, None, None] + self.pos_space).flatten(0, 2)
         # Under autocast the embedding comes out in half precision; the residual stream keeps the parameters' dtype.
         x = patch_embed(torch.cat(parts, dim=1), self.x_embedder.weight, self.x_embedder.bias, pos).to(pos.dtype)
 
         y = adaln(x, vectors[0][0], vectors[0][1])
         for block, own, (shift, scale, *_) in zip(self.blocks, vectors, vectors[1:], strict=False):
-            arguments = (x, y, text, mask, images, *own, shift, scale)
+            arguments = (x, y, text, mask, *own, shift, scale)
             if self.checkpointing and torch.is_grad_enabled():
                 # A layer draws no random numbers, so there is no generator state to restore.
                 x, y = checkpoint(block, *arguments, False, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, y = block(*arguments)
-        return unpatchify(self.final_layer.linear(y), config.grid, config.patch, self.out_channels)
+        grid = len(time), *config.grid[1:]
+        return unpatchify(self.final_layer.linear(y), grid, config.patch, self.out_channels)
 
     def _condition(self, t: Tensor, y: Tensor | Text | None, low_t: Tensor | None, batch: int, images: int) -> Tensor:
         """c: ``[B, D]``, or ``[B, 1 + images, D]`` if t or y has one for each image."""
@@ -457,7 +450,7 @@ class WALT(nn.Module):
         return sum(conditions[1:], start=conditions[0])
 
     def _modulations(self, c: Tensor, frame: Tensor | None) -> list[tuple[Tensor, ...]]:
-        """Shift, scale, gate, twice, of each layer, then shift and scale of the end: ``[B, D]`` or ``[B, T', D]``."""
+        """Shift, scale, gate, twice, of each layer, then shift and scale of the end: ``[B, D]``, or one a frame."""
         first = self.adaLN_modulation(c)
         low_rank = F.linear(c, self.lora_down.flatten(0, 1)).unflatten(-1, self.lora_down.shape[:2])
         others = first.unsqueeze(-2) + torch.einsum("...lr,lor->...lo", low_rank, self.lora_up)
@@ -467,7 +460,7 @@ class WALT(nn.Module):
         return [row.chunk(row.shape[-1] // self.config.width, dim=-1) for row in rows]
 
     def _text(self, y: Tensor | Text | None, batch: int, images: int, frame: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The captions in the model's width, ``[B, S, L, D]``, and their mask; S is 1, or T' with ``images``."""
+        """The captions in the model's width, ``[B, S, L, D]``, and their mask; S is 1, or all frames with images."""
         if not isinstance(y, Text):
             raise TypeError(f"y is {type(y).__name__}; a model with text needs a Text(states, mask)")
         states, mask = y
@@ -495,7 +488,8 @@ class WALT(nn.Module):
         """For each frame, which of the 1 + images conditions is its own."""
         if not images:
             return None
-        return (torch.arange(self.config.grid[0], device=device) - (self.config.grid[0] - images - 1)).clamp_min(0)
+        frames = self.config.grid[0]
+        return (torch.arange(frames + images, device=device) - (frames - 1)).clamp_min(0)
 
     @staticmethod
     def _known(x: Tensor, past: Tensor | None, past_frames: Tensor | None) -> Tensor:
@@ -517,15 +511,13 @@ class WALT(nn.Module):
         past_frames: Tensor | None,
         low: Tensor | None,
         low_t: Tensor | None,
-        images: int,
     ) -> None:
-        config, batch = self.config, len(x)
+        config, batch, expected = self.config, len(x), tuple(x.shape)
         frames, height, width = config.input_size
-        expected = (batch, config.channels, frames, height, width)
-        if tuple(x.shape) != expected:
-            raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, {', '.join(map(str, expected[1:]))}]")
-        if not 0 <= images < frames:
-            raise ValueError(f"images is {images}; with {frames} frames it must be in 0..{frames - 1}")
+        if x.dim() != 5 or x.shape[2] < frames or (x.shape[1], *x.shape[3:]) != (config.channels, height, width):
+            raise ValueError(
+                f"x has shape {expected}; it must be [B, {config.channels}, {frames} + images, {height}, {width}]"
+            )
         for name, given, wanted in (
             ("previous", previous, config.self_conditioning),
             ("past", past, config.past),
@@ -536,7 +528,7 @@ class WALT(nn.Module):
         if previous is not None and tuple(previous.shape) != expected:
             raise ValueError(f"previous has shape {tuple(previous.shape)}; it must be {list(expected)}")
         if past is not None:
-            most = min(PAST_FRAMES, frames - images)
+            most = config.known_frames
             if past.dim() != 5 or past.shape[:2] + past.shape[3:] != x.shape[:2] + x.shape[3:]:
                 raise ValueError(
                     f"past has shape {tuple(past.shape)}; it must be [{batch}, {config.channels}, k, {height}, {width}]"
@@ -567,7 +559,7 @@ class WALT(nn.Module):
           tell it to the pass without.
 
         Args:
-            x: data ``[B, C, T, H, W]``.
+            x: data ``[B, C, T + images, H, W]``.
             estimate: the data that the model's prediction points at, given what is returned here but ``previous``.
             generator: on x's device; of all that is drawn here.
 

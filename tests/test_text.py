@@ -15,7 +15,8 @@ import torch
 
 from models.checkpoint import load
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TextConfig, TrainConfig, merge
-from models.data import Batches, Item, MovingDigits, find_files, open_source
+from models.data import Batches, Item, MovingDigits, WithImages, find_files, open_source
+from models.diffusion import DDPM
 from models.dit import DiTSettings
 from models.flow import FlowMatching
 from models.registry import configure
@@ -350,6 +351,25 @@ def test_a_batch_has_the_captions_of_its_clips(tmp_path, folder, monkeypatch):
     assert torch.equal(torch.cat([part for part, _ in seen]), x)
     assert torch.equal(torch.cat([part.states for _, part in seen]), expected.states)
     assert torch.equal(torch.cat([part.mask for _, part in seen]), expected.mask)
+
+
+@needs_transformers
+def test_each_image_has_the_caption_of_its_clip(tmp_path, folder, monkeypatch):
+    seen = []
+    original = DDPM.loss
+    monkeypatch.setattr(DDPM, "loss", lambda *arguments: seen.append(arguments[2:4]) or original(*arguments))
+    model = {"name": "walt", "width": 16, "depth": 2, "heads": 2, "patch": [1, 8, 8], "cross_attention": "spatial"}
+    changes = {"run": str(tmp_path), "data": {"images": 2}, "model": model, "objective": "ddpm"}
+    trainer = Trainer(merge(TINY, changes | {"text": {"encoder": save_encoder(folder, "t5")}}))
+    loss, *_ = trainer.train_step()
+    trainer.batches.close()
+    source = WithImages(MovingDigits(frames=2, size=(16, 16)), 2)
+    x, labels = Batches(source, 4, 0, prefetch=0).batch(0)
+    assert loss.isfinite() and torch.equal(torch.cat([part for part, _ in seen]), x)
+    expected = trainer.text([str(int(label)) for label in labels.flatten()])
+    for part in ("states", "mask"):
+        got = torch.cat([getattr(text, part) for _, text in seen])
+        assert got.shape[:2] == (4, 3) and torch.equal(got.flatten(0, 1), getattr(expected, part))
 
 
 @needs_transformers

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,14 +20,17 @@ from torch import nn
 
 import minisora_kernels as mk
 from models.checkpoint import load
-from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig
+from models.config import DataConfig, OptimizerConfig, PreviewConfig, TextConfig, TrainConfig
 from models.diffusion import DDPM
-from models.dit import SIZES, TimestepEmbedder
+from models.dit import SIZES, DiTSettings, TimestepEmbedder
 from models.flow import FlowMatching
 from models.logsnr import LogSNR
+from models.precompute import PrecomputeConfig
+from models.reconstruction import Reconstruction
 from models.registry import SYSTEMS, build, config_from
 from models.samplers import sample
 from models.text import Text
+from models.tokenizer import TokenizerSettings
 from models.train import Trainer, train
 from models.walt import WALT, WALTConfig, WALTSettings, augment, relative_places, resize
 
@@ -48,8 +52,12 @@ CASES = {
     "classes": (CLASSES, 0),
     "images": (CLASSES, 2),
     "short windows": (replace(CLASSES, spatiotemporal_window=(2, 3, 4), lora_rank=3), 1),
+    "images at half the size": (
+        replace(CLASSES, input_size=(3, 8, 6), patch=(1, 2, 1), low_resolution=True),
+        2,
+    ),
     "super-resolution": (replace(CLASSES, input_size=(3, 8, 6), patch=(1, 2, 1), low_resolution=True, past=0.0), 0),
-    "text": (replace(TEXT, cross_attention="all", past=0.5), 0),
+    "text": (replace(TEXT, cross_attention="all", past=0.5, spatiotemporal_window=(2, 3, 3)), 0),
     "text of images": (TEXT, 2),
 }
 ALPHA_BARS = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
@@ -71,7 +79,8 @@ def randomized(config):
 
 def inputs(config, images=0, batch=2, dtype=torch.float64, draw=0):
     """x, t, y and all else that the model takes; with images each has a timestep and a condition of its own."""
-    size, seed = config.input_size, 10 * draw
+    (frames, *space), seed = config.input_size, 10 * draw
+    size = (frames + images, *space)
     x = random(batch, config.channels, *size, seed=seed + 1, dtype=dtype)
     rows = (batch, 1 + images) if images else (batch,)
     generator = torch.Generator().manual_seed(seed + 2)
@@ -82,8 +91,6 @@ def inputs(config, images=0, batch=2, dtype=torch.float64, draw=0):
         mask = torch.rand((*rows, 4), generator=generator) < 0.6
         y = Text(random(*rows, 4, config.text_width, seed=seed + 3, dtype=dtype), mask)
     given = {}
-    if images:
-        given["images"] = images
     if config.self_conditioning:
         given["previous"] = random(*x.shape, seed=seed + 4, dtype=dtype)
     if config.past:
@@ -100,13 +107,13 @@ def norm(x):
     return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, correction=0, keepdim=True) + 1e-6)
 
 
-def literal(model, x, t, y, *, previous=None, past=None, past_frames=None, low=None, low_t=None, images=0):
+def literal(model, x, t, y, *, previous=None, past=None, past_frames=None, low=None, low_t=None):
     """The equations, token by token where the model has windows, frame by frame where it has rows of conditions."""
     config = model.config
     w = dict(model.named_parameters())
-    batch, frames = len(x), config.input_size[0]
-    gt, gh, gw = config.grid
-    first_image = frames - images
+    batch, gt = len(x), x.shape[2]
+    first_image, gh, gw = config.grid
+    images = gt - first_image
     d, heads = config.width, config.heads
 
     parts = [x]
@@ -114,7 +121,7 @@ def literal(model, x, t, y, *, previous=None, past=None, past_frames=None, low=N
         parts.append(previous)
     if config.low_resolution:
         channels = []
-        for f in range(frames):
+        for f in range(gt):
             big = F.conv2d(low[:, :, f], w["upsampler.proj.weight"], w["upsampler.proj.bias"], padding=1)
             out = x.new_zeros(batch, config.channels, *config.input_size[1:])
             for c in range(config.channels):
@@ -228,7 +235,8 @@ def run(model, function, x, t, y, given, gradient):
 def test_matches_the_equations_in_float64(name):
     config, images = CASES[name]
     model = randomized(config).double()
-    arguments = (*inputs(config, images), random(2, config.channels, *config.input_size, seed=9))
+    x, *others = inputs(config, images)
+    arguments = (x, *others, random(*x.shape, seed=9))
     expected = run(model, lambda *a, **k: literal(model, *a, **k), *arguments)
     with mk.use_backend("reference"):
         got = run(model, model, *arguments)
@@ -378,22 +386,24 @@ def test_images_see_neither_each_other_nor_the_video():
     x, t, y, given = inputs(model.config, 2, dtype=torch.float32)
     before = model(x, t, y, **given)
     for frame, expected in (
-        (0, [True, True, True, False, False]),
-        (3, [False, False, False, True, False]),
-        (4, [False, False, False, False, True]),
+        (0, [True] * 5 + [False, False]),
+        (5, [False] * 5 + [True, False]),
+        (6, [False] * 5 + [False, True]),
     ):
         other = x.clone()
         other[:, :, frame] += 1
         assert changed_frames(before, model(other, t, y, **given)) == [expected] * 2
-        row = max(frame - 2, 0)
+        row = max(frame - 4, 0)
         for name in ("t", "y"):
             rows = {"t": t.clone(), "y": y.clone()}
             rows[name][:, row] = (rows[name][:, row] + 1) % 5
             assert changed_frames(before, model(x, **rows, **given)) == [expected] * 2, name
     # Equal images with equal conditions have equal outputs, wherever they stand.
-    x[:, :, 4], t[:, 2], y[:, 2] = x[:, :, 3], t[:, 1], y[:, 1]
+    x[:, :, 6], t[:, 2], y[:, 2] = x[:, :, 5], t[:, 1], y[:, 1]
     out = model(x, t, y, **given)
-    torch.testing.assert_close(out[:, :, 3], out[:, :, 4])
+    torch.testing.assert_close(out[:, :, 5], out[:, :, 6])
+    # The video is that of a call without images.
+    torch.testing.assert_close(out[:, :, :5], model(x[:, :, :5], t[:, 0], y[:, 0]))
     # One t and y for all is the same as equal ones.
     t, y = t[:, :1].expand(-1, 3), y[:, :1].expand(-1, 3)
     torch.testing.assert_close(model(x, t, y, **given), model(x, t[:, 0], y[:, 0], **given))
@@ -666,7 +676,9 @@ def tiny(tmp_path, monkeypatch):
     )
 
 
-def test_trains_from_the_command_and_resumes_bit_for_bit(tiny, tmp_path):
+@pytest.mark.parametrize("images", [0, 2])
+def test_trains_from_the_command_and_resumes_bit_for_bit(tiny, tmp_path, images):
+    tiny = replace(tiny, data=replace(tiny.data, images=images))
     whole = load(train(tiny))
     with open(tmp_path / "run/losses.csv", newline="") as file:
         losses = [float(row[1]) for row in list(csv.reader(file))[1:]]
@@ -680,9 +692,81 @@ def test_trains_from_the_command_and_resumes_bit_for_bit(tiny, tmp_path):
     again = [second.train_step()[0].item() for _ in range(2)]
     for trainer in (first, second):
         trainer.batches.close()
-    assert again == losses[2:]
+        # Two steps of four clips, each with 4 x 4 tokens a frame.
+        assert trainer.tokens == 2 * 4 * 16 * (3 + images)
+    assert again == losses[2:] and first.model.config.input_size == (3, 16, 16)
     assert all(torch.equal(weight, whole.model[name]) for name, weight in second.model.state_dict().items())
     assert config_from(whole.config) == second.model.config and isinstance(build(config_from(whole.config)), WALT)
+
+
+def test_joint_training_learns_video_and_images(tiny):
+    """Of either, the error falls well below that of the fresh model, which says nothing; a class is for its frames."""
+    tiny = replace(
+        tiny,
+        data=replace(tiny.data, images=2),
+        model=replace(tiny.model, width=64, class_dropout=0.0),
+        objective=DDPM(prediction="velocity"),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        preview=PreviewConfig(),
+        batch_size=8,
+    )
+    trainer = Trainer(tiny)
+    model = trainer.model.train()
+    x, y = trainer.batches.batch(1000)
+    t, noise = torch.full((8,), 300), torch.randn(x.shape, generator=generator())
+    signal, sigma = ALPHA_BARS[300].sqrt().float(), (1 - ALPHA_BARS[300]).sqrt().float()
+    x_t, target = signal * x + sigma * noise, signal * noise - sigma * x
+
+    def errors():
+        with torch.no_grad():
+            return (model(x_t, t, y) - target).square().mean((0, 1, 3, 4))
+
+    before = errors()
+    torch.testing.assert_close(before, target.square().mean((0, 1, 3, 4)))
+    for _ in range(40):
+        trainer.train_step()
+    trainer.batches.close()
+    assert (errors() < 0.5 * before).all()
+    with torch.no_grad():
+        out = model(x_t, t, y)
+        for row, frames in ((0, [True] * 3 + [False] * 2), (1, [False] * 3 + [True, False]), (2, [False] * 4 + [True])):
+            other = y.clone()
+            other[:, row] = (y[:, row] + 1) % 10
+            assert changed_frames(out, model(x_t, t, other)) == [frames] * 8
+
+
+def test_what_training_tells_beside_images():
+    config = replace(CLASSES, input_size=(3, 8, 6), low_resolution=True, self_conditioning=1.0, past=1.0)
+    model, x = WALT(config), torch.randn(50, 3, 5, 8, 6)
+    shapes = []
+
+    def estimate(**given):
+        shapes.append(given["low"].shape)
+        return x
+
+    given = model.training_conditions(x, estimate, generator())
+    # Only frames of the video are known; images are small frames and estimates as the others.
+    assert torch.equal(given["past"], x[:, :, :2]) and set(given["past_frames"].tolist()) == {1, 2}
+    assert shapes == [(50, 3, 5, 4, 3)] and torch.equal(given["previous"], x)
+    one = replace(config, input_size=(2, 8, 6))
+    assert set(WALT(one).training_conditions(x, estimate, generator())["past_frames"].tolist()) == {1}
+    y = torch.zeros(50, 3, dtype=torch.int64)
+    assert DDPM().loss(model, x, y, generator()).isfinite()
+
+
+def test_models_that_do_not_train_on_images_refuse_them(tiny):
+    images = replace(tiny.data, images=2)
+    for model, objective in ((DiTSettings(), FlowMatching()), (TokenizerSettings(), Reconstruction())):
+        with pytest.raises(ValueError, match=f"data.images is 2; with model '{model.name}' it must be 0"):
+            replace(tiny, data=images, model=model, objective=objective)
+    with pytest.raises(ValueError, match=r"data\.images is -1; it must be at least 0"):
+        replace(tiny, data=replace(tiny.data, images=-1))
+    text = TextConfig(encoder="t5")
+    with pytest.raises(ValueError, match=r"data\.images is 2; with text\.encoder it needs model\.cross_attention 'spa"):
+        replace(tiny, data=images, text=text)
+    replace(tiny, data=images, text=text, model=replace(tiny.model, cross_attention="spatial"))
+    with pytest.raises(ValueError, match=r"data\.images is 2; training draws them, so it must be 0 here"):
+        PrecomputeConfig(Path("out"), "pixels", data=images)
 
 
 def test_only_ddpm_draws_conditions(tiny):
@@ -742,7 +826,10 @@ def test_forward_refuses():
     x, t, y, given = inputs(CLASSES, dtype=torch.float32)
     past = given["past"]
     for arguments, message in (
-        ((x[:, :2], t, y), "x has shape"),
+        ((x[:, :2], t, y), r"x has shape \(2, 2, 5, 9, 7\); it must be \[B, 3, 5 \+ images, 9, 7\]"),
+        ((x[:, :, :4], t, y), "x has shape"),
+        ((x[..., :6], t, y), "x has shape"),
+        ((x[:, :, 0], t, y), "x has shape"),
         ((x, t[:1], y), r"t has shape \(1,\); with images = 0 it may be \[2\]"),
         ((x, t, y[:1]), "y has shape"),
         ((x, t), "y is None; a model with 5 classes"),
@@ -750,11 +837,9 @@ def test_forward_refuses():
         with pytest.raises(ValueError, match=message):
             model(*arguments)
     for given, message in (
-        ({"images": 5}, r"images is 5; with 5 frames it must be in 0\.\.4"),
         ({"previous": x[:1]}, "previous has shape"),
         ({"past": past[..., :2]}, "past has shape"),
         ({"past": torch.cat((past, past), 2)}, r"past has 4 frames; it must have 1\.\.2"),
-        ({"past": past, "images": 4}, r"past has 2 frames; it must have 1\.\.1"),
         ({"past_frames": torch.ones(2)}, r"past_frames has shape \(2,\); it must be \[2\], with past"),
         ({"low": x}, "low was given to a model that was built without it"),
         ({"low_t": t}, "low_t was given to a model"),
@@ -789,7 +874,7 @@ def test_text_refuses():
         with pytest.raises(ValueError, match=message):
             model(x, t, bad)
     with pytest.raises(ValueError, match="images is 1; a model with text needs cross_attention = 'spatial'"):
-        WALT(replace(TEXT, cross_attention="all"))(x, t, y, images=1)
+        WALT(replace(TEXT, cross_attention="all"))(F.pad(x, (0, 0, 0, 0, 0, 1)), t, y)
 
 
 def test_the_first_pass_leaves_no_weight_without_a_gradient():
