@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,13 +26,15 @@ from minisora_kernels import use_backend
 
 from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
+from .cascade import Conditioned
 from .config import from_dict
-from .data import to_bytes
+from .data import to_bytes, to_float
 from .integrators import SolverOptions
 from .latents import Decoder
 from .registry import Objective
 from .samplers import SOLVERS, count_steps, sample
 from .text import Text, TextEncoder, rows
+from .walt import WALT, augment
 
 SMALLEST_SIDE = 128
 FORMATS = ("mp4", "gif", "png", "npz")
@@ -45,12 +48,17 @@ class SampleConfig(SolverOptions):
     """A checkpoint, or a run's folder for its newest whole checkpoint."""
     out: Path | None = None
     """Folder for the files; by default `samples` beside the checkpoint."""
-    count: int = 8
-    """Number of clips."""
+    count: int | None = None
+    """Number of clips; by default 8, or all of `low`."""
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
-    """Names or ids of the classes, dealt to the clips in turn; by default all."""
+    """Names or ids of the classes, dealt to the clips in turn; by default all, or those of `low`."""
     prompt: tuple[str, ...] = ()
-    """Captions, dealt to the clips in turn, for a model that was trained with text; '' is none."""
+    """Captions, dealt to the clips in turn, for a model that was trained with text; '' is none. By default those of
+    `low`."""
+    low: Path | None = None
+    """For a second stage: samples.npz of the first, the small clips that it makes large."""
+    low_noise: int = 0
+    """W.A.L.T: the level of the noise that the small clips get, at most model.low_noise of the training."""
     text_encoder: str | None = None
     """The text encoder of the training, if it is elsewhere now."""
     steps: int | str | None = None
@@ -170,6 +178,8 @@ def sample_clips(
     progress: bool = False,
     cuda_graphs: bool = False,
     decode: Callable[[Tensor], Tensor] | None = None,
+    low: Tensor | None = None,
+    low_noise: int = 0,
 ) -> Tensor:
     """uint8 ``[count, T, H, W, C]`` from the model, ``batch_size`` clips at a time, on the model's device.
 
@@ -177,15 +187,27 @@ def sample_clips(
     The solver is by default the first of the objective. ``decode`` makes pixels ``[B, C, T, H, W]`` of the samples of
     a model of latents.
 
+    A second stage (``config.low_shape``) is told the small clips ``low [count, C, T, h, w]``: stage B of StableCascade
+    in [-1, 1], W.A.L.T as its data is, with noise of level ``low_noise``, also drawn from ``seed``.
+
     Raises:
-        ValueError: an objective without a sampler, that of autoencoders.
+        ValueError: an objective without a sampler, that of autoencoders; ``low`` or ``low_noise`` that does not fit.
     """
     if objective.name not in SOLVERS:
         raise ValueError(f"objective is {objective.name!r}; it may be one of {', '.join(SOLVERS)} to sample from noise")
+    check_low(model, count, low, low_noise)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     shape = (model.config.channels, *model.config.input_size)
     noise = torch.randn((count, *shape), generator=generator, device=device)
+    low_t = None
+    if low is not None:
+        low = low.to(device)
+        if isinstance(model, WALT):
+            low_t = torch.full((count,), low_noise, device=device)
+            low = augment(low, low_t, generator)
+        elif len(shape) == 3:
+            low = low.squeeze(2)
     clips = []
     starts = range(0, count, batch_size)
     calls = 1 if steps is None else count_steps(objective, steps)
@@ -198,8 +220,13 @@ def sample_clips(
 
         for start in starts:
             part = slice(start, start + batch_size)
+            told, given = model, {}
+            if low is not None and low_t is not None:
+                given = {"low": low[part], "low_t": low_t[part]}
+            elif low is not None:
+                told = Conditioned(model, low[part])
             clip = sample(
-                model,
+                told,
                 objective,
                 noise[part],
                 None if y is None else rows(y, part).to(device),
@@ -212,6 +239,7 @@ def sample_clips(
                 generator=generator,
                 progress=counted,
                 cuda_graphs=cuda_graphs,
+                **given,
             )
             if decode is not None:
                 clip = decode(clip if clip.dim() == 5 else clip.unsqueeze(2))
@@ -220,6 +248,24 @@ def sample_clips(
     if result.dim() == 4:
         result = result.unsqueeze(2)
     return result.permute(0, 2, 3, 4, 1).contiguous()
+
+
+def check_low(model: nn.Module, count: int, low: Tensor | None, low_noise: int) -> None:
+    """Raises ValueError unless the model takes such small clips, or none, and noise of that level in them."""
+    wanted = getattr(model.config, "low_shape", None)
+    if wanted is None and low is not None:
+        raise ValueError("low was given, but the model is no second stage, which makes small clips large")
+    if wanted is not None and low is None:
+        raise ValueError("low was not given; the model is a second stage, which needs small clips to make large")
+    if low is not None:
+        shape = tuple(low.shape)
+        fits = len(shape) == 5 and all(w in (None, n) for n, w in zip(shape, (count, *wanted), strict=True))
+        if not fits:
+            sizes = ("any" if n is None else str(n) for n in (count, *wanted))
+            raise ValueError(f"low has shape {shape}; it must be [N, C, T, h, w] = [{', '.join(sizes)}]")
+    most = model.config.low_noise if low is not None and isinstance(model, WALT) else 0
+    if not 0 <= low_noise <= most:
+        raise ValueError(f"low_noise is {low_noise}; with this model it must be in 0..{most}")
 
 
 def enlarge(clips: np.ndarray) -> np.ndarray:
@@ -321,6 +367,21 @@ def write(folder: Path, clips: np.ndarray, labels: Tensor | list[str] | None, fp
     return paths
 
 
+def read_low(path: Path) -> tuple[Tensor, np.ndarray | None]:
+    """The clips of an npz that :func:`write` made, ``[N, C, T, H, W]`` in [-1, 1], and their labels, None without.
+
+    Raises:
+        ValueError: another file.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"low is {str(path)!r}, which is not an npz file; it must be one that models.sample wrote")
+    with np.load(path) as arrays:
+        clips, labels = arrays.get("clips"), arrays.get("labels")
+    if clips is None or clips.ndim != 5 or clips.dtype != np.uint8 or len(clips) == 0:
+        raise ValueError(f"low is {str(path)!r}, which has no uint8 clips [N, T, H, W, C], as models.sample writes")
+    return to_float(torch.from_numpy(clips)).permute(0, 4, 1, 2, 3), labels
+
+
 def output_paths(folder: Path) -> list[Path]:
     return [folder / f"samples.{suffix}" for suffix in FORMATS]
 
@@ -338,15 +399,28 @@ def run(config: SampleConfig) -> list[Path]:
             does not fit the model.
     """
     for name in ("count", "batch_size", "fps"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
     path, checkpoint = open_checkpoint(config.checkpoint)
     train = from_dict(checkpoint.train)
     folder = config.out or path.parent / "samples"
     present = [str(file) for file in output_paths(folder) if file.exists()]
     if present and not config.overwrite:
         raise ValueError(f"{', '.join(present)} exists already; use --overwrite or another --out")
-    labels = y = class_ids(config.classes, checkpoint.classes, config.count)
+    low, of_low = (None, None) if config.low is None else read_low(config.low)
+    count = config.count or (8 if low is None else len(low))
+    if low is not None and count > len(low):
+        raise ValueError(f"count is {count}; low has {len(low)} clips")
+    low = None if low is None else low[:count]
+    if low is not None and checkpoint.classes and not config.classes:
+        known = of_low is not None and of_low.dtype.kind == "i"
+        if not known or not all(0 <= label < len(checkpoint.classes) for label in of_low):
+            raise ValueError(f"low is {str(config.low)!r}, whose labels are not this model's classes; use --class")
+        y = torch.from_numpy(of_low[:count])
+    else:
+        y = class_ids(config.classes, checkpoint.classes, count)
+    labels: Tensor | list[str] | None = y
     if config.guidance != 1 and checkpoint.config.get("class_dropout") == 0:
         raise ValueError(
             f"guidance is {config.guidance}; it must be 1, for the model was trained with class_dropout 0, without a "
@@ -355,10 +429,13 @@ def run(config: SampleConfig) -> list[Path]:
     device = choose_device(config.device)
     if checkpoint.encoder is None and config.encoder is not None:
         raise ValueError(f"encoder is {config.encoder!r}, but {path} makes pixels, not latents")
+    if low is not None and checkpoint.encoder is not None and checkpoint.config["name"] == "walt":
+        raise ValueError(f"low is {str(config.low)!r}, clips of pixels; this model makes small latents large")
     # Before the sampling, so that an encoder that is missing costs no time.
     decode = None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device, config.encoder)
     if train.text.encoder is not None:
-        labels = prompts(config.prompt, config.count)
+        captions = () if of_low is None or of_low.dtype.kind != "U" else tuple(of_low.tolist())
+        labels = prompts(config.prompt or captions, count)
         encoder = config.text_encoder or train.text.encoder
         y = TextEncoder(**dataclasses.asdict(train.text) | {"encoder": encoder}, device=device)(labels)
     elif config.prompt or config.text_encoder:
@@ -374,7 +451,7 @@ def run(config: SampleConfig) -> list[Path]:
         clips = sample_clips(
             model,
             train.objective,
-            config.count,
+            count,
             y,
             solver=config.solver,
             steps=50 if config.steps is None and config.solver != "dopri5" else config.steps,
@@ -387,9 +464,11 @@ def run(config: SampleConfig) -> list[Path]:
             progress=True,
             cuda_graphs=config.cuda_graphs,
             decode=decode,
+            low=low,
+            low_noise=config.low_noise,
         )
     paths = write(folder, clips.numpy(), labels, config.fps)
-    print(f"{config.count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
+    print(f"{count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
     if isinstance(labels, list):
         print("prompts:", ", ".join(map(repr, labels)))
     elif labels is not None:

@@ -253,7 +253,7 @@ def test_a_csv_with_captions(tmp_path):
     assert items[2] == Item(tmp_path / "b.png", 1, "a blue square")
     source = open_source(str(tmp_path / "list.csv"), frames=1, size=(16, 16))
     assert source.captions == ("a red square", "a blue square", "") and source.classes == ()
-    x, numbers = Batches(source, 8, seed=0, prefetch=0).batch(0)
+    x, numbers, _ = Batches(source, 8, seed=0, prefetch=0).batch(0)
     for clip, number in zip(x, numbers, strict=True):
         level = round((clip.mean().item() + 1) * 127.5 / 60)
         assert source.captions[number] == items[level].text
@@ -330,7 +330,7 @@ def test_a_batch_has_the_captions_of_its_clips(tmp_path, folder, monkeypatch):
     trainer = Trainer(config)
     trainer.train_step()
     trainer.batches.close()
-    x, labels = Batches(MovingDigits(frames=2, size=(16, 16)), 4, 0, prefetch=0).batch(0)
+    x, labels, _ = Batches(MovingDigits(frames=2, size=(16, 16)), 4, 0, prefetch=0).batch(0)
     expected = trainer.text([str(int(label)) for label in labels])
     assert trainer.classes == [] and len(seen) == 2
     assert torch.equal(torch.cat([part for part, _ in seen]), x)

@@ -703,7 +703,7 @@ def test_the_preview_shows_originals_over_reconstructions(tmp_path):
     trainer.batches.close()
     tall = 12 * 11  # frames of 12 are shown 11 times as large
     assert sheet.shape == (6 * (tall + 4) - 4, 5 * (tall + 4) - 4, 3)
-    x, _ = Batches(MovingDigits(frames=5, size=(12, 12)), 3, 0, prefetch=0).batch(0)
+    x, _, _ = Batches(MovingDigits(frames=5, size=(12, 12)), 3, 0, prefetch=0).batch(0)
     for i in range(3):
         shown = torch.from_numpy(sheet[2 * i * (tall + 4) :][:tall:11, :tall:11, 0].copy())
         assert torch.equal(shown, ((x[i, 0, 0] + 1) * 127.5).round().to(torch.uint8))
