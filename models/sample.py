@@ -379,6 +379,8 @@ def read_low(path: Path) -> tuple[Tensor, np.ndarray | None]:
         clips, labels = arrays.get("clips"), arrays.get("labels")
     if clips is None or clips.ndim != 5 or clips.dtype != np.uint8 or len(clips) == 0:
         raise ValueError(f"low is {str(path)!r}, which has no uint8 clips [N, T, H, W, C], as models.sample writes")
+    if labels is not None and labels.shape != clips.shape[:1]:
+        raise ValueError(f"low is {str(path)!r}, which has labels of shape {labels.shape} for {len(clips)} clips")
     return to_float(torch.from_numpy(clips)).permute(0, 4, 1, 2, 3), labels
 
 
@@ -414,10 +416,13 @@ def run(config: SampleConfig) -> list[Path]:
         raise ValueError(f"count is {count}; low has {len(low)} clips")
     low = None if low is None else low[:count]
     if low is not None and checkpoint.classes and not config.classes:
-        known = of_low is not None and of_low.dtype.kind == "i"
-        if not known or not all(0 <= label < len(checkpoint.classes) for label in of_low):
-            raise ValueError(f"low is {str(config.low)!r}, whose labels are not this model's classes; use --class")
-        y = torch.from_numpy(of_low[:count])
+        if (
+            of_low is None
+            or of_low.dtype.kind != "i"
+            or not 0 <= of_low.min() <= of_low.max() < len(checkpoint.classes)
+        ):
+            raise ValueError(f"low is {str(config.low)!r}, which has no labels of this model's classes; use --class")
+        y = torch.from_numpy(of_low[:count]).long()
     else:
         y = class_ids(config.classes, checkpoint.classes, count)
     labels: Tensor | list[str] | None = y

@@ -13,6 +13,7 @@ from models.data import (
     Batches,
     Item,
     MovingDigits,
+    Reduced,
     VideoClips,
     find_files,
     open_source,
@@ -239,6 +240,29 @@ def test_moving_digits_move_bounce_and_keep_their_image():
     assert np.abs(steps).max() <= 2
     for axis in range(2):
         assert steps[:, axis].min() < 0 < steps[:, axis].max()
+
+
+def test_reduced_clips_are_the_rounded_means_of_their_pixels(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        image = np.random.default_rng(len(name)).integers(0, 256, (12, 18, 3), dtype=np.uint8)
+        write_png(tmp_path / name / "image.png", image)
+    for source in ("digits", str(tmp_path)):
+        whole = open_source(source, frames=2, size=(12, 18))
+        reduced = open_source(source, frames=2, size=(12, 18), reduce=3)
+        assert isinstance(reduced, Reduced) and reduced.shape == (*whole.shape[:2], 4, 6)
+        assert reduced.classes == whole.classes and len(reduced) == len(whole)
+        assert [item.path.name for item in reduced.items] == ["image.png"] * (2 * (source != "digits"))
+        clip, label = whole.clip(1, np.random.default_rng(5))
+        small, same = reduced.clip(1, np.random.default_rng(5))
+        sums = sum(clip[..., i::3, j::3].astype(int) for i in range(3) for j in range(3))
+        # A ninth is never a half.
+        assert small.dtype == np.uint8 and (small == (sums * 2 + 9) // 18).all() and same == label and small.std() > 9
+    x, _, low = Batches(reduced, 2, seed=0, prefetch=0).batch(0)
+    assert x.shape == (2, 3, 2, 4, 6) and low is None
+    for factor in (0, 5):
+        with pytest.raises(ValueError, match=rf"data.reduce is {factor}; it must be positive and divide data.size"):
+            open_source("digits", frames=2, size=(12, 18), reduce=factor)
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
