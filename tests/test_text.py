@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from models import precompute
+from models.cascade import CascadeSettings
 from models.checkpoint import load
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TextConfig, TrainConfig, merge
 from models.data import Batches, Item, MovingDigits, find_files, open_source
 from models.dit import DiTSettings
 from models.flow import FlowMatching
+from models.logsnr import LogSNR
 from models.registry import configure
 from models.sample import SampleConfig, write_png
 from models.sample import run as run_sample
@@ -336,6 +339,32 @@ def test_a_batch_has_the_captions_of_its_clips(tmp_path, folder, monkeypatch):
     assert torch.equal(torch.cat([part for part, _ in seen]), x)
     assert torch.equal(torch.cat([part.states for _, part in seen]), expected.states)
     assert torch.equal(torch.cat([part.mask for _, part in seen]), expected.mask)
+
+
+@needs_transformers
+def test_a_second_stage_takes_the_captions_of_the_first(tmp_path, folder):
+    data = DataConfig(frames=2, size=(12, 12))
+    precompute.run(precompute.PrecomputeConfig(tmp_path / "z", "pixels", data, low=2))
+    config = TrainConfig(
+        run=str(tmp_path / "run"),
+        data=DataConfig(str(tmp_path / "z")),
+        model=CascadeSettings(widths=(16, 16), heads=(2, 2), condition_width=8, latent_channels=1),
+        text=TextConfig(save_encoder(folder, "t5")),
+        objective=LogSNR(),
+        preview=PreviewConfig(count=2, steps=1, guidance=2.0),
+        steps=1,
+        batch_size=2,
+    )
+    train(config)
+    clips = np.zeros((2, 2, 6, 6, 1), np.uint8)
+    np.savez(tmp_path / "low.npz", clips=clips, labels=["a three", "a five"])
+    sampling = SampleConfig(tmp_path / "run", tmp_path / "out", low=tmp_path / "low.npz", steps=1, guidance=2.0)
+    assert np.load(run_sample(sampling)[3])["labels"].tolist() == ["a three", "a five"]
+    asked = dataclasses.replace(sampling, prompt=("a two",), overwrite=True)
+    assert np.load(run_sample(asked)[3])["labels"].tolist() == ["a two", "a two"]
+    np.savez(tmp_path / "low.npz", clips=clips, labels=[3, 5])
+    with pytest.raises(ValueError, match="prompt must have a caption"):
+        run_sample(dataclasses.replace(sampling, overwrite=True))
 
 
 @needs_transformers

@@ -697,6 +697,11 @@ def test_the_program_says_how_to_go_on(tmp_path, capsys):
     assert f"measure with: python -m models.measure {tmp_path / 'run'}" in capsys.readouterr().out
 
 
+def test_reduced_digits_are_judged_by_reduced_digits():
+    trained, judged = measure._sources(DataConfig(frames=2, size=(12, 18), reduce=3))
+    assert trained.shape == judged.shape == (1, 2, 4, 6) and (len(trained), len(judged)) == (1438, 359)
+
+
 def test_the_preview_shows_originals_over_reconstructions(tmp_path):
     trainer = Trainer(TINY)
     sheet = trainer.preview()
