@@ -147,7 +147,7 @@ class CascadeSettings:
     class_dropout: float = 0.1
     """Share of labels or captions that training replaces by the null class or an empty caption, for guidance."""
     latent_channels: int = 0
-    """Channels of stage C's latents that stage B gets (by :class:`Conditioned`; the trainer gives none); 0 for none."""
+    """Channels of what stage C makes and stage B is told, in training `--low` of models.precompute; 0 for none."""
     latent_dropout: float = 0.1
     """Share of samples whose latents training replaces by 0, which is what stands for none."""
     pixel_channels: int = 0
@@ -231,6 +231,11 @@ class CascadeConfig(CascadeSettings):
         """Tokens per axis ``(T, H', W')`` of the first level; T is 1 for images."""
         t, h, w = (1,) * (3 - len(self.patch)) + tuple(n // p for n, p in zip(self.input_size, self.patch, strict=True))
         return t, h, w
+
+    @property
+    def low_shape(self) -> tuple[int | None, ...] | None:
+        """``(C, T, None, None)`` of the latents, of any height and width; None for a model without."""
+        return (self.latent_channels, self.grid[0], None, None) if self.latent_channels else None
 
     @property
     def grids(self) -> list[Grid]:
@@ -642,6 +647,7 @@ class Conditioned(nn.Module):
         super().__init__()
         self.model, self.latents, self.pixels = model, latents, pixels
         self.config, self.out_channels, self.null_class = model.config, model.out_channels, model.null_class
+        self.training = model.training
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | Text | None = None) -> Tensor:
         latents, pixels = (

@@ -36,6 +36,8 @@ class DataConfig:
     """Frames of a clip; 1 for images."""
     size: tuple[int, int] = (16, 16)
     """Height and width in pixels."""
+    reduce: int = 1
+    """Frames are made smaller by so much after they are cut to `size`: the mean of so many by so many pixels."""
     buckets: tuple[tuple[int, int, int], ...] = ()
     """Several sizes in one run, each frames, height and width: a batch is of one of them, a file of the one that wastes
     least of it. `frames` and `size` are then what previews and samples have, and `batch_tokens` sets the batches."""
@@ -61,6 +63,7 @@ class DataConfig:
             self.source,
             frames=self.frames,
             size=self.size,
+            reduce=self.reduce,
             stride=self.stride,
             crop=self.crop,
             positions=self.positions,
@@ -152,6 +155,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for path, least in (
             ("data.frames", 1),
+            ("data.reduce", 1),
             ("data.stride", 1),
             ("data.positions", 0),
             ("data.cache_megabytes", 0),
@@ -183,6 +187,8 @@ class TrainConfig:
         buckets = self.data.buckets
         if any(min(bucket) < 1 for bucket in buckets) or len(set(buckets)) < len(buckets):
             raise ValueError(f"data.buckets is {buckets}; it must be different sizes (frames, height, width), positive")
+        if buckets and self.data.reduce > 1:
+            raise ValueError(f"data.reduce is {self.data.reduce}; with data.buckets it must be 1")
         if buckets and self.batch_tokens < 1:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; with data.buckets it must be at least 1")
         if not buckets and self.batch_tokens:
@@ -211,7 +217,7 @@ class TrainConfig:
             self.objective.check(self.model.discriminator > 0)
         if getattr(self.model, "learn_sigma", False) and getattr(self.objective, "zero_snr", False):
             raise ValueError("model.learn_sigma is True; with objective.zero_snr it must be False")
-        for name in ("self_conditioning", "past"):
+        for name in ("self_conditioning", "past", "low_resolution"):
             if getattr(self.model, name, 0) and self.objective.name != "ddpm":
                 raise ValueError(f"model.{name} needs objective 'ddpm'; it is {self.objective.name!r}")
 
@@ -401,7 +407,7 @@ def choose(config: TrainConfig, system: str | None, objective: str | None) -> Tr
             raise ValueError(f"model is {system!r}; it may be 'list' or one of {', '.join(SYSTEMS)}")
         settings, published = SYSTEMS[system]
         if objective not in (None, published.name):
-            taught = {"learn_sigma": False, "self_conditioning": 0.0, "past": 0.0}
+            taught = {"learn_sigma": False, "self_conditioning": 0.0, "past": 0.0, "low_resolution": False}
             settings = dataclasses.replace(settings, **{k: v for k, v in taught.items() if hasattr(settings, k)})
             published = OBJECTIVES[objective]()
         return dataclasses.replace(config, model=settings, objective=published)

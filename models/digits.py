@@ -77,7 +77,7 @@ def train_classifier(size: tuple[int, int], steps: int = 600, batch_size: int = 
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     batches = Batches(MovingDigits(frames=1, size=size), batch_size, seed)
     for step in progress_bar(iterable=range(steps), desc="classifier"):
-        x, y = batches.batch(step)
+        x, y, _ = batches.batch(step)
         F.cross_entropy(classifier(x[:, :, 0]), y).backward()
         optimizer.step()
         optimizer.zero_grad()

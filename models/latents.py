@@ -3,10 +3,11 @@
 Latent diffusion (Rombach et al. 2021, arXiv 2112.10752) trains on z = E(clip) and samples clip = D(z). E is frozen and
 costs more than a small model's step, so ``models.precompute`` runs it once. The folder that it writes:
 
-    shard_00000.safetensors ...    latents [N, C, T, H, W] fp16, bf16 or fp32; labels [N] int64;
-    index.json                     format, encoder (kind, path, sha256), what it was made from, shape, classes or
-                                   captions (labels are their numbers), mean and std of each channel, and of each
-                                   shard: name, clips, bytes, sha256
+    shard_00000.safetensors ...    latents [N, C, T, H, W] fp16, bf16 or fp32; labels [N] int64; on demand low, the
+                                   clips themselves in [-1, 1], smaller in height and width by a factor
+    index.json                     format, encoder (kind, path, sha256), what it was made from, shape, factor and shape
+                                   of low, classes or captions (labels are their numbers), mean and std of each
+                                   channel, and of each shard: name, clips, bytes, sha256
 
 The index is written last; until then ``index.partial.json`` says which shards are whole. With ``normalize`` the source
 gives (z - mean) / std, and the decoder undoes it (W.A.L.T, Gupta et al. 2023, arXiv 2312.06662, needs it).
@@ -239,7 +240,9 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def write_shard(folder: Path, number: int, latents: Tensor, labels: Tensor) -> dict[str, Any]:
+def write_shard(
+    folder: Path, number: int, latents: Tensor, labels: Tensor, low: Tensor | None = None
+) -> dict[str, Any]:
     """Write a shard and return its entry in the index.
 
     Args:
@@ -247,8 +250,11 @@ def write_shard(folder: Path, number: int, latents: Tensor, labels: Tensor) -> d
         number: of this one.
         latents: ``[N, C, T, H, W]``, fp16, bf16 or fp32.
         labels: class ids ``[N]``, int64.
+        low: the small clips ``[N, C, T, h, w]``.
     """
     tensors = {"latents": latents, "labels": labels}
+    if low is not None:
+        tensors["low"] = low
     content = _safetensors().torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
     path = folder / f"shard_{number:05d}.safetensors"
     write_whole(path, content)
@@ -300,6 +306,7 @@ class LatentClips:
 
     Attributes:
         classes, captions: names of the classes, or the captions.
+        low_shape: of the small clips, None for a folder without.
         encoder: what :class:`Decoder` needs: kind, path and sha256 of the encoder, and mean and std of each channel
             if they were taken out, else None.
 
@@ -315,10 +322,12 @@ class LatentClips:
         self.index = index = read_index(self.folder)
         default = {item.name: item.default for item in dataclasses.fields(DataConfig)}
         for name, value in (options or {}).items():
-            made = index["made"]["data"][name]
+            # A folder of before an option was there has its default.
+            made = index["made"]["data"].get(name, as_plain(default[name]))
             if value != default[name] and as_plain(value) != made:
                 raise ValueError(f"data.{name} is {value}; the latents in {self.folder} were made with {made}")
         self.classes, self.captions = tuple(index["classes"]), tuple(index["captions"])
+        self.low_shape: Shape | None = tuple(index["low"]["shape"]) if index.get("low") else None
         normalized = index["made"]["normalize"]
         self.encoder = index["encoder"] | {key: index[key] if normalized else None for key in ("mean", "std")}
         self._moments = None
@@ -343,6 +352,11 @@ class LatentClips:
             mean, std = self._moments
             latents = (latents - mean) / std
         return latents.numpy(), int(shard.labels[row])
+
+    def low(self, index: int) -> np.ndarray:
+        """The small clip of ``low_shape``, float32."""
+        shard, row = self._find(index)
+        return shard.file.get_slice("low")[row : row + 1][0].float().numpy()
 
     def _find(self, index: int) -> tuple[_Shard, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import checkpoint as checkpoints
 from .config import DataConfig, from_dict
-from .data import Batches, MovingDigits, Source, to_bytes
+from .data import Batches, MovingDigits, Reduced, Source, to_bytes
 from .reconstruction import Reconstruction, psnr
 from .sample import choose_device, contact_sheet, open_checkpoint, write_png
 from .tokenizer import CausalTokenizer, measure_latents
@@ -50,7 +50,8 @@ def _sources(data: DataConfig) -> tuple[Source, Source]:
     source = data.open()
     if data.source != "digits":
         return source, source
-    return source, MovingDigits(frames=data.frames, size=data.size, stride=data.stride, held_out=True)
+    judged: Source = MovingDigits(frames=data.frames, size=data.size, stride=data.stride, held_out=True)
+    return source, judged if data.reduce == 1 else Reduced(judged, data.reduce)
 
 
 @torch.no_grad()

@@ -28,9 +28,9 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
 def refuse_conditions(model: object, objective: str) -> None:
     """Raises ValueError for a model that is to be told more in training than an objective tells it."""
     config = getattr(model, "config", None)
-    for name in ("self_conditioning", "past"):
-        if getattr(config, name, 0):
-            raise ValueError(f"model.{name} is {getattr(config, name)}; objective {objective!r} needs it to be 0")
+    for name, off in (("self_conditioning", 0), ("past", 0), ("low_resolution", False)):
+        if getattr(config, name, off):
+            raise ValueError(f"model.{name} is {getattr(config, name)}; objective {objective!r} needs it to be {off}")
 
 
 def check_shape(prediction: Tensor, x: Tensor, objective: str) -> None:

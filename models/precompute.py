@@ -3,6 +3,8 @@
     python -m models.precompute --data.source videos --encoder runs/tokenizer --out latents
     python -m models.train --data.source latents --model.patch 1 2 2
 
+With --low N the folder has the clips themselves too, N times smaller: what a second stage makes the latents from.
+
 Clip ``p * n + i`` of the folder is item i of the n of the source, with the random crop and start that it has in epoch p
 of a training with the same seed. The same command goes on with an interrupted run; the files are as if it had not been
 interrupted (on the same machine, with the same number of threads).
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from .allocator import reuse_large_allocations
 from .config import DataConfig, as_plain
-from .data import LATENT_INDEX, LATENT_PROGRESS, Source
+from .data import LATENT_INDEX, LATENT_PROGRESS, Source, shrink, to_float
 from .latents import (
     DTYPES,
     Encoder,
@@ -52,6 +54,8 @@ class PrecomputeConfig:
     """'pixels' (no encoder: the pixels themselves), a checkpoint of an autoencoder or its run's folder, or a folder of
     a diffusers autoencoder."""
     data: DataConfig = field(default_factory=DataConfig)
+    low: int = 0
+    """Keep each clip besides, smaller by so much in height and width, for stage B of StableCascade; 0 for none."""
     passes: int = 1
     """How often the source is gone through; each pass has crops and starts of its own."""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
@@ -73,8 +77,9 @@ class PrecomputeConfig:
         for name in ("passes", "shard_clips", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be at least 0")
+        for name in ("seed", "low"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.data.buckets:
             raise ValueError(f"data.buckets is {self.data.buckets}; a folder of latents has one size, data.size")
         if self.data.images:
@@ -90,7 +95,7 @@ def made_from(config: PrecomputeConfig, source: Source, encoder: dict[str, Any])
     for item in getattr(source, "items", ()):
         size = item.path.stat().st_size if item.path.is_file() else None
         files.update(f"{item.path} {item.label} {item.text} {size}\n".encode())
-    names = ("passes", "precision", "normalize", "shard_clips", "batch_size", "seed")
+    names = ("low", "passes", "precision", "normalize", "shard_clips", "batch_size", "seed")
     return {
         "encoder": {key: encoder[key] for key in ("kind", "sha256")},  # the same one may be found elsewhere
         "data": data,
@@ -127,21 +132,23 @@ def shards_there(folder: Path, made: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def refuse_others(folder: Path, there: dict[str, Any], made: dict[str, Any]) -> None:
+    # A folder of before an option was there has its default.
+    there = {"low": 0, **there, "data": {**as_plain(DataConfig()), **there["data"]}}
     changed = [key for key in made if key != "data" and there.get(key) != made[key]]
-    changed += [f"data.{key}" for key in made["data"] if there["data"].get(key) != made["data"][key]]
+    changed += [f"data.{key}" for key in made["data"] if there["data"][key] != made["data"][key]]
     if changed:
         raise ValueError(f"{folder} holds latents of other options: {', '.join(changed)} differ; choose another --out")
 
 
 def encode_clips(
     source: Source, encoder: Encoder, start: int, stop: int, config: PrecomputeConfig
-) -> tuple[Tensor, Tensor]:
-    """Latents and labels of the clips ``start`` to ``stop``.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Latents and labels of the clips ``start`` to ``stop``, and the clips made smaller by ``config.low``.
 
     Raises:
         ValueError: a latent that is not finite in the precision of the files.
     """
-    latents, labels = [], []
+    latents, labels, low = [], [], []
     for first in range(start, stop, config.batch_size):
         clips = []
         for number in range(first, min(first + config.batch_size, stop)):
@@ -149,13 +156,16 @@ def encode_clips(
             clip, label = source.clip(index, np.random.default_rng((config.seed, epoch, index)))
             clips.append(clip)
             labels.append(label)
-        encoded = encoder.encode(torch.from_numpy(np.stack(clips))).to("cpu", DTYPES[config.precision])
+        stacked = torch.from_numpy(np.stack(clips))
+        encoded = encoder.encode(stacked).to("cpu", DTYPES[config.precision])
         if not encoded.isfinite().all():
             raise ValueError(
                 f"clips {first} to {first + len(clips) - 1} have latents that {config.precision} cannot hold"
             )
         latents.append(encoded)
-    return torch.cat(latents), torch.tensor(labels)
+        if config.low:
+            low.append(shrink(to_float(stacked), config.low).to(encoded.dtype))
+    return torch.cat(latents), torch.tensor(labels), torch.cat(low) if low else None
 
 
 def run(config: PrecomputeConfig) -> Path:
@@ -169,6 +179,12 @@ def run(config: PrecomputeConfig) -> Path:
     source = data.open()
     if isinstance(source, LatentClips):
         raise ValueError(f"data source {data.source!r} holds latents already")
+    low_shape = None
+    if config.low:
+        channels, frames, height, width = source.shape
+        if height % config.low or width % config.low:
+            raise ValueError(f"low is {config.low}; it must divide the clips' height and width {(height, width)}")
+        low_shape = channels, frames, height // config.low, width // config.low
     record = identify(config.encoder)
     made = made_from(config, source, record)
     path = folder / LATENT_INDEX
@@ -190,10 +206,10 @@ def run(config: PrecomputeConfig) -> Path:
             bar.update(sum(entry["count"] for entry in shards))
             for number in range(len(shards), len(starts)):
                 stop = min(starts[number] + config.shard_clips, total)
-                latents, labels = encode_clips(source, encoder, starts[number], stop, config)
+                latents, labels, low = encode_clips(source, encoder, starts[number], stop, config)
                 exact = latents.double()
                 sums = {"sum": exact.sum((0, 2, 3, 4)).tolist(), "squares": exact.square().sum((0, 2, 3, 4)).tolist()}
-                shards.append(write_shard(folder, number, latents, labels) | sums)
+                shards.append(write_shard(folder, number, latents, labels, low) | sums)
                 write_json(folder / LATENT_PROGRESS, {"made": made, "shards": shards})
                 bar.update(len(latents))
     mean, std = moments(shards, total * shape[1] * shape[2] * shape[3])
@@ -206,6 +222,7 @@ def run(config: PrecomputeConfig) -> Path:
             "made": made,
             "pixels": source.shape,
             "shape": shape,
+            "low": low_shape and {"factor": config.low, "shape": low_shape},
             "classes": source.classes,
             "captions": getattr(source, "captions", ()),
             "mean": mean,

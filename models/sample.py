@@ -26,6 +26,7 @@ from minisora_kernels import use_backend
 
 from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
+from .cascade import Conditioned
 from .config import from_dict
 from .data import to_bytes, to_float
 from .integrators import SolverOptions
@@ -33,6 +34,7 @@ from .latents import Decoder
 from .registry import Objective
 from .samplers import SOLVERS, count_steps, sample
 from .text import Text, TextEncoder, rows
+from .walt import WALT, augment
 
 SMALLEST_SIDE = 128
 FORMATS = ("mp4", "gif", "png", "npz")
@@ -47,11 +49,16 @@ class SampleConfig(SolverOptions):
     out: Path | None = None
     """Folder for the files; by default `samples` beside the checkpoint."""
     count: int | None = None
-    """Number of clips; by default 8, or as many as `past` has."""
+    """Number of clips; by default 8, or as many as `low` or `past` has."""
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
-    """Names or ids of the classes, dealt to the clips in turn; by default all."""
+    """Names or ids of the classes, dealt to the clips in turn; by default all, or those of `low` or `past`."""
     prompt: tuple[str, ...] = ()
-    """Captions, dealt to the clips in turn, for a model that was trained with text; '' is none."""
+    """Captions, dealt to the clips in turn, for a model that was trained with text; '' is none. By default those of
+    `low` or `past`."""
+    low: Path | None = None
+    """For a second stage: samples.npz of the first, the small clips that it makes large."""
+    low_noise: int = 0
+    """W.A.L.T: the level of the noise that the small clips get, at most model.low_noise of the training."""
     text_encoder: str | None = None
     """The text encoder of the training, if it is elsewhere now."""
     steps: int | str | None = None
@@ -179,6 +186,8 @@ def sample_clips(
     encode: Callable[[Tensor], Tensor] | None = None,
     continuations: int = 0,
     past: Tensor | None = None,
+    low: Tensor | None = None,
+    low_noise: int = 0,
 ) -> Tensor:
     """uint8 ``[count, T, H, W, C]`` from the model, ``batch_size`` clips at a time, on the model's device.
 
@@ -190,9 +199,12 @@ def sample_clips(
     are encoded anew: W.A.L.T's tokenizer makes its two known latent frames of the last 5 frames. The result has them
     once. ``past`` are clips to go on from, as they are returned here, in the place of sampled ones.
 
+    A second stage (``config.low_shape``) is told the small clips ``low [count, C, T, h, w]``: stage B of StableCascade
+    in [-1, 1], W.A.L.T as its data is, with noise of level ``low_noise``, also drawn from ``seed``.
+
     Raises:
-        ValueError: an objective without a sampler, that of autoencoders; a model that cannot go on, or ``past`` of
-            another size.
+        ValueError: an objective without a sampler, that of autoencoders; a model that cannot go on, ``past`` of another
+            size, or ``low`` or ``low_noise`` that does not fit.
     """
     if objective.name not in SOLVERS:
         raise ValueError(f"objective is {objective.name!r}; it may be one of {', '.join(SOLVERS)} to sample from noise")
@@ -201,6 +213,9 @@ def sample_clips(
         raise ValueError(f"continuations is {continuations}; it must {wanted}")
     if decode is not None and encode is None and continuations:
         raise ValueError(f"encode is None; with decode and {continuations} continuations it must be given")
+    check_low(model, count, low, low_noise)
+    if low is not None and continuations:
+        raise ValueError(f"continuations is {continuations}; with low, which has no more frames, it must be 0")
     decode, encode = decode or (lambda clip: clip), encode or to_float
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -208,6 +223,14 @@ def sample_clips(
     noises = [
         torch.randn((count, *shape), generator=generator, device=device) for _ in range(continuations + (past is None))
     ]
+    low_t = None
+    if low is not None:
+        low = low.to(device)
+        if isinstance(model, WALT):
+            low_t = torch.full((count,), low_noise, device=device)
+            low = augment(low, low_t, generator)
+        elif len(shape) == 3:
+            low = low.squeeze(2)
     overlap = _overlap(model, decode, count, continuations, past) if continuations else 0
     films = []
     starts = range(0, count, batch_size)
@@ -222,10 +245,15 @@ def sample_clips(
         for start in starts:
             part = slice(start, start + batch_size)
             labels = None if y is None else rows(y, part).to(device)
+            told, given = model, {}
+            if low is not None and low_t is not None:
+                given = {"low": low[part], "low_t": low_t[part]}
+            elif low is not None:
+                told = Conditioned(model, low[part])
             film = None if past is None else past[part].to(device).permute(0, 4, 1, 2, 3)
             for noise in noises:
                 clip = sample(
-                    model,
+                    told,
                     objective,
                     noise[part],
                     labels,
@@ -239,6 +267,7 @@ def sample_clips(
                     progress=counted,
                     cuda_graphs=cuda_graphs,
                     past=None if film is None else encode(film[:, :, -overlap:]),
+                    **given,
                 )
                 frames = to_bytes(decode(clip if clip.dim() == 5 else clip.unsqueeze(2)))
                 film = frames if film is None else torch.cat((film, frames[:, :, overlap:]), dim=2)
@@ -271,6 +300,24 @@ def _overlap(
             f"[{count}, {frames} or more, {height}, {width}, {channels}]"
         )
     return frames
+
+
+def check_low(model: nn.Module, count: int, low: Tensor | None, low_noise: int) -> None:
+    """Raises ValueError unless the model takes such small clips, or none, and noise of that level in them."""
+    wanted = getattr(model.config, "low_shape", None)
+    if wanted is None and low is not None:
+        raise ValueError("low was given, but the model is no second stage, which makes small clips large")
+    if wanted is not None and low is None:
+        raise ValueError("low was not given; the model is a second stage, which needs small clips to make large")
+    if low is not None:
+        shape = tuple(low.shape)
+        fits = len(shape) == 5 and all(w in (None, n) for n, w in zip(shape, (count, *wanted), strict=True))
+        if not fits:
+            sizes = ("any" if n is None else str(n) for n in (count, *wanted))
+            raise ValueError(f"low has shape {shape}; it must be [N, C, T, h, w] = [{', '.join(sizes)}]")
+    most = model.config.low_noise if low is not None and isinstance(model, WALT) else 0
+    if not 0 <= low_noise <= most:
+        raise ValueError(f"low_noise is {low_noise}; with this model it must be in 0..{most}")
 
 
 def enlarge(clips: np.ndarray) -> np.ndarray:
@@ -419,13 +466,21 @@ def run(config: SampleConfig) -> list[Path]:
         ValueError: a file that is not a checkpoint or does not match, output that is there already, or an option that
             does not fit the model.
     """
-    past, told = (None, None) if config.past is None else read(config.past)
-    count = (8 if past is None else len(past)) if config.count is None else config.count
+    if config.past is not None and config.low is not None:
+        raise ValueError("past and low were given; a model goes on from clips or makes them large, not both")
+    file = config.past or config.low
+    given, told = (None, None) if file is None else read(file)
+    count = (8 if given is None else len(given)) if config.count is None else config.count
     for name, value in (("count", count), ("batch_size", config.batch_size), ("fps", config.fps)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    if past is not None and count > len(past):
-        raise ValueError(f"count is {count}; {config.past} has {len(past)} clips")
+    if given is not None and count > len(given):
+        raise ValueError(f"count is {count}; {file} has {len(given)} clips")
+    past = low = None
+    if given is not None:
+        clips = torch.from_numpy(given[:count])
+        past = clips if config.low is None else None
+        low = to_float(clips).permute(0, 4, 1, 2, 3) if config.low is not None else None
     path, checkpoint = open_checkpoint(config.checkpoint)
     train = from_dict(checkpoint.train)
     folder = config.out or path.parent / "samples"
@@ -446,6 +501,8 @@ def run(config: SampleConfig) -> list[Path]:
     device = choose_device(config.device)
     if checkpoint.encoder is None and config.encoder is not None:
         raise ValueError(f"encoder is {config.encoder!r}, but {path} makes pixels, not latents")
+    if low is not None and checkpoint.encoder is not None and checkpoint.config["name"] == "walt":
+        raise ValueError(f"low is {str(config.low)!r}, clips of pixels; this model makes small latents large")
     # Before the sampling, so that an encoder that is missing costs no time.
     decode = None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device, config.encoder)
     if train.text.encoder is not None:
@@ -480,7 +537,9 @@ def run(config: SampleConfig) -> list[Path]:
             decode=decode,
             encode=None if decode is None else decode.encode,
             continuations=config.continuations,
-            past=None if past is None else torch.from_numpy(past[:count]),
+            past=past,
+            low=low,
+            low_noise=config.low_noise,
         )
     paths = write(folder, clips.numpy(), labels, config.fps)
     print(f"{count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")

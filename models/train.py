@@ -35,15 +35,15 @@ from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
+from .cascade import Cascade, Conditioned
 from .checkpoint import Checkpoint
 from .config import TrainConfig, as_plain, choose, from_dict, load, preset, start_parser
-from .data import Batches, BucketBatches, Prefetching, Source, WithImages, to_bytes
+from .data import Batch, Batches, BucketBatches, Prefetching, Source, WithImages, shrink, to_bytes
 from .latents import Decoder
 from .registry import OBJECTIVES, build, config_from, configure
 from .sample import (
     choose_backend,
     choose_device,
-    class_ids,
     contact_sheet,
     progress_bar,
     sample_clips,
@@ -171,6 +171,7 @@ class Trainer:
         built_from = configure(config.model, channels, frames, (height, width), len(self.classes), text_width)
         torch.manual_seed(config.seed)
         self.model = build(built_from).to(self.device)
+        self.told_low = self._told_low()
         self.model.checkpointing = config.checkpointing
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -192,6 +193,22 @@ class Trainer:
             self._restore(resume)
         if config.compile:
             self.model.compile()
+
+    def _told_low(self) -> bool:
+        """Whether the model is told the small clips of the data; those that do not fit it are refused."""
+        config = self.model.config
+        if not isinstance(self.model, Cascade) or config.low_shape is None:
+            return False
+        needs, low = f"model.latent_channels is {config.latent_channels}", getattr(self.source, "low_shape", None)
+        data, (channels, frames) = self.config.data.source, config.low_shape[:2]
+        if low is None:
+            raise ValueError(f"{needs}, but {data!r} has no small clips: make latents with models.precompute --low")
+        if low[:2] != (channels, frames):
+            raise ValueError(
+                f"{needs}, but the small clips of {data!r} have {low[0]} channels and {low[1]} frames; it must be "
+                f"{channels} and {frames}"
+            )
+        return True
 
     def _batches(self) -> Prefetching:
         """Batches of one size, or, with buckets, of as many samples of a bucket's size as ``batch_tokens`` allows."""
@@ -275,11 +292,13 @@ class Trainer:
     def train_step(self) -> tuple[Tensor, Tensor, float]:
         """One optimizer step: mean loss of the batch, norm of the gradient before clipping, learning rate."""
         config = self.config
-        x, y = self.batches.batch(self.step)
+        x, y, low = self.batches.batch(self.step)
         self.tokens += len(x) * self._tokens(x.shape[2:])
         x = x.to(self.device, non_blocking=True)
+        low = low.to(self.device, non_blocking=True) if low is not None and self.told_low else None
         if len(self.model.config.input_size) == 2:
             x = x.squeeze(2)
+            low = None if low is None else low.squeeze(2)
         labels: Tensor | Text | None = y if self.classes else None
         if self.text is not None:
             labels = self.text([self.captions[i] for i in y.flatten()])
@@ -288,8 +307,9 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(x.chunk(config.accumulation)):
             part_labels = None if labels is None else labels.chunk(config.accumulation)[i]
+            model = self.model if low is None else Conditioned(self.model, low.chunk(config.accumulation)[i])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = self.objective.loss(self.model, part, part_labels, self.generator, self.memory)
+                loss = self.objective.loss(model, part, part_labels, self.generator, self.memory)
             loss = loss / config.accumulation
             loss.backward()
             total += loss.detach()
@@ -307,17 +327,21 @@ class Trainer:
     def preview(self) -> Any:
         """A contact sheet of the averaged model's samples, uint8 ``[H, W, 3]``; does not disturb the training.
 
-        An objective with a ``preview`` of its own makes it from the first clips of the run.
+        An objective with a ``preview`` of its own makes it from the first clips of the run, and a second stage from
+        those made small.
         """
         preview = self.config.preview
         own = getattr(self.objective, "preview", None)
         if own is not None:
-            x, _ = Batches(self.source, preview.count, self.config.seed, prefetch=0).batch(0)
-            return contact_sheet(to_bytes(own(self.ema, x.to(self.device))).permute(0, 2, 3, 4, 1).cpu().numpy())
-        if self.text is None:
-            y = class_ids((), self.classes, preview.count)
-        else:
-            y = self.text([self.captions[i % len(self.captions)] for i in range(preview.count)])
+            x = self._first().clips.to(self.device)
+            return contact_sheet(to_bytes(own(self.ema, x)).permute(0, 2, 3, 4, 1).cpu().numpy())
+        labels, low = torch.arange(preview.count) % max(len(self.captions), 1), None
+        if getattr(self.model.config, "low_shape", None) is not None:
+            x, labels, low = self._first()
+            low = low if self.told_low else shrink(x, 2)
+        y: Tensor | Text | None = labels if self.classes else None
+        if self.text is not None:
+            y = self.text([self.captions[i] for i in labels])
         clips = sample_clips(
             self.ema,
             self.objective,
@@ -327,8 +351,13 @@ class Trainer:
             guidance=preview.guidance,
             seed=self.config.seed,
             decode=self.decode,
+            low=low,
         )
         return contact_sheet(clips.numpy())
+
+    def _first(self) -> Batch:
+        """As many of the first clips of the run as a preview has."""
+        return Batches(self.source, self.config.preview.count, self.config.seed, prefetch=0).batch(0)
 
 
 class Log:

@@ -95,6 +95,10 @@ class WALTSettings:
     """Share of training samples with an estimate of the data to go by; 0 for a model without. Objective 'ddpm' only."""
     past: float = 0.0
     """Share of training samples with their first frames to go by; 0 for a model without. Objective 'ddpm' only."""
+    low_resolution: bool = False
+    """A 2x super-resolution stage, which is told the clip at half the height and width. Objective 'ddpm' only."""
+    low_noise: int = 200
+    """The highest level of noise that training adds to the small clip, below 1000; with low_resolution only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +111,6 @@ class WALTConfig(WALTSettings):
         channels: of the input.
         num_classes: 0 for a model without.
         text_width: E of the captions' states; 0 for a model without text. Not together with classes.
-        low_resolution: a 2x super-resolution stage, which is told the clip at half the height and width.
-        low_noise: the largest low_t that training draws, below 1000; with low_resolution only.
 
     Raises:
         ValueError: a value that does not fit, by name.
@@ -118,8 +120,6 @@ class WALTConfig(WALTSettings):
     channels: int
     num_classes: int = 0
     text_width: int = 0
-    low_resolution: bool = False
-    low_noise: int = 200
 
     def __post_init__(self) -> None:
         for name, count in (("input_size", 3), ("patch", 3), ("spatial_window", 2), ("spatiotemporal_window", 3)):
@@ -165,6 +165,12 @@ class WALTConfig(WALTSettings):
     def known_frames(self) -> int:
         """The most first frames of a clip that training tells; 0 without ``past``."""
         return min(PAST_FRAMES, self.input_size[0] - 1) if self.past else 0
+
+    @property
+    def low_shape(self) -> tuple[int, ...] | None:
+        """``(C, T, H / 2, W / 2)`` of the small clip; None for a model without."""
+        t, h, w = self.input_size
+        return (self.channels, t, h // 2, w // 2) if self.low_resolution else None
 
     def window(self, layer: int) -> Grid:
         """The window of a layer, no longer than the grid on any axis: within a frame in even layers."""
@@ -538,7 +544,7 @@ class WALT(nn.Module):
         if past_frames is not None and (past is None or tuple(past_frames.shape) != (batch,)):
             raise ValueError(f"past_frames has shape {tuple(past_frames.shape)}; it must be [{batch}], with past")
         if config.low_resolution:
-            small = (*expected[:3], height // 2, width // 2)
+            small = (batch, *config.low_shape)
             if low is None or tuple(low.shape) != small:
                 raise ValueError(f"low {_described(low)}; it must be {list(small)}")
             if low_t is None or tuple(low_t.shape) != (batch,):

@@ -189,7 +189,7 @@ def test_a_step_determines_its_bucket_and_its_clips():
     sizes = (100, 50, 60)
     ahead, plain = BucketBatches(parts_of_digits(), sizes, seed=5), BucketBatches(parts_of_digits(), sizes, 5, 0)
     for step in (0, 1, 2, 700, 3, 3):
-        for one, other in zip(ahead.batch(step), plain.batch(step), strict=True):
+        for one, other in zip(ahead.batch(step)[:2], plain.batch(step)[:2], strict=True):
             assert torch.equal(one, other)
     ahead.close()
     # 480 clips make 5, 10 and 8 batches; the second has 479.

@@ -13,6 +13,7 @@ from models.data import (
     Batches,
     Item,
     MovingDigits,
+    Reduced,
     VideoClips,
     WithImages,
     find_files,
@@ -242,14 +243,38 @@ def test_moving_digits_move_bounce_and_keep_their_image():
         assert steps[:, axis].min() < 0 < steps[:, axis].max()
 
 
+def test_reduced_clips_are_the_rounded_means_of_their_pixels(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        image = np.random.default_rng(len(name)).integers(0, 256, (12, 18, 3), dtype=np.uint8)
+        write_png(tmp_path / name / "image.png", image)
+    for source in ("digits", str(tmp_path)):
+        whole = open_source(source, frames=2, size=(12, 18))
+        reduced = open_source(source, frames=2, size=(12, 18), reduce=3)
+        assert isinstance(reduced, Reduced) and reduced.shape == (*whole.shape[:2], 4, 6)
+        assert reduced.classes == whole.classes and len(reduced) == len(whole)
+        assert [item.path.name for item in reduced.items] == ["image.png"] * (2 * (source != "digits"))
+        clip, label = whole.clip(1, np.random.default_rng(5))
+        small, same = reduced.clip(1, np.random.default_rng(5))
+        sums = sum(clip[..., i::3, j::3].astype(int) for i in range(3) for j in range(3))
+        # A ninth is never a half.
+        assert small.dtype == np.uint8 and (small == (sums * 2 + 9) // 18).all() and same == label and small.std() > 9
+    x, _, low = Batches(reduced, 2, seed=0, prefetch=0).batch(0)
+    assert x.shape == (2, 3, 2, 4, 6) and low is None
+    for factor in (0, 5):
+        with pytest.raises(ValueError, match=rf"data.reduce is {factor}; it must be positive and divide data.size"):
+            open_source("digits", frames=2, size=(12, 18), reduce=factor)
+
+
 def test_a_batch_is_a_function_of_seed_and_step():
     source = MovingDigits(frames=2, size=(16, 16))
     ahead, plain = Batches(source, 3, seed=5), Batches(source, 3, seed=5, prefetch=0)
     for step in (0, 1, 2, 700, 3, 3):
-        for one, other in zip(ahead.batch(step), plain.batch(step), strict=True):
+        for one, other in zip(ahead.batch(step)[:2], plain.batch(step)[:2], strict=True):
             assert torch.equal(one, other)
     ahead.close()
-    x, y = plain.batch(0)
+    x, y, low = plain.batch(0)
+    assert low is None
     assert x.shape == (3, 1, 2, 16, 16) and x.dtype == torch.float32 and y.dtype == torch.int64
     assert not torch.equal(x, plain.batch(1)[0])
     assert not torch.equal(x, Batches(source, 3, seed=6, prefetch=0).batch(0)[0])
@@ -269,9 +294,9 @@ def test_an_epoch_sees_every_item_once_and_the_next_one_differs():
     batches = Batches(Numbers(), 4, seed=0)
     epochs = [[batches.batch(step) for step in range(3 * e, 3 * e + 3)] for e in range(2)]
     batches.close()
-    orders = [torch.cat([y for _, y in epoch]).tolist() for epoch in epochs]
+    orders = [torch.cat([y for _, y, _ in epoch]).tolist() for epoch in epochs]
     draws = [
-        torch.cat([x for x, _ in epoch]).flatten()[np.argsort(order)]
+        torch.cat([x for x, _, _ in epoch]).flatten()[np.argsort(order)]
         for epoch, order in zip(epochs, orders, strict=True)
     ]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(12)) and orders[0] != orders[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -23,12 +24,14 @@ from torch import nn
 pytest.importorskip("safetensors")
 
 from models import checkpoint as checkpoints
-from models import registry, sample
+from models import precompute, registry, sample, samplers
+from models.cascade import Cascade, CascadeSettings
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig, as_plain, merge
-from models.data import MovingDigits, open_source, to_float
+from models.data import Batches, MovingDigits, open_source, to_float
 from models.diffusion import DDPM
 from models.dit import DiTSettings
 from models.latents import Decoder, LatentClips, identify, open_encoder, read_index
+from models.logsnr import LogSNR
 from models.precompute import PrecomputeConfig, main, run
 from models.sample import SampleConfig, write_mp4, write_png
 from models.train import Trainer, train
@@ -140,6 +143,10 @@ def test_the_clips_come_back(tmp_path, precision):
 
 class Killed(BaseException):
     pass
+
+
+def kill(*_):
+    raise Killed
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the rename", "after it"])
@@ -502,3 +509,279 @@ def test_captions_stay_with_their_clips(tmp_path):
         clips.captions[label]: clip.mean() for clip, label in (clips.clip(i, np.random.default_rng(0)) for i in (0, 1))
     }
     assert clips.classes == () and found["dark"] < 0 < found["bright"]
+
+
+STAGE_B = CascadeSettings(
+    widths=(16, 16),
+    heads=(2, 2),
+    levels=("CT", "CTAV"),
+    condition_width=8,
+    latent_channels=1,
+    latent_dropout=0.0,
+    dropout=(0.0, 0.0),
+)
+
+
+def halved(x: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool3d(x, (1, 2, 2))
+
+
+def stage(folder: Path, source: str, **changes) -> TrainConfig:
+    """A training of stage B on the latents ``source``."""
+    config = TrainConfig(run=str(folder), data=DataConfig(source), model=STAGE_B, objective=LogSNR(), steps=2)
+    return merge(config, {"batch_size": 4, "preview": {"count": 2, "steps": 2}} | changes)
+
+
+def untrained(config: TrainConfig) -> Path:
+    """A checkpoint with random weights: those of a fresh stage return zero."""
+    trainer = Trainer(config)
+    for parameter in (*trainer.model.parameters(), *trainer.ema.parameters()):
+        torch.nn.init.normal_(parameter, std=0.2)
+    trainer.batches.close()
+    Path(config.run).mkdir()
+    return checkpoints.save(Path(config.run), trainer.checkpoint(), keep=1)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_small_clips_are_kept_beside_the_latents(tmp_path, monkeypatch, normalize):
+    autoencoder(tmp_path / "encoder", monkeypatch)
+    config = replace(pixels(tmp_path / "z", low=2, normalize=normalize), encoder=str(tmp_path / "encoder"))
+    index = read_index(run(config).parent)
+    assert index["low"] == {"factor": 2, "shape": [1, 2, 6, 8]} and index["made"]["low"] == 2
+    source, latents = MovingDigits(frames=2, size=(12, 16)), LatentClips(tmp_path / "z")
+    assert latents.low_shape == (1, 2, 6, 8)
+    for number in range(22):
+        clip = torch.from_numpy(source.clip(number, np.random.default_rng((0, 0, number)))[0])
+        low = torch.from_numpy(latents.low(number))
+        assert low.dtype == torch.float32
+        torch.testing.assert_close(low.double(), halved(clip.double() / 127.5 - 1), rtol=0, atol=1e-6)
+    assert low.std() > 0.1
+    run(replace(config, out=tmp_path / "half", precision="fp16"))
+    assert torch.equal(torch.from_numpy(LatentClips(tmp_path / "half").low(21)), low.half().float())
+
+
+def test_small_clips_do_not_depend_on_an_interruption(tmp_path, monkeypatch):
+    config = pixels(tmp_path / "z", low=3, data=replace(DIGITS, size=(12, 18)))
+    run(replace(config, out=tmp_path / "whole"))
+    original, died = precompute.write_shard, []
+
+    def write_or_die(folder, number, *tensors):
+        if number == 1 and not died:
+            died.append(number)
+            raise Killed
+        return original(folder, number, *tensors)
+
+    monkeypatch.setattr(precompute, "write_shard", write_or_die)
+    with pytest.raises(Killed):
+        run(config)
+    first = tmp_path / "z/shard_00000.safetensors"
+    before = first.stat().st_mtime_ns
+    run(config)
+    assert first.stat().st_mtime_ns == before
+    assert contents(tmp_path / "z") == contents(tmp_path / "whole")
+    for low in (0, 2):
+        with pytest.raises(ValueError, match="holds latents of other options: low differ"):
+            run(replace(config, low=low))
+    for low, reason in ((5, r"low is 5; it must divide the clips' height and width \(12, 18\)"), (-1, "low is -1; it")):
+        with pytest.raises(ValueError, match=reason):
+            run(replace(config, out=tmp_path / "none", low=low))
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_folder_of_before_there_were_small_clips_is_read_and_continued(tmp_path, monkeypatch, finished):
+    run(pixels(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        if not finished:
+            patch.setattr("models.precompute.moments", kill)
+            with pytest.raises(Killed):
+                run(pixels(tmp_path / "z"))
+        else:
+            run(pixels(tmp_path / "z"))
+    path = tmp_path / "z" / ("index.json" if finished else "index.partial.json")
+    values = json.loads(path.read_text())
+    values.pop("low", None)
+    del values["made"]["low"], values["made"]["data"]["reduce"]
+    path.write_text(json.dumps(values))
+    before = (tmp_path / "z/shard_00001.safetensors").stat().st_mtime_ns
+    for changes, differs in (({"low": 2}, "low"), ({"data": replace(DIGITS, reduce=2)}, "data.reduce")):
+        with pytest.raises(ValueError, match=f"holds latents of other options: {differs} differ"):
+            run(pixels(tmp_path / "z", **changes))
+    run(pixels(tmp_path / "z"))
+    assert (tmp_path / "z/shard_00001.safetensors").stat().st_mtime_ns == before
+    assert finished or contents(tmp_path / "z") == contents(tmp_path / "whole")
+    source = str(tmp_path / "z")
+    assert open_source(source, frames=2, size=(12, 16)).low_shape is None
+    with pytest.raises(ValueError, match=r"data.reduce is 2; the latents in .* were made with 1"):
+        open_source(source, frames=2, size=(12, 16), reduce=2)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_stage_b_is_told_the_small_clip_of_its_sample(tmp_path, monkeypatch, accumulation):
+    run(pixels(tmp_path / "z", low=2))
+    trainer = Trainer(stage(tmp_path / "run", str(tmp_path / "z"), accumulation=accumulation))
+    seen = []
+
+    class Looks:
+        name = "logsnr"
+
+        def loss(self, model, x, y, generator, memory):
+            seen.append((x, y, model.latents))
+            return model(x, torch.full((len(x),), 500.0), y).square().mean()
+
+    trainer.objective = Looks()
+    for _ in range(2):
+        trainer.train_step()
+    trainer.batches.close()
+    assert [len(x) for x, _, _ in seen] == [4 // accumulation] * (2 * accumulation)
+    for x, _, low in seen:
+        torch.testing.assert_close(low, halved(x))
+    weight = next(p for name, p in trainer.model.named_parameters() if name.startswith("latent_mapper.2"))
+    assert weight in trainer.optimizer.state
+
+    first, labels, low = Batches(trainer.source, 2, 0, prefetch=0).batch(0)
+    assert torch.equal(low, seen[0][2][:2]) and torch.equal(first, seen[0][0][:2])
+    trainer.objective, calls = LogSNR(), []
+    forward = Cascade.forward
+
+    def told(self, x, t, y=None, **given):
+        calls.append((y, given["latents"]))
+        return forward(self, x, t, y, **given)
+
+    monkeypatch.setattr(Cascade, "forward", told)
+    assert trainer.preview().dtype == np.uint8 and not trainer.ema.training
+    assert len(calls) == 2 and all(torch.equal(y, labels) and torch.equal(given, low) for y, given in calls)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"accumulation": 2, "precision": "bf16", "checkpointing": True}, {"compile": True}],
+    ids=["plain", "bf16", "compile"],
+)
+def test_stage_b_resumes_bit_for_bit(tmp_path, monkeypatch, changes):
+    # Inductor takes a minute; what it compiles is traced the same way here.
+    monkeypatch.setattr(Cascade, "compile", functools.partialmethod(Cascade.compile, backend="aot_eager"))
+    run(pixels(tmp_path / "z", low=2))
+    config = stage(tmp_path / "run", str(tmp_path / "z"), steps=4, model={"latent_dropout": 0.3}, **changes)
+    whole = checkpoints.load(train(config))
+    first = Trainer(config)
+    for _ in range(2):
+        first.train_step()
+    second = Trainer(config, first.checkpoint())
+    for _ in range(2):
+        second.train_step()
+    for trainer in (first, second):
+        trainer.batches.close()
+    assert all(torch.equal(weight, whole.model[name]) for name, weight in second.model.state_dict().items())
+    assert all(torch.equal(weight, whole.ema[name]) for name, weight in second.ema.state_dict().items())
+
+
+def test_images_and_models_without_a_condition_train_beside_small_clips(tmp_path):
+    run(pixels(tmp_path / "z", low=4, data=replace(DIGITS, frames=1)))
+    source = str(tmp_path / "z")
+    for name, model in (
+        ("image", {"patch": (1, 1), "levels": ("CT", "CTA")}),
+        ("untold", {"latent_channels": 0}),
+        ("dit", as_plain(replace(MODEL, patch=(1, 2, 2)))),
+    ):
+        assert train(stage(tmp_path / name, source, model=model)).exists()
+
+
+def test_small_clips_that_do_not_fit_stage_b_are_refused(tmp_path, monkeypatch):
+    run(pixels(tmp_path / "z", low=2))
+    run(pixels(tmp_path / "without"))
+    for source, channels, reason in (
+        ("z", 3, r"model.latent_channels is 3, but the small clips of .* have 1 channels and 2 frames; it must be 3"),
+        ("without", 1, r"model.latent_channels is 1, but .* has no small clips: make latents with models.precompute"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            Trainer(stage(tmp_path / "run", str(tmp_path / source), model={"latent_channels": channels}))
+    with pytest.raises(ValueError, match=r"model.latent_channels is 1, but 'digits' has no small clips"):
+        train(stage(tmp_path / "run", "digits"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_stage_c_then_b_then_the_decoder(tmp_path, monkeypatch):
+    """Two stages and an autoencoder make clips, by the commands, as the equations do."""
+    autoencoder(tmp_path / "encoder", monkeypatch, weight=1.0)
+    run(replace(pixels(tmp_path / "z", low=2), encoder=str(tmp_path / "encoder")))
+    small = {"data": as_plain(replace(DIGITS, reduce=2)), "model": {"latent_channels": 0}}
+    first = untrained(stage(tmp_path / "c", "digits", **small))
+    second = untrained(stage(tmp_path / "b", str(tmp_path / "z")))
+    assert Trainer(stage(tmp_path / "none", "digits", **small)).source.shape == LatentClips(tmp_path / "z").low_shape
+
+    low = sample.run(SampleConfig(first, count=3, classes=("4", "7", "1"), steps=2))[3]
+    clips = np.load(low)["clips"]
+    assert clips.shape == (3, 2, 6, 8, 1) and clips.std() > 10
+    config = SampleConfig(second, tmp_path / "large", low=low, steps=2, solver="ddim", guidance=2.0)
+    large = np.load(sample.run(config)[3])
+    assert large["clips"].shape == (3, 2, 12, 16, 1) and large["labels"].tolist() == [4, 7, 1]
+
+    model = checkpoints.load(second).build()
+    told = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+    class Doubled(nn.Module):
+        config, null_class = model.config, 10
+
+        def forward(self, x, t, y):
+            assert y.tolist() == [4, 7, 1, 10, 10, 10]
+            return torch.cat((model(x[:3], t[:3], y[:3], latents=told), model(x[3:], t[3:], y[3:])))
+
+    noise = torch.randn(3, 4, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+    z = samplers.sample(Doubled(), LogSNR(), noise, torch.tensor([4, 7, 1]), solver="ddim", steps=2, guidance=2.0)
+    decoded = F.pixel_shuffle(z.transpose(1, 2), 2).transpose(1, 2).clamp(-1, 1)
+    expected = (decoded + 1) * 127.5
+    assert expected.std() > 10 and (expected.permute(0, 2, 3, 4, 1) - torch.from_numpy(large["clips"])).abs().max() < 1
+
+    again = np.load(sample.run(replace(config, out=tmp_path / "one", batch_size=1))[3])["clips"]
+    assert (np.abs(again.astype(int) - large["clips"]) <= 1).all()
+    others = clips.copy()
+    others[1] = 255 - others[1]
+    np.savez(tmp_path / "others.npz", clips=others, labels=[4, 7, 1])
+    changed = np.load(sample.run(replace(config, out=tmp_path / "changed", low=tmp_path / "others.npz"))[3])["clips"]
+    assert [(changed[i] != large["clips"][i]).mean() > 0.05 for i in range(3)] == [False, True, False]
+
+
+def test_small_clips_for_the_sampler_are_checked(tmp_path):
+    run(pixels(tmp_path / "z", low=2))
+    second = untrained(stage(tmp_path / "b", str(tmp_path / "z")))
+    plain = untrained(stage(tmp_path / "c", str(tmp_path / "z"), model={"latent_channels": 0}))
+    generator = np.random.default_rng(0)
+
+    def npz(name, shape=(4, 2, 6, 8, 1), **labels):
+        np.savez(tmp_path / name, clips=generator.integers(0, 256, shape, dtype=np.uint8), **labels)
+        return tmp_path / name
+
+    low = npz("low.npz", labels=np.arange(5, 9))
+    base = SampleConfig(second, tmp_path / "out", low=low, steps=1)
+    (tmp_path / "text.npz").write_text("mine")
+    np.savez(tmp_path / "floats.npz", clips=np.zeros((1, 2, 6, 8, 1)))
+    for changes, reason in (
+        ({"low": None}, "low was not given; the model is a second stage"),
+        ({"checkpoint": plain}, "low was given, but the model is no second stage"),
+        ({"count": 5}, "count is 5; low has 4 clips"),
+        ({"low": tmp_path / "none.npz"}, r"none\.npz', which is not an npz file"),
+        ({"low": tmp_path / "text.npz"}, r"text\.npz', which is not an npz file"),
+        ({"low": tmp_path / "floats.npz"}, r"floats\.npz', which has no uint8 clips \[N, T, H, W, C\]"),
+        ({"low": npz("short.npz", labels=[1])}, r"labels of shape \(1,\) for 4 clips"),
+        ({"low": npz("without.npz")}, "which has no labels of this model's classes; use --class"),
+        ({"low": npz("words.npz", labels=["a"] * 4)}, "which has no labels of this model's classes"),
+        ({"low": npz("ten.npz", labels=[1, 2, 3, 10])}, "which has no labels of this model's classes"),
+        (
+            {"low": npz("long.npz", (4, 3, 6, 8, 1), labels=[0] * 4)},
+            r"low has shape \(4, 1, 3, 6, 8\); it must be \[N, C, T, h, w\] = \[4, 1, 2, any, any\]",
+        ),
+        ({"low": npz("rgb.npz", (4, 2, 6, 8, 3), labels=[0] * 4)}, r"low has shape \(4, 3, 2, 6, 8\)"),
+        ({"low_noise": 1}, r"low_noise is 1; with this model it must be in 0\.\.0"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            sample.run(replace(base, **changes))
+    assert not (tmp_path / "out").exists()
+    for changes, labels in (
+        ({}, [5, 6, 7, 8]),
+        ({"count": 2}, [5, 6]),
+        ({"classes": ("3", "1")}, [3, 1, 3, 1]),
+        ({"low": tmp_path / "without.npz", "classes": ("3",)}, [3, 3, 3, 3]),
+    ):
+        made = np.load(sample.run(replace(base, overwrite=True, **changes))[3])
+        assert made["labels"].tolist() == labels and len(made["clips"]) == len(labels)

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+from models import precompute
+from models.cascade import CascadeSettings
 from models.checkpoint import load
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TextConfig, TrainConfig, merge
 from models.data import Batches, Item, MovingDigits, WithImages, find_files, open_source
 from models.diffusion import DDPM
 from models.dit import DiTSettings
 from models.flow import FlowMatching
+from models.logsnr import LogSNR
 from models.registry import configure
 from models.sample import SampleConfig, write_png
 from models.sample import run as run_sample
@@ -254,7 +257,7 @@ def test_a_csv_with_captions(tmp_path):
     assert items[2] == Item(tmp_path / "b.png", 1, "a blue square")
     source = open_source(str(tmp_path / "list.csv"), frames=1, size=(16, 16))
     assert source.captions == ("a red square", "a blue square", "") and source.classes == ()
-    x, numbers = Batches(source, 8, seed=0, prefetch=0).batch(0)
+    x, numbers, _ = Batches(source, 8, seed=0, prefetch=0).batch(0)
     for clip, number in zip(x, numbers, strict=True):
         level = round((clip.mean().item() + 1) * 127.5 / 60)
         assert source.captions[number] == items[level].text
@@ -345,7 +348,7 @@ def test_a_batch_has_the_captions_of_its_clips(tmp_path, folder, monkeypatch):
     trainer = Trainer(config)
     trainer.train_step()
     trainer.batches.close()
-    x, labels = Batches(MovingDigits(frames=2, size=(16, 16)), 4, 0, prefetch=0).batch(0)
+    x, labels, _ = Batches(MovingDigits(frames=2, size=(16, 16)), 4, 0, prefetch=0).batch(0)
     expected = trainer.text([str(int(label)) for label in labels])
     assert trainer.classes == [] and len(seen) == 2
     assert torch.equal(torch.cat([part for part, _ in seen]), x)
@@ -364,12 +367,38 @@ def test_each_image_has_the_caption_of_its_clip(tmp_path, folder, monkeypatch):
     loss, *_ = trainer.train_step()
     trainer.batches.close()
     source = WithImages(MovingDigits(frames=2, size=(16, 16)), 2)
-    x, labels = Batches(source, 4, 0, prefetch=0).batch(0)
+    x, labels, _ = Batches(source, 4, 0, prefetch=0).batch(0)
     assert loss.isfinite() and torch.equal(torch.cat([part for part, _ in seen]), x)
     expected = trainer.text([str(int(label)) for label in labels.flatten()])
     for part in ("states", "mask"):
         got = torch.cat([getattr(text, part) for _, text in seen])
         assert got.shape[:2] == (4, 3) and torch.equal(got.flatten(0, 1), getattr(expected, part))
+
+
+@needs_transformers
+def test_a_second_stage_takes_the_captions_of_the_first(tmp_path, folder):
+    data = DataConfig(frames=2, size=(12, 12))
+    precompute.run(precompute.PrecomputeConfig(tmp_path / "z", "pixels", data, low=2))
+    config = TrainConfig(
+        run=str(tmp_path / "run"),
+        data=DataConfig(str(tmp_path / "z")),
+        model=CascadeSettings(widths=(16, 16), heads=(2, 2), condition_width=8, latent_channels=1),
+        text=TextConfig(save_encoder(folder, "t5")),
+        objective=LogSNR(),
+        preview=PreviewConfig(count=2, steps=1, guidance=2.0),
+        steps=1,
+        batch_size=2,
+    )
+    train(config)
+    clips = np.zeros((2, 2, 6, 6, 1), np.uint8)
+    np.savez(tmp_path / "low.npz", clips=clips, labels=["a three", "a five"])
+    sampling = SampleConfig(tmp_path / "run", tmp_path / "out", low=tmp_path / "low.npz", steps=1, guidance=2.0)
+    assert np.load(run_sample(sampling)[3])["labels"].tolist() == ["a three", "a five"]
+    asked = dataclasses.replace(sampling, prompt=("a two",), overwrite=True)
+    assert np.load(run_sample(asked)[3])["labels"].tolist() == ["a two", "a two"]
+    np.savez(tmp_path / "low.npz", clips=clips, labels=[3, 5])
+    with pytest.raises(ValueError, match="prompt must have a caption"):
+        run_sample(dataclasses.replace(sampling, overwrite=True))
 
 
 @needs_transformers

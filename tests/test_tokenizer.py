@@ -697,13 +697,18 @@ def test_the_program_says_how_to_go_on(tmp_path, capsys):
     assert f"measure with: python -m models.measure {tmp_path / 'run'}" in capsys.readouterr().out
 
 
+def test_reduced_digits_are_judged_by_reduced_digits():
+    trained, judged = measure._sources(DataConfig(frames=2, size=(12, 18), reduce=3))
+    assert trained.shape == judged.shape == (1, 2, 4, 6) and (len(trained), len(judged)) == (1438, 359)
+
+
 def test_the_preview_shows_originals_over_reconstructions(tmp_path):
     trainer = Trainer(TINY)
     sheet = trainer.preview()
     trainer.batches.close()
     tall = 12 * 11  # frames of 12 are shown 11 times as large
     assert sheet.shape == (6 * (tall + 4) - 4, 5 * (tall + 4) - 4, 3)
-    x, _ = Batches(MovingDigits(frames=5, size=(12, 12)), 3, 0, prefetch=0).batch(0)
+    x, _, _ = Batches(MovingDigits(frames=5, size=(12, 12)), 3, 0, prefetch=0).batch(0)
     for i in range(3):
         shown = torch.from_numpy(sheet[2 * i * (tall + 4) :][:tall:11, :tall:11, 0].copy())
         assert torch.equal(shown, ((x[i, 0, 0] + 1) * 127.5).round().to(torch.uint8))

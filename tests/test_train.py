@@ -400,6 +400,8 @@ def test_configuration_files(tmp_path):
         ("steps: 0", "steps is 0; it must be at least 1"),
         ("accumulation: 5", "it must divide batch_size 32"),
         ("model: {learn_sigma: true}", "needs objective 'ddpm'"),
+        ("data: {reduce: 0}", "data.reduce is 0; it must be at least 1"),
+        ("{data: {reduce: 2, buckets: [[2, 8, 8]]}, batch_tokens: 99}", "data.reduce is 2; with data.buckets it must"),
         ("model: unet", "model is 'unet'; it may be one of dit"),
         ("objective: {name: flow, timesteps: cosine}", "objective.timesteps is 'cosine'"),
         ("objective: {name: ddpm, prediction: data}", "objective.prediction is 'data'"),

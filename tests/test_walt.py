@@ -21,6 +21,7 @@ from torch import nn
 import minisora_kernels as mk
 from models.checkpoint import load
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TextConfig, TrainConfig
+from models.data import Batches
 from models.diffusion import DDPM
 from models.dit import SIZES, DiTSettings, TimestepEmbedder
 from models.flow import FlowMatching
@@ -28,10 +29,11 @@ from models.logsnr import LogSNR
 from models.precompute import PrecomputeConfig
 from models.reconstruction import Reconstruction
 from models.registry import SYSTEMS, build, config_from
+from models.sample import sample_clips
 from models.samplers import sample
 from models.text import Text
 from models.tokenizer import TokenizerSettings
-from models.train import Trainer, train
+from models.train import Trainer, parse, train
 from models.walt import WALT, WALTConfig, WALTSettings, augment, relative_places, resize
 
 # Windows that divide no axis of the grid but the frames: corners, edges and the middle are all there.
@@ -712,7 +714,7 @@ def test_joint_training_learns_video_and_images(tiny):
     )
     trainer = Trainer(tiny)
     model = trainer.model.train()
-    x, y = trainer.batches.batch(1000)
+    x, y, _ = trainer.batches.batch(1000)
     t, noise = torch.full((8,), 300), torch.randn(x.shape, generator=generator())
     signal, sigma = ALPHA_BARS[300].sqrt().float(), (1 - ALPHA_BARS[300]).sqrt().float()
     x_t, target = signal * x + sigma * noise, signal * noise - sigma * x
@@ -769,8 +771,79 @@ def test_models_that_do_not_train_on_images_refuse_them(tiny):
         PrecomputeConfig(Path("out"), "pixels", data=images)
 
 
+def test_super_resolution_trains_from_the_command_and_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
+    config, _ = parse(
+        (
+            "--model walt-l --model.low-resolution --model.low-noise 7 --model.width 16 --model.depth 2 "
+            "--model.heads 2 --model.patch 1 4 4 --data.frames 3 --steps 4 --batch-size 4 --save-every 2 "
+            f"--preview.count 2 --preview.steps 2 --run {tiny.run}"
+        ).split()
+    )
+    assert config.model.low_resolution and config.model.low_noise == 7
+    told, forward = [], WALT.forward
+
+    def told_low(self, x, t, y=None, **given):
+        told.append((self.training, y, given["low"], given["low_t"]))
+        return forward(self, x, t, y, **given)
+
+    monkeypatch.setattr(WALT, "forward", told_low)
+    whole = load(train(config))
+    x, y, _ = Batches(config.data.open(), 4, 0, prefetch=0).batch(0)
+    training, _, low, low_t = told[0]
+    assert training and low.shape == (4, 1, 3, 8, 8) and low_t.max() <= 7
+    # alpha_bar of level 7 is 0.998: the noise is of deviation 0.05 at most.
+    assert (low - F.avg_pool3d(x, (1, 2, 2))).abs().max() < 0.3
+    training, labels, low, low_t = told[-1]
+    assert not training and torch.equal(labels, y[:2]) and low_t.tolist() == [0, 0]
+    noise = (low - (1 - 1e-4) ** 0.5 * F.avg_pool3d(x[:2], (1, 2, 2))) / 0.01
+    assert abs(noise.mean()) < 0.2 and noise.std().item() == pytest.approx(1, abs=0.2)
+
+    second = Trainer(config, load(tmp_path / "run/step_00000002.pt"))
+    for _ in range(2):
+        second.train_step()
+    second.batches.close()
+    assert all(torch.equal(weight, whole.model[name]) for name, weight in second.model.state_dict().items())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_small_clips_are_made_large(guidance):
+    config = replace(CASES["super-resolution"][0], self_conditioning=0.0, low_noise=300)
+    model = randomized(config)
+    low, y = random(3, 3, 3, 4, 3, seed=1, dtype=torch.float32).clamp(-1, 1), torch.tensor([0, 3, 4])
+    # One step from noise without signal: the data is minus the velocity.
+    objective = DDPM(prediction="velocity", zero_snr=True)
+    options = {"steps": 1, "solver": "ddim", "guidance": guidance, "decode": lambda x: x / 20}
+    for level in (0, 300):
+        clips = sample_clips(model, objective, 3, y, seed=5, batch_size=2, low=low, low_noise=level, **options)
+        drawn = torch.Generator().manual_seed(5)
+        noise = torch.randn(3, 3, 3, 8, 6, generator=drawn)
+        alpha_bar = ALPHA_BARS[level]
+        noisy = alpha_bar.sqrt() * low + (1 - alpha_bar).sqrt() * torch.randn(low.shape, generator=drawn)
+        given = {"low": noisy.float(), "low_t": torch.full((3,), level)}
+        model.eval()
+        with torch.no_grad():
+            cond, null = (model(noise, torch.full((3,), 999), labels, **given) for labels in (y, torch.full((3,), 5)))
+        expected = (-(null + guidance * (cond - null)) / 20 + 1) * 127.5
+        assert 0 < expected.min() < expected.max() < 255 and expected.std() > 10
+        assert (clips - expected.permute(0, 2, 3, 4, 1)).abs().max() <= 0.51
+        low[1] = -low[1]
+        changed = sample_clips(model, objective, 3, y, seed=5, low=low, low_noise=level, **options)
+        assert [(changed[i] != clips[i]).float().mean().item() > 0.05 for i in range(3)] == [False, True, False]
+    for options, reason in (
+        ({"low": low, "low_noise": 301}, r"low_noise is 301; with this model it must be in 0\.\.300"),
+        ({"low": low[:, :, :, :3]}, r"low has shape \(3, 3, 3, 3, 3\); it must be .* = \[3, 3, 3, 4, 3\]"),
+        ({"low": low[:2]}, r"low has shape \(2, 3, 3, 4, 3\); it must be"),
+        ({}, "low was not given"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            sample_clips(model, objective, 3, y, seed=0, steps=1, **options)
+    with pytest.raises(ValueError, match="low was given, but the model is no second stage"):
+        sample_clips(WALT(CLASSES), objective, 3, y, seed=0, steps=1, low=low)
+
+
 def test_only_ddpm_draws_conditions(tiny):
-    for change, word in (({}, "self_conditioning"), ({"self_conditioning": 0.0}, "past")):
+    changes = {"self_conditioning": 0.0}, {"self_conditioning": 0.0, "past": 0.0, "low_resolution": True}
+    for change, word in zip(({}, *changes), ("self_conditioning", "past", "low_resolution"), strict=True):
         with pytest.raises(ValueError, match=f"model.{word} needs objective 'ddpm'; it is 'flow'"):
             replace(tiny, model=replace(tiny.model, **change), objective=FlowMatching())
     replace(tiny, model=replace(tiny.model, self_conditioning=0.0, past=0.0), objective=FlowMatching())
@@ -895,3 +968,6 @@ def test_objectives_that_tell_the_model_less_refuse_it(objective):
     config, _ = CASES["classes"]
     with pytest.raises(ValueError, match=f"objective '{objective.name}' needs it to be 0"):
         objective.loss(randomized(replace(config, self_conditioning=0.9)), torch.zeros(1), None)
+    config = replace(CASES["super-resolution"][0], self_conditioning=0.0)
+    with pytest.raises(ValueError, match=r"model.low_resolution is True; objective .* needs it to be False"):
+        objective.loss(WALT(config), torch.zeros(1), None)
