@@ -544,7 +544,7 @@ class WALT(nn.Module):
         if past_frames is not None and (past is None or tuple(past_frames.shape) != (batch,)):
             raise ValueError(f"past_frames has shape {tuple(past_frames.shape)}; it must be [{batch}], with past")
         if config.low_resolution:
-            small = (batch, *config.low_shape)
+            small = (*expected[:3], *config.low_shape[2:])
             if low is None or tuple(low.shape) != small:
                 raise ValueError(f"low {_described(low)}; it must be {list(small)}")
             if low_t is None or tuple(low_t.shape) != (batch,):

@@ -350,12 +350,12 @@ def test_batches_with_images():
     digits = MovingDigits(frames=3, size=(12, 12))
     plain, joint = Batches(digits, 4, seed=5, prefetch=0), Batches(WithImages(digits, 2), 4, seed=5)
     for step in (0, 300, 1):
-        x, y = joint.batch(step)
+        x, y, _ = joint.batch(step)
         again = Batches(WithImages(digits, 2), 4, seed=5, prefetch=0).batch(step)
         assert x.shape == (4, 1, 5, 12, 12) and y.shape == (4, 3) and y.dtype == torch.int64
         assert torch.equal(x, again[0]) and torch.equal(y, again[1])
         # The videos are those without images.
-        video, labels = plain.batch(step)
+        video, labels, _ = plain.batch(step)
         assert torch.equal(x[:, :, :3], video) and torch.equal(y[:, 0], labels)
         for frames, numbers in zip(to_bytes(x)[:, 0, 3:].numpy(), y[:, 1:].tolist(), strict=True):
             for frame, number in zip(frames, numbers, strict=True):
