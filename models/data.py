@@ -56,6 +56,10 @@ class Source(Protocol):
         """``[C, T, H, W]``, uint8 or float32, and its class or caption (0 without); of ``index`` and ``rng`` only."""
         ...
 
+    def split(self, buckets: Sequence[Bucket]) -> list[Source]:
+        """A source for each bucket ``(frames, height, width)`` that gets a clip."""
+        ...
+
 
 class Item(NamedTuple):
     path: Path
@@ -272,6 +276,9 @@ class VideoClips:
         """A source for each bucket ``(frames, height, width)``, of the files that :func:`waste` gives to it.
 
         Looks into every file. A bucket that gets none is named and left out, as is a file that cannot be decoded.
+
+        Raises:
+            ValueError: no file can be decoded.
         """
         shares: list[list[Item]] = [[] for _ in buckets]
         for item in self.items:
@@ -282,6 +289,8 @@ class VideoClips:
                 continue
             size = ((film.frames - 1) // self.stride + 1, film.height, film.width)
             shares[min(range(len(buckets)), key=lambda i: waste(size, buckets[i]))].append(item)
+        if not any(shares):
+            raise ValueError(f"{self.name}: none of its {len(self.items)} files can be decoded")
         for bucket, items in zip(buckets, shares, strict=True):
             if not items:
                 _log.warning("bucket %s is left out: no file of %s fits it best", bucket, self.name)
@@ -530,6 +539,11 @@ class Batches(Prefetching):
         return to_float(stacked) if stacked.dtype == torch.uint8 else stacked, torch.tensor(labels)
 
 
+def bucket_seed(seed: int, number: int) -> int:
+    """The seed of the clips of one bucket, by its place among those that have clips."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
 class BucketBatches(Prefetching):
     """Batches of one size each from sources of several sizes, the buckets; a pure function of ``(seed, step)``.
 
@@ -541,7 +555,7 @@ class BucketBatches(Prefetching):
         super().__init__(prefetch)
         self.seed = seed
         self.buckets = [
-            Batches(source, size, int(np.random.SeedSequence((seed, number)).generate_state(1)[0]), prefetch=0)
+            Batches(source, size, bucket_seed(seed, number), prefetch=0)
             for number, (source, size) in enumerate(zip(sources, batch_sizes, strict=True))
         ]
         self._counts = [-(-len(bucket.source) // bucket.batch_size) for bucket in self.buckets]

@@ -8,6 +8,9 @@ costs more than a small model's step, so ``models.precompute`` runs it once. The
                                    captions (labels are their numbers), mean and std of each channel, and of each
                                    shard: name, clips, bytes, sha256
 
+With ``data.buckets`` a shard is of one of them, and the index names the pixels, the shape of the latents and the shards
+of each; its own pixels and shape are then those of ``data.frames`` and ``data.size``, which previews and samples have.
+
 The index is written last; until then ``index.partial.json`` says which shards are whole. With ``normalize`` the source
 gives (z - mean) / std, and the decoder undoes it (W.A.L.T, Gupta et al. 2023, arXiv 2312.06662, needs it).
 
@@ -16,12 +19,13 @@ The sizes of all shards are checked when the folder is opened, and the checksum 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -31,7 +35,7 @@ from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
 from .config import DataConfig, as_plain
-from .data import LATENT_INDEX, LATENT_PROGRESS, to_float
+from .data import LATENT_INDEX, LATENT_PROGRESS, Bucket, Source, to_float
 
 FORMAT = 1
 MAGIC = "minisora latents"
@@ -286,6 +290,8 @@ class _Shard(NamedTuple):
 class LatentClips:
     """The clips of a folder of latents, float32 ``[C, T, H, W]``, as a source (see ``data.py``).
 
+    With buckets the clips differ in size, and ``shape`` is that of previews and samples.
+
     Args:
         folder: of ``models.precompute``.
         options: of the data; one that is neither the default nor what the latents were made with is refused.
@@ -294,6 +300,7 @@ class LatentClips:
         classes, captions: names of the classes, or the captions.
         encoder: what :class:`Decoder` needs: kind, path and sha256 of the encoder, and mean and std of each channel
             if they were taken out, else None.
+        buckets: ``(T, H, W)`` of the latents of each bucket; empty if they have one size.
 
     Raises:
         ValueError: options or files that do not fit; also from :meth:`clip`, for a shard whose checksum is wrong.
@@ -316,25 +323,50 @@ class LatentClips:
         self._moments = None
         if normalized:
             self._moments = [torch.tensor(index[key]).view(-1, 1, 1, 1) for key in ("mean", "std")]
+        self._shape: list[int] = index["shape"]
+        self.buckets = [tuple(bucket["shape"][1:]) for bucket in index.get("buckets", ())]
         self._ends = np.cumsum([entry["count"] for entry in index["shards"]])
+        self._clips = range(self._ends[-1])
         self._checked: set[int] = set()
         self._shard = functools.lru_cache(maxsize=self.OPEN)(self._open)
 
     @property
     def shape(self) -> Shape:
-        channels, frames, height, width = self.index["shape"]
+        channels, frames, height, width = self._shape
         return channels, frames, height, width
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._clips)
 
     def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-        shard, row = self._find(index)
+        shard, row = self._find(self._clips[index])
         latents = shard.file.get_slice("latents")[row : row + 1][0].float()
         if self._moments is not None:
             mean, std = self._moments
             latents = (latents - mean) / std
         return latents.numpy(), int(shard.labels[row])
+
+    def split(self, buckets: Sequence[Bucket] = ()) -> list[Source]:
+        """A source for each bucket; ``buckets``, in frames and pixels, may repeat those that they were made with.
+
+        Raises:
+            ValueError: other buckets, or latents of one size.
+        """
+        made = self.index["made"]["data"].get("buckets", [])
+        if not made or (buckets and as_plain(buckets) != made):
+            there = made or f"one size, {tuple(self.index['pixels'][1:])}"
+            raise ValueError(f"data.buckets is {buckets}; the latents in {self.folder} were made with {there}")
+        counts = {entry["name"]: entry["count"] for entry in self.index["shards"]}
+        parts: list[Source] = []
+        start = 0
+        for bucket in self.index["buckets"]:
+            part = copy.copy(self)  # the open shards are shared
+            part._shape, part.buckets = bucket["shape"], []
+            stop = start + sum(counts[name] for name in bucket["shards"])
+            part._clips = range(start, stop)
+            parts.append(part)
+            start = stop
+        return parts
 
     def _find(self, index: int) -> tuple[_Shard, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))

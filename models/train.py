@@ -196,14 +196,18 @@ class Trainer:
     def _batches(self) -> Prefetching:
         """Batches of one size, or, with buckets, of as many samples of a bucket's size as ``batch_tokens`` allows."""
         config = self.config
-        if not config.data.buckets:
+        # Latents know the buckets that they were made with, in cells.
+        buckets = getattr(self.source, "buckets", ()) or config.data.buckets
+        if not buckets:
+            if config.batch_tokens:
+                raise ValueError(f"batch_tokens is {config.batch_tokens}; it is for buckets only, use batch_size")
             return Batches(self.source, config.batch_size, config.seed)
+        if not config.batch_tokens:
+            raise ValueError(f"batch_tokens is 0; {config.data.source} has buckets, so it must be at least 1")
         if not hasattr(self.model, "any_size"):
             raise ValueError(f"data.buckets needs a model for inputs of any size; {config.model.name!r} has one size")
-        if not hasattr(self.source, "split"):
-            raise ValueError(f"data.buckets cannot be filled from {config.data.source!r}: its clips have one size")
         self.model.any_size = True
-        for frames, *size in config.data.buckets:
+        for frames, *size in buckets:
             try:
                 configure(config.model, self.source.shape[0], frames, tuple(size), len(self.classes))
             except ValueError as error:
