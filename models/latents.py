@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from . import checkpoint as checkpoints
 from .config import DataConfig, as_plain
 from .data import LATENT_INDEX, LATENT_PROGRESS, Bucket, Source, to_float
+from .digests import describe, sha256_of
 
 FORMAT = 1
 MAGIC = "minisora latents"
@@ -125,10 +126,7 @@ def identify(path: str | Path) -> dict[str, Any]:
     if path.is_file():
         return {"kind": "checkpoint", "path": str(path.resolve()), "sha256": sha256_of(path)}
     if (path / "config.json").is_file():
-        digest = hashlib.sha256()
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
-            digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
-        return {"kind": "diffusers", "path": str(path.resolve()), "sha256": digest.hexdigest()}
+        return {"kind": "diffusers", "path": str(path.resolve()), "sha256": sha256_of(path)}
     raise ValueError(
         f"encoder is {str(path)!r}, which is not there; it may be 'pixels', a checkpoint of an autoencoder, the folder "
         f"of its run, or a folder of a diffusers autoencoder"
@@ -144,9 +142,9 @@ def open_encoder(record: Mapping[str, Any], device: torch.device, path: str | Pa
     try:
         found = identify(path or record["path"])
     except ValueError as error:
-        raise ValueError(f"{error}; the latents were made with {_describe(record)}") from None
+        raise ValueError(f"{error}; the latents were made with {describe(record)}") from None
     if (found["kind"], found["sha256"]) != (record["kind"], record["sha256"]):
-        raise ValueError(f"encoder {_describe(found)} is not the one of the latents, {_describe(record)}")
+        raise ValueError(f"encoder {describe(found)} is not the one of the latents, {describe(record)}")
     if found["kind"] == "pixels":
         return Pixels()
     if found["kind"] == "diffusers":
@@ -160,11 +158,6 @@ def open_encoder(record: Mapping[str, Any], device: torch.device, path: str | Pa
     if not (hasattr(module, "encode") and hasattr(module, "decode")):
         raise ValueError(f"encoder {found['path']} holds a {type(module).__name__}, which has no encode and decode")
     return Autoencoder(module.to(device).eval().requires_grad_(False), device)
-
-
-def _describe(record: Mapping[str, Any]) -> str:
-    checksum = "" if record["sha256"] is None else f" (sha256 {record['sha256'][:12]}...)"
-    return f"{record['path']}{checksum}"
 
 
 class Decoder:
@@ -185,14 +178,6 @@ class Decoder:
             mean, std = self.moments
             latents = latents * std + mean
         return self.encoder.decode(latents)
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_whole(path: Path, content: bytes) -> None:

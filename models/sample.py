@@ -31,7 +31,7 @@ from .integrators import SolverOptions
 from .latents import Decoder
 from .registry import Objective
 from .samplers import SOLVERS, count_steps, sample
-from .text import Text, TextEncoder, rows
+from .text import Text, TextEncoder, identify_text_encoder, refuse_another, rows
 
 SMALLEST_SIDE = 128
 FORMATS = ("mp4", "gif", "png", "npz")
@@ -360,6 +360,8 @@ def run(config: SampleConfig) -> list[Path]:
     if train.text.encoder is not None:
         labels = prompts(config.prompt, config.count)
         encoder = config.text_encoder or train.text.encoder
+        if checkpoint.text_encoder is not None:
+            refuse_another(identify_text_encoder(encoder), checkpoint.text_encoder)
         y = TextEncoder(**dataclasses.asdict(train.text) | {"encoder": encoder}, device=device)(labels)
     elif config.prompt or config.text_encoder:
         option = "prompt" if config.prompt else "text_encoder"

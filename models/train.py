@@ -7,7 +7,7 @@
 A run's folder gets ``config.json``, checkpoints ``step_*.pt``, ``losses.csv``, ``previews/*.png`` and TensorBoard's
 ``events.*``. A folder that is there already is never written to, except by ``--resume``, which goes on from its newest
 whole checkpoint with the same losses, bit for bit, as the run that was not stopped (on the same machine, with the same
-number of threads).
+number of threads). A text encoder that has moved since is named anew with ``--text.encoder``.
 
 SIGTERM and Ctrl-C end the step in hand, save, and leave with status 128 + signal; a second one leaves at once.
 """
@@ -49,12 +49,13 @@ from .sample import (
     sample_clips,
     write_png,
 )
-from .text import Text, TextEncoder
+from .text import Text, TextEncoder, identify_text_encoder, refuse_another
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# What a continuation may change: what does not touch the losses, but for the rounding of another backend or GPU.
+# What a continuation may change: what does not touch the losses, but for the rounding of another backend or GPU, and
+# where the text encoder is, if the checkpoint can tell that it is the same.
 RESUMABLE = {"steps", "save_every", "keep", "log_every", "preview", "backend", "device"}
 
 _log = logging.getLogger(__name__)
@@ -160,8 +161,10 @@ class Trainer:
         self.decode = None if self.encoder is None else Decoder(self.encoder, self.device)
         captions = list(getattr(self.source, "captions", ()))
         self.text, self.captions, text_width = None, captions or self.classes, 0
+        self.text_encoder: dict[str, Any] | None = None
         if config.text.encoder is not None:
             self.text = self._encoder()
+            self.text_encoder = identify_text_encoder(config.text.encoder)
             self.classes, text_width = [], self.text.width
         elif captions:
             _log.warning("the captions of %s are not used: text.encoder is not given", data.source)
@@ -234,6 +237,8 @@ class Trainer:
         return TextEncoder(**dataclasses.asdict(self.config.text), device=self.device)
 
     def _restore(self, saved: Checkpoint) -> None:
+        if saved.text_encoder is not None and self.text_encoder is not None:
+            refuse_another(self.text_encoder, saved.text_encoder)
         built_from = as_plain(self.model.config)
         # A file of before a field was there has its default.
         was_built_from = as_plain(config_from(saved.config))
@@ -273,6 +278,7 @@ class Trainer:
             rng=rng,
             encoder=self.encoder,
             memory=self.memory,
+            text_encoder=self.text_encoder,
         )
 
     def train_step(self) -> tuple[Tensor, Tensor, float]:
@@ -494,6 +500,10 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
         args=rest,
     )
     if resume is not None:
+        if resume.text_encoder is not None:
+            default = dataclasses.replace(
+                default, text=dataclasses.replace(default.text, encoder=config.text.encoder or default.text.encoder)
+            )
         names = [item.name for item in dataclasses.fields(config)]
         changed = [name for name in names if getattr(config, name) != getattr(default, name)]
         refused = [name for name in changed if name not in RESUMABLE]
