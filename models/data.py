@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 import importlib.util
 import logging
 import math
@@ -41,7 +42,8 @@ _log = logging.getLogger(__name__)
 
 class Source(Protocol):
     """Clips by index. ``classes`` are the class names, empty if the clips have no labels; a source of clips with
-    captions has ``captions`` in their place."""
+    captions has ``captions`` in their place. One that is made of files has a ``digest``, by which it is known again
+    elsewhere."""
 
     classes: tuple[str, ...]
 
@@ -65,6 +67,17 @@ class Item(NamedTuple):
     path: Path
     label: int
     text: str | None = None
+
+
+def digest_of(items: Sequence[Item], folder: Path | None = None) -> str:
+    """SHA-256 of the files' names, labels, captions and sizes; the names of those in ``folder`` are relative to it."""
+    digest = hashlib.sha256()
+    for item in items:
+        inside = folder is not None and item.path.is_relative_to(folder)
+        name = item.path.relative_to(folder).as_posix() if inside else item.path
+        size = item.path.stat().st_size if item.path.is_file() else None
+        digest.update(f"{name} {item.label} {item.text} {size}\n".encode())
+    return digest.hexdigest()
 
 
 class Undecodable(Exception):
@@ -204,6 +217,12 @@ class VideoClips:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return 3, self.frames, *self.size
+
+    @property
+    def digest(self) -> str:
+        """Of the files, wherever their folder or CSV is (see :func:`digest_of`)."""
+        source = Path(self.name)
+        return digest_of(self.items, source if source.is_dir() else source.parent)
 
     def __len__(self) -> int:
         return len(self.items)

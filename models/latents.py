@@ -320,6 +320,11 @@ class LatentClips:
         channels, frames, height, width = self._shape
         return channels, frames, height, width
 
+    @property
+    def digest(self) -> str:
+        """Of the index, which has the checksums of the shards."""
+        return sha256_of(self.folder / LATENT_INDEX)
+
     def __len__(self) -> int:
         return len(self._clips)
 

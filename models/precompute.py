@@ -11,7 +11,6 @@ not been interrupted (on the same machine, with the same number of threads).
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import sys
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from .allocator import reuse_large_allocations
 from .config import DataConfig, as_plain
-from .data import LATENT_INDEX, LATENT_PROGRESS, Source, bucket_seed
+from .data import LATENT_INDEX, LATENT_PROGRESS, Source, bucket_seed, digest_of
 from .latents import (
     DTYPES,
     Encoder,
@@ -83,16 +82,12 @@ def made_from(config: PrecomputeConfig, source: Source, encoder: dict[str, Any])
     """All that the latents depend on, as JSON returns it."""
     data = as_plain(config.data)
     del data["cache_megabytes"]
-    files = hashlib.sha256()
-    for item in getattr(source, "items", ()):
-        size = item.path.stat().st_size if item.path.is_file() else None
-        files.update(f"{item.path} {item.label} {item.text} {size}\n".encode())
     names = ("passes", "precision", "normalize", "shard_clips", "batch_size", "seed")
     return {
         "encoder": {key: encoder[key] for key in ("kind", "sha256")},  # the same one may be found elsewhere
         "data": data,
         "items": len(source),
-        "files": files.hexdigest(),
+        "files": digest_of(getattr(source, "items", ())),
         **{name: getattr(config, name) for name in names},
     }
 

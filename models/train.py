@@ -7,7 +7,8 @@
 A run's folder gets ``config.json``, checkpoints ``step_*.pt``, ``losses.csv``, ``previews/*.png`` and TensorBoard's
 ``events.*``. A folder that is there already is never written to, except by ``--resume``, which goes on from its newest
 whole checkpoint with the same losses, bit for bit, as the run that was not stopped (on the same machine, with the same
-number of threads). A text encoder that has moved since is named anew with ``--text.encoder``.
+number of threads). Data or a text encoder that have moved since are named anew with ``--data.source`` and
+``--text.encoder``.
 
 SIGTERM and Ctrl-C end the step in hand, save, and leave with status 128 + signal; a second one leaves at once.
 """
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 # What a continuation may change: what does not touch the losses, but for the rounding of another backend or GPU, and
-# where the text encoder is, if the checkpoint can tell that it is the same.
+# where the data and the text encoder are, if the checkpoint can tell that they are the same.
 RESUMABLE = {"steps", "save_every", "keep", "log_every", "preview", "backend", "device"}
 
 _log = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ class Trainer:
         self.config, self.device = config, choose_device(config.device)
         data = config.data
         self.source: Source = data.open()
+        self.data_digest: str | None = getattr(self.source, "digest", None)
         self.classes = list(self.source.classes)
         # What made the latents, if the clips are latents: their previews need it, so it must be there from the start.
         self.encoder: dict[str, Any] | None = getattr(self.source, "encoder", None)
@@ -248,6 +250,9 @@ class Trainer:
         # The file may have been moved since, so its path may differ.
         if any((saved.encoder or {}).get(k) != (self.encoder or {}).get(k) for k in ("kind", "sha256", "mean", "std")):
             raise ValueError(f"the checkpoint does not match the data: its encoder was {saved.encoder}")
+        now, before = self.config.data.source, saved.train["data"]["source"]
+        if now != before and saved.data_digest not in (None, self.data_digest):
+            raise ValueError(f"data.source is {now!r}; in a resumed run it must hold the same files as {before!r} did")
         was = "cuda" if "cuda" in saved.rng else "cpu"
         if was != self.device.type:
             raise ValueError(
@@ -279,6 +284,7 @@ class Trainer:
             encoder=self.encoder,
             memory=self.memory,
             text_encoder=self.text_encoder,
+            data_digest=self.data_digest,
         )
 
     def train_step(self) -> tuple[Tensor, Tensor, float]:
@@ -500,12 +506,13 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
         args=rest,
     )
     if resume is not None:
-        if resume.text_encoder is not None:
-            default = dataclasses.replace(
-                default, text=dataclasses.replace(default.text, encoder=config.text.encoder or default.text.encoder)
-            )
+        moved = default
+        if resume.text_encoder is not None and config.text.encoder is not None:
+            moved = dataclasses.replace(moved, text=dataclasses.replace(moved.text, encoder=config.text.encoder))
+        if resume.data_digest is not None:
+            moved = dataclasses.replace(moved, data=dataclasses.replace(moved.data, source=config.data.source))
         names = [item.name for item in dataclasses.fields(config)]
-        changed = [name for name in names if getattr(config, name) != getattr(default, name)]
+        changed = [name for name in names if getattr(config, name) != getattr(moved, name)]
         refused = [name for name in changed if name not in RESUMABLE]
         if refused:
             raise ValueError(f"{', '.join(refused)} cannot change in a resumed run; start a new one")

@@ -481,6 +481,20 @@ def test_an_autoencoder_makes_the_latents_and_decodes_previews_and_samples(tmp_p
     assert expected.shape == (2, 2, 12, 16, 1) and (np.load(files[3])["clips"] == expected).all()
 
 
+def test_a_run_goes_on_with_latents_that_have_moved(tmp_path):
+    run(pixels(tmp_path / "z"))
+    config = TrainConfig(str(tmp_path / "run"), DataConfig(str(tmp_path / "z")), MODEL, steps=2, batch_size=2)
+    train(config)
+    train(replace(config, run=str(tmp_path / "whole"), steps=3))
+    (tmp_path / "z").rename(tmp_path / "moved")
+    run(pixels(tmp_path / "other", seed=1))
+    resume = ["--resume", str(tmp_path / "run"), "--steps", "3", "--data.source"]
+    with pytest.raises(ValueError, match=r"data.source is .*other'; in a resumed run it must hold the same files"):
+        train(*parse([*resume, str(tmp_path / "other")]))
+    train(*parse([*resume, str(tmp_path / "moved")]))
+    assert (tmp_path / "run/losses.csv").read_text() == (tmp_path / "whole/losses.csv").read_text()
+
+
 def test_an_encoder_that_is_missing_or_another_is_refused(tmp_path, monkeypatch):
     autoencoder(tmp_path / "encoder", monkeypatch)
     run(replace(pixels(tmp_path / "z"), encoder=str(tmp_path / "encoder")))
