@@ -25,7 +25,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -37,6 +37,7 @@ from . import checkpoint as checkpoints
 from .config import DataConfig, as_plain
 from .data import LATENT_INDEX, LATENT_PROGRESS, Bucket, Source, to_float
 from .digests import describe, sha256_of
+from .text import package
 
 FORMAT = 1
 MAGIC = "minisora latents"
@@ -75,14 +76,10 @@ class Pixels:
 
 
 class Autoencoder:
-    """Anything with ``encode`` and ``decode`` between pixels in [-1, 1] and latents, both ``[B, C, T, H, W]``.
-
-    One for images, whose ``config.input_size`` has two numbers, gets the frames one by one.
-    """
+    """Anything with ``encode`` and ``decode`` between pixels in [-1, 1] and latents, both ``[B, C, T, H, W]``."""
 
     def __init__(self, autoencoder: Any, device: torch.device) -> None:
         self.autoencoder, self.device = autoencoder, device
-        self.images = len(getattr(getattr(autoencoder, "config", None), "input_size", (0, 0, 0))) == 2
 
     def shape(self, pixels: Shape) -> Shape:
         try:
@@ -92,20 +89,16 @@ class Autoencoder:
         return channels, frames, height, width
 
     def encode(self, clips: Tensor) -> Tensor:
-        return self._each(self.autoencoder.encode, to_float(clips))
+        return self._run(self.autoencoder.encode, to_float(clips))
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self._each(self.autoencoder.decode, latents).clamp(-1, 1)
+        return self._run(self.autoencoder.decode, latents).clamp(-1, 1)
 
     @torch.no_grad()
-    def _each(self, function: Any, x: Tensor) -> Tensor:
-        x = x.to(self.device)
+    def _run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         # Half precision is for the model that is trained; an autoencoder may overflow in it.
         with torch.autocast(self.device.type, enabled=False):
-            if not self.images:
-                return function(x).float()
-            out = function(x.transpose(1, 2).flatten(0, 1)).float()
-        return out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+            return function(x.to(self.device)).float()
 
 
 def identify(path: str | Path) -> dict[str, Any]:
@@ -212,14 +205,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ValueError("latents need the package safetensors: pip install safetensors") from error
-    return safetensors
-
-
 def write_shard(folder: Path, number: int, latents: Tensor, labels: Tensor) -> dict[str, Any]:
     """Write a shard and return its entry in the index.
 
@@ -230,7 +215,7 @@ def write_shard(folder: Path, number: int, latents: Tensor, labels: Tensor) -> d
         labels: class ids ``[N]``, int64.
     """
     tensors = {"latents": latents, "labels": labels}
-    content = _safetensors().torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+    content = package("safetensors.torch").save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
     path = folder / f"shard_{number:05d}.safetensors"
     write_whole(path, content)
     digest = hashlib.sha256(content).hexdigest()
@@ -368,5 +353,5 @@ class LatentClips:
         if number not in self._checked:
             check_shard(self.folder, entry, whole=True)
             self._checked.add(number)
-        file = _safetensors().safe_open(self.folder / entry["name"], framework="pt")
+        file = package("safetensors.torch").safe_open(self.folder / entry["name"], framework="pt")
         return _Shard(file, file.get_tensor("labels"))

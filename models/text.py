@@ -82,7 +82,7 @@ def with_null(y: Text, share: float, null: Tensor) -> Text:
 
 
 def package(name: str) -> Any:
-    """The package, imported only now.
+    """The package, or a module of it, imported only now.
 
     Raises:
         ValueError: it is not installed; says how it may be.
@@ -90,7 +90,8 @@ def package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"package {name!r} is needed: pip install {name} ({error})") from error
+        installed = name.split(".")[0]
+        raise ValueError(f"package {installed!r} is needed: pip install {installed} ({error})") from error
 
 
 def identify_text_encoder(encoder: str) -> dict[str, Any]:

@@ -96,21 +96,17 @@ class Shuffle(nn.Module):
         self.config, self.weight = config, nn.Parameter(torch.tensor(3.0))
 
     def encode(self, x):
-        if x.dim() == 4:
-            return F.pixel_unshuffle(x, 2) * self.weight
         return F.pixel_unshuffle(x.transpose(1, 2), 2).transpose(1, 2) * self.weight
 
     def decode(self, z):
-        if z.dim() == 4:
-            return F.pixel_shuffle(z / self.weight, 2)
         return F.pixel_shuffle(z.transpose(1, 2) / self.weight, 2).transpose(1, 2)
 
 
-def autoencoder(folder: Path, monkeypatch, *, weight: float = 3.0, size: tuple[int, ...] = (2, 12, 16)) -> Path:
+def autoencoder(folder: Path, monkeypatch, *, weight: float = 3.0) -> Path:
     """A checkpoint of it."""
     family = registry.Family(ShuffleSettings, ShuffleConfig, Shuffle)
     monkeypatch.setitem(registry.FAMILIES, "shuffle", family)
-    config = ShuffleConfig(input_size=size, channels=1)
+    config = ShuffleConfig(input_size=(2, 12, 16), channels=1)
     state = {"weight": torch.tensor(weight)}
     folder.mkdir()
     saved = checkpoints.Checkpoint(as_plain(TrainConfig()), as_plain(config), [], 7, state, state, {}, {})
@@ -557,21 +553,15 @@ def test_an_autoencoder_of_diffusers_is_loaded_from_its_folder(tmp_path, monkeyp
         Decoder(latents.encoder, CPU)
 
 
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match="package 'safetensors' is needed: pip install safetensors "):
+        run(pixels(tmp_path / "z"))
+
+
 def test_pixels_are_clamped(tmp_path, monkeypatch):
     encoder = open_encoder(identify(autoencoder(tmp_path / "encoder", monkeypatch)), CPU)
     assert encoder.decode(torch.full((1, 4, 1, 2, 2), 9.0)).unique().tolist() == [1.0]
-
-
-def test_an_autoencoder_of_images_gets_the_frames(tmp_path, monkeypatch):
-    path = autoencoder(tmp_path / "encoder", monkeypatch, size=(12, 16))
-    encoder = open_encoder(identify(path), CPU)
-    clips = torch.randint(256, (3, 1, 2, 12, 16), dtype=torch.uint8)
-    latents = encoder.encode(clips)
-    assert encoder.shape((1, 2, 12, 16)) == latents.shape[1:] == (4, 2, 6, 8)
-    for frame in range(2):
-        expected = F.pixel_unshuffle(to_float(clips[:, :, frame]), 2) * 3
-        assert torch.equal(latents[:, :, frame], expected)
-    torch.testing.assert_close(encoder.decode(latents), to_float(clips))
 
 
 def test_images_train_on_latents(tmp_path):
