@@ -1,9 +1,9 @@
 """Builds the optional libraries of kernels: csrc/cpu once per instruction set, csrc/cuda with nvcc.
 
 Neither is needed: without a compiler, or without nvcc, the package installs with the reference backend and
-`python -m minisora_kernels` tells what was not built and why. No part of this file imports torch: its headers and
-libraries are found in the environment that is being installed into, or else in the build environment (see
-build_backend/backend.py).
+`python -m minisora_kernels` tells what was not built and why. An instruction set that the compiler does not know is
+left out, and a CPU that has it runs the next less. No part of this file imports torch: its headers and libraries are
+found in the environment that is being installed into, or else in the build environment (see build_backend/backend.py).
 
 Environment variables:
     MINISORA_CPU=0      do not build the CPU kernels
@@ -74,6 +74,9 @@ class Build(build_ext):
                 for stale in package.glob(f"_{backend}*.so"):  # of an earlier build; it would be loaded
                     stale.unlink()
                 print(f"minisora_kernels: no {backend} kernels: {record[backend]['not_built']}")
+        for variant, reason in record["cpu"].get("left_out", {}).items():
+            (package / f"_{variant}.so").unlink(missing_ok=True)
+            print(f"minisora_kernels: no {variant}: {reason}")
 
     def build_cpu(self, package: Path, torch: Path | None) -> dict:
         compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
@@ -96,15 +99,19 @@ class Build(build_ext):
             for source in sources("cpu")
         }
         failed = self.compile(commands)
-        if failed:
-            return {"not_built": failed}
+        left_out: dict[str, str] = {}
         for variant in VARIANTS:
-            objects = [str(self.object(f"{variant}/{Path(source).stem}.o")) for source in sources("cpu")]
-            link = [*compiler, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
-            failed = self.call([*link, "-o", str(package / f"_{variant}.so")])
-            if failed:
-                return {"not_built": failed}
-        return {"compiler": version_line([*compiler, "--version"], ""), "libraries": list(VARIANTS)}
+            names = [f"{variant}/{Path(source).stem}.o" for source in sources("cpu")]
+            link = [*compiler, "-shared", *(str(self.object(name)) for name in names)]
+            link += [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(package / f"_{variant}.so")]
+            error = next((failed[name] for name in names if name in failed), None) or self.call(link)
+            if error:
+                left_out[variant] = error
+        libraries = [variant for variant in VARIANTS if variant not in left_out]
+        if not libraries:
+            return {"not_built": next(iter(left_out.values()))}
+        record = {"compiler": version_line([*compiler, "--version"], ""), "libraries": libraries}
+        return record | ({"left_out": left_out} if left_out else {})
 
     def build_cuda(self, package: Path, torch: Path | None) -> dict:
         wanted = os.environ.get("MINISORA_CUDA")
@@ -121,7 +128,7 @@ class Build(build_ext):
         common = [nvcc, "-std=c++20", "-O3", "-Xcompiler", "-fPIC", STABLE_ABI, "-DUSE_CUDA", f"-I{torch / 'include'}"]
         common += ["-Xcompiler", "-Wall", "--expt-relaxed-constexpr", "--threads", "0", *gencode(architectures)]
         commands = {f"cuda/{Path(source).stem}.o": [*common, "-c", source] for source in sources("cuda")}
-        failed = self.compile(commands)
+        failed = next(iter(self.compile(commands).values()), None)
         if not failed:
             objects = [str(self.object(name)) for name in commands]
             libraries = ["-ltorch_cpu", "-lc10"]
@@ -139,12 +146,12 @@ class Build(build_ext):
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def compile(self, commands: dict[str, list[str]]) -> str | None:
-        """Run the commands side by side, each writing its object file; the first error, or None."""
+    def compile(self, commands: dict[str, list[str]]) -> dict[str, str]:
+        """Run the commands side by side, each writing its object file; the errors, by the object's name."""
         jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
         with ThreadPoolExecutor(jobs) as pool:
             errors = pool.map(lambda item: self.call([*item[1], "-o", str(self.object(item[0]))]), commands.items())
-            return next((error for error in errors if error), None)
+            return {name: error for name, error in zip(commands, errors, strict=True) if error}
 
     def call(self, command: list[str]) -> str | None:
         print(" ".join(command), flush=True)

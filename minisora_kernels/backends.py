@@ -33,7 +33,7 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 # name until it has been run on a GPU.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
 
-# The library of CPU kernels for what cpu_capability() says; setup.py builds them all.
+# The library of CPU kernels for what cpu_capability() says, the least first; setup.py builds all that the compiler can.
 VARIANTS = {"AVX2": "cpu_avx2", "AVX512": "cpu_avx512", "AVX512_BF16": "cpu_avx512_bf16", "AMX": "cpu_amx"}
 
 # An op's table: backend name -> predicate. The predicate gets the call's arguments and returns why this backend cannot
@@ -117,7 +117,9 @@ def _load(name: str, variant: str | None, wanted: str) -> str | None:
     """Load ``_<variant>.so``; the reason it is not there, or None. One that exists and cannot be used raises."""
     libraries = [] if variant is None else sorted(_package.glob(f"_{variant}.*so"))
     if not libraries:
-        why = build_record().get(name, {}).get("not_built", "the package was not built: run `pip install -e .`")
+        record = build_record().get(name, {})
+        why = record.get("not_built", "the package was not built: run `pip install -e .`")
+        why = record.get("left_out", {}).get(variant, why)
         return f"{wanted}: {why}"
     built = build_record().get("torch", {}).get("version", torch.__version__)
     if built.split(".")[:2] != torch.__version__.split(".")[:2]:
@@ -140,12 +142,17 @@ def cpu_capability() -> str:
 
     torch's own environment variable ``ATEN_CPU_CAPABILITY`` (avx2, avx512) holds for the kernels too; what goes beyond
     AVX-512 (products and conversions of bfloat16, and their tiles if the system allows it) is used if it is not set.
+    In the place of one that the build left out stands the next less that it did not.
     """
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability != "AVX512" or "ATEN_CPU_CAPABILITY" in os.environ or not torch.cpu._is_avx512_bf16_supported():
+    if capability == "AVX512" and "ATEN_CPU_CAPABILITY" not in os.environ and torch.cpu._is_avx512_bf16_supported():
+        # asks Linux for the right to use tiles
+        capability = "AMX" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "AVX512_BF16"
+    left_out = build_record().get("cpu", {}).get("left_out", {})
+    if VARIANTS.get(capability) not in left_out:
         return capability
-    # asks Linux for the right to use tiles
-    return "AMX" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "AVX512_BF16"
+    less = list(VARIANTS)[: list(VARIANTS).index(capability)]
+    return next((name for name in reversed(less) if VARIANTS[name] not in left_out), capability)
 
 
 def _load_libraries() -> None:

@@ -37,7 +37,8 @@ class Checkpoint:
     ``train`` and ``config`` are the run's and the model's configuration as JSON-able dictionaries, ``classes`` the
     class names, ``ema`` the averaged weights, ``rng`` the states of the random generators by name, ``memory`` what the
     objective's loss remembers. ``encoder`` says what made the latents that the model was trained on (see
-    ``latents.py``); None for pixels.
+    ``latents.py``); None for pixels. ``text_encoder`` says what encoded the captions (see ``text.py``); None without
+    text. ``data_digest`` is that of the source (see ``data.py``); None for one that is not made of files.
     """
 
     train: dict[str, Any]
@@ -50,6 +51,8 @@ class Checkpoint:
     rng: dict[str, Tensor]
     encoder: dict[str, Any] | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    text_encoder: dict[str, Any] | None = None
+    data_digest: str | None = None
 
     def build(self, *, ema: bool = True) -> nn.Module:
         """The model with the averaged (or else the last) weights.

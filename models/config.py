@@ -40,7 +40,8 @@ class DataConfig:
     """Frames are made smaller by so much after they are cut to `size`: the mean of so many by so many pixels."""
     buckets: tuple[tuple[int, int, int], ...] = ()
     """Several sizes in one run, each frames, height and width: a batch is of one of them, a file of the one that wastes
-    least of it. `frames` and `size` are then what previews and samples have, and `batch_tokens` sets the batches."""
+    least of it. `frames` and `size` are then what previews and samples have, and `batch_tokens` sets the batches. A
+    folder of latents keeps its buckets, which need not be repeated."""
     stride: int = 1
     """Frames of the file from one frame of the clip to the next."""
     crop: Literal["random", "center"] = "random"
@@ -129,9 +130,10 @@ class TrainConfig:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     steps: int = 10_000
     batch_size: int = 32
-    """Samples of one optimizer step; not used with data.buckets."""
+    """Samples of one optimizer step; not used with buckets."""
     batch_tokens: int = 0
-    """With data.buckets: the most tokens of one optimizer step, whose samples are as many as that allows."""
+    """With buckets, data.buckets or those of latents: the most tokens of one optimizer step, whose samples are as many
+    as that allows."""
     accumulation: int = 1
     """Parts that a batch is computed in, one after the other, to save memory."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -169,6 +171,7 @@ class TrainConfig:
             ("preview.steps", 1),
             ("steps", 1),
             ("batch_size", 1),
+            ("batch_tokens", 0),
             ("accumulation", 1),
             ("save_every", 1),
             ("keep", 1),
@@ -191,9 +194,7 @@ class TrainConfig:
             raise ValueError(f"data.reduce is {self.data.reduce}; with data.buckets it must be 1")
         if buckets and self.batch_tokens < 1:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; with data.buckets it must be at least 1")
-        if not buckets and self.batch_tokens:
-            raise ValueError(f"batch_tokens is {self.batch_tokens}; it is for data.buckets only, use batch_size")
-        if not buckets and self.batch_size % self.accumulation:
+        if not self.batch_tokens and self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
         if self.data.images and not isinstance(self.model, WALTSettings):
             raise ValueError(f"data.images is {self.data.images}; with model {self.model.name!r} it must be 0")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 import importlib.util
 import logging
 import math
@@ -41,8 +42,9 @@ _log = logging.getLogger(__name__)
 
 class Source(Protocol):
     """Clips by index. ``classes`` are the class names, empty if the clips have no labels; a source of clips with
-    captions has ``captions`` in their place. A source that has every clip small too, for a second stage, says their
-    shape ``(C, T, h, w)`` as ``low_shape`` and gives them by ``low(index)``."""
+    captions has ``captions`` in their place. One that is made of files has a ``digest``, by which it is known again
+    elsewhere. One that has every clip small too, for a second stage, says their shape ``(C, T, h, w)`` as ``low_shape``
+    and gives them by ``low(index)``."""
 
     classes: tuple[str, ...]
 
@@ -57,11 +59,26 @@ class Source(Protocol):
         """``[C, T, H, W]``, uint8 or float32, and its class or caption (0 without); of ``index`` and ``rng`` only."""
         ...
 
+    def split(self, buckets: Sequence[Bucket]) -> list[Source]:
+        """A source for each bucket ``(frames, height, width)`` that gets a clip."""
+        ...
+
 
 class Item(NamedTuple):
     path: Path
     label: int
     text: str | None = None
+
+
+def digest_of(items: Sequence[Item], folder: Path | None = None) -> str:
+    """SHA-256 of the files' names, labels, captions and sizes; the names of those in ``folder`` are relative to it."""
+    digest = hashlib.sha256()
+    for item in items:
+        inside = folder is not None and item.path.is_relative_to(folder)
+        name = item.path.relative_to(folder).as_posix() if inside else item.path
+        size = item.path.stat().st_size if item.path.is_file() else None
+        digest.update(f"{name} {item.label} {item.text} {size}\n".encode())
+    return digest.hexdigest()
 
 
 class Undecodable(Exception):
@@ -202,6 +219,12 @@ class VideoClips:
     def shape(self) -> tuple[int, int, int, int]:
         return 3, self.frames, *self.size
 
+    @property
+    def digest(self) -> str:
+        """Of the files, wherever their folder or CSV is (see :func:`digest_of`)."""
+        source = Path(self.name)
+        return digest_of(self.items, source if source.is_dir() else source.parent)
+
     def __len__(self) -> int:
         return len(self.items)
 
@@ -273,6 +296,9 @@ class VideoClips:
         """A source for each bucket ``(frames, height, width)``, of the files that :func:`waste` gives to it.
 
         Looks into every file. A bucket that gets none is named and left out, as is a file that cannot be decoded.
+
+        Raises:
+            ValueError: no file can be decoded.
         """
         shares: list[list[Item]] = [[] for _ in buckets]
         for item in self.items:
@@ -283,6 +309,8 @@ class VideoClips:
                 continue
             size = ((film.frames - 1) // self.stride + 1, film.height, film.width)
             shares[min(range(len(buckets)), key=lambda i: waste(size, buckets[i]))].append(item)
+        if not any(shares):
+            raise ValueError(f"{self.name}: none of its {len(self.items)} files can be decoded")
         for bucket, items in zip(buckets, shares, strict=True):
             if not items:
                 _log.warning("bucket %s is left out: no file of %s fits it best", bucket, self.name)
@@ -442,6 +470,7 @@ class Reduced:
         self.classes = source.classes
         self.captions: tuple[str, ...] = getattr(source, "captions", ())
         self.items: list[Item] = getattr(source, "items", [])
+        self.digest: str | None = getattr(source, "digest", None)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -610,6 +639,11 @@ class Batches(Prefetching):
         )
 
 
+def bucket_seed(seed: int, number: int) -> int:
+    """The seed of the clips of one bucket, by its place among those that have clips."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
 class BucketBatches(Prefetching):
     """Batches of one size each from sources of several sizes, the buckets; a pure function of ``(seed, step)``.
 
@@ -621,7 +655,7 @@ class BucketBatches(Prefetching):
         super().__init__(prefetch)
         self.seed = seed
         self.buckets = [
-            Batches(source, size, int(np.random.SeedSequence((seed, number)).generate_state(1)[0]), prefetch=0)
+            Batches(source, size, bucket_seed(seed, number), prefetch=0)
             for number, (source, size) in enumerate(zip(sources, batch_sizes, strict=True))
         ]
         self._counts = [-(-len(bucket.source) // bucket.batch_size) for bucket in self.buckets]

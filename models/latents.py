@@ -9,6 +9,9 @@ costs more than a small model's step, so ``models.precompute`` runs it once. The
                                    of low, classes or captions (labels are their numbers), mean and std of each
                                    channel, and of each shard: name, clips, bytes, sha256
 
+With ``data.buckets`` a shard is of one of them, and the index names the pixels, the shape of the latents and the shards
+of each; its own pixels and shape are then those of ``data.frames`` and ``data.size``, which previews and samples have.
+
 The index is written last; until then ``index.partial.json`` says which shards are whole. With ``normalize`` the source
 gives (z - mean) / std, and the decoder undoes it (W.A.L.T, Gupta et al. 2023, arXiv 2312.06662, needs it).
 
@@ -17,12 +20,13 @@ The sizes of all shards are checked when the folder is opened, and the checksum 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -32,7 +36,9 @@ from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
 from .config import DataConfig, as_plain
-from .data import LATENT_INDEX, LATENT_PROGRESS, to_float
+from .data import LATENT_INDEX, LATENT_PROGRESS, Bucket, Source, to_float
+from .digests import describe, sha256_of
+from .text import package
 
 FORMAT = 1
 MAGIC = "minisora latents"
@@ -71,14 +77,10 @@ class Pixels:
 
 
 class Autoencoder:
-    """Anything with ``encode`` and ``decode`` between pixels in [-1, 1] and latents, both ``[B, C, T, H, W]``.
-
-    One for images, whose ``config.input_size`` has two numbers, gets the frames one by one.
-    """
+    """Anything with ``encode`` and ``decode`` between pixels in [-1, 1] and latents, both ``[B, C, T, H, W]``."""
 
     def __init__(self, autoencoder: Any, device: torch.device) -> None:
         self.autoencoder, self.device = autoencoder, device
-        self.images = len(getattr(getattr(autoencoder, "config", None), "input_size", (0, 0, 0))) == 2
 
     def shape(self, pixels: Shape) -> Shape:
         try:
@@ -88,20 +90,16 @@ class Autoencoder:
         return channels, frames, height, width
 
     def encode(self, clips: Tensor) -> Tensor:
-        return self._each(self.autoencoder.encode, to_float(clips))
+        return self._run(self.autoencoder.encode, to_float(clips))
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self._each(self.autoencoder.decode, latents).clamp(-1, 1)
+        return self._run(self.autoencoder.decode, latents).clamp(-1, 1)
 
     @torch.no_grad()
-    def _each(self, function: Any, x: Tensor) -> Tensor:
-        x = x.to(self.device)
+    def _run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         # Half precision is for the model that is trained; an autoencoder may overflow in it.
         with torch.autocast(self.device.type, enabled=False):
-            if not self.images:
-                return function(x).float()
-            out = function(x.transpose(1, 2).flatten(0, 1)).float()
-        return out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+            return function(x.to(self.device)).float()
 
 
 def identify(path: str | Path) -> dict[str, Any]:
@@ -122,10 +120,7 @@ def identify(path: str | Path) -> dict[str, Any]:
     if path.is_file():
         return {"kind": "checkpoint", "path": str(path.resolve()), "sha256": sha256_of(path)}
     if (path / "config.json").is_file():
-        digest = hashlib.sha256()
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
-            digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
-        return {"kind": "diffusers", "path": str(path.resolve()), "sha256": digest.hexdigest()}
+        return {"kind": "diffusers", "path": str(path.resolve()), "sha256": sha256_of(path)}
     raise ValueError(
         f"encoder is {str(path)!r}, which is not there; it may be 'pixels', a checkpoint of an autoencoder, the folder "
         f"of its run, or a folder of a diffusers autoencoder"
@@ -141,9 +136,9 @@ def open_encoder(record: Mapping[str, Any], device: torch.device, path: str | Pa
     try:
         found = identify(path or record["path"])
     except ValueError as error:
-        raise ValueError(f"{error}; the latents were made with {_describe(record)}") from None
+        raise ValueError(f"{error}; the latents were made with {describe(record)}") from None
     if (found["kind"], found["sha256"]) != (record["kind"], record["sha256"]):
-        raise ValueError(f"encoder {_describe(found)} is not the one of the latents, {_describe(record)}")
+        raise ValueError(f"encoder {describe(found)} is not the one of the latents, {describe(record)}")
     if found["kind"] == "pixels":
         return Pixels()
     if found["kind"] == "diffusers":
@@ -157,11 +152,6 @@ def open_encoder(record: Mapping[str, Any], device: torch.device, path: str | Pa
     if not (hasattr(module, "encode") and hasattr(module, "decode")):
         raise ValueError(f"encoder {found['path']} holds a {type(module).__name__}, which has no encode and decode")
     return Autoencoder(module.to(device).eval().requires_grad_(False), device)
-
-
-def _describe(record: Mapping[str, Any]) -> str:
-    checksum = "" if record["sha256"] is None else f" (sha256 {record['sha256'][:12]}...)"
-    return f"{record['path']}{checksum}"
 
 
 class Decoder:
@@ -190,14 +180,6 @@ class Decoder:
             mean, std = self.moments
             latents = (latents - mean) / std
         return latents
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -232,14 +214,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ValueError("latents need the package safetensors: pip install safetensors") from error
-    return safetensors
-
-
 def write_shard(
     folder: Path, number: int, latents: Tensor, labels: Tensor, low: Tensor | None = None
 ) -> dict[str, Any]:
@@ -255,7 +229,7 @@ def write_shard(
     tensors = {"latents": latents, "labels": labels}
     if low is not None:
         tensors["low"] = low
-    content = _safetensors().torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+    content = package("safetensors.torch").save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
     path = folder / f"shard_{number:05d}.safetensors"
     write_whole(path, content)
     digest = hashlib.sha256(content).hexdigest()
@@ -300,6 +274,8 @@ class _Shard(NamedTuple):
 class LatentClips:
     """The clips of a folder of latents, float32 ``[C, T, H, W]``, as a source (see ``data.py``).
 
+    With buckets the clips differ in size, and ``shape`` is that of previews and samples.
+
     Args:
         folder: of ``models.precompute``.
         options: of the data; one that is neither the default nor what the latents were made with is refused.
@@ -309,6 +285,7 @@ class LatentClips:
         low_shape: of the small clips, None for a folder without.
         encoder: what :class:`Decoder` needs: kind, path and sha256 of the encoder, and mean and std of each channel
             if they were taken out, else None.
+        buckets: ``(T, H, W)`` of the latents of each bucket; empty if they have one size.
 
     Raises:
         ValueError: options or files that do not fit; also from :meth:`clip`, for a shard whose checksum is wrong.
@@ -333,20 +310,28 @@ class LatentClips:
         self._moments = None
         if normalized:
             self._moments = [torch.tensor(index[key]).view(-1, 1, 1, 1) for key in ("mean", "std")]
+        self._shape: list[int] = index["shape"]
+        self.buckets = [tuple(bucket["shape"][1:]) for bucket in index.get("buckets", ())]
         self._ends = np.cumsum([entry["count"] for entry in index["shards"]])
+        self._clips = range(self._ends[-1])
         self._checked: set[int] = set()
         self._shard = functools.lru_cache(maxsize=self.OPEN)(self._open)
 
     @property
     def shape(self) -> Shape:
-        channels, frames, height, width = self.index["shape"]
+        channels, frames, height, width = self._shape
         return channels, frames, height, width
 
+    @property
+    def digest(self) -> str:
+        """Of the index, which has the checksums of the shards."""
+        return sha256_of(self.folder / LATENT_INDEX)
+
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._clips)
 
     def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-        shard, row = self._find(index)
+        shard, row = self._find(self._clips[index])
         latents = shard.file.get_slice("latents")[row : row + 1][0].float()
         if self._moments is not None:
             mean, std = self._moments
@@ -358,6 +343,28 @@ class LatentClips:
         shard, row = self._find(index)
         return shard.file.get_slice("low")[row : row + 1][0].float().numpy()
 
+    def split(self, buckets: Sequence[Bucket] = ()) -> list[Source]:
+        """A source for each bucket; ``buckets``, in frames and pixels, may repeat those that they were made with.
+
+        Raises:
+            ValueError: other buckets, or latents of one size.
+        """
+        made = self.index["made"]["data"].get("buckets", [])
+        if not made or (buckets and as_plain(buckets) != made):
+            there = made or f"one size, {tuple(self.index['pixels'][1:])}"
+            raise ValueError(f"data.buckets is {buckets}; the latents in {self.folder} were made with {there}")
+        counts = {entry["name"]: entry["count"] for entry in self.index["shards"]}
+        parts: list[Source] = []
+        start = 0
+        for bucket in self.index["buckets"]:
+            part = copy.copy(self)  # the open shards are shared
+            part._shape, part.buckets = bucket["shape"], []
+            stop = start + sum(counts[name] for name in bucket["shards"])
+            part._clips = range(start, stop)
+            parts.append(part)
+            start = stop
+        return parts
+
     def _find(self, index: int) -> tuple[_Shard, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))
         start = int(self._ends[number - 1]) if number else 0
@@ -368,5 +375,5 @@ class LatentClips:
         if number not in self._checked:
             check_shard(self.folder, entry, whole=True)
             self._checked.add(number)
-        file = _safetensors().safe_open(self.folder / entry["name"], framework="pt")
+        file = package("safetensors.torch").safe_open(self.folder / entry["name"], framework="pt")
         return _Shard(file, file.get_tensor("labels"))

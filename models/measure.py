@@ -3,7 +3,9 @@
 Prints the peak signal-to-noise ratio of reconstructed clips, mean and least, and writes a picture of some beside the
 checkpoint. The digits are held-out ones; of other data the clips are those of the training, cut anew. A tokenizer's
 latents are measured on the training clips, and their mean and deviation by channel are written into the checkpoint,
-where ``encode`` and ``decode`` normalise with them; do this before anything is trained on its latents.
+where ``encode`` and ``decode`` normalise with them; do this before anything is trained on its latents. A VQGAN keeps
+the ``scale`` of its configuration: mean and deviation of a channel are what its batch norm has learned, and
+``models.precompute --normalize`` takes them out.
 """
 
 from __future__ import annotations

@@ -6,14 +6,15 @@
 With --low N the folder has the clips themselves too, N times smaller: what a second stage makes the latents from.
 
 Clip ``p * n + i`` of the folder is item i of the n of the source, with the random crop and start that it has in epoch p
-of a training with the same seed. The same command goes on with an interrupted run; the files are as if it had not been
-interrupted (on the same machine, with the same number of threads).
+of a training with the same seed. With ``--data.buckets`` that holds in every bucket, and ``models.train`` with
+``--batch-tokens`` trains on all of them. The same command goes on with an interrupted run; the files are as if it had
+not been interrupted (on the same machine, with the same number of threads).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from .allocator import reuse_large_allocations
 from .config import DataConfig, as_plain
-from .data import LATENT_INDEX, LATENT_PROGRESS, Source, shrink, to_float
+from .data import LATENT_INDEX, LATENT_PROGRESS, Source, bucket_seed, digest_of, shrink, to_float
 from .latents import (
     DTYPES,
     Encoder,
@@ -80,8 +81,8 @@ class PrecomputeConfig:
         for name in ("seed", "low"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if self.data.buckets:
-            raise ValueError(f"data.buckets is {self.data.buckets}; a folder of latents has one size, data.size")
+        if self.data.buckets and self.low:
+            raise ValueError(f"low is {self.low}; with data.buckets it must be 0")
         if self.data.images:
             raise ValueError(f"data.images is {self.data.images}; training draws them, so it must be 0 here")
 
@@ -89,18 +90,14 @@ class PrecomputeConfig:
 def made_from(config: PrecomputeConfig, source: Source, encoder: dict[str, Any]) -> dict[str, Any]:
     """All that the latents depend on, as JSON returns it."""
     data = as_plain(config.data)
-    for name in ("buckets", "cache_megabytes", "images"):
+    for name in ("cache_megabytes", "images"):
         del data[name]
-    files = hashlib.sha256()
-    for item in getattr(source, "items", ()):
-        size = item.path.stat().st_size if item.path.is_file() else None
-        files.update(f"{item.path} {item.label} {item.text} {size}\n".encode())
     names = ("low", "passes", "precision", "normalize", "shard_clips", "batch_size", "seed")
     return {
         "encoder": {key: encoder[key] for key in ("kind", "sha256")},  # the same one may be found elsewhere
         "data": data,
         "items": len(source),
-        "files": files.hexdigest(),
+        "files": digest_of(getattr(source, "items", ())),
         **{name: getattr(config, name) for name in names},
     }
 
@@ -141,9 +138,9 @@ def refuse_others(folder: Path, there: dict[str, Any], made: dict[str, Any]) -> 
 
 
 def encode_clips(
-    source: Source, encoder: Encoder, start: int, stop: int, config: PrecomputeConfig
+    source: Source, encoder: Encoder, start: int, stop: int, seed: int, config: PrecomputeConfig
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Latents and labels of the clips ``start`` to ``stop``, and the clips made smaller by ``config.low``.
+    """Latents and labels of the clips ``start`` to ``stop`` of the source, and the clips smaller by ``config.low``.
 
     Raises:
         ValueError: a latent that is not finite in the precision of the files.
@@ -153,7 +150,7 @@ def encode_clips(
         clips = []
         for number in range(first, min(first + config.batch_size, stop)):
             epoch, index = divmod(number, len(source))
-            clip, label = source.clip(index, np.random.default_rng((config.seed, epoch, index)))
+            clip, label = source.clip(index, np.random.default_rng((seed, epoch, index)))
             clips.append(clip)
             labels.append(label)
         stacked = torch.from_numpy(np.stack(clips))
@@ -199,22 +196,32 @@ def run(config: PrecomputeConfig) -> Path:
     with choose_backend(config.backend):
         encoder = open_encoder(record, choose_device(config.device))
         shape = encoder.shape(source.shape)
-        total = config.passes * len(source)
-        starts = range(0, total, config.shard_clips)
+        parts, seeds, shapes = [source], [config.seed], [shape]
+        if data.buckets:
+            parts = source.split(data.buckets)
+            seeds = [bucket_seed(config.seed, number) for number in range(len(parts))]
+            shapes = [encoder.shape(part.shape) for part in parts]
+        counts = [config.passes * len(part) for part in parts]
+        starts = [(i, start) for i, count in enumerate(counts) for start in range(0, count, config.shard_clips)]
         folder.mkdir(parents=True, exist_ok=True)
-        with progress_bar(total=total, desc=folder.name, unit="clip") as bar:
+        with progress_bar(total=sum(counts), desc=folder.name, unit="clip") as bar:
             bar.update(sum(entry["count"] for entry in shards))
             for number in range(len(shards), len(starts)):
-                stop = min(starts[number] + config.shard_clips, total)
-                latents, labels, low = encode_clips(source, encoder, starts[number], stop, config)
+                i, start = starts[number]
+                stop = min(start + config.shard_clips, counts[i])
+                latents, labels, low = encode_clips(parts[i], encoder, start, stop, seeds[i], config)
                 exact = latents.double()
                 sums = {"sum": exact.sum((0, 2, 3, 4)).tolist(), "squares": exact.square().sum((0, 2, 3, 4)).tolist()}
                 shards.append(write_shard(folder, number, latents, labels, low) | sums)
                 write_json(folder / LATENT_PROGRESS, {"made": made, "shards": shards})
                 bar.update(len(latents))
-    mean, std = moments(shards, total * shape[1] * shape[2] * shape[3])
+    mean, std = moments(shards, sum(count * math.prod(cells[1:]) for count, cells in zip(counts, shapes, strict=True)))
     if config.normalize and min(std) == 0:
         raise ValueError(f"channel {std.index(0)} of the latents is constant; normalize cannot divide by its deviation")
+    buckets = []
+    for i, part in enumerate(parts):
+        names = [entry["name"] for entry, (bucket, _) in zip(shards, starts, strict=True) if bucket == i]
+        buckets.append({"pixels": part.shape, "shape": shapes[i], "shards": names})
     write_json(
         path,
         {
@@ -223,6 +230,7 @@ def run(config: PrecomputeConfig) -> Path:
             "pixels": source.shape,
             "shape": shape,
             "low": low_shape and {"factor": config.low, "shape": low_shape},
+            "buckets": buckets if data.buckets else [],
             "classes": source.classes,
             "captions": getattr(source, "captions", ()),
             "mean": mean,
@@ -257,7 +265,8 @@ def main(arguments: list[str] | None = None) -> None:
     index = read_index(path.parent)
     count = sum(entry["count"] for entry in index["shards"])
     size = sum(entry["bytes"] for entry in index["shards"])
-    print(f"{count} clips {tuple(index['pixels'])} as latents {tuple(index['shape'])}, {size / 2**20:.1f} MiB: {path}")
+    sizes = [f"{tuple(part['pixels'])} as latents {tuple(part['shape'])}" for part in index.get("buckets") or [index]]
+    print(f"{count} clips {', '.join(sizes)}, {size / 2**20:.1f} MiB: {path}")
 
 
 if __name__ == "__main__":

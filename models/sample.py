@@ -33,7 +33,7 @@ from .integrators import SolverOptions
 from .latents import Decoder
 from .registry import Objective
 from .samplers import SOLVERS, count_steps, sample
-from .text import Text, TextEncoder, rows
+from .text import Text, TextEncoder, identify_text_encoder, refuse_another, rows
 from .walt import WALT, augment
 
 SMALLEST_SIDE = 128
@@ -508,6 +508,8 @@ def run(config: SampleConfig) -> list[Path]:
     if train.text.encoder is not None:
         labels = prompts(captions, count)
         encoder = config.text_encoder or train.text.encoder
+        if checkpoint.text_encoder is not None:
+            refuse_another(identify_text_encoder(encoder), checkpoint.text_encoder)
         y = TextEncoder(**dataclasses.asdict(train.text) | {"encoder": encoder}, device=device)(labels)
     elif config.prompt or config.text_encoder:
         option = "prompt" if config.prompt else "text_encoder"

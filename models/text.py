@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .digests import describe, sha256_of
 
 
 class Text(NamedTuple):
@@ -79,7 +82,7 @@ def with_null(y: Text, share: float, null: Tensor) -> Text:
 
 
 def package(name: str) -> Any:
-    """The package, imported only now.
+    """The package, or a module of it, imported only now.
 
     Raises:
         ValueError: it is not installed; says how it may be.
@@ -87,7 +90,22 @@ def package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"package {name!r} is needed: pip install {name} ({error})") from error
+        installed = name.split(".")[0]
+        raise ValueError(f"package {installed!r} is needed: pip install {installed} ({error})") from error
+
+
+def identify_text_encoder(encoder: str) -> dict[str, Any]:
+    """Which text encoder this is: ``{"path", "sha256"}``; a hub name stands for itself and has no checksum."""
+    folder = Path(encoder)
+    if folder.is_dir():
+        return {"path": str(folder.resolve()), "sha256": sha256_of(folder)}
+    return {"path": encoder, "sha256": None}
+
+
+def refuse_another(found: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Raises ValueError if these are not records of :func:`identify_text_encoder` of the same text encoder."""
+    if (found["sha256"] or found["path"]) != (record["sha256"] or record["path"]):
+        raise ValueError(f"text encoder {describe(found)} is not the one of the training, {describe(record)}")
 
 
 MODELS = {"t5": "T5EncoderModel", "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}

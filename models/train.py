@@ -7,7 +7,8 @@
 A run's folder gets ``config.json``, checkpoints ``step_*.pt``, ``losses.csv``, ``previews/*.png`` and TensorBoard's
 ``events.*``. A folder that is there already is never written to, except by ``--resume``, which goes on from its newest
 whole checkpoint with the same losses, bit for bit, as the run that was not stopped (on the same machine, with the same
-number of threads).
+number of threads). Data or a text encoder that have moved since are named anew with ``--data.source`` and
+``--text.encoder``.
 
 SIGTERM and Ctrl-C end the step in hand, save, and leave with status 128 + signal; a second one leaves at once.
 """
@@ -49,12 +50,13 @@ from .sample import (
     sample_clips,
     write_png,
 )
-from .text import Text, TextEncoder
+from .text import Text, TextEncoder, identify_text_encoder, refuse_another
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# What a continuation may change: what does not touch the losses, but for the rounding of another backend or GPU.
+# What a continuation may change: what does not touch the losses, but for the rounding of another backend or GPU, and
+# where the data and the text encoder are, if the checkpoint can tell that they are the same.
 RESUMABLE = {"steps", "save_every", "keep", "log_every", "preview", "backend", "device"}
 
 _log = logging.getLogger(__name__)
@@ -154,14 +156,17 @@ class Trainer:
         self.config, self.device = config, choose_device(config.device)
         data = config.data
         self.source: Source = data.open()
+        self.data_digest: str | None = getattr(self.source, "digest", None)
         self.classes = list(self.source.classes)
         # What made the latents, if the clips are latents: their previews need it, so it must be there from the start.
         self.encoder: dict[str, Any] | None = getattr(self.source, "encoder", None)
         self.decode = None if self.encoder is None else Decoder(self.encoder, self.device)
         captions = list(getattr(self.source, "captions", ()))
         self.text, self.captions, text_width = None, captions or self.classes, 0
+        self.text_encoder: dict[str, Any] | None = None
         if config.text.encoder is not None:
             self.text = self._encoder()
+            self.text_encoder = identify_text_encoder(config.text.encoder)
             self.classes, text_width = [], self.text.width
         elif captions:
             _log.warning("the captions of %s are not used: text.encoder is not given", data.source)
@@ -213,15 +218,19 @@ class Trainer:
     def _batches(self) -> Prefetching:
         """Batches of one size, or, with buckets, of as many samples of a bucket's size as ``batch_tokens`` allows."""
         config = self.config
-        if not config.data.buckets:
+        # Latents know the buckets that they were made with, in cells.
+        buckets = getattr(self.source, "buckets", ()) or config.data.buckets
+        if not buckets:
+            if config.batch_tokens:
+                raise ValueError(f"batch_tokens is {config.batch_tokens}; it is for buckets only, use batch_size")
             source = WithImages(self.source, config.data.images) if config.data.images else self.source
             return Batches(source, config.batch_size, config.seed)
+        if not config.batch_tokens:
+            raise ValueError(f"batch_tokens is 0; {config.data.source} has buckets, so it must be at least 1")
         if not hasattr(self.model, "any_size"):
             raise ValueError(f"data.buckets needs a model for inputs of any size; {config.model.name!r} has one size")
-        if not hasattr(self.source, "split"):
-            raise ValueError(f"data.buckets cannot be filled from {config.data.source!r}: its clips have one size")
         self.model.any_size = True
-        for frames, *size in config.data.buckets:
+        for frames, *size in buckets:
             try:
                 configure(config.model, self.source.shape[0], frames, tuple(size), len(self.classes))
             except ValueError as error:
@@ -248,6 +257,8 @@ class Trainer:
         return TextEncoder(**dataclasses.asdict(self.config.text), device=self.device)
 
     def _restore(self, saved: Checkpoint) -> None:
+        if saved.text_encoder is not None and self.text_encoder is not None:
+            refuse_another(self.text_encoder, saved.text_encoder)
         built_from = as_plain(self.model.config)
         # A file of before a field was there has its default.
         was_built_from = as_plain(config_from(saved.config))
@@ -257,6 +268,9 @@ class Trainer:
         # The file may have been moved since, so its path may differ.
         if any((saved.encoder or {}).get(k) != (self.encoder or {}).get(k) for k in ("kind", "sha256", "mean", "std")):
             raise ValueError(f"the checkpoint does not match the data: its encoder was {saved.encoder}")
+        now, before = self.config.data.source, saved.train["data"]["source"]
+        if now != before and saved.data_digest not in (None, self.data_digest):
+            raise ValueError(f"data.source is {now!r}; in a resumed run it must hold the same files as {before!r} did")
         was = "cuda" if "cuda" in saved.rng else "cpu"
         if was != self.device.type:
             raise ValueError(
@@ -287,6 +301,8 @@ class Trainer:
             rng=rng,
             encoder=self.encoder,
             memory=self.memory,
+            text_encoder=self.text_encoder,
+            data_digest=self.data_digest,
         )
 
     def train_step(self) -> tuple[Tensor, Tensor, float]:
@@ -521,8 +537,13 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
         args=rest,
     )
     if resume is not None:
+        moved = default
+        if resume.text_encoder is not None and config.text.encoder is not None:
+            moved = dataclasses.replace(moved, text=dataclasses.replace(moved.text, encoder=config.text.encoder))
+        if resume.data_digest is not None:
+            moved = dataclasses.replace(moved, data=dataclasses.replace(moved.data, source=config.data.source))
         names = [item.name for item in dataclasses.fields(config)]
-        changed = [name for name in names if getattr(config, name) != getattr(default, name)]
+        changed = [name for name in names if getattr(config, name) != getattr(moved, name)]
         refused = [name for name in changed if name not in RESUMABLE]
         if refused:
             raise ValueError(f"{', '.join(refused)} cannot change in a resumed run; start a new one")

@@ -57,7 +57,7 @@ class VQGANSettings:
     latent_channels: int = 4
     codes: int = 8192
     scale: float = 0.43
-    """What latents are divided by."""
+    """What latents are divided by; StableCascade's, and not measured (models.precompute has `normalize`)."""
     discriminator: int = 0
     """Width of the discriminator of an adversarial objective; 0 for none."""
 

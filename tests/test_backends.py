@@ -108,6 +108,28 @@ def test_every_library_that_is_built_has_its_capability_and_the_other_way_round(
 
 
 @pytest.mark.parametrize(
+    ("left_out", "variable", "capability"),
+    [
+        (["cpu_amx"], None, "AVX512_BF16"),
+        (["cpu_amx", "cpu_avx512_bf16"], None, "AVX512"),
+        (["cpu_avx512"], None, "AMX"),
+        (["cpu_avx512"], "avx512", "AVX2"),
+        (["cpu_avx2", "cpu_avx512"], "avx512", "AVX512"),
+    ],
+)
+def test_what_the_build_left_out_is_passed_over(monkeypatch, left_out, variable, capability):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_init_amx"):
+        monkeypatch.setattr(torch.cpu, name, lambda: True)
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", variable)
+    record = {"cpu": {"left_out": dict.fromkeys(left_out, "it does not compile")}}
+    monkeypatch.setattr(backends, "build_record", lambda: record)
+    assert backends.cpu_capability() == capability
+
+
+@pytest.mark.parametrize(
     ("torchs", "variable", "bf16", "tiles", "allowed", "capability"),
     [
         ("DEFAULT", None, False, False, False, "DEFAULT"),

@@ -170,6 +170,12 @@ def test_a_file_goes_to_the_bucket_that_wastes_least(tmp_path, caplog):
     ]
 
 
+def test_files_that_cannot_be_decoded_fill_no_bucket(tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="none of its 1 files can be decoded"):
+        open_source(str(tmp_path), frames=4, size=(32, 32)).split(((4, 32, 32),))
+
+
 def test_digits_are_dealt_to_the_buckets_evenly_and_whatever_they_show():
     source = MovingDigits(frames=2, size=(16, 16))
     parts = source.split(((2, 16, 16), (4, 16, 24), (1, 24, 16)))
@@ -289,7 +295,7 @@ class OneSize(nn.Module):
 def test_what_does_not_fit_together_is_refused(tmp_path, monkeypatch):
     for changes, reason in (
         ({"batch_tokens": 0}, "batch_tokens is 0; with data.buckets it must be at least 1"),
-        ({"data": {"buckets": []}}, "batch_tokens is 60; it is for data.buckets only, use batch_size"),
+        ({"batch_tokens": -1, "data": {"buckets": []}}, "batch_tokens is -1; it must be at least 0"),
         ({"data": {"buckets": [[1, 0, 16]]}}, "data.buckets is"),
         ({"data": {"buckets": [[1, 16, 16], [1, 16, 16]]}}, "data.buckets is .* different sizes"),
         ({"data": {"buckets": [[1, 16]]}}, "data.buckets is"),
@@ -297,6 +303,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=reason):
             merge(TINY, changes)
     for changes, reason in (
+        ({"data": {"buckets": []}}, "batch_tokens is 60; it is for buckets only, use batch_size"),
         ({"batch_tokens": 23}, r"batch_tokens is 23; bucket \(4, 16, 24\) needs 1 sample of 24 tokens"),
         ({"accumulation": 3}, r"batch_tokens is 60; bucket \(4, 16, 24\) needs 3 samples of 24 tokens"),
         ({"data": {"buckets": [[2, 20, 16]]}}, r"data.buckets has \(2, 20, 16\), which the model cannot take: patch"),

@@ -33,7 +33,8 @@ def build(tmp_path: Path, **environment: str) -> dict:
     )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "minisora_kernels" / "build_record.json").read_text())
-    assert f"no cpu kernels: {record['cpu']['not_built']}" in done.stdout
+    reasons = record["cpu"].get("left_out") or {"cpu kernels": record["cpu"]["not_built"]}
+    assert all(f"no {part}: {reason}" in done.stdout for part, reason in reasons.items())
     return record
 
 
@@ -52,6 +53,29 @@ def test_a_compiler_that_fails_is_recorded_with_its_error(tmp_path):
     compiler.chmod(0o755)
     record = build(tmp_path, CXX=str(compiler))
     assert "error: this compiler is broken" in record["cpu"]["not_built"]
+
+
+def test_a_variant_that_cannot_be_built_is_left_out_with_its_error(tmp_path):
+    """One fails to compile, another to link; what stands for the compiler writes empty files."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        "*-mamx-tile*) echo 'error: unrecognized option -mamx-tile' >&2; exit 1 ;;\n"
+        "*-shared*cpu_avx512/*) echo 'error: cannot link' >&2; exit 1 ;;\n"
+        "esac\n"
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n'
+    )
+    compiler.chmod(0o755)
+    package = tmp_path / "minisora_kernels"
+    package.mkdir()
+    (package / "_cpu_amx.so").write_bytes(b"of an earlier build")
+    record = build(tmp_path, CXX=str(compiler))["cpu"]
+    assert record["libraries"] == ["cpu_avx2", "cpu_avx512_bf16"]
+    assert set(record["left_out"]) == {"cpu_avx512", "cpu_amx"}
+    assert record["left_out"]["cpu_amx"].endswith("failed: error: unrecognized option -mamx-tile")
+    assert record["left_out"]["cpu_avx512"].endswith("failed: error: cannot link")
+    assert sorted(file.name for file in package.glob("*.so")) == ["_cpu_avx2.so", "_cpu_avx512_bf16.so"]
 
 
 def test_the_kernels_can_be_declined(tmp_path):

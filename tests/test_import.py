@@ -101,3 +101,5 @@ def test_a_tree_without_libraries_tells_why(tmp_path, monkeypatch):
     )
     (tmp_path / "build_record.json").write_text('{"cpu": {"not_built": "no C++ compiler was found"}}')
     assert backends._load("cpu", "cpu_avx2", "no library for AVX2") == "no library for AVX2: no C++ compiler was found"
+    (tmp_path / "build_record.json").write_text('{"cpu": {"left_out": {"cpu_avx2": "no -mavx2"}}}')
+    assert backends._load("cpu", "cpu_avx2", "no library for AVX2") == "no library for AVX2: no -mavx2"

@@ -30,11 +30,11 @@ from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfi
 from models.data import Batches, MovingDigits, open_source, to_float
 from models.diffusion import DDPM
 from models.dit import DiTSettings
-from models.latents import Decoder, LatentClips, identify, open_encoder, read_index
+from models.latents import Decoder, LatentClips, identify, open_encoder, read_index, write_shard
 from models.logsnr import LogSNR
 from models.precompute import PrecomputeConfig, main, run
 from models.sample import SampleConfig, write_mp4, write_png
-from models.train import Trainer, train
+from models.train import Trainer, parse, train
 from models.walt import WALTSettings
 
 ROOT = Path(__file__).parent.parent
@@ -101,21 +101,17 @@ class Shuffle(nn.Module):
         self.config, self.weight = config, nn.Parameter(torch.tensor(3.0))
 
     def encode(self, x):
-        if x.dim() == 4:
-            return F.pixel_unshuffle(x, 2) * self.weight
         return F.pixel_unshuffle(x.transpose(1, 2), 2).transpose(1, 2) * self.weight
 
     def decode(self, z):
-        if z.dim() == 4:
-            return F.pixel_shuffle(z / self.weight, 2)
         return F.pixel_shuffle(z.transpose(1, 2) / self.weight, 2).transpose(1, 2)
 
 
-def autoencoder(folder: Path, monkeypatch, *, weight: float = 3.0, size: tuple[int, ...] = (2, 12, 16)) -> Path:
+def autoencoder(folder: Path, monkeypatch, *, weight: float = 3.0) -> Path:
     """A checkpoint of it."""
     family = registry.Family(ShuffleSettings, ShuffleConfig, Shuffle)
     monkeypatch.setitem(registry.FAMILIES, "shuffle", family)
-    config = ShuffleConfig(input_size=size, channels=1)
+    config = ShuffleConfig(input_size=(2, 12, 16), channels=1)
     state = {"weight": torch.tensor(weight)}
     folder.mkdir()
     saved = checkpoints.Checkpoint(as_plain(TrainConfig()), as_plain(config), [], 7, state, state, {}, {})
@@ -338,10 +334,120 @@ def test_options_that_the_latents_do_not_have_are_refused(tmp_path):
     for name, value, made in (("size", (32, 32), r"\[12, 16\]"), ("stride", 2, "1"), ("crop", "center", "random")):
         with pytest.raises(ValueError, match=f"data.{name} is .*; the latents in .* were made with {made}"):
             open_source(source, **({"frames": 8, "size": (16, 16)} | {name: value}))
-    with pytest.raises(ValueError, match=r"buckets cannot be filled from .*: its clips have one size"):
+    with pytest.raises(
+        ValueError, match=r"data.buckets is \(\(2, 12, 16\),\); the latents in .* with one size, \(2, 12"
+    ):
         Trainer(TrainConfig(data=DataConfig(source, buckets=((2, 12, 16),)), model=MODEL, batch_tokens=99))
     with pytest.raises(ValueError, match="holds latents already"):
         run(pixels(tmp_path / "again", data=DataConfig(source)))
+
+
+BUCKETS = ((2, 12, 16), (1, 16, 24), (4, 12, 12))
+BUCKETED = replace(DIGITS, buckets=BUCKETS)
+
+
+def test_buckets_are_trained_on_as_those_of_the_source(tmp_path, capsys):
+    folder = str(tmp_path / "z")
+    index = read_index(run(pixels(tmp_path / "z", data=BUCKETED, shard_clips=4, seed=4)).parent)
+    # 22 digits: 8, 7 and 7, a shard holding clips of one bucket.
+    names = [f"shard_0000{number}.safetensors" for number in range(6)]
+    assert [entry["count"] for entry in index["shards"]] == [4, 4, 4, 3, 4, 3]
+    shapes = [[1, *bucket] for bucket in BUCKETS]
+    assert index["buckets"] == [
+        {"pixels": shape, "shape": shape, "shards": names[2 * i : 2 * i + 2]} for i, shape in enumerate(shapes)
+    ]
+    config = TrainConfig(data=BUCKETED, model=MODEL, batch_tokens=60, seed=4, steps=4)
+    latent = replace(config, data=DataConfig(folder))
+    seen = []
+    for given in (config, latent, replace(latent, data=DataConfig(folder, buckets=BUCKETS))):
+        trainer = Trainer(given)
+        assert trainer.model.config.input_size == (2, 12, 16)
+        # An epoch is 2 + 2 + 4 batches of 5, 2 and 2 clips: of 12, 24 and 36 tokens.
+        seen.append([trainer.batches.batch(step) for step in range(4)])
+        trainer.batches.close()
+    for batches in zip(*seen, strict=True):
+        for x, y in batches[1:]:
+            assert torch.equal(x, batches[0][0]) and torch.equal(y, batches[0][1])
+    assert len({x.shape for x, _ in seen[0]}) > 1
+    for changes, reason in (
+        ({"batch_tokens": 0}, r"batch_tokens is 0; .*z has buckets, so it must be at least 1"),
+        ({"data": {"buckets": BUCKETS[:2]}}, r"data.buckets is .*; the latents in .* were made with \[\[2, 12, 16"),
+        ({"batch_tokens": 30}, r"batch_tokens is 30; bucket \(4, 12, 12\) needs 1 sample of 36 tokens"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            Trainer(merge(latent, changes))
+    with pytest.raises(ValueError, match=r"other options: data\.buckets differ"):
+        run(pixels(tmp_path / "z", data=DIGITS, shard_clips=4, seed=4))
+    options = "--encoder pixels --precision fp32 --shard-clips 4 --batch-size 3 --seed 4 --data.frames 2"
+    sizes = "--data.size 12 16 --data.buckets 2 12 16 1 16 24 4 12 12"
+    main(["--out", folder, *options.split(), *sizes.split()])
+    assert "22 clips (1, 2, 12, 16) as latents (1, 2, 12, 16), (1, 1, 16, 24) as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_an_autoencoder_encodes_every_bucket_and_a_run_on_them_goes_on(tmp_path, monkeypatch, normalize):
+    encoder = str(autoencoder(tmp_path / "encoder", monkeypatch))
+    options = {"data": BUCKETED, "shard_clips": 4, "passes": 2, "normalize": normalize}
+    run(replace(pixels(tmp_path / "z", **options), encoder=encoder))
+    source = LatentClips(tmp_path / "z")
+    parts = source.split(())
+    assert [part.shape for part in parts] == [(4, 2, 6, 8), (4, 1, 8, 12), (4, 4, 6, 6)]
+    assert source.shape == (4, 2, 6, 8) and [len(part) for part in parts] == [16, 14, 14] and len(source) == 44
+    clips = [torch.from_numpy(part.clip(i, None)[0]) for part in parts for i in range(len(part))]
+    channels = torch.cat([clip.flatten(1) for clip in clips], dim=1).double()
+    mean, std = channels.mean(1), channels.std(1, correction=0)
+    expected = (torch.zeros(4), torch.ones(4)) if normalize else (source.index["mean"], source.index["std"])
+    torch.testing.assert_close(mean, torch.as_tensor(expected[0], dtype=torch.float64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(std, torch.as_tensor(expected[1], dtype=torch.float64), rtol=0, atol=1e-5)
+    digits = MovingDigits(frames=2, size=(12, 16)).split(BUCKETS)
+    for i in (3, 10):
+        epoch, item = divmod(i, 7)
+        seed = int(np.random.SeedSequence((0, 2)).generate_state(1)[0])
+        clip, label = digits[2].clip(item, np.random.default_rng((seed, epoch, item)))
+        decoded = Decoder(source.encoder, CPU)(torch.from_numpy(parts[2].clip(i, None)[0])[None])[0]
+        torch.testing.assert_close(decoded, to_float(torch.from_numpy(clip)), rtol=0, atol=1e-5)
+        assert parts[2].clip(i, None)[1] == label
+
+    config = TrainConfig(str(tmp_path / "run"), DataConfig(str(tmp_path / "z")), LATENT, steps=9, batch_tokens=80)
+    config = replace(config, preview=PreviewConfig(count=1, steps=1), save_every=5)
+    train(config)
+    train(replace(config, run=str(tmp_path / "parts"), steps=5))
+    resumed, checkpoint = parse(["--resume", str(tmp_path / "parts"), "--steps", "9"])
+    train(resumed, checkpoint)
+    assert (tmp_path / "parts/losses.csv").read_text() == (tmp_path / "run/losses.csv").read_text()
+
+
+def test_an_interrupted_run_goes_on_in_the_same_bucket(tmp_path, monkeypatch):
+    options = {"data": BUCKETED, "shard_clips": 4}
+    run(pixels(tmp_path / "whole", **options))
+    for written in range(1, 6):
+        folder = tmp_path / f"{written}"
+
+        def shard_or_die(*arguments, written=written):
+            if arguments[1] == written:
+                raise Killed
+            return write_shard(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("models.precompute.write_shard", shard_or_die)
+            with pytest.raises(Killed):
+                run(pixels(folder, **options))
+        run(pixels(folder, **options))
+        assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_a_folder_of_before_there_were_buckets_is_read(tmp_path, capsys):
+    path = run(pixels(tmp_path / "z"))
+    index = json.loads(path.read_text())
+    del index["buckets"], index["made"]["data"]["buckets"]
+    path.write_text(json.dumps(index))
+    assert LatentClips(tmp_path / "z").buckets == [] and len(LatentClips(tmp_path / "z")) == 22
+    options = "--encoder pixels --precision fp32 --shard-clips 8 --batch-size 3 --data.frames 2 --data.size 12 16"
+    main(["--out", str(tmp_path / "z"), *options.split()])
+    out = capsys.readouterr().out
+    assert "is complete" in out and "22 clips (1, 2, 12, 16) as latents (1, 2, 12, 16), " in out
+    with pytest.raises(ValueError, match=r"other options: data\.buckets differ"):
+        run(pixels(tmp_path / "z", data=BUCKETED))
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -380,6 +486,20 @@ def test_an_autoencoder_makes_the_latents_and_decodes_previews_and_samples(tmp_p
     files = sample.run(SampleConfig(path, count=2, steps=1))
     expected = sample.to_bytes(seen[0]).permute(0, 2, 3, 4, 1).numpy()
     assert expected.shape == (2, 2, 12, 16, 1) and (np.load(files[3])["clips"] == expected).all()
+
+
+def test_a_run_goes_on_with_latents_that_have_moved(tmp_path):
+    run(pixels(tmp_path / "z"))
+    config = TrainConfig(str(tmp_path / "run"), DataConfig(str(tmp_path / "z")), MODEL, steps=2, batch_size=2)
+    train(config)
+    train(replace(config, run=str(tmp_path / "whole"), steps=3))
+    (tmp_path / "z").rename(tmp_path / "moved")
+    run(pixels(tmp_path / "other", seed=1))
+    resume = ["--resume", str(tmp_path / "run"), "--steps", "3", "--data.source"]
+    with pytest.raises(ValueError, match=r"data.source is .*other'; in a resumed run it must hold the same files"):
+        train(*parse([*resume, str(tmp_path / "other")]))
+    train(*parse([*resume, str(tmp_path / "moved")]))
+    assert (tmp_path / "run/losses.csv").read_text() == (tmp_path / "whole/losses.csv").read_text()
 
 
 def test_an_encoder_that_is_missing_or_another_is_refused(tmp_path, monkeypatch):
@@ -444,21 +564,15 @@ def test_an_autoencoder_of_diffusers_is_loaded_from_its_folder(tmp_path, monkeyp
         Decoder(latents.encoder, CPU)
 
 
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match="package 'safetensors' is needed: pip install safetensors "):
+        run(pixels(tmp_path / "z"))
+
+
 def test_pixels_are_clamped(tmp_path, monkeypatch):
     encoder = open_encoder(identify(autoencoder(tmp_path / "encoder", monkeypatch)), CPU)
     assert encoder.decode(torch.full((1, 4, 1, 2, 2), 9.0)).unique().tolist() == [1.0]
-
-
-def test_an_autoencoder_of_images_gets_the_frames(tmp_path, monkeypatch):
-    path = autoencoder(tmp_path / "encoder", monkeypatch, size=(12, 16))
-    encoder = open_encoder(identify(path), CPU)
-    clips = torch.randint(256, (3, 1, 2, 12, 16), dtype=torch.uint8)
-    latents = encoder.encode(clips)
-    assert encoder.shape((1, 2, 12, 16)) == latents.shape[1:] == (4, 2, 6, 8)
-    for frame in range(2):
-        expected = F.pixel_unshuffle(to_float(clips[:, :, frame]), 2) * 3
-        assert torch.equal(latents[:, :, frame], expected)
-    torch.testing.assert_close(encoder.decode(latents), to_float(clips))
 
 
 def test_images_train_on_latents(tmp_path):

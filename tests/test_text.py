@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from models.sample import SampleConfig, write_png
 from models.sample import run as run_sample
 from models.samplers import Predictor
 from models.stdit import STDiTSettings
-from models.text import Text, TextEncoder, rows, with_null
+from models.text import Text, TextEncoder, identify_text_encoder, refuse_another, rows, with_null
 from models.train import Trainer, parse, train
 
 needs_transformers = pytest.mark.skipif(
@@ -315,9 +316,52 @@ def test_captions_from_a_csv_to_training_resume_and_prompts(tmp_path, folder, ca
         run_sample(dataclasses.replace(sampling, out=tmp_path / "bare", prompt=()))
     with pytest.raises(ValueError, match="class 'dog' was asked for"):
         run_sample(dataclasses.replace(sampling, out=tmp_path / "bare", classes=("dog",)))
-    clip = save_encoder(folder, "clip")
-    with pytest.raises(ValueError, match=r"must be \[\d, L, 12\]"):
-        run_sample(dataclasses.replace(sampling, out=tmp_path / "bare", text_encoder=clip))
+
+
+@needs_transformers
+def test_the_text_encoder_of_a_run_may_move_but_not_change(tmp_path, folder, monkeypatch):
+    encoder = str(shutil.copytree(save_encoder(folder, "t5"), tmp_path / "encoder"))
+    config = merge(TINY, {"run": str(tmp_path / "run"), "text": {"encoder": encoder}, "steps": 2})
+    train(config)
+    train(dataclasses.replace(config, run=str(tmp_path / "whole"), steps=3))
+    Path(encoder).rename(tmp_path / "moved")
+    moved, other = str(tmp_path / "moved"), str(shutil.copytree(tmp_path / "moved", tmp_path / "other"))
+    tokenizer = Path(other) / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    resume = ["--resume", str(tmp_path / "run"), "--steps", "3"]
+    changed = rf"text encoder {other} \(sha256 .*\) is not the one of the training, {encoder} \(sha256"
+    sampling = SampleConfig(tmp_path / "run", tmp_path / "out", count=1, prompt=("a",), steps=1)
+    with pytest.raises(ValueError, match=changed):
+        train(*parse([*resume, "--text.encoder", other]))
+    with pytest.raises(ValueError, match=changed):
+        run_sample(dataclasses.replace(sampling, text_encoder=other))
+    assert not (tmp_path / "out").exists()
+    run_sample(dataclasses.replace(sampling, text_encoder=moved))
+    with pytest.raises(ValueError, match="text cannot change in a resumed run"):
+        parse([*resume, "--text.encoder", moved, "--text.max-length", "9"])
+    resumed, checkpoint = parse([*resume, "--text.encoder", moved])
+    # A checkpoint of before encoders were recorded cannot tell: it goes on where it was, and samples with any.
+    before = dataclasses.replace(checkpoint, text_encoder=None)
+    with monkeypatch.context() as patch:
+        patch.setattr("models.train.checkpoints.latest", lambda folder: (folder, before))
+        with pytest.raises(ValueError, match="text cannot change in a resumed run"):
+            parse([*resume, "--text.encoder", moved])
+    trainer = Trainer(merge(resumed, {"text": {"encoder": other}}), before)
+    trainer.batches.close()
+    assert trainer.step == 2 and trainer.checkpoint().text_encoder["path"] == other
+    last = load(train(resumed, checkpoint))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert last.text_encoder == load(tmp_path / "whole/step_00000003.pt").text_encoder | {"path": moved}
+
+
+def test_a_text_encoder_of_the_hub_is_known_by_its_name():
+    record = identify_text_encoder("google/t5-v1_1-base")
+    assert record == {"path": "google/t5-v1_1-base", "sha256": None}
+    refuse_another(record, dict(record))
+    with pytest.raises(ValueError, match="text encoder google/t5-v1_1-base is not the one of the training, t5-small"):
+        refuse_another(record, {"path": "t5-small", "sha256": None})
+    with pytest.raises(ValueError, match=r"is not the one of the training, /t5 \(sha256 abc"):
+        refuse_another(record, {"path": "/t5", "sha256": "abc" * 20})
 
 
 @needs_transformers

@@ -714,6 +714,13 @@ def test_the_preview_shows_originals_over_reconstructions(tmp_path):
         assert torch.equal(shown, ((x[i, 0, 0] + 1) * 127.5).round().to(torch.uint8))
 
 
+def test_a_vqgan_is_measured_and_keeps_its_scale(tmp_path):
+    path = train(merge(QUANTISED, {"run": str(tmp_path / "run"), "steps": 1}))
+    before = path.read_bytes()
+    result = measure.run(measure.MeasureConfig(path, batches=1, batch_size=2, device="cpu"))
+    assert result["least psnr"] <= result["psnr"] and path.read_bytes() == before
+
+
 def test_a_tokenizer_learns_is_measured_and_is_not_sampled(tmp_path):
     run = tmp_path / "run"
     path = train(merge(TINY, {"run": str(run), "steps": 60, "save_every": 60, "objective": {"laplacian_weight": 0.0}}))

@@ -291,6 +291,60 @@ def test_resume_refuses_what_would_change_the_run(tmp_path, monkeypatch):
         train(*parse(["--resume", folder]))
 
 
+def solid_colours(folder):
+    """Two classes of three images."""
+    for number, name in enumerate(("a/0.png", "a/1.png", "b/2.png")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_png(folder / name, np.full((16, 16, 3), 60 * number, np.uint8))
+
+
+def test_a_run_goes_on_with_data_that_has_moved(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "elsewhere/there"
+    solid_colours(here)
+    data = {"source": str(here), "frames": 1, "size": [16, 16]}
+    whole = merge(tiny(tmp_path / "whole"), {"data": data, "model": {"patch": [1, 4, 4]}})
+    train(whole)
+    stop_after(4, dataclasses.replace(whole, run=str(tmp_path / "run")), monkeypatch)
+    there.parent.mkdir()
+    here.rename(there)
+    arguments = ["--resume", str(tmp_path / "run"), "--data.source", str(there)]
+    for option in (["--data.stride", "2"], ["--seed", "1"]):
+        with pytest.raises(ValueError, match=r"(data|seed) cannot change in a resumed run"):
+            parse([*arguments, *option])
+    config, checkpoint = parse(arguments)
+
+    def refused():
+        with pytest.raises(ValueError, match=r"data.source is .*there'; in a resumed run it must hold the same files"):
+            Trainer(config, checkpoint)
+
+    image = (there / "a/0.png").read_bytes()
+    (there / "a/0.png").write_bytes(image + b" ")
+    refused()
+    (there / "a/0.png").unlink()
+    refused()
+    (there / "a/9.png").write_bytes(image)
+    refused()
+    (there / "a/9.png").rename(there / "a/0.png")
+    digits = merge(config, {"data": {"source": "digits"}})
+    with pytest.raises(ValueError, match="channels"):
+        Trainer(digits, checkpoint)
+    # A checkpoint of before data had a digest cannot tell.
+    with monkeypatch.context() as patch:
+        before = dataclasses.replace(checkpoint, data_digest=None)
+        patch.setattr("models.train.checkpoints.latest", lambda folder: (folder, before))
+        with pytest.raises(ValueError, match="data cannot change in a resumed run"):
+            parse(arguments)
+    train(config, checkpoint)
+    assert (tmp_path / "run/losses.csv").read_text() == (tmp_path / "whole/losses.csv").read_text()
+    assert latest(tmp_path / "run")[1].data_digest == latest(tmp_path / "whole")[1].data_digest
+
+
+def test_digits_are_not_files(tmp_path, monkeypatch):
+    stop_after(4, tiny(tmp_path / "run"), monkeypatch)
+    with pytest.raises(ValueError, match="data cannot change in a resumed run"):
+        parse(["--resume", str(tmp_path / "run"), "--data.source", str(tmp_path)])
+
+
 def test_train_or_continue_keeps_what_is_there(tmp_path, monkeypatch):
     stop_after(3, tiny(tmp_path / "run"), monkeypatch)
     asked = tiny(tmp_path / "run", steps=100)
