@@ -22,6 +22,7 @@ from .reconstruction import Reconstruction
 from .registry import OBJECTIVES, SYSTEMS, Objective, Settings
 from .stdit import STDiTSettings
 from .tokenizer import TokenizerSettings
+from .vqgan import VQGANSettings
 from .walt import WALTSettings
 
 
@@ -245,21 +246,70 @@ PRESETS: dict[str, TrainConfig] = {
         run="runs/digits-stdit",
         model=STDiTSettings(width=128, depth=4, heads=4, patch=(2, 4, 4), qk_norm="rms"),
     ),
-    # W.A.L.T's denoiser, on pixels.
-    "digits-walt": dataclasses.replace(
+    "digits-dit": dataclasses.replace(
         DIGITS,
-        run="runs/digits-walt",
-        model=WALTSettings(width=128, heads=4, patch=(1, 4, 4), spatial_window=(3, 3), spatiotemporal_window=(8, 3, 3)),
+        run="runs/digits-dit",
+        model=dataclasses.replace(DIGITS.model, patch=(1, 4, 4)),
         objective=DDPM(prediction="velocity", zero_snr=True),
         steps=2500,
     ),
-    # StableCascade's stage C, with attention over time, on pixels.
-    "digits-cascade": dataclasses.replace(
+    "digits-sit": dataclasses.replace(
         DIGITS,
-        run="runs/digits-cascade",
-        model=CascadeSettings(widths=(96, 96), patch=(1, 2, 2), dropout=(0.0, 0.0)),
+        run="runs/digits-sit",
+        model=dataclasses.replace(DIGITS.model, patch=(1, 4, 4)),
+        objective=FlowMatching("velocity"),
+        steps=2500,
+    ),
+    # On the latents of the tokenizer below: 5 frames of 6 x 6 cells and 4 channels.
+    "digits-walt": dataclasses.replace(
+        DIGITS,
+        run="runs/digits-walt",
+        data=DataConfig(source="runs/digits-walt-latents"),
+        model=WALTSettings(width=128, heads=4, patch=(1, 2, 2), spatial_window=(3, 3), spatiotemporal_window=(5, 3, 3)),
+        objective=DDPM(prediction="velocity", zero_snr=True),
+        steps=2500,
+    ),
+    "digits-walt-tokenizer": TrainConfig(
+        run="runs/digits-walt-tokenizer",
+        data=DataConfig(frames=9, size=(12, 12)),
+        model=TokenizerSettings(
+            width=16, multipliers=(1, 2), temporal_strides=(2,), res_blocks=1, groups=8, latent_channels=4
+        ),
+        objective=Reconstruction(),
+        optimizer=DIGITS.optimizer,
+        preview=PreviewConfig(every=1000),
+        steps=3000,
+        batch_size=8,
+    ),
+    # StableCascade with attention over time. Stage C makes clips of 6 x 6 pixels, stage B under their condition the
+    # latents of stage A, 3 x 3 cells of 4 channels a frame.
+    "digits-cascade-a": TrainConfig(
+        run="runs/digits-cascade-a",
+        data=DIGITS.data,
+        model=VQGANSettings(width=64, blocks=2, codes=4096),
+        objective=Reconstruction(penalty_weight=1.0),
+        optimizer=DIGITS.optimizer,
+        preview=PreviewConfig(every=1000),
+        steps=3000,
+        batch_size=16,
+    ),
+    "digits-cascade-b": dataclasses.replace(
+        DIGITS,
+        run="runs/digits-cascade-b",
+        data=DataConfig(source="runs/digits-cascade-b-latents"),
+        model=CascadeSettings(
+            widths=(96, 96), levels=("CT", "CTAV"), repeats=(1, 1), dropout=(0.0, 0.0), latent_channels=1
+        ),
         objective=LogSNR("velocity", weight="min_snr"),
-        steps=1500,
+        steps=2000,
+    ),
+    "digits-cascade-c": dataclasses.replace(
+        DIGITS,
+        run="runs/digits-cascade-c",
+        data=dataclasses.replace(DIGITS.data, reduce=2),
+        model=CascadeSettings(widths=(96, 96), dropout=(0.0, 0.0)),
+        objective=LogSNR("velocity", weight="min_snr"),
+        steps=1000,
     ),
     "demo": TrainConfig(
         run="runs/demo",
@@ -271,17 +321,6 @@ PRESETS: dict[str, TrainConfig] = {
         steps=1100,
         batch_size=4,
         save_every=350,
-    ),
-    "digits-tokenizer": TrainConfig(
-        run="runs/digits-tokenizer",
-        data=DataConfig(frames=9),
-        model=TokenizerSettings(width=16, multipliers=(1, 2, 2), temporal_strides=(2, 2), res_blocks=1, groups=8),
-        objective=Reconstruction(),
-        optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=50, schedule="linear", ema=0.98),
-        preview=PreviewConfig(every=500),
-        steps=1500,
-        batch_size=8,
-        save_every=500,
     ),
     **{
         f"dit-{name.lower()}": TrainConfig(

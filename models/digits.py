@@ -1,5 +1,9 @@
 """``python -m models.digits``: train on moving digits, then count the generated frames that show the digit asked for.
 
+What makes latents needs more than one training, which :data:`AHEAD` lists: W.A.L.T that of its tokenizer, stage B of
+StableCascade that of stage A, whose latents it makes, and that of stage C, whose small clips it enlarges. They are
+trained first, and samples go all the way: small clips, latents, frames.
+
 A small convolutional network learns the ten digits from real frames. Its accuracy on frames of handwritten digits that
 neither it nor the diffusion model has seen says how far to trust its count on the generated ones. A digit moves by one
 pixel a frame on either axis; from how many frames to the next its centre does so says whether the motion was learned.
@@ -21,12 +25,31 @@ import tyro
 from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
+from . import measure, precompute
 from .allocator import reuse_large_allocations
 from .config import from_dict, merge, preset
-from .data import Batches, MovingDigits, to_float
+from .data import LATENT_INDEX, Batches, MovingDigits, to_float
 from .latents import Decoder
-from .sample import choose_device, class_ids, contact_sheet, progress_bar, sample_clips, write_png
+from .sample import choose_device, contact_sheet, progress_bar, sample_clips, write_png
 from .train import Stopped, train_or_continue
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is made before a preset of latents can be trained."""
+
+    autoencoder: str
+    """The preset whose latents they are."""
+    small: str | None = None
+    """The preset that makes the small clips under whose condition the latents are made."""
+    passes: int = 4
+    """Of ``models.precompute`` over the digits, each with places and directions of its own."""
+
+
+AHEAD = {
+    "digits-walt": Ahead("digits-walt-tokenizer"),
+    "digits-cascade-b": Ahead("digits-cascade-a", small="digits-cascade-c"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,8 +58,8 @@ class DigitsConfig:
 
     preset: str = "digits"
     """What to train, on digits; see models.config."""
-    run: str = ""
-    """Folder of the run, by default that of the preset; one that is there is continued, or only judged if its training
+    runs: Path = Path("runs")
+    """Folder of the runs, each named after its preset; one that is there is continued, or only judged if its training
     is complete."""
     per_class: int = 20
     """Clips of every digit."""
@@ -114,34 +137,73 @@ def held_out_clips(frames: int, size: tuple[int, int], seed: int = 0) -> tuple[T
     return clips.permute(0, 2, 3, 4, 1), torch.tensor([label for _, label in pairs])
 
 
-def judge(config: DigitsConfig, path: Path) -> dict[str, Any]:
-    """Sample from the checkpoint, judge the frames, and write ``digits.json`` and ``digits.png`` beside it."""
+def train(name: str, runs: Path, backend: str = "auto") -> Path:
+    """Train a preset, and what it needs before, as far as that is still to be done; returns the last checkpoint."""
+    chosen = preset(name)
+    if name in AHEAD:
+        chosen = merge(chosen, {"data": {"source": str(encode(name, runs))}})
+    return train_or_continue(merge(chosen, {"run": str(runs / name), "backend": backend}))
+
+
+def encode(name: str, runs: Path) -> Path:
+    """The folder of the latents that a preset is trained on, made if they are not there."""
+    ahead, folder = AHEAD[name], runs / f"{name}-latents"
+    path = train(ahead.autoencoder, runs)
+    if (folder / LATENT_INDEX).is_file():
+        return folder
+    trained = preset(ahead.autoencoder)
+    if trained.model.name == "tokenizer":
+        measure.run(measure.MeasureConfig(path))
+    factor = 1 if ahead.small is None else preset(ahead.small).data.reduce
+    precompute.run(
+        precompute.PrecomputeConfig(
+            out=folder,
+            encoder=str(path),
+            data=trained.data,
+            passes=ahead.passes,
+            normalize=trained.model.name != "tokenizer",  # whose latents are of unit scale once they are measured
+            low=factor if factor > 1 else 0,
+        )
+    )
+    return folder
+
+
+def generate(config: DigitsConfig, path: Path, labels: Tensor, low: Tensor | None = None) -> Tensor:
+    """uint8 clips ``[N, T, H, W, 1]`` of the digits asked for, from a checkpoint and, if it needs them, small clips."""
     checkpoint = checkpoints.load(path)
     trained = from_dict(checkpoint.train)
-    count = 10 * config.per_class
-    labels = class_ids((), checkpoint.classes, count)
-    if checkpoint.classes != list(MovingDigits.classes) or labels is None:
+    if checkpoint.classes != list(MovingDigits.classes):
         raise ValueError(f"{path} was trained on {trained.data.source!r}, not on digits")
     device = choose_device(trained.device)
-    decode = None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device)
-    clips = sample_clips(
+    return sample_clips(
         checkpoint.build().to(device),
         trained.objective,
-        count,
+        len(labels),
         labels,
         steps=config.steps,
         guidance=config.guidance,
         seed=config.seed,
         batch_size=50,
         progress=True,
-        decode=decode,
+        decode=None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device),
+        low=low,
     )
+
+
+def judge(config: DigitsConfig, path: Path) -> dict[str, Any]:
+    """Sample from the checkpoint, judge the frames, and write ``digits.json`` and ``digits.png`` beside it."""
+    labels = torch.arange(10 * config.per_class) % 10
+    small, low = AHEAD[config.preset].small if config.preset in AHEAD else None, None
+    if small is not None:
+        clips = generate(config, train(small, config.runs), labels)
+        low = to_float(clips).permute(0, 4, 1, 2, 3)
+    clips = generate(config, path, labels, low)
     frames, height, width = clips.shape[1:4]
     classifier = train_classifier((height, width))
     real, real_labels = held_out_clips(frames, (height, width))
     shares = recognised(classifier, clips, labels)
     result = {
-        "step": checkpoint.step,
+        "step": checkpoints.load(path).step,
         "real_frames": real.shape[0] * real.shape[1],
         "real_recognised": recognised(classifier, real, real_labels).mean().item(),
         "real_moves": moves(real),
@@ -157,14 +219,13 @@ def judge(config: DigitsConfig, path: Path) -> dict[str, Any]:
 
 def run(config: DigitsConfig) -> dict[str, Any]:
     """Train the preset, or go on with what is in the run's folder, then judge."""
-    chosen = preset(config.preset)
-    folder = Path(config.run or chosen.run)
+    chosen, folder = preset(config.preset), config.runs / config.preset
     if config.per_class < 1:
         raise ValueError(f"per_class is {config.per_class}; it must be at least 1")
-    if chosen.data.source != "digits" or getattr(chosen.model, "autoencoder", False):
+    digits = chosen.data.source == "digits" and chosen.data.reduce == 1 and not getattr(chosen.model, "autoencoder", 0)
+    if not digits and config.preset not in AHEAD:
         raise ValueError(f"preset is {config.preset!r}; it must be a model that makes digits")
-    path = train_or_continue(merge(chosen, {"run": str(folder)}))
-    result = judge(config, path)
+    result = judge(config, train(config.preset, config.runs))
     print(
         f"recognised: {result['generated_recognised']:.1%} of {result['generated_frames']} generated frames, "
         f"{result['real_recognised']:.1%} of {result['real_frames']} real frames of unseen digits\n"

@@ -425,6 +425,8 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     Raises:
         ValueError: something else.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
     try:
         with np.load(path) as arrays:
             clips, labels = arrays["clips"], arrays.get("labels")
@@ -488,6 +490,8 @@ def run(config: SampleConfig) -> list[Path]:
     if present and not config.overwrite:
         raise ValueError(f"{', '.join(present)} exists already; use --overwrite or another --out")
     wanted, captions = config.classes, config.prompt
+    if given is not None and told is None and checkpoint.classes and not wanted:
+        raise ValueError(f"{file} has no labels; use --class")
     if told is not None and checkpoint.classes:
         wanted = wanted or names_of(told, checkpoint.classes)
     if told is not None and train.text.encoder is not None:

@@ -225,8 +225,10 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     start(r"a\.npz has labels of shape \[3\]; it must be \[2\]", clips=clips, labels=np.arange(3))
     start("label is 3; for this model it must be a class id in 0..2", clips=clips, labels=np.array([0, 3]))
     start("label is 'bee'; for this model it must be a class id", clips=clips, labels=np.array(["bee", "ant"]))
-    start("continuations is 0; it must be at least 1 with past", 0, clips=clips)
-    start(r"past is torch\.uint8 of shape \(2, 1, 8, 12, 3\); it must be", clips=clips[:, :1])
+    start(r"a\.npz has no labels; use --class", clips=clips)
+    labels = np.arange(2)
+    start("continuations is 0; it must be at least 1 with past", 0, clips=clips, labels=labels)
+    start(r"past is torch\.uint8 of shape \(2, 1, 8, 12, 3\); it must be", clips=clips[:, :1], labels=labels)
     start("count is 0; it must be at least 1", clips=clips[:0])
     with pytest.raises(ValueError, match=r"count is 3; .*a\.npz has 0 clips"):
         run(SampleConfig(path, out, count=3, continuations=1, past=tmp_path / "a.npz"))

@@ -366,9 +366,9 @@ def test_buckets_are_trained_on_as_those_of_the_source(tmp_path, capsys):
         seen.append([trainer.batches.batch(step) for step in range(4)])
         trainer.batches.close()
     for batches in zip(*seen, strict=True):
-        for x, y in batches[1:]:
+        for x, y, _ in batches[1:]:
             assert torch.equal(x, batches[0][0]) and torch.equal(y, batches[0][1])
-    assert len({x.shape for x, _ in seen[0]}) > 1
+    assert len({x.shape for x, *_ in seen[0]}) > 1
     for changes, reason in (
         ({"batch_tokens": 0}, r"batch_tokens is 0; .*z has buckets, so it must be at least 1"),
         ({"data": {"buckets": BUCKETS[:2]}}, r"data.buckets is .*; the latents in .* were made with \[\[2, 12, 16"),
@@ -874,13 +874,13 @@ def test_small_clips_for_the_sampler_are_checked(tmp_path):
         ({"low": None}, "low was not given; the model is a second stage"),
         ({"checkpoint": plain}, "low was given, but the model is no second stage"),
         ({"count": 5}, r"count is 5; .*low\.npz has 4 clips"),
-        ({"low": tmp_path / "none.npz"}, r"none\.npz', which is not an npz file"),
-        ({"low": tmp_path / "text.npz"}, r"text\.npz', which is not an npz file"),
-        ({"low": tmp_path / "floats.npz"}, r"floats\.npz', which has no uint8 clips \[N, T, H, W, C\]"),
-        ({"low": npz("short.npz", labels=[1])}, r"labels of shape \(1,\) for 4 clips"),
-        ({"low": npz("without.npz")}, "which has no labels of this model's classes; use --class"),
-        ({"low": npz("words.npz", labels=["a"] * 4)}, "which has no labels of this model's classes"),
-        ({"low": npz("ten.npz", labels=[1, 2, 3, 10])}, "which has no labels of this model's classes"),
+        ({"low": tmp_path / "none.npz"}, r"none\.npz does not exist"),
+        ({"low": tmp_path / "text.npz"}, r"text\.npz is not an npz with clips"),
+        ({"low": tmp_path / "floats.npz"}, r"floats\.npz has clips of float.*; they must be uint8 \[N, T, H, W, C\]"),
+        ({"low": npz("short.npz", labels=[1])}, r"short\.npz has labels of shape \[1\]; it must be \[4\]"),
+        ({"low": npz("without.npz")}, r"without\.npz has no labels; use --class"),
+        ({"low": npz("words.npz", labels=["a"] * 4)}, r"label is 'a'; for this model it must be a class id in 0\.\.9"),
+        ({"low": npz("ten.npz", labels=[1, 2, 3, 10])}, "label is 10; for this model it must be a class id"),
         (
             {"low": npz("long.npz", (4, 3, 6, 8, 1), labels=[0] * 4)},
             r"low has shape \(4, 1, 3, 6, 8\); it must be \[N, C, T, h, w\] = \[4, 1, 2, any, any\]",

@@ -312,7 +312,7 @@ def test_captions_from_a_csv_to_training_resume_and_prompts(tmp_path, folder, ca
         assert (np.load(run_sample(other)[3])["clips"] != arrays["clips"]).any(), change
     moved = dataclasses.replace(sampling, out=tmp_path / "moved", text_encoder=str(folder / "t5"))
     assert (np.load(run_sample(moved)[3])["clips"] == arrays["clips"]).all()
-    with pytest.raises(ValueError, match="label is 3; for this model it must be a caption"):
+    with pytest.raises(ValueError, match="prompt must have a caption"):
         run_sample(dataclasses.replace(sampling, out=tmp_path / "bare", prompt=()))
     with pytest.raises(ValueError, match="class 'dog' was asked for"):
         run_sample(dataclasses.replace(sampling, out=tmp_path / "bare", classes=("dog",)))

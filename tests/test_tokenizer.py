@@ -693,7 +693,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, config):
 
 def test_the_program_says_how_to_go_on(tmp_path, capsys):
     options = ["--run", str(tmp_path / "run"), "--steps", "1", "--preview.count", "1", "--batch-size", "1"]
-    train_main(["--preset", "digits-tokenizer", *options])
+    train_main(["--preset", "digits-walt-tokenizer", *options])
     assert f"measure with: python -m models.measure {tmp_path / 'run'}" in capsys.readouterr().out
 
 

@@ -359,10 +359,31 @@ def test_generated_digits_are_judged(tmp_path, monkeypatch):
     quick = functools.partial(digits.train_classifier, steps=2)
     monkeypatch.setattr(digits, "train_classifier", quick)
     path = train(tiny(tmp_path / "run", steps=2))
-    result = digits.judge(digits.DigitsConfig(run=str(tmp_path / "run"), per_class=1, steps=1), path)
+    result = digits.judge(digits.DigitsConfig(per_class=1, steps=1), path)
     assert result["generated_frames"] == 10 * 2 and result["real_frames"] == 359 * 2
     assert json.loads((tmp_path / "run/digits.json").read_text()) == result
     assert (tmp_path / "run/digits.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("digits-walt", {"digits-walt-tokenizer", "digits-walt"}),
+        ("digits-cascade-b", {"digits-cascade-a", "digits-cascade-b", "digits-cascade-c"}),
+    ],
+)
+def test_what_a_preset_of_latents_needs_is_trained_before_it(tmp_path, monkeypatch, name, trained):
+    short = {"steps": 1, "batch_size": 2, "save_every": 1, "preview": {"count": 1, "steps": 1, "guidance": 1.0}}
+    monkeypatch.setattr(digits, "preset", lambda name: merge(preset(name), short))
+    monkeypatch.setattr(digits, "train_classifier", functools.partial(digits.train_classifier, steps=1))
+    monkeypatch.setitem(digits.AHEAD, name, dataclasses.replace(digits.AHEAD[name], passes=1))
+    config = digits.DigitsConfig(name, tmp_path, per_class=1, steps=1)
+    result = digits.run(config)
+    assert {path.parent.name for path in tmp_path.glob("*/step_00000001.pt")} == trained
+    assert result["generated_frames"] == 10 * preset(next(iter(sorted(trained)))).data.frames
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.pt")}
+    assert digits.run(config) == result  # judged once more; nothing is trained again
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.pt")} == written
 
 
 def test_recognised_counts_frames():
@@ -377,10 +398,10 @@ def test_recognised_counts_frames():
 
 
 def test_only_a_maker_of_digits_is_judged(tmp_path):
-    for name in ("digits-tokenizer", "demo"):
+    for name in ("digits-walt-tokenizer", "digits-cascade-a", "digits-cascade-c", "demo"):
         with pytest.raises(ValueError, match="it must be a model that makes digits"):
-            digits.run(digits.DigitsConfig(preset=name, run=str(tmp_path / "run")))
-    assert not (tmp_path / "run").exists()
+            digits.run(digits.DigitsConfig(preset=name, runs=tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_moves_are_those_of_a_digit():
