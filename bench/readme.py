@@ -17,6 +17,7 @@ from bench.report import NO_RATIO, about, counted, markdown, milliseconds, of_ro
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+SYSTEMS_BEGIN, SYSTEMS_END = "<!-- systems:begin -->", "<!-- systems:end -->"
 NAMES = ("default", "reuse")
 MODELS = ("block pair", "training step", "sampling step", "sampling run")
 
@@ -130,16 +131,70 @@ def block(results: Path = RESULTS) -> str:
     return "\n".join(lines or ["No record is committed yet.", ""])
 
 
+OBJECTIVES = {"ddpm": "DDPM", "flow": "flow matching", "logsnr": "diffusion over the logSNR"}
+
+
+def _systems(path: Path, results: Path) -> list[str]:
+    """The lines of a record by ``bench.systems``."""
+    record = json.loads(path.read_text())
+    rows = []
+    for name, found in record["systems"].items():
+        shares = found["generated_recognised"], min(found["generated_recognised_by_class"]), found["generated_moves"]
+        how = OBJECTIVES[found["objective"]], f"`{found['sampler']}`"
+        rows.append(
+            (name, ", ".join(f"`{preset}`" for preset in found["presets"]), *how, *(f"{s:.1%}" for s in shares))
+        )
+    header = ("system", "presets, in turn", "trained by", "sampled by", "recognised", "worst digit", "moving")
+    steps = []
+    for name, found in record["presets"].items():
+        loss, seconds = found["loss"], found["columns"]["ours"]["median"]
+        steps.append(
+            (
+                *(f"`{name}`", str(found["steps"]), f"{loss['ours']:.4f} / {loss['reference']:.4f}"),
+                *(f"{1 / seconds:.2f}", ratio(found, "eager"), ratio(found, "compile")),
+                *(f"{found['tokens_per_s']:,.0f}", ", ".join(f"`{kernel}`" for kernel in found["kernels"])),
+            )
+        )
+    columns = ("preset", "steps", "loss", "steps/s", "eager", "compile", "tokens/s", "kernels that ran")
+    folder = path.parent.relative_to(results.parent.parent).as_posix()
+    machine = record["machine"]
+    return [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['capability']}; torch {record['versions']['torch']}, "
+        f"commit {record['commit']}, {record['date'][:10]}; float32 ([record]({folder}/{path.name})).",
+        "",
+        *markdown(header, rows),
+        "",
+        "The loss is the mean over the last tenth of the steps, with the kernels / with plain PyTorch from one seed. "
+        f"Steps/s are of the trainer on {record['threads']} threads; eager and compile: their time over that of ours, "
+        "median and quartiles of turns in one process.",
+        "",
+        *markdown(columns, steps),
+        "",
+        f"![losses]({folder}/systems-losses.png)",
+        "",
+    ]
+
+
+def systems(results: Path = RESULTS) -> str:
+    """What belongs between the markers of the systems."""
+    lines: list[str] = []
+    for path in sorted(results.glob("*/systems.json")):
+        lines += _systems(path, results)
+    return "\n".join(lines or ["No record is committed yet.", ""])
+
+
 def filled(text: str, results: Path = RESULTS) -> str:
-    """The README with its block written anew.
+    """The README with its two blocks written anew.
 
     Raises:
-        ValueError: a README without the two markers.
+        ValueError: a README without the markers.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the README must have {BEGIN} and {END} once each")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{block(results)}{END}{rest.split(END)[1]}"
+    for begin, end, content in ((BEGIN, END, block(results)), (SYSTEMS_BEGIN, SYSTEMS_END, systems(results))):
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"the README must have {begin} and {end} once each")
+        head, rest = text.split(begin)
+        text = f"{head}{begin}\n{content}{end}{rest.split(end)[1]}"
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -73,15 +73,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"slug": re.sub(r"[^a-z0-9]+", "-", name).strip("-"), **found}
 
 
-def make(
-    device: torch.device,
-    cases: list[dict[str, Any]],
-    ceilings: dict[str, Any],
-    *,
-    allocator: str,
-    quick: bool,
-) -> dict[str, Any]:
-    """The record of a run."""
+def head(device: torch.device, allocator: str) -> dict[str, Any]:
+    """Of any record: when, which code, and on what."""
     return {
         "format": FORMAT,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -97,10 +90,19 @@ def make(
         },
         "threads": torch.get_num_threads(),
         "allocator": allocator,
-        "quick": quick,
-        "ceilings": ceilings,
-        "cases": cases,
     }
+
+
+def make(
+    device: torch.device,
+    cases: list[dict[str, Any]],
+    ceilings: dict[str, Any],
+    *,
+    allocator: str,
+    quick: bool,
+) -> dict[str, Any]:
+    """The record of a run of the benches."""
+    return {**head(device, allocator), "quick": quick, "ceilings": ceilings, "cases": cases}
 
 
 def key(case: dict[str, Any]) -> tuple[str, str, str, str]:

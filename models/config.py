@@ -281,16 +281,16 @@ PRESETS: dict[str, TrainConfig] = {
         steps=3000,
         batch_size=8,
     ),
-    # StableCascade with attention over time. Stage C makes clips of 6 x 6 pixels, stage B under their condition the
+    # StableCascade with attention over time. Stage C makes clips of 3 x 3 pixels, stage B under their condition the
     # latents of stage A, 3 x 3 cells of 4 channels a frame.
     "digits-cascade-a": TrainConfig(
         run="runs/digits-cascade-a",
         data=DIGITS.data,
-        model=VQGANSettings(width=64, blocks=2, codes=4096),
+        model=VQGANSettings(width=64, blocks=3),
         objective=Reconstruction(penalty_weight=1.0),
         optimizer=DIGITS.optimizer,
         preview=PreviewConfig(every=1000),
-        steps=3000,
+        steps=4000,
         batch_size=16,
     ),
     "digits-cascade-b": dataclasses.replace(
@@ -306,7 +306,7 @@ PRESETS: dict[str, TrainConfig] = {
     "digits-cascade-c": dataclasses.replace(
         DIGITS,
         run="runs/digits-cascade-c",
-        data=dataclasses.replace(DIGITS.data, reduce=2),
+        data=dataclasses.replace(DIGITS.data, reduce=4),
         model=CascadeSettings(widths=(96, 96), dropout=(0.0, 0.0)),
         objective=LogSNR("velocity", weight="min_snr"),
         steps=1000,

@@ -138,11 +138,14 @@ def held_out_clips(frames: int, size: tuple[int, int], seed: int = 0) -> tuple[T
 
 
 def train(name: str, runs: Path, backend: str = "auto") -> Path:
-    """Train a preset, and what it needs before, as far as that is still to be done; returns the last checkpoint."""
-    chosen = preset(name)
+    """Train a preset, and what it needs before, as far as that is still to be done; returns the last checkpoint.
+
+    The run of another ``backend`` than "auto" has its name in its folder's, and takes what "auto" made before it.
+    """
+    changes: dict[str, Any] = {"run": str(runs / (name if backend == "auto" else f"{name}-{backend}"))}
     if name in AHEAD:
-        chosen = merge(chosen, {"data": {"source": str(encode(name, runs))}})
-    return train_or_continue(merge(chosen, {"run": str(runs / name), "backend": backend}))
+        changes["data"] = {"source": str(encode(name, runs))}
+    return train_or_continue(merge(preset(name), changes | {"backend": backend}))
 
 
 def encode(name: str, runs: Path) -> Path:
