@@ -32,10 +32,9 @@ from bench import record
 from bench.clock import Clock
 from bench.counters import Counter
 from bench.harness import summary
-from models import checkpoint as checkpoints
 from models import digits
 from models.allocator import reuse_large_allocations
-from models.config import TrainConfig, from_dict, merge
+from models.config import TrainConfig, merge
 from models.sample import choose_backend
 from models.samplers import SOLVERS
 from models.train import Trainer
@@ -45,11 +44,11 @@ import matplotlib.pyplot as plt
 
 # The presets of each system in the order of their training; the last makes the frames that are judged.
 SYSTEMS = {
-    "DiT": ("digits-dit",),
-    "Latte": ("digits-latte",),
-    "STDiT": ("digits-stdit",),
-    "SiT": ("digits-sit",),
     "W.A.L.T": ("digits-walt-tokenizer", "digits-walt"),
+    "DiT": ("digits-walt-tokenizer", "digits-dit"),
+    "Latte": ("digits-walt-tokenizer", "digits-latte"),
+    "STDiT": ("digits-walt-tokenizer", "digits-stdit"),
+    "SiT": ("digits-walt-tokenizer", "digits-sit"),
     "StableCascade with time": ("digits-cascade-a", "digits-cascade-c", "digits-cascade-b"),
 }
 BACKENDS = {"ours": "auto", "reference": "reference"}
@@ -72,7 +71,7 @@ def single_thread() -> None:
 def train(preset: str, runs: Path) -> dict[str, Path]:
     """The folders of the two runs of a preset, trained as far as that is still to be done."""
     if preset in digits.AHEAD:
-        digits.encode(preset, runs)  # before two processes do
+        digits.encode(digits.AHEAD[preset], runs)  # before two processes do
     with ProcessPoolExecutor(2, get_context("spawn"), single_thread) as pool:
         running = {name: pool.submit(digits.train, preset, runs, backend) for name, backend in BACKENDS.items()}
         return {name: run.result().parent for name, run in running.items()}
@@ -163,15 +162,17 @@ def run(runs: Path) -> Path:
     curves = {}
     for name, presets in SYSTEMS.items():
         for preset in presets:
+            if preset in curves:
+                continue
             folders = train(preset, runs)
             curves[preset] = {kind: losses(folder) for kind, folder in folders.items()}
-            config = from_dict(checkpoints.latest(folders["ours"])[1].train)
+            config = digits.configured(preset, runs)
             found["presets"][preset] = {
                 "steps": config.steps,
                 "loss": compared(**curves[preset]),
                 **timed(config),
             }
-        objective = config.objective
+        objective = digits.configured(presets[-1], runs).objective
         judged = digits.run(digits.DigitsConfig(presets[-1], runs))
         shutil.copy(runs / presets[-1] / "digits.png", path.with_name(f"systems-{presets[-1]}.png"))
         sampler = SOLVERS[objective.name][0]

@@ -236,38 +236,34 @@ DIGITS = TrainConfig(
     save_every=1000,
 )
 
+LATENT_DIGITS = dataclasses.replace(
+    DIGITS,
+    run="runs/digits-dit",
+    data=DataConfig(source="runs/digits-walt-tokenizer-latents"),
+    model=dataclasses.replace(DIGITS.model, patch=(1, 2, 2)),
+    objective=DDPM(prediction="velocity", zero_snr=True),
+    steps=2500,
+)
+
 PRESETS: dict[str, TrainConfig] = {
     "digits": DIGITS,
+    # Latent diffusion, on 5 frames of 6 x 6 cells and 4 channels by the tokenizer below.
+    "digits-dit": LATENT_DIGITS,
     "digits-latte": dataclasses.replace(
-        DIGITS, run="runs/digits-latte", model=dataclasses.replace(DIGITS.model, attention="factorized")
+        LATENT_DIGITS,
+        run="runs/digits-latte",
+        model=dataclasses.replace(LATENT_DIGITS.model, attention="factorized"),
     ),
     "digits-stdit": dataclasses.replace(
-        DIGITS,
+        LATENT_DIGITS,
         run="runs/digits-stdit",
-        model=STDiTSettings(width=128, depth=4, heads=4, patch=(2, 4, 4), qk_norm="rms"),
+        model=STDiTSettings(width=128, depth=4, heads=4, patch=(1, 2, 2), qk_norm="rms"),
     ),
-    "digits-dit": dataclasses.replace(
-        DIGITS,
-        run="runs/digits-dit",
-        model=dataclasses.replace(DIGITS.model, patch=(1, 4, 4)),
-        objective=DDPM(prediction="velocity", zero_snr=True),
-        steps=2500,
-    ),
-    "digits-sit": dataclasses.replace(
-        DIGITS,
-        run="runs/digits-sit",
-        model=dataclasses.replace(DIGITS.model, patch=(1, 4, 4)),
-        objective=FlowMatching("velocity"),
-        steps=2500,
-    ),
-    # On the latents of the tokenizer below: 5 frames of 6 x 6 cells and 4 channels.
+    "digits-sit": dataclasses.replace(LATENT_DIGITS, run="runs/digits-sit", objective=FlowMatching("velocity")),
     "digits-walt": dataclasses.replace(
-        DIGITS,
+        LATENT_DIGITS,
         run="runs/digits-walt",
-        data=DataConfig(source="runs/digits-walt-latents"),
         model=WALTSettings(width=128, heads=4, patch=(1, 2, 2), spatial_window=(3, 3), spatiotemporal_window=(5, 3, 3)),
-        objective=DDPM(prediction="velocity", zero_snr=True),
-        steps=2500,
     ),
     "digits-walt-tokenizer": TrainConfig(
         run="runs/digits-walt-tokenizer",
@@ -296,7 +292,7 @@ PRESETS: dict[str, TrainConfig] = {
     "digits-cascade-b": dataclasses.replace(
         DIGITS,
         run="runs/digits-cascade-b",
-        data=DataConfig(source="runs/digits-cascade-b-latents"),
+        data=DataConfig(source="runs/digits-cascade-a-latents"),
         model=CascadeSettings(
             widths=(96, 96), levels=("CT", "CTAV"), repeats=(1, 1), dropout=(0.0, 0.0), latent_channels=1
         ),

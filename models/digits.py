@@ -1,8 +1,8 @@
 """``python -m models.digits``: train on moving digits, then count the generated frames that show the digit asked for.
 
-What makes latents needs more than one training, which :data:`AHEAD` lists: W.A.L.T that of its tokenizer, stage B of
-StableCascade that of stage A, whose latents it makes, and that of stage C, whose small clips it enlarges. They are
-trained first, and samples go all the way: small clips, latents, frames.
+What makes latents needs more than one training, which :data:`AHEAD` lists: that of the autoencoder, and stage B of
+StableCascade that of stage C too, whose small clips it makes large. They are trained first, and samples go all the way:
+small clips, latents, frames.
 
 A small convolutional network learns the ten digits from real frames. Its accuracy on frames of handwritten digits that
 neither it nor the diffusion model has seen says how far to trust its count on the generated ones. A digit moves by one
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from . import checkpoint as checkpoints
 from . import measure, precompute
 from .allocator import reuse_large_allocations
-from .config import from_dict, merge, preset
+from .config import TrainConfig, from_dict, merge, preset
 from .data import LATENT_INDEX, Batches, MovingDigits, to_float
 from .latents import Decoder
 from .sample import choose_device, contact_sheet, progress_bar, sample_clips, write_png
@@ -47,7 +47,9 @@ class Ahead:
 
 
 AHEAD = {
-    "digits-walt": Ahead("digits-walt-tokenizer"),
+    **dict.fromkeys(
+        ("digits-dit", "digits-latte", "digits-stdit", "digits-sit", "digits-walt"), Ahead("digits-walt-tokenizer")
+    ),
     "digits-cascade-b": Ahead("digits-cascade-a", small="digits-cascade-c"),
 }
 
@@ -137,27 +139,37 @@ def held_out_clips(frames: int, size: tuple[int, int], seed: int = 0) -> tuple[T
     return clips.permute(0, 2, 3, 4, 1), torch.tensor([label for _, label in pairs])
 
 
+def configured(name: str, runs: Path, backend: str = "auto") -> TrainConfig:
+    """A preset whose run lies in ``runs``, beside what it needs; another ``backend`` than "auto" is in the run's name."""
+    changes: dict[str, Any] = {"run": str(runs / (name if backend == "auto" else f"{name}-{backend}"))}
+    if name in AHEAD:
+        changes["data"] = {"source": str(latents_of(AHEAD[name], runs))}
+    return merge(preset(name), changes | {"backend": backend})
+
+
+def latents_of(ahead: Ahead, runs: Path) -> Path:
+    return runs / f"{ahead.autoencoder}-latents"
+
+
 def train(name: str, runs: Path, backend: str = "auto") -> Path:
     """Train a preset, and what it needs before, as far as that is still to be done; returns the last checkpoint.
 
-    The run of another ``backend`` than "auto" has its name in its folder's, and takes what "auto" made before it.
+    What it needs before is trained on the automatic backend, whatever ``backend`` is.
     """
-    changes: dict[str, Any] = {"run": str(runs / (name if backend == "auto" else f"{name}-{backend}"))}
     if name in AHEAD:
-        changes["data"] = {"source": str(encode(name, runs))}
-    return train_or_continue(merge(preset(name), changes | {"backend": backend}))
+        encode(AHEAD[name], runs)
+    return train_or_continue(configured(name, runs, backend))
 
 
-def encode(name: str, runs: Path) -> Path:
-    """The folder of the latents that a preset is trained on, made if they are not there."""
-    ahead, folder = AHEAD[name], runs / f"{name}-latents"
+def encode(ahead: Ahead, runs: Path) -> None:
+    """Train the autoencoder and make its latents, if they are not there."""
+    folder = latents_of(ahead, runs)
     path = train(ahead.autoencoder, runs)
     if (folder / LATENT_INDEX).is_file():
-        return folder
+        return
     trained = preset(ahead.autoencoder)
     if trained.model.name == "tokenizer":
         measure.run(measure.MeasureConfig(path))
-    factor = 1 if ahead.small is None else preset(ahead.small).data.reduce
     precompute.run(
         precompute.PrecomputeConfig(
             out=folder,
@@ -165,10 +177,9 @@ def encode(name: str, runs: Path) -> Path:
             data=trained.data,
             passes=ahead.passes,
             normalize=trained.model.name != "tokenizer",  # whose latents are of unit scale once they are measured
-            low=factor if factor > 1 else 0,
+            low=0 if ahead.small is None else preset(ahead.small).data.reduce,
         )
     )
-    return folder
 
 
 def generate(config: DigitsConfig, path: Path, labels: Tensor, low: Tensor | None = None) -> Tensor:
