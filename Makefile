@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo digits test bench bench-quick readme-check lint check-gpu-code clean
+.PHONY: demo digits systems test bench bench-quick readme-check lint check-gpu-code clean
 
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +21,11 @@ demo: $(VENV)/.installed
 # The same on moving handwritten digits; prints how many generated frames a classifier recognises.
 digits: $(VENV)/.installed
 	$(BIN)/python -m models.digits
+
+# Every system on moving digits: trained on the kernels and on plain PyTorch, sampled, judged, timed; about an hour and a
+# half on two cores. Writes the record, its plot and sheets of samples under bench/results.
+systems: $(VENV)/.installed
+	$(BIN)/python -m bench.systems
 
 test: $(VENV)/.installed
 	$(BIN)/python -m minisora_kernels

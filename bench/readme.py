@@ -131,6 +131,10 @@ def block(results: Path = RESULTS) -> str:
     return "\n".join(lines or ["No record is committed yet.", ""])
 
 
+def _range(values: list[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
 OBJECTIVES = {"ddpm": "DDPM", "flow": "flow matching", "logsnr": "diffusion over the logSNR"}
 
 
@@ -155,6 +159,11 @@ def _systems(path: Path, results: Path) -> list[str]:
                 *(f"{found['tokens_per_s']:,.0f}", ", ".join(f"`{kernel}`" for kernel in found["kernels"])),
             )
         )
+    gains = [
+        1 + found["encoding"] / found["columns"]["ours"]["median"]
+        for found in record["presets"].values()
+        if "encoding" in found
+    ]
     columns = ("preset", "steps", "loss", "steps/s", "eager", "compile", "tokens/s", "kernels that ran")
     folder = path.parent.relative_to(results.parent.parent).as_posix()
     machine = record["machine"]
@@ -169,6 +178,8 @@ def _systems(path: Path, results: Path) -> list[str]:
         "median and quartiles of turns in one process.",
         "",
         *markdown(columns, steps),
+        "",
+        f"With the autoencoder in the loop a step would take {_range(gains)} times as long on these sizes.",
         "",
         f"![losses]({folder}/systems-losses.png)",
         "",

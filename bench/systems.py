@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 
 from bench import record
@@ -35,6 +36,7 @@ from bench.harness import summary
 from models import digits
 from models.allocator import reuse_large_allocations
 from models.config import TrainConfig, merge
+from models.latents import Decoder
 from models.sample import choose_backend
 from models.samplers import SOLVERS
 from models.train import Trainer
@@ -137,6 +139,18 @@ def timed(config: TrainConfig) -> dict[str, Any]:
     return {**found, "tokens_per_s": tokens, "kernels": kernels}
 
 
+def encoding(preset: str, runs: Path) -> float:
+    """Seconds that the autoencoder takes for the clips of one step, which latents made beforehand save."""
+    config = digits.configured(preset, runs)
+    clips = digits.configured(digits.AHEAD[preset].autoencoder, runs).data.open()
+    source = config.data.open()
+    batch = [clips.clip(i, np.random.default_rng(i))[0] for i in range(config.batch_size)]
+    encode = Decoder(source.encoder, torch.device("cpu")).encode
+    stacked = torch.from_numpy(np.stack(batch))
+    clock = Clock(torch.device("cpu"))
+    return statistics.median(clock(lambda: encode(stacked)) for _ in range(ROUNDS))
+
+
 def draw(curves: dict[str, dict[str, list[float]]], title: str, path: Path) -> None:
     """A panel a preset: both curves, averaged over ``SMOOTH`` steps."""
     figure, panels = plt.subplots(3, 3, figsize=(13, 9), layout="constrained")
@@ -172,6 +186,8 @@ def run(runs: Path) -> Path:
                 "loss": compared(**curves[preset]),
                 **timed(config),
             }
+            if preset in digits.AHEAD:
+                found["presets"][preset]["encoding"] = encoding(preset, runs)
         objective = digits.configured(presets[-1], runs).objective
         judged = digits.run(digits.DigitsConfig(presets[-1], runs))
         shutil.copy(runs / presets[-1] / "digits.png", path.with_name(f"systems-{presets[-1]}.png"))

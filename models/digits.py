@@ -140,7 +140,7 @@ def held_out_clips(frames: int, size: tuple[int, int], seed: int = 0) -> tuple[T
 
 
 def configured(name: str, runs: Path, backend: str = "auto") -> TrainConfig:
-    """A preset whose run lies in ``runs``, beside what it needs; another ``backend`` than "auto" is in the run's name."""
+    """A preset whose run lies in ``runs``, beside what it needs; a ``backend`` that was asked for is in its name."""
     changes: dict[str, Any] = {"run": str(runs / (name if backend == "auto" else f"{name}-{backend}"))}
     if name in AHEAD:
         changes["data"] = {"source": str(latents_of(AHEAD[name], runs))}
