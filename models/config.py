@@ -248,7 +248,7 @@ LATENT_DIGITS = dataclasses.replace(
 PRESETS: dict[str, TrainConfig] = {
     "digits": DIGITS,
     # Latent diffusion, on 5 frames of 6 x 6 cells and 4 channels by the tokenizer below.
-    "digits-dit": LATENT_DIGITS,
+    "digits-dit": dataclasses.replace(LATENT_DIGITS, steps=4000),
     "digits-latte": dataclasses.replace(
         LATENT_DIGITS,
         run="runs/digits-latte",
