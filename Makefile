@@ -22,8 +22,8 @@ demo: $(VENV)/.installed
 digits: $(VENV)/.installed
 	$(BIN)/python -m models.digits
 
-# Every system on moving digits: trained on the kernels and on plain PyTorch, sampled, judged, timed; about an hour and a
-# half on two cores. Writes the record, its plot and sheets of samples under bench/results.
+# Every system on moving digits: trained on the kernels and on plain PyTorch, sampled, judged, timed; more than an hour
+# on two cores. Writes the record, its plot and sheets of samples under bench/results.
 systems: $(VENV)/.installed
 	$(BIN)/python -m bench.systems
 

@@ -1,7 +1,7 @@
 """``python -m bench.systems``: every system on moving digits, trained, sampled, judged and timed.
 
-Each preset is trained twice for the same steps, on the kernels and on the reference, side by side on one thread each:
-the two curves of the loss must be one but for rounding. What the kernels trained then makes clips, in all of a system's
+Each preset is trained twice for the same steps, on the kernels and on the reference, side by side on one thread each.
+The two curves of the loss must be one but for rounding. What the kernels trained then makes clips, in all of a system's
 stages, which a classifier judges (``models/digits.py``). At last the trainer's step is timed, with all threads: plain
 PyTorch, ``torch.compile`` of it, and the kernels take turns.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import math
 import shutil
@@ -28,18 +29,20 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from torch._inductor import config as inductor_config
 
 from bench import record
 from bench.clock import Clock
 from bench.counters import Counter
-from bench.harness import summary
+from bench.harness import release_memory, summary
+from models import checkpoint as checkpoints
 from models import digits
 from models.allocator import reuse_large_allocations
-from models.config import TrainConfig, merge
+from models.config import TrainConfig, from_dict, merge
 from models.latents import Decoder
 from models.sample import choose_backend
 from models.samplers import SOLVERS
-from models.train import Trainer
+from models.train import Stopped, Trainer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -54,13 +57,11 @@ SYSTEMS = {
     "StableCascade with time": ("digits-cascade-a", "digits-cascade-c", "digits-cascade-b"),
 }
 BACKENDS = {"ours": "auto", "reference": "reference"}
-COLUMNS = {
-    "eager": {"backend": "reference"},
-    "compile": {"backend": "reference", "compile": True},
-    "ours": {"backend": "auto"},
-}
+COLUMNS = {"eager": "reference", "compile": "reference", "ours": "auto"}
 ROUNDS = 9
 SAMPLE_SECONDS = 0.5
+# In float32 the backends' losses and norms agree to six digits at first.
+EARLY, EARLY_BOUND = 20, 1e-4
 # Steps that a curve is averaged over.
 SMOOTH = 50
 
@@ -76,7 +77,21 @@ def train(preset: str, runs: Path) -> dict[str, Path]:
         digits.encode(digits.AHEAD[preset], runs)  # before two processes do
     with ProcessPoolExecutor(2, get_context("spawn"), single_thread) as pool:
         running = {name: pool.submit(digits.train, preset, runs, backend) for name, backend in BACKENDS.items()}
-        return {name: run.result().parent for name, run in running.items()}
+        folders = {name: run.result().parent for name, run in running.items()}
+    for folder in folders.values():
+        refuse_another(digits.configured(preset, runs), folder)
+    return folders
+
+
+def refuse_another(config: TrainConfig, folder: Path) -> None:
+    """Raises ValueError for a run, there before, of another configuration, but for what does not touch the losses."""
+    trained = from_dict(checkpoints.latest(folder)[1].train)
+    trained = dataclasses.replace(trained, data=dataclasses.replace(trained.data, source=config.data.source))
+    free = {"run", "preview", "save_every", "keep", "log_every", "backend", "device"}
+    names = [item.name for item in dataclasses.fields(config) if item.name not in free]
+    changed = [name for name in names if getattr(config, name) != getattr(trained, name)]
+    if changed:
+        raise ValueError(f"{folder} was trained with another {', '.join(changed)}; use another --runs")
 
 
 def losses(folder: Path) -> list[float]:
@@ -84,55 +99,79 @@ def losses(folder: Path) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
-def compared(ours: list[float], reference: list[float]) -> dict[str, Any]:
-    """The mean losses of the last tenth of the steps, and by how much the two curves differ, against their noise.
+def compared(ours: list[float], reference: list[float]) -> dict[str, float]:
+    """The mean losses of the last tenth of the steps, and the largest relative difference of the losses of a step.
 
-    ``difference`` is that of the means; ``noise`` the standard error of one of them, with steps taken as independent.
+    Both runs see the same batches and noise. Rounding alone tells them apart, and training magnifies it: that the
+    first steps agree is what shows the kernels right.
+
+    Raises:
+        ValueError: curves that part in the first steps.
     """
-    last = len(ours) // 10
-    tails = {"ours": ours[-last:], "reference": reference[-last:]}
-    means = {name: statistics.fmean(tail) for name, tail in tails.items()}
+    apart = [abs(one - other) / abs(other) for one, other in zip(ours, reference, strict=True)]
+    if max(apart[:EARLY]) > EARLY_BOUND:
+        raise ValueError(f"the losses of the first {EARLY} steps differ by up to {max(apart[:EARLY]):.1e}, relatively")
+    last = max(1, len(ours) // 10)
     return {
-        **means,
-        "difference": means["ours"] - means["reference"],
-        "noise": statistics.stdev(tails["reference"]) / math.sqrt(last),
+        "ours": statistics.fmean(ours[-last:]),
+        "reference": statistics.fmean(reference[-last:]),
+        "largest_difference": max(apart),
     }
 
 
+def randomize(model: torch.nn.Module) -> None:
+    """Random numbers for the weights that are zero at first, behind which a fresh model computes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02, generator=generator)
+
+
 def timed(config: TrainConfig) -> dict[str, Any]:
-    """Steps of the trainer in turns: steps/s of each column, ratios of time, tokens/s, and the kernels that ran.
+    """Steps of the trainer in turns: seconds of a step of each column, ratios, tokens/s, and the kernels that ran.
 
     Raises:
-        AssertionError: columns whose first losses are not the same.
+        ValueError: columns whose first loss or norm of the gradient is not the same.
     """
+    torch._dynamo.reset()
+    release_memory()
     clock = Clock(torch.device("cpu"))
     with ExitStack() as stack:
+        # Compiled code draws random numbers as eager code does, so that the columns can be compared.
+        stack.enter_context(inductor_config.patch(fallback_random=True))
         trainers, first, kernels = {}, {}, []
-        for name, changes in COLUMNS.items():
-            trainer = Trainer(merge(config, changes))
+        for name, backend in COLUMNS.items():
+            trainer = trainers[name] = Trainer(merge(config, {"backend": backend}))
             stack.callback(trainer.batches.close)
-            trainer.model.train()
-            trainers[name] = trainer
-            with choose_backend(trainer.config.backend):
+            randomize(trainer.model.train())
+            if name == "compile":
+                trainer.model.compile(dynamic=False)
+            with choose_backend(backend):
                 with Counter() if name == "ours" else nullcontext() as counter:
-                    first[name] = trainer.train_step()[0].item()
-                trainer.train_step()  # with the shapes of gradients and moments that are there now
+                    loss, norm, _ = trainer.train_step()
+                trainer.train_step()
+            first[name] = loss.item(), norm.item()
             if counter is not None:
                 kernels = sorted(counter.kernels)
-        assert all(abs(loss - first["eager"]) < 1e-3 * first["eager"] for loss in first.values()), first
+        for name, values in first.items():
+            if any(
+                abs(one - other) > EARLY_BOUND * abs(other) for one, other in zip(values, first["eager"], strict=True)
+            ):
+                raise ValueError(f"{name}: first loss and norm of the gradient are {values}, not {first['eager']}")
 
-        def steps(name: str) -> float:
-            with choose_backend(trainers[name].config.backend):
+        def steps(name: str, calls: int) -> float:
+            with choose_backend(COLUMNS[name]):
                 return clock(trainers[name].train_step, calls)
 
-        calls = 1
-        calls = max(1, math.ceil(SAMPLE_SECONDS / max(steps(name) for name in COLUMNS)))
+        stack.enter_context(torch.compiler.set_stance("fail_on_recompile"))
+        calls = max(1, math.ceil(SAMPLE_SECONDS / max(steps(name, 1) for name in COLUMNS)))
         samples: dict[str, list[float]] = {name: [] for name in COLUMNS}
         names = list(COLUMNS)
         for turn in range(ROUNDS):
             for i in range(len(names)):
                 name = names[(turn + i) % len(names)]
-                samples[name].append(steps(name))
+                samples[name].append(steps(name, calls))
         found = summary(samples)
         ours = trainers["ours"]
         tokens = ours.tokens / ours.step / found["columns"]["ours"]["median"]
@@ -153,8 +192,11 @@ def encoding(preset: str, runs: Path) -> float:
 
 def draw(curves: dict[str, dict[str, list[float]]], title: str, path: Path) -> None:
     """A panel a preset: both curves, averaged over ``SMOOTH`` steps."""
-    figure, panels = plt.subplots(3, 3, figsize=(13, 9), layout="constrained")
-    for axes, (preset, lines) in zip(panels.flat, curves.items(), strict=True):
+    columns = math.ceil(len(curves) ** 0.5)
+    rows = math.ceil(len(curves) / columns)
+    size = (4.3 * columns, 3 * rows)
+    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes, (preset, lines) in zip(panels.flat, curves.items(), strict=False):
         for (name, line), style in zip(lines.items(), ("-", "--"), strict=True):
             smooth = [statistics.fmean(line[i : i + SMOOTH]) for i in range(0, len(line) - SMOOTH + 1, SMOOTH)]
             axes.plot([SMOOTH * (i + 0.5) for i in range(len(smooth))], smooth, style, label=name)
@@ -193,8 +235,7 @@ def run(runs: Path) -> Path:
         shutil.copy(runs / presets[-1] / "digits.png", path.with_name(f"systems-{presets[-1]}.png"))
         sampler = SOLVERS[objective.name][0]
         found["systems"][name] = {"presets": presets, "objective": objective.name, "sampler": sampler, **judged}
-        print(json.dumps(record.rounded(found["systems"][name]), indent=1))
-    path.write_text(json.dumps(record.rounded(found), indent=1) + "\n")
+        path.write_text(json.dumps(record.rounded(found), indent=1) + "\n")
     about = f"{found['machine']['cpu']}, torch {found['versions']['torch']}, commit {found['commit']}"
     draw(curves, about, path.with_name("systems-losses.png"))
     return path
@@ -209,6 +250,8 @@ def main(arguments: list[str] | None = None) -> None:
     reuse_large_allocations()
     try:
         print(run(options.runs))
+    except Stopped as stopped:
+        sys.exit(f"{stopped}\nrun the same command again to go on")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -66,7 +66,7 @@ class DigitsConfig:
     per_class: int = 20
     """Clips of every digit."""
     steps: int = 30
-    """Steps of the Euler solver."""
+    """Steps of the default solver of the objective."""
     guidance: float = 3.0
     seed: int = 1
 
@@ -158,6 +158,8 @@ def train(name: str, runs: Path, backend: str = "auto") -> Path:
     """
     if name in AHEAD:
         encode(AHEAD[name], runs)
+    if name in AHEAD and AHEAD[name].small is not None:
+        train(AHEAD[name].small, runs)
     return train_or_continue(configured(name, runs, backend))
 
 
@@ -196,7 +198,7 @@ def generate(config: DigitsConfig, path: Path, labels: Tensor, low: Tensor | Non
         labels,
         steps=config.steps,
         guidance=config.guidance,
-        seed=config.seed,
+        seed=config.seed + (low is not None),  # another stage, other noise
         batch_size=50,
         progress=True,
         decode=None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device),
@@ -209,7 +211,7 @@ def judge(config: DigitsConfig, path: Path) -> dict[str, Any]:
     labels = torch.arange(10 * config.per_class) % 10
     small, low = AHEAD[config.preset].small if config.preset in AHEAD else None, None
     if small is not None:
-        clips = generate(config, train(small, config.runs), labels)
+        clips = generate(config, checkpoints.latest(config.runs / small)[0], labels)
         low = to_float(clips).permute(0, 4, 1, 2, 3)
     clips = generate(config, path, labels, low)
     frames, height, width = clips.shape[1:4]

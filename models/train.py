@@ -67,7 +67,10 @@ class Stopped(Exception):
 
     def __init__(self, number: int, path: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; saved {path}")
-        self.status = 128 + number
+        self.number, self.path, self.status = number, path, 128 + number
+
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int, Path]]:
+        return Stopped, (self.number, self.path)  # from another process
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

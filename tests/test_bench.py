@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import json
 import subprocess
@@ -14,11 +15,14 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from bench import bench_adaln, bench_model, compare, plots, readme, record, report, shapes
+from bench import bench_adaln, bench_model, compare, plots, readme, record, report, shapes, systems
 from bench.clock import Clock
 from bench.counters import Counter, InductorBytes, saved_bytes
 from bench.harness import BOTH, FWD, Problem, Session, on_backend
 from minisora_kernels import backends
+from models.config import merge, preset
+from models.dit import DiT
+from models.train import train
 
 ROOT = Path(__file__).parent.parent
 TINY = shapes.Tokens("tiny", 2, 12, 16)
@@ -320,6 +324,79 @@ def test_the_readme_is_checked_against_the_records(tmp_path, monkeypatch, capsys
     assert content.startswith("before\n") and content.endswith("after\n") and "2.00 / 2.50" in content
     text.write_text(content.replace("2.00 / 2.50", "2.01 / 2.50"))
     assert readme.main(["--check"]) == 1
+
+
+def test_the_record_of_the_systems_becomes_a_table(tmp_path):
+    share = {"median": 1.25, "q1": 1.2, "q3": 1.5}
+    judged = {"generated_recognised": 0.9, "generated_recognised_by_class": [0.8, 1.0], "generated_moves": 0.5}
+    made = synthetic() | {
+        "systems": {
+            "DiT": {"presets": ["a", "b"], "objective": "ddpm", "sampler": "ddim", "real_recognised": 0.975}
+            | {"real_moves": 1.0, **judged}
+        },
+        "presets": {
+            "a": {
+                "steps": 30,
+                "loss": {"ours": 0.12345, "reference": 0.12345, "largest_difference": 2.4e-7},
+                "columns": {"ours": {"median": 0.25}, "eager": {}, "compile": {}},
+                "ratios": {"eager": share, "compile": share},
+                "tokens_per_s": 1234.5,
+                "kernels": ["adaln_fwd"],
+                "encoding": 0.05,
+            }
+        },
+    }
+    path = tmp_path / "bench" / "results" / "m" / "systems.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(made))
+    text = readme.systems(tmp_path / "bench" / "results")
+    assert "| DiT | `a`, `b` | DDPM | `ddim` | 90.0% | 80.0% | 50.0% |" in text
+    ratio = "1.25 [1.20, 1.50]"
+    assert f"| `a` | 30 | 0.1235 | 2e-07 | 4.00 | {ratio} | {ratio} | 1,234 | `adaln_fwd` |" in text
+    assert "takes 0.20 to 0.20 of a step's time" in text and "97.5% are recognised and 100% move so" in text
+    path.write_text(json.dumps({"systems": {}}))
+    with pytest.raises(ValueError, match=r"systems\.json is not a record of bench\.systems"):
+        readme.systems(tmp_path / "bench" / "results")
+
+
+def test_curves_that_part_at_once_are_refused():
+    ours = [1.0 + 1e-5 * (i > 50) * i for i in range(100)]
+    found = systems.compared(ours, [1.0] * 100)
+    assert found["largest_difference"] == pytest.approx(99e-5) and found["ours"] == pytest.approx(1 + 94.5e-5)
+    with pytest.raises(ValueError, match=r"the losses of the first 20 steps differ by up to 1\.0e-03"):
+        systems.compared([1.0] * 19 + [1.001] * 81, [1.0] * 100)
+
+
+def test_steps_of_the_trainer_take_turns(tmp_path, monkeypatch):
+    """Compiled by aot_eager, for Inductor takes a minute; what would stop a wrong kernel stops one."""
+    monkeypatch.setattr(systems, "ROUNDS", 3)
+    monkeypatch.setattr(systems, "SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(DiT, "compile", functools.partialmethod(DiT.compile, backend="aot_eager"))
+    config = merge(preset("digits"), {"run": str(tmp_path), "model": {"width": 16, "depth": 1}, "batch_size": 2})
+    found = systems.timed(config)
+    assert found["rounds"] == 3 and found["columns"].keys() == {"eager", "compile", "ours"}
+    # 4 x 3 x 3 tokens a clip
+    assert found["tokens_per_s"] == pytest.approx(2 * 36 / found["columns"]["ours"]["median"])
+    forward = DiT.forward
+
+    def wrong(self, *arguments, **given):
+        factor = 1.0 if backends._forced == "reference" else 1.001
+        return factor * forward(self, *arguments, **given)
+
+    monkeypatch.setattr(DiT, "forward", wrong)
+    with pytest.raises(ValueError, match="ours: first loss and norm of the gradient are"):
+        systems.timed(config)
+
+
+def test_a_run_of_another_configuration_is_refused(tmp_path):
+    config = merge(
+        preset("digits"), {"run": str(tmp_path / "run"), "steps": 1, "batch_size": 1, "preview": {"count": 1}}
+    )
+    train(config)
+    systems.refuse_another(merge(config, {"run": "elsewhere", "backend": "reference"}), tmp_path / "run")
+    for change in ({"seed": 1}, {"steps": 2}, {"data": {"frames": 4}}, {"objective": {"prediction": "velocity"}}):
+        with pytest.raises(ValueError, match=f"was trained with another {next(iter(change))}; use another --runs"):
+            systems.refuse_another(merge(config, change), tmp_path / "run")
 
 
 def test_the_readme_shows_the_committed_records():

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -387,6 +388,11 @@ def test_what_a_preset_of_latents_needs_is_trained_before_it(tmp_path, monkeypat
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.pt")}
     assert digits.run(config) == result  # judged once more; nothing is trained again
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.pt")} == written
+
+
+def test_a_stop_comes_whole_out_of_another_process(tmp_path):
+    stopped = pickle.loads(pickle.dumps(Stopped(signal.SIGTERM, tmp_path)))
+    assert (stopped.status, stopped.path) == (143, tmp_path) and str(stopped) == f"stopped by SIGTERM; saved {tmp_path}"
 
 
 def test_recognised_counts_frames():
