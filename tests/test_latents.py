@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import signal
@@ -558,6 +559,9 @@ def test_an_autoencoder_of_diffusers_is_loaded_from_its_folder(tmp_path, monkeyp
     run(replace(pixels(tmp_path / "z"), encoder=str(folder)))
     latents = LatentClips(tmp_path / "z")
     assert asked == [(str(folder), CPU)] and latents.shape == (4, 2, 6, 8) and latents.encoder["kind"] == "diffusers"
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sorted(os.listdir(folder))}
+    whole = "".join(f"{name} {checksum}\n" for name, checksum in sums.items())
+    assert latents.encoder["sha256"] == hashlib.sha256(whole.encode()).hexdigest()
     assert Decoder(latents.encoder, CPU)(torch.ones(1, *latents.shape)).shape == (1, 1, 2, 12, 16)
     (folder / "weights.safetensors").write_bytes(b"Weights")
     with pytest.raises(ValueError, match=r"vae .* is not the one of the latents"):
