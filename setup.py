@@ -93,23 +93,25 @@ class Build(build_ext):
         common = [*compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"]
         common += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas", f"-I{torch / 'include'}"]
         common += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 says so of its own AVX-512 headers
-        commands = {
-            f"{variant}/{Path(source).stem}.o": [*common, *flags, "-c", source]
-            for variant, flags in VARIANTS.items()
-            for source in sources("cpu")
-        }
-        failed = self.compile(commands)
-        left_out: dict[str, str] = {}
-        for variant in VARIANTS:
-            names = [f"{variant}/{Path(source).stem}.o" for source in sources("cpu")]
-            link = [*compiler, "-shared", *(str(self.object(name)) for name in names)]
-            link += [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(package / f"_{variant}.so")]
-            error = next((failed[name] for name in names if name in failed), None) or self.call(link)
-            if error:
-                left_out[variant] = error
+        # A variant is left out only if its flags are not known. Probing writes nothing: a full disk is another failure.
+        empty = ["-fsyntax-only", "-x", "c++", os.devnull]
+        probed = {variant: self.call([*compiler, *flags, *empty]) for variant, flags in VARIANTS.items()}
+        left_out = {variant: error for variant, error in probed.items() if error}
         libraries = [variant for variant in VARIANTS if variant not in left_out]
         if not libraries:
             return {"not_built": next(iter(left_out.values()))}
+        commands = {
+            f"{variant}/{Path(source).stem}.o": [*common, *VARIANTS[variant], "-c", source]
+            for variant in libraries
+            for source in sources("cpu")
+        }
+        failed = self.compile(commands)
+        for variant in libraries:
+            objects = [str(self.object(f"{variant}/{Path(source).stem}.o")) for source in sources("cpu")]
+            link = [*compiler, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+            failed = failed or self.call([*link, "-o", str(package / f"_{variant}.so")])
+        if failed:
+            return {"not_built": failed}
         record = {"compiler": version_line([*compiler, "--version"], ""), "libraries": libraries}
         return record | ({"left_out": left_out} if left_out else {})
 
@@ -128,7 +130,7 @@ class Build(build_ext):
         common = [nvcc, "-std=c++20", "-O3", "-Xcompiler", "-fPIC", STABLE_ABI, "-DUSE_CUDA", f"-I{torch / 'include'}"]
         common += ["-Xcompiler", "-Wall", "--expt-relaxed-constexpr", "--threads", "0", *gencode(architectures)]
         commands = {f"cuda/{Path(source).stem}.o": [*common, "-c", source] for source in sources("cuda")}
-        failed = next(iter(self.compile(commands).values()), None)
+        failed = self.compile(commands)
         if not failed:
             objects = [str(self.object(name)) for name in commands]
             libraries = ["-ltorch_cpu", "-lc10"]
@@ -146,12 +148,12 @@ class Build(build_ext):
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def compile(self, commands: dict[str, list[str]]) -> dict[str, str]:
-        """Run the commands side by side, each writing its object file; the errors, by the object's name."""
+    def compile(self, commands: dict[str, list[str]]) -> str | None:
+        """Run the commands side by side, each writing its object file; the first error, or None."""
         jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
         with ThreadPoolExecutor(jobs) as pool:
             errors = pool.map(lambda item: self.call([*item[1], "-o", str(self.object(item[0]))]), commands.items())
-            return {name: error for name, error in zip(commands, errors, strict=True) if error}
+            return next((error for error in errors if error), None)
 
     def call(self, command: list[str]) -> str | None:
         print(" ".join(command), flush=True)

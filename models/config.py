@@ -129,6 +129,8 @@ class TrainConfig:
     objective: Objective = field(default_factory=FlowMatching)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    encoder: str | None = None
+    """Where the autoencoder of the latents is now; by default where it was when they were made."""
     steps: int = 10_000
     batch_size: int = 32
     """Samples of one optimizer step; not used with buckets."""

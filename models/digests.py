@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, or of the names and checksums of all files in a folder."""
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file."""
     digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
-            digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
-        return digest.hexdigest()
-    with open(path, "rb") as content:
+    with open(file, "rb") as content:
         while block := content.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sha256_of_files(folder: Path, files: Iterable[Path]) -> str:
+    """SHA-256 of the names, relative to the folder, and checksums of some files in it."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(folder).as_posix()} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def sha256_of_folder(folder: Path) -> str:
+    """:func:`sha256_of_files` of all files in a folder and below."""
+    return sha256_of_files(folder, (file for file in folder.rglob("*") if file.is_file()))
 
 
 def describe(record: Mapping[str, Any]) -> str:

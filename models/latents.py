@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from . import checkpoint as checkpoints
 from .config import DataConfig, as_plain
 from .data import LATENT_INDEX, LATENT_PROGRESS, Bucket, Source, to_float
-from .digests import describe, sha256_of
+from .digests import describe, sha256_of, sha256_of_folder
 from .text import package
 
 FORMAT = 1
@@ -120,7 +120,7 @@ def identify(path: str | Path) -> dict[str, Any]:
     if path.is_file():
         return {"kind": "checkpoint", "path": str(path.resolve()), "sha256": sha256_of(path)}
     if (path / "config.json").is_file():
-        return {"kind": "diffusers", "path": str(path.resolve()), "sha256": sha256_of(path)}
+        return {"kind": "diffusers", "path": str(path.resolve()), "sha256": sha256_of_folder(path)}
     raise ValueError(
         f"encoder is {str(path)!r}, which is not there; it may be 'pixels', a checkpoint of an autoencoder, the folder "
         f"of its run, or a folder of a diffusers autoencoder"

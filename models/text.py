@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .digests import describe, sha256_of
+from .digests import describe, sha256_of_files, sha256_of_folder
 
 
 class Text(NamedTuple):
@@ -94,17 +95,47 @@ def package(name: str) -> Any:
         raise ValueError(f"package {installed!r} is needed: pip install {installed} ({error})") from error
 
 
+# What transformers loads of an encoder's folder besides config.json; of the weights, the first that are there.
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def loaded_files(folder: Path) -> set[Path]:
+    """The files of an encoder that transformers loads: configuration, tokenizer and one format of the weights.
+
+    Raises:
+        ValueError: no weights, or an index of their shards that is damaged.
+    """
+    files = {file for pattern in ("config.json", *TOKENIZER) for file in folder.glob(pattern) if file.is_file()}
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        raise ValueError(f"text encoder {str(folder)!r} has no weights; they may be {', '.join(WEIGHTS)}")
+    shards: set[str] = set()
+    if weights.suffix == ".json":
+        try:
+            shards = set(json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{weights} is damaged: {error}") from error
+    return files | {weights} | {folder / shard for shard in shards}
+
+
 def identify_text_encoder(encoder: str) -> dict[str, Any]:
-    """Which text encoder this is: ``{"path", "sha256"}``; a hub name stands for itself and has no checksum."""
+    """Which text encoder this is: ``{"path", "sha256"}``; a hub name stands for itself and has no checksum.
+
+    Raises:
+        ValueError: as :func:`loaded_files`.
+    """
     folder = Path(encoder)
     if folder.is_dir():
-        return {"path": str(folder.resolve()), "sha256": sha256_of(folder)}
+        return {"path": str(folder.resolve()), "sha256": sha256_of_files(folder, loaded_files(folder))}
     return {"path": encoder, "sha256": None}
 
 
 def refuse_another(found: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     """Raises ValueError if these are not records of :func:`identify_text_encoder` of the same text encoder."""
-    if (found["sha256"] or found["path"]) != (record["sha256"] or record["path"]):
+    same = (found["sha256"] or found["path"]) == (record["sha256"] or record["path"])
+    # Older checkpoints have the checksum of the whole folder.
+    if not same and (found["sha256"] is None or sha256_of_folder(Path(found["path"])) != record["sha256"]):
         raise ValueError(f"text encoder {describe(found)} is not the one of the training, {describe(record)}")
 
 

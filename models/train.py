@@ -7,8 +7,8 @@
 A run's folder gets ``config.json``, checkpoints ``step_*.pt``, ``losses.csv``, ``previews/*.png`` and TensorBoard's
 ``events.*``. A folder that is there already is never written to, except by ``--resume``, which goes on from its newest
 whole checkpoint with the same losses, bit for bit, as the run that was not stopped (on the same machine, with the same
-number of threads). Data or a text encoder that have moved since are named anew with ``--data.source`` and
-``--text.encoder``.
+number of threads). Data, the autoencoder of latents or a text encoder that have moved since are named anew with
+``--data.source``, ``--encoder`` and ``--text.encoder``.
 
 SIGTERM and Ctrl-C end the step in hand, save, and leave with status 128 + signal; a second one leaves at once.
 """
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 # What a continuation may change: what does not touch the losses, but for the rounding of another backend or GPU, and
 # where the data and the text encoder are, if the checkpoint can tell that they are the same.
-RESUMABLE = {"steps", "save_every", "keep", "log_every", "preview", "backend", "device"}
+RESUMABLE = {"encoder", "steps", "save_every", "keep", "log_every", "preview", "backend", "device"}
 
 _log = logging.getLogger(__name__)
 
@@ -163,7 +163,9 @@ class Trainer:
         self.classes = list(self.source.classes)
         # What made the latents, if the clips are latents: their previews need it, so it must be there from the start.
         self.encoder: dict[str, Any] | None = getattr(self.source, "encoder", None)
-        self.decode = None if self.encoder is None else Decoder(self.encoder, self.device)
+        if self.encoder is None and config.encoder is not None:
+            raise ValueError(f"encoder is {config.encoder!r}, but {data.source!r} has pixels, not latents")
+        self.decode = None if self.encoder is None else Decoder(self.encoder, self.device, config.encoder)
         captions = list(getattr(self.source, "captions", ()))
         self.text, self.captions, text_width = None, captions or self.classes, 0
         self.text_encoder: dict[str, Any] | None = None

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -55,27 +58,35 @@ def test_a_compiler_that_fails_is_recorded_with_its_error(tmp_path):
     assert "error: this compiler is broken" in record["cpu"]["not_built"]
 
 
-def test_a_variant_that_cannot_be_built_is_left_out_with_its_error(tmp_path):
-    """One fails to compile, another to link; what stands for the compiler writes empty files."""
+def fake_compiler(tmp_path: Path, cases: str) -> str:
+    """Stands for a compiler: writes empty files, except in the ``cases`` of a shell that say what fails."""
     compiler = tmp_path / "c++"
     compiler.write_text(
-        "#!/bin/sh\n"
-        'case "$*" in\n'
-        "*-mamx-tile*) echo 'error: unrecognized option -mamx-tile' >&2; exit 1 ;;\n"
-        "*-shared*cpu_avx512/*) echo 'error: cannot link' >&2; exit 1 ;;\n"
-        "esac\n"
-        'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n'
+        f'#!/bin/sh\ncase "$*" in\n{cases}\nesac\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n'
     )
     compiler.chmod(0o755)
+    return str(compiler)
+
+
+def test_a_variant_whose_flags_the_compiler_does_not_know_is_left_out(tmp_path):
+    compiler = fake_compiler(tmp_path, "*-mamx-tile*) echo 'error: unrecognized option -mamx-tile' >&2; exit 1 ;;")
     package = tmp_path / "minisora_kernels"
     package.mkdir()
     (package / "_cpu_amx.so").write_bytes(b"of an earlier build")
-    record = build(tmp_path, CXX=str(compiler))["cpu"]
-    assert record["libraries"] == ["cpu_avx2", "cpu_avx512_bf16"]
-    assert set(record["left_out"]) == {"cpu_avx512", "cpu_amx"}
+    record = build(tmp_path, CXX=compiler)["cpu"]
+    assert record["libraries"] == ["cpu_avx2", "cpu_avx512", "cpu_avx512_bf16"]
+    assert set(record["left_out"]) == {"cpu_amx"}
     assert record["left_out"]["cpu_amx"].endswith("failed: error: unrecognized option -mamx-tile")
-    assert record["left_out"]["cpu_avx512"].endswith("failed: error: cannot link")
-    assert sorted(file.name for file in package.glob("*.so")) == ["_cpu_avx2.so", "_cpu_avx512_bf16.so"]
+    assert sorted(file.name for file in package.glob("*.so")) == [f"_{name}.so" for name in record["libraries"]]
+
+
+@pytest.mark.parametrize("command", ["*-mamx-tile*-c\\ csrc/cpu/adaln.cpp*", "*-shared*cpu_amx/*"])
+def test_any_other_failure_in_one_variant_fails_the_build(tmp_path, command):
+    """A kernel that does not compile, or a library that does not link."""
+    compiler = fake_compiler(tmp_path, f"{command}) echo 'error: no space left on device' >&2; exit 1 ;;")
+    record = build(tmp_path, CXX=compiler)["cpu"]
+    assert set(record) == {"not_built"} and record["not_built"].endswith("failed: error: no space left on device")
+    assert not list((tmp_path / "minisora_kernels").glob("*.so"))
 
 
 def test_the_kernels_can_be_declined(tmp_path):
@@ -105,3 +116,16 @@ def test_the_kernels_are_there_where_they_can_be():
     if not (capable and shutil.which("c++") and platform.machine() == "x86_64" and backends._forced is None):
         pytest.skip("no compiler, no AVX2, or a backend is forced")
     assert backends.unavailable("cpu") is None
+
+
+def test_what_was_left_out_the_compiler_does_not_know():
+    """Keeps the tests from passing on the library of a lesser instruction set."""
+    left_out = backends.build_record().get("cpu", {}).get("left_out", {})
+    with mock.patch("setuptools.setup"):
+        variants = runpy.run_path(str(ROOT / "setup.py"))["VARIANTS"]
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    if shutil.which(compiler[0]) is None:
+        pytest.skip("no compiler")
+    for variant in left_out:
+        empty = subprocess.run([*compiler, *variants[variant], "-fsyntax-only", "-x", "c++", os.devnull])
+        assert empty.returncode != 0, f"{variant} was left out, but {compiler} knows its flags"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import signal
@@ -502,6 +503,36 @@ def test_a_run_goes_on_with_latents_that_have_moved(tmp_path):
     assert (tmp_path / "run/losses.csv").read_text() == (tmp_path / "whole/losses.csv").read_text()
 
 
+def test_a_run_goes_on_with_an_autoencoder_that_has_moved(tmp_path, monkeypatch):
+    autoencoder(tmp_path / "encoder", monkeypatch)
+    run(replace(pixels(tmp_path / "z"), encoder=str(tmp_path / "encoder")))
+    config = TrainConfig(str(tmp_path / "run"), DataConfig(str(tmp_path / "z")), LATENT, steps=2, batch_size=2)
+    train(config)
+    train(replace(config, run=str(tmp_path / "whole"), steps=3))
+    moved = (tmp_path / "encoder").rename(tmp_path / "moved")
+    other = autoencoder(tmp_path / "other", monkeypatch, weight=4.0)
+    resume = ["--resume", str(tmp_path / "run"), "--steps", "3"]
+    with pytest.raises(ValueError, match=r"encoder is .*encoder/step_00000007\.pt', which is not there"):
+        train(*parse(resume))
+    with pytest.raises(ValueError, match=r"encoder .*other.* is not the one of the latents"):
+        train(*parse([*resume, "--encoder", str(other)]))
+    resumed, checkpoint = parse([*resume, "--encoder", str(moved)])
+    # A checkpoint of before there was the option.
+    before = {key: value for key, value in checkpoint.train.items() if key != "encoder"}
+    with monkeypatch.context() as patch:
+        patch.setattr("models.train.checkpoints.latest", lambda folder: (folder, replace(checkpoint, train=before)))
+        assert parse([*resume, "--encoder", str(moved)])[0] == resumed
+    train(resumed, checkpoint)
+    assert (tmp_path / "run/losses.csv").read_text() == (tmp_path / "whole/losses.csv").read_text()
+    # It stays where it was named until it moves again.
+    assert parse([*resume, "--steps", "4"])[0].encoder == str(moved)
+    pictures = [(tmp_path / name / "previews/step_00000003.png").read_bytes() for name in ("run", "whole")]
+    assert pictures[0] == pictures[1]
+    with pytest.raises(ValueError, match=r"encoder is '.*moved', but 'digits' has pixels, not latents"):
+        train(replace(config, run=str(tmp_path / "pixels"), data=DIGITS, model=MODEL, encoder=str(moved)))
+    assert not (tmp_path / "pixels").exists()
+
+
 def test_an_encoder_that_is_missing_or_another_is_refused(tmp_path, monkeypatch):
     autoencoder(tmp_path / "encoder", monkeypatch)
     run(replace(pixels(tmp_path / "z"), encoder=str(tmp_path / "encoder")))
@@ -558,6 +589,9 @@ def test_an_autoencoder_of_diffusers_is_loaded_from_its_folder(tmp_path, monkeyp
     run(replace(pixels(tmp_path / "z"), encoder=str(folder)))
     latents = LatentClips(tmp_path / "z")
     assert asked == [(str(folder), CPU)] and latents.shape == (4, 2, 6, 8) and latents.encoder["kind"] == "diffusers"
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sorted(os.listdir(folder))}
+    whole = "".join(f"{name} {checksum}\n" for name, checksum in sums.items())
+    assert latents.encoder["sha256"] == hashlib.sha256(whole.encode()).hexdigest()
     assert Decoder(latents.encoder, CPU)(torch.ones(1, *latents.shape)).shape == (1, 1, 2, 12, 16)
     (folder / "weights.safetensors").write_bytes(b"Weights")
     with pytest.raises(ValueError, match=r"vae .* is not the one of the latents"):

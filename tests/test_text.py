@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
+import json
 import logging
 import shutil
 import sys
@@ -325,6 +327,7 @@ def test_the_text_encoder_of_a_run_may_move_but_not_change(tmp_path, folder, mon
     train(config)
     train(dataclasses.replace(config, run=str(tmp_path / "whole"), steps=3))
     Path(encoder).rename(tmp_path / "moved")
+    (tmp_path / "moved/README.md").write_text("which is not loaded")
     moved, other = str(tmp_path / "moved"), str(shutil.copytree(tmp_path / "moved", tmp_path / "other"))
     tokenizer = Path(other) / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + "\n")
@@ -352,6 +355,59 @@ def test_the_text_encoder_of_a_run_may_move_but_not_change(tmp_path, folder, mon
     last = load(train(resumed, checkpoint))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert last.text_encoder == load(tmp_path / "whole/step_00000003.pt").text_encoder | {"path": moved}
+
+
+def test_a_text_encoder_is_known_by_the_files_that_are_loaded(tmp_path):
+    def write(name: str, content: str) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+
+    def digest(names: list[str]) -> str:
+        sums = (f"{name} {hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}\n" for name in sorted(names))
+        return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+    def check(*weights: str) -> None:
+        expected = {"path": str(tmp_path.resolve()), "sha256": digest([*settings, *weights])}
+        assert identify_text_encoder(str(tmp_path)) == expected
+
+    settings = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"]
+    settings += ["added_tokens.json", "merges.txt", "spiece.model"]
+    for name in settings:
+        write(name, name)
+    with pytest.raises(ValueError, match=r"text encoder '.*' has no weights; they may be model\.safetensors, "):
+        identify_text_encoder(str(tmp_path))
+    for name in ("README.md", ".git/HEAD", ".cache/x", "model.fp16.safetensors", "onnx/model.onnx", "tf_model.h5"):
+        write(name, name)
+    # Formats of the weights, the last preferred: each is loaded in the place of those before.
+    for stem, suffix in (("pytorch_model", ".bin"), ("model", ".safetensors")):
+        shards = [f"{stem}-{i}{suffix}" for i in (1, 2)]
+        for name in shards:
+            write(name, name)
+        index = f"{stem}{suffix}.index.json"
+        write(f"{stem}-left-over{suffix}", "")
+        write(index, json.dumps({"weight_map": {"a": shards[0], "b": shards[1], "c": shards[0]}}))
+        check(index, *shards)
+        write(shards[1], "changed")
+        check(index, *shards)
+        write(f"{stem}{suffix}", "whole")
+        check(f"{stem}{suffix}")
+    (tmp_path / "model.safetensors").unlink()
+    write("model.safetensors.index.json", "{")
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is damaged"):
+        identify_text_encoder(str(tmp_path))
+
+
+def test_a_text_encoder_of_before_is_known_by_its_folder(tmp_path):
+    """Records once had the checksum of all files."""
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (tmp_path / name).write_text(name)
+    sums = (f"{name} {hashlib.sha256(name.encode()).hexdigest()}\n" for name in ("README.md", "config.json"))
+    whole = "".join(sums) + f"model.safetensors {hashlib.sha256(b'model.safetensors').hexdigest()}\n"
+    before = {"path": "/there", "sha256": hashlib.sha256(whole.encode()).hexdigest()}
+    refuse_another(identify_text_encoder(str(tmp_path)), before)
+    (tmp_path / "config.json").write_text("changed")
+    with pytest.raises(ValueError, match="is not the one of the training, /there"):
+        refuse_another(identify_text_encoder(str(tmp_path)), before)
 
 
 def test_a_text_encoder_of_the_hub_is_known_by_its_name():
