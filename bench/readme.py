@@ -18,6 +18,7 @@ from bench.report import NO_RATIO, about, counted, markdown, milliseconds, of_ro
 README = ROOT / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SYSTEMS_BEGIN, SYSTEMS_END = "<!-- systems:begin -->", "<!-- systems:end -->"
+PLANS_BEGIN, PLANS_END = "<!-- plans:begin -->", "<!-- plans:end -->"
 NAMES = ("default", "reuse")
 MODELS = ("block pair", "training step", "sampling step", "sampling run")
 
@@ -200,13 +201,38 @@ def systems(results: Path = RESULTS) -> str:
     return "\n".join(lines or ["No record is committed yet.", ""])
 
 
+def plans(results: Path = RESULTS) -> str:
+    """What belongs between the markers of the plans."""
+    path = results / "plans.json"
+    if not path.exists():
+        return "No record is committed yet.\n"
+    record = json.loads(path.read_text())
+    rows = []
+    for plan in record["plans"]:
+        config = plan["config"]
+        cells = [
+            f"{plan[part]['bytes'] / 1e9:.0f} GB{', does not fit' * (not plan[part]['fits'])}, "
+            f"{plan[part]['seconds']:.3g} s"
+            for part in ("training", "sampling")
+        ]
+        gpus = f"{config['gpus']} x {config['gpu']}"
+        clip = " x ".join(map(str, (config["frames"], *config["size"])))
+        rows.append((f"`{config['model']}`", clip, gpus, *cells))
+    lines = markdown(("model", "clip", "GPUs", "a training step", "sampling in 50 steps"), rows)
+    return "\n".join([*lines, ""])
+
+
 def filled(text: str, results: Path = RESULTS) -> str:
-    """The README with its two blocks written anew.
+    """The README with its blocks written anew.
 
     Raises:
         ValueError: a README without the markers.
     """
-    for begin, end, content in ((BEGIN, END, block(results)), (SYSTEMS_BEGIN, SYSTEMS_END, systems(results))):
+    for begin, end, content in (
+        (BEGIN, END, block(results)),
+        (SYSTEMS_BEGIN, SYSTEMS_END, systems(results)),
+        (PLANS_BEGIN, PLANS_END, plans(results)),
+    ):
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"the README must have {begin} and {end} once each")
         head, rest = text.split(begin)

@@ -313,7 +313,9 @@ def test_a_roofline_is_the_slower_of_copy_and_product():
 def test_the_readme_is_checked_against_the_records(tmp_path, monkeypatch, capsys):
     results = tmp_path / "bench" / "results"
     text = tmp_path / "README.md"
-    text.write_text(f"before\n{readme.SYSTEMS_BEGIN}\n{readme.SYSTEMS_END}\n{readme.BEGIN}\n{readme.END}\nafter\n")
+    text.write_text(
+        f"before\n{readme.SYSTEMS_BEGIN}\n{readme.SYSTEMS_END}\n{readme.PLANS_BEGIN}\n{readme.PLANS_END}\n{readme.BEGIN}\n{readme.END}\nafter\n"
+    )
     monkeypatch.setattr(readme, "README", text)
     monkeypatch.setattr(readme, "filled", lambda content, filled=readme.filled: filled(content, results))
     write(results, "default", synthetic())

@@ -1,0 +1,71 @@
+"""``python -m bench.plans``: what ``models/plan.py`` says of the goals, 3 and 10 seconds at 480p, into ``plans.json``.
+
+Nothing runs on a GPU for it: memory is counted on tensors without any, and times follow from the published peaks and
+the assumptions that the record names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import torch
+
+from bench import record
+from models.plan import GPUS, PlanConfig, needs, seconds
+
+PATH = record.RESULTS / "plans.json"
+FRAMES_PER_SECOND = 24
+# Model, GPUs; each for 3 and for 10 seconds.
+GOALS = (
+    ("latte-xl/1x2x2", 8, "a100-80g"),
+    ("latte-xl/1x2x2", 4, "a6000-48g"),
+    ("latte-xl/1x2x2", 1, "rtx4090-24g"),
+    ("latte-b/1x2x2", 1, "rtx4090-24g"),
+)
+
+
+def configs() -> list[PlanConfig]:
+    """Training with checkpointing, on our kernels, sharded where there are several GPUs."""
+    return [
+        PlanConfig(
+            model=model,
+            gpu=gpu,
+            frames=length * FRAMES_PER_SECOND,
+            size=(480, 848),
+            gpus=gpus,
+            sharding="fsdp" if gpus > 1 else "none",
+            backend="kernels",
+            checkpointing=True,
+        )
+        for model, gpus, gpu in GOALS
+        for length in (3, 10)
+    ]
+
+
+def row(config: PlanConfig) -> dict[str, Any]:
+    """The plan of a configuration: gigabytes a GPU, whether they fit, and seconds, of training and of sampling."""
+    available = GPUS[config.gpu].memory * (1 - config.reserve)
+    found: dict[str, Any] = {"config": dataclasses.asdict(config), "available": available}
+    for name, training in (("training", True), ("sampling", False)):
+        part = needs(config, training=training)
+        total = sum(part.memory.values())
+        steps = 1 if training else config.steps
+        found[name] = {"bytes": total, "fits": total <= available, "seconds": steps * seconds(part, config)}
+    return found
+
+
+def main() -> None:
+    plans = []
+    for config in configs():
+        plans.append(row(config))
+        print(config.model, config.frames, config.gpu, plans[-1]["training"], plans[-1]["sampling"], file=sys.stderr)
+    head = record.head(torch.device("cpu"), "default")
+    found = {key: head[key] for key in ("format", "date", "commit", "dirty", "versions")}
+    PATH.write_text(json.dumps(record.rounded({**found, "plans": plans}), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
