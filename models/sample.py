@@ -56,7 +56,8 @@ class SampleConfig(SolverOptions):
     """Captions, dealt to the clips in turn, for a model that was trained with text; '' is none. By default those of
     `low` or `past`."""
     low: Path | None = None
-    """For a second stage: samples.npz of the first, the small clips that it makes large."""
+    """For a second stage: samples.npz of the first, the small clips that it makes large. StableCascade's goes without
+    as well."""
     low_noise: int = 0
     """W.A.L.T: the level of the noise that the small clips get, at most model.low_noise of the training."""
     text_encoder: str | None = None
@@ -200,7 +201,7 @@ def sample_clips(
     once. ``past`` are clips to go on from, as they are returned here, in the place of sampled ones.
 
     A second stage (``config.low_shape``) is told the small clips ``low [count, C, T, h, w]``: stage B of StableCascade
-    in [-1, 1], W.A.L.T as its data is, with noise of level ``low_noise``, also drawn from ``seed``.
+    in [-1, 1] or none, W.A.L.T as its data is, with noise of level ``low_noise``, also drawn from ``seed``.
 
     Raises:
         ValueError: an objective without a sampler, that of autoencoders; a model that cannot go on, ``past`` of another
@@ -303,11 +304,14 @@ def _overlap(
 
 
 def check_low(model: nn.Module, count: int, low: Tensor | None, low_noise: int) -> None:
-    """Raises ValueError unless the model takes such small clips, or none, and noise of that level in them."""
+    """Raises ValueError unless the model takes such small clips, or none, and noise of that level in them.
+
+    Stage B of StableCascade does without, but W.A.L.T's super-resolution does not.
+    """
     wanted = getattr(model.config, "low_shape", None)
     if wanted is None and low is not None:
         raise ValueError("low was given, but the model is no second stage, which makes small clips large")
-    if wanted is not None and low is None:
+    if wanted is not None and low is None and isinstance(model, WALT):
         raise ValueError("low was not given; the model is a second stage, which needs small clips to make large")
     if low is not None:
         shape = tuple(low.shape)

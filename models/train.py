@@ -200,18 +200,27 @@ class Trainer:
             self.model.compile()
 
     def _told_low(self) -> bool:
-        """Whether the model is told the small clips of the data; those that do not fit it are refused."""
+        """Whether the model is told the small clips of the data; those that do not fit it are refused.
+
+        Stage B trains without them too, on zeros, which stand for none.
+        """
         config = self.model.config
         if not isinstance(self.model, Cascade) or config.low_shape is None:
             return False
-        needs, low = f"model.latent_channels is {config.latent_channels}", getattr(self.source, "low_shape", None)
+        low = getattr(self.source, "low_shape", None)
         data, (channels, frames) = self.config.data.source, config.low_shape[:2]
         if low is None:
-            raise ValueError(f"{needs}, but {data!r} has no small clips: make latents with models.precompute --low")
+            _log.warning(
+                "model.latent_channels is %d, but %s has no small clips, as models.precompute --low makes: the model "
+                "is trained without",
+                channels,
+                data,
+            )
+            return False
         if low[:2] != (channels, frames):
             raise ValueError(
-                f"{needs}, but the small clips of {data!r} have {low[0]} channels and {low[1]} frames; it must be "
-                f"{channels} and {frames}"
+                f"model.latent_channels is {channels}, but the small clips of {data!r} have {low[0]} channels and "
+                f"{low[1]} frames; it must be {channels} and {frames}"
             )
         return True
 
@@ -343,8 +352,8 @@ class Trainer:
     def preview(self) -> Any:
         """A contact sheet of the averaged model's samples, uint8 ``[H, W, 3]``; does not disturb the training.
 
-        An objective with a ``preview`` of its own makes it from the first clips of the run, and a second stage from
-        those made small.
+        An objective with a ``preview`` of its own makes it from the first clips of the run, and a second stage that is
+        told small clips from those made small.
         """
         preview = self.config.preview
         own = getattr(self.objective, "preview", None)
@@ -352,7 +361,7 @@ class Trainer:
             x = self._first().clips.to(self.device)
             return contact_sheet(to_bytes(own(self.ema, x)).permute(0, 2, 3, 4, 1).cpu().numpy())
         labels, low = torch.arange(preview.count) % max(len(self.captions), 1), None
-        if getattr(self.model.config, "low_shape", None) is not None:
+        if self.told_low or getattr(self.model.config, "low_resolution", False):
             x, labels, low = self._first()
             low = low if self.told_low else shrink(x, 2)
         y: Tensor | Text | None = labels if self.classes else None

@@ -804,15 +804,33 @@ def test_images_and_models_without_a_condition_train_beside_small_clips(tmp_path
 def test_small_clips_that_do_not_fit_stage_b_are_refused(tmp_path, monkeypatch):
     run(pixels(tmp_path / "z", low=2))
     run(pixels(tmp_path / "without"))
-    for source, channels, reason in (
-        ("z", 3, r"model.latent_channels is 3, but the small clips of .* have 1 channels and 2 frames; it must be 3"),
-        ("without", 1, r"model.latent_channels is 1, but .* has no small clips: make latents with models.precompute"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            Trainer(stage(tmp_path / "run", str(tmp_path / source), model={"latent_channels": channels}))
-    with pytest.raises(ValueError, match=r"model.latent_channels is 1, but 'digits' has no small clips"):
-        train(stage(tmp_path / "run", "digits"))
+    refused = r"model.latent_channels is 3, but the small clips of .* have 1 channels and 2 frames; it must be 3 and 2"
+    with pytest.raises(ValueError, match=refused):
+        train(stage(tmp_path / "run", str(tmp_path / "z"), model={"latent_channels": 3}))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("system", ["cascade-b-tiny", "cascade-b-tiny/video"])
+def test_the_published_stage_b_trains_and_samples_without_small_clips(tmp_path, monkeypatch, caplog, system):
+    """16 channels of latents and 3 of pixels, none of which the data has."""
+    options = f"--model {system} --data.frames {1 + 2 * system.endswith('video')} --data.size 16 16 --steps 2"
+    options += f" --batch-size 3 --preview.count 2 --preview.steps 1 --run {tmp_path / 'run'}"
+    told, forward = [], Cascade.forward
+
+    def without(self, x, t, y=None, **given):
+        told.append(given)
+        return forward(self, x, t, y, **given)
+
+    monkeypatch.setattr(Cascade, "forward", without)
+    path = train(*parse(options.split()))
+    assert caplog.messages == [
+        "model.latent_channels is 16, but digits has no small clips, as models.precompute --low makes: the model is "
+        "trained without"
+    ]
+    low = sample.run(SampleConfig(path, count=2, steps=1))[3]
+    assert np.load(low)["clips"].shape[0] == 2 and told and not any(told)
+    with pytest.raises(ValueError, match=r"low has shape .*; it must be \[N, C, T, h, w\] = \[2, 16, .*any, any\]"):
+        sample.run(SampleConfig(path, tmp_path / "large", low=low, steps=1))
 
 
 def test_stage_c_then_b_then_the_decoder(tmp_path, monkeypatch):
@@ -871,7 +889,6 @@ def test_small_clips_for_the_sampler_are_checked(tmp_path):
     (tmp_path / "text.npz").write_text("mine")
     np.savez(tmp_path / "floats.npz", clips=np.zeros((1, 2, 6, 8, 1)))
     for changes, reason in (
-        ({"low": None}, "low was not given; the model is a second stage"),
         ({"checkpoint": plain}, "low was given, but the model is no second stage"),
         ({"count": 5}, r"count is 5; .*low\.npz has 4 clips"),
         ({"low": tmp_path / "none.npz"}, r"none\.npz does not exist"),
@@ -896,6 +913,7 @@ def test_small_clips_for_the_sampler_are_checked(tmp_path):
         ({"count": 2}, [5, 6]),
         ({"classes": ("3", "1")}, [3, 1, 3, 1]),
         ({"low": tmp_path / "without.npz", "classes": ("3",)}, [3, 3, 3, 3]),
+        ({"low": None, "count": 2, "classes": ("3",)}, [3, 3]),
     ):
         made = np.load(sample.run(replace(base, overwrite=True, **changes))[3])
         assert made["labels"].tolist() == labels and len(made["clips"]) == len(labels)
