@@ -417,6 +417,21 @@ def test_an_autoencoder_encodes_every_bucket_and_a_run_on_them_goes_on(tmp_path,
     assert (tmp_path / "parts/losses.csv").read_text() == (tmp_path / "run/losses.csv").read_text()
 
 
+def test_data_that_does_not_fit_together_is_refused_by_the_command(tmp_path, capsys):
+    command = ["--out", str(tmp_path / "z"), "--encoder", "pixels"]
+    for options, reason in (
+        ("--data.reduce 2 --data.buckets 2 12 16", "data.reduce is 2; with data.buckets it must be 1"),
+        ("--data.buckets 2 12 16 2 12 16", "data.buckets is ((2, 12, 16), (2, 12, 16)); it must be"),
+        ("--data.buckets 2 0 16", "data.buckets is ((2, 0, 16),); it must be different sizes"),
+        ("--data.stride 0", "data.stride is 0; it must be at least 1"),
+        ("--data.cache-megabytes -1", "data.cache_megabytes is -1; it must be at least 0"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, *options.split()])
+        assert reason in capsys.readouterr().err
+    assert not (tmp_path / "z").exists()
+
+
 def test_an_interrupted_run_goes_on_in_the_same_bucket(tmp_path, monkeypatch):
     options = {"data": BUCKETED, "shard_clips": 4}
     run(pixels(tmp_path / "whole", **options))
