@@ -411,20 +411,30 @@ def write_gif(path: Path, film: np.ndarray, fps: int) -> None:
         container.mux(stream.encode(None))
 
 
-def write(folder: Path, clips: np.ndarray, labels: Tensor | list[str] | None, fps: int) -> list[Path]:
-    """The four files for uint8 clips ``[N, T, H, W, C]``; the npz has ``clips`` and ``labels``, classes or captions."""
+def write(
+    folder: Path, clips: np.ndarray, labels: Tensor | list[str] | None, classes: list[str], fps: int
+) -> list[Path]:
+    """The four files for uint8 clips ``[N, T, H, W, C]``.
+
+    The npz has ``clips`` and ``labels``, captions or class ids, and besides ids ``classes``, the names that they count.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     mp4, gif, png, npz = paths = output_paths(folder)
     film = mosaic(clips)
     write_mp4(mp4, film, fps)
     write_gif(gif, film, fps)
     write_png(png, contact_sheet(clips))
-    np.savez_compressed(npz, clips=clips, **({} if labels is None else {"labels": np.asarray(labels)}))
+    arrays = {} if labels is None else {"labels": np.asarray(labels)}
+    if classes:
+        arrays["classes"] = np.asarray(classes)
+    np.savez_compressed(npz, clips=clips, **arrays)
     return paths
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """``clips`` and, where there are, ``labels`` of an npz that :func:`write` wrote.
+
+    Labels are captions or names of classes, or class ids of a file that has no ``classes``.
 
     Raises:
         ValueError: something else.
@@ -433,27 +443,34 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise ValueError(f"{path} does not exist")
     try:
         with np.load(path) as arrays:
-            clips, labels = arrays["clips"], arrays.get("labels")
+            clips, labels, classes = arrays["clips"], arrays.get("labels"), arrays.get("classes")
     except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an npz with clips: {error}") from error
     if clips.dtype != np.uint8 or clips.ndim != 5:
         raise ValueError(f"{path} has clips of {clips.dtype} {list(clips.shape)}; they must be uint8 [N, T, H, W, C]")
     if labels is not None and labels.shape != clips.shape[:1]:
         raise ValueError(f"{path} has labels of shape {list(labels.shape)}; it must be [{len(clips)}]")
-    return clips, labels
+    if labels is None or classes is None:
+        return clips, labels
+    if classes.dtype.kind != "U" or classes.ndim != 1:
+        raise ValueError(f"{path} has classes of {classes.dtype} {list(classes.shape)}; they must be a list of names")
+    if labels.dtype.kind not in "iu" or not np.isin(labels, np.arange(len(classes))).all():
+        raise ValueError(f"{path} has labels {labels.tolist()}; with its classes they must be in 0..{len(classes) - 1}")
+    return clips, classes[labels]
 
 
 def names_of(labels: np.ndarray, classes: list[str]) -> tuple[str, ...]:
-    """The names of class ids; captions, of a model without classes, as they are.
+    """The names of classes given by id or name; captions, of a model without classes, as they are.
 
     Raises:
         ValueError: a label that is not the model's.
     """
     for label in labels.tolist():
-        if not (isinstance(label, int) and 0 <= label < len(classes) if classes else isinstance(label, str)):
-            allowed = f"a class id in 0..{len(classes) - 1}" if classes else "a caption"
+        named = isinstance(label, str) and (label in classes or not classes)
+        if not named and not (isinstance(label, int) and 0 <= label < len(classes)):
+            allowed = f"a class id in 0..{len(classes) - 1} or one of {', '.join(classes)}" if classes else "a caption"
             raise ValueError(f"label is {label!r}; for this model it must be {allowed}")
-    return tuple(classes[label] if classes else label for label in labels.tolist())
+    return tuple(label if isinstance(label, str) else classes[label] for label in labels.tolist())
 
 
 def output_paths(folder: Path) -> list[Path]:
@@ -551,7 +568,7 @@ def run(config: SampleConfig) -> list[Path]:
             low=low,
             low_noise=config.low_noise,
         )
-    paths = write(folder, clips.numpy(), labels, config.fps)
+    paths = write(folder, clips.numpy(), labels, checkpoint.classes, config.fps)
     print(f"{count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
     if isinstance(labels, list):
         print("prompts:", ", ".join(map(repr, labels)))

@@ -511,7 +511,9 @@ def test_a_run_goes_on_with_latents_that_have_moved(tmp_path):
     (tmp_path / "z").rename(tmp_path / "moved")
     run(pixels(tmp_path / "other", seed=1))
     resume = ["--resume", str(tmp_path / "run"), "--steps", "3", "--data.source"]
-    with pytest.raises(ValueError, match=r"data.source is .*other'; in a resumed run it must hold files of the same names"):
+    with pytest.raises(
+        ValueError, match=r"data.source is .*other'; in a resumed run it must hold files of the same names"
+    ):
         train(*parse([*resume, str(tmp_path / "other")]))
     train(*parse([*resume, str(tmp_path / "moved")]))
     assert (tmp_path / "run/losses.csv").read_text() == (tmp_path / "whole/losses.csv").read_text()
