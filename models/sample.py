@@ -28,7 +28,7 @@ from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
 from .cascade import Conditioned
 from .config import from_dict
-from .data import to_bytes, to_float
+from .data import shrink, to_bytes, to_float
 from .integrators import SolverOptions
 from .latents import Decoder
 from .registry import Objective
@@ -56,8 +56,8 @@ class SampleConfig(SolverOptions):
     """Captions, dealt to the clips in turn, for a model that was trained with text; '' is none. By default those of
     `low` or `past`."""
     low: Path | None = None
-    """For a second stage: samples.npz of the first, the small clips that it makes large. StableCascade's goes without
-    as well."""
+    """For a second stage: samples.npz of the first, the small clips that it makes large. W.A.L.T on latents encodes
+    them first; StableCascade's goes without as well."""
     low_noise: int = 0
     """W.A.L.T: the level of the noise that the small clips get, at most model.low_noise of the training."""
     text_encoder: str | None = None
@@ -324,6 +324,26 @@ def check_low(model: nn.Module, count: int, low: Tensor | None, low_noise: int) 
         raise ValueError(f"low_noise is {low_noise}; with this model it must be in 0..{most}")
 
 
+def small_latents(low: Tensor, model: WALT, decoder: Decoder, batch_size: int) -> Tensor:
+    """What W.A.L.T on latents is told of small clips uint8 ``[N, C, T, h, w]``: latents of half the height and width.
+
+    Pixels are repeated to twice the height and width and encoded, and of the latents 2 x 2 means taken, as training
+    takes them of the latents of the large clips.
+
+    Raises:
+        ValueError: clips that the encoder does not take, or whose latents are of another size than the model's.
+    """
+    channels, frames, height, width = low.shape[1:]
+    latents, wanted = decoder.encoder.shape((channels, frames, 2 * height, 2 * width)), model.config.input_size
+    if latents != (model.config.channels, *wanted):
+        raise ValueError(
+            f"low has shape {tuple(low.shape)}, of which the latents at twice the height and width are {latents}; they "
+            f"must be {(model.config.channels, *wanted)}"
+        )
+    large = low.repeat_interleave(2, -2).repeat_interleave(2, -1)
+    return torch.cat([shrink(decoder.encode(part), 2) for part in large.split(batch_size)])
+
+
 def enlarge(clips: np.ndarray) -> np.ndarray:
     """Pixels repeated by a whole number so that the shorter side of ``[..., H, W, C]`` is 128 or more; RGB."""
     factor = -(-SMALLEST_SIDE // min(clips.shape[-3:-1]))
@@ -503,7 +523,7 @@ def run(config: SampleConfig) -> list[Path]:
     if given is not None:
         clips = torch.from_numpy(given[:count])
         past = clips if config.low is None else None
-        low = to_float(clips).permute(0, 4, 1, 2, 3) if config.low is not None else None
+        low = clips.permute(0, 4, 1, 2, 3) if config.low is not None else None
     path, checkpoint = open_checkpoint(config.checkpoint)
     train = from_dict(checkpoint.train)
     folder = config.out or path.parent / "samples"
@@ -526,8 +546,6 @@ def run(config: SampleConfig) -> list[Path]:
     device = choose_device(config.device)
     if checkpoint.encoder is None and config.encoder is not None:
         raise ValueError(f"encoder is {config.encoder!r}, but {path} makes pixels, not latents")
-    if low is not None and checkpoint.encoder is not None and checkpoint.config["name"] == "walt":
-        raise ValueError(f"low is {str(config.low)!r}, clips of pixels; this model makes small latents large")
     # Before the sampling, so that an encoder that is missing costs no time.
     decode = None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device, config.encoder)
     if train.text.encoder is not None:
@@ -546,6 +564,10 @@ def run(config: SampleConfig) -> list[Path]:
         choose_backend(config.backend),
         torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
     ):
+        if low is not None and decode is not None and isinstance(model, WALT) and model.config.low_resolution:
+            low = small_latents(low.to(device), model, decode, config.batch_size)
+        elif low is not None:
+            low = to_float(low)
         clips = sample_clips(
             model,
             train.objective,

@@ -35,7 +35,7 @@ from models.logsnr import LogSNR
 from models.precompute import PrecomputeConfig, main, run
 from models.sample import SampleConfig, write_mp4, write_png
 from models.train import Trainer, parse, train
-from models.walt import WALTSettings
+from models.walt import WALT, WALTSettings
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -889,6 +889,54 @@ def test_stage_c_then_b_then_the_decoder(tmp_path, monkeypatch):
     np.savez(tmp_path / "others.npz", clips=others, labels=[4, 7, 1])
     changed = np.load(sample.run(replace(config, out=tmp_path / "changed", low=tmp_path / "others.npz"))[3])["clips"]
     assert [(changed[i] != large["clips"][i]).mean() > 0.05 for i in range(3)] == [False, True, False]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_super_resolution_of_latents_is_told_what_small_pixels_encode_to(tmp_path, monkeypatch, normalize):
+    """All four pixels of a cell being equal, its four channels are the weight times the pixel; then the 2 x 2 means."""
+    autoencoder(tmp_path / "encoder", monkeypatch)
+    run(replace(pixels(tmp_path / "z", low=2, normalize=normalize), encoder=str(tmp_path / "encoder")))
+    config = {"objective": as_plain(DDPM(prediction="velocity", zero_snr=True)), "optimizer": {"learning_rate": 1e-2}}
+    model = WALTSettings(width=16, depth=2, heads=2, low_resolution=True, self_conditioning=0.0, low_noise=9)
+    path = train(stage(tmp_path / "large", str(tmp_path / "z"), model=as_plain(model), **config))
+    source = LatentClips(tmp_path / "z")
+    low = np.random.default_rng(0).integers(0, 256, (3, 2, 6, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "low.npz", clips=low, labels=[4, 7, 1])
+    told, forward = [], WALT.forward
+
+    def tell(self, x, t, y=None, **given):
+        told.append(given.get("low"))
+        return forward(self, x, t, y, **given)
+
+    monkeypatch.setattr(WALT, "forward", tell)
+    options = SampleConfig(path, tmp_path / "a", low=tmp_path / "low.npz", steps=1, solver="ddim", batch_size=2)
+    made = np.load(sample.run(options)[3])
+    assert made["clips"].shape == (3, 2, 12, 16, 1) and made["labels"].tolist() == [4, 7, 1]
+    small = torch.from_numpy(low).permute(0, 4, 1, 2, 3).double() / 127.5 - 1
+    latents = 3 * halved(small).expand(-1, 4, -1, -1, -1)
+    if normalize:
+        mean, std = (torch.tensor(source.encoder[key], dtype=torch.float64).view(4, 1, 1, 1) for key in ("mean", "std"))
+        latents = (latents - mean) / std
+    # Level 0 of the noise has a deviation of 0.01.
+    assert latents.std() > 0.5 and (torch.cat(told) - (1 - 1e-4) ** 0.5 * latents).abs().max() < 0.06
+    for shape, reason in (
+        (
+            (3, 2, 12, 16, 1),
+            r"low has shape \(3, 1, 2, 12, 16\), of which .* are \(4, 2, 12, 16\); .* be \(4, 2, 6, 8\)",
+        ),
+        (
+            (3, 2, 6, 8, 3),
+            r"low has shape \(3, 3, 2, 6, 8\), of which the latents .* are \(12, 2, 6, 8\); they must be",
+        ),
+    ):
+        np.savez(tmp_path / "low.npz", clips=np.zeros(shape, np.uint8), labels=[4, 7, 1])
+        with pytest.raises(ValueError, match=reason):
+            sample.run(replace(options, out=tmp_path / "b"))
+    plain = stage(
+        tmp_path / "plain", str(tmp_path / "z"), model=as_plain(replace(model, low_resolution=False)), **config
+    )
+    with pytest.raises(ValueError, match="low was given, but the model is no second stage"):
+        sample.run(replace(options, checkpoint=train(plain), out=tmp_path / "b"))
 
 
 def test_small_clips_for_the_sampler_are_checked(tmp_path):
