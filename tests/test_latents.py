@@ -691,6 +691,20 @@ def test_small_clips_are_kept_beside_the_latents(tmp_path, monkeypatch, normaliz
     assert torch.equal(torch.from_numpy(LatentClips(tmp_path / "half").low(21)), low.half().float())
 
 
+def test_small_clips_of_a_bucket_are_those_of_its_clips(tmp_path):
+    """models.precompute keeps none with buckets; the format has room for both."""
+    path = run(pixels(tmp_path / "z", low=2))
+    index = read_index(path.parent)
+    names, size = [entry["name"] for entry in index["shards"]], {"pixels": index["pixels"], "shape": index["shape"]}
+    index["buckets"] = [{**size, "shards": names[:1]}, {**size, "shards": names[1:]}]
+    index["made"]["data"]["buckets"] = [[2, 12, 16], [2, 12, 16]]
+    path.write_text(json.dumps(index))
+    for part, count in zip(LatentClips(path.parent).split(), (8, 14), strict=True):
+        x, _, low = Batches(part, count, 0, prefetch=0).batch(0)
+        assert len(part) == count
+        torch.testing.assert_close(low, halved(x), rtol=0, atol=1e-6)
+
+
 def test_small_clips_do_not_depend_on_an_interruption(tmp_path, monkeypatch):
     config = pixels(tmp_path / "z", low=3, data=replace(DIGITS, size=(12, 18)))
     run(replace(config, out=tmp_path / "whole"))
