@@ -53,7 +53,7 @@ class DataConfig:
     """Memory for decoded frames."""
     images: int = 0
     """Independent images after the frames of each clip, frames of clips drawn at random, for a model that trains on
-    both, 'walt'."""
+    both, 'walt'. Of latents it is the first frame of each clip drawn."""
 
     def __post_init__(self) -> None:
         least = {"frames": 1, "reduce": 1, "stride": 1, "positions": 0, "cache_megabytes": 0, "images": 0}
