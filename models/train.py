@@ -228,7 +228,8 @@ class Trainer:
         """Batches of one size, or, with buckets, of as many samples of a bucket's size as ``batch_tokens`` allows."""
         config = self.config
         # Latents know the buckets that they were made with, in cells.
-        buckets = getattr(self.source, "buckets", ()) or config.data.buckets
+        cells = getattr(self.source, "buckets", ())
+        buckets = cells or config.data.buckets
         if not buckets:
             if config.batch_tokens:
                 raise ValueError(f"batch_tokens is {config.batch_tokens}; it is for buckets only, use batch_size")
@@ -236,14 +237,17 @@ class Trainer:
             return Batches(source, config.batch_size, config.seed)
         if not config.batch_tokens:
             raise ValueError(f"batch_tokens is 0; {config.data.source} has buckets, so it must be at least 1")
+        named = "data.buckets"
+        if cells:
+            named = f"data.source {config.data.source!r}, whose buckets are in cells of latents,"
         if not hasattr(self.model, "any_size"):
-            raise ValueError(f"data.buckets needs a model for inputs of any size; {config.model.name!r} has one size")
+            raise ValueError(f"{named} needs a model for inputs of any size; {config.model.name!r} has one size")
         self.model.any_size = True
         for frames, *size in buckets:
             try:
                 configure(config.model, self.source.shape[0], frames, tuple(size), len(self.classes))
             except ValueError as error:
-                raise ValueError(f"data.buckets has {(frames, *size)}, which the model cannot take: {error}") from error
+                raise ValueError(f"{named} has {(frames, *size)}, which the model cannot take: {error}") from error
         sources = self.source.split(config.data.buckets)
         sizes = []
         for source in sources:
