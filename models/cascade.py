@@ -147,7 +147,8 @@ class CascadeSettings:
     class_dropout: float = 0.1
     """Share of labels or captions that training replaces by the null class or an empty caption, for guidance."""
     latent_channels: int = 0
-    """Channels of what stage C makes and stage B is told, in training `--low` of models.precompute; 0 for none."""
+    """Channels of what stage C makes and stage B is told, in training `--low` of models.precompute; 0 for none. The
+    published 16 are features of an EfficientNet, which models.precompute does not make."""
     latent_dropout: float = 0.1
     """Share of samples whose latents training replaces by 0, which is what stands for none."""
     pixel_channels: int = 0

@@ -53,7 +53,18 @@ class DataConfig:
     """Memory for decoded frames."""
     images: int = 0
     """Independent images after the frames of each clip, frames of clips drawn at random, for a model that trains on
-    both, 'walt'."""
+    both, 'walt'. Of latents it is the first frame of each clip drawn."""
+
+    def __post_init__(self) -> None:
+        least = {"frames": 1, "reduce": 1, "stride": 1, "positions": 0, "cache_megabytes": 0, "images": 0}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {smallest}")
+        buckets = self.buckets
+        if any(min(bucket) < 1 for bucket in buckets) or len(set(buckets)) < len(buckets):
+            raise ValueError(f"data.buckets is {buckets}; it must be different sizes (frames, height, width), positive")
+        if buckets and self.reduce > 1:
+            raise ValueError(f"data.reduce is {self.reduce}; with data.buckets it must be 1")
 
     def open(self) -> Source:
         """The clips; buckets and images are up to the trainer.
@@ -159,12 +170,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for path, least in (
-            ("data.frames", 1),
-            ("data.reduce", 1),
-            ("data.stride", 1),
-            ("data.positions", 0),
-            ("data.cache_megabytes", 0),
-            ("data.images", 0),
             ("text.max_length", 1),
             ("text.cache", 0),
             ("optimizer.warmup", 0),
@@ -190,12 +195,7 @@ class TrainConfig:
             raise ValueError(f"optimizer.learning_rate is {self.optimizer.learning_rate}; it must be positive")
         if not 0 <= self.optimizer.ema < 1:
             raise ValueError(f"optimizer.ema is {self.optimizer.ema}; it must be in [0, 1)")
-        buckets = self.data.buckets
-        if any(min(bucket) < 1 for bucket in buckets) or len(set(buckets)) < len(buckets):
-            raise ValueError(f"data.buckets is {buckets}; it must be different sizes (frames, height, width), positive")
-        if buckets and self.data.reduce > 1:
-            raise ValueError(f"data.reduce is {self.data.reduce}; with data.buckets it must be 1")
-        if buckets and self.batch_tokens < 1:
+        if self.data.buckets and self.batch_tokens < 1:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; with data.buckets it must be at least 1")
         if not self.batch_tokens and self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")

