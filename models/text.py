@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .digests import describe, sha256_of_files, sha256_of_folder
+from .digests import describe, sha256_of_files
 
 
 class Text(NamedTuple):
@@ -133,9 +133,7 @@ def identify_text_encoder(encoder: str) -> dict[str, Any]:
 
 def refuse_another(found: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     """Raises ValueError if these are not records of :func:`identify_text_encoder` of the same text encoder."""
-    same = (found["sha256"] or found["path"]) == (record["sha256"] or record["path"])
-    # Older checkpoints have the checksum of the whole folder.
-    if not same and (found["sha256"] is None or sha256_of_folder(Path(found["path"])) != record["sha256"]):
+    if (found["sha256"] or found["path"]) != (record["sha256"] or record["path"]):
         raise ValueError(f"text encoder {describe(found)} is not the one of the training, {describe(record)}")
 
 

