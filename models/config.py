@@ -260,6 +260,7 @@ PRESETS: dict[str, TrainConfig] = {
         LATENT_DIGITS,
         run="runs/digits-stdit",
         model=STDiTSettings(width=128, depth=4, heads=4, patch=(1, 2, 2), qk_norm="rms"),
+        steps=4000,
     ),
     "digits-sit": dataclasses.replace(LATENT_DIGITS, run="runs/digits-sit", objective=FlowMatching("velocity")),
     "digits-walt": dataclasses.replace(
