@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -155,11 +156,12 @@ def _systems(path: Path, results: Path) -> list[str]:
     steps = []
     for name, found in record["presets"].items():
         loss, seconds = found["loss"], found["columns"]["ours"]["median"]
+        ops = dict.fromkeys(re.sub("_(fwd|bwd)$", "", kernel) for kernel in found["kernels"])
         steps.append(
             (
                 *(f"`{name}`", str(found["steps"]), f"{loss['ours']:.4f}", f"{loss['largest_difference']:.0e}"),
                 *(f"{1 / seconds:.2f}", ratio(found, "eager"), ratio(found, "compile")),
-                *(f"{found['tokens_per_s']:,.0f}", ", ".join(f"`{kernel}`" for kernel in found["kernels"])),
+                *(f"{found['tokens_per_s']:,.0f}", ", ".join(f"`{op}`" for op in ops)),
             )
         )
     shares = [
