@@ -170,12 +170,13 @@ def _systems(path: Path, results: Path) -> list[str]:
         if "encoding" in found
     ]
     real = next(iter(record["systems"].values()))
+    commits = dict.fromkeys(found["commit"] for found in (*record["systems"].values(), *record["presets"].values()))
     columns = ("preset", "steps", "loss", "differs by", "steps/s", "eager", "compile", "tokens/s", "kernels that ran")
     folder = path.parent.relative_to(results.parent.parent).as_posix()
     machine = record["machine"]
     return [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['capability']}; torch {record['versions']['torch']}, "
-        f"commit {record['commit']}{' with changes' * record['dirty']}, {record['date'][:10]}; float32 "
+        f"commits {', '.join(commits)}{' with changes' * record['dirty']}, {record['date'][:10]}; float32 "
         f"([record]({folder}/{path.name})). Of real frames of unseen digits {real['real_recognised']:.1%} are "
         f"recognised and {real['real_moves']:.0%} move so.",
         "",
