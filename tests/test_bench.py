@@ -338,7 +338,13 @@ def test_the_record_of_the_systems_becomes_a_table(tmp_path):
     }
     made = synthetic() | {
         "systems": {
-            "DiT": {"presets": ["a", "b"], "objective": "ddpm", "sampler": "ddim", "real_recognised": 0.975}
+            "DiT": {
+                "commit": "abc",
+                "presets": ["a", "b"],
+                "objective": "ddpm",
+                "sampler": "ddim",
+                "real_recognised": 0.975,
+            }
             | {"real_moves": 1.0, **judged}
         },
         "presets": {
