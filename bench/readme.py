@@ -183,10 +183,10 @@ def _systems(path: Path, results: Path) -> list[str]:
         "",
         *markdown(header, rows),
         "",
-        "The loss is the mean over the last tenth of the steps, with the kernels / with plain PyTorch from one seed; it "
-        "differs by: the largest relative difference of the two at any step. Training magnifies a rounding, above all "
-        "where it is a jump: in the nearest code of stage A, and in the norm of stage C's tokens of one number. Steps/s "
-        f"are of the trainer on {record['threads']} threads; eager, compile: their time over that of ours, median and "
+        "The loss is the mean over the last tenth of the steps, with the kernels / with PyTorch alone from one seed. "
+        "Differs by: the largest relative difference of the two at any step. Training magnifies a rounding, most where "
+        "it is a jump: in the nearest code of stage A, in the norm of stage C's tokens of one number. Steps/s are of "
+        f"the trainer on {record['threads']} threads; eager, compile: their time over that of ours, median and "
         "quartiles of turns.",
         "",
         *markdown(columns, steps),

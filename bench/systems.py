@@ -168,7 +168,7 @@ def timed(config: TrainConfig) -> dict[str, Any]:
                 kernels = sorted(counter.kernels)
         for name, values in first.items():
             if any(
-                abs(one - other) > EARLY_BOUND * abs(other) for one, other in zip(values, first["eager"], strict=True)
+                abs(one - other) > FIRST_BOUND * abs(other) for one, other in zip(values, first["eager"], strict=True)
             ):
                 raise ValueError(f"{name}: first loss and norm of the gradient are {values}, not {first['eager']}")
 
