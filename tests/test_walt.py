@@ -274,7 +274,7 @@ def test_every_parameter_in_training_mode(name, checkpointing, dtype, backend, n
 
     def results(model, dtype_of_run):
         draws = []
-        for draw in range(4):
+        for draw in range(8):
             x, t, y, given = inputs(config, images, dtype=dtype, draw=draw)
             gradient = random(*x.shape, seed=10 * draw + 9, dtype=dtype)
             x, y, gradient = (moved(value, dtype_of_run) for value in (x, y, gradient))
