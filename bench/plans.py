@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench import record
-from models.plan import GPUS, PlanConfig, needs, seconds
+from models.plan import PlanConfig, available, needs, seconds
 
 PATH = record.RESULTS / "plans.json"
 FRAMES_PER_SECOND = 24
@@ -47,13 +47,15 @@ def configs() -> list[PlanConfig]:
 
 def row(config: PlanConfig) -> dict[str, Any]:
     """The plan of a configuration: gigabytes a GPU, whether they fit, and seconds, of training and of sampling."""
-    available = GPUS[config.gpu].memory * (1 - config.reserve)
-    found: dict[str, Any] = {"config": dataclasses.asdict(config), "available": available}
+    found: dict[str, Any] = {"config": dataclasses.asdict(config), "available": available(config)}
     for name, training in (("training", True), ("sampling", False)):
         part = needs(config, training=training)
-        total = sum(part.memory.values())
         steps = 1 if training else config.steps
-        found[name] = {"bytes": total, "fits": total <= available, "seconds": steps * seconds(part, config)}
+        found[name] = {
+            "bytes": part.total,
+            "fits": part.total <= available(config),
+            "seconds": steps * seconds(part, config),
+        }
     return found
 
 

@@ -225,7 +225,8 @@ def plans(results: Path = RESULTS) -> str:
         clip = " x ".join(map(str, (config["frames"], *config["size"])))
         rows.append((f"`{config['model']}`", clip, gpus, *cells))
     lines = markdown(("model", "clip", "GPUs", "a training step", "sampling in 50 steps"), rows)
-    return "\n".join([*lines, ""])
+    made = f"torch {record['versions']['torch']}, commit {record['commit']}"
+    return "\n".join([f"`python -m bench.plans`, {made}; **not run on a GPU**.", "", *lines, ""])
 
 
 def filled(text: str, results: Path = RESULTS) -> str:

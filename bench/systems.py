@@ -43,7 +43,7 @@ from models.config import TrainConfig, from_dict, merge
 from models.latents import Decoder
 from models.sample import choose_backend
 from models.samplers import SOLVERS
-from models.train import Stopped, Trainer
+from models.train import RESUMABLE, Stopped, Trainer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -90,7 +90,7 @@ def refuse_another(config: TrainConfig, folder: Path) -> None:
     """Raises ValueError for a run, there before, of another configuration, but for what does not touch the losses."""
     trained = from_dict(checkpoints.latest(folder)[1].train)
     trained = dataclasses.replace(trained, data=dataclasses.replace(trained.data, source=config.data.source))
-    free = {"run", "preview", "save_every", "keep", "log_every", "backend", "device"}
+    free = {"run"} | RESUMABLE - {"steps"}
     names = [item.name for item in dataclasses.fields(config) if item.name not in free]
     changed = [name for name in names if getattr(config, name) != getattr(trained, name)]
     if changed:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from . import checkpoint as checkpoints
 from . import measure, precompute
 from .allocator import reuse_large_allocations
+from .checkpoint import Checkpoint
 from .config import TrainConfig, from_dict, merge, preset
 from .data import LATENT_INDEX, Batches, MovingDigits, to_float
 from .latents import Decoder
@@ -184,12 +185,11 @@ def encode(ahead: Ahead, runs: Path) -> None:
     )
 
 
-def generate(config: DigitsConfig, path: Path, labels: Tensor, low: Tensor | None = None) -> Tensor:
+def generate(config: DigitsConfig, checkpoint: Checkpoint, labels: Tensor, low: Tensor | None = None) -> Tensor:
     """uint8 clips ``[N, T, H, W, 1]`` of the digits asked for, from a checkpoint and, if it needs them, small clips."""
-    checkpoint = checkpoints.load(path)
     trained = from_dict(checkpoint.train)
     if checkpoint.classes != list(MovingDigits.classes):
-        raise ValueError(f"{path} was trained on {trained.data.source!r}, not on digits")
+        raise ValueError(f"{trained.run} was trained on {trained.data.source!r}, not on digits")
     device = choose_device(trained.device)
     return sample_clips(
         checkpoint.build().to(device),
@@ -211,15 +211,16 @@ def judge(config: DigitsConfig, path: Path) -> dict[str, Any]:
     labels = torch.arange(10 * config.per_class) % 10
     small, low = AHEAD[config.preset].small if config.preset in AHEAD else None, None
     if small is not None:
-        clips = generate(config, checkpoints.latest(config.runs / small)[0], labels)
+        clips = generate(config, checkpoints.latest(config.runs / small)[1], labels)
         low = to_float(clips).permute(0, 4, 1, 2, 3)
-    clips = generate(config, path, labels, low)
+    checkpoint = checkpoints.load(path)
+    clips = generate(config, checkpoint, labels, low)
     frames, height, width = clips.shape[1:4]
     classifier = train_classifier((height, width))
     real, real_labels = held_out_clips(frames, (height, width))
     shares = recognised(classifier, clips, labels)
     result = {
-        "step": checkpoints.load(path).step,
+        "step": checkpoint.step,
         "real_frames": real.shape[0] * real.shape[1],
         "real_recognised": recognised(classifier, real, real_labels).mean().item(),
         "real_moves": moves(real),

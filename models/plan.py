@@ -128,6 +128,16 @@ class Needs(NamedTuple):
     flops: int
     moved: int
 
+    @property
+    def total(self) -> float:
+        """Bytes of memory in all."""
+        return sum(self.memory.values())
+
+
+def available(config: PlanConfig) -> float:
+    """Bytes of a GPU that are not reserved."""
+    return GPUS[config.gpu].memory * (1 - config.reserve)
+
 
 def _model(config: PlanConfig) -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     time, space = config.compression
@@ -207,7 +217,6 @@ def seconds(found: Needs, config: PlanConfig) -> float:
 def report(config: PlanConfig) -> str:
     """The plan in words and numbers; every assumption is named."""
     gpu = GPUS[config.gpu]
-    available = gpu.memory * (1 - config.reserve)
     lines = [
         f"{config.model}, {config.frames} frames of {config.size[0]}x{config.size[1]}, {config.batch_size} a GPU, "
         f"{config.precision}, {config.backend}, on {config.gpus} x {config.gpu}",
@@ -216,13 +225,12 @@ def report(config: PlanConfig) -> str:
     ]
     for training in (True, False):
         found = needs(config, training=training)
-        total = sum(found.memory.values())
         parts = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in found.memory.items())
-        fits = "fits" if total <= available else "does NOT fit"
+        fits = "fits" if found.total <= available(config) else "does NOT fit"
         step = seconds(found, config)
         lines.append(
-            f"{'training' if training else 'sampling'}: {total / 1e9:.2f} GB a GPU ({parts}) {fits} in "
-            f"{available / 1e9:.1f} GB"
+            f"{'training' if training else 'sampling'}: {found.total / 1e9:.2f} GB a GPU ({parts}) {fits} in "
+            f"{available(config) / 1e9:.1f} GB"
         )
         if training:
             clips = config.batch_size * config.gpus / step
