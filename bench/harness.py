@@ -13,8 +13,8 @@ constant, from dense random upstream gradients that are made once.
 
 Before anything is timed, every column's values and gradients are compared with the reference in float64 (for models in
 half precision, in float32) on the same rounded inputs, and the bench fails if they are wrong. Ours must pass the rule
-of ``tests/tolerance.py``. The others need only compute the same thing: their error, in the root mean square, must stay
-below sqrt(eps) of the result.
+of ``minisora_kernels/testing.py``. The others need only compute the same thing: their error, in the root mean square,
+must stay below sqrt(eps) of the result.
 (Inductor sums long columns one number after the other and misses the rule in float32, also around our kernels.)
 
 The compilation of a case takes 1 to 9 seconds for an op and up to a minute for a model (two cores, cold cache), which
@@ -43,7 +43,7 @@ from torch import Tensor
 from bench.clock import Clock
 from bench.counters import Counter, InductorBytes, saved_bytes
 from minisora_kernels import use_backend
-from tests.tolerance import assert_as_accurate
+from minisora_kernels.testing import assert_as_accurate
 
 Call = Callable[[dict[str, Tensor]], Any]
 

@@ -1,5 +1,5 @@
 """The tile path of csrc/cpu/pairs.h without AMX: window_attention.cpp and patch_embed.cpp, unmodified, compiled for
-AVX-512 with the tiles of amx_emulation.h, are as accurate as tests/tolerance.py asks.
+AVX-512 with the tiles of amx_emulation.h, are as accurate as minisora_kernels/testing.py asks.
 
 It says nothing about the compiler's AMX code, about speed, or about the system's permission to use tiles.
 """
@@ -20,9 +20,9 @@ import pytest
 import test_patch_embed
 import torch
 from test_window_attention import RAGGED, leaves
-from tolerance import assert_as_accurate
 
 from minisora_kernels import backends, patch_embed, rope_3d, window_attention
+from minisora_kernels.testing import assert_as_accurate
 
 ROOT = Path(__file__).parent.parent
 CXX = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]

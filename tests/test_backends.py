@@ -159,7 +159,7 @@ def test_capability_is_the_most_that_cpu_system_and_torch_allow(
 CALLS = """
 import torch, minisora_kernels as mk
 from minisora_kernels import backends
-from tolerance import assert_as_accurate
+from minisora_kernels.testing import assert_as_accurate
 
 def check(name, call, *arguments):
     results = []

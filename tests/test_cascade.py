@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from conftest import DEVICE, KERNEL_BACKENDS
 from einops import rearrange, repeat
 from test_ops import Seen
-from tolerance import assert_as_accurate
 from torch import nn
 
 import minisora_kernels as mk
+from minisora_kernels.testing import assert_as_accurate
 from models.cascade import SIZES, Cascade, CascadeConfig, CascadeSettings, Conditioned, embed_r, with_time
 from models.logsnr import LogSNR
 from models.registry import SYSTEMS

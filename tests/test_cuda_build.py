@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerance import assert_as_accurate
 from torch import Tensor
 
 from minisora_kernels.ops import adaln
+from minisora_kernels.testing import assert_as_accurate
 
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")

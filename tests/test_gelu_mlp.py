@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_as_accurate
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from minisora_kernels import backends, gelu_mlp
+from minisora_kernels.testing import assert_as_accurate
 
 UNAVAILABLE = backends.unavailable("cpu")
 KERNELS = [pytest.param("cpu", marks=pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE)))]

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from conftest import DEVICE, KERNEL_BACKENDS
-from tolerance import assert_as_accurate
 
 import minisora_kernels as mk
 from minisora_kernels import backends
+from minisora_kernels.testing import assert_as_accurate
 
 X = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 BACKENDS = ("reference", *KERNEL_BACKENDS)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import DEVICE, KERNEL_BACKENDS
 from test_ops import Seen
-from tolerance import assert_as_accurate
 from torch import Tensor
 
 import minisora_kernels as mk
+from minisora_kernels.testing import assert_as_accurate
 from models.dit import DiT, DiTConfig
 
 CONFIGS = {

@@ -9,7 +9,6 @@ import pytest
 import torch
 from cases import CASES, Case
 from conftest import DEVICE, KERNEL_BACKENDS
-from tolerance import assert_as_accurate
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import minisora_kernels as mk
 from minisora_kernels import backends
+from minisora_kernels.testing import assert_as_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = sorted({case.op for case in CASES})

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_as_accurate
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from minisora_kernels import backends, patch_embed
 from minisora_kernels.ops import patch_embed as op
+from minisora_kernels.testing import assert_as_accurate
 
 UNAVAILABLE = backends.unavailable("cpu")
 KERNELS = [pytest.param("cpu", marks=pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE)))]

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from conftest import DEVICE, KERNEL_BACKENDS
 from einops import rearrange
 from test_ops import Seen
-from tolerance import assert_as_accurate
 
 import minisora_kernels as mk
+from minisora_kernels.testing import assert_as_accurate
 from models.dit import DiT, DiTConfig
 from models.flow import FlowMatching
 from models.samplers import sample

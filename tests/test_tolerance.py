@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import assert_as_accurate
+
+from minisora_kernels.testing import assert_as_accurate
 
 exact = torch.linspace(-3, 3, 1001, dtype=torch.float64)
 reference = (exact + 1e-3 * torch.sin(37 * exact)).float()

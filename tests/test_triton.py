@@ -6,10 +6,10 @@ import pytest
 import torch
 from cases import Case
 from test_ops import outputs, run
-from tolerance import assert_as_accurate
 
 import minisora_kernels as mk
 from minisora_kernels import backends
+from minisora_kernels.testing import assert_as_accurate
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

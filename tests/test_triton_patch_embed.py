@@ -7,9 +7,9 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_as_accurate
 
 from minisora_kernels import backends, patch_embed
+from minisora_kernels.testing import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="TRITON_INTERPRET is not 1")
 NAMES = ("x", "weight", "bias", "pos")

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE, KERNEL_BACKENDS
 from test_ops import Seen
-from tolerance import assert_as_accurate
 from torch import nn
 
 import minisora_kernels as mk
+from minisora_kernels.testing import assert_as_accurate
 from models.checkpoint import load
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TextConfig, TrainConfig
 from models.data import Batches

@@ -8,13 +8,13 @@ from itertools import product
 import pytest
 import torch
 from conftest import KERNEL_BACKENDS
-from tolerance import assert_as_accurate
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minisora_kernels as mk
 from minisora_kernels import Rope, rope_3d, window_attention
+from minisora_kernels.testing import assert_as_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 kernels = pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The one tolerance rule, for values and gradients of every op, dtype and backend.
+"""The one tolerance rule, for values and gradients of every op, dtype and backend; for kernels of your own too.
 
     err(kernel) <= 2 * err(reference in that dtype) + floor,        err(y) = |y - exact|, exact = reference in float64
 
@@ -21,7 +21,18 @@ def _norms(x: Tensor) -> tuple[float, float]:
 
 
 def assert_as_accurate(name: str, kernel: Tensor, reference: Tensor, exact: Tensor) -> None:
-    """``kernel`` must be as near to ``exact`` (float64) as the rule asks, given what ``reference`` reaches."""
+    """Raise AssertionError unless ``kernel`` is as near to ``exact`` as the rule asks.
+
+    Args:
+        name: names the value in the message.
+        kernel: what the kernel computed, in the dtype under test.
+        reference: what plain PyTorch computes in that dtype.
+        exact: what plain PyTorch computes in float64 from the same rounded inputs.
+
+    Example::
+
+        assert_as_accurate("dx", x_kernel.grad, x_reference.grad, x_float64.grad)
+    """
     assert exact.dtype == torch.float64, f"{name}: exact must be float64, got {exact.dtype}"
     assert kernel.dtype == reference.dtype, f"{name}: dtype {kernel.dtype}, the reference has {reference.dtype}"
     assert kernel.shape == reference.shape == exact.shape, (
