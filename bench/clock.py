@@ -6,22 +6,30 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 COPY_MEGABYTES = (1, 4, 38, 150)
 MATMUL = (4096, 1152, 4608)  # the first Linear of an XL/2 MLP on 4096 tokens
 L2_BYTES = 256 << 20  # more than any GPU's L2 cache
+# How long a GPU spins before what is timed: a tenth of a millisecond to half a second.
+FEWEST_CYCLES, MOST_CYCLES = 1 << 18, 1 << 30
+HOST_CALLS = 20  # of an op: fewer launches than a stream holds, or the host would wait for the GPU
 
 
 class Clock:
-    """``clock(function, calls)``: seconds of one call.
+    """``clock(function, calls)``: seconds of one call. On a GPU those of the device, and :meth:`host` has the host's.
 
-    On a GPU by events, each call after a write that is larger than the L2 cache (not run on a GPU yet).
+    Device time lies between events around each call, which starts with nothing in the L2 cache. A kernel that spins
+    goes first, until the host has queued everything: so no time of Python's is among it. If the GPU gets to the calls
+    before all of them are queued, they are timed again behind a longer spin. A call that waits for the GPU, or queues
+    more than a stream holds, leaves all of them behind, and is timed as it is. Not run on a GPU yet.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._cycles: WeakKeyDictionary[Callable[[], Any], int] = WeakKeyDictionary()
         if device.type == "cuda":
             self.flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device)
 
@@ -31,16 +39,40 @@ class Clock:
             for _ in range(calls):
                 function()
             return (time.perf_counter() - start) / calls
-        total = 0.0
+        cycles = self._cycles.get(function, FEWEST_CYCLES)
+        while True:
+            late, seconds = self._queued(function, calls, cycles)
+            if late and cycles:
+                cycles = cycles * 8 if cycles < MOST_CYCLES else 0
+                continue
+            self._cycles[function] = cycles
+            return seconds / calls
+
+    def _queued(self, function: Callable[[], Any], calls: int, cycles: int) -> tuple[bool, float]:
+        """Whether the GPU got to the first call before the last was queued; and the seconds between the events."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda._sleep(cycles)
+        times = []
         for _ in range(calls):
-            start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.flush.zero_()
-            start_event.record()
+            start.record()
             function()
-            end_event.record()
-            torch.cuda.synchronize(self.device)
-            total += start_event.elapsed_time(end_event) / 1e3
-        return total / calls
+            end.record()
+            times.append((start, end))
+        late = times[0][0].query()
+        torch.cuda.synchronize(self.device)
+        return late, sum(start.elapsed_time(end) for start, end in times) / 1e3
+
+    def host(self, function: Callable[[], Any], calls: int = HOST_CALLS) -> float:
+        """Seconds that the host takes to queue one call, while the GPU lags behind."""
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        seconds = time.perf_counter() - start
+        torch.cuda.synchronize(self.device)
+        return seconds / calls
 
 
 def ceilings(clock: Clock) -> dict[str, dict[str, float]]:

@@ -21,7 +21,8 @@ The compilation of a case takes 1 to 9 seconds for an op and up to a minute for 
 is why the models are few and only ops are timed as ``ours in compile``.
 
 A round times one sample of each column, in rotated order; short calls are repeated within a sample. Ratios are taken
-per round. On a GPU a sample is timed by events and starts with a flushed L2 cache (not run on a GPU yet).
+per round. On a GPU shapes are larger (``on_device`` of bench/shapes.py), these times are the device's alone, and the
+host's are a part of the record for themselves: see bench/clock.py. A call takes the longer of the two.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from torch import Tensor
 
 from bench.clock import Clock
 from bench.counters import Counter, InductorBytes, saved_bytes
+from bench.shapes import on_device
 from minisora_kernels import use_backend
 from minisora_kernels.testing import assert_as_accurate
 
@@ -52,6 +54,7 @@ FWD, BOTH = "fwd", "fwd+bwd"
 
 SAMPLE_SECONDS = 5e-4
 MOST_ROUNDS = 41
+HOST_ROUNDS = 5
 LONG_SECONDS = 1.0  # a call that takes longer is timed in three rounds
 # Of a longer tensor every k-th element is compared, so that about this many are.
 COMPARED = 1 << 22
@@ -279,6 +282,7 @@ class Session:
         """
         torch._dynamo.reset()
         release_memory()
+        shape = on_device(shape, self.device)
         oracle = self.oracle(make, shape, dtype, direction)
         problem, calls = oracle.problem, self.columns(oracle.problem, direction)
         record: dict[str, Any] = {"op": op, "shape": shape.name, "dtype": dtype, "direction": direction}
@@ -304,9 +308,10 @@ class Session:
             }
         with torch.compiler.set_stance("fail_on_recompile"):
             samples = self.sample(benchmark, self.timed(oracle, calls, direction))
+            host = {} if benchmark.disabled else self.host(self.timed(oracle, calls, direction))
         if benchmark.disabled:
             return
-        record |= summary(samples)
+        record |= summary(samples) | host
         record["bytes"] = problem.bytes(oracle.upstream, direction)
         record["flops"] = oracle.flops[direction]
         if self.device.type == "cuda":
@@ -353,6 +358,13 @@ class Session:
 
         benchmark.pedantic(measure, ("ours",), setup=setup, rounds=rounds)
         return samples
+
+    def host(self, functions: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+        """On a GPU ``host``: per column the seconds that the host takes for a call. Elsewhere nothing."""
+        if self.device.type != "cuda":
+            return {}
+        rounds = [{name: self.clock.host(function) for name, function in functions.items()} for _ in range(HOST_ROUNDS)]
+        return {"host": {name: spread([each[name] for each in rounds]) for name in functions}}
 
 
 def release_memory() -> None:

@@ -68,7 +68,7 @@ def of_roofline(case: dict[str, Any], ceilings: dict[str, Any]) -> str:
 
 def timings(record: dict[str, Any]) -> list[str]:
     header = (
-        *("op", "shape", "dtype", "direction", "ours ms", "eager", "compile", "as written", "in compile"),
+        *("op", "shape", "dtype", "direction", "ours ms", "host ms", "eager", "compile", "as written", "in compile"),
         *("GB/s", "GFLOP/s", "of roofline", "peak"),
     )
     rows = []
@@ -79,6 +79,7 @@ def timings(record: dict[str, Any]) -> list[str]:
             (
                 *(case[part] for part in ("op", "shape", "dtype", "direction")),
                 milliseconds(ours),
+                milliseconds(case["host"]["ours"]["median"]) if "host" in case else NO_RATIO,
                 ratio(case, "eager"),
                 ratio(case, "compile"),
                 f"{name} {ratio(case, 'written')}" if name else NO_RATIO,
@@ -146,7 +147,7 @@ def report(record: dict[str, Any]) -> list[str]:
         *ceilings(record),
         *([f"no kernel of ours ran in: {', '.join(kernels)}"] if kernels else []),
         "",
-        "Time of the other columns over that of ours: median and quartiles of the rounds",
+        "Time of the other columns over that of ours: median and quartiles of the rounds (on a GPU: of its own time)",
         *timings(record),
         "",
         "Bytes saved for backward: storages once each, without the inputs and parameters",

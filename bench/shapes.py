@@ -7,13 +7,20 @@ The longest are run in bfloat16 only: a whole run is to take less than 25 minute
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import prod
+import re
+from dataclasses import dataclass, replace
+from math import ceil, prod
+from typing import Any
+
+import torch
 
 from models.cascade import SIZES as CASCADE
 from models.dit import SIZES, DiTConfig
 
 Triple = tuple[int, int, int]
+
+# On a GPU an op moves at least as much: what an H200 copies in 60 us, where a launch of Python's takes up to 50.
+GPU_BYTES = 256 << 20
 
 DTYPES = ("float32", "bfloat16")
 LONG = ("bfloat16",)
@@ -254,3 +261,29 @@ TRAINING_STEP = (
 SAMPLING_STEP = TRAINING_STEP[:2]  # in float32 a sampling run does
 # A short clip: the shorter, the more of a step goes into what does not depend on the tokens.
 SAMPLING_RUN = (_model("XL", (1, 256, 256), depth=2),)
+
+
+def elements(shape: Any) -> int:
+    """Of the tensors that a forward of the shape's op must read and write, but for weights; of Patches the fewer of
+    the two ops that have them.
+    """
+    if isinstance(shape, Tokens):
+        return 2 * shape.batch * shape.count * shape.width
+    if isinstance(shape, Windows):
+        return 4 * shape.batch * prod(shape.grid) * shape.heads * shape.head_dim
+    if isinstance(shape, Patches):
+        return 2 * shape.batch * shape.channels * prod(shape.size)
+    if isinstance(shape, Responses):
+        return 2 * shape.batch * shape.frames * shape.side**2 * shape.width
+    return 4 * shape.batch * shape.channels * prod(shape.size)  # Latents: x, two predictions, x'
+
+
+def on_device(shape: Any, device: torch.device) -> Any:
+    """The shape that is run there: on a GPU with a batch that moves :data:`GPU_BYTES`."""
+    if device.type != "cuda" or isinstance(shape, Model):
+        return shape
+    times = ceil(GPU_BYTES / (2 * elements(shape)))
+    if times <= 1:
+        return shape
+    batch = times * shape.batch
+    return replace(shape, name=re.sub(r" b\d+\b|$", f" b{batch}", shape.name, count=1), batch=batch)
