@@ -12,6 +12,7 @@ a second kernel adds those of a row. Runs, and so the order of every sum, depend
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import lcm
 from typing import NamedTuple
@@ -19,9 +20,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ._common import load, store
+from ._launch import Launch, Like
 
 # The most columns of a token that a thread holds, and the most tokens that a program takes at a time. A backward, with
 # sums for two or three parameters in registers too, has room for two to four blocks of it on a multiprocessor, and
@@ -90,9 +91,9 @@ def mask_of(live, column, tile: tl.constexpr, c: tl.constexpr):
 
 
 @triton.jit
-def row_of(parameter, sample, token, row_tokens):
-    """Where the row of a token of a sample begins; ``parameter``: see :func:`strided`."""
-    return parameter[0] + sample.to(tl.int64) * parameter[1] + (token // row_tokens).to(tl.int64) * parameter[2]
+def row_of(parameter, sample_stride, row_stride, sample, token, row_tokens):
+    """Where the row of a token of a sample begins."""
+    return parameter + sample.to(tl.int64) * sample_stride + (token // row_tokens).to(tl.int64) * row_stride
 
 
 @triton.jit
@@ -120,98 +121,132 @@ def add(sums, c: tl.constexpr, value):
 
 
 @triton.jit
-def store_sum(out_ptr, value, column, mask, tile: tl.constexpr):
-    """``value`` is a chunk of this run's sum."""
-    store(out_ptr + tl.program_id(0).to(tl.int64) * tile.width + column, value, mask)
+def store_sum(out_ptr, sums_ptr, SLOT: tl.constexpr, value, column, mask, tile: tl.constexpr):
+    """``value`` is a chunk of this run's sum: of the gradient itself, or a partial sum where there is a slot for it."""
+    at = tl.program_id(0).to(tl.int64) * tile.width + column
+    if SLOT is None:
+        store(out_ptr + at, value, mask)
+    else:
+        slots = SLOT * tl.num_programs(0).to(tl.int64) * tile.width
+        tl.store(sums_ptr + slots + at, value, mask)
 
 
 DEPTH, COLUMNS = 64, 32  # a tile of the second stage: 64 loads of 128 bytes in flight
 
 
 @triton.jit
-def _add_up(partial_ptr, out_ptr, rows, count, width: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr):
+def _add_up(partial_ptr, out_ptr, rows, count, WIDTH: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr):
     """Adds up ``count`` partial sums for each of ``rows`` rows; in float64, for a long clip has thousands of them."""
-    blocks: tl.constexpr = (width + COLUMNS - 1) // COLUMNS
+    blocks: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     row = (tl.program_id(0) // blocks).to(tl.int64)
     if row < rows:
         column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         sums = tl.zeros([DEPTH, COLUMNS], tl.float64)
         for first in range(0, count, DEPTH):
             run = first + tl.arange(0, DEPTH)[:, None]
-            sums += load(partial_ptr + (row * count + run) * width + column, (run < count) & (column < width))
-        store(out_ptr + row * width + column, tl.sum(sums, 0)[None, :].to(tl.float32), column < width)
+            sums += load(partial_ptr + (row * count + run) * WIDTH + column, (run < count) & (column < WIDTH))
+        store(out_ptr + row * WIDTH + column, tl.sum(sums, 0)[None, :].to(tl.float32), column < WIDTH)
 
 
 @triton.jit(do_not_specialize=["runs", "rows0", "rows1", "rows2", "rows3", "rows4"])
 def _add_up_all(
-    partials,
-    gradients,
+    sums_ptr,
+    out0_ptr,
+    out1_ptr,
+    out2_ptr,
+    out3_ptr,
+    out4_ptr,
     runs,
     rows0,
     rows1,
     rows2,
     rows3,
     rows4,
-    width: tl.constexpr,
+    WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    rows = (rows0, rows1, rows2, rows3, rows4)
-    for k in tl.static_range(len(gradients)):
-        if tl.program_id(1) == k:
-            _add_up(partials[k], gradients[k], rows[k], runs // rows[k], width, DEPTH, COLUMNS)
+    slots = runs.to(tl.int64) * WIDTH
+    if tl.program_id(1) == 0:
+        _add_up(sums_ptr, out0_ptr, rows0, runs // rows0, WIDTH, DEPTH, COLUMNS)
+    if out1_ptr is not None:
+        if tl.program_id(1) == 1:
+            _add_up(sums_ptr + slots, out1_ptr, rows1, runs // rows1, WIDTH, DEPTH, COLUMNS)
+    if out2_ptr is not None:
+        if tl.program_id(1) == 2:
+            _add_up(sums_ptr + 2 * slots, out2_ptr, rows2, runs // rows2, WIDTH, DEPTH, COLUMNS)
+    if out3_ptr is not None:
+        if tl.program_id(1) == 3:
+            _add_up(sums_ptr + 3 * slots, out3_ptr, rows3, runs // rows3, WIDTH, DEPTH, COLUMNS)
+    if out4_ptr is not None:
+        if tl.program_id(1) == 4:
+            _add_up(sums_ptr + 4 * slots, out4_ptr, rows4, runs // rows4, WIDTH, DEPTH, COLUMNS)
 
 
 class Runs:
-    """The tokens of ``like`` cut into runs, each within a row of every one of ``parameters`` that is summed.
+    """Tokens ``[B, N, D]`` cut into runs, each within a row of every one of ``parameters`` that is summed.
 
     A parameter with a row a token has no sums: its gradient is written token by token, and its rows cut nothing. Where
-    others have different rows, the coarser one gets a partial sum for each row of the finer.
+    others have different rows, the coarser one gets a partial sum for each row of the finer. Where a run has a row of
+    its own, its sum is the gradient. The gradients of the others have a slot each in one tensor of partial sums.
     """
 
-    def __init__(self, like: Tensor, tile: Tile, *parameters: Tensor | None) -> None:
-        batch, tokens, self._width = like.shape
-        rows = lcm(*(p.shape[1] for p in parameters if p is not None and p.shape[1] != tokens))
-        self._all_tokens = batch * tokens
+    def __init__(self, shape: torch.Size, tile: Tile, parameters: Sequence[Like | None]) -> None:
+        batch, tokens, self._width = shape
+        rows = lcm(*(p.shape[1] for p in parameters if p is not None and len(p.shape) == 3 and p.shape[1] != tokens))
         self.row_tokens = tokens // rows
-        run_tokens = min(max(triton.cdiv(self._all_tokens, RUNS), MIN_RUN), MAX_RUN)
+        run_tokens = min(max(triton.cdiv(batch * tokens, RUNS), MIN_RUN), MAX_RUN)
         self.run_tokens = min(triton.cdiv(run_tokens, tile.rows) * tile.rows, self.row_tokens)
         self.count = batch * rows * triton.cdiv(self.row_tokens, self.run_tokens)
-        self._sums: list[tuple[Tensor, Tensor, int]] = []
+        # per parameter the slot of its partial sums, if it has any
+        self.slots: list[int | None] = []
+        self._rows: list[int] = []
+        for parameter in parameters:
+            numbers = 0 if parameter is None else parameter.shape.numel()
+            summed = numbers not in (0, self.count * self._width, batch * tokens * self._width)
+            self.slots.append(len(self._rows) if summed else None)
+            if summed:
+                self._rows.append(numbers // self._width)
 
-    def target(self, gradient: Tensor | None) -> Tensor | None:
-        """Where a kernel writes for ``gradient [..., D]``: in place if a run or a token has a row, else a row a run."""
-        if gradient is None or gradient.numel() in (self.count * self._width, self._all_tokens * self._width):
-            return gradient
-        partial = gradient.new_empty((self.count, self._width), dtype=torch.float32)
-        self._sums.append((partial, gradient, gradient.numel() // self._width))
-        return partial
+    @property
+    def added(self) -> tuple[int | None, ...]:
+        """The parameters whose gradients the second stage takes, in its order; None to fill up its five."""
+        order = [place for place, slot in enumerate(self.slots) if slot is not None]
+        return (*order, *(None,) * (5 - len(order)))
 
-    def finish(self) -> None:
-        """Add up what the runs left, in one launch for all gradients."""
-        if not self._sums:
-            return
-        partials, gradients, rows = zip(*self._sums, strict=True)
-        grid = (max(rows) * triton.cdiv(self._width, COLUMNS), len(rows))
-        rows += (1,) * (5 - len(rows))
-        _add_up_all[grid](partials, gradients, self.count, *rows, self._width, DEPTH, COLUMNS)
+    @property
+    def sums(self) -> tuple[int, int]:
+        """Size of the tensor of partial sums, in fp32."""
+        return len(self._rows) * self.count, self._width
+
+    def second_stage(self) -> Launch | None:
+        """Adds up what the runs left, in one launch for all: takes the partial sums, and five gradients or None."""
+        if not self._rows:
+            return None
+        grid = (max(self._rows) * triton.cdiv(self._width, COLUMNS), len(self._rows))
+        rows = self._rows + [1] * (5 - len(self._rows))
+        return Launch(_add_up_all, grid, self.count, *rows, self._width, DEPTH, COLUMNS)
 
 
-def strided(name: str, parameter: Tensor | None) -> tuple[Tensor, int, int] | None:
-    """``parameter [B, R, D]`` for a kernel that reads it in place."""
+def strides_of(name: str, parameter: Like | None) -> tuple[int, int]:
+    """From one sample's row to the next sample's, and from row to row, of a parameter that is read where it lies.
+
+    Raises:
+        ValueError: the elements of a row do not lie side by side.
+    """
     if parameter is None:
-        return None
-    if parameter.shape[2] > 1 and parameter.stride(2) != 1:
-        raise ValueError(f"{name} must have stride 1 over D, got strides {parameter.stride()}")
-    return parameter, parameter.stride(0), parameter.stride(1)
+        return 0, 0
+    if parameter.shape[2] > 1 and parameter.stride[2] != 1:
+        raise ValueError(f"{name} must have stride 1 over D, got strides {parameter.stride}")
+    return parameter.stride[0], parameter.stride[1]
 
 
-def tokens_per_row(parameter: Tensor | None, tokens: int) -> int:
+def tokens_per_row(parameter: Like | None, tokens: int) -> int:
     return 1 if parameter is None else tokens // parameter.shape[1]
 
 
-def max_itemsize(*tensors: Tensor | None) -> int:
+def max_itemsize(*dtypes: torch.dtype) -> int:
     """What a tile is made for: threads store 16 bytes of the widest, and less of the others. With more of the widest
     Triton would exchange values between threads before every store.
     """
-    return max(tensor.element_size() for tensor in tensors if tensor is not None)
+    return max(dtype.itemsize for dtype in dtypes)

@@ -17,12 +17,15 @@ Not run on a GPU yet.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cast, check_dense, constants, load, store
+from ._common import cast, constants, load, store
+from ._launch import Launch, Like, dense, empty_gradient, plan, signature
 from ._rows import (
     BACKWARD,
     FORWARD,
@@ -36,7 +39,7 @@ from ._rows import (
     row_of,
     run_of,
     store_sum,
-    strided,
+    strides_of,
     tile_of,
     tokens_per_row,
     zeros,
@@ -47,9 +50,9 @@ from ._rows import (
 def _fwd(
     x_ptr,
     branch_ptr,
-    gate,
-    shift,
-    scale,
+    gate_ptr,
+    shift_ptr,
+    scale_ptr,
     weight_ptr,
     bias_ptr,
     residual_ptr,
@@ -62,6 +65,12 @@ def _fwd(
     gate_tokens,
     shift_tokens,
     scale_tokens,
+    gate_sample,
+    gate_row,
+    shift_sample,
+    shift_row,
+    scale_sample,
+    scale_row,
     RMS: tl.constexpr,
     tile: tl.constexpr,
 ):
@@ -71,10 +80,10 @@ def _fwd(
     at = token.to(tl.int64) * tile.width
     sample = token // tokens
     place = token - sample * tokens
-    shift_row = row_of(shift, sample, place, shift_tokens)
-    scale_row = row_of(scale, sample, place, scale_tokens)
+    shift = row_of(shift_ptr, shift_sample, shift_row, sample, place, shift_tokens)
+    scale = row_of(scale_ptr, scale_sample, scale_row, sample, place, scale_tokens)
     if branch_ptr is not None:
-        gate_row = row_of(gate, sample, place, gate_tokens)
+        gate = row_of(gate_ptr, gate_sample, gate_row, sample, place, gate_tokens)
 
     xs = ()
     sums = tl.zeros([tile.rows, tile.lanes], tl.float32)
@@ -83,7 +92,7 @@ def _fwd(
         here = at + column[c]
         x = load(x_ptr + here, mask)
         if branch_ptr is not None:
-            x += load(gate_row + column[c], mask) * load(branch_ptr + here, mask)
+            x += load(gate + column[c], mask) * load(branch_ptr + here, mask)
             residual = cast(x, residual_ptr.dtype.element_ty)
             store(residual_ptr + here, residual, mask)
             x = residual.to(tl.float32)
@@ -110,8 +119,8 @@ def _fwd(
             y *= load(weight_ptr + column[c], mask)
         if bias_ptr is not None:
             y += load(bias_ptr + column[c], mask)
-        y *= 1 + load(scale_row + column[c], mask)
-        y += load(shift_row + column[c], mask)
+        y *= 1 + load(scale + column[c], mask)
+        y += load(shift + column[c], mask)
         store(y_ptr + at + column[c], y, mask)
 
 
@@ -121,8 +130,8 @@ def _bwd(
     dy_ptr,
     x_ptr,
     branch_ptr,
-    gate,
-    scale,
+    gate_ptr,
+    scale_ptr,
     weight_ptr,
     bias_ptr,
     mean_ptr,
@@ -134,24 +143,34 @@ def _bwd(
     dscale_ptr,
     dweight_ptr,
     dbias_ptr,
+    sums_ptr,
     tokens,
     row_tokens,
     run_tokens,
     gate_tokens,
     scale_tokens,
+    gate_sample,
+    gate_row,
+    scale_sample,
+    scale_row,
     RMS: tl.constexpr,
     GATE_PER_TOKEN: tl.constexpr,
     SHIFT_PER_TOKEN: tl.constexpr,
     SCALE_PER_TOKEN: tl.constexpr,
+    GATE_SLOT: tl.constexpr,
+    SHIFT_SLOT: tl.constexpr,
+    SCALE_SLOT: tl.constexpr,
+    WEIGHT_SLOT: tl.constexpr,
+    BIAS_SLOT: tl.constexpr,
     tile: tl.constexpr,
 ):
     column = columns(tile)
     member = tl.arange(0, tile.rows)[:, None, None]
     begin, end, sample, place = run_of(tokens, row_tokens, run_tokens)
     if not SCALE_PER_TOKEN:
-        scale_row = row_of(scale, sample, place, scale_tokens)
+        scale = row_of(scale_ptr, scale_sample, scale_row, sample, place, scale_tokens)
     if branch_ptr is not None and not GATE_PER_TOKEN:
-        gate_row = row_of(gate, sample, place, gate_tokens)
+        gate = row_of(gate_ptr, gate_sample, gate_row, sample, place, gate_tokens)
     sum_dy = zeros(tile)
     sum_da = zeros(tile)
     sum_h = zeros(tile)  # of dy * h, or of da * h where every token has a scale of its own
@@ -162,9 +181,9 @@ def _bwd(
         live = token < end
         at = token.to(tl.int64) * tile.width
         if SCALE_PER_TOKEN:
-            scale_row = row_of(scale, sample, place + token - begin, 1)
+            scale = row_of(scale_ptr, scale_sample, scale_row, sample, place + token - begin, 1)
         if branch_ptr is not None and GATE_PER_TOKEN:
-            gate_row = row_of(gate, sample, place + token - begin, 1)
+            gate = row_of(gate_ptr, gate_sample, gate_row, sample, place + token - begin, 1)
         rstd = tl.load(rstd_ptr + token, live, other=0.0)
         mean = tl.zeros([tile.rows, 1, 1], tl.float32)
         if not RMS:
@@ -179,7 +198,7 @@ def _bwd(
             here = at + column[c]
             dy = load(dy_ptr + here, mask)
             h = (load(x_ptr + here, mask) - mean) * rstd
-            da = dy * (1 + load(scale_row + column[c], mask))
+            da = dy * (1 + load(scale + column[c], mask))
             dh = da
             a = h
             if weight_ptr is not None:
@@ -218,7 +237,7 @@ def _bwd(
                     store(dgate_ptr + here, dgate, mask)
                 else:
                     sum_gate = add(sum_gate, c, dgate)
-                store(dbranch_ptr + here, dx * load(gate_row + column[c], mask), mask)
+                store(dbranch_ptr + here, dx * load(gate + column[c], mask), mask)
             store(dx_ptr + here, dx, mask)
 
     for c in tl.static_range(chunks(tile)):
@@ -226,7 +245,7 @@ def _bwd(
         total = tl.sum(sum_dy[c], 0)[None]
         total_h = tl.sum(sum_h[c], 0)[None]
         if not SHIFT_PER_TOKEN:
-            store_sum(dshift_ptr, total, column[c], mask, tile)
+            store_sum(dshift_ptr, sums_ptr, SHIFT_SLOT, total, column[c], mask, tile)
         if SCALE_PER_TOKEN:
             total = tl.sum(sum_da[c], 0)[None]
         else:
@@ -235,16 +254,41 @@ def _bwd(
                 dscale *= load(weight_ptr + column[c], mask)
             if bias_ptr is not None:
                 dscale += load(bias_ptr + column[c], mask) * total
-            store_sum(dscale_ptr, dscale, column[c], mask, tile)
-            one_plus_scale = 1 + load(scale_row + column[c], mask)
+            store_sum(dscale_ptr, sums_ptr, SCALE_SLOT, dscale, column[c], mask, tile)
+            one_plus_scale = 1 + load(scale + column[c], mask)
             total *= one_plus_scale
             total_h *= one_plus_scale
         if dweight_ptr is not None:
-            store_sum(dweight_ptr, total_h, column[c], mask, tile)
+            store_sum(dweight_ptr, sums_ptr, WEIGHT_SLOT, total_h, column[c], mask, tile)
         if dbias_ptr is not None:
-            store_sum(dbias_ptr, total, column[c], mask, tile)
+            store_sum(dbias_ptr, sums_ptr, BIAS_SLOT, total, column[c], mask, tile)
         if branch_ptr is not None and not GATE_PER_TOKEN:
-            store_sum(dgate_ptr, tl.sum(sum_gate[c], 0)[None], column[c], mask, tile)
+            store_sum(dgate_ptr, sums_ptr, GATE_SLOT, tl.sum(sum_gate[c], 0)[None], column[c], mask, tile)
+
+
+@plan
+def _forward_plan(x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, device) -> Launch:
+    x, branch = dense("x", x), dense("branch", branch)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        dense(name, parameter)
+    gate, shift, scale = (None if each is None else Like(*each) for each in (gate, shift, scale))
+    batch, tokens, width = x.shape
+    dtypes = (x.dtype, out_dtype) if branch is None else (x.dtype, branch.dtype, out_dtype)
+    tile, warps = tile_of(width, max_itemsize(*dtypes), *FORWARD)
+    return Launch(
+        _fwd,
+        (triton.cdiv(batch * tokens, tile.rows),),
+        eps,
+        batch * tokens,
+        tokens,
+        *(tokens_per_row(parameter, tokens) for parameter in (gate, shift, scale)),
+        *strides_of("gate", gate),
+        *strides_of("shift", shift),
+        *strides_of("scale", scale),
+        rms,
+        constants(tile),
+        num_warps=warps,
+    )
 
 
 def forward(
@@ -260,37 +304,56 @@ def forward(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """(residual, y, mean, rstd); no residual without a branch."""
-    check_dense(x=x, branch=branch, weight=weight, bias=bias)
-    batch, tokens, width = x.shape
     residual = None if branch is None else torch.empty_like(x)
     y = torch.empty_like(x, dtype=out_dtype)
-    mean = x.new_empty((batch, tokens), dtype=torch.float32)
+    mean = x.new_empty(x.shape[:2], dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if x.numel():
-        tile, warps = tile_of(width, max_itemsize(x, branch, y), *FORWARD)
-        _fwd[(triton.cdiv(batch * tokens, tile.rows),)](
-            x,
-            branch,
-            strided("gate", gate),
-            strided("shift", shift),
-            strided("scale", scale),
-            weight,
-            bias,
-            residual,
-            y,
-            mean,
-            rstd,
-            eps,
-            batch * tokens,
-            tokens,
-            tokens_per_row(gate, tokens),
-            tokens_per_row(shift, tokens),
-            tokens_per_row(scale, tokens),
-            rms,
-            constants(tile),
-            num_warps=warps,
-        )
+        inputs = (x, branch, gate, shift, scale, weight, bias)
+        launch = _forward_plan(*map(signature, inputs), rms, eps, out_dtype, x.get_device())
+        launch(*inputs, residual, y, mean, rstd)
     return residual, y, mean, rstd
+
+
+class Backward(NamedTuple):
+    """The launches of a backward, the size of the partial sums between them, and whose gradients the second adds up."""
+
+    first: Launch
+    sums: tuple[int, int]
+    second: Launch | None
+    added: tuple[int, ...]
+
+
+@plan
+def _backward_plan(dresidual, dy, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, device) -> Backward:
+    dy, x, branch = dense("dy", dy), dense("x", x), dense("branch", branch)
+    weight, bias = dense("weight", weight), dense("bias", bias)
+    for name, each in (("dresidual", dresidual), ("mean", mean), ("rstd", rstd)):
+        dense(name, each)
+    gate, shift, scale = rows = tuple(None if each is None else Like(*each) for each in (gate, shift, scale))
+    tokens, width = x.shape[1:]
+    per_token = [tokens_per_row(parameter, tokens) == 1 for parameter in rows]
+    written = [parameter for parameter, token_by_token in zip(rows, per_token, strict=True) if token_by_token]
+    held = [each.dtype for each in (dy, x, branch, *written) if each is not None]
+    tile, warps = tile_of(width, max_itemsize(*held), *BACKWARD)
+    runs = Runs(x.shape, tile, (*rows, weight, bias))
+    first = Launch(
+        _bwd,
+        (runs.count,),
+        tokens,
+        runs.row_tokens,
+        runs.run_tokens,
+        tokens_per_row(gate, tokens),
+        tokens_per_row(scale, tokens),
+        *strides_of("gate", gate),
+        *strides_of("scale", scale),
+        rms,
+        *per_token,
+        *runs.slots,
+        constants(tile),
+        num_warps=warps,
+    )
+    return Backward(first, runs.sums, runs.second_stage(), runs.added)
 
 
 def backward(
@@ -308,43 +371,16 @@ def backward(
     rms: bool,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, branch, gate, shift, scale, weight and bias; ``x`` is what was normalised."""
-    check_dense(dresidual=dresidual, dy=dy, x=x, branch=branch, weight=weight, bias=bias, mean=mean, rstd=rstd)
-    tokens, width = x.shape[1:]
-    rows = (gate, shift, scale)
-    dx, dbranch, *gradients = (None if t is None else t.new_empty(t.shape) for t in (x, branch, *rows, weight, bias))
+    inputs = (dresidual, dy, x, branch, gate, shift, scale, weight, bias, mean, rstd)
+    dx, dbranch, *gradients = map(empty_gradient, (x, branch, gate, shift, scale, weight, bias))
     if x.numel() == 0:
         return dx, dbranch, *(None if gradient is None else gradient.zero_() for gradient in gradients)
-
-    per_token = [tokens_per_row(parameter, tokens) == 1 for parameter in rows]
-    written = [parameter for parameter, token_by_token in zip(rows, per_token, strict=True) if token_by_token]
-    tile, warps = tile_of(width, max_itemsize(dy, x, branch, *written), *BACKWARD)
-    runs = Runs(x, tile, gate, shift, scale)
-    targets = [runs.target(gradient) for gradient in gradients]
-    _bwd[(runs.count,)](
-        dresidual,
-        dy,
-        x,
-        branch,
-        strided("gate", gate),
-        strided("scale", scale),
-        weight,
-        bias,
-        mean,
-        rstd,
-        dx,
-        dbranch,
-        *targets,
-        tokens,
-        runs.row_tokens,
-        runs.run_tokens,
-        tokens_per_row(gate, tokens),
-        tokens_per_row(scale, tokens),
-        rms,
-        *per_token,
-        constants(tile),
-        num_warps=warps,
-    )
-    runs.finish()
+    launches = _backward_plan(*map(signature, inputs), rms, x.get_device())
+    sums = None if launches.second is None else x.new_empty(launches.sums, dtype=torch.float32)
+    dresidual, dy, x, branch, gate, _, scale, *rest = inputs
+    launches.first(dresidual, dy, x, branch, gate, scale, *rest, dx, dbranch, *gradients, sums)
+    if launches.second is not None:
+        launches.second(sums, *(None if i is None else gradients[i] for i in launches.added))
     return dx, dbranch, *gradients
 
 

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dense, constants, load, store
+from ._common import constants, load, store
+from ._launch import Launch, Like, dense, empty_gradient, plan, signature
 from ._rows import (
     BACKWARD,
     FORWARD,
@@ -27,7 +28,7 @@ from ._rows import (
     row_of,
     run_of,
     store_sum,
-    strided,
+    strides_of,
     tile_of,
     tokens_per_row,
     zeros,
@@ -35,16 +36,16 @@ from ._rows import (
 
 
 @triton.jit(do_not_specialize=["count", "tokens", "gate_tokens"])
-def _fwd(x_ptr, branch_ptr, gate, y_ptr, count, tokens, gate_tokens, tile: tl.constexpr):
+def _fwd(x_ptr, branch_ptr, gate_ptr, y_ptr, count, tokens, gate_tokens, gate_sample, gate_row, tile: tl.constexpr):
     column = columns(tile)
     token = tl.program_id(0) * tile.rows + tl.arange(0, tile.rows)[:, None, None]
     live = token < count
     at = token.to(tl.int64) * tile.width
-    gate_row = row_of(gate, token // tokens, token % tokens, gate_tokens)
+    gate = row_of(gate_ptr, gate_sample, gate_row, token // tokens, token % tokens, gate_tokens)
     for c in tl.static_range(chunks(tile)):
         mask = mask_of(live, column[c], tile, c)
         here = at + column[c]
-        gated = load(gate_row + column[c], mask) * load(branch_ptr + here, mask)
+        gated = load(gate + column[c], mask) * load(branch_ptr + here, mask)
         store(y_ptr + here, load(x_ptr + here, mask) + gated, mask)
 
 
@@ -52,33 +53,37 @@ def _fwd(x_ptr, branch_ptr, gate, y_ptr, count, tokens, gate_tokens, tile: tl.co
 def _bwd(
     dy_ptr,
     branch_ptr,
-    gate,
+    gate_ptr,
     dbranch_ptr,
     dgate_ptr,
+    sums_ptr,
     tokens,
     row_tokens,
     run_tokens,
+    gate_sample,
+    gate_row,
     PER_TOKEN: tl.constexpr,
+    SLOT: tl.constexpr,
     tile: tl.constexpr,
 ):
     column = columns(tile)
     member = tl.arange(0, tile.rows)[:, None, None]
     begin, end, sample, place = run_of(tokens, row_tokens, run_tokens)
     if not PER_TOKEN:
-        gate_row = row_of(gate, sample, place, row_tokens)
+        gate = row_of(gate_ptr, gate_sample, gate_row, sample, place, row_tokens)
     sums = zeros(tile)
     for first in range(begin, end, tile.rows):
         token = first + member
         live = token < end
         at = token.to(tl.int64) * tile.width
         if PER_TOKEN:
-            gate_row = row_of(gate, sample, place + token - begin, 1)
+            gate = row_of(gate_ptr, gate_sample, gate_row, sample, place + token - begin, 1)
         for c in tl.static_range(chunks(tile)):
             mask = mask_of(live, column[c], tile, c)
             here = at + column[c]
             dy = load(dy_ptr + here, mask)
             dgate = dy * load(branch_ptr + here, mask)
-            store(dbranch_ptr + here, dy * load(gate_row + column[c], mask), mask)
+            store(dbranch_ptr + here, dy * load(gate + column[c], mask), mask)
             if PER_TOKEN:
                 store(dgate_ptr + here, dgate, mask)
             else:
@@ -86,49 +91,45 @@ def _bwd(
     if not PER_TOKEN:
         for c in tl.static_range(chunks(tile)):
             mask = mask_of(True, column[c], tile, c)
-            store_sum(dgate_ptr, tl.sum(sums[c], 0)[None], column[c], mask, tile)
+            store_sum(dgate_ptr, sums_ptr, SLOT, tl.sum(sums[c], 0)[None], column[c], mask, tile)
+
+
+@plan
+def _forward_plan(x, branch, gate, device) -> Launch:
+    x, branch, gate = dense("x", x), dense("branch", branch), Like(*gate)
+    batch, tokens, width = x.shape
+    tile, warps = tile_of(width, max_itemsize(x.dtype, branch.dtype), *FORWARD)
+    numbers = (batch * tokens, tokens, tokens_per_row(gate, tokens), *strides_of("gate", gate))
+    return Launch(_fwd, (triton.cdiv(batch * tokens, tile.rows),), *numbers, constants(tile), num_warps=warps)
 
 
 def gate_residual_fwd(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    check_dense(x=x, branch=branch)
-    batch, tokens, width = x.shape
     y = torch.empty_like(x)
     if x.numel():
-        tile, warps = tile_of(width, max_itemsize(x, branch), *FORWARD)
-        _fwd[(triton.cdiv(batch * tokens, tile.rows),)](
-            x,
-            branch,
-            strided("gate", gate),
-            y,
-            batch * tokens,
-            tokens,
-            tokens_per_row(gate, tokens),
-            constants(tile),
-            num_warps=warps,
-        )
+        launch = _forward_plan(signature(x), signature(branch), signature(gate), x.get_device())
+        launch(x, branch, gate, y)
     return y
 
 
-def gate_residual_bwd(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    check_dense(dy=dy, branch=branch)
+@plan
+def _backward_plan(dy, branch, gate, device) -> tuple[Launch, tuple[int, int], Launch | None]:
+    dy, branch, gate = dense("dy", dy), dense("branch", branch), Like(*gate)
     tokens, width = dy.shape[1:]
-    dbranch, dgate = torch.empty_like(branch), gate.new_empty(gate.shape)
+    tile, warps = tile_of(width, max_itemsize(dy.dtype, branch.dtype), *BACKWARD)
+    runs = Runs(dy.shape, tile, (gate,))
+    numbers = (tokens, runs.row_tokens, runs.run_tokens, *strides_of("gate", gate))
+    per_token = tokens_per_row(gate, tokens) == 1
+    first = Launch(_bwd, (runs.count,), *numbers, per_token, *runs.slots, constants(tile), num_warps=warps)
+    return first, runs.sums, runs.second_stage()
+
+
+def gate_residual_bwd(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    dbranch, dgate = torch.empty_like(branch), empty_gradient(gate)
     if dy.numel() == 0:
         return dbranch, dgate.zero_()
-    tile, warps = tile_of(width, max_itemsize(dy, branch), *BACKWARD)
-    runs = Runs(dy, tile, gate)
-    _bwd[(runs.count,)](
-        dy,
-        branch,
-        strided("gate", gate),
-        dbranch,
-        runs.target(dgate),
-        tokens,
-        runs.row_tokens,
-        runs.run_tokens,
-        tokens_per_row(gate, tokens) == 1,
-        constants(tile),
-        num_warps=warps,
-    )
-    runs.finish()
+    first, size, second = _backward_plan(signature(dy), signature(branch), signature(gate), dy.get_device())
+    sums = None if second is None else dy.new_empty(size, dtype=torch.float32)
+    first(dy, branch, gate, dbranch, dgate, sums)
+    if second is not None:
+        second(sums, dgate, None, None, None, None)
     return dbranch, dgate

@@ -1,0 +1,86 @@
+"""Launches whose arguments are worked out once per signature of a call.
+
+A launcher describes the tensors of a call by :func:`signature`, asks its plan, a function that is cached by signatures,
+for the :class:`Launch` of every kernel, allocates, and calls them with the tensors alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, reduce
+from operator import or_
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+# Buckets of many sizes and lengths are some hundreds of signatures.
+plan: Callable[[Function], Function] = lru_cache(maxsize=4096)  # type: ignore[assignment]
+
+_LAUNCH = JITFunction.run
+
+
+class Like(NamedTuple):
+    """What a plan knows of a tensor."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def signature(tensor: Tensor | None) -> tuple | None:
+    """A :class:`Like` in the making: a plain tuple costs half."""
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def dense(name: str, tensor: tuple | None) -> Like | None:
+    """The signature of a tensor that a kernel indexes with no strides.
+
+    Raises:
+        ValueError: it has some.
+    """
+    if tensor is None:
+        return None
+    like = Like._make(tensor)
+    step = 1
+    for size, stride in zip(reversed(like.shape), reversed(like.stride), strict=True):
+        if size != 1 and stride != step and 0 not in like.shape:
+            raise ValueError(f"{name} must be contiguous, got strides {like.stride}")
+        step *= size
+    return like
+
+
+def empty_gradient(tensor: Tensor | None) -> Tensor | None:
+    """For the gradient of a tensor that may be strided: contiguous. (``new_empty`` takes twice as long.)"""
+    return None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+class Launch:
+    """A kernel, its grid, and all of its arguments but the tensors, which come first; for one device.
+
+    The first launch goes through Triton, which compiles the kernel for the dtypes, for what it sees in the numbers, and
+    for addresses that are multiples of 16 or not. With the next only the addresses may differ, so they go straight to
+    the compiled kernel, on whatever stream is current. Through Triton goes what is not aligned, what is interpreted,
+    and every launch while another function stands in the place of Triton's (bench/aot.py only compiles).
+    """
+
+    __slots__ = ("_direct", "_grid", "_kernel", "_numbers", "_options")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: Any, **options: int) -> None:
+        self._kernel, self._grid, self._numbers, self._options = kernel, grid, numbers, options
+        self._direct: Callable[..., Any] | None = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        if JITFunction.run is not _LAUNCH or not isinstance(self._kernel, JITFunction):
+            self._kernel[self._grid](*tensors, *self._numbers, **self._options)
+            return
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if reduce(or_, addresses) % 16:
+            self._kernel[self._grid](*tensors, *self._numbers, **self._options)
+        elif self._direct is not None:
+            self._direct(*addresses, *self._numbers)
+        else:
+            compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._options)
+            self._direct = compiled[(*self._grid, 1, 1)[:3]]
