@@ -111,7 +111,7 @@ def short_forward_kernel(
         # Rows of the tile that hold no token see nothing.
         p = exp(s - tl.where(greatest == float("-inf"), 0.0, greatest)[:, None])
         total = tl.sum(p, 1)
-        o = scaled(_product(p, v, slot, each, PACKED), (1.0 / total)[:, None])
+        o = scaled(_product(p, v, slot, each, PACKED), tl.div_rn(1.0, total)[:, None])
         store_rows(out, row * step + head * FORM.head_dim, valid, o, FORM.v)
         pair = (row * heads + head)[:, None] * 2 + tl.arange(0, 2)[None, :]
         tl.store(softmax + pair, tl.join(greatest, total), mask=valid[:, None])
@@ -156,7 +156,7 @@ def short_backward_kernel(
             s = inner(q, k) * scale
             if bias is not None:
                 s += _load_bias(bias, head, place, seen, length)
-            p = tl.where(seen, exp(s - greatest[:, None]) * (1.0 / total)[:, None], 0.0)
+            p = tl.where(seen, exp(s - greatest[:, None]) * tl.div_rn(1.0, total)[:, None], 0.0)
             store_rows(dqkv + 2 * step, at, valid, _product(tl.trans(p), d, slot, each, PACKED), FORM.v)
             dp = inner(d, v)
             delta = tl.sum(tl.where(seen, p * dp, 0.0), 1)
