@@ -5,10 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..backends import INTERPRETED
 
@@ -75,6 +73,16 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def inverse_root(x):
+    """1 / sqrt(x), both steps rounded correctly.
+
+    What ``/``, ``tl.sqrt`` and ``tl.rsqrt`` become on a GPU errs by up to 2 units in the last place. In a statistic,
+    where a division a row or channel costs nothing, that is more than all its sums err by.
+    """
+    return tl.div_rn(1.0, tl.sqrt_rn(x))
+
+
+@triton.jit
 def load(ptr, mask):
     return tl.load(ptr, mask, other=0.0).to(tl.float32)
 
@@ -82,32 +90,3 @@ def load(ptr, mask):
 @triton.jit
 def store(ptr, value, mask):
     tl.store(ptr, cast(value, ptr.dtype.element_ty), mask)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def _sum_parts(parts_ptr, out_ptr, parts, size, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
-    columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    sums = tl.zeros((PARTS, COLUMNS), tl.float32)
-    for first in range(0, parts, PARTS):
-        rows = first + tl.arange(0, PARTS).to(tl.int64)
-        mask = (rows[:, None] < parts) & (columns[None, :] < size)
-        sums += load(parts_ptr + rows[:, None] * size + columns[None, :], mask)
-    store(out_ptr + columns, tl.sum(sums, 0), columns < size)
-
-
-def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous ``parts [P, ...]`` added over P in fp32, in an order that depends on its shape alone."""
-    out = parts.new_empty(parts.shape[1:], dtype=dtype)
-    # The fewer columns, the more rows at a time: enough programs, and few steps of each.
-    rows = min(triton.next_power_of_2(max(parts.shape[0], 1)), 128 if out.numel() <= 4096 else 16)
-    columns = 2048 // rows  # a tile's loads are in flight together: 16 elements a thread
-    grid = (triton.cdiv(out.numel(), columns),)
-    _sum_parts[grid](parts, out, parts.shape[0], out.numel(), PARTS=rows, COLUMNS=columns)
-    return out
-
-
-def check_dense(**tensors: Tensor | None) -> None:
-    """Raises ValueError for a tensor that a kernel would index with no strides and that has some."""
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")

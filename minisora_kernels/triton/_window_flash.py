@@ -61,7 +61,7 @@ def _load_softmax(softmax, delta, at, valid):
     """What is kept of each query: maximum, 1 / sum, delta; such that a query that is not there weighs nothing."""
     greatest = tl.load(softmax + 2 * at, mask=valid, other=float("inf"))
     total = tl.load(softmax + 2 * at + 1, mask=valid, other=1.0)
-    return greatest, 1.0 / total, tl.load(delta + at, mask=valid, other=0.0)
+    return greatest, tl.div_rn(1.0, total), tl.load(delta + at, mask=valid, other=0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -134,7 +134,7 @@ def forward_kernel(
         total = total * shrink + tl.sum(p, 1)
         acc = add_product(scaled(acc, shrink[:, None]), p, v)
         greatest = top
-    store_rows(out + head * FORM.head_dim, q_row * step, q_valid, scaled(acc, (1.0 / total)[:, None]), FORM.v)
+    store_rows(out + head * FORM.head_dim, q_row * step, q_valid, scaled(acc, tl.div_rn(1.0, total)[:, None]), FORM.v)
     pair = (q_row * heads + head)[:, None] * 2 + tl.arange(0, 2)[None, :]
     tl.store(softmax + pair, tl.join(greatest, total), mask=q_valid[:, None])
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ._common import cast, dot, load, store
+from ._common import cast, dot, inverse_root, load, store
 
 Piece = tuple[int, int, int]
 Triple = tuple[int, int, int]
@@ -321,7 +321,7 @@ def centre(rows, eps, FORM: tl.constexpr):
     """The rows in fp32, less their means for norm 2 (layer); and 1 / their root mean square."""
     x = [row.to(tl.float32) for row in rows]
     if FORM.norm == 2:
-        mean = (totals(x) / FORM.head_dim)[:, None]
+        mean = tl.div_rn(totals(x), FORM.head_dim)[:, None]
         centred = ()
         for i in tl.static_range(len(rows)):
             if FORM.qk[i][0] + FORM.qk[i][1] > FORM.qk[i][2]:  # padding stays zero
@@ -329,7 +329,7 @@ def centre(rows, eps, FORM: tl.constexpr):
             else:
                 centred += (x[i] - mean,)
         x = centred
-    return x, tl.rsqrt(row_sums(x, x) / FORM.head_dim + eps)
+    return x, inverse_root(tl.div_rn(row_sums(x, x), FORM.head_dim) + eps)
 
 
 @triton.jit
@@ -360,9 +360,9 @@ def norm_backward(grad, scale, rows, weight, eps, FORM: tl.constexpr):
         if weight is not None:
             dweight = products(grad, x)
             grad = products(grad, load_weight(weight, FORM.qk))
-        along = (row_sums(grad, x) * rstd * rstd / FORM.head_dim)[:, None]
+        along = tl.div_rn(row_sums(grad, x) * rstd * rstd, FORM.head_dim)[:, None]
         if FORM.norm == 2:
-            mean = (totals(grad) / FORM.head_dim)[:, None]
+            mean = tl.div_rn(totals(grad), FORM.head_dim)[:, None]
         dx = ()
         for i in tl.static_range(len(rows)):
             rest = grad[i] - x[i] * along

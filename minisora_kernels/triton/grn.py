@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dense, load, store
+from ._common import load, store
+from ._launch import Launch, dense, plan, signature
 
 ROWS, COLUMNS = 8, 256  # sites and channels of a tile: 16 elements a thread
 # Sites that a program takes: enough programs for one frame of 24x24 sites and 8192 channels to fill a large GPU, while
@@ -104,10 +105,10 @@ def _norms(
     sums = tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, WIDTH, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
-        norms = tl.sqrt(_add_parts(squares_ptr, frame * parts, parts, columns, WIDTH, DEPTH))
+        norms = tl.sqrt_rn(_add_parts(squares_ptr, frame * parts, parts, columns, WIDTH, DEPTH))
         store(norms_ptr + frame * WIDTH + columns, norms, columns < WIDTH)
         sums += norms
-    tl.store(inverse_ptr + frame, 1.0 / (tl.sum(sums, 0) / WIDTH + eps))
+    tl.store(inverse_ptr + frame, tl.div_rn(1.0, tl.div_rn(tl.sum(sums, 0), WIDTH) + eps))
 
 
 @triton.jit(do_not_specialize=["sites"])
@@ -191,9 +192,9 @@ def _frames(
         store(frame_products_ptr + frame * WIDTH + columns, products, there)
         sums = _add_parts(sums_ptr, frame * parts, parts, columns, WIDTH, DEPTH)
         store(frame_sums_ptr + frame * WIDTH + columns, sums, there)
-    inverse = 1.0 / (tl.sum(norm_sums, 0) / WIDTH + eps)
+    inverse = tl.div_rn(1.0, tl.div_rn(tl.sum(norm_sums, 0), WIDTH) + eps)
     tl.store(inverse_ptr + frame, inverse)
-    tl.store(shared_ptr + frame, inverse * tl.sum(shared_sums, 0) / WIDTH)
+    tl.store(shared_ptr + frame, tl.div_rn(inverse * tl.sum(shared_sums, 0), WIDTH))
 
 
 @triton.jit(do_not_specialize=["sites"])
@@ -220,7 +221,7 @@ def _bwd(
     inverse = tl.load(inverse_ptr + frame)
     gain = 1 + weight * norms * inverse
     dnorm = inverse * (weight * load(products_ptr + frame * WIDTH + columns, there) - tl.load(shared_ptr + frame))
-    pull = tl.where(norms > 0, dnorm / tl.where(norms > 0, norms, 1.0), 0.0)  # dG / G
+    pull = tl.where(norms > 0, tl.div_rn(dnorm, tl.where(norms > 0, norms, 1.0)), 0.0)  # dG / G
     for site in range(begin, end, ROWS):
         at, mask = _tile(frame, site, end, columns, sites, WIDTH, ROWS)
         dy = load(dy_ptr + at, mask)
@@ -262,40 +263,73 @@ def _parameters(
     store(dbias_ptr + columns, tl.sum(dbias, 0).to(tl.float32), columns < WIDTH)
 
 
+@plan
+def _forward_plan(x, weight, bias, out_dtype, gelu, eps, device) -> tuple[int, Launch, Launch, Launch]:
+    """The number of partial sums, and the launches."""
+    x = dense("x", x)
+    dense("weight", weight), dense("bias", bias)
+    frames, sites, width = x.shape
+    parts = triton.cdiv(sites, PART)
+    grid = (frames * parts * triton.cdiv(width, COLUMNS),)
+    numbers = (sites, gelu, width, PART, ROWS, COLUMNS)
+    return (
+        frames * parts,
+        Launch(_squares, grid, *numbers),
+        Launch(_norms, (frames,), parts, eps, width, DEPTH, COLUMNS),
+        Launch(_fwd, grid, *numbers),
+    )
+
+
 def grn_fwd(
     x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    check_dense(x=x, weight=weight, bias=bias)
-    frames, sites, width = x.shape
+    frames, _, width = x.shape
     y = torch.empty_like(x, dtype=out_dtype)
     norms = x.new_empty((frames, width), dtype=torch.float32)
     if x.numel() == 0:
         return y, norms.zero_()
+    key = (signature(x), signature(weight), signature(bias), out_dtype, gelu, eps, x.get_device())
+    parts, squares, norm, forward = _forward_plan(*key)
+    scratch = x.new_empty((parts, width), dtype=torch.float32)
+    inverse = x.new_empty(frames, dtype=torch.float32)
+    squares(x, scratch)
+    norm(scratch, norms, inverse)
+    forward(x, weight, bias, norms, inverse, y)
+    return y, norms
+
+
+@plan
+def _backward_plan(dy, x, weight, bias, norms, gelu, eps, device) -> tuple[int, Launch, Launch, Launch, Launch]:
+    """The number of partial sums, and the launches."""
+    x = dense("x", x)
+    for name, tensor in (("dy", dy), ("weight", weight), ("bias", bias), ("norms", norms)):
+        dense(name, tensor)
+    frames, sites, width = x.shape
     parts = triton.cdiv(sites, PART)
     grid = (frames * parts * triton.cdiv(width, COLUMNS),)
-    squares = x.new_empty((frames * parts, width), dtype=torch.float32)
-    inverse = x.new_empty(frames, dtype=torch.float32)
-    _squares[grid](x, squares, sites, gelu, width, PART, ROWS, COLUMNS)
-    _norms[(frames,)](squares, norms, inverse, parts, eps, width, DEPTH, COLUMNS)
-    _fwd[grid](x, weight, bias, norms, inverse, y, sites, gelu, width, PART, ROWS, COLUMNS)
-    return y, norms
+    numbers = (sites, gelu, width, PART, ROWS, COLUMNS)
+    return (
+        frames * parts,
+        Launch(_products, grid, *numbers),
+        Launch(_frames, (frames,), parts, eps, width, DEPTH, COLUMNS),
+        Launch(_bwd, grid, *numbers),
+        Launch(_parameters, (triton.cdiv(width, CHANNELS),), frames, width, FRAMES, CHANNELS),
+    )
 
 
 def grn_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norms: Tensor, gelu: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_dense(dy=dy, x=x, weight=weight, bias=bias, norms=norms)
-    frames, sites, width = x.shape
     dx, dweight, dbias = (torch.empty_like(tensor) for tensor in (x, weight, bias))
     if x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
-    parts = triton.cdiv(sites, PART)
-    grid = (frames * parts * triton.cdiv(width, COLUMNS),)
-    partial = [x.new_empty((frames * parts, width), dtype=torch.float32) for _ in range(2)]
+    inputs = (dy, x, weight, bias, norms)
+    parts, products, frames, backward, parameters = _backward_plan(*map(signature, inputs), gelu, eps, x.get_device())
+    partial = [x.new_empty((parts, x.shape[2]), dtype=torch.float32) for _ in range(2)]
     sums = [torch.empty_like(norms) for _ in range(2)]
-    inverse, shared = (x.new_empty(frames, dtype=torch.float32) for _ in range(2))
-    _products[grid](dy, x, *partial, sites, gelu, width, PART, ROWS, COLUMNS)
-    _frames[(frames,)](*partial, weight, norms, *sums, inverse, shared, parts, eps, width, DEPTH, COLUMNS)
-    _bwd[grid](dy, x, weight, norms, sums[0], inverse, shared, dx, sites, gelu, width, PART, ROWS, COLUMNS)
-    _parameters[(triton.cdiv(width, CHANNELS),)](*sums, norms, inverse, dweight, dbias, frames, width, FRAMES, CHANNELS)
+    inverse, shared = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    products(dy, x, *partial)
+    frames(*partial, weight, norms, *sums, inverse, shared)
+    backward(dy, x, weight, norms, sums[0], inverse, shared, dx)
+    parameters(*sums, norms, inverse, dweight, dbias)
     return dx, dweight, dbias

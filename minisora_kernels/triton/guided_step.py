@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dense, load, store
+from ._common import load, store
+from ._launch import Launch, dense, plan, signature
 
 BLOCK, WARPS = 1024, 4
 
@@ -43,21 +44,26 @@ def _update(
     store(out + sample * size + i, y, inside)
 
 
+@plan
+def _plan(x, cond, null, z, coefficients, channels, device) -> Launch:
+    x, cond = dense("x", x), dense("cond", cond)
+    dense("null", null), dense("z", z)
+    shape, stride, _ = coefficients
+    if shape[1] > 1 and stride[1] != 1:
+        raise ValueError(f"coefficients must have stride 1 over its columns, got strides {stride}")
+    batch = x.shape[0]
+    size, cond_size = x.shape[1:].numel(), cond.shape[1:].numel()
+    guided = size // x.shape[1] * channels
+    numbers = (size, guided, cond_size, stride[0])
+    return Launch(_update, (batch * triton.cdiv(size, BLOCK),), *numbers, cond_size > size, BLOCK, num_warps=WARPS)
+
+
 def guided_step_fwd(
     x: Tensor, cond: Tensor, null: Tensor | None, z: Tensor | None, coefficients: Tensor, channels: int
 ) -> Tensor:
-    check_dense(x=x, cond=cond, null=null, z=z, coefficients=coefficients[:1])
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
-    batch = x.shape[0]
-    size, cond_size = x.numel() // batch, cond.numel() // batch
-    guided = size // x.shape[1] * channels
-    grid = (batch * triton.cdiv(size, BLOCK),)
-    _update[grid](
-        *(x, cond, null, z, coefficients, out, size, guided, cond_size, coefficients.stride(0)),
-        LEARNED=cond_size > size,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
+    inputs = (x, cond, null, z, coefficients)
+    _plan(*map(signature, inputs), channels, x.get_device())(*inputs, out)
     return out

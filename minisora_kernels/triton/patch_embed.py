@@ -19,12 +19,16 @@ Not run on a GPU yet.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dense, dot, load, store, sum_parts
+from ._common import dot, load, store
+from ._launch import Launch, Like, dense, plan, signature
+from ._parts import sum_parts
 
 COLUMNS = 128  # of y and dy in a tile; divides the widths of all models
 SHORT = 256  # bytes of a patch that fits one tile
@@ -226,69 +230,87 @@ def _bwd_x(
     store(dx_ptr + starts[:, None] + places[None, :], dx, dx_mask)
 
 
-def _arguments(x: Tensor, weight: Tensor) -> tuple[int, tuple[int, ...], dict[str, int]]:
-    """The number of tokens, and what all kernels take: arguments, and constants by name."""
-    patch = weight.shape[2:]
-    frames, height, width = (n // p for n, p in zip(x.shape[2:], patch, strict=True))
-    constants = {"LENGTH": weight[0].numel(), "WIDTH": weight.shape[0], "COLUMNS": COLUMNS, "num_warps": 8}
-    constants |= dict(zip(("PT", "PH", "PW"), patch, strict=True))
-    return frames * height * width, (height, width, *x.stride()), constants
+def _numbers(x: Like, weight: Like, tokens: int, columns: int, elements: int) -> tuple[int, tuple[int, ...]]:
+    """The number of tokens; and what all kernels take last, for tiles of these sizes."""
+    width, channels, *patch = weight.shape
+    frames, height, across = (n // p for n, p in zip(x.shape[2:], patch, strict=True))
+    count = frames * height * across
+    constants = (channels * prod(patch), *patch, width, tokens, columns, elements)
+    return count, (count, height, across, *x.stride, *constants)
 
 
-def elements_of(weight: Tensor, most: int) -> int:
+def elements_of(weight: Tensor | Like, most: int) -> int:
     """Elements of a patch in a tile of a gradient."""
-    return min(max(16, triton.next_power_of_2(weight[0].numel())), most)
+    return min(max(16, triton.next_power_of_2(prod(weight.shape[1:]))), most)
+
+
+@plan
+def _forward_plan(x, weight, bias, pos, device) -> tuple[Launch, int]:
+    """The launch, and the number of tokens."""
+    x, weight = Like(*x), dense("weight", weight)
+    dense("bias", bias), dense("pos", pos)
+    batch, length, itemsize = x.shape[0], prod(weight.shape[1:]), x.dtype.itemsize
+    # Short: small tiles, so that some programs of a multiprocessor write while others wait. Long: blocks of 64 bytes
+    # of elements, so that four stages fit the shared memory of every GPU.
+    short = length * itemsize <= SHORT
+    tile = (
+        (32, COLUMNS, max(16, triton.next_power_of_2(length))) if short else (256 // itemsize, COLUMNS, 64 // itemsize)
+    )
+    tokens, numbers = _numbers(x, weight, *tile)
+    tiles = triton.cdiv(weight.shape[0], COLUMNS) * triton.cdiv(tokens, tile[0])
+    samples = triton.cdiv(batch, triton.cdiv(PROGRAMS, tiles))
+    grid = (tiles * triton.cdiv(batch, max(samples, 1)),)
+    return Launch(_fwd, grid, batch, samples, *numbers, num_warps=8, num_stages=4), tokens
 
 
 def patch_embed_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None) -> Tensor:
-    check_dense(weight=weight, bias=bias, pos=pos)
-    batch, columns, length = x.shape[0], weight.shape[0], weight[0].numel()
-    tokens, arguments, constants = _arguments(x, weight)
-    # Short: small tiles, so that some programs of a multiprocessor write while others wait. Long: blocks of 64 bytes
-    # of elements, so that four stages fit the shared memory of every GPU.
-    if length * x.element_size() <= SHORT:
-        constants |= {"TOKENS": 32, "ELEMENTS": max(16, triton.next_power_of_2(length))}
-    else:
-        constants |= {"TOKENS": 256 // x.element_size(), "ELEMENTS": 64 // x.element_size()}
-    tiles = triton.cdiv(columns, COLUMNS) * triton.cdiv(tokens, constants["TOKENS"])
-    samples = triton.cdiv(batch, triton.cdiv(PROGRAMS, tiles))
-    y = x.new_empty(batch, tokens, columns)
-    _fwd[(tiles * triton.cdiv(batch, max(samples, 1)),)](
-        x, weight, bias, pos, y, batch, samples, tokens, *arguments, **constants, num_stages=4
-    )
+    inputs = (x, weight, bias, pos)
+    launch, tokens = _forward_plan(*map(signature, inputs), x.get_device())
+    y = x.new_empty(x.shape[0], tokens, weight.shape[0])
+    launch(*inputs, y)
     return y
+
+
+@plan
+def _backward_plan(dy, x, weight, with_bias, device) -> tuple[Launch, int]:
+    """The launch that sums over tokens, and the number of its partial sums."""
+    dy, x, weight = dense("dy", dy), Like(*x), dense("weight", weight)
+    elements = elements_of(weight, WEIGHT_ELEMENTS)
+    rows = 64 // x.dtype.itemsize
+    tokens, numbers = _numbers(x, weight, rows, COLUMNS, elements)
+    blocks = triton.cdiv(weight.shape[0], COLUMNS) * triton.cdiv(prod(weight.shape[1:]), elements)
+    tiles = x.shape[0] * triton.cdiv(tokens, rows)
+    chunk = triton.cdiv(tiles, max((PROGRAMS if elements < WEIGHT_ELEMENTS else LARGE_PROGRAMS) // blocks, 1))
+    parts = triton.cdiv(tiles, max(chunk, 1))
+    return Launch(_bwd, (parts * blocks,), tiles, chunk, *numbers, num_warps=8), parts
 
 
 def patch_embed_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: torch.dtype | None, pos: torch.dtype | None, need_x: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_dense(dy=dy, weight=weight)
-    columns, length = weight.shape[0], weight[0].numel()
-    tokens, arguments, constants = _arguments(x, weight)
-    elements = elements_of(weight, WEIGHT_ELEMENTS)
-    constants |= {"TOKENS": 64 // x.element_size(), "ELEMENTS": elements}
-    blocks = triton.cdiv(columns, COLUMNS) * triton.cdiv(length, elements)
-    tiles = x.shape[0] * triton.cdiv(tokens, constants["TOKENS"])
-    chunk = triton.cdiv(tiles, max((PROGRAMS if elements < WEIGHT_ELEMENTS else LARGE_PROGRAMS) // blocks, 1))
-    parts = triton.cdiv(tiles, max(chunk, 1))
-    dweight = dy.new_empty(parts, *weight.shape, dtype=torch.float32)
-    dbias = dy.new_empty(parts, columns, dtype=torch.float32)
-    _bwd[(parts * blocks,)](
-        dy, x, dweight, None if bias is None else dbias, tiles, chunk, tokens, *arguments, **constants
+    columns = weight.shape[0]
+    inputs = (signature(dy), signature(x), signature(weight))
+    launch, parts = _backward_plan(*inputs, bias is not None, x.get_device())
+    dweight = torch.empty_like(weight)
+    dbias = dy.new_empty(0) if bias is None else dy.new_empty(columns, dtype=bias)
+    dpos = dy.new_empty(0, columns) if pos is None else dy.new_empty(dy.shape[1:], dtype=pos)
+    partial = dy.new_empty(parts, *weight.shape, dtype=torch.float32)
+    partial_bias = None if bias is None else dy.new_empty(parts, columns, dtype=torch.float32)
+    launch(dy, x, partial, partial_bias)
+    sum_parts(
+        (partial, dweight), None if partial_bias is None else (partial_bias, dbias), None if pos is None else (dy, dpos)
     )
-    return (
-        _gradient_of_x(dy, x, weight) if need_x else x.new_empty(0),
-        sum_parts(dweight, weight.dtype),
-        dy.new_empty(0) if bias is None else sum_parts(dbias, bias),
-        dy.new_empty(0, columns) if pos is None else sum_parts(dy, pos),
-    )
-
-
-def _gradient_of_x(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    if not need_x:
+        return x.new_empty(0), dweight, dbias, dpos
     dx = x.new_empty(x.shape)
-    tokens, arguments, constants = _arguments(dx, weight)
+    _gradient_plan(signature(dy), signature(dx), signature(weight), x.get_device())(dy, weight, dx)
+    return dx, dweight, dbias, dpos
+
+
+@plan
+def _gradient_plan(dy, dx, weight, device) -> Launch:
+    dx, weight = Like(*dx), Like(*weight)
     elements = elements_of(weight, VIDEO_ELEMENTS)
-    constants |= {"TOKENS": 64, "COLUMNS": 128 // x.element_size(), "ELEMENTS": elements}
-    tiles = triton.cdiv(tokens, 64) * triton.cdiv(weight[0].numel(), elements)
-    _bwd_x[(x.shape[0] * tiles,)](dy, weight, dx, tokens, *arguments, **constants)
-    return dx
+    tokens, numbers = _numbers(dx, weight, 64, 128 // dx.dtype.itemsize, elements)
+    tiles = triton.cdiv(tokens, 64) * triton.cdiv(prod(weight.shape[1:]), elements)
+    return Launch(_bwd_x, (dx.shape[0] * tiles,), *numbers, num_warps=8)

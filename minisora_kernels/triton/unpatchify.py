@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dense
+from ._launch import Launch, Like, dense, plan, signature
 
 ELEMENTS = 2048  # a tile: 16 a thread, two vectors of 16 bytes in 16 bits
 MAX_CHANNELS = 64
@@ -65,32 +65,23 @@ def _copy(
         tl.store(tokens_ptrs, tl.load(video_ptrs, mask), mask)
 
 
-def _launch(video: Tensor, tokens: Tensor, patch: tuple[int, int, int], to_video: bool) -> None:
+@plan
+def _plan(video, tokens, patch, to_video, device) -> Launch:
+    dense("tokens", tokens)
+    video = Like(*video)
     batch, channels, frames, lines, columns = video.shape
     tile_channels = min(triton.next_power_of_2(channels), MAX_CHANNELS)
     tile_cells = ELEMENTS // tile_channels
     blocks = triton.cdiv(lines * columns, tile_cells) * triton.cdiv(channels, tile_channels)
-    _copy[(batch * frames * blocks,)](
-        video,
-        tokens,
-        frames,
-        lines,
-        columns,
-        *video.stride(),
-        *patch,
-        C=channels,
-        CELLS=tile_cells,
-        CHANNELS=tile_channels,
-        TO_VIDEO=to_video,
-    )
+    numbers = (frames, lines, columns, *video.stride, *patch, channels, tile_cells, tile_channels, to_video)
+    return Launch(_copy, (batch * frames * blocks,), *numbers)
 
 
 def unpatchify_fwd(
     tokens: Tensor, frames: int, height: int, width: int, pt: int, ph: int, pw: int, channels: int
 ) -> Tensor:
-    check_dense(tokens=tokens)
     video = tokens.new_empty(tokens.shape[0], channels, frames * pt, height * ph, width * pw)
-    _launch(video, tokens, (pt, ph, pw), to_video=True)
+    _plan(signature(video), signature(tokens), (pt, ph, pw), True, tokens.get_device())(video, tokens)
     return video
 
 
@@ -98,5 +89,5 @@ def unpatchify_bwd(dvideo: Tensor, pt: int, ph: int, pw: int) -> Tensor:
     batch, channels, frames, lines, columns = dvideo.shape
     count = (frames // pt) * (lines // ph) * (columns // pw)
     dtokens = dvideo.new_empty(batch, count, pt * ph * pw * channels)
-    _launch(dvideo, dtokens, (pt, ph, pw), to_video=False)
+    _plan(signature(dvideo), signature(dtokens), (pt, ph, pw), False, dvideo.get_device())(dvideo, dtokens)
     return dtokens
