@@ -54,6 +54,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _plans():
+    """Tests change constants that the launchers' plans are made with."""
+    if backends.INTERPRETED:
+        from minisora_kernels.triton._launch import forget_plans
+
+        forget_plans()
+
+
 @pytest.fixture
 def nan_filled():
     """Every ``torch.empty`` is full of NaN: a kernel that leaves a value unwritten shows."""

@@ -75,12 +75,21 @@ def test_several_tiles_of_rows_and_columns(dtype, monkeypatch, nan_filled):
 
 @pytest.mark.parametrize("shape", [(1, 1), (0, 5), (17, 3, 50), (40, 129)])
 def test_parts_are_added(shape, nan_filled):
-    sum_parts = importlib.import_module("minisora_kernels.triton._common").sum_parts
-    parts = torch.randn(shape)
+    sum_parts = importlib.import_module("minisora_kernels.triton._parts").sum_parts
+    parts, others = torch.randn(shape), torch.randn(3, 2, 50, dtype=torch.bfloat16)
     for dtype in DTYPES:
-        total = sum_parts(parts, dtype)
-        assert total.dtype == dtype
-        torch.testing.assert_close(total, parts.double().sum(0).to(dtype))
+        total, small, scalar = torch.empty(shape[1:], dtype=dtype), torch.empty(2, 50), torch.empty(1)
+        for pairs in (
+            [(parts, total)],
+            [None, (others, small), (parts, total)],
+            [(parts, total), (others, small), (others.view(-1, 1), scalar)],
+        ):
+            for out in (total, small, scalar):
+                out.fill_(float("nan"))
+            sum_parts(*pairs)
+            for summed, out in filter(None, pairs):
+                expected = summed.double().view(-1, *out.shape).sum(0).to(out.dtype)
+                torch.testing.assert_close(out, expected)
 
 
 def test_no_hidden_units():

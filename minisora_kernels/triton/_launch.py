@@ -16,10 +16,23 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-# Buckets of many sizes and lengths are some hundreds of signatures.
-plan: Callable[[Function], Function] = lru_cache(maxsize=4096)  # type: ignore[assignment]
+PLANS = 4096  # kept per function: buckets of many sizes and lengths are some hundreds of signatures
 
 _LAUNCH = JITFunction.run
+_plans: list[Any] = []
+
+
+def plan(function: Function) -> Function:
+    """Decorates a function of signatures, numbers and a device whose results are kept."""
+    kept = lru_cache(PLANS)(function)
+    _plans.append(kept)
+    return kept  # type: ignore[return-value]
+
+
+def forget_plans() -> None:
+    """For whoever changes a constant that plans were made with."""
+    for kept in _plans:
+        kept.cache_clear()
 
 
 class Like(NamedTuple):

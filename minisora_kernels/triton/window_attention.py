@@ -8,6 +8,7 @@ follow from shapes and dtype, never from the device.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor
 from . import _window_flash as flash
 from . import _window_library as library
 from . import _window_short as short
-from ._common import check_dense, constants, sum_parts
-from ._window_rows import Boxes, Form, boxes, narrow_pieces, wide_pieces
+from ._common import constants
+from ._launch import Launch, Like, dense, plan, signature
+from ._parts import sum_parts
+from ._window_rows import Form, boxes, narrow_pieces, wide_pieces
 
 # None of these was measured on a GPU.
 # Windows of at most this many tokens fit a tile of scores that a program keeps in registers.
@@ -38,90 +41,152 @@ BIAS_PROGRAMS = 1024
 WEIGHT_PROGRAMS = 8192
 
 
-class Call(NamedTuple):
-    """A call's arguments, and what forward and backward derive from them alike."""
+class Call:
+    """What follows from the signature of a call: the windows, the form that kernels are compiled for, the launches."""
 
-    qkv: Tensor
-    q_weight: Tensor | None
-    k_weight: Tensor | None
-    cos: Tensor | None
-    sin: Tensor | None
-    bias: Tensor | None
+    def __init__(self, qkv: Like, parameters: Parameters, sizes: tuple[int, ...], numbers: Numbers) -> None:
+        self.qkv, self.parameters, self.scale, self.eps = qkv, parameters, numbers.scale, numbers.eps
+        self.batch, self.tokens, _, self.heads, head_dim = qkv.shape
+        box = self.box = boxes(sizes[:3], sizes[3:])
+        self.items = self.batch * box.windows  # of all samples
+        # fp32 is multiplied as it is, without tensor cores: smaller blocks, more threads
+        self.exact = qkv.dtype == torch.float32
+        q_weight, k_weight, cos, _, bias = parameters
+        if bias is not None and bias.shape != (wanted := (self.heads, box.length, box.length)):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [heads, L, L] = {list(wanted)}")
+        halves = cos is not None and not numbers.interleaved
+        steps = (head_dim if weight is not None and len(weight.shape) == 2 else 0 for weight in (q_weight, k_weight))
+        cut = narrow_pieces if box.length <= PREPARE_FROM else wide_pieces
+        qk = cut(0, head_dim // 2) + cut(head_dim // 2, head_dim) if halves else cut(0, head_dim)
+        v = (narrow_pieces if box.length <= SHORT else wide_pieces)(0, head_dim)
+        self.form = Form(box.inner, numbers.norm, not halves, head_dim, qk, v, *steps)
+        self.constants = constants(self.form)
+
+    @property
+    def short(self) -> bool:
+        return self.box.length <= SHORT
+
+    @property
+    def rotated(self) -> bool:
+        return self.parameters.cos is not None
+
+    @property
+    def prepared(self) -> bool:
+        """Whether q and k are normed and turned by a pass of its own."""
+        return self.box.length > PREPARE_FROM and (self.form.norm != 0 or self.rotated)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the windows are runs of tokens that fill the grid, without a bias: what flash-attn can take."""
+        size, _, width = self.box.axes[0]
+        runs = len(self.box.axes) == 1 and size % width == 0
+        long = self.box.length > PREPARE_FROM and self.items > 0
+        return long and runs and self.parameters.bias is None and not self.exact
+
+    @cached_property
+    def short_forward(self) -> Launch:
+        tile = _tile(self.box.length)
+        each = tile // self.box.length
+        return Launch(
+            short.short_forward_kernel, (triton.cdiv(self.items, each) * triton.cdiv(self.heads, HEADS),),
+            self.items, self.tokens, self.heads, *self.box.arguments, self.scale, self.eps,
+            each > 1, self.constants, tile, HEADS, num_warps=4 if self.exact else tile // 16, num_stages=1,
+        )  # fmt: skip
+
+    @cached_property
+    def prepare(self) -> Launch:
+        rows = self.batch * self.tokens
+        return Launch(
+            flash.prepare_kernel, (triton.cdiv(rows, ROWS) * self.heads,),
+            rows, self.tokens, self.heads, self.eps, self.constants, ROWS,
+        )  # fmt: skip
+
+    @cached_property
+    def long_forward(self) -> Launch:
+        block, inner, warps, stages = _blocks(self, 64)
+        return Launch(
+            flash.forward_kernel, (self.items * self.heads * triton.cdiv(self.box.length, block),),
+            self.tokens, self.heads, *self.box.arguments, self.scale, self.eps,
+            self.prepared, self.constants, block, inner, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+
+class Parameters(NamedTuple):
+    """The tensors of a call beside qkv."""
+
+    q_weight: Like | None
+    k_weight: Like | None
+    cos: Like | None
+    sin: Like | None
+    bias: Like | None
+
+
+class Numbers(NamedTuple):
+    """The options of a call."""
+
+    norm: int
+    interleaved: bool
     scale: float
     eps: float
-    box: Boxes
-    form: Form
-
-    @property
-    def items(self) -> int:
-        """Windows of all samples."""
-        return self.qkv.shape[0] * self.box.windows
-
-    @property
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        return self.q_weight, self.k_weight, self.cos, self.sin, self.bias
-
-    @property
-    def exact(self) -> bool:
-        """fp32 is multiplied as it is, without tensor cores: smaller blocks, more threads."""
-        return self.qkv.dtype == torch.float32
 
 
-def _call(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps, **rest) -> Call:
-    check_dense(qkv=qkv, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin, bias=bias, **rest)
-    head_dim = qkv.shape[4]
-    box = boxes((t, h, w), (wt, wh, ww))
-    if bias is not None and bias.shape != (wanted := (qkv.shape[3], box.length, box.length)):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [heads, L, L] = {list(wanted)}")
-    halves = cos is not None and not interleaved
-    steps = (head_dim if weight is not None and weight.dim() == 2 else 0 for weight in (q_weight, k_weight))
-    cut = narrow_pieces if box.length <= PREPARE_FROM else wide_pieces
-    qk = cut(0, head_dim // 2) + cut(head_dim // 2, head_dim) if halves else cut(0, head_dim)
-    v = (narrow_pieces if box.length <= SHORT else wide_pieces)(0, head_dim)
-    form = Form(box.inner, norm, not halves, head_dim, qk, v, *steps)
-    return Call(qkv, q_weight, k_weight, cos, sin, bias, scale, eps, box, form)
+@plan
+def _call(qkv, q_weight, k_weight, cos, sin, bias, sizes, numbers, device) -> Call:
+    named = {"q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin, "bias": bias}
+    parameters = Parameters(**{name: dense(name, tensor) for name, tensor in named.items()})
+    return Call(dense("qkv", qkv), parameters, sizes, Numbers(*numbers))
 
 
-def window_attention_fwd(qkv, *arguments) -> tuple[Tensor, Tensor]:
-    call = _call(qkv, *arguments)
+def window_attention_fwd(
+    qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps
+) -> tuple[Tensor, Tensor]:
+    parameters = (q_weight, k_weight, cos, sin, bias)
+    sizes, numbers = (t, h, w, wt, wh, ww), (norm, interleaved, scale, eps)
+    call = _call(signature(qkv), *map(signature, parameters), sizes, numbers, qkv.get_device())
     batch, tokens, _, heads, head_dim = qkv.shape
-    if (attend := _library(call)) is not None:
-        out = attend(*_views(call, _prepared(call)), call.scale)
+    if (attend := _library(call, qkv)) is not None:
+        out = attend(*_views(call, qkv, _prepared(call, qkv, parameters)), scale)
         return out.view(batch, tokens, heads * head_dim), qkv.new_zeros(batch, tokens, heads, 2, dtype=torch.float32)
     out = qkv.new_empty(batch, tokens, heads * head_dim)
     softmax = qkv.new_empty(batch, tokens, heads, 2, dtype=torch.float32)
-    if call.box.length <= SHORT:
-        tile = _tile(call.box.length)
-        each = tile // call.box.length
-        short.short_forward_kernel[(triton.cdiv(call.items, each) * triton.cdiv(heads, HEADS),)](
-            qkv, out, softmax, *call.parameters, call.items, tokens, heads, *call.box.arguments, call.scale, call.eps,
-            each > 1, constants(call.form), tile, HEADS, num_warps=4 if call.exact else tile // 16, num_stages=1,
-        )  # fmt: skip
-        return out, softmax
-    qk = _prepared(call)
-    block, inner, warps, stages = _blocks(call, 64)
-    flash.forward_kernel[(call.items * heads * triton.cdiv(call.box.length, block),)](
-        qk, qkv, out, softmax, *call.parameters, tokens, heads, *call.box.arguments, call.scale, call.eps,
-        qk is not qkv, constants(call.form), block, inner, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    if call.short:
+        call.short_forward(qkv, out, softmax, *parameters)
+    else:
+        call.long_forward(_prepared(call, qkv, parameters), qkv, out, softmax, *parameters)
     return out, softmax
 
 
-def window_attention_bwd(dout, qkv, out, softmax, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = _call(qkv, *arguments[:-1], dout=dout, out=out, softmax=softmax)
+def window_attention_bwd(
+    dout, qkv, out, softmax, t, h, w, wt, wh, ww,
+    q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps, with_dbias,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    parameters = (q_weight, k_weight, cos, sin, bias)
+    sizes, numbers = (t, h, w, wt, wh, ww), (norm, interleaved, scale, eps)
+    inputs = map(signature, (dout, qkv, out, softmax, *parameters))
+    backward = _backward(*inputs, sizes, numbers, with_dbias, qkv.get_device())
+    call = backward.call
     dqkv = torch.empty_like(qkv)
-    if call.box.length <= SHORT:
-        parts = _short_backward(call, dout, softmax, dqkv, arguments[-1])
-    elif (attend := _library(call)) is not None:
-        parts = _library_backward(call, attend, dout, dqkv)
+    dbias = softmax.new_empty(backward.dbias) if with_dbias else None
+    if call.short:
+        weights = backward.weight_parts(qkv)
+        backward.short(qkv, dout, softmax, dqkv, *weights, dbias, *parameters)
+    elif (attend := _library(call, qkv)) is not None:
+        grads = library.gradients(attend, *_views(call, qkv, _prepared(call, qkv, parameters)), scale, dout)
+        weights = backward.weight_parts(qkv, finish=True)
+        backward.finish(qkv, *grads, dqkv, *weights, *parameters[:4])
     else:
-        parts = _flash_backward(call, dout, out, softmax, dqkv, arguments[-1])
-    sums = []
-    for part, parameter in zip(parts, (call.q_weight, call.k_weight, call.bias), strict=True):
-        if part is None or parameter is None:
-            sums.append(qkv.new_empty(0))
-        else:
-            sums.append(sum_parts(part.view(-1, *parameter.shape), parameter.dtype))
+        qk = _prepared(call, qkv, parameters)
+        delta, weights = softmax.new_empty(softmax.shape[:3]), backward.weight_parts(qkv)
+        backward.delta(dout, out, delta)
+        backward.long(qk, qkv, dout, softmax, delta, dqkv, *weights, *parameters)
+        if dbias is not None:
+            backward.long_bias(qk, qkv, dout, softmax, delta, dbias, *parameters)
+    parts = (*weights, dbias)
+    sums = [
+        qkv.new_empty(0) if part is None or parameter is None else torch.empty_like(parameter)
+        for part, parameter in zip(parts, (q_weight, k_weight, bias), strict=True)
+    ]
+    sum_parts(*(None if part is None else (part, total) for part, total in zip(parts, sums, strict=True)))
     return dqkv, *sums
 
 
@@ -148,113 +213,113 @@ def _blocks(call: Call, inner: int) -> tuple[int, int, int, int]:
     return (128, inner, 8, 2) if block == 128 else (block, 32, 4, 1)
 
 
-def _weight_parts(call: Call, count: int) -> list[Tensor | None]:
-    """``count`` partial sums for the gradient of a weight of each head, if there is a weight."""
-    shape = (count, call.form.head_dim)
-    return [
-        None if weight is None else call.qkv.new_empty(shape, dtype=torch.float32)
-        for weight in (call.q_weight, call.k_weight)
-    ]
+class Backward:
+    """The launches of a call's backward, and the sizes of the partial sums that they leave."""
+
+    def __init__(self, call: Call, with_dbias: bool) -> None:
+        self.call, self._with_dbias = call, with_dbias
+        length, heads = call.box.length, call.heads
+        if call.short:
+            self._tile = _tile(length)
+            self._each = self._tile // length
+            tiles = triton.cdiv(call.items, self._each)
+            # A sum over tokens of one head stays in a program's registers.
+            self._per_program = 1 if with_dbias or call.form.q_step or call.form.k_step else HEADS
+            groups = triton.cdiv(heads, self._per_program)
+            weighted = call.parameters.q_weight is not None or call.parameters.k_weight is not None
+            most = BIAS_PROGRAMS if with_dbias else WEIGHT_PROGRAMS if weighted else tiles * groups
+            self._per_chunk = max(1, triton.cdiv(tiles * groups, max(1, most)))
+            chunks = max(1, triton.cdiv(tiles, self._per_chunk))
+            self._programs = chunks * groups
+            self.dbias = (chunks * self._each, heads, length, length)
+        else:
+            self._programs = call.items * heads * triton.cdiv(length, _blocks(call, 32)[0])
+            self._side = bias_block_of(call.qkv.dtype)
+            self._bias_blocks = triton.cdiv(length, self._side) ** 2 * heads
+            self._chunks = max(1, min(call.items, BIAS_PROGRAMS // self._bias_blocks))
+            self.dbias = (self._chunks, heads, length, length)
+        self._finish_programs = triton.cdiv(call.batch * call.tokens, ROWS) * heads
+
+    def weight_parts(self, qkv: Tensor, finish: bool = False) -> list[Tensor | None]:
+        """Partial sums for the gradients of the norms' weights, of each head, where there is a weight."""
+        shape = (self._finish_programs if finish else self._programs, self.call.form.head_dim)
+        weights = self.call.parameters[:2]
+        return [None if weight is None else qkv.new_empty(shape, dtype=torch.float32) for weight in weights]
+
+    @cached_property
+    def short(self) -> Launch:
+        call = self.call
+        # Norm and rotation hold more of a row: with 16 rows to a warp they would spill.
+        rows = 16 if call.form.norm == 0 and not call.rotated else 8
+        return Launch(
+            short.short_backward_kernel, (self._programs,),
+            self._per_chunk, call.items, call.tokens, call.heads, *call.box.arguments, call.scale, call.eps,
+            self._each > 1, call.constants, self._tile, self._per_program,
+            num_warps=4 if call.exact else self._tile // rows, num_stages=1,
+        )  # fmt: skip
+
+    @cached_property
+    def delta(self) -> Launch:
+        rows = self.call.batch * self.call.tokens * self.call.heads
+        return Launch(flash.delta_kernel, (triton.cdiv(rows, ROWS),), rows, self.call.constants, ROWS)
+
+    @cached_property
+    def long(self) -> Launch:
+        call = self.call
+        block, inner, warps, stages = _blocks(call, 32)
+        return Launch(
+            flash.backward_kernel, (self._programs,),
+            call.tokens, call.heads, *call.box.arguments, call.scale, call.eps,
+            call.prepared, call.constants, block, inner, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    @cached_property
+    def long_bias(self) -> Launch:
+        call = self.call
+        return Launch(
+            flash.dbias_kernel, (self._bias_blocks * self._chunks,),
+            call.items, self._chunks, call.tokens, call.heads, *call.box.arguments, call.scale, call.eps,
+            call.prepared, call.constants, self._side, num_stages=_blocks(call, 32)[3],
+        )  # fmt: skip
+
+    @cached_property
+    def finish(self) -> Launch:
+        call = self.call
+        rows = call.batch * call.tokens
+        return Launch(
+            library.finish_kernel, (self._finish_programs,),
+            rows, call.tokens, call.heads, call.eps, call.constants, ROWS,
+        )  # fmt: skip
 
 
-def _short_backward(call: Call, dout, softmax, dqkv, with_dbias: bool) -> list[Tensor | None]:
-    tokens, _, heads, _ = call.qkv.shape[1:]
-    length, form = call.box.length, call.form
-    weighted = call.q_weight is not None or call.k_weight is not None
-    tile = _tile(length)
-    each = tile // length
-    tiles = triton.cdiv(call.items, each)
-    # A sum over tokens of one head stays in a program's registers.
-    per_program = 1 if with_dbias or form.q_step or form.k_step else HEADS
-    groups = triton.cdiv(heads, per_program)
-    programs = BIAS_PROGRAMS if with_dbias else WEIGHT_PROGRAMS if weighted else tiles * groups
-    per_chunk = max(1, triton.cdiv(tiles * groups, max(1, programs)))
-    chunks = max(1, triton.cdiv(tiles, per_chunk))
-    weights = _weight_parts(call, chunks * groups)
-    dbias = softmax.new_empty(chunks * each, heads, length, length) if with_dbias else None
-    # Norm and rotation hold more of a row: with 16 rows to a warp they would spill.
-    rows = 16 if form.norm == 0 and call.cos is None else 8
-    short.short_backward_kernel[(chunks * groups,)](
-        call.qkv, dout, softmax, dqkv, *weights, dbias, *call.parameters, per_chunk, call.items, tokens, heads,
-        *call.box.arguments, call.scale, call.eps,
-        each > 1, constants(form), tile, per_program, num_warps=4 if call.exact else tile // rows, num_stages=1,
-    )  # fmt: skip
-    return [*weights, dbias]
+@plan
+def _backward(
+    dout, qkv, out, softmax, q_weight, k_weight, cos, sin, bias, sizes, numbers, with_dbias, device
+) -> Backward:
+    for name, tensor in (("dout", dout), ("out", out), ("softmax", softmax)):
+        dense(name, tensor)
+    call = _call(qkv, q_weight, k_weight, cos, sin, bias, sizes, numbers, device)
+    return Backward(call, with_dbias)
 
 
-def _prepared(call: Call) -> Tensor:
+def _prepared(call: Call, qkv: Tensor, parameters: tuple[Tensor | None, ...]) -> Tensor:
     """q and k normed and turned, where that takes a pass of its own; else qkv itself."""
-    qkv, form = call.qkv, call.form
-    if call.box.length <= PREPARE_FROM or (form.norm == 0 and call.cos is None):
+    if not call.prepared:
         return qkv
-    batch, tokens, _, heads, head_dim = qkv.shape
-    qk = qkv.new_empty(batch, tokens, 2, heads, head_dim)
-    flash.prepare_kernel[(triton.cdiv(batch * tokens, ROWS) * heads,)](
-        qkv, qk, *call.parameters[:4], batch * tokens, tokens, heads, call.eps, constants(form), ROWS
-    )
+    qk = qkv.new_empty(call.batch, call.tokens, 2, call.heads, call.form.head_dim)
+    call.prepare(qkv, qk, *parameters[:4])
     return qk
 
 
-def _flash_backward(call: Call, dout, out, softmax, dqkv, with_dbias: bool) -> list[Tensor | None]:
-    qkv, length, form = call.qkv, call.box.length, call.form
-    batch, tokens, _, heads, _ = qkv.shape
-    qk = _prepared(call)
-    delta = softmax.new_empty(batch, tokens, heads)
-    flash.delta_kernel[(triton.cdiv(delta.numel(), ROWS),)](dout, out, delta, delta.numel(), constants(form), ROWS)
-    block, inner, warps, stages = _blocks(call, 32)
-    programs = call.items * heads * triton.cdiv(length, block)
-    weights = _weight_parts(call, programs)
-    flash.backward_kernel[(programs,)](
-        qk, qkv, dout, softmax, delta, dqkv, *weights, *call.parameters, tokens, heads, *call.box.arguments,
-        call.scale, call.eps, qk is not qkv, constants(form), block, inner, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    if not with_dbias:
-        return [*weights, None]
-    side = bias_block_of(qkv.dtype)
-    blocks = triton.cdiv(length, side) ** 2 * heads
-    chunks = max(1, min(call.items, BIAS_PROGRAMS // blocks))
-    dbias = softmax.new_empty(chunks, heads, length, length)
-    flash.dbias_kernel[(blocks * chunks,)](
-        qk, qkv, dout, softmax, delta, dbias, *call.parameters, call.items, chunks, tokens, heads,
-        *call.box.arguments, call.scale, call.eps, qk is not qkv, constants(form), side, num_stages=stages,
-    )  # fmt: skip
-    return [*weights, dbias]
-
-
-def _library(call: Call) -> library.Attention | None:
+def _library(call: Call, qkv: Tensor) -> library.Attention | None:
     """flash-attn's attention, where it can serve the call."""
-    size, _, width = call.box.axes[0]
-    runs = len(call.box.axes) == 1 and size % width == 0
-    if call.box.length <= PREPARE_FROM or call.bias is not None or call.exact or not runs or call.items == 0:
-        return None
-    return library.flash_attention(call.qkv.device, call.form.head_dim)
+    return library.flash_attention(qkv.device, call.form.head_dim) if call.dense else None
 
 
-def _views(call: Call, qk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _views(call: Call, qkv: Tensor, qk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v ``[windows, length, heads, head_dim]``."""
-    heads, head_dim = call.qkv.shape[3:]
-    q, k, v = call.qkv.view(-1, call.box.length, 3, heads, head_dim).unbind(2)
-    if qk is not call.qkv:
+    heads, head_dim = qkv.shape[3:]
+    q, k, v = qkv.view(-1, call.box.length, 3, heads, head_dim).unbind(2)
+    if qk is not qkv:
         q, k = qk.view(-1, call.box.length, 2, heads, head_dim).unbind(2)
     return q, k, v
-
-
-def _library_backward(call: Call, attend: library.Attention, dout, dqkv) -> list[Tensor | None]:
-    batch, tokens, _, heads, _ = call.qkv.shape
-    grads = library.gradients(attend, *_views(call, _prepared(call)), call.scale, dout)
-    programs = triton.cdiv(batch * tokens, ROWS) * heads
-    weights = _weight_parts(call, programs)
-    library.finish_kernel[(programs,)](
-        call.qkv,
-        *grads,
-        dqkv,
-        *weights,
-        *call.parameters[:4],
-        batch * tokens,
-        tokens,
-        heads,
-        call.eps,
-        constants(call.form),
-        ROWS,
-    )
-    return [*weights, None]
