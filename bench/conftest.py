@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="reuse: large blocks of freed memory stay in the process, as the trainer and the sampler have it",
     )
     group.addoption("--save", metavar="NAME", help="write bench/results/<machine>/NAME.json and its plots")
+    group.addoption("--results", type=Path, default=record.RESULTS, metavar="DIR", help="instead of bench/results")
     group.addoption("--save-over", action="store_true", help="let --save replace a record that is there")
     group.addoption("--save-into", action="store_true", help="let --save replace those cases of it that this run times")
 
@@ -41,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[SESSION] = Session(torch.device(device), quick=config.getoption("--quick"))
     name = config.getoption("--save")
     if name and not config.getoption("--save-over"):
-        path = record.path_of(record.machine(torch.device(device)), name)
+        path = record.path_of(record.machine(torch.device(device)), name, config.getoption("--results"))
         if path.exists() != config.getoption("--save-into"):
             wrong = "is not there to be saved into" if config.getoption("--save-into") else "exists"
             raise pytest.UsageError(f"{path} {wrong}; give another name, --save-over or --save-into")
@@ -89,7 +91,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if name:
         from bench.plots import draw
 
-        path = record.path_of(made["machine"], name)
+        path = record.path_of(made["machine"], name, config.getoption("--results"))
         if config.getoption("--save-into"):
             made = record.merged(made, record.load(path))
         record.save(made, path, over=config.getoption("--save-over") or config.getoption("--save-into"))

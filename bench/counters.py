@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from minisora_kernels.__main__ import ops
+
 
 def saved_bytes(forward: Callable[[], Any], inputs: list[Tensor]) -> int:
     """Bytes that ``forward`` keeps alive for its backward.
@@ -71,6 +73,12 @@ FLOPS = {
 
 # They return memory without writing it.
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+
+
+def raw_ops() -> list[str]:
+    """The raw ops that Triton serves, forward and backward."""
+    names = [f"{op}_{direction}" for op in ops() for direction in ("fwd", "bwd")]
+    return [name for name in names if hasattr(torch.ops.minisora_triton, name)]
 
 
 class Counter(TorchDispatchMode):

@@ -31,10 +31,10 @@ from unittest.mock import patch
 import torch
 
 from bench import shapes
+from bench.counters import raw_ops
 from bench.harness import BOTH, FWD, Problem, tuple_of
 from bench.record import RESULTS, machine, rounded
 from minisora_kernels import backends, use_backend
-from minisora_kernels.__main__ import ops
 
 RECORD = RESULTS / "host.json"
 SOURCE = Path(__file__).with_name("stub_driver.c")
@@ -118,11 +118,6 @@ def stubbed() -> Iterator[ctypes.CDLL]:
                 yield stub
         finally:
             library_of_ops._destroy()
-
-
-def raw_ops() -> list[str]:
-    names = [f"{op}_{direction}" for op in ops() for direction in ("fwd", "bwd")]
-    return [name for name in names if hasattr(torch.ops.minisora_triton, name)]
 
 
 def launch_of(name: str) -> Callable[..., Any]:

@@ -129,8 +129,8 @@ def load(path: str | Path) -> dict[str, Any]:
     return record
 
 
-def path_of(machine: dict[str, Any], name: str) -> Path:
-    return RESULTS / machine["slug"] / f"{name}.json"
+def path_of(machine: dict[str, Any], name: str, results: Path = RESULTS) -> Path:
+    return results / machine["slug"] / f"{name}.json"
 
 
 def save(record: dict[str, Any], path: Path, *, over: bool = False) -> None:
@@ -142,7 +142,9 @@ def save(record: dict[str, Any], path: Path, *, over: bool = False) -> None:
     if path.exists() and not over:
         raise FileExistsError(f"{path} exists; give another name, or --save-over")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rounded(record), indent=1) + "\n")
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(rounded(record), indent=1) + "\n")
+    temporary.replace(path)  # all of it or nothing
 
 
 def merged(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
