@@ -135,7 +135,7 @@ def block_of(dtype: torch.dtype, head_dim: int) -> int:
     """Rows of a long window that a program takes, as registers and shared memory allow."""
     if dtype == torch.float32:
         return 32
-    return 64 if head_dim > 128 else 128
+    return 64 if head_dim > 80 else 128
 
 
 def bias_block_of(dtype: torch.dtype) -> int:
@@ -146,7 +146,7 @@ def bias_block_of(dtype: torch.dtype) -> int:
 def _blocks(call: Call, inner: int) -> tuple[int, int, int, int]:
     """For long windows: rows of a block, rows at a step, warps and stages."""
     block = block_of(call.qkv.dtype, call.form.head_dim)
-    return (128, inner, 8, 2) if block == 128 else (block, 32, 4, 1)
+    return (128, inner, 8, 2) if block == 128 else (block, 32, block // 8, 1)
 
 
 def _weight_parts(call: Call, count: int) -> list[Tensor | None]:
@@ -173,8 +173,8 @@ def _short_backward(call: Call, dout, softmax, dqkv, with_dbias: bool) -> list[T
     chunks = max(1, triton.cdiv(tiles, per_chunk))
     weights = _weight_parts(call, chunks * groups)
     dbias = softmax.new_empty(chunks * each, heads, length, length) if with_dbias else None
-    # Norm and rotation hold more of a row: with 16 rows to a warp they would spill.
-    rows = 16 if form.norm == 0 and call.cos is None else 8
+    # Norm and rotation hold more of a row, the bias another tile of scores: with 16 rows to a warp they would spill.
+    rows = 16 if form.norm == 0 and call.cos is None and call.bias is None else 8
     short.short_backward_kernel[(chunks * groups,)](
         call.qkv, dout, softmax, dqkv, *weights, dbias, *call.parameters, per_chunk, call.items, tokens, heads,
         *call.box.arguments, call.scale, call.eps,
