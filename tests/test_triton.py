@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 
 import pytest
@@ -11,12 +12,14 @@ from test_ops import outputs, run
 
 import minisora_kernels as mk
 from minisora_kernels import backends
+from minisora_kernels.modulation import TRITON_WIDEST
 from minisora_kernels.testing import assert_as_accurate
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from minisora_kernels.triton._common import cast  # noqa: E402
+from minisora_kernels.triton._rows import BACKWARD, FORWARD, tile_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="a CPU runs the kernels if TRITON_INTERPRET=1")
 
@@ -220,3 +223,36 @@ def test_no_length_batch_or_number_of_rows_compiles_a_kernel_anew(op: str, launc
     assert len(keys[0]) == 3  # forward, backward, the second stage of the sums
     for other in keys[1:]:
         assert other == keys[0]
+
+
+# ---- what does not fit a GPU
+
+
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+@pytest.mark.parametrize("op", OPS)
+def test_tokens_too_wide_for_a_program_are_refused_by_their_shape(op: str, device: str):
+    table = importlib.import_module(f"minisora_kernels.ops.{op}").BACKENDS
+    arguments = {"adaln": 5, "gate_residual": 3, "gate_residual_adaln": 7}[op] - 1
+    for width, refused in ((12288, False), (12289, True), (32768, True)):
+        x = torch.empty(1, 1, width, device=device)
+        reason = table["triton"](x, *(None,) * arguments)
+        assert (reason is not None) == refused
+        assert not refused or f"D is {width}" in reason
+        assert table["cpu"](x, *(None,) * arguments) is None
+
+
+def test_the_widest_token_takes_the_threads_of_a_program():
+    for itemsize in (2, 4):
+        for width in range(1, TRITON_WIDEST + 1, 97):
+            assert max(tile_of(width, itemsize, *tile)[1] for tile in (FORWARD, BACKWARD)) <= 16
+    assert tile_of(TRITON_WIDEST, 2, *BACKWARD)[1] == 16
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_too_wide_is_an_error_that_says_so(op: str):
+    case = rows_case(op, 1, 1, 12296)
+    with pytest.raises(ValueError, match="D is 12296; Triton's kernels keep a token"):
+        case.call(case.leaves(F32), backend="triton")
+    compiled = torch.compile(lambda leaves: case.call(leaves, backend="triton"), backend="eager")
+    with pytest.raises(Exception, match="D is 12296"):
+        compiled(case.leaves(F32))

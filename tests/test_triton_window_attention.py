@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import re
@@ -182,6 +183,21 @@ def test_heads_that_fill_no_program(nan_filled):
     check(torch.float32, 1, (4, 1, 3), (4, 1, 1), 5, 8, STYLES[1])
 
 
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+def test_heads_too_wide_for_shared_memory_are_refused_by_their_shape(device):
+    table = importlib.import_module("minisora_kernels.ops.window_attention").BACKENDS
+    for head_dim, refused in ((128, False), (136, True), (256, True)):
+        qkv = torch.empty(1, 2, 3, 1, head_dim, device=device)
+        reason = table["triton"](qkv, None, None, None)
+        assert (reason is not None) == refused
+        assert not refused or f"head_dim is {head_dim}" in reason
+        assert table["cpu"](qkv, None, None, None) is None
+    if device == "cpu":
+        for function in (window_attention, torch.compile(window_attention, backend="eager")):
+            with pytest.raises(Exception, match="head_dim is 256; Triton's kernels take heads of up to 128"):
+                function(torch.empty(1, 2, 3, 1, 256), (2, 1, 1), (2, 1, 1), backend="triton")
+
+
 # ---- windows do not see each other
 
 
@@ -253,6 +269,7 @@ def test_offsets_of_rows_are_64_bit(length, tmp_path):
     """In the intermediate code, a tensor of 32-bit offsets is added to a pointer only where it is made of constants."""
     script = Path(__file__).parent / "triton_ttir.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = str(script.parents[1])
     done = subprocess.run(
         [sys.executable, str(script), str(length)], env=environment, capture_output=True, text=True, check=True
     )

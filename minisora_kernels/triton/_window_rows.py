@@ -35,6 +35,7 @@ class Form(NamedTuple):
     v: tuple[Piece, ...]
     q_step: int  # from the norm's weight of one head to the next
     k_step: int
+    precision: str  # of products, see `precision_of`
 
 
 class Boxes(NamedTuple):
@@ -252,20 +253,20 @@ def row_sums(a, b):
 
 
 @triton.jit
-def inner(a, b):
+def inner(a, b, FORM: tl.constexpr):
     """``a b^T``: every row of a with every row of b, fp32."""
     total = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32)
     for i in tl.static_range(len(a)):
-        total = dot(a[i], tl.trans(b[i]), total)
+        total = dot(a[i], tl.trans(b[i]), total, FORM.precision)
     return total
 
 
 @triton.jit
-def add_product(total, a, rows):
+def add_product(total, a, rows, FORM: tl.constexpr):
     """``total + a rows``, fp32; a is rounded to the dtype of the rows."""
     result = ()
     for i in tl.static_range(len(rows)):
-        result += (dot(cast(a, rows[i].dtype), rows[i], total[i]),)
+        result += (dot(cast(a, rows[i].dtype), rows[i], total[i], FORM.precision),)
     return result
 
 

@@ -37,7 +37,7 @@ LENGTHS = ["items", "tokens", "n0", "n1", "n2", "s0", "s1", "s2", "w0"]
 
 
 @triton.jit
-def _product(a, rows, seen, PACKED: tl.constexpr):
+def _product(a, rows, seen, PACKED: tl.constexpr, FORM: tl.constexpr):
     """``a rows``, fp32, where a is zero between windows and the windows of a tile must not see each other.
 
     0 * NaN is NaN, and so is 0 * infinity: a row with one such number would reach all windows in the tile. It is
@@ -55,7 +55,7 @@ def _product(a, rows, seen, PACKED: tl.constexpr):
         row = rows[i]
         if PACKED:
             row = tl.where(finite[:, None], row, 0.0)
-        part = dot(cast(a, row.dtype), row, tl.zeros(row.shape, tl.float32))
+        part = dot(cast(a, row.dtype), row, tl.zeros(row.shape, tl.float32), FORM.precision)
         if PACKED:
             part += poison
         result += (part,)
@@ -105,7 +105,7 @@ def short_forward_kernel(
         q = prepare(load_rows(qkv, at, valid, FORM.qk), q_weight_, angles, eps, FORM)
         k = prepare(load_rows(qkv + step, at, valid, FORM.qk), k_weight_, angles, eps, FORM)
         v = load_rows(qkv + 2 * step, at, valid, FORM.v)
-        s = inner(q, k) * scale
+        s = inner(q, k, FORM) * scale
         if bias is not None:
             s += _load_bias(bias, head, place, seen, length)
         s = tl.where(seen, s, float("-inf"))
@@ -113,7 +113,7 @@ def short_forward_kernel(
         # Rows of the tile that hold no token see nothing.
         p = exp(s - tl.where(greatest == float("-inf"), 0.0, greatest)[:, None])
         total = tl.sum(p, 1)
-        o = scaled(_product(p, v, seen, PACKED), tl.div_rn(1.0, total)[:, None])
+        o = scaled(_product(p, v, seen, PACKED, FORM), tl.div_rn(1.0, total)[:, None])
         store_rows(out, row * step + head * FORM.head_dim, valid, o, FORM.v)
         pair = (row * heads + head)[:, None] * 2 + tl.arange(0, 2)[None, :]
         tl.store(softmax + pair, tl.join(greatest, total), mask=valid[:, None])
@@ -155,22 +155,22 @@ def short_backward_kernel(
             pair = softmax + 2 * (row * heads + head)
             greatest = tl.load(pair, mask=valid, other=0.0)
             total = tl.load(pair + 1, mask=valid, other=1.0)
-            s = inner(q, k) * scale
+            s = inner(q, k, FORM) * scale
             if bias is not None:
                 s += _load_bias(bias, head, place, seen, length)
             p = tl.where(seen, exp(s - greatest[:, None]) * tl.div_rn(1.0, total)[:, None], 0.0)
-            store_rows(dqkv + 2 * step, at, valid, _product(tl.trans(p), d, seen, PACKED), FORM.v)
-            dp = inner(d, v)
+            store_rows(dqkv + 2 * step, at, valid, _product(tl.trans(p), d, seen, PACKED, FORM), FORM.v)
+            dp = inner(d, v, FORM)
             delta = tl.sum(tl.where(seen, p * dp, 0.0), 1)
             ds = tl.where(seen, p * (dp - delta[:, None]), 0.0)
             if dbias_partial is not None:
                 dpair += ds
-            grad = _product(ds, k, seen, PACKED)
+            grad = _product(ds, k, seen, PACKED, FORM)
             grad = turn(grad, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
             grad, dweight = norm_backward(grad, scale, load_rows(qkv, at, valid, FORM.qk), q_weight_, eps, FORM)
             store_rows(dqkv, at, valid, grad, FORM.qk)
             dq_weight = sums(dq_weight, dweight)
-            grad = _product(tl.trans(ds), q, seen, PACKED)
+            grad = _product(tl.trans(ds), q, seen, PACKED, FORM)
             grad = turn(grad, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
             grad, dweight = norm_backward(grad, scale, load_rows(qkv + step, at, valid, FORM.qk), k_weight_, eps, FORM)
             store_rows(dqkv + step, at, valid, grad, FORM.qk)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import dot, load, store
+from ._common import dot, load, precision_of, store
 from ._launch import Launch, Like, dense, plan, signature
 from ._parts import sum_parts
 
@@ -91,6 +91,7 @@ def _fwd(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ELEMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
     column_blocks: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
@@ -113,7 +114,7 @@ def _fwd(
         y = tl.zeros((TOKENS, COLUMNS), tl.float32)
         if fits:
             x = tl.load(starts[:, None] + (b * stride_b + places)[None, :], x_mask, other=0.0)
-            y = dot(x, w, y)
+            y = dot(x, w, y, PRECISION)
         else:
             for k0 in range(0, LENGTH, ELEMENTS):
                 k = k0 + elements
@@ -122,7 +123,7 @@ def _fwd(
                 w_mask = (k[:, None] < LENGTH) & (d[None, :] < WIDTH)
                 x = tl.load(starts[:, None] + (b * stride_b + places)[None, :], x_mask, other=0.0)
                 w = tl.load(weight_ptr + d[None, :] * LENGTH + k[:, None], w_mask, other=0.0)
-                y = dot(x, w, y)
+                y = dot(x, w, y, PRECISION)
             addend = _addend(bias_ptr, pos_ptr, n, d, tokens, WIDTH)
         y_mask = (n[:, None] < tokens) & (d[None, :] < WIDTH)
         y_ptrs = y_ptr + (b * tokens + n)[:, None] * WIDTH + d[None, :]
@@ -153,6 +154,7 @@ def _bwd(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ELEMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
     element_blocks: tl.constexpr = (LENGTH + ELEMENTS - 1) // ELEMENTS
@@ -176,7 +178,7 @@ def _bwd(
         x_mask = (n[:, None] < tokens) & (k[None, :] < LENGTH)
         dy = tl.load(dy_ptr + (b * tokens + n)[:, None] * WIDTH + d[None, :], dy_mask, other=0.0)
         x = tl.load(x_ptr + starts[:, None] + places[None, :], x_mask, other=0.0)
-        dweight = dot(tl.trans(dy), x, dweight)
+        dweight = dot(tl.trans(dy), x, dweight, PRECISION)
         if dbias_ptr is not None and sums:
             dbias += dy.to(tl.float32)
     row = part.to(tl.int64) * WIDTH + d
@@ -207,6 +209,7 @@ def _bwd_x(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ELEMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
     element_blocks: tl.constexpr = (LENGTH + ELEMENTS - 1) // ELEMENTS
@@ -223,19 +226,19 @@ def _bwd_x(
         w_mask = (d[:, None] < WIDTH) & (k[None, :] < LENGTH)
         dy = tl.load(dy_ptr + (b * tokens + n)[:, None] * WIDTH + d[None, :], dy_mask, other=0.0)
         w = tl.load(weight_ptr + d[:, None] * LENGTH + k[None, :], w_mask, other=0.0)
-        dx = dot(dy, w, dx)
+        dx = dot(dy, w, dx, PRECISION)
     starts = b * stride_b + _starts(n, height, width, stride_t, stride_h, stride_w, PT, PH, PW)
     places = _places(k, stride_c, stride_t, stride_h, stride_w, PT, PH, PW)
     dx_mask = (n[:, None] < tokens) & (k[None, :] < LENGTH)
     store(dx_ptr + starts[:, None] + places[None, :], dx, dx_mask)
 
 
-def _numbers(x: Like, weight: Like, tokens: int, columns: int, elements: int) -> tuple[int, tuple[int, ...]]:
-    """The number of tokens; and what all kernels take last, for tiles of these sizes."""
+def _numbers(x: Like, weight: Like, tile: tuple[int, int, int], precision: str) -> tuple[int, tuple[int | str, ...]]:
+    """The number of tokens; and what all kernels take last, for tiles of so many tokens, columns and elements."""
     width, channels, *patch = weight.shape
     frames, height, across = (n // p for n, p in zip(x.shape[2:], patch, strict=True))
     count = frames * height * across
-    constants = (channels * prod(patch), *patch, width, tokens, columns, elements)
+    constants = (channels * prod(patch), *patch, width, *tile, precision)
     return count, (count, height, across, *x.stride, *constants)
 
 
@@ -245,7 +248,7 @@ def elements_of(weight: Tensor | Like, most: int) -> int:
 
 
 @plan
-def _forward_plan(x, weight, bias, pos, device) -> tuple[Launch, int]:
+def _forward_plan(x, weight, bias, pos, precision, device) -> tuple[Launch, int]:
     """The launch, and the number of tokens."""
     x, weight = Like(*x), dense("weight", weight)
     dense("bias", bias), dense("pos", pos)
@@ -256,7 +259,7 @@ def _forward_plan(x, weight, bias, pos, device) -> tuple[Launch, int]:
     tile = (
         (32, COLUMNS, max(16, triton.next_power_of_2(length))) if short else (256 // itemsize, COLUMNS, 64 // itemsize)
     )
-    tokens, numbers = _numbers(x, weight, *tile)
+    tokens, numbers = _numbers(x, weight, tile, precision)
     tiles = triton.cdiv(weight.shape[0], COLUMNS) * triton.cdiv(tokens, tile[0])
     samples = triton.cdiv(batch, triton.cdiv(PROGRAMS, tiles))
     grid = (tiles * triton.cdiv(batch, max(samples, 1)),)
@@ -265,19 +268,19 @@ def _forward_plan(x, weight, bias, pos, device) -> tuple[Launch, int]:
 
 def patch_embed_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None) -> Tensor:
     inputs = (x, weight, bias, pos)
-    launch, tokens = _forward_plan(*map(signature, inputs), x.get_device())
+    launch, tokens = _forward_plan(*map(signature, inputs), precision_of(x.dtype), x.get_device())
     y = x.new_empty(x.shape[0], tokens, weight.shape[0])
     launch(*inputs, y)
     return y
 
 
 @plan
-def _backward_plan(dy, x, weight, with_bias, device) -> tuple[Launch, int]:
+def _backward_plan(dy, x, weight, with_bias, precision, device) -> tuple[Launch, int]:
     """The launch that sums over tokens, and the number of its partial sums."""
     dy, x, weight = dense("dy", dy), Like(*x), dense("weight", weight)
     elements = elements_of(weight, WEIGHT_ELEMENTS)
     rows = 64 // x.dtype.itemsize
-    tokens, numbers = _numbers(x, weight, rows, COLUMNS, elements)
+    tokens, numbers = _numbers(x, weight, (rows, COLUMNS, elements), precision)
     blocks = triton.cdiv(weight.shape[0], COLUMNS) * triton.cdiv(prod(weight.shape[1:]), elements)
     tiles = x.shape[0] * triton.cdiv(tokens, rows)
     chunk = triton.cdiv(tiles, max((PROGRAMS if elements < WEIGHT_ELEMENTS else LARGE_PROGRAMS) // blocks, 1))
@@ -290,7 +293,7 @@ def patch_embed_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     columns = weight.shape[0]
     inputs = (signature(dy), signature(x), signature(weight))
-    launch, parts = _backward_plan(*inputs, bias is not None, x.get_device())
+    launch, parts = _backward_plan(*inputs, bias is not None, precision_of(x.dtype), x.get_device())
     dweight = torch.empty_like(weight)
     dbias = dy.new_empty(0) if bias is None else dy.new_empty(columns, dtype=bias)
     dpos = dy.new_empty(0, columns) if pos is None else dy.new_empty(dy.shape[1:], dtype=pos)
@@ -303,14 +306,15 @@ def patch_embed_bwd(
     if not need_x:
         return x.new_empty(0), dweight, dbias, dpos
     dx = x.new_empty(x.shape)
-    _gradient_plan(signature(dy), signature(dx), signature(weight), x.get_device())(dy, weight, dx)
+    launch = _gradient_plan(signature(dy), signature(dx), signature(weight), precision_of(x.dtype), x.get_device())
+    launch(dy, weight, dx)
     return dx, dweight, dbias, dpos
 
 
 @plan
-def _gradient_plan(dy, dx, weight, device) -> Launch:
+def _gradient_plan(dy, dx, weight, precision, device) -> Launch:
     dx, weight = Like(*dx), Like(*weight)
     elements = elements_of(weight, VIDEO_ELEMENTS)
-    tokens, numbers = _numbers(dx, weight, 64, 128 // dx.dtype.itemsize, elements)
+    tokens, numbers = _numbers(dx, weight, (64, 128 // dx.dtype.itemsize, elements), precision)
     tiles = triton.cdiv(tokens, 64) * triton.cdiv(prod(weight.shape[1:]), elements)
     return Launch(_bwd_x, (dx.shape[0] * tiles,), *numbers, num_warps=8)

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import _window_flash as flash
 from . import _window_library as library
 from . import _window_short as short
-from ._common import constants
+from ._common import constants, precision_of
 from ._launch import Launch, Like, dense, plan, signature
 from ._parts import sum_parts
 from ._window_rows import Form, boxes, narrow_pieces, wide_pieces
@@ -59,7 +59,7 @@ class Call:
         cut = narrow_pieces if box.length <= PREPARE_FROM else wide_pieces
         qk = cut(0, head_dim // 2) + cut(head_dim // 2, head_dim) if halves else cut(0, head_dim)
         v = (narrow_pieces if box.length <= SHORT else wide_pieces)(0, head_dim)
-        self.form = Form(box.inner, numbers.norm, not halves, head_dim, qk, v, *steps)
+        self.form = Form(box.inner, numbers.norm, not halves, head_dim, qk, v, *steps, numbers.precision)
         self.constants = constants(self.form)
 
     @property
@@ -128,6 +128,7 @@ class Numbers(NamedTuple):
     interleaved: bool
     scale: float
     eps: float
+    precision: str
 
 
 @plan
@@ -141,7 +142,7 @@ def window_attention_fwd(
     qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps
 ) -> tuple[Tensor, Tensor]:
     parameters = (q_weight, k_weight, cos, sin, bias)
-    sizes, numbers = (t, h, w, wt, wh, ww), (norm, interleaved, scale, eps)
+    sizes, numbers = (t, h, w, wt, wh, ww), (norm, interleaved, scale, eps, precision_of(qkv.dtype))
     call = _call(signature(qkv), *map(signature, parameters), sizes, numbers, qkv.get_device())
     batch, tokens, _, heads, head_dim = qkv.shape
     if (attend := _library(call, qkv)) is not None:
@@ -161,7 +162,7 @@ def window_attention_bwd(
     q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps, with_dbias,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     parameters = (q_weight, k_weight, cos, sin, bias)
-    sizes, numbers = (t, h, w, wt, wh, ww), (norm, interleaved, scale, eps)
+    sizes, numbers = (t, h, w, wt, wh, ww), (norm, interleaved, scale, eps, precision_of(qkv.dtype))
     inputs = map(signature, (dout, qkv, out, softmax, *parameters))
     backward = _backward(*inputs, sizes, numbers, with_dbias, qkv.get_device())
     call = backward.call
@@ -199,7 +200,7 @@ def block_of(dtype: torch.dtype, head_dim: int) -> int:
     """Rows of a long window that a program takes, as registers and shared memory allow."""
     if dtype == torch.float32:
         return 32
-    return 64 if head_dim > 128 else 128
+    return 64 if head_dim > 80 else 128
 
 
 def bias_block_of(dtype: torch.dtype) -> int:
@@ -210,7 +211,7 @@ def bias_block_of(dtype: torch.dtype) -> int:
 def _blocks(call: Call, inner: int) -> tuple[int, int, int, int]:
     """For long windows: rows of a block, rows at a step, warps and stages."""
     block = block_of(call.qkv.dtype, call.form.head_dim)
-    return (128, inner, 8, 2) if block == 128 else (block, 32, 4, 1)
+    return (128, inner, 8, 2) if block == 128 else (block, 32, block // 8, 1)
 
 
 class Backward:
@@ -249,8 +250,8 @@ class Backward:
     @cached_property
     def short(self) -> Launch:
         call = self.call
-        # Norm and rotation hold more of a row: with 16 rows to a warp they would spill.
-        rows = 16 if call.form.norm == 0 and not call.rotated else 8
+        # Norm and rotation hold more of a row, the bias holds another tile of scores: 16 rows to a warp would spill.
+        rows = 16 if call.form.norm == 0 and not call.rotated and call.parameters.bias is None else 8
         return Launch(
             short.short_backward_kernel, (self._programs,),
             self._per_chunk, call.items, call.tokens, call.heads, *call.box.arguments, call.scale, call.eps,
