@@ -15,9 +15,13 @@ import matplotlib.pyplot as plt
 COLOURS = {"eager": "#4c78a8", "compile": "#f58518"}
 
 
+def _shown(case: dict[str, Any]) -> bool:
+    return case["direction"] == "fwd+bwd" or case["op"] == "sampling step"
+
+
 def ratios(record: dict[str, Any], path: Path) -> None:
     """Bars of the time of the best eager form and of compile over that of ours, forward and backward."""
-    cases = [case for case in record["cases"] if case["direction"] == "fwd+bwd" or case["op"] == "sampling step"]
+    cases = [case for case in record["cases"] if _shown(case)]
     names = list({f"{case['op']} {case['shape']}": None for case in cases})
     dtypes = list({case["dtype"]: None for case in cases})
     size = (5 + 4.5 * len(dtypes), 1.6 + 0.3 * len(names))
@@ -105,8 +109,14 @@ def _title(record: dict[str, Any]) -> str:
 
 
 def draw(record: dict[str, Any], path: Path) -> list[Path]:
-    """The plots beside the record's JSON file: ``NAME-ratios.png`` and ``NAME-roofline.png``."""
-    paths = [path.with_name(f"{path.stem}-{kind}.png") for kind in ("ratios", "roofline")]
-    ratios(record, paths[0])
-    roofline(record, paths[1])
+    """The plots beside the record's JSON file: ``NAME-ratios.png``, unless all is forward alone, and
+    ``NAME-roofline.png``.
+    """
+    kinds = {"ratios": ratios, "roofline": roofline}
+    if not any(map(_shown, record["cases"])):
+        del kinds["ratios"]
+    paths = []
+    for kind, plot in kinds.items():
+        paths.append(path.with_name(f"{path.stem}-{kind}.png"))
+        plot(record, paths[-1])
     return paths

@@ -300,6 +300,9 @@ def test_the_report_and_the_plots_of_a_record(tmp_path):
     assert "up to 3.0x" in "\n".join(report.report(made))
     for path in plots.draw(made, tmp_path / "default.json"):
         assert path.exists() and path.read_bytes()[:4] == b"\x89PNG"
+    for case in made["cases"]:
+        case["direction"] = "fwd"
+    assert [path.name for path in plots.draw(made, tmp_path / "forward.json")] == ["forward-roofline.png"]
 
 
 def test_a_roofline_is_the_slower_of_copy_and_product():
