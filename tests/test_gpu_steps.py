@@ -84,7 +84,8 @@ def test_tests_are_counted(tmp_path):
     assert gpu.counted(tmp_path / "none.xml")["failed"]
     path = tmp_path / "tests.xml"
     path.write_text(
-        '<testsuites><testsuite><testcase classname="a" name="b"/><testcase classname="a" name="c"><failure/></testcase>'
+        '<testsuites><testsuite><testcase classname="a" name="b"/>'
+        '<testcase classname="a" name="c"><failure/></testcase>'
         '<testcase classname="a" name="d"><skipped/></testcase></testsuite></testsuites>'
     )
     assert gpu.counted(path) == {"passed": 1, "skipped": 1, "failed": ["a::c"]}

@@ -44,8 +44,8 @@ def note(config, parameters):
     c = config[0]
     seen.append([compiled[-1].name, [c.x, c.y, c.z, c.threads, c.shared], signature, values])
 
-run = CompiledKernel.run
-CompiledKernel.run = property(lambda self: (compiled.append(self), run.fget(self))[1])
+of_triton = CompiledKernel.run
+CompiledKernel.run = property(lambda self: (compiled.append(self), of_triton.fget(self))[1])
 """
 
 
@@ -125,7 +125,7 @@ print(json.dumps(through))
 
 
 CALL = {"launches": 3, "us": 100.0, "ratio": 20.0}
-RECORD = {"torch": "1", "triton": "2", "bare": 5.0, "calls": {"adaln": {"fwd": CALL, "fwd+bwd": CALL}}}
+RECORD = {"torch": "1", "triton": "2", "bare": 5.0, "calls": {"adaln": {"fwd": CALL, "fwd+bwd": dict(CALL)}}}
 
 
 def changed(**change: float) -> dict:

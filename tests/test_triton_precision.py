@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -50,7 +51,8 @@ def test_a_change_between_calls_asks_for_other_kernels(length: int, dtype: torch
 
     def record(self, *args, **kwargs):
         constants = [arg for arg in args if isinstance(arg, Constants)]
-        seen.append((self.fn.__qualname__, *constants, kwargs.get("PRECISION")))
+        by_name = dict(zip(inspect.signature(self.fn).parameters, args, strict=True))
+        seen.append((self.fn.__qualname__, *constants, by_name.get("PRECISION")))
         return launch(self, *args, **kwargs)
 
     monkeypatch.setattr(interpreted, "run", record)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache, reduce
 from operator import or_
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Result = TypeVar("Result")
 PLANS = 4096  # kept per function: buckets of many sizes and lengths are some hundreds of signatures
 
 # For every launch: products and sums become fused multiply-adds, the default until Triton 3.10. Bits, and the speed,
@@ -26,11 +26,11 @@ _LAUNCH = JITFunction.run
 _plans: list[Any] = []
 
 
-def plan(function: Function) -> Function:
+def plan(function: Callable[..., Result]) -> Callable[..., Result]:
     """Decorates a function of signatures, numbers and a device whose results are kept."""
     kept = lru_cache(PLANS)(function)
     _plans.append(kept)
-    return kept  # type: ignore[return-value]
+    return kept
 
 
 def forget_plans() -> None:
@@ -52,6 +52,10 @@ def signature(tensor: Tensor | None) -> tuple | None:
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
 
 
+@overload
+def dense(name: str, tensor: None) -> None: ...
+@overload
+def dense(name: str, tensor: tuple) -> Like: ...
 def dense(name: str, tensor: tuple | None) -> Like | None:
     """The signature of a tensor that a kernel indexes with no strides.
 
@@ -69,6 +73,10 @@ def dense(name: str, tensor: tuple | None) -> Like | None:
     return like
 
 
+@overload
+def empty_gradient(tensor: Tensor) -> Tensor: ...
+@overload
+def empty_gradient(tensor: None) -> None: ...
 def empty_gradient(tensor: Tensor | None) -> Tensor | None:
     """For the gradient of a tensor that may be strided: contiguous. (``new_empty`` takes twice as long.)"""
     return None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -75,7 +75,8 @@ def sum_parts(*sums: tuple[Tensor, Tensor] | None) -> None:
     """For each pair of contiguous ``(parts [P, ...], out)``: ``out``, as parts added over P in fp32, in an order that
     depends on their shapes alone. One launch for all.
     """
-    tensors, sizes, dtypes = [], [], []
+    tensors: list[Tensor] = []
+    sizes, dtypes = [], []
     for pair in sums:
         if pair is not None and (size := pair[1].numel()):
             tensors += pair

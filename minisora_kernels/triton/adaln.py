@@ -321,7 +321,7 @@ class Backward(NamedTuple):
     first: Launch
     sums: tuple[int, int]
     second: Launch | None
-    added: tuple[int, ...]
+    added: tuple[int | None, ...]
 
 
 @plan

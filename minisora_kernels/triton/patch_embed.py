@@ -238,7 +238,7 @@ def _numbers(x: Like, weight: Like, tile: tuple[int, int, int], precision: str) 
     width, channels, *patch = weight.shape
     frames, height, across = (n // p for n, p in zip(x.shape[2:], patch, strict=True))
     count = frames * height * across
-    constants = (channels * prod(patch), *patch, width, *tile, precision)
+    constants: tuple[int | str, ...] = (channels * prod(patch), *patch, width, *tile, precision)
     return count, (count, height, across, *x.stride, *constants)
 
 

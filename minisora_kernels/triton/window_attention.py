@@ -55,11 +55,13 @@ class Call:
         if bias is not None and bias.shape != (wanted := (self.heads, box.length, box.length)):
             raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [heads, L, L] = {list(wanted)}")
         halves = cos is not None and not numbers.interleaved
-        steps = (head_dim if weight is not None and len(weight.shape) == 2 else 0 for weight in (q_weight, k_weight))
+        q_step, k_step = (
+            head_dim if weight is not None and len(weight.shape) == 2 else 0 for weight in (q_weight, k_weight)
+        )
         cut = narrow_pieces if box.length <= PREPARE_FROM else wide_pieces
         qk = cut(0, head_dim // 2) + cut(head_dim // 2, head_dim) if halves else cut(0, head_dim)
         v = (narrow_pieces if box.length <= SHORT else wide_pieces)(0, head_dim)
-        self.form = Form(box.inner, numbers.norm, not halves, head_dim, qk, v, *steps, numbers.precision)
+        self.form = Form(box.inner, numbers.norm, not halves, head_dim, qk, v, q_step, k_step, numbers.precision)
         self.constants = constants(self.form)
 
     @property
@@ -167,10 +169,10 @@ def window_attention_bwd(
     backward = _backward(*inputs, sizes, numbers, with_dbias, qkv.get_device())
     call = backward.call
     dqkv = torch.empty_like(qkv)
-    dbias = softmax.new_empty(backward.dbias) if with_dbias else None
+    bias_parts = softmax.new_empty(backward.dbias) if with_dbias else None
     if call.short:
         weights = backward.weight_parts(qkv)
-        backward.short(qkv, dout, softmax, dqkv, *weights, dbias, *parameters)
+        backward.short(qkv, dout, softmax, dqkv, *weights, bias_parts, *parameters)
     elif (attend := _library(call, qkv)) is not None:
         grads = library.gradients(attend, *_views(call, qkv, _prepared(call, qkv, parameters)), scale, dout)
         weights = backward.weight_parts(qkv, finish=True)
@@ -180,15 +182,16 @@ def window_attention_bwd(
         delta, weights = softmax.new_empty(softmax.shape[:3]), backward.weight_parts(qkv)
         backward.delta(dout, out, delta)
         backward.long(qk, qkv, dout, softmax, delta, dqkv, *weights, *parameters)
-        if dbias is not None:
-            backward.long_bias(qk, qkv, dout, softmax, delta, dbias, *parameters)
-    parts = (*weights, dbias)
-    sums = [
-        qkv.new_empty(0) if part is None or parameter is None else torch.empty_like(parameter)
+        if bias_parts is not None:
+            backward.long_bias(qk, qkv, dout, softmax, delta, bias_parts, *parameters)
+    parts = (*weights, bias_parts)
+    dq_weight, dk_weight, dbias = (
+        qkv.new_empty(0) if part is None else torch.empty_like(parameter)
         for part, parameter in zip(parts, (q_weight, k_weight, bias), strict=True)
-    ]
-    sum_parts(*(None if part is None else (part, total) for part, total in zip(parts, sums, strict=True)))
-    return dqkv, *sums
+    )
+    sums = zip(parts, (dq_weight, dk_weight, dbias), strict=True)
+    sum_parts(*(None if part is None else (part, total) for part, total in sums))
+    return dqkv, dq_weight, dk_weight, dbias
 
 
 def _tile(length: int) -> int:
@@ -218,7 +221,7 @@ class Backward:
     """The launches of a call's backward, and the sizes of the partial sums that they leave."""
 
     def __init__(self, call: Call, with_dbias: bool) -> None:
-        self.call, self._with_dbias = call, with_dbias
+        self.call = call
         length, heads = call.box.length, call.heads
         if call.short:
             self._tile = _tile(length)
