@@ -372,7 +372,8 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, branch, gate, shift, scale, weight and bias; ``x`` is what was normalised."""
     inputs = (dresidual, dy, x, branch, gate, shift, scale, weight, bias, mean, rstd)
-    dx, dbranch, *gradients = map(empty_gradient, (x, branch, gate, shift, scale, weight, bias))
+    parameters = (gate, shift, scale, weight, bias)
+    dx, dbranch, *gradients = [empty_gradient(tensor) for tensor in (x, branch, *parameters)]
     if x.numel() == 0:
         return dx, dbranch, *(None if gradient is None else gradient.zero_() for gradient in gradients)
     launches = _backward_plan(*map(signature, inputs), rms, x.get_device())
