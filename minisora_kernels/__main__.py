@@ -38,7 +38,7 @@ def state(op: str, backend: str) -> str:
     device = device_of(backend)
     if backend not in backends.PREFERENCE.get(device.type, ()):
         return "by name only"
-    found = Counter()
+    found: Counter[str] = Counter()
     for name, dtype, rest in regimes():
         if name == op:
             verdict = record.refusal(backend, op, device, f"{dtype} {rest}", compiling=False)
@@ -71,8 +71,8 @@ def show() -> None:
         if note:
             print(f"{op}: {note}")
     print("\norder of the automatic choice:")
-    for device, order in backends.PREFERENCE.items():
-        print(f"{device:>10}: {', then '.join(order)}")
+    for kind, order in backends.PREFERENCE.items():
+        print(f"{kind:>10}: {', then '.join(order)}")
     built = backends.build_record()
     print(f"\nbuild record: {'' if built else 'none; the package was not installed with pip'}")
     for part, facts in built.items():
@@ -93,8 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         "verify",
         help="check the kernels on this device, time them, and write the record that the automatic choice reads",
         description="Check every kernel on this device against float64, values and gradients; then time it against "
-        "plain PyTorch and torch.compile. The record says which kernels serve from now on. Exit status 1: a kernel is wrong; "
-        "2: nothing could be verified.",
+        "plain PyTorch and torch.compile. The record says which kernels serve from now on. Exit status 1: a kernel is "
+        "wrong; 2: nothing could be verified.",
     )
     command.add_options(verify)
     options = parser.parse_args(arguments)

@@ -38,7 +38,8 @@ class Checkpoint:
     class names, ``ema`` the averaged weights, ``rng`` the states of the random generators by name, ``memory`` what the
     objective's loss remembers. ``encoder`` says what made the latents that the model was trained on (see
     ``latents.py``); None for pixels. ``text_encoder`` says what encoded the captions (see ``text.py``); None without
-    text. ``data_digest`` is that of the source (see ``data.py``); None for one that is not made of files. ``served``: by op and regime the backend that the automatic choice took.
+    text. ``data_digest`` is that of the source (see ``data.py``); None for one that is not made of files.
+    ``served`` says by op and regime which backend the automatic choice took.
     """
 
     train: dict[str, Any]

@@ -34,7 +34,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from minisora_kernels import backends
+from minisora_kernels import automatic
 
 from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
@@ -327,7 +327,7 @@ class Trainer:
             memory=self.memory,
             text_encoder=self.text_encoder,
             data_digest=self.data_digest,
-            served=self.served | backends.served(),
+            served=self.served | automatic.served(),
         )
 
     def train_step(self) -> tuple[Tensor, Tensor, float]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from minisora_kernels import backends, use_backend
+from minisora_kernels import automatic, backends, use_backend
 
 _log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ def verify_first(device: torch.device, mode: str) -> None:
 
     If that fails plain PyTorch serves, as without it.
     """
-    if mode == "never" or device.type != "cuda" or backends.VERIFIED == "0" or backends.has_record(device):
+    if mode == "never" or device.type != "cuda" or backends.VERIFIED == "0" or automatic.has_record(device):
         return
     _log.warning("the kernels are verified on %s first, about a minute; --verify never goes without", device)
     command = [sys.executable, "-m", "minisora_kernels", "verify", "--quick", "--missing-only"]
@@ -28,7 +28,7 @@ def verify_first(device: torch.device, mode: str) -> None:
     done = subprocess.run(command)
     if done.returncode:
         _log.warning("verify ended with status %d; what is not verified is served by plain PyTorch", done.returncode)
-    backends.forget()
+    automatic.forget()
 
 
 @contextlib.contextmanager
@@ -44,13 +44,13 @@ def serving(device: torch.device, backend: str, verify: str, stored: Mapping[str
         return
     verify_first(device, verify)
     stored = stored or {}
-    now = {label: backends.would_serve(label, device) for label in stored}
-    with backends.keep(stored):
+    now = {label: automatic.would_serve(label, device) for label in stored}
+    with automatic.keep(stored):
         for label, before in stored.items():
             names, reasons = now[label]
-            if names[0] == before:
+            if not names or names[0] == before:
                 continue
-            kept = backends.would_serve(label, device)[0][0]
+            kept = automatic.would_serve(label, device)[0][0]
             said = f": {reasons[before]}" if before in reasons else ""
             what = f"{before} is kept" if kept == before else f"{kept} serves the rest"
             _log.warning("%s: %s served this run, now %s would%s; %s", label, before, names[0], said, what)

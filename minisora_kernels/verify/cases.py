@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -130,9 +131,9 @@ def window_attention(
         constants = ("cos", "sin")
 
     def call(t: dict[str, Tensor], **kwargs: Any) -> Tensor:
-        t = dict(t)
-        rope = mk.Rope(t.pop("cos"), t.pop("sin"), rotary == "interleaved") if rotary else None
-        return mk.window_attention(t.pop("qkv"), grid, window, qk_norm=norm, rope=rope, **t, **kwargs)
+        rope = mk.Rope(t["cos"], t["sin"], rotary == "interleaved") if rotary else None
+        kwargs |= {name: t.get(name) for name in ("q_weight", "k_weight", "bias")}
+        return mk.window_attention(t["qkv"], grid, window, qk_norm=norm, rope=rope, **kwargs)
 
     return Case("window_attention", name, tensors, call, dict.fromkeys(constants, torch.float32), constants)
 
@@ -305,8 +306,11 @@ def timed(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]
     def one(op: str, detail: str, make: Callable[[], Case]) -> tuple[str, Callable[[], Case]]:
         return f"{op} {detail}".strip(), make
 
+    def of_tokens(op: str) -> Case:
+        return next(case for case in modulated(random, "", 2, half, width, 1, 1) if case.op == op)
+
     for op in MODULATED:
-        yield one(op, "", lambda op=op: next(c for c in modulated(random, "", 2, half, width, 1, 1) if c.op == op))
+        yield one(op, "", partial(of_tokens, op))
     yield one("gelu_mlp", "", lambda: gelu_mlp(random, "", (tokens // 4, width), 4 * width, width))
     yield one("grn", "", lambda: grn(random, "", 1, tokens // 8 * 8, width, 8, "gelu"))
     side = max(2, int((tokens / 16) ** 0.5))
@@ -324,14 +328,10 @@ def timed(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]
     }
     for length, (grid, window) in windows.items():
         for kind in ("plain", "norm", "bias"):
-            options = ("rms", 1, "interleaved") if kind == "norm" else (None, None, None)
-            yield one(
-                "window_attention",
-                f"{length} {kind}",
-                lambda grid=grid, window=window, kind=kind, options=options: window_attention(
-                    random, "", 1, grid, window, heads, head_dim, *options, kind == "bias"
-                ),
-            )
+            of_windows = partial(window_attention, random, "", 1, grid, window, heads, head_dim)
+            if kind == "norm":
+                of_windows = partial(of_windows, norm="rms", weights=1, rotary="interleaved")
+            yield one("window_attention", f"{length} {kind}", partial(of_windows, biased=kind == "bias"))
 
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, backends
+from .. import __version__, automatic, backends
 from . import record
 from .cases import DTYPES, regimes
 from .record import Entry, Record
@@ -267,7 +267,7 @@ def verify(options: argparse.Namespace) -> tuple[Record, Path | None]:
         except OSError as error:
             print(f"the record is not written: {error}; name another file with --out", file=sys.stderr)
             path = None
-    backends.forget()
+    automatic.forget()
     return new, path
 
 

@@ -12,12 +12,13 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import automatic, backends
 from .cases import Case, timed
 from .right import say, tuple_of
 
@@ -33,6 +34,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._kept: list[Any] = []
         self.flush = torch.empty(L2_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
 
     def prepare(self, function: Function) -> Function:
@@ -48,7 +50,7 @@ class Clock:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            graph.kept = function()  # its memory is the graph's
+            self._kept.append(function())  # its memory is the graph's
         return graph.replay
 
     def device_seconds(self, function: Function) -> float:
@@ -101,7 +103,7 @@ def columns(case: Case, dtype: torch.dtype, backend: str, both: bool, compiled: 
                 return call(leaves)
         return torch.autograd.grad(tuple_of(call(leaves)), wanted, upstream)
 
-    return {name: lambda call=call: run(call) for name, call in calls.items()}
+    return {name: partial(run, call) for name, call in calls.items()}
 
 
 def measure(clock: Clock, functions: dict[str, Function], seconds: float) -> dict[str, Any]:
@@ -115,17 +117,15 @@ def measure(clock: Clock, functions: dict[str, Function], seconds: float) -> dic
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             samples[name].append(clock.device_seconds(prepared[name]))
-    result: dict[str, Any] = {
+    waited = {name: [max(value, host[name] or 0) for value in values] for name, values in samples.items()}
+    return {
         "times": {
-            name: [statistics.median(values) * 1e6, None if host[name] is None else host[name] * 1e6]
+            name: [statistics.median(values) * 1e6, None if (own := host[name]) is None else own * 1e6]
             for name, values in samples.items()
         },
-        "ratio": _ratio(*([max(value, host[name] or 0) for value in samples[name]] for name in ("ours", "eager"))),
-        "compile_ratio": None,
+        "ratio": _ratio(waited["ours"], waited["eager"]),
+        "compile_ratio": _ratio(samples["ours"], samples["compile"]) if "compile" in samples else None,
     }
-    if "compile" in samples:
-        result["compile_ratio"] = _ratio(samples["ours"], samples["compile"])
-    return result
 
 
 def _ratio(ours: list[float], others: list[float]) -> list[float]:
@@ -161,7 +161,7 @@ def main() -> None:
         case = replace(make(), device=str(device))
         for dtype in (torch.float32, torch.bfloat16):
             for both in (True, False) if case.differentiable else (False,):
-                regime = backends.regime(device, dtype, both, detail)
+                regime = automatic.regime(device, dtype, both, detail)
                 line: dict[str, Any] = {"op": op, "regime": regime}
                 say("case", case=f"{op} {regime}")
                 try:

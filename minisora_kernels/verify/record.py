@@ -74,7 +74,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """Of one backend, op and regime (:func:`minisora_kernels.backends.regime`).
+    """Of one backend, op and regime (:func:`minisora_kernels.automatic.regime`).
 
     ``error``: the worst error over its bound, at most 1 where ``right``; None if it did not come to that, and ``wrong``
     says what happened. ``times``: per column ``[device, host]`` in microseconds per call, host None on a CPU.

@@ -238,7 +238,7 @@ def main() -> None:
     if options.device.type == "cuda":
         torch.cuda.set_device(options.device)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010 - a property that mypy misses
     warnings.simplefilter("ignore")
     for case, dtype in selected(options.op, options.part, options.device, options.quick):
         line: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
