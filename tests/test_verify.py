@@ -116,6 +116,7 @@ def test_two_processes_at_once_leave_one_whole_record_of_both(cache, monkeypatch
         assert item.times.keys() == {"ours", "eager"} and item.status in ("used", "slower here")
         assert item.status_in_compile == "not timed"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(backends, "VERIFIED", None)
     automatic.forget()
     assert record.find(CPU) == (found, path)
     automatic.forget()
@@ -125,6 +126,7 @@ def test_the_table_shows_what_becomes_of_every_kernel(cache, monkeypatch, capsys
     from minisora_kernels.__main__ import main
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(backends, "VERIFIED", None)
     automatic.forget()
     assert main([]) == 0
     automatic.forget()
@@ -536,6 +538,7 @@ def test_on_a_gpu_a_kernel_serves_only_by_a_record(status, item, said, monkeypat
 def test_the_record_that_comes_with_the_package_holds_for_every_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(record, "SHIPPED", tmp_path / "records")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(backends, "VERIFIED", None)
     elsewhere = replace(record.key(CPU), device="Another CPU", torch="2.10.0", digest="00")
     slow, fast = entry(ratio=[1.2, 1.3]), entry(ratio=[0.5, 0.6])
     record.save(Record(replace(elsewhere, capability="AVX2"), {}, (fast,)), record.SHIPPED / "cpu-AVX2.json")
