@@ -14,6 +14,9 @@ from minisora_kernels import backends
 # Where the tests of ops and of models with kernels run: "cuda" for a GPU (python -m bench.gpu sets it).
 DEVICE = os.environ.get("MINISORA_TEST_DEVICE", "cpu")
 
+# What is right and fast on this machine is no concern of the tests, but for those that say so: every kernel serves.
+backends.VERIFIED = "0"
+
 # The backends of that device; under Triton's interpreter (TRITON_INTERPRET=1) only its kernels.
 KERNEL_BACKENDS = [
     name

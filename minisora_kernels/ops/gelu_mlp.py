@@ -71,8 +71,8 @@ class _GeluMLP(torch.autograd.Function):
         )
 
 
-def _kernels(x):
-    return kernel_refusal(x=x)
+def _kernels(x, *_):
+    return kernel_refusal(x=x)  # the others have its dtype
 
 
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
@@ -117,7 +117,7 @@ def gelu_mlp(
     dtype = compute_dtype(x)
     x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
     b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
-    chosen = backends.choose(op, BACKENDS, x.device, backend, x)
+    chosen = backends.choose(op, BACKENDS, x.device, backend, x, w1, b1, w2, b2)
     if chosen == "reference":
         return reference(x, w1, b1, w2, b2)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2))

@@ -232,7 +232,8 @@ def patch_embed(
     dtype = compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    chosen = backends.choose("patch_embed", BACKENDS, x.device, backend, x, weight, bias, pos)
+    detail = "short" if weight[0].numel() <= LONGEST_PATCH else "long"
+    chosen = backends.choose("patch_embed", BACKENDS, x.device, backend, x, weight, bias, pos, detail=detail)
     if chosen == "reference":
         return reference(x, weight, bias, pos)
     weight = weight.contiguous()

@@ -257,6 +257,9 @@ def _triton(qkv, q_weight, k_weight, bias):
 
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
 
+# What a record tells apart: up to 64 tokens or more, and the bias, else the norm or rotation.
+DETAILS = (("short plain", "short norm", "short bias"), ("long plain", "long norm", "long bias"))
+
 # There is no second route through torch's scaled_dot_product_attention: most windows would have to be copied for it,
 # and norms and rotations would be passes of their own. bench/bench_window_attention.py times it on long windows.
 ROUTES = (
@@ -360,7 +363,10 @@ def window_attention(
     grid, window = _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     qkv = qkv.to(compute_dtype(qkv))
-    chosen = backends.choose("window_attention", BACKENDS, qkv.device, backend, qkv, q_weight, k_weight, bias)
+    kind = 2 if bias is not None else 1 if qk_norm is not None or rope is not None else 0
+    detail = DETAILS[window[0] * window[1] * window[2] > 64][kind]
+    call = (qkv, q_weight, k_weight, bias)
+    chosen = backends.choose("window_attention", BACKENDS, qkv.device, backend, *call, detail=detail)
     if chosen == "reference":
         with torch.autocast(qkv.device.type, enabled=False):
             return reference(
