@@ -278,7 +278,9 @@ def filled(page: Path, results: Path) -> str:
         except (OSError, LookupError, TypeError) as error:
             raise ValueError(f"{page}: the table {match['words']!r} cannot be written: {error!r}") from error
         # Tables link to files by their full path; a page needs the path from its own folder.
-        links = re.sub(r"\]\((/[^)]*)\)", lambda link: f"]({Path(os.path.relpath(link[1], page.parent)).as_posix()})", text)
+        links = re.sub(
+            r"\]\((/[^)]*)\)", lambda link: f"]({Path(os.path.relpath(link[1], page.parent)).as_posix()})", text
+        )
         return f"{match[1]}{links}\n{match[4]}"
 
     text = page.read_text()

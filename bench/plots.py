@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -164,15 +165,19 @@ def draw_training_steps(records: list[dict[str, Any]], path: Path, source: bytes
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in PICTURED.values()]
     labels = ["eager PyTorch", "torch.compile", "minisora_kernels"]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Comment": _digest(source)})
     plt.close(figure)
 
 
 def _named(step: dict[str, Any]) -> str:
-    """``factorized B/2 16x256x256 b1 bfloat16`` as a reader knows it."""
-    attention, size, clip, batch, dtype = step["model"].split()
-    clip = " x ".join(clip.split("x"))
-    return f"DiT-{size}, {attention} attention\n{clip}, batch {batch[1:]}, {dtype}\n{step['machine']}"
+    """``factorized B/2 16x256x256 b1 bfloat16`` as a reader knows it; another name stays as it is."""
+    match = re.fullmatch(r"(\w+) (\w+/\d) (\d+)x(\d+)x(\d+) b(\d+) (\w+)", step["model"])
+    name = step["model"]
+    if match:
+        attention, size, *clip, batch, dtype = match.groups()
+        name = f"DiT-{size}, {attention} attention\n{' x '.join(clip)}, batch {batch}, {dtype}"
+    return f"{name}\n{step['machine']}"
 
 
 def animate(sheet: Path, path: Path) -> None:

@@ -1,7 +1,7 @@
 """A hook of mkdocs: pages link to plots and records in ``bench/results``, outside of ``docs/``, so these come along.
 
-On disk a page of ``docs/`` links to ``../bench/results/...``, which a code host follows too. The site has a copy of that
-folder at its root.
+On disk a page of ``docs/`` links to ``../bench/results/...``, which a code host follows too. The site has a copy of
+that folder at its root.
 """
 
 from __future__ import annotations
