@@ -99,7 +99,7 @@ def test_coefficients_by_name_are_those_of_the_packed_row(backend, dtype):
 def test_coefficients_default_to_a_step_that_stays():
     assert torch.equal(mk.guided_step(X, COND, mk.Coefficients()), X)
     double = mk.guided_step(X.double(), COND.double(), mk.Coefficients(prediction=1 / 3))
-    assert torch.equal(double, X.double() + COND[:, :3].double() / 3)
+    torch.testing.assert_close(double, X.double() + COND[:, :3].double() / 3, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
