@@ -47,7 +47,7 @@ def test_every_op_is_public_and_tested(op: str):
 def test_the_public_names_are_the_ops_and_their_helpers():
     public = {name for name in vars(mk) if not name.startswith("_")}
     modules = {"backends", "checks", "modulation", "ops", "recompute", "testing", "triton"}
-    assert public - modules == {*ops(), "use_backend", "recompute_adaln", "Rope", "rope_3d"}
+    assert public - modules == {*ops(), "Coefficients", "use_backend", "recompute_adaln", "Rope", "rope_3d"}
 
 
 def test_models_use_the_public_ops_only():
