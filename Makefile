@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo digits systems test bench bench-quick readme-check lint check-gpu-code clean
+.PHONY: demo digits systems test bench bench-quick docs docs-serve docs-check lint check-gpu-code clean
 
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,9 +40,18 @@ bench: $(VENV)/.installed
 bench-quick: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only --quick
 
-# The README's measured tables are those of the committed records.
-readme-check: $(VENV)/.installed
-	$(BIN)/python -m bench.readme --check
+# The measured tables and pictures of the README and of docs/ are those of the committed records.
+docs-check: $(VENV)/.installed
+	$(BIN)/python -m bench.docs --check
+
+# The site, in build/site; a link that leads nowhere fails. The package is installed, so pip adds what builds the site.
+docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet 'minisora_kernels[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The site on http://127.0.0.1:8000, built again after each edit.
+docs-serve: docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

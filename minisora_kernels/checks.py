@@ -1,4 +1,4 @@
-"""What every op asks of its tensors: type, dtype and device, and the dtypes that kernels take."""
+"""Checks that all ops share: type, dtype and device of a tensor, and what the kernels can take."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ KERNEL_FLOATS = FLOATS[:3]
 
 
 def check_tensor(op: str, name: str, tensor: object, like: Tensor | None = None, like_name: str = "x") -> None:
-    """``tensor`` must be a floating-point tensor, on the device of ``like`` if that is given."""
+    """Raise unless ``tensor`` is a floating-point tensor, and on the device of ``like`` if there is one."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
@@ -23,7 +23,7 @@ def check_tensor(op: str, name: str, tensor: object, like: Tensor | None = None,
 
 
 def kernel_refusal(**tensors: Tensor | None) -> str | None:
-    """Why a kernel that computes in fp32 cannot take these tensors, by name."""
+    """Return why a kernel that computes in fp32 cannot take these tensors, or None if it can."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in KERNEL_FLOATS:
             return f"{name} has dtype {tensor.dtype}; the kernels take float16, bfloat16 and float32"
@@ -31,7 +31,7 @@ def kernel_refusal(**tensors: Tensor | None) -> str | None:
 
 
 def gradient_refusal(**tensors: Tensor | None) -> str | None:
-    """Why a kernel without a backward cannot take these tensors, by name."""
+    """Return why a kernel without a backward cannot take these tensors, or None if it can."""
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         return "it has no forward mode AD"
     if torch.is_grad_enabled():
@@ -42,7 +42,7 @@ def gradient_refusal(**tensors: Tensor | None) -> str | None:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a Linear fed by the op works in: autocast's inside autocast, else x's own."""
+    """The dtype in which a Linear that reads x works: autocast's inside autocast, else x's own."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

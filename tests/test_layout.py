@@ -60,7 +60,7 @@ def test_the_public_names_are_the_ops_and_their_helpers():
         "triton",
         "verify",
     }
-    assert public - modules == {*ops(), "use_backend", "recompute_adaln", "Rope", "rope_3d"}
+    assert public - modules == {*ops(), "Coefficients", "use_backend", "recompute_adaln", "Rope", "rope_3d"}
 
 
 def test_models_use_the_public_ops_only():

@@ -477,7 +477,7 @@ TABLE = torch.zeros(8, 4)
         (QKV, GRID, (0, 1, 1), {}, ValueError, "window is .0, 1, 1.; it must be three positive"),
         (QKV, GRID, (2, 3, 1), {}, ValueError, "window 2 x 3 x 1 is larger than the grid 2 x 2 x 2"),
         (QKV, GRID, WINDOW, {"qk_norm": "l2"}, ValueError, "qk_norm is 'l2'; it may be None, 'rms' or 'layer'"),
-        (QKV, GRID, WINDOW, {"q_weight": torch.ones(8)}, ValueError, "q_weight was given without qk_norm"),
+        (QKV, GRID, WINDOW, {"q_weight": torch.ones(8)}, ValueError, "q_weight needs qk_norm, which is None"),
         (QKV, GRID, WINDOW, {"qk_norm": "rms", "k_weight": torch.ones(4)}, ValueError, "k_weight has shape"),
         (QKV, GRID, WINDOW, {"qk_norm": "rms", "k_weight": torch.ones(8).int()}, TypeError, "k_weight has dtype"),
         (QKV, GRID, WINDOW, {"rope": (TABLE, TABLE)}, TypeError, "rope must be a Rope"),
