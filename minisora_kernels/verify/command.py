@@ -27,7 +27,7 @@ from .cases import DTYPES, regimes
 from .record import Entry, Record
 
 # Seconds that a worker may take for one case, its compilations among them.
-LIMIT = 120
+LIMIT = 300
 # An op with many kernels is checked in so many processes.
 PARTS = {"window_attention": 3}
 # The start of a worker: with this process's modules, wherever they are.
