@@ -41,7 +41,7 @@ def go_on(run: Path) -> list[tuple[str, str]]:
     return [
         ("Sample more clips from this run:", f"{here} -m models.sample {folder} --count 12 --seed 1 --overwrite"),
         (
-            "Train it for longer; it goes on from its last step:",
+            "Train it for longer, from its last step on:",
             f"{here} -m models.train --resume {folder} --steps 3000",
         ),
         (

@@ -25,7 +25,7 @@ PAGE = """<!doctype html>
   img {{ max-width: 100%; image-rendering: pixelated; }}
   .clips {{ width: 100%; }}
   svg {{ width: 100%; height: auto; font: 12px system-ui, sans-serif; }}
-  pre {{ padding: .75rem 1rem; overflow-x: auto; background: color-mix(in srgb, currentColor 8%, transparent); }}
+  pre {{ padding: .75rem 1rem; white-space: pre-wrap; background: color-mix(in srgb, currentColor 8%, transparent); }}
 </style>
 </head>
 <body>
@@ -69,8 +69,11 @@ def smooth(losses: list[float], points: int = 200) -> tuple[list[float], int]:
     return [sum(part) / len(part) for part in parts], window
 
 
-def plot(losses: list[float], window: int) -> str:
-    """The curve as SVG, with a logarithmic axis of the loss. Values that are not positive and finite leave a gap."""
+def plot(losses: list[float], steps: int) -> str:
+    """The curve over ``steps`` steps as SVG; the axis of the loss is logarithmic.
+
+    A value that is not positive and finite leaves a gap.
+    """
     shown = [value if math.isfinite(value) and value > 0 else None for value in losses]
     logs = [math.log10(value) for value in shown if value is not None]
     if not logs:
@@ -103,7 +106,7 @@ def plot(losses: list[float], window: int) -> str:
         anchor = {0: "start", 0.5: "middle", 1: "end"}[share]
         marks.append(
             f'<text x="{x(index):.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}" fill="currentColor">'
-            f"{round(index * window):,}</text>"
+            f"{round(share * steps):,}</text>"
         )
     label = '<title>Loss over the steps of the training</title><g role="img">'
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}">{label}{"".join(marks + lines)}</g></svg>'
@@ -133,7 +136,7 @@ def write_page(run: Path, gif: Path, png: Path, text: str, commands: list[tuple[
         text=html.escape(text),
         gif=base64.b64encode(gif.read_bytes()).decode(),
         png=base64.b64encode(png.read_bytes()).decode(),
-        plot=plot(means, window),
+        plot=plot(means, len(losses)),
         window=window,
         last=means[-1],
         steps=len(losses),
