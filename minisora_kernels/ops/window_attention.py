@@ -268,14 +268,18 @@ def _triton(qkv, q_weight, k_weight, bias):
 
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
 
-# What a record tells apart: up to 64 tokens or more, and the bias, else the norm or rotation.
+# Triton takes windows of at most this many tokens in one tile of scores, which a program keeps in registers. With 64 a
+# backward with a bias, a norm or rotation spilled hundreds of bytes per thread.
+SHORT = 32
+
+# What a record tells apart: windows of up to SHORT tokens or longer ones, and the bias, else the norm or rotation.
 DETAILS = (("short plain", "short norm", "short bias"), ("long plain", "long norm", "long bias"))
 
 # Torch's scaled_dot_product_attention is not a route: it needs a copy of most windows, and separate passes for norms
 # and rotations. bench/bench_window_attention.py times it on long windows.
 ROUTES = (
     "cpu: one kernel for all windows. On CPUs with AVX-512 bfloat16 or AMX it multiplies bfloat16 as it is, elsewhere "
-    "in float32. triton: windows of up to 64 tokens take one pass each way, and short ones share a program. Longer "
+    "in float32. triton: windows of up to 32 tokens take one pass each way, and short ones share a program. Longer "
     "windows take blocks of tokens; beyond 512 tokens norm and rotation have a pass of their own. flash-attn takes "
     "long windows without a bias where it is installed. Not run on a GPU yet."
 )
@@ -392,7 +396,7 @@ def window_attention(
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     qkv = qkv.to(compute_dtype(qkv))
     kind = 2 if bias is not None else 1 if qk_norm is not None or rope is not None else 0
-    detail = DETAILS[window[0] * window[1] * window[2] > 64][kind]
+    detail = DETAILS[window[0] * window[1] * window[2] > SHORT][kind]
     call = (qkv, q_weight, k_weight, bias)
     chosen = backends.choose("window_attention", BACKENDS, qkv.device, backend, *call, detail=detail)
     if chosen == "reference":
