@@ -83,7 +83,7 @@ def _call(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interlea
     cut = narrow if box.length <= PREPARE_FROM else wide_pieces
     qk = cut(0, head_dim // 2) + cut(head_dim // 2, head_dim) if halves else cut(0, head_dim)
     v = (narrow if box.length <= SHORT else wide_pieces)(0, head_dim)
-    form = Form(box.inner, norm, not halves, head_dim, qk, v, *steps, precision_of(qkv.dtype))
+    form = Form(box.inner, norm, not halves, head_dim, qk, v, precision_of(qkv.dtype), *steps)
     return Call(qkv, q_weight, k_weight, cos, sin, bias, scale, eps, box, form)
 
 
@@ -151,9 +151,9 @@ def block_of(dtype: torch.dtype, head_dim: int, length: int) -> int:
     return 64 if head_dim > NARROW or length <= 64 else 128
 
 
-def bias_block_of(dtype: torch.dtype) -> int:
+def bias_block_of(dtype: torch.dtype, head_dim: int) -> int:
     """Rows and columns of a bias' gradient that a program adds up."""
-    return 32 if dtype == torch.float32 else 64
+    return 32 if dtype == torch.float32 or head_dim > NARROW else 64
 
 
 def _blocks(call: Call, inner: int) -> tuple[int, int, int, int]:
@@ -162,7 +162,9 @@ def _blocks(call: Call, inner: int) -> tuple[int, int, int, int]:
     block = block_of(call.qkv.dtype, head_dim, call.box.length)
     if block == 128:
         return block, inner, 8, 2
-    return block, 32, 8 if block == 64 and head_dim > NARROW else 4, 1
+    if block == 64:  # with 4 warps, and heads wider than NARROW with more rows at a step, they would spill
+        return block, inner // 2 if head_dim > NARROW else 32, 8, 1
+    return block, 32, 4, 1
 
 
 def _weight_parts(call: Call, count: int) -> list[Tensor | None]:
@@ -230,13 +232,14 @@ def _flash_backward(call: Call, dout, out, softmax, dqkv, with_dbias: bool) -> l
     )  # fmt: skip
     if not with_dbias:
         return [*weights, None]
-    side = bias_block_of(qkv.dtype)
+    side = bias_block_of(qkv.dtype, form.head_dim)
     blocks = triton.cdiv(length, side) ** 2 * heads
     chunks = max(1, min(call.items, BIAS_PROGRAMS // blocks))
     dbias = softmax.new_empty(chunks, heads, length, length)
     flash.dbias_kernel[(blocks * chunks,)](
         qk, qkv, dout, softmax, delta, dbias, *call.parameters, call.items, chunks, tokens, heads,
-        *call.box.arguments, call.scale, call.eps, qk is not qkv, constants(form), side, num_stages=stages, **FUSED,
+        *call.box.arguments, call.scale, call.eps, qk is not qkv, constants(form), side,
+        num_warps=8 if side == 64 else 4, num_stages=stages, **FUSED,
     )  # fmt: skip
     return [*weights, dbias]
 
