@@ -67,7 +67,9 @@ def _bias_passes(values: dict[str, Any]) -> int:
     """Over q, k, v and dout for dbias."""
     from minisora_kernels.triton import window_attention
 
-    return _blocks(values, window_attention.bias_block_of(values["qkv"].dtype)) if values["with_dbias"] else 0
+    if not values["with_dbias"]:
+        return 0
+    return _blocks(values, window_attention.bias_block_of(values["qkv"].dtype, values["qkv"].shape[-1]))
 
 
 def _windows(values: dict[str, Any]) -> int:

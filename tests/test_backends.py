@@ -268,7 +268,7 @@ from minisora_kernels import backends
 from minisora_kernels.testing import assert_as_accurate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# On a CPU with AMX torch's flash attention fails where the variable takes AVX-512 away ("pack_vnni2 is only supported").
+# On a CPU with AMX torch's flash attention fails where the variable hides AVX-512 ("pack_vnni2 is only supported").
 @sdpa_kernel(SDPBackend.MATH)
 def check(name, call, *arguments):
     results = []

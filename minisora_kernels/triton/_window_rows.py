@@ -33,9 +33,9 @@ class Form(NamedTuple):
     head_dim: int
     qk: tuple[Piece, ...]
     v: tuple[Piece, ...]
+    precision: str  # of products, see `precision_of`
     q_step: int  # from the norm's weight of one head to the next
     k_step: int
-    precision: str  # of products, see `precision_of`
 
 
 class Boxes(NamedTuple):

@@ -63,7 +63,7 @@ class Call:
         cut = narrow if box.length <= PREPARE_FROM else wide_pieces
         qk = cut(0, head_dim // 2) + cut(head_dim // 2, head_dim) if halves else cut(0, head_dim)
         v = (narrow if box.length <= SHORT else wide_pieces)(0, head_dim)
-        self.form = Form(box.inner, numbers.norm, not halves, head_dim, qk, v, q_step, k_step, numbers.precision)
+        self.form = Form(box.inner, numbers.norm, not halves, head_dim, qk, v, numbers.precision, q_step, k_step)
         self.constants = constants(self.form)
 
     @property
@@ -216,9 +216,9 @@ def block_of(dtype: torch.dtype, head_dim: int, length: int) -> int:
     return 64 if head_dim > NARROW or length <= 64 else 128
 
 
-def bias_block_of(dtype: torch.dtype) -> int:
+def bias_block_of(dtype: torch.dtype, head_dim: int) -> int:
     """Rows and columns of a bias' gradient that a program adds up."""
-    return 32 if dtype == torch.float32 else 64
+    return 32 if dtype == torch.float32 or head_dim > NARROW else 64
 
 
 def _blocks(call: Call, inner: int) -> tuple[int, int, int, int]:
@@ -227,7 +227,9 @@ def _blocks(call: Call, inner: int) -> tuple[int, int, int, int]:
     block = block_of(call.qkv.dtype, head_dim, call.box.length)
     if block == 128:
         return block, inner, 8, 2
-    return block, 32, 8 if block == 64 and head_dim > NARROW else 4, 1
+    if block == 64:  # with 4 warps, and heads wider than NARROW with more rows at a step, they would spill
+        return block, inner // 2 if head_dim > NARROW else 32, 8, 1
+    return block, 32, 4, 1
 
 
 class Backward:
@@ -251,7 +253,7 @@ class Backward:
             self.dbias = (chunks * self._each, heads, length, length)
         else:
             self._programs = call.items * heads * triton.cdiv(length, _blocks(call, 32)[0])
-            self._side = bias_block_of(call.qkv.dtype)
+            self._side = bias_block_of(call.qkv.dtype, call.form.head_dim)
             self._bias_blocks = triton.cdiv(length, self._side) ** 2 * heads
             self._chunks = max(1, min(call.items, BIAS_PROGRAMS // self._bias_blocks))
             self.dbias = (self._chunks, heads, length, length)
@@ -296,7 +298,8 @@ class Backward:
         return Launch(
             flash.dbias_kernel, (self._bias_blocks * self._chunks,),
             call.items, self._chunks, call.tokens, call.heads, *call.box.arguments, call.scale, call.eps,
-            call.prepared, call.constants, self._side, num_stages=_blocks(call, 32)[3],
+            call.prepared, call.constants, self._side,
+            num_warps=8 if self._side == 64 else 4, num_stages=_blocks(call, 32)[3],
         )  # fmt: skip
 
     @cached_property
