@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import KERNEL_BACKENDS, on_triton
 from test_window_attention import DTYPES, assert_kernel, gradients, leaves
 from torch import Tensor
 
-from minisora_kernels import backends, rope_3d, window_attention
+from minisora_kernels import rope_3d, window_attention
 
-pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="set TRITON_INTERPRET=1")
-if backends.INTERPRETED:
+pytestmark = on_triton
+if "triton" in KERNEL_BACKENDS:
     from minisora_kernels.triton import _window_library as library
     from minisora_kernels.triton import _window_rows as rows
     from minisora_kernels.triton import window_attention as launchers
