@@ -6,13 +6,46 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo digits systems test bench bench-quick readme-check lint check-gpu-code clean
+# What compilers say is in here; what failed, in the last lines of the build and in build_record.json.
+WARNINGS := build/native/warnings.txt
+# ninja compiles what changed and shows each file. `pip install -e .` does the same, and shows it on a terminal only.
+BUILD = mkdir -p build/native && $(BIN)/python setup.py --quiet build_ext --inplace 2>$(WARNINGS)
+INSTALL = $(BIN)/pip install --quiet --no-build-isolation -e
 
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
+.PHONY: dev op new-op native
+.PHONY: demo digits systems test bench bench-quick readme-check lint types format check-gpu-code clean
+
+$(VENV)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet -e '.[train,test,lint]'
+	$(BIN)/pip install --quiet 'setuptools>=77' ninja
 	@touch $@
+
+# pip builds what the line before has built: ninja finds nothing to do.
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py build_backend/backend.py
+	MINISORA_CPU=native; export MINISORA_CPU; $(BUILD) && $(INSTALL) '.[dev]'
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
+	$(BUILD)
+	$(INSTALL) '.[train,test,lint]'
+	@touch $@
+
+# The package for this CPU, and pytest: enough to work on an op.
+dev: $(VENV)/.dev
+
+# After an edit: build for this CPU, test one op, and time it in short.
+op: $(VENV)/.dev
+	$(BIN)/python -c 'import pytest_benchmark, triton' 2>/dev/null || $(INSTALL) '.[op]'
+	$(BIN)/python tools/op.py $(OP)
+
+# The files of a new op, ready to fill.
+new-op:
+	$(PYTHON) tools/new_op.py $(OP)
+
+# The kernels again, for every instruction set that the compiler knows.
+native: $(VENV)/.torch
+	$(BUILD)
 
 # Train a small video DiT on real clips and sample new ones: about ten minutes on two cores.
 demo: $(VENV)/.installed
@@ -47,7 +80,15 @@ readme-check: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*/*
 	$(BIN)/mypy
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*/*
 
 # The GPU code without a GPU: Triton's kernels in its interpreter, then compiled for every architecture; csrc/cuda emulated
 # and, with nvcc, compiled.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -280,6 +282,9 @@ CASES = [
     *_gelu_mlp(),
     *_grn(),
 ]
+# An op that was written since has its cases in a file of its own.
+for _path in sorted(Path(__file__).parent.glob("cases_*.py")):
+    CASES += importlib.import_module(_path.stem).cases()
 # Triton's interpreter takes milliseconds for a program: the longest are for the chunks and threads of a CPU.
 # tests/test_triton.py has the widths of models on few tokens.
 if backends.INTERPRETED:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from cases import CASES
 
 import minisora_kernels as mk
 from minisora_kernels import backends
@@ -40,8 +41,8 @@ def test_every_op_has_a_bench():
 @pytest.mark.parametrize("op", ops())
 def test_every_op_is_public_and_tested(op: str):
     assert callable(getattr(mk, op))
-    tests = (ROOT / "tests" / f"test_{op}.py", ROOT / "tests" / "cases.py")
-    assert tests[0].exists() and op in tests[1].read_text()
+    assert (ROOT / "tests" / f"test_{op}.py").exists()
+    assert op in {case.op for case in CASES}
 
 
 def test_the_public_names_are_the_ops_and_their_helpers():
