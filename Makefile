@@ -13,7 +13,7 @@ BUILD = mkdir -p build/native && $(BIN)/python setup.py --quiet build_ext --inpl
 INSTALL = $(BIN)/pip install --quiet --no-build-isolation -e
 
 .PHONY: dev op new-op native
-.PHONY: demo digits systems test bench bench-quick readme-check lint types format check-gpu-code clean
+.PHONY: demo digits systems test test-slow bench bench-quick readme-check lint types format check-gpu-code clean
 
 $(VENV)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -62,7 +62,10 @@ systems: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m minisora_kernels
-	$(BIN)/python -m pytest tests --ignore tests/test_aot.py --ignore tests/test_cuda_build.py
+	$(BIN)/python -m pytest tests -m 'not slow' --ignore tests/test_aot.py --ignore tests/test_cuda_build.py
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest tests -m slow --ignore tests/test_aot.py --ignore tests/test_cuda_build.py
 
 # What the kernels are worth on this machine, against eager PyTorch and torch.compile: under 25 minutes on two cores
 # with a warm compiler cache.

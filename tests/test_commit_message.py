@@ -1,14 +1,16 @@
-"""The check of commit messages passes good ones and says what is wrong with others."""
+"""The check of commit messages passes good ones and says what is wrong with others; the hooks are those of lint."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "tools" / "commit_message.py"
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "tools" / "commit_message.py"
 LONG = "adaln: " + "x" * 65  # 72 characters
 
 
@@ -55,3 +57,13 @@ def test_a_good_message_passes(tmp_path, message):
 def test_a_bad_message_is_refused_with_the_reason(tmp_path, message, fault):
     code, said = check(tmp_path, message)
     assert code == 1 and fault in said
+
+
+def test_the_hooks_have_the_versions_of_lint_and_check_messages():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    lint = re.search(r"^lint = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert lint is not None
+    pinned = set(re.findall(r'"([\w-]+==[\w.]+)"', lint[1]))
+    used = set(re.findall(r"additional_dependencies: \[(.*)\]", hooks))
+    assert used == {pin for pin in pinned if not pin.startswith("mypy")}  # which `make types` runs
+    assert "entry: python3 tools/commit_message.py\n        language: system\n        stages: [commit-msg]" in hooks

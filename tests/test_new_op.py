@@ -100,15 +100,15 @@ def test_the_op_passes_the_checks_of_every_op(checkout):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    pytest_ = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    pytest_ = ("-m", "pytest", "-v", "-p", "no:cacheprovider")
     run("setup.py", "build_ext", "--inplace")
     available = "from minisora_kernels import backends; print(backends.unavailable('cpu'))"
     if run("-c", available).strip() == "None":
-        assert "[made_up_2-tokens" in run(*pytest_, "-v", "tests/test_ops.py", f"tests/test_{OP}.py", "--op", OP)
+        assert "[made_up_2-tokens" in run(*pytest_, "tests/test_ops.py", f"tests/test_{OP}.py", "--op", OP)
     else:
         assert shutil.which("c++") is None, "the kernel was not built"
     pytest.importorskip("triton")
     tests = ("tests/test_ops.py", "tests/test_triton_traffic.py", "--op", OP)
-    assert "made_up_2 tokens" in run(*pytest_, "-v", *tests, TRITON_INTERPRET="1")
+    assert "made_up_2 tokens" in run(*pytest_, *tests, TRITON_INTERPRET="1")
     pytest.importorskip("pytest_benchmark")
     run(*pytest_, f"bench/bench_{OP}.py", "--benchmark-disable", "--quick")

@@ -22,7 +22,8 @@ class Step:
     """A command that runs, with what it prints kept until it is asked for."""
 
     def __init__(self, name: str, command: list[str], **environment: str) -> None:
-        self.name, self.start, self.output = name, time.monotonic(), tempfile.TemporaryFile("w+")  # noqa: SIM115: closed with the process
+        self.name, self.start = name, time.monotonic()
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the step
         streams = dict(stdout=self.output, stderr=subprocess.STDOUT)
         self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **streams)
 
