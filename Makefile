@@ -83,7 +83,7 @@ readme-check: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*/*
+	$(BIN)/clang-format --dry-run -Werror csrc/*/* tools/templates/*.cpp
 	$(BIN)/mypy
 
 types: $(VENV)/.installed
@@ -91,7 +91,7 @@ types: $(VENV)/.installed
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*/*
+	$(BIN)/clang-format -i csrc/*/* tools/templates/*.cpp
 
 # The GPU code without a GPU: Triton's kernels in its interpreter, then compiled for every architecture; csrc/cuda emulated
 # and, with nvcc, compiled.
