@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +13,38 @@ from torch import Tensor
 from ..backends import INTERPRETED
 
 _UPCAST = tl.constexpr(INTERPRETED)
+
+
+class Constants:
+    """The fields of a named tuple as a kernel's constants, by the same names.
+
+    Triton before 3.8 takes fields of a named tuple for numbers that are known at run time only. Here each is a
+    ``tl.constexpr``, which every Triton keeps as it is; the interpreter wants the bare values.
+    """
+
+    def __init__(self, fields: NamedTuple) -> None:
+        self._fields = fields
+        for name, value in fields._asdict().items():
+            setattr(self, name, _constant(value))
+
+    # Triton looks a compiled kernel up by these.
+    def __repr__(self) -> str:
+        return repr(self._fields)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constants) and self._fields == other._fields
+
+    def __hash__(self) -> int:
+        return hash(self._fields)
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, tuple):
+        value = tuple(_constant(item) for item in value)
+    return value if INTERPRETED else tl.constexpr(value)
+
+
+constants = cache(Constants)
 
 
 @triton.jit

@@ -35,7 +35,7 @@ MIN_RUN, MAX_RUN, RUNS = 8, 32, 384
 
 
 class Tile(NamedTuple):
-    """The tokens that a program holds at a time."""
+    """The tokens that a program holds at a time; kernels get its ``constants``."""
 
     width: int
     rows: int

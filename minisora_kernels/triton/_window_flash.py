@@ -32,7 +32,6 @@ from ._window_rows import (
     store_dweight,
     store_rows,
     turn,
-    weight_of,
     zeros,
 )
 
@@ -75,7 +74,11 @@ def prepare_kernel(
     valid = row < rows
     angles = load_angles(cos, sin, row % tokens, valid, FORM)
     step = heads * FORM.head_dim
-    weights = (weight_of(q_weight, head, FORM.q_step), weight_of(k_weight, head, FORM.k_step))
+    if q_weight is not None:
+        q_weight += head * FORM.q_step
+    if k_weight is not None:
+        k_weight += head * FORM.k_step
+    weights = (q_weight, k_weight)
     for part in tl.static_range(2):
         first = part * step + head * FORM.head_dim
         x = load_rows(qkv + first, row.to(tl.int64) * (3 * step), valid, FORM.qk)
@@ -100,8 +103,10 @@ def forward_kernel(
     qk_step = step * (2 if PREPARED else 3)
     qk += head * FORM.head_dim
     v_rows = qkv + 2 * step + head * FORM.head_dim
-    q_weight = weight_of(q_weight, head, FORM.q_step)
-    k_weight = weight_of(k_weight, head, FORM.k_step)
+    if q_weight is not None:
+        q_weight += head * FORM.q_step
+    if k_weight is not None:
+        k_weight += head * FORM.k_step
 
     q_place = first + tl.arange(0, BLOCK)
     sample, q_token, q_valid = locate(item, q_place, box, FORM.window)
@@ -163,8 +168,10 @@ def backward_kernel(
     qkv += head * FORM.head_dim
     dqkv += head * FORM.head_dim
     dout += head * FORM.head_dim
-    q_weight = weight_of(q_weight, head, FORM.q_step)
-    k_weight = weight_of(k_weight, head, FORM.k_step)
+    if q_weight is not None:
+        q_weight += head * FORM.q_step
+    if k_weight is not None:
+        k_weight += head * FORM.k_step
     # Partial sums of a weight are laid out [item, block, head, head_dim].
     partial = (item * blocks + tl.program_id(0) % blocks) * heads + head
 
@@ -239,8 +246,10 @@ def dbias_kernel(
     qk += head * FORM.head_dim
     qkv += head * FORM.head_dim
     dout += head * FORM.head_dim
-    q_weight = weight_of(q_weight, head, FORM.q_step)
-    k_weight = weight_of(k_weight, head, FORM.k_step)
+    if q_weight is not None:
+        q_weight += head * FORM.q_step
+    if k_weight is not None:
+        k_weight += head * FORM.k_step
     pair = _load_bias(bias, head, q_place[:, None], k_place[None, :], length)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for item in range((chunk * items // chunks).to(tl.int32), ((chunk + 1) * items // chunks).to(tl.int32)):

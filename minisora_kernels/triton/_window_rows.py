@@ -25,7 +25,7 @@ Triple = tuple[int, int, int]
 
 
 class Form(NamedTuple):
-    """What kernels are compiled for; nothing here follows from the number of tokens."""
+    """What kernels are compiled for, and get as ``constants``; nothing here follows from the number of tokens."""
 
     window: tuple[int, ...]  # sizes of a window on all axes but the outermost, see `boxes`
     norm: int
@@ -267,12 +267,6 @@ def add_product(total, a, rows):
     for i in tl.static_range(len(rows)):
         result += (dot(cast(a, rows[i].dtype), rows[i], total[i]),)
     return result
-
-
-@triton.jit
-def weight_of(weight, head, STEP: tl.constexpr):
-    """The norm's weight for a head, if there is one."""
-    return None if weight is None else weight + head * STEP
 
 
 @triton.jit

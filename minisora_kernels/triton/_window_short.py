@@ -29,7 +29,6 @@ from ._window_rows import (
     store_rows,
     sums,
     turn,
-    weight_of,
     zeros,
 )
 
@@ -94,8 +93,12 @@ def short_forward_kernel(
     first = tl.program_id(0) % groups * HEADS
     for head in range(first, tl.minimum(first + HEADS, heads)):
         at = row * (3 * step) + head * FORM.head_dim
-        q_weight_ = weight_of(q_weight, head, FORM.q_step)
-        k_weight_ = weight_of(k_weight, head, FORM.k_step)
+        q_weight_ = q_weight
+        if q_weight is not None:
+            q_weight_ += head * FORM.q_step
+        k_weight_ = k_weight
+        if k_weight is not None:
+            k_weight_ += head * FORM.k_step
         angles = load_angles(cos, sin, token, valid, FORM)
         q = prepare(load_rows(qkv, at, valid, FORM.qk), q_weight_, angles, eps, FORM)
         k = prepare(load_rows(qkv + step, at, valid, FORM.qk), k_weight_, angles, eps, FORM)
@@ -136,8 +139,12 @@ def short_backward_kernel(
         seen = (slot[:, None] == slot[None, :]) & valid[:, None] & valid[None, :]
         for head in range(first, tl.minimum(first + HEADS, heads)):
             at = row * (3 * step) + head * FORM.head_dim
-            q_weight_ = weight_of(q_weight, head, FORM.q_step)
-            k_weight_ = weight_of(k_weight, head, FORM.k_step)
+            q_weight_ = q_weight
+            if q_weight is not None:
+                q_weight_ += head * FORM.q_step
+            k_weight_ = k_weight
+            if k_weight is not None:
+                k_weight_ += head * FORM.k_step
             angles = load_angles(cos, sin, token, valid, FORM)
             q = prepare(load_rows(qkv, at, valid, FORM.qk), q_weight_, angles, eps, FORM)
             k = prepare(load_rows(qkv + step, at, valid, FORM.qk), k_weight_, angles, eps, FORM)

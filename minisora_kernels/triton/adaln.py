@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cast, check_dense, load, store
+from ._common import cast, check_dense, constants, load, store
 from ._rows import (
     BACKWARD,
     FORWARD,
@@ -287,7 +287,7 @@ def forward(
             tokens_per_row(shift, tokens),
             tokens_per_row(scale, tokens),
             rms,
-            tile,
+            constants(tile),
             num_warps=warps,
         )
     return residual, y, mean, rstd
@@ -341,7 +341,7 @@ def backward(
         tokens_per_row(scale, tokens),
         rms,
         *per_token,
-        tile,
+        constants(tile),
         num_warps=warps,
     )
     runs.finish()

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _window_flash as flash
 from . import _window_library as library
 from . import _window_short as short
-from ._common import check_dense, sum_parts
+from ._common import check_dense, constants, sum_parts
 from ._window_rows import Boxes, Form, boxes, narrow_pieces, wide_pieces
 
 # None of these was measured on a GPU.
@@ -95,14 +95,14 @@ def window_attention_fwd(qkv, *arguments) -> tuple[Tensor, Tensor]:
         each = tile // call.box.length
         short.short_forward_kernel[(triton.cdiv(call.items, each) * triton.cdiv(heads, HEADS),)](
             qkv, out, softmax, *call.parameters, call.items, tokens, heads, *call.box.arguments, call.scale, call.eps,
-            each > 1, call.form, tile, HEADS, num_warps=4 if call.exact else tile // 16, num_stages=1,
+            each > 1, constants(call.form), tile, HEADS, num_warps=4 if call.exact else tile // 16, num_stages=1,
         )  # fmt: skip
         return out, softmax
     qk = _prepared(call)
     block, inner, warps, stages = _blocks(call, 64)
     flash.forward_kernel[(call.items * heads * triton.cdiv(call.box.length, block),)](
         qk, qkv, out, softmax, *call.parameters, tokens, heads, *call.box.arguments, call.scale, call.eps,
-        qk is not qkv, call.form, block, inner, num_warps=warps, num_stages=stages,
+        qk is not qkv, constants(call.form), block, inner, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, softmax
 
@@ -177,7 +177,7 @@ def _short_backward(call: Call, dout, softmax, dqkv, with_dbias: bool) -> list[T
     short.short_backward_kernel[(chunks * groups,)](
         call.qkv, dout, softmax, dqkv, *weights, dbias, *call.parameters, per_chunk, call.items, tokens, heads,
         *call.box.arguments, call.scale, call.eps,
-        each > 1, form, tile, per_program, num_warps=4 if call.exact else tile // rows, num_stages=1,
+        each > 1, constants(form), tile, per_program, num_warps=4 if call.exact else tile // rows, num_stages=1,
     )  # fmt: skip
     return [*weights, dbias]
 
@@ -190,7 +190,7 @@ def _prepared(call: Call) -> Tensor:
     batch, tokens, _, heads, head_dim = qkv.shape
     qk = qkv.new_empty(batch, tokens, 2, heads, head_dim)
     flash.prepare_kernel[(triton.cdiv(batch * tokens, ROWS) * heads,)](
-        qkv, qk, *call.parameters[:4], batch * tokens, tokens, heads, call.eps, form, ROWS
+        qkv, qk, *call.parameters[:4], batch * tokens, tokens, heads, call.eps, constants(form), ROWS
     )
     return qk
 
@@ -200,13 +200,13 @@ def _flash_backward(call: Call, dout, out, softmax, dqkv, with_dbias: bool) -> l
     batch, tokens, _, heads, _ = qkv.shape
     qk = _prepared(call)
     delta = softmax.new_empty(batch, tokens, heads)
-    flash.delta_kernel[(triton.cdiv(delta.numel(), ROWS),)](dout, out, delta, delta.numel(), form, ROWS)
+    flash.delta_kernel[(triton.cdiv(delta.numel(), ROWS),)](dout, out, delta, delta.numel(), constants(form), ROWS)
     block, inner, warps, stages = _blocks(call, 32)
     programs = call.items * heads * triton.cdiv(length, block)
     weights = _weight_parts(call, programs)
     flash.backward_kernel[(programs,)](
         qk, qkv, dout, softmax, delta, dqkv, *weights, *call.parameters, tokens, heads, *call.box.arguments,
-        call.scale, call.eps, qk is not qkv, form, block, inner, num_warps=warps, num_stages=stages,
+        call.scale, call.eps, qk is not qkv, constants(form), block, inner, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if not with_dbias:
         return [*weights, None]
@@ -216,7 +216,7 @@ def _flash_backward(call: Call, dout, out, softmax, dqkv, with_dbias: bool) -> l
     dbias = softmax.new_empty(chunks, heads, length, length)
     flash.dbias_kernel[(blocks * chunks,)](
         qk, qkv, dout, softmax, delta, dbias, *call.parameters, call.items, chunks, tokens, heads,
-        *call.box.arguments, call.scale, call.eps, qk is not qkv, form, side, num_stages=stages,
+        *call.box.arguments, call.scale, call.eps, qk is not qkv, constants(form), side, num_stages=stages,
     )  # fmt: skip
     return [*weights, dbias]
 
@@ -245,6 +245,16 @@ def _library_backward(call: Call, attend: library.Attention, dout, dqkv) -> list
     programs = triton.cdiv(batch * tokens, ROWS) * heads
     weights = _weight_parts(call, programs)
     library.finish_kernel[(programs,)](
-        call.qkv, *grads, dqkv, *weights, *call.parameters[:4], batch * tokens, tokens, heads, call.eps, call.form, ROWS
+        call.qkv,
+        *grads,
+        dqkv,
+        *weights,
+        *call.parameters[:4],
+        batch * tokens,
+        tokens,
+        heads,
+        call.eps,
+        constants(call.form),
+        ROWS,
     )
     return [*weights, None]
