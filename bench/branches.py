@@ -11,6 +11,7 @@ import ast
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -50,9 +51,9 @@ def translate() -> tuple[dict[Place, set[bool]], set[str]]:
     from triton.runtime.jit import JITFunction
 
     was: dict[Place, set[bool]] = defaultdict(set)
-    launched: set[str] = set()
+    launched: set[tuple[str, str]] = set()
     values: dict[int, Any] = {}
-    run, visit = JITFunction.run, CodeGenerator.visit
+    compile_, visit = JITFunction._do_compile, CodeGenerator.visit
 
     def note_value(self: CodeGenerator, node: ast.AST | None) -> Any:
         value = visit(self, node)
@@ -69,25 +70,24 @@ def translate() -> tuple[dict[Place, set[bool]], set[str]]:
         place = Place(Path(self.file_name).name, self.begin_line + node.lineno)
         was[place] |= {True, False} if isinstance(test, tensor) else {bool(getattr(test, "value", test))}
 
-    def translate_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launched.add(self.__name__)
-        try:
-            run(self, *args, grid=grid, warmup=True, **kwargs)
-        except Translated:
-            pass
+    def translate_only(self: JITFunction, key: str, *rest: Any) -> None:
+        if (self.__name__, key) not in launched:
+            launched.add((self.__name__, key))
+            with suppress(Translated):
+                compile_(self, key, *rest)
 
     def stop(*_: Any) -> None:
         raise Translated
 
     set_target(ARCHITECTURES["sm_90"])
     with (
-        patch.object(JITFunction, "run", translate_only),
+        patch.object(JITFunction, "_do_compile", translate_only),
         patch.object(CodeGenerator, "visit", note_value),
         patch.object(CUDABackend, "make_ttir", staticmethod(stop)),
         patch("triton.knobs.compilation.always_compile", True),  # what comes from the cache is not translated
     ):
         launch_all(benches_alone=False)
-    return was, launched
+    return was, {name for name, _ in launched}
 
 
 def missing(was: dict[Place, set[bool]], launched: set[str]) -> list[str]:
