@@ -47,9 +47,16 @@ def _constant(value: Any) -> Any:
 constants = cache(Constants)
 
 
+def precision_of(dtype: torch.dtype) -> str:
+    """How kernels multiply: float32 as TF32 where torch lets cuBLAS, with ``set_float32_matmul_precision`` or else."""
+    # get_float32_matmul_precision() raises once a setting was made by its newer name, which this reads.
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if tf32 else "ieee"
+
+
 @triton.jit
-def dot(a, b, acc):
-    """``acc + a @ b``, fp32 sums; fp32 operands as fp32, never as TF32.
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b``, fp32 sums; fp32 operands as ``precision_of`` says.
 
     The interpreter of Triton 3.9 multiplies the bit patterns of bfloat16 operands. There they are widened first, which
     is exact: a product of two bfloat16 fits in fp32. tests/test_triton.py shows the flaw, and fails when it is gone.
@@ -57,7 +64,7 @@ def dot(a, b, acc):
     if _UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -72,6 +79,16 @@ def cast(x, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+@triton.jit
+def inverse_root(x):
+    """1 / sqrt(x), both steps rounded correctly.
+
+    What ``/``, ``tl.sqrt`` and ``tl.rsqrt`` become on a GPU errs by up to 2 units in the last place. In a statistic,
+    where a division a row or channel costs nothing, that is more than all its sums err by.
+    """
+    return tl.div_rn(1.0, tl.sqrt_rn(x))
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ._common import cast, dot, load, store
+from ._common import cast, dot, inverse_root, load, store
 
 Piece = tuple[int, int, int]
 Triple = tuple[int, int, int]
@@ -35,6 +35,7 @@ class Form(NamedTuple):
     v: tuple[Piece, ...]
     q_step: int  # from the norm's weight of one head to the next
     k_step: int
+    precision: str  # of products, see `precision_of`
 
 
 class Boxes(NamedTuple):
@@ -252,20 +253,20 @@ def row_sums(a, b):
 
 
 @triton.jit
-def inner(a, b):
+def inner(a, b, FORM: tl.constexpr):
     """``a b^T``: every row of a with every row of b, fp32."""
     total = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32)
     for i in tl.static_range(len(a)):
-        total = dot(a[i], tl.trans(b[i]), total)
+        total = dot(a[i], tl.trans(b[i]), total, FORM.precision)
     return total
 
 
 @triton.jit
-def add_product(total, a, rows):
+def add_product(total, a, rows, FORM: tl.constexpr):
     """``total + a rows``, fp32; a is rounded to the dtype of the rows."""
     result = ()
     for i in tl.static_range(len(rows)):
-        result += (dot(cast(a, rows[i].dtype), rows[i], total[i]),)
+        result += (dot(cast(a, rows[i].dtype), rows[i], total[i], FORM.precision),)
     return result
 
 
@@ -321,7 +322,7 @@ def centre(rows, eps, FORM: tl.constexpr):
     """The rows in fp32, less their means for norm 2 (layer); and 1 / their root mean square."""
     x = [row.to(tl.float32) for row in rows]
     if FORM.norm == 2:
-        mean = (totals(x) / FORM.head_dim)[:, None]
+        mean = tl.div_rn(totals(x), FORM.head_dim)[:, None]
         centred = ()
         for i in tl.static_range(len(rows)):
             if FORM.qk[i][0] + FORM.qk[i][1] > FORM.qk[i][2]:  # padding stays zero
@@ -329,7 +330,7 @@ def centre(rows, eps, FORM: tl.constexpr):
             else:
                 centred += (x[i] - mean,)
         x = centred
-    return x, tl.rsqrt(row_sums(x, x) / FORM.head_dim + eps)
+    return x, inverse_root(tl.div_rn(row_sums(x, x), FORM.head_dim) + eps)
 
 
 @triton.jit
@@ -360,9 +361,9 @@ def norm_backward(grad, scale, rows, weight, eps, FORM: tl.constexpr):
         if weight is not None:
             dweight = products(grad, x)
             grad = products(grad, load_weight(weight, FORM.qk))
-        along = (row_sums(grad, x) * rstd * rstd / FORM.head_dim)[:, None]
+        along = tl.div_rn(row_sums(grad, x) * rstd * rstd, FORM.head_dim)[:, None]
         if FORM.norm == 2:
-            mean = (totals(grad) / FORM.head_dim)[:, None]
+            mean = tl.div_rn(totals(grad), FORM.head_dim)[:, None]
         dx = ()
         for i in tl.static_range(len(rows)):
             rest = grad[i] - x[i] * along

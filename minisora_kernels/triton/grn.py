@@ -104,10 +104,10 @@ def _norms(
     sums = tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, WIDTH, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
-        norms = tl.sqrt(_add_parts(squares_ptr, frame * parts, parts, columns, WIDTH, DEPTH))
+        norms = tl.sqrt_rn(_add_parts(squares_ptr, frame * parts, parts, columns, WIDTH, DEPTH))
         store(norms_ptr + frame * WIDTH + columns, norms, columns < WIDTH)
         sums += norms
-    tl.store(inverse_ptr + frame, 1.0 / (tl.sum(sums, 0) / WIDTH + eps))
+    tl.store(inverse_ptr + frame, tl.div_rn(1.0, tl.div_rn(tl.sum(sums, 0), WIDTH) + eps))
 
 
 @triton.jit(do_not_specialize=["sites"])
@@ -191,9 +191,9 @@ def _frames(
         store(frame_products_ptr + frame * WIDTH + columns, products, there)
         sums = _add_parts(sums_ptr, frame * parts, parts, columns, WIDTH, DEPTH)
         store(frame_sums_ptr + frame * WIDTH + columns, sums, there)
-    inverse = 1.0 / (tl.sum(norm_sums, 0) / WIDTH + eps)
+    inverse = tl.div_rn(1.0, tl.div_rn(tl.sum(norm_sums, 0), WIDTH) + eps)
     tl.store(inverse_ptr + frame, inverse)
-    tl.store(shared_ptr + frame, inverse * tl.sum(shared_sums, 0) / WIDTH)
+    tl.store(shared_ptr + frame, tl.div_rn(inverse * tl.sum(shared_sums, 0), WIDTH))
 
 
 @triton.jit(do_not_specialize=["sites"])
@@ -220,7 +220,7 @@ def _bwd(
     inverse = tl.load(inverse_ptr + frame)
     gain = 1 + weight * norms * inverse
     dnorm = inverse * (weight * load(products_ptr + frame * WIDTH + columns, there) - tl.load(shared_ptr + frame))
-    pull = tl.where(norms > 0, dnorm / tl.where(norms > 0, norms, 1.0), 0.0)  # dG / G
+    pull = tl.where(norms > 0, tl.div_rn(dnorm, tl.where(norms > 0, norms, 1.0)), 0.0)  # dG / G
     for site in range(begin, end, ROWS):
         at, mask = _tile(frame, site, end, columns, sites, WIDTH, ROWS)
         dy = load(dy_ptr + at, mask)

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _window_flash as flash
 from . import _window_library as library
 from . import _window_short as short
-from ._common import check_dense, constants, sum_parts
+from ._common import check_dense, constants, precision_of, sum_parts
 from ._window_rows import Boxes, Form, boxes, narrow_pieces, wide_pieces
 
 # None of these was measured on a GPU.
@@ -78,7 +78,7 @@ def _call(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interlea
     cut = narrow_pieces if box.length <= PREPARE_FROM else wide_pieces
     qk = cut(0, head_dim // 2) + cut(head_dim // 2, head_dim) if halves else cut(0, head_dim)
     v = (narrow_pieces if box.length <= SHORT else wide_pieces)(0, head_dim)
-    form = Form(box.inner, norm, not halves, head_dim, qk, v, *steps)
+    form = Form(box.inner, norm, not halves, head_dim, qk, v, *steps, precision_of(qkv.dtype))
     return Call(qkv, q_weight, k_weight, cos, sin, bias, scale, eps, box, form)
 
 
