@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -125,16 +125,20 @@ def set_target(architecture: Architecture) -> None:
     driver.set_active(Driver())
 
 
-def problems(op: str, benches_alone: bool) -> Iterator[tuple[str, str, Problem]]:
-    """Name, dtype and problem: the benches' shapes, the quick ones in float16 too, and then the calls of LAUNCHES."""
+def benched(op: str) -> Iterator[tuple[str, str, Problem]]:
+    """Name, dtype and problem of the benches' shapes; the quick ones in float16 too."""
     bench = importlib.import_module(f"bench.bench_{op}")
     (mark,) = (m for m in getattr(bench, f"test_{op}").pytestmark if m.name == "parametrize")
     for shape in dict.fromkeys(param.values[0] for param in mark.args[1]):
         for dtype in (*shape.dtypes, *(("float16",) if shape.quick else ())):
             yield shape.name, dtype, bench.problem(shape, PRECISIONS[dtype], torch.device("meta"))
-    for launch in () if benches_alone else LAUNCHES[op]:
-        for dtype in launch.dtypes:
-            yield launch.name, dtype, launch.problem(PRECISIONS[dtype])
+
+
+def small(op: str) -> Iterator[tuple[str, str, Problem]]:
+    """The same of the calls of bench/launches.py."""
+    for call in LAUNCHES[op]:
+        for dtype in call.dtypes:
+            yield call.name, dtype, call.problem(PRECISIONS[dtype])
 
 
 def launch(problem: Problem) -> None:
@@ -144,19 +148,20 @@ def launch(problem: Problem) -> None:
         torch.autograd.grad(outputs, [problem.inputs[name] for name in problem.wanted], outputs)
 
 
-def launch_all(benches_alone: bool, begin: Any = lambda op, name, dtype: None) -> dict[str, dict[str, int]]:
-    """Launches all there is, with ``begin`` called before each problem; the bytes that the benches' move, by name."""
+def launch_all(
+    problems: Callable[[str], Iterable[tuple[str, str, Problem]]], begin: Callable[[str, str, str], None]
+) -> dict[str, dict[str, int]]:
+    """Launches them for every op, ``begin(op, name, dtype)`` first; the bytes that each moves (see bench/traffic.py)."""
     from minisora_kernels.triton import _window_library
 
     traffic = {}
     with on_meta_tensors() as moved:
-        for op, launches in LAUNCHES.items():
-            small = {launch.name for launch in launches}
-            for name, dtype, problem in problems(op, benches_alone):
+        for op in LAUNCHES:
+            for name, dtype, problem in problems(op):
                 begin(op, name, dtype)
                 moved.clear()
                 launch(problem)
-                if moved and name not in small:
+                if moved:
                     traffic[f"{op} {name} {dtype}"] = dict(moved)
                 if problem.wanted and problem.constants:  # gradients that the benches do not ask for
                     launch(replace(problem, constants=()))
@@ -200,7 +205,9 @@ def kernels_of(architecture: Architecture, benches_alone: bool) -> dict[str, dic
         label, call = f"{op} {dtype}", name
 
     with patch.object(JITFunction, "run", compile_only):
-        traffic = launch_all(benches_alone, begin)
+        traffic = launch_all(benched, begin)
+        if not benches_alone:
+            launch_all(small, begin)
     return {"kernels": found, "traffic": traffic}
 
 

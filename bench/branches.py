@@ -1,8 +1,8 @@
 """Which kernels and branches the ahead-of-time compilation misses: ``python -m bench.branches`` prints them.
 
 A branch on a constant is decided while Triton translates a kernel, so code behind it is compiled only if some launch
-has that constant. Here every launch of bench.aot is translated, no further, with a note of what each ``if`` of a
-kernel or helper was. One that was never true, or never false, is a specialisation that nothing has compiled.
+has that constant. Here the launches of bench/launches.py are translated, no further, with a note of what each
+``if`` of a kernel or helper was. One that was never true, or never false, is a specialisation that nothing has compiled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from bench.architectures import ARCHITECTURES
-from bench.aot import launch_all, set_target
+from bench.aot import launch_all, set_target, small
 from minisora_kernels import backends
 
 KERNELS = Path(backends.__file__).parent / "triton"
@@ -86,7 +86,7 @@ def translate() -> tuple[dict[Place, set[bool]], set[str]]:
         patch.object(CUDABackend, "make_ttir", staticmethod(stop)),
         patch("triton.knobs.compilation.always_compile", True),  # what comes from the cache is not translated
     ):
-        launch_all(benches_alone=False)
+        launch_all(small, lambda *_: None)
     return was, {name for name, _ in launched}
 
 

@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 
+import approximate
 import pytest
 import torch
 
@@ -32,6 +33,9 @@ if "triton" in KERNEL_BACKENDS and backends.INTERPRETED:
         return helper.rewrite()(*args, **kwargs)
 
     InterpretedFunction.__call__ = call_helper
+
+    if os.environ.get("MINISORA_APPROXIMATE") == "1":
+        approximate.install()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import compute_dtype, kernel_refusal
+from ..checks import architecture_refusal, compute_dtype, kernel_refusal
 from ..modulation import affine, check_norm, check_tokens, rows, spread
 
 
@@ -113,7 +113,11 @@ def _kernels(x, shift, scale, weight, bias):
     return kernel_refusal(x=x, shift=shift, scale=scale, weight=weight, bias=bias)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "cuda": _kernels, "triton": _kernels}
+def _cuda(x, *rest):
+    return _kernels(x, *rest) or architecture_refusal(x.device.index)
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "cuda": _cuda, "triton": _kernels}
 
 
 def adaln(
