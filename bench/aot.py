@@ -151,7 +151,7 @@ def launch(problem: Problem) -> None:
 def launch_all(
     problems: Callable[[str], Iterable[tuple[str, str, Problem]]], begin: Callable[[str, str, str], None]
 ) -> dict[str, dict[str, int]]:
-    """Launches them for every op, ``begin(op, name, dtype)`` first; the bytes that each moves (see bench/traffic.py)."""
+    """Launches them for every op, ``begin(op, name, dtype)`` first; the bytes that each moves, by bench/traffic.py."""
     from minisora_kernels.triton import _window_library
 
     traffic = {}
@@ -309,7 +309,9 @@ def written(record: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", action="store_true", help=f"write {RECORD.name} anew")
-    parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES, metavar="NAME")
+    parser.add_argument(
+        "--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES, metavar="NAME"
+    )
     parser.add_argument("--alone", choices=ARCHITECTURES, metavar="NAME", help="print what is of one alone, as JSON")
     options = parser.parse_args()
     if options.alone:

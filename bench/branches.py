@@ -2,7 +2,8 @@
 
 A branch on a constant is decided while Triton translates a kernel, so code behind it is compiled only if some launch
 has that constant. Here the launches of bench/launches.py are translated, no further, with a note of what each
-``if`` of a kernel or helper was. One that was never true, or never false, is a specialisation that nothing has compiled.
+``if`` of a kernel or helper was. One that was never true, or never false, is code that nothing
+has compiled.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from bench.architectures import ARCHITECTURES
 from bench.aot import launch_all, set_target, small
+from bench.architectures import ARCHITECTURES
 from minisora_kernels import backends
 
 KERNELS = Path(backends.__file__).parent / "triton"

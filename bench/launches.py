@@ -18,6 +18,7 @@ from torch import Tensor
 
 import minisora_kernels as mk
 from bench.harness import Problem
+from minisora_kernels.modulation import TRITON_WIDEST
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 BOTH, HALF = ("float32", "bfloat16"), ("bfloat16",)
@@ -48,7 +49,7 @@ NAMES = {
 TOKENS = 48
 PER_SAMPLE, PER_TOKEN = (1, 1, 1), (TOKENS,) * 3
 WIDTHS = (7, 768, 1024, 1151, 3072)
-WIDEST = 12288  # what the ops' refusals let through
+
 # name, rows of gate, shift and scale, affine, norm, dtypes of their own
 ROWS: tuple[tuple, ...] = (
     ("affine", PER_SAMPLE, True, "layer", {}),
@@ -85,8 +86,8 @@ def modulated(op: str) -> Iterator[Launch]:
         if op != "gate_residual" or not (affine or norm == "rms"):
             call = partial(_modulated, op, 1152, rows, affine, norm, dtypes)
             yield Launch(name, call, HALF if dtypes else BOTH)
-    for width in (*WIDTHS, WIDEST):
-        dtypes = BOTH if width in (7, WIDEST) else HALF
+    for width in (*WIDTHS, TRITON_WIDEST):
+        dtypes = BOTH if width in (7, TRITON_WIDEST) else HALF
         yield Launch(f"D {width}", partial(_modulated, op, width, PER_SAMPLE, False, "layer", {}), dtypes)
 
 
@@ -95,7 +96,7 @@ def modulated(op: str) -> Iterator[Launch]:
 
 @dataclass(frozen=True)
 class Style:
-    """``weights``: dimensions of the norm's weights, 0 for none; ``halves``: the rotary pairing, None for no rotation."""
+    """``weights``: dimensions of the norm's weights, 0 for none; ``halves``: rotary pairing, None for no rotation."""
 
     norm: str | None = None
     weights: int = 0
@@ -140,9 +141,7 @@ def _window(
     if style.halves is not None:
         angles = [meta(F32, prod(grid), head_dim // 2) for _ in range(2)]
         rope = mk.Rope(*angles, not style.halves)
-    return Problem(
-        tensors, lambda t: mk.window_attention(grid=grid, window=window, qk_norm=style.norm, rope=rope, **t)
-    )
+    return Problem(tensors, lambda t: mk.window_attention(grid=grid, window=window, qk_norm=style.norm, rope=rope, **t))
 
 
 def _windows(kind: str, grid: Triple, window: Triple, side: int, style: Style, dtypes: tuple[str, ...]) -> Launch:

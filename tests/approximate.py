@@ -1,9 +1,10 @@
 """Gives Triton's interpreter the errors of a GPU's approximate instructions, so that a test sees what they cost.
 
-The interpreter computes with NumPy, correctly rounded. What Triton compiles ``/``, ``tl.sqrt``, ``tl.rsqrt``, ``tl.exp``
-and ``tl.exp2`` to in float32 is not. The bounds are those of the PTX ISA, "Floating-Point Instructions": div.full.f32
-errs by 2 ulp, sqrt.approx.f32 by 2^-23 of the result, rsqrt.approx.f32 by 2^-22.9, ex2.approx.f32 by 2^-22.5; ``tl.exp``
-is ex2 of the rounded product with log2(e). ``tl.div_rn`` and ``tl.sqrt_rn`` stay exact, as on a GPU.
+The interpreter computes with NumPy, correctly rounded. What Triton compiles ``/``, ``tl.sqrt``, ``tl.rsqrt``,
+``tl.exp`` and ``tl.exp2`` to in float32 is not. The bounds are those of the PTX ISA, "Floating-Point Instructions":
+div.full.f32 errs by 2 ulp, sqrt.approx.f32 by 2^-23 of the result, rsqrt.approx.f32 by 2^-22.9, ex2.approx.f32 by
+2^-22.5; ``tl.exp`` is ex2 of the rounded product with log2(e). ``tl.div_rn`` and ``tl.sqrt_rn`` stay exact, as on a
+GPU.
 
 An error is anything up to the bound, drawn from the bits of the operands: the same operands always give the same
 result. A result that float32 holds exactly is left alone, so that 1 / 1 stays 1. conftest.py installs this where
@@ -34,9 +35,7 @@ def noise(operands: tuple[np.ndarray, ...], shape: tuple[int, ...]) -> np.ndarra
     return mixed / 2.0**31 - 1
 
 
-def approximate(
-    exact: Callable[..., np.ndarray], bound: float, *operands: np.ndarray
-) -> np.ndarray:
+def approximate(exact: Callable[..., np.ndarray], bound: float, *operands: np.ndarray) -> np.ndarray:
     """``exact`` of float32 operands, in float32, with an error of at most ``bound`` times the result."""
     with np.errstate(all="ignore"):
         wide = exact(*(np.asarray(operand, np.float64) for operand in operands))

@@ -7,7 +7,6 @@ its headers are the same but for what no kernel includes.
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,7 +37,7 @@ def fetch(folder: Path) -> Path:
             with zipfile.ZipFile(path) as archive:
                 names = [name for name in archive.namelist() if name.startswith(INCLUDE)]
                 archive.extractall(Path(scratch) / "whole", names)
-            shutil.move(Path(scratch) / "whole", home)
+            (Path(scratch) / "whole").rename(home)
     return home / INCLUDE
 
 

@@ -17,7 +17,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("instruction", "exact", "count", "bound"), CASES, ids=lambda case: getattr(case, "__name__", ""))
+@pytest.mark.parametrize(("instruction", "exact", "count", "bound"), CASES)
 def test_errors_fill_their_bounds_and_repeat(instruction, exact, count, bound):
     operands = np.random.default_rng(0).uniform(0.1, 10, (count, 20_000)).astype(np.float32)
     result = instruction(*operands)

@@ -26,7 +26,7 @@ from minisora_kernels.ops import adaln
 from minisora_kernels.testing import assert_as_accurate
 
 ROOT = Path(__file__).parent.parent
-# The headers of the oldest torch that pyproject.toml allows; tests/oldest_torch.py fetches them for make check-gpu-code.
+# Headers of the oldest torch that pyproject.toml allows; tests/oldest_torch.py fetches them for make check-gpu-code.
 OLDEST = os.environ.get("MINISORA_OLDEST_HEADERS")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -373,6 +373,13 @@ def test_nvcc_builds_every_architecture_without_warnings_or_spills(tmp_path: Pat
         assert not spilling, f"{architecture}: registers spill to a stack frame in {spilling}"
 
 
+@pytest.fixture(scope="module")
+def variables() -> dict:
+    """What setup.py defines."""
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
 @pytest.mark.skipif(OLDEST is None, reason="MINISORA_OLDEST_HEADERS is not set: run make check-gpu-code")
 class TestOldestTorch:
     """csrc against the headers of the oldest torch, as setup.py compiles it, but for one variant or architecture."""
@@ -399,11 +406,6 @@ class TestOldestTorch:
     def compile(self, command: list[str]) -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-
-    @pytest.fixture(scope="class")
-    def variables(self) -> dict:
-        with mock.patch("setuptools.setup"):
-            return runpy.run_path(str(ROOT / "setup.py"))
 
 
 def _triton_cuobjdump() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import re
@@ -12,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import KERNEL_BACKENDS, on_triton
 from test_window_attention import DTYPES, assert_kernel, gradients, leaves
 from torch import Tensor
 
-from minisora_kernels import backends, rope_3d, window_attention
+from minisora_kernels import rope_3d, window_attention
 
-pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="set TRITON_INTERPRET=1")
-if backends.INTERPRETED:
+pytestmark = on_triton
+if "triton" in KERNEL_BACKENDS:
     from minisora_kernels.triton import _window_library as library
     from minisora_kernels.triton import _window_rows as rows
     from minisora_kernels.triton import window_attention as launchers
@@ -180,6 +182,21 @@ def test_sums_of_gradients_in_several_parts(grid, monkeypatch, nan_filled):
 
 def test_heads_that_fill_no_program(nan_filled):
     check(torch.float32, 1, (4, 1, 3), (4, 1, 1), 5, 8, STYLES[1])
+
+
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+def test_heads_too_wide_for_shared_memory_are_refused_by_their_shape(device):
+    table = importlib.import_module("minisora_kernels.ops.window_attention").BACKENDS
+    for head_dim, refused in ((128, False), (136, True), (256, True)):
+        qkv = torch.empty(1, 2, 3, 1, head_dim, device=device)
+        reason = table["triton"](qkv, None, None, None)
+        assert (reason is not None) == refused
+        assert not refused or f"head_dim is {head_dim}" in reason
+        assert table["cpu"](qkv, None, None, None) is None
+    if device == "cpu":
+        for function in (window_attention, torch.compile(window_attention, backend="eager")):
+            with pytest.raises(Exception, match="head_dim is 256; Triton's kernels take heads of up to 128"):
+                function(torch.empty(1, 2, 3, 1, 256), (2, 1, 1), (2, 1, 1), backend="triton")
 
 
 # ---- windows do not see each other

@@ -245,7 +245,17 @@ def _kernels(qkv, q_weight, k_weight, bias):
     return kernel_refusal(qkv=qkv, q_weight=q_weight, k_weight=k_weight, bias=bias)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
+# Blocks of wider heads do not fit the 99 KiB of shared memory that consumer GPUs have, or spill hundreds of registers.
+TRITON_WIDEST = 128
+
+
+def _triton(qkv, q_weight, k_weight, bias):
+    if qkv.shape[-1] > TRITON_WIDEST:
+        return f"head_dim is {qkv.shape[-1]}; Triton's kernels take heads of up to {TRITON_WIDEST} channels"
+    return _kernels(qkv, q_weight, k_weight, bias)
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
 
 # There is no second route through torch's scaled_dot_product_attention: most windows would have to be copied for it,
 # and norms and rotations would be passes of their own. bench/bench_window_attention.py times it on long windows.

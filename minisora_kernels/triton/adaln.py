@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cast, check_dense, constants, inverse_root, load, store
+from ._common import FUSED, cast, check_dense, constants, inverse_root, load, store
 from ._rows import (
     BACKWARD,
     FORWARD,
@@ -289,6 +289,7 @@ def forward(
             rms,
             constants(tile),
             num_warps=warps,
+            **FUSED,
         )
     return residual, y, mean, rstd
 
@@ -343,6 +344,7 @@ def backward(
         *per_token,
         constants(tile),
         num_warps=warps,
+        **FUSED,
     )
     runs.finish()
     return dx, dbranch, *gradients

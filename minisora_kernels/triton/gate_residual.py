@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dense, constants, load, store
+from ._common import FUSED, check_dense, constants, load, store
 from ._rows import (
     BACKWARD,
     FORWARD,
@@ -105,6 +105,7 @@ def gate_residual_fwd(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
             tokens_per_row(gate, tokens),
             constants(tile),
             num_warps=warps,
+            **FUSED,
         )
     return y
 
@@ -129,6 +130,7 @@ def gate_residual_bwd(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor,
         tokens_per_row(gate, tokens) == 1,
         constants(tile),
         num_warps=warps,
+        **FUSED,
     )
     runs.finish()
     return dbranch, dgate

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dense, load, store, sum_parts
+from ._common import FUSED, check_dense, load, store, sum_parts
 
 BLOCK = 2048  # elements of h a program takes forward: 16 a thread
 ROWS, COLUMNS = 8, 256  # a tile backward
@@ -85,7 +85,7 @@ def gelu_mlp_fwd(
 ) -> tuple[Tensor, Tensor]:
     h = F.linear(x, w1, b1)
     a = torch.empty_like(h) if keep else h
-    _fwd[(triton.cdiv(h.numel(), BLOCK),)](h, a, h.numel(), BLOCK=BLOCK)
+    _fwd[(triton.cdiv(h.numel(), BLOCK),)](h, a, h.numel(), BLOCK=BLOCK, **FUSED)
     return F.linear(a, w2, b2), h if keep else h.new_empty(0, 0)
 
 
@@ -98,5 +98,5 @@ def gelu_mlp_bwd(dy: Tensor, h: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor,
     chunk = triton.cdiv(triton.cdiv(size, ROWS), max(PROGRAMS // blocks, 1)) * ROWS
     sums = h.new_empty(triton.cdiv(size, max(chunk, 1)), hidden, dtype=torch.float32)
     if hidden:  # a kernel cannot be made for no columns
-        _bwd[(sums.shape[0] * blocks,)](h, dh, a, sums, size, chunk, HIDDEN=hidden, ROWS=ROWS, COLUMNS=COLUMNS)
+        _bwd[(sums.shape[0] * blocks,)](h, dh, a, sums, size, chunk, HIDDEN=hidden, ROWS=ROWS, COLUMNS=COLUMNS, **FUSED)
     return dh @ w1, a, dh, sum_parts(sums, h.dtype)

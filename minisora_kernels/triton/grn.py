@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dense, load, store
+from ._common import FUSED, check_dense, load, store
 
 ROWS, COLUMNS = 8, 256  # sites and channels of a tile: 16 elements a thread
 # Sites that a program takes: enough programs for one frame of 24x24 sites and 8192 channels to fill a large GPU, while
@@ -275,9 +275,9 @@ def grn_fwd(
     grid = (frames * parts * triton.cdiv(width, COLUMNS),)
     squares = x.new_empty((frames * parts, width), dtype=torch.float32)
     inverse = x.new_empty(frames, dtype=torch.float32)
-    _squares[grid](x, squares, sites, gelu, width, PART, ROWS, COLUMNS)
-    _norms[(frames,)](squares, norms, inverse, parts, eps, width, DEPTH, COLUMNS)
-    _fwd[grid](x, weight, bias, norms, inverse, y, sites, gelu, width, PART, ROWS, COLUMNS)
+    _squares[grid](x, squares, sites, gelu, width, PART, ROWS, COLUMNS, **FUSED)
+    _norms[(frames,)](squares, norms, inverse, parts, eps, width, DEPTH, COLUMNS, **FUSED)
+    _fwd[grid](x, weight, bias, norms, inverse, y, sites, gelu, width, PART, ROWS, COLUMNS, **FUSED)
     return y, norms
 
 
@@ -294,8 +294,10 @@ def grn_bwd(
     partial = [x.new_empty((frames * parts, width), dtype=torch.float32) for _ in range(2)]
     sums = [torch.empty_like(norms) for _ in range(2)]
     inverse, shared = (x.new_empty(frames, dtype=torch.float32) for _ in range(2))
-    _products[grid](dy, x, *partial, sites, gelu, width, PART, ROWS, COLUMNS)
-    _frames[(frames,)](*partial, weight, norms, *sums, inverse, shared, parts, eps, width, DEPTH, COLUMNS)
-    _bwd[grid](dy, x, weight, norms, sums[0], inverse, shared, dx, sites, gelu, width, PART, ROWS, COLUMNS)
-    _parameters[(triton.cdiv(width, CHANNELS),)](*sums, norms, inverse, dweight, dbias, frames, width, FRAMES, CHANNELS)
+    _products[grid](dy, x, *partial, sites, gelu, width, PART, ROWS, COLUMNS, **FUSED)
+    _frames[(frames,)](*partial, weight, norms, *sums, inverse, shared, parts, eps, width, DEPTH, COLUMNS, **FUSED)
+    _bwd[grid](dy, x, weight, norms, sums[0], inverse, shared, dx, sites, gelu, width, PART, ROWS, COLUMNS, **FUSED)
+    _parameters[(triton.cdiv(width, CHANNELS),)](
+        *sums, norms, inverse, dweight, dbias, frames, width, FRAMES, CHANNELS, **FUSED
+    )
     return dx, dweight, dbias

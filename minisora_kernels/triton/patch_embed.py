@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dense, dot, load, precision_of, store, sum_parts
+from ._common import FUSED, check_dense, dot, load, precision_of, store, sum_parts
 
 COLUMNS = 128  # of y and dy in a tile; divides the widths of all models
 SHORT = 256  # bytes of a patch that fits one tile
@@ -260,7 +260,7 @@ def patch_embed_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor 
     samples = triton.cdiv(batch, triton.cdiv(PROGRAMS, tiles))
     y = x.new_empty(batch, tokens, columns)
     _fwd[(tiles * triton.cdiv(batch, max(samples, 1)),)](
-        x, weight, bias, pos, y, batch, samples, tokens, *arguments, **constants, num_stages=4
+        x, weight, bias, pos, y, batch, samples, tokens, *arguments, **constants, num_stages=4, **FUSED
     )
     return y
 
@@ -280,7 +280,7 @@ def patch_embed_bwd(
     dweight = dy.new_empty(parts, *weight.shape, dtype=torch.float32)
     dbias = dy.new_empty(parts, columns, dtype=torch.float32)
     _bwd[(parts * blocks,)](
-        dy, x, dweight, None if bias is None else dbias, tiles, chunk, tokens, *arguments, **constants
+        dy, x, dweight, None if bias is None else dbias, tiles, chunk, tokens, *arguments, **constants, **FUSED
     )
     return (
         _gradient_of_x(dy, x, weight) if need_x else x.new_empty(0),
@@ -296,5 +296,5 @@ def _gradient_of_x(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     elements = elements_of(weight, VIDEO_ELEMENTS)
     constants |= {"TOKENS": 64, "COLUMNS": 128 // x.element_size(), "ELEMENTS": elements}
     tiles = triton.cdiv(tokens, 64) * triton.cdiv(weight[0].numel(), elements)
-    _bwd_x[(x.shape[0] * tiles,)](dy, weight, dx, tokens, *arguments, **constants)
+    _bwd_x[(x.shape[0] * tiles,)](dy, weight, dx, tokens, *arguments, **constants, **FUSED)
     return dx

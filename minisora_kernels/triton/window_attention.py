@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _window_flash as flash
 from . import _window_library as library
 from . import _window_short as short
-from ._common import check_dense, constants, precision_of, sum_parts
+from ._common import FUSED, check_dense, constants, precision_of, sum_parts
 from ._window_rows import Boxes, Form, boxes, narrow_pieces, wide_pieces
 
 # None of these was measured on a GPU.
@@ -95,14 +95,15 @@ def window_attention_fwd(qkv, *arguments) -> tuple[Tensor, Tensor]:
         each = tile // call.box.length
         short.short_forward_kernel[(triton.cdiv(call.items, each) * triton.cdiv(heads, HEADS),)](
             qkv, out, softmax, *call.parameters, call.items, tokens, heads, *call.box.arguments, call.scale, call.eps,
-            each > 1, constants(call.form), tile, HEADS, num_warps=4 if call.exact else tile // 16, num_stages=1,
+            each > 1, constants(call.form), tile, HEADS,
+            num_warps=4 if call.exact else tile // 16, num_stages=1, **FUSED,
         )  # fmt: skip
         return out, softmax
     qk = _prepared(call)
     block, inner, warps, stages = _blocks(call, 64)
     flash.forward_kernel[(call.items * heads * triton.cdiv(call.box.length, block),)](
         qk, qkv, out, softmax, *call.parameters, tokens, heads, *call.box.arguments, call.scale, call.eps,
-        qk is not qkv, constants(call.form), block, inner, num_warps=warps, num_stages=stages,
+        qk is not qkv, constants(call.form), block, inner, num_warps=warps, num_stages=stages, **FUSED,
     )  # fmt: skip
     return out, softmax
 
@@ -134,7 +135,7 @@ def block_of(dtype: torch.dtype, head_dim: int) -> int:
     """Rows of a long window that a program takes, as registers and shared memory allow."""
     if dtype == torch.float32:
         return 32
-    return 64 if head_dim > 128 else 128
+    return 64 if head_dim > 80 else 128
 
 
 def bias_block_of(dtype: torch.dtype) -> int:
@@ -145,7 +146,7 @@ def bias_block_of(dtype: torch.dtype) -> int:
 def _blocks(call: Call, inner: int) -> tuple[int, int, int, int]:
     """For long windows: rows of a block, rows at a step, warps and stages."""
     block = block_of(call.qkv.dtype, call.form.head_dim)
-    return (128, inner, 8, 2) if block == 128 else (block, 32, 4, 1)
+    return (128, inner, 8, 2) if block == 128 else (block, 32, block // 8, 1)
 
 
 def _weight_parts(call: Call, count: int) -> list[Tensor | None]:
@@ -172,12 +173,13 @@ def _short_backward(call: Call, dout, softmax, dqkv, with_dbias: bool) -> list[T
     chunks = max(1, triton.cdiv(tiles, per_chunk))
     weights = _weight_parts(call, chunks * groups)
     dbias = softmax.new_empty(chunks * each, heads, length, length) if with_dbias else None
-    # Norm and rotation hold more of a row: with 16 rows to a warp they would spill.
-    rows = 16 if form.norm == 0 and call.cos is None else 8
+    # Norm and rotation hold more of a row, the bias another tile of scores: with 16 rows to a warp they would spill.
+    rows = 16 if form.norm == 0 and call.cos is None and call.bias is None else 8
     short.short_backward_kernel[(chunks * groups,)](
         call.qkv, dout, softmax, dqkv, *weights, dbias, *call.parameters, per_chunk, call.items, tokens, heads,
         *call.box.arguments, call.scale, call.eps,
-        each > 1, constants(form), tile, per_program, num_warps=4 if call.exact else tile // rows, num_stages=1,
+        each > 1, constants(form), tile, per_program,
+        num_warps=4 if call.exact else tile // rows, num_stages=1, **FUSED,
     )  # fmt: skip
     return [*weights, dbias]
 
@@ -190,7 +192,7 @@ def _prepared(call: Call) -> Tensor:
     batch, tokens, _, heads, head_dim = qkv.shape
     qk = qkv.new_empty(batch, tokens, 2, heads, head_dim)
     flash.prepare_kernel[(triton.cdiv(batch * tokens, ROWS) * heads,)](
-        qkv, qk, *call.parameters[:4], batch * tokens, tokens, heads, call.eps, constants(form), ROWS
+        qkv, qk, *call.parameters[:4], batch * tokens, tokens, heads, call.eps, constants(form), ROWS, **FUSED
     )
     return qk
 
@@ -200,13 +202,15 @@ def _flash_backward(call: Call, dout, out, softmax, dqkv, with_dbias: bool) -> l
     batch, tokens, _, heads, _ = qkv.shape
     qk = _prepared(call)
     delta = softmax.new_empty(batch, tokens, heads)
-    flash.delta_kernel[(triton.cdiv(delta.numel(), ROWS),)](dout, out, delta, delta.numel(), constants(form), ROWS)
+    flash.delta_kernel[(triton.cdiv(delta.numel(), ROWS),)](
+        dout, out, delta, delta.numel(), constants(form), ROWS, **FUSED
+    )
     block, inner, warps, stages = _blocks(call, 32)
     programs = call.items * heads * triton.cdiv(length, block)
     weights = _weight_parts(call, programs)
     flash.backward_kernel[(programs,)](
         qk, qkv, dout, softmax, delta, dqkv, *weights, *call.parameters, tokens, heads, *call.box.arguments,
-        call.scale, call.eps, qk is not qkv, constants(form), block, inner, num_warps=warps, num_stages=stages,
+        call.scale, call.eps, qk is not qkv, constants(form), block, inner, num_warps=warps, num_stages=stages, **FUSED,
     )  # fmt: skip
     if not with_dbias:
         return [*weights, None]
@@ -216,7 +220,7 @@ def _flash_backward(call: Call, dout, out, softmax, dqkv, with_dbias: bool) -> l
     dbias = softmax.new_empty(chunks, heads, length, length)
     flash.dbias_kernel[(blocks * chunks,)](
         qk, qkv, dout, softmax, delta, dbias, *call.parameters, call.items, chunks, tokens, heads,
-        *call.box.arguments, call.scale, call.eps, qk is not qkv, constants(form), side, num_stages=stages,
+        *call.box.arguments, call.scale, call.eps, qk is not qkv, constants(form), side, num_stages=stages, **FUSED,
     )  # fmt: skip
     return [*weights, dbias]
 
@@ -256,5 +260,6 @@ def _library_backward(call: Call, attend: library.Attention, dout, dqkv) -> list
         call.eps,
         constants(call.form),
         ROWS,
+        **FUSED,
     )
     return [*weights, None]
