@@ -1,13 +1,13 @@
 """Compiles every Triton kernel ahead of time, without a GPU: ``python -m bench.aot`` checks ``bench/results/aot.json``.
 
-Every op runs forward and backward on the named shapes of the benches and on the calls of bench/launches.py, on tensors
-without memory ("meta"). What its launchers would launch on a GPU is compiled instead, for each of
-:data:`ARCHITECTURES`, and what became of it is recorded: registers, spills, shared memory, and the share of a
-multiprocessor's warps that fit. ``--save`` writes the record anew; without it a kernel that grew by more than 10% is
-an error. It says nothing about speed.
+Every op runs forward and backward on tensors without memory ("meta"). What its launchers would launch on a GPU is
+compiled instead, for each of :data:`ARCHITECTURES`, and what became of it is recorded: registers, spills, shared
+memory, and the share of a multiprocessor's warps that fit. ``--save`` writes the record anew; without it a kernel that
+grew by more than 10% is an error. It says nothing about speed.
 
-sm_86 gets the benches' shapes alone: of 362 kernels that were compiled for it and for sm_89, four differed in
-registers and none in spills or shared memory. So does AMD's gfx942, which is compiled for and no more.
+Every architecture gets the named shapes of the benches; :data:`WHOLLY` some also the calls of bench/launches.py, which
+reach all that a launcher can choose. ``--quick`` compiles the latter alone, in one dtype each: for the Tritons whose
+record this is not.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ from minisora_kernels.__main__ import ops
 
 RECORD = RESULTS / "aot.json"
 GROWTH = 1.1
-BENCHES_ALONE = ("sm_86", "gfx942")
+# One with little shared memory, and one with products of its own. On sm_86 four of 362 kernels had other registers than
+# on sm_89, none other spills or shared memory.
+WHOLLY = ("sm_89", "sm_90")
 # Bound by their products, windows of more than 64 tokens and float32 without tensor cores may spill a little; all
 # others are bound by memory and must not.
 COMPUTE_BOUND = re.compile(r"window_attention \w+ (forward|backward|dbias)_kernel|patch_embed float32")
@@ -141,6 +143,12 @@ def small(op: str) -> Iterator[tuple[str, str, Problem]]:
             yield call.name, dtype, call.problem(PRECISIONS[dtype])
 
 
+def quick(op: str) -> Iterator[tuple[str, str, Problem]]:
+    """The same, each in one dtype: enough for every branch of every kernel, see bench/branches.py."""
+    for call in LAUNCHES[op]:
+        yield call.name, call.dtypes[-1], call.problem(PRECISIONS[call.dtypes[-1]])
+
+
 def launch(problem: Problem) -> None:
     """Forward and backward."""
     outputs = tuple_of(problem.call(problem.inputs))
@@ -171,8 +179,8 @@ def launch_all(
     return traffic
 
 
-def kernels_of(architecture: Architecture, benches_alone: bool) -> dict[str, dict[str, dict[str, Any]]]:
-    """What would be launched there, and the bytes it moves.
+def kernels_of(architecture: Architecture, brief: bool = False) -> dict[str, dict[str, dict[str, Any]]]:
+    """What would be launched there, and the bytes that the benches move; ``brief``: see ``--quick``.
 
     Returns:
         ``kernels``: by op, dtype, kernel and the first call that launches it, what became of it; ``traffic``: by op,
@@ -205,8 +213,8 @@ def kernels_of(architecture: Architecture, benches_alone: bool) -> dict[str, dic
         label, call = f"{op} {dtype}", name
 
     with patch.object(JITFunction, "run", compile_only):
-        traffic = launch_all(benched, begin)
-        if not benches_alone:
+        traffic = launch_all(quick if brief else benched, begin)
+        if architecture.name in WHOLLY and not brief:
             launch_all(small, begin)
     return {"kernels": found, "traffic": traffic}
 
@@ -243,12 +251,12 @@ def resources(compiled: Any, architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def everything(names: Sequence[str] = tuple(ARCHITECTURES)) -> dict[str, Any]:
+def everything(names: Sequence[str] = tuple(ARCHITECTURES), brief: bool = False) -> dict[str, Any]:
     """The record: :func:`kernels_of` every architecture, in a process each, for Triton keeps one target a process."""
     import triton
 
     def of(name: str) -> dict[str, dict[str, dict[str, Any]]]:
-        command = [sys.executable, "-m", "bench.aot", "--alone", name]
+        command = [sys.executable, "-m", "bench.aot", "--alone", name, *(["--quick"] if brief else [])]
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         if ARCHITECTURES[name].nvidia:  # all that is read of a kernel; the rest would fill the disk
             environment["TRITON_STORE_BINARY_ONLY"] = "1"
@@ -313,14 +321,18 @@ def main() -> int:
         "--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES, metavar="NAME"
     )
     parser.add_argument("--alone", choices=ARCHITECTURES, metavar="NAME", help="print what is of one alone, as JSON")
+    parser.add_argument("--quick", action="store_true", help="the calls of bench/launches.py alone, in one dtype each")
     options = parser.parse_args()
     if options.alone:
-        print(json.dumps(kernels_of(ARCHITECTURES[options.alone], options.alone in BENCHES_ALONE)))
+        print(json.dumps(kernels_of(ARCHITECTURES[options.alone], options.quick)))
         return 0
-    new = everything(options.architectures)
+    if options.save and (options.quick or options.architectures != list(ARCHITECTURES)):
+        parser.error("--save is for the whole record, without --quick and --architectures")
+    new = everything(options.architectures, options.quick)
     if options.save:
         RECORD.write_text(written(new))
-    found = complaints(new, json.loads(RECORD.read_text()))
+    record = json.loads(RECORD.read_text())
+    found = complaints(new, record | {"triton": None} if options.quick else record)
     count = sum(map(len, new["kernels"].values()))
     done = f"Triton {new['triton']}: {count} kernels for {', '.join(new['kernels'])}: none spills anew, none grew"
     print("\n".join(found) or done)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from bench.aot import launch_all, set_target, small
+from bench.aot import launch_all, quick, set_target
 from bench.architectures import ARCHITECTURES
 from minisora_kernels import backends
 
@@ -87,7 +87,7 @@ def translate() -> tuple[dict[Place, set[bool]], set[str]]:
         patch.object(CUDABackend, "make_ttir", staticmethod(stop)),
         patch("triton.knobs.compilation.always_compile", True),  # what comes from the cache is not translated
     ):
-        launch_all(small, lambda *_: None)
+        launch_all(quick, lambda *_: None)
     return was, {name for name, _ in launched}
 
 
