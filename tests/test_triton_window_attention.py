@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def test_what_is_compiled_anew_does_not_depend_on_lengths(grid, window, inner):
 
 def test_pieces_hold_every_channel_once():
     for cut, (first, end) in product(
-        (rows.narrow_pieces, rows.wide_pieces), product(range(0, 72, 4), range(4, 264, 4))
+        (partial(rows.narrow_pieces, width=16), partial(rows.narrow_pieces, width=32), rows.wide_pieces),
+        product(range(0, 72, 4), range(4, 264, 4)),
     ):
         if first < end:
             parts = cut(first, end)
@@ -115,7 +117,7 @@ def test_pieces_hold_every_channel_once():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("length", (5, 16, 17, 32, 64, 65))
+@pytest.mark.parametrize("length", (5, 16, 17, 32, 33, 64, 65))
 def test_lengths_and_counts_that_fill_no_tile(length, dtype, nan_filled):
     check(dtype, 1, (length, 1, 5), (length, 1, 1), 2, 8, STYLES[1])
 

@@ -261,7 +261,7 @@ BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "trit
 # and norms and rotations would be passes of their own. bench/bench_window_attention.py times it on long windows.
 ROUTES = (
     "cpu: one kernel for all windows. On CPUs with AVX-512 bfloat16 or AMX it multiplies bfloat16 as it is, elsewhere "
-    "in float32. triton: windows of up to 64 tokens take one pass each way, short ones several to a program; longer "
+    "in float32. triton: windows of up to 32 tokens take one pass each way, short ones several to a program; longer "
     "ones go by blocks of tokens, beyond 512 with a pass of its own for norm and rotation, or by flash-attn where "
     "it is installed and there is no bias. Not run on a GPU yet."
 )
