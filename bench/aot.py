@@ -49,14 +49,11 @@ WHOLLY = ("sm_89", "sm_90")
 # Bound by their products, windows of more than 64 tokens and float32 without tensor cores may spill a little; all
 # others are bound by memory and must not.
 COMPUTE_BOUND = re.compile(r"window_attention \w+ (forward|backward|dbias)_kernel|patch_embed float32")
-# Those that should not and do, by at most so many bytes a thread: ptxas prefers more threads to more registers. With
-# twice the warps the float32 ones spill as much.
-SPILLING = {
-    "sm_80 gate_residual_adaln float16 _bwd 1": 8,
-    r"sm_\d+ window_attention float32 short_\w+ \d+": 32,
-    r"sm_100 window_attention b?float16 short_backward_kernel \d+": 24,
-}
-PRECISIONS = {**DTYPES, "float16": torch.float16}
+# Those that should not and do: what matches a whole name, architecture first, by at most so many bytes a thread, with
+# the reason beside it.
+SPILLING: dict[str, int] = {}
+# "tf32" is float32 whose products may be rounded, as torch.set_float32_matmul_precision("high") has it.
+PRECISIONS = {**DTYPES, "float16": torch.float16, "tf32": torch.float32}
 
 
 class Scratch(TorchDispatchMode):
@@ -168,6 +165,7 @@ def launch_all(
             for name, dtype, problem in problems(op):
                 begin(op, name, dtype)
                 moved.clear()
+                torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
                 launch(problem)
                 if moved:
                     traffic[f"{op} {name} {dtype}"] = dict(moved)

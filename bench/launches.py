@@ -21,7 +21,7 @@ from bench.harness import Problem
 from minisora_kernels.modulation import TRITON_WIDEST
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-BOTH, HALF = ("float32", "bfloat16"), ("bfloat16",)
+BOTH, HALF, TF32 = ("float32", "bfloat16"), ("bfloat16",), ("tf32",)  # see PRECISIONS of bench/aot.py
 Triple = tuple[int, int, int]
 
 
@@ -171,6 +171,11 @@ def windows() -> Iterator[Launch]:
     yield spatial(1024, 64, BIASED)
     yield spatial(1024, 64, FULL, ("float32",))
     yield temporal(6, 8, FULL, BOTH)  # the narrowest head
+    for style in (PLAIN, FULL):
+        for length in (5, 16, 32):
+            yield temporal(length, 64, style, TF32)
+        for side in (64, 128):
+            yield spatial(256, side, style, TF32)
     # On several axes, and at an edge that cuts windows.
     for style in (PLAIN, BIASED, FULL):
         yield _windows("edges 2x3x4", (5, 7, 6), (2, 3, 4), 64, style, HALF)
@@ -210,6 +215,8 @@ def patches() -> Iterator[Launch]:
         name = f"{'bias' if biased else 'no bias'}, {'pos' if placed else 'no pos'}"
         yield Launch(name, partial(_patches, 4, (1, 2, 2), 1152, biased, placed))
         yield Launch(f"{name}, pixels", partial(_patches, 3, (1, 16, 16), 1152, biased, placed))
+    for patch in ((1, 2, 2), (1, 16, 16)):
+        yield Launch(f"C 4 {patch} tf32", partial(_patches, 4, patch, 1152, True, True), TF32)
     yield Launch("D 33", partial(_patches, 4, (1, 2, 2), 33, True, True))
 
 
