@@ -4,6 +4,13 @@
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# What this torch requires in its CUDA build; bench/results/aot.json is of it. The others are the oldest and the newest
+# that the torches in pyproject.toml's range require; the oldest's interpreter does not know NumPy 2.4.
+TRITON ?= triton==3.7.1; platform_system == "Linux" and platform_machine == "x86_64"
+OLDEST := 3.6.0
+NEWEST := 3.9.0
+# What is fetched once for all checkouts.
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minisora_kernels
 BIN := $(VENV)/bin
 
 # What compilers say is in here; what failed, in the last lines of the build and in build_record.json.
@@ -13,6 +20,7 @@ BUILD = mkdir -p build/native && $(BIN)/python setup.py --quiet build_ext --inpl
 INSTALL = $(BIN)/pip install --quiet --no-build-isolation -e
 
 .PHONY: dev op new-op native
+.PHONY: gpu-interpreted gpu-interpreted-oldest gpu-approximate gpu-compiled
 .PHONY: demo digits systems test test-slow bench bench-quick readme-check lint types format check-gpu-code clean
 
 $(VENV)/.torch:
@@ -28,7 +36,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py build_backend/backend.py
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
 	$(BUILD)
-	$(INSTALL) '.[train,test,lint]'
+	$(INSTALL) '.[train,test,lint]' '$(TRITON)'
 	@touch $@
 
 # The package for this CPU, and pytest: enough to work on an op.
@@ -36,7 +44,7 @@ dev: $(VENV)/.dev
 
 # After an edit: build for this CPU, test one op, and time it in short.
 op: $(VENV)/.dev
-	$(BIN)/python -c 'import pytest_benchmark, triton' 2>/dev/null || $(INSTALL) '.[op]'
+	$(BIN)/python -c 'import pytest_benchmark, triton' 2>/dev/null || $(INSTALL) '.[op]' '$(TRITON)'
 	$(BIN)/python tools/op.py $(OP)
 
 # The files of a new op, ready to fill.
@@ -93,12 +101,39 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*/* tools/templates/*.cpp
 
-# The GPU code without a GPU: Triton's kernels in its interpreter, then compiled for every architecture; csrc/cuda emulated
-# and, with nvcc, compiled.
-check-gpu-code: $(VENV)/.installed
-	$(BIN)/python -c 'import triton'  # without it the tests below would be skipped, which is no proof
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_model_kernels.py tests/test_grn.py tests/test_triton*.py
-	$(BIN)/python -m pytest tests/test_aot.py tests/test_cuda_build.py
+# The GPU code without a GPU. Triton's kernels run in the interpreters of the newest and the oldest Triton, and once more
+# with the errors of a GPU's approximate instructions; they are compiled by the oldest, the newest and TRITON. csrc/cuda
+# is emulated, and csrc is compiled against the headers of the oldest torch too. Triton keeps what it has compiled.
+check-gpu-code: $(CACHE)/triton-$(OLDEST)/.installed $(CACHE)/triton-$(NEWEST)/.installed
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target gpu-interpreted gpu-interpreted-oldest gpu-approximate
+	$(MAKE) --no-print-directory gpu-compiled
+
+$(CACHE)/triton-%/.installed: | $(VENV)/.installed
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --target $(@D) triton==$* 'numpy$(if $(filter 3.6.%,$*),<2.4)'
+	@touch $@
+
+# .venv with another Triton.
+ON_OLDEST := PYTHONPATH=$(CACHE)/triton-$(OLDEST)
+ON_NEWEST := PYTHONPATH=$(CACHE)/triton-$(NEWEST)
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+gpu-interpreted:
+	$(ON_NEWEST) $(INTERPRETED) tests/test_ops.py tests/test_model_kernels.py tests/test_grn.py tests/test_approximate.py tests/test_triton*.py
+
+# Every case of every op, forward and backward.
+gpu-interpreted-oldest:
+	$(ON_OLDEST) $(INTERPRETED) tests/test_ops.py -k 'values_and_gradients and not float16 or compiles'
+
+# In float32, where the errors of single instructions are not lost in rounding.
+gpu-approximate:
+	MINISORA_APPROXIMATE=1 $(ON_NEWEST) $(INTERPRETED) tests/test_approximate.py tests/test_ops.py -k 'approximate or values_and_gradients and float32'
+
+gpu-compiled:
+	$(ON_OLDEST) $(BIN)/python -m bench.aot --quick --architectures sm_80 sm_90
+	$(ON_NEWEST) $(BIN)/python -m bench.aot --quick --architectures sm_80 sm_90
+	$(BIN)/python -m pytest tests/test_aot.py
+	MINISORA_OLDEST_HEADERS=$$($(BIN)/python tests/oldest_torch.py $(CACHE)) $(BIN)/python -m pytest tests/test_cuda_build.py
 
 clean:
 	rm -rf $(VENV) build minisora_kernels/*.so minisora_kernels/build_record.json

@@ -110,7 +110,8 @@ def _compiled(path: Path) -> list[str]:
         moved = [bytes_["does"] / bytes_["must"] for name, bytes_ in record["traffic"].items() if name.split()[0] == op]
         rows.append((f"`{op}`", str(len(found)), *cells, f"{min(moved):.2f} to {max(moved):.2f}"))
     return [
-        f"Triton kernels, forward and backward on the same shapes, compiled by Triton {record['triton']} and **not run "
+        "Triton kernels, forward and backward, on the same shapes and on calls that reach all that a launcher can "
+        f"choose, compiled by Triton {record['triton']} and **not run "
         "on a GPU**: the most registers a thread, spilled bytes and shared memory of a block, and the least share of a "
         "multiprocessor's warps, by architecture; bytes read and written over those of passing every tensor once.",
         "",

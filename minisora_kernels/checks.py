@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import re
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from . import backends
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNEL_FLOATS = FLOATS[:3]
@@ -28,6 +33,41 @@ def kernel_refusal(**tensors: Tensor | None) -> str | None:
         if tensor is not None and tensor.dtype not in KERNEL_FLOATS:
             return f"{name} has dtype {tensor.dtype}; the kernels take float16, bfloat16 and float32"
     return None
+
+
+def covered(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``architectures``, spelled as in TORCH_CUDA_ARCH_LIST, runs on a GPU of that capability.
+
+    Machine code runs on its own generation, on GPUs at least as new; ``9.0a`` on its very own; PTX on any newer GPU.
+    """
+    for entry in re.split("[; ]+", architectures.strip("; ")):
+        found = re.fullmatch(r"(\d+)\.(\d+)([a-z]?)(\+PTX)?", entry)
+        if found is None:
+            continue
+        built = int(found[1]), int(found[2])
+        same_generation = built[0] == capability[0] and built <= capability
+        if built == capability or (not found[3] and (same_generation or (found[4] and built <= capability))):
+            return True
+    return False
+
+
+@functools.cache
+def _uncovered(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    built = backends.build_record().get("cuda", {}).get("architectures", "")
+    if covered(built, capability):
+        return None
+    number = ".".join(map(str, capability))
+    return (
+        f"the library has code for compute capabilities {built or 'that its build did not record'}, this GPU has "
+        f"{number}: build it anew with TORCH_CUDA_ARCH_LIST={number}"
+    )
+
+
+@torch.compiler.assume_constant_result
+def architecture_refusal(index: int | None) -> str | None:
+    """Why the CUDA library has no code for the GPU of that index, or None if it has; None too for no GPU."""
+    return None if index is None else _uncovered(index)
 
 
 def gradient_refusal(**tensors: Tensor | None) -> str | None:

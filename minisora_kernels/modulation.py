@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import check_tensor
+from .checks import check_tensor, kernel_refusal
+
+# The widest token that Triton's kernels take: they keep one in the registers of a program, of 512 threads at most, and
+# a thread has room for 24 columns beside its sums. See triton/_rows.py.
+TRITON_WIDEST = 12288
+
+
+def triton_refusal(x: Tensor, **tensors: Tensor | None) -> str | None:
+    """Why Triton's kernels cannot take tokens ``x [B, N, D]`` and what goes with them, by name."""
+    if x.shape[-1] > TRITON_WIDEST:
+        return f"D is {x.shape[-1]}; Triton's kernels keep a token in registers and take D up to {TRITON_WIDEST}"
+    return kernel_refusal(x=x, **tensors)
 
 
 def check_tokens(op: str, name: str, x: Tensor, like: Tensor | None = None) -> None:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from cases import Case
+from conftest import on_triton
 from test_ops import outputs, run
 
 import minisora_kernels as mk
 from minisora_kernels import backends
+from minisora_kernels.modulation import TRITON_WIDEST
 from minisora_kernels.testing import assert_as_accurate
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from minisora_kernels.triton._common import cast  # noqa: E402
+from minisora_kernels.triton._rows import BACKWARD, FORWARD, tile_of  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="a CPU runs the kernels if TRITON_INTERPRET=1")
+pytestmark = on_triton
+interpreted = pytest.mark.skipif(not backends.INTERPRETED, reason="it is about the interpreter")
 
 F32, BF16 = torch.float32, torch.bfloat16
 OPS = ("adaln", "gate_residual", "gate_residual_adaln")
@@ -33,6 +39,7 @@ def _raw_dot(a_ptr, b_ptr, c_ptr):
     tl.store(c_ptr + row * 16 + column, tl.dot(a, b))
 
 
+@interpreted
 def test_the_interpreter_multiplies_bfloat16_wrongly():
     a, b, c = torch.randn(16, 16).to(BF16), torch.randn(16, 16).to(BF16), torch.empty(16, 16)
     _raw_dot[(1,)](a, b, c)
@@ -50,6 +57,7 @@ def _casts(x_ptr, plain_ptr, rounded_ptr):
     tl.store(rounded_ptr + at, cast(x, tl.bfloat16))
 
 
+@interpreted
 def test_the_interpreter_cuts_bfloat16_off():
     ulp = 2.0**-7
     x = torch.tensor([1, 1 + 0.25 * ulp, 1 + 0.5 * ulp, 1 + 0.75 * ulp, 1 + 1.5 * ulp, 0, float("inf"), float("nan")])
@@ -80,7 +88,7 @@ def rows_case(
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+        return torch.randn(*shape, dtype=torch.float64, generator=generator, device="cpu")
 
     tensors = {"x": random(batch, tokens, width) * 2 + 0.5}
     if op != "adaln":
@@ -159,21 +167,6 @@ def test_rows_of_mixed_dtypes(op: str, rows: int, dtype: torch.dtype, dtypes: di
     check(rows_case(op, 2, 10, 40, (rows, 1, rows), affine=True, dtypes=dtypes), dtype)
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """The kernel, positional and keyword arguments of every launch."""
-    seen: list[tuple] = []
-    interpreted = triton.runtime.interpreter.InterpretedFunction
-    launch = interpreted.run
-
-    def record(self, *args, grid, warmup, **kwargs):
-        seen.append((self, args, kwargs))
-        return launch(self, *args, grid=grid, warmup=warmup, **kwargs)
-
-    monkeypatch.setattr(interpreted, "run", record)
-    return seen
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_chunks_of_a_projection_are_not_copied(op: str, launches):
     case = rows_case(op, 2, 6, 16, (3, 3, 3))
@@ -196,7 +189,7 @@ def test_no_length_batch_or_number_of_rows_compiles_a_kernel_anew(op: str, launc
     backend = make_backend(GPUTarget("cuda", 90, 32))
 
     def key(kernel, args, kwargs):
-        function = JITFunction(kernel.fn, **kernel.kwargs)
+        function = JITFunction(kernel.fn, **kernel.kwargs) if backends.INTERPRETED else kernel
         _, specialization, options = create_function_from_signature(function.signature, function.params, backend)(
             *args, **kwargs
         )
@@ -213,3 +206,36 @@ def test_no_length_batch_or_number_of_rows_compiles_a_kernel_anew(op: str, launc
     assert len(keys[0]) == 3  # forward, backward, the second stage of the sums
     for other in keys[1:]:
         assert other == keys[0]
+
+
+# ---- what does not fit a GPU
+
+
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+@pytest.mark.parametrize("op", OPS)
+def test_tokens_too_wide_for_a_program_are_refused_by_their_shape(op: str, device: str):
+    table = importlib.import_module(f"minisora_kernels.ops.{op}").BACKENDS
+    arguments = {"adaln": 5, "gate_residual": 3, "gate_residual_adaln": 7}[op] - 1
+    for width, refused in ((12288, False), (12289, True), (32768, True)):
+        x = torch.empty(1, 1, width, device=device)
+        reason = table["triton"](x, *(None,) * arguments)
+        assert (reason is not None) == refused
+        assert not refused or f"D is {width}" in reason
+        assert table["cpu"](x, *(None,) * arguments) is None
+
+
+def test_the_widest_token_takes_the_threads_of_a_program():
+    for itemsize in (2, 4):
+        for width in range(1, TRITON_WIDEST + 1, 97):
+            assert max(tile_of(width, itemsize, *tile)[1] for tile in (FORWARD, BACKWARD)) <= 16
+    assert tile_of(TRITON_WIDEST, 2, *BACKWARD)[1] == 16
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_too_wide_is_an_error_that_says_so(op: str):
+    case = rows_case(op, 1, 1, 12296)
+    with pytest.raises(ValueError, match="D is 12296; Triton's kernels keep a token"):
+        case.call(case.leaves(F32), backend="triton")
+    compiled = torch.compile(lambda leaves: case.call(leaves, backend="triton"), backend="eager")
+    with pytest.raises(Exception, match="D is 12296"):
+        compiled(case.leaves(F32))

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import KERNEL_BACKENDS, on_triton
 from test_window_attention import DTYPES, assert_kernel, gradients, leaves
 from torch import Tensor
 
-from minisora_kernels import backends, rope_3d, window_attention
+from minisora_kernels import rope_3d, window_attention
 
-pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="set TRITON_INTERPRET=1")
-if backends.INTERPRETED:
+pytestmark = on_triton
+if "triton" in KERNEL_BACKENDS:
     from minisora_kernels.triton import _window_library as library
     from minisora_kernels.triton import _window_rows as rows
     from minisora_kernels.triton import window_attention as launchers
@@ -98,7 +101,8 @@ def test_what_is_compiled_anew_does_not_depend_on_lengths(grid, window, inner):
 
 def test_pieces_hold_every_channel_once():
     for cut, (first, end) in product(
-        (rows.narrow_pieces, rows.wide_pieces), product(range(0, 72, 4), range(4, 264, 4))
+        (partial(rows.narrow_pieces, width=16), partial(rows.narrow_pieces, width=32), rows.wide_pieces),
+        product(range(0, 72, 4), range(4, 264, 4)),
     ):
         if first < end:
             parts = cut(first, end)
@@ -113,7 +117,7 @@ def test_pieces_hold_every_channel_once():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("length", (5, 16, 17, 32, 64, 65))
+@pytest.mark.parametrize("length", (5, 16, 17, 32, 33, 64, 65))
 def test_lengths_and_counts_that_fill_no_tile(length, dtype, nan_filled):
     check(dtype, 1, (length, 1, 5), (length, 1, 1), 2, 8, STYLES[1])
 
@@ -180,6 +184,21 @@ def test_sums_of_gradients_in_several_parts(grid, monkeypatch, nan_filled):
 
 def test_heads_that_fill_no_program(nan_filled):
     check(torch.float32, 1, (4, 1, 3), (4, 1, 1), 5, 8, STYLES[1])
+
+
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+def test_heads_too_wide_for_shared_memory_are_refused_by_their_shape(device):
+    table = importlib.import_module("minisora_kernels.ops.window_attention").BACKENDS
+    for head_dim, refused in ((128, False), (136, True), (256, True)):
+        qkv = torch.empty(1, 2, 3, 1, head_dim, device=device)
+        reason = table["triton"](qkv, None, None, None)
+        assert (reason is not None) == refused
+        assert not refused or f"head_dim is {head_dim}" in reason
+        assert table["cpu"](qkv, None, None, None) is None
+    if device == "cpu":
+        for function in (window_attention, torch.compile(window_attention, backend="eager")):
+            with pytest.raises(Exception, match="head_dim is 256; Triton's kernels take heads of up to 128"):
+                function(torch.empty(1, 2, 3, 1, 256), (2, 1, 1), (2, 1, 1), backend="triton")
 
 
 # ---- windows do not see each other
@@ -253,6 +272,7 @@ def test_offsets_of_rows_are_64_bit(length, tmp_path):
     """In the intermediate code, a tensor of 32-bit offsets is added to a pointer only where it is made of constants."""
     script = Path(__file__).parent / "triton_ttir.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = str(script.parents[1])
     done = subprocess.run(
         [sys.executable, str(script), str(length)], env=environment, capture_output=True, text=True, check=True
     )

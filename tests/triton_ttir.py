@@ -1,4 +1,10 @@
-"""Prints Triton's intermediate code of window_attention's kernels for windows of argv[1] tokens; needs no GPU."""
+"""Prints Triton's intermediate code of the kernels that multiply; needs no GPU.
+
+    python tests/triton_ttir.py LENGTH [PRECISION]
+
+window_attention for windows of LENGTH tokens; with a PRECISION, as ``torch.set_float32_matmul_precision`` takes it, in
+float32, and patch_embed too.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from minisora_kernels.triton import patch_embed
 from minisora_kernels.triton import window_attention as launchers
 
 
@@ -26,11 +33,14 @@ def compile_only(self, *arguments, grid, warmup, **options):
 
 
 JITFunction.run = compile_only
-length = int(sys.argv[1])
-batch, heads, head_dim = 2, 2, 72
+length, precision = int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
+if precision is not None:
+    torch.set_float32_matmul_precision(precision)
+DTYPE = torch.bfloat16 if precision is None else torch.float32
+batch, heads, head_dim = 2, 2, 72 if precision is None else 16
 
 
-def empty(*shape, dtype=torch.bfloat16):
+def empty(*shape, dtype=DTYPE):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
@@ -39,3 +49,7 @@ angles = empty(length, head_dim // 2, dtype=torch.float32)
 call = (length, 1, 1, length, 1, 1, empty(head_dim), empty(head_dim), 1, angles, angles, True, None, 1.0, 1e-6)
 launchers.window_attention_fwd(qkv, *call)
 launchers.window_attention_bwd(out, qkv, out, empty(batch, length, heads, 2, dtype=torch.float32), *call, False)
+if precision is not None:
+    x, weight, y = empty(batch, 4, 2, 8, 8), empty(64, 4, 1, 2, 2), empty(batch, 32, 64)
+    patch_embed.patch_embed_fwd(x, weight, None, None)
+    patch_embed.patch_embed_bwd(y, x, weight, None, None, True)

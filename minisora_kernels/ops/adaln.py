@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import compute_dtype, kernel_refusal
-from ..modulation import affine, check_norm, check_tokens, rows, spread
+from ..checks import architecture_refusal, compute_dtype, kernel_refusal
+from ..modulation import affine, check_norm, check_tokens, rows, spread, triton_refusal
 
 
 def reference(
@@ -113,7 +113,15 @@ def _kernels(x, shift, scale, weight, bias):
     return kernel_refusal(x=x, shift=shift, scale=scale, weight=weight, bias=bias)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "cuda": _kernels, "triton": _kernels}
+def _cuda(x, *rest):
+    return _kernels(x, *rest) or architecture_refusal(x.device.index)
+
+
+def _triton(x, shift, scale, weight, bias):
+    return triton_refusal(x, shift=shift, scale=scale, weight=weight, bias=bias)
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "cuda": _cuda, "triton": _triton}
 
 
 def adaln(
@@ -130,7 +138,7 @@ def adaln(
     """``norm(x) * [weight] + [bias]``, then ``* (1 + scale) + shift``. Differentiable in every tensor.
 
     Args:
-        x: tokens ``[B, N, D]``, any D; float16, bfloat16, float32 (float64: reference only).
+        x: tokens ``[B, N, D]``, any D (Triton: up to 12288); float16, bfloat16, float32 (float64: reference only).
         shift, scale: ``[B, D]`` per sample, or ``[B, R, D]`` with R dividing N: ``R = T`` per frame, ``R = N`` per
             token. Views with strides (chunks of a ``[B, 6D]`` projection) are read in place. Their dtype may differ
             from x's.

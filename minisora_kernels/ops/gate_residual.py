@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..backends import define, kernels, register_fake
 from ..checks import kernel_refusal
-from ..modulation import check_tokens, rows, spread
+from ..modulation import check_tokens, rows, spread, triton_refusal
 
 
 def reference(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -63,14 +63,19 @@ def _kernels(x, branch, gate):
     return kernel_refusal(x=x, branch=branch, gate=gate)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
+def _triton(x, branch, gate):
+    return triton_refusal(x, branch=branch, gate=gate)
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
 
 
 def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
     """``x + gate * branch``. Differentiable in every tensor.
 
     Args:
-        x, branch: tokens ``[B, N, D]``, any D; float16, bfloat16, float32 (float64: reference only); dtypes may differ.
+        x, branch: tokens ``[B, N, D]``, any D (Triton: up to 12288); float16, bfloat16, float32 (float64: reference
+            only); dtypes may differ.
         gate: ``[B, D]`` per sample, or ``[B, R, D]`` with R dividing N; strided views are read in place.
         backend: ``None`` chooses; a name runs that backend or raises.
 

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..backends import define, kernels, register_fake
 from ..checks import compute_dtype, kernel_refusal
-from ..modulation import affine, check_norm, check_tokens, rows
+from ..modulation import affine, check_norm, check_tokens, rows, triton_refusal
 from . import adaln, gate_residual
 
 
@@ -109,7 +109,11 @@ def _kernels(x, branch, gate, shift, scale, weight, bias):
     return kernel_refusal(x=x, branch=branch, gate=gate, shift=shift, scale=scale, weight=weight, bias=bias)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
+def _triton(x, branch, gate, shift, scale, weight, bias):
+    return triton_refusal(x, branch=branch, gate=gate, shift=shift, scale=scale, weight=weight, bias=bias)
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
 
 
 def gate_residual_adaln(
@@ -128,8 +132,8 @@ def gate_residual_adaln(
     """``x' = x + gate * branch`` and ``y = adaln(x', shift, scale)``. Differentiable in every tensor.
 
     Args:
-        x, branch: tokens ``[B, N, D]``, any D; float16, bfloat16, float32 (float64: reference only); dtypes may differ
-            (an fp32 residual stream under bf16 branches).
+        x, branch: tokens ``[B, N, D]``, any D (Triton: up to 12288); float16, bfloat16, float32 (float64: reference
+            only); dtypes may differ (an fp32 residual stream under bf16 branches).
         gate, shift, scale: ``[B, D]`` per sample, or ``[B, R, D]`` with R dividing N, each with its own R; strided
             views are read in place.
         weight, bias, norm, eps, backend: as for :func:`minisora_kernels.adaln`.

@@ -245,13 +245,23 @@ def _kernels(qkv, q_weight, k_weight, bias):
     return kernel_refusal(qkv=qkv, q_weight=q_weight, k_weight=k_weight, bias=bias)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
+# Blocks of wider heads do not fit the 99 KiB of shared memory that consumer GPUs have, or spill hundreds of registers.
+TRITON_WIDEST = 128
+
+
+def _triton(qkv, q_weight, k_weight, bias):
+    if qkv.shape[-1] > TRITON_WIDEST:
+        return f"head_dim is {qkv.shape[-1]}; Triton's kernels take heads of up to {TRITON_WIDEST} channels"
+    return _kernels(qkv, q_weight, k_weight, bias)
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
 
 # There is no second route through torch's scaled_dot_product_attention: most windows would have to be copied for it,
 # and norms and rotations would be passes of their own. bench/bench_window_attention.py times it on long windows.
 ROUTES = (
     "cpu: one kernel for all windows. On CPUs with AVX-512 bfloat16 or AMX it multiplies bfloat16 as it is, elsewhere "
-    "in float32. triton: windows of up to 64 tokens take one pass each way, short ones several to a program; longer "
+    "in float32. triton: windows of up to 32 tokens take one pass each way, short ones several to a program; longer "
     "ones go by blocks of tokens, beyond 512 with a pass of its own for norm and rotation, or by flash-attn where "
     "it is installed and there is no bias. Not run on a GPU yet."
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -11,10 +14,53 @@ from ..backends import INTERPRETED
 
 _UPCAST = tl.constexpr(INTERPRETED)
 
+# For every launch: products and sums become fused multiply-adds, the default until Triton 3.10. Bits, and the speed,
+# do not change with the version.
+FUSED = {"enable_fp_fusion": True}
+
+
+class Constants:
+    """The fields of a named tuple as a kernel's constants, by the same names.
+
+    Triton before 3.8 takes fields of a named tuple for numbers that are known at run time only. Here each is a
+    ``tl.constexpr``, which every Triton keeps as it is; the interpreter wants the bare values.
+    """
+
+    def __init__(self, fields: NamedTuple) -> None:
+        self._fields = fields
+        for name, value in fields._asdict().items():
+            setattr(self, name, _constant(value))
+
+    # Triton looks a compiled kernel up by these.
+    def __repr__(self) -> str:
+        return repr(self._fields)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constants) and self._fields == other._fields
+
+    def __hash__(self) -> int:
+        return hash(self._fields)
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, tuple):
+        value = tuple(_constant(item) for item in value)
+    return value if INTERPRETED else tl.constexpr(value)
+
+
+constants = cache(Constants)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How kernels multiply: float32 as TF32 where torch lets cuBLAS, with ``set_float32_matmul_precision`` or else."""
+    # get_float32_matmul_precision() raises once a setting was made by its newer name, which this reads.
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if tf32 else "ieee"
+
 
 @triton.jit
-def dot(a, b, acc):
-    """``acc + a @ b``, fp32 sums; fp32 operands as fp32, never as TF32.
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b``, fp32 sums; fp32 operands as ``precision_of`` says.
 
     The interpreter of Triton 3.9 multiplies the bit patterns of bfloat16 operands. There they are widened first, which
     is exact: a product of two bfloat16 fits in fp32. tests/test_triton.py shows the flaw, and fails when it is gone.
@@ -22,7 +68,7 @@ def dot(a, b, acc):
     if _UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -37,6 +83,16 @@ def cast(x, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+@triton.jit
+def inverse_root(x):
+    """1 / sqrt(x), both steps rounded correctly.
+
+    What ``/``, ``tl.sqrt`` and ``tl.rsqrt`` become on a GPU errs by up to 2 units in the last place. In a statistic,
+    where a division a row or channel costs nothing, that is more than all its sums err by.
+    """
+    return tl.div_rn(1.0, tl.sqrt_rn(x))
 
 
 @triton.jit
@@ -67,7 +123,7 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     rows = min(triton.next_power_of_2(max(parts.shape[0], 1)), 128 if out.numel() <= 4096 else 16)
     columns = 2048 // rows  # a tile's loads are in flight together: 16 elements a thread
     grid = (triton.cdiv(out.numel(), columns),)
-    _sum_parts[grid](parts, out, parts.shape[0], out.numel(), PARTS=rows, COLUMNS=columns)
+    _sum_parts[grid](parts, out, parts.shape[0], out.numel(), PARTS=rows, COLUMNS=columns, **FUSED)
     return out
 
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import load, store
+from ._common import FUSED, load, store
 
 # The most columns of a token that a thread holds, and the most tokens that a program takes at a time. A backward, with
 # sums for two or three parameters in registers too, has room for two to four blocks of it on a multiprocessor, and
@@ -35,7 +35,7 @@ MIN_RUN, MAX_RUN, RUNS = 8, 32, 384
 
 
 class Tile(NamedTuple):
-    """The tokens that a program holds at a time."""
+    """The tokens that a program holds at a time; kernels get its ``constants``."""
 
     width: int
     rows: int
@@ -194,7 +194,7 @@ class Runs:
         partials, gradients, rows = zip(*self._sums, strict=True)
         grid = (max(rows) * triton.cdiv(self._width, COLUMNS), len(rows))
         rows += (1,) * (5 - len(rows))
-        _add_up_all[grid](partials, gradients, self.count, *rows, self._width, DEPTH, COLUMNS)
+        _add_up_all[grid](partials, gradients, self.count, *rows, self._width, DEPTH, COLUMNS, **FUSED)
 
 
 def strided(name: str, parameter: Tensor | None) -> tuple[Tensor, int, int] | None:

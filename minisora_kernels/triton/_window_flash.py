@@ -32,7 +32,6 @@ from ._window_rows import (
     store_dweight,
     store_rows,
     turn,
-    weight_of,
     zeros,
 )
 
@@ -62,7 +61,7 @@ def _load_softmax(softmax, delta, at, valid):
     """What is kept of each query: maximum, 1 / sum, delta; such that a query that is not there weighs nothing."""
     greatest = tl.load(softmax + 2 * at, mask=valid, other=float("inf"))
     total = tl.load(softmax + 2 * at + 1, mask=valid, other=1.0)
-    return greatest, 1.0 / total, tl.load(delta + at, mask=valid, other=0.0)
+    return greatest, tl.div_rn(1.0, total), tl.load(delta + at, mask=valid, other=0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -75,7 +74,11 @@ def prepare_kernel(
     valid = row < rows
     angles = load_angles(cos, sin, row % tokens, valid, FORM)
     step = heads * FORM.head_dim
-    weights = (weight_of(q_weight, head, FORM.q_step), weight_of(k_weight, head, FORM.k_step))
+    if q_weight is not None:
+        q_weight += head * FORM.q_step
+    if k_weight is not None:
+        k_weight += head * FORM.k_step
+    weights = (q_weight, k_weight)
     for part in tl.static_range(2):
         first = part * step + head * FORM.head_dim
         x = load_rows(qkv + first, row.to(tl.int64) * (3 * step), valid, FORM.qk)
@@ -100,8 +103,10 @@ def forward_kernel(
     qk_step = step * (2 if PREPARED else 3)
     qk += head * FORM.head_dim
     v_rows = qkv + 2 * step + head * FORM.head_dim
-    q_weight = weight_of(q_weight, head, FORM.q_step)
-    k_weight = weight_of(k_weight, head, FORM.k_step)
+    if q_weight is not None:
+        q_weight += head * FORM.q_step
+    if k_weight is not None:
+        k_weight += head * FORM.k_step
 
     q_place = first + tl.arange(0, BLOCK)
     sample, q_token, q_valid = locate(item, q_place, box, FORM.window)
@@ -117,7 +122,7 @@ def forward_kernel(
         k_row = start_row + k_token
         k = _operand(qk + step, k_row * qk_step, k_token, k_valid, k_weight, cos, sin, eps, PREPARED, FORM)
         v = load_rows(v_rows, k_row * (3 * step), k_valid, FORM.v)
-        s = inner(q, k) * scale
+        s = inner(q, k, FORM) * scale
         if bias is not None:
             s += _load_bias(bias, head, q_place[:, None], k_place[None, :], length)
         s = tl.where(k_valid[None, :], s, float("-inf"))
@@ -127,9 +132,9 @@ def forward_kernel(
         shrink = exp(greatest - shift)
         p = exp(s - shift[:, None])
         total = total * shrink + tl.sum(p, 1)
-        acc = add_product(scaled(acc, shrink[:, None]), p, v)
+        acc = add_product(scaled(acc, shrink[:, None]), p, v, FORM)
         greatest = top
-    store_rows(out + head * FORM.head_dim, q_row * step, q_valid, scaled(acc, (1.0 / total)[:, None]), FORM.v)
+    store_rows(out + head * FORM.head_dim, q_row * step, q_valid, scaled(acc, tl.div_rn(1.0, total)[:, None]), FORM.v)
     pair = (q_row * heads + head)[:, None] * 2 + tl.arange(0, 2)[None, :]
     tl.store(softmax + pair, tl.join(greatest, total), mask=q_valid[:, None])
 
@@ -163,8 +168,10 @@ def backward_kernel(
     qkv += head * FORM.head_dim
     dqkv += head * FORM.head_dim
     dout += head * FORM.head_dim
-    q_weight = weight_of(q_weight, head, FORM.q_step)
-    k_weight = weight_of(k_weight, head, FORM.k_step)
+    if q_weight is not None:
+        q_weight += head * FORM.q_step
+    if k_weight is not None:
+        k_weight += head * FORM.k_step
     # Partial sums of a weight are laid out [item, block, head, head_dim].
     partial = (item * blocks + tl.program_id(0) % blocks) * heads + head
 
@@ -184,12 +191,12 @@ def backward_kernel(
         k_row = start_row + k_token
         k = _operand(qk + step, k_row * qk_step, k_token, k_valid, k_weight, cos, sin, eps, PREPARED, FORM)
         v = load_rows(qkv + 2 * step, k_row * (3 * step), k_valid, FORM.v)
-        s = inner(q, k) * scale
+        s = inner(q, k, FORM) * scale
         if bias is not None:
             s += _load_bias(bias, head, place[:, None], k_place[None, :], length)
         s = tl.where(k_valid[None, :], s, float("-inf"))
         p = exp(s - top[:, None]) * inverse[:, None]
-        dq = add_product(dq, p * (inner(d, v) - delta_[:, None]), k)
+        dq = add_product(dq, p * (inner(d, v, FORM) - delta_[:, None]), k, FORM)
     dq = turn(dq, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
     dq, dweight = norm_backward(dq, scale, load_rows(qkv, row * (3 * step), valid, FORM.qk), q_weight, eps, FORM)
     store_rows(dqkv, row * (3 * step), valid, dq, FORM.qk)
@@ -207,12 +214,12 @@ def backward_kernel(
         qs = _operand(qk, q_row * qk_step, q_token, q_valid, q_weight, cos, sin, eps, PREPARED, FORM)
         ds = load_rows(dout, q_row * step, q_valid, FORM.v)
         tops, inverses, deltas = _load_softmax(softmax, delta, q_row * heads + head, q_valid)
-        s = inner(k, qs) * scale
+        s = inner(k, qs, FORM) * scale
         if bias is not None:
             s += _load_bias(bias, head, q_place[None, :], place[:, None], length)
         p = exp(s - tops[None, :]) * inverses[None, :]
-        dv = add_product(dv, p, ds)
-        dk = add_product(dk, p * (inner(v, ds) - deltas[None, :]), qs)
+        dv = add_product(dv, p, ds, FORM)
+        dk = add_product(dk, p * (inner(v, ds, FORM) - deltas[None, :]), qs, FORM)
     store_rows(dqkv + 2 * step, row * (3 * step), valid, dv, FORM.v)
     dk = turn(dk, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
     dk, dweight = norm_backward(dk, scale, load_rows(qkv + step, row * (3 * step), valid, FORM.qk), k_weight, eps, FORM)
@@ -239,8 +246,10 @@ def dbias_kernel(
     qk += head * FORM.head_dim
     qkv += head * FORM.head_dim
     dout += head * FORM.head_dim
-    q_weight = weight_of(q_weight, head, FORM.q_step)
-    k_weight = weight_of(k_weight, head, FORM.k_step)
+    if q_weight is not None:
+        q_weight += head * FORM.q_step
+    if k_weight is not None:
+        k_weight += head * FORM.k_step
     pair = _load_bias(bias, head, q_place[:, None], k_place[None, :], length)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for item in range((chunk * items // chunks).to(tl.int32), ((chunk + 1) * items // chunks).to(tl.int32)):
@@ -251,10 +260,10 @@ def dbias_kernel(
         q = _operand(qk, q_row * qk_step, q_token, q_valid, q_weight, cos, sin, eps, PREPARED, FORM)
         k = _operand(qk + step, k_row * qk_step, k_token, k_valid, k_weight, cos, sin, eps, PREPARED, FORM)
         top, inverse, delta_ = _load_softmax(softmax, delta, q_row * heads + head, q_valid)
-        p = exp(inner(q, k) * scale + pair - top[:, None]) * inverse[:, None]
+        p = exp(inner(q, k, FORM) * scale + pair - top[:, None]) * inverse[:, None]
         d = load_rows(dout, q_row * step, q_valid, FORM.v)
         v = load_rows(qkv + 2 * step, k_row * (3 * step), k_valid, FORM.v)
-        ds = p * (inner(d, v) - delta_[:, None])
+        ds = p * (inner(d, v, FORM) - delta_[:, None])
         total += tl.where(q_valid[:, None] & k_valid[None, :], ds, 0.0)
     at = ((chunk * heads + head) * length + q_place[:, None]) * length + k_place[None, :]
     here = (q_place < length)[:, None] & (k_place < length)[None, :]

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._window_rows import load_angles, load_rows, norm_backward, store_dweight, store_rows, turn, weight_of
+from ._window_rows import load_angles, load_rows, norm_backward, store_dweight, store_rows, turn
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -74,7 +74,11 @@ def finish_kernel(
     angles = load_angles(cos, sin, row % tokens, valid, FORM)
     grads = (dq, dk)
     partials = (dq_partial, dk_partial)
-    weights = (weight_of(q_weight, head, FORM.q_step), weight_of(k_weight, head, FORM.k_step))
+    if q_weight is not None:
+        q_weight += head * FORM.q_step
+    if k_weight is not None:
+        k_weight += head * FORM.k_step
+    weights = (q_weight, k_weight)
     for part in tl.static_range(2):
         grad = [piece.to(tl.float32) for piece in load_rows(grads[part], at, valid, FORM.qk)]
         x = load_rows(qkv + part * step, packed, valid, FORM.qk)

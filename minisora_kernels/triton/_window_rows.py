@@ -18,14 +18,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ._common import cast, dot, load, store
+from ._common import cast, dot, inverse_root, load, store
 
 Piece = tuple[int, int, int]
 Triple = tuple[int, int, int]
 
 
 class Form(NamedTuple):
-    """What kernels are compiled for; nothing here follows from the number of tokens."""
+    """What kernels are compiled for, and get as ``constants``; nothing here follows from the number of tokens."""
 
     window: tuple[int, ...]  # sizes of a window on all axes but the outermost, see `boxes`
     norm: int
@@ -35,6 +35,7 @@ class Form(NamedTuple):
     v: tuple[Piece, ...]
     q_step: int  # from the norm's weight of one head to the next
     k_step: int
+    precision: str  # of products, see `precision_of`
 
 
 class Boxes(NamedTuple):
@@ -91,12 +92,12 @@ def boxes(grid: Sequence[int], window: Sequence[int]) -> Boxes:
     return Boxes(sorted(axes, key=lambda axis: axis[2] > 1))
 
 
-def narrow_pieces(first: int, end: int) -> tuple[Piece, ...]:
-    """Channels ``[first, end)`` in pieces of 16, the least that tensor cores multiply.
+def narrow_pieces(first: int, end: int, width: int) -> tuple[Piece, ...]:
+    """Channels ``[first, end)`` in pieces of ``width``: 16, the least that tensor cores multiply, or a little more.
 
-    All have one layout, two threads to a row, so sums over a row meet without exchange between layouts.
+    All have one layout, so sums over a row meet without exchange between layouts.
     """
-    return tuple((start, 16, min(start + 16, end)) for start in range(first, end, 16))
+    return tuple((start, width, min(start + width, end)) for start in range(first, end, width))
 
 
 def wide_pieces(first: int, end: int) -> tuple[Piece, ...]:
@@ -252,27 +253,21 @@ def row_sums(a, b):
 
 
 @triton.jit
-def inner(a, b):
+def inner(a, b, FORM: tl.constexpr):
     """``a b^T``: every row of a with every row of b, fp32."""
     total = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32)
     for i in tl.static_range(len(a)):
-        total = dot(a[i], tl.trans(b[i]), total)
+        total = dot(a[i], tl.trans(b[i]), total, FORM.precision)
     return total
 
 
 @triton.jit
-def add_product(total, a, rows):
+def add_product(total, a, rows, FORM: tl.constexpr):
     """``total + a rows``, fp32; a is rounded to the dtype of the rows."""
     result = ()
     for i in tl.static_range(len(rows)):
-        result += (dot(cast(a, rows[i].dtype), rows[i], total[i]),)
+        result += (dot(cast(a, rows[i].dtype), rows[i], total[i], FORM.precision),)
     return result
-
-
-@triton.jit
-def weight_of(weight, head, STEP: tl.constexpr):
-    """The norm's weight for a head, if there is one."""
-    return None if weight is None else weight + head * STEP
 
 
 @triton.jit
@@ -327,7 +322,7 @@ def centre(rows, eps, FORM: tl.constexpr):
     """The rows in fp32, less their means for norm 2 (layer); and 1 / their root mean square."""
     x = [row.to(tl.float32) for row in rows]
     if FORM.norm == 2:
-        mean = (totals(x) / FORM.head_dim)[:, None]
+        mean = tl.div_rn(totals(x), FORM.head_dim)[:, None]
         centred = ()
         for i in tl.static_range(len(rows)):
             if FORM.qk[i][0] + FORM.qk[i][1] > FORM.qk[i][2]:  # padding stays zero
@@ -335,7 +330,7 @@ def centre(rows, eps, FORM: tl.constexpr):
             else:
                 centred += (x[i] - mean,)
         x = centred
-    return x, tl.rsqrt(row_sums(x, x) / FORM.head_dim + eps)
+    return x, inverse_root(tl.div_rn(row_sums(x, x), FORM.head_dim) + eps)
 
 
 @triton.jit
@@ -366,9 +361,9 @@ def norm_backward(grad, scale, rows, weight, eps, FORM: tl.constexpr):
         if weight is not None:
             dweight = products(grad, x)
             grad = products(grad, load_weight(weight, FORM.qk))
-        along = (row_sums(grad, x) * rstd * rstd / FORM.head_dim)[:, None]
+        along = tl.div_rn(row_sums(grad, x) * rstd * rstd, FORM.head_dim)[:, None]
         if FORM.norm == 2:
-            mean = (totals(grad) / FORM.head_dim)[:, None]
+            mean = tl.div_rn(totals(grad), FORM.head_dim)[:, None]
         dx = ()
         for i in tl.static_range(len(rows)):
             rest = grad[i] - x[i] * along

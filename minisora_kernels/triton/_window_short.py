@@ -1,4 +1,4 @@
-"""window_attention for windows of at most 64 tokens: whole windows in one tile of scores.
+"""window_attention for windows of at most 32 tokens: whole windows in one tile of scores.
 
 A program takes a tile of TILE places, which holds TILE // L windows of one head, and multiplies all its queries with
 all its keys; scores across windows are masked. What that wastes costs less than tiles with empty rows: by a count of
@@ -28,8 +28,8 @@ from ._window_rows import (
     store_dweight,
     store_rows,
     sums,
+    totals,
     turn,
-    weight_of,
     zeros,
 )
 
@@ -37,27 +37,28 @@ LENGTHS = ["items", "tokens", "n0", "n1", "n2", "s0", "s1", "s2", "w0"]
 
 
 @triton.jit
-def _product(a, rows, slot, each, PACKED: tl.constexpr):
+def _product(a, rows, seen, PACKED: tl.constexpr, FORM: tl.constexpr):
     """``a rows``, fp32, where a is zero between windows and the windows of a tile must not see each other.
 
-    0 * NaN is NaN, and so is 0 * infinity: one such number in a window would reach all others in the tile. It shows in
-    every row of the product. Then, and only then, the windows are multiplied one by one.
+    0 * NaN is NaN, and so is 0 * infinity: a row with one such number would reach all windows in the tile. It is
+    multiplied as zeros, and its own window, the rows that have ``seen`` it, gets NaN.
     """
+    if PACKED:
+        differences = ()
+        for i in tl.static_range(len(rows)):
+            differences += (rows[i].to(tl.float32) - rows[i].to(tl.float32),)
+        finite = totals(differences) == 0  # else NaN
+        clean = tl.min(tl.where(seen, finite[None, :].to(tl.int32), 1), 1) != 0
+        poison = tl.where(clean, 0.0, float("nan"))[:, None]
     result = ()
-    check = 0.0
     for i in tl.static_range(len(rows)):
-        result += (dot(cast(a, rows[i].dtype), rows[i], tl.zeros(rows[i].shape, tl.float32)),)
+        row = rows[i]
         if PACKED:
-            check += tl.sum(tl.sum(result[i], 1), 0)
-    if PACKED and check - check != 0.0:
-        for window in range(each):
-            mine = (slot == window)[:, None]
-            alone = ()
-            for i in tl.static_range(len(rows)):
-                part = tl.where(mine, rows[i], 0.0)
-                part = dot(cast(a, part.dtype), part, tl.zeros(part.shape, tl.float32))
-                alone += (tl.where(mine, part, result[i]),)
-            result = alone
+            row = tl.where(finite[:, None], row, 0.0)
+        part = dot(cast(a, row.dtype), row, tl.zeros(row.shape, tl.float32), FORM.precision)
+        if PACKED:
+            part += poison
+        result += (part,)
     return result
 
 
@@ -94,13 +95,17 @@ def short_forward_kernel(
     first = tl.program_id(0) % groups * HEADS
     for head in range(first, tl.minimum(first + HEADS, heads)):
         at = row * (3 * step) + head * FORM.head_dim
-        q_weight_ = weight_of(q_weight, head, FORM.q_step)
-        k_weight_ = weight_of(k_weight, head, FORM.k_step)
+        q_weight_ = q_weight
+        if q_weight is not None:
+            q_weight_ += head * FORM.q_step
+        k_weight_ = k_weight
+        if k_weight is not None:
+            k_weight_ += head * FORM.k_step
         angles = load_angles(cos, sin, token, valid, FORM)
         q = prepare(load_rows(qkv, at, valid, FORM.qk), q_weight_, angles, eps, FORM)
         k = prepare(load_rows(qkv + step, at, valid, FORM.qk), k_weight_, angles, eps, FORM)
         v = load_rows(qkv + 2 * step, at, valid, FORM.v)
-        s = inner(q, k) * scale
+        s = inner(q, k, FORM) * scale
         if bias is not None:
             s += _load_bias(bias, head, place, seen, length)
         s = tl.where(seen, s, float("-inf"))
@@ -108,7 +113,7 @@ def short_forward_kernel(
         # Rows of the tile that hold no token see nothing.
         p = exp(s - tl.where(greatest == float("-inf"), 0.0, greatest)[:, None])
         total = tl.sum(p, 1)
-        o = scaled(_product(p, v, slot, each, PACKED), (1.0 / total)[:, None])
+        o = scaled(_product(p, v, seen, PACKED, FORM), tl.div_rn(1.0, total)[:, None])
         store_rows(out, row * step + head * FORM.head_dim, valid, o, FORM.v)
         pair = (row * heads + head)[:, None] * 2 + tl.arange(0, 2)[None, :]
         tl.store(softmax + pair, tl.join(greatest, total), mask=valid[:, None])
@@ -136,8 +141,12 @@ def short_backward_kernel(
         seen = (slot[:, None] == slot[None, :]) & valid[:, None] & valid[None, :]
         for head in range(first, tl.minimum(first + HEADS, heads)):
             at = row * (3 * step) + head * FORM.head_dim
-            q_weight_ = weight_of(q_weight, head, FORM.q_step)
-            k_weight_ = weight_of(k_weight, head, FORM.k_step)
+            q_weight_ = q_weight
+            if q_weight is not None:
+                q_weight_ += head * FORM.q_step
+            k_weight_ = k_weight
+            if k_weight is not None:
+                k_weight_ += head * FORM.k_step
             angles = load_angles(cos, sin, token, valid, FORM)
             q = prepare(load_rows(qkv, at, valid, FORM.qk), q_weight_, angles, eps, FORM)
             k = prepare(load_rows(qkv + step, at, valid, FORM.qk), k_weight_, angles, eps, FORM)
@@ -146,22 +155,22 @@ def short_backward_kernel(
             pair = softmax + 2 * (row * heads + head)
             greatest = tl.load(pair, mask=valid, other=0.0)
             total = tl.load(pair + 1, mask=valid, other=1.0)
-            s = inner(q, k) * scale
+            s = inner(q, k, FORM) * scale
             if bias is not None:
                 s += _load_bias(bias, head, place, seen, length)
-            p = tl.where(seen, exp(s - greatest[:, None]) * (1.0 / total)[:, None], 0.0)
-            store_rows(dqkv + 2 * step, at, valid, _product(tl.trans(p), d, slot, each, PACKED), FORM.v)
-            dp = inner(d, v)
+            p = tl.where(seen, exp(s - greatest[:, None]) * tl.div_rn(1.0, total)[:, None], 0.0)
+            store_rows(dqkv + 2 * step, at, valid, _product(tl.trans(p), d, seen, PACKED, FORM), FORM.v)
+            dp = inner(d, v, FORM)
             delta = tl.sum(tl.where(seen, p * dp, 0.0), 1)
             ds = tl.where(seen, p * (dp - delta[:, None]), 0.0)
             if dbias_partial is not None:
                 dpair += ds
-            grad = _product(ds, k, slot, each, PACKED)
+            grad = _product(ds, k, seen, PACKED, FORM)
             grad = turn(grad, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
             grad, dweight = norm_backward(grad, scale, load_rows(qkv, at, valid, FORM.qk), q_weight_, eps, FORM)
             store_rows(dqkv, at, valid, grad, FORM.qk)
             dq_weight = sums(dq_weight, dweight)
-            grad = _product(tl.trans(ds), q, slot, each, PACKED)
+            grad = _product(tl.trans(ds), q, seen, PACKED, FORM)
             grad = turn(grad, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
             grad, dweight = norm_backward(grad, scale, load_rows(qkv + step, at, valid, FORM.qk), k_weight_, eps, FORM)
             store_rows(dqkv + step, at, valid, grad, FORM.qk)

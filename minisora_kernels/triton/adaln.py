@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cast, check_dense, load, store
+from ._common import FUSED, cast, check_dense, constants, inverse_root, load, store
 from ._rows import (
     BACKWARD,
     FORWARD,
@@ -91,7 +91,7 @@ def _fwd(
         sums += tl.sum(x, 2)
     mean = tl.zeros([tile.rows, 1, 1], tl.float32)
     if not RMS:
-        mean = tl.sum(sums, 1)[:, None, None] / tile.width
+        mean = tl.div_rn(tl.sum(sums, 1)[:, None, None], tile.width)
 
     sums = tl.zeros([tile.rows, tile.lanes], tl.float32)
     for c in tl.static_range(chunks(tile)):
@@ -99,7 +99,7 @@ def _fwd(
         if padded(tile, c):
             d = tl.where(column[c] < tile.width, d, 0.0)
         sums += tl.sum(d * d, 2)
-    rstd = tl.rsqrt(tl.sum(sums, 1)[:, None, None] / tile.width + eps)
+    rstd = inverse_root(tl.div_rn(tl.sum(sums, 1)[:, None, None], tile.width) + eps)
     store(mean_ptr + token, mean, live)
     store(rstd_ptr + token, rstd, live)
 
@@ -203,7 +203,7 @@ def _bwd(
             sum_dh_h += tl.sum(dh * h, 2)
 
         # joined: one exchange between warps for both
-        mean_dh, mean_dh_h = tl.split(tl.sum(tl.join(sum_dh, sum_dh_h), 1)[:, None, None] / tile.width)
+        mean_dh, mean_dh_h = tl.split(tl.div_rn(tl.sum(tl.join(sum_dh, sum_dh_h), 1)[:, None, None], tile.width))
         for c in tl.static_range(chunks(tile)):
             mask = mask_of(live, column[c], tile, c)
             here = at + column[c]
@@ -287,8 +287,9 @@ def forward(
             tokens_per_row(shift, tokens),
             tokens_per_row(scale, tokens),
             rms,
-            tile,
+            constants(tile),
             num_warps=warps,
+            **FUSED,
         )
     return residual, y, mean, rstd
 
@@ -341,8 +342,9 @@ def backward(
         tokens_per_row(scale, tokens),
         rms,
         *per_token,
-        tile,
+        constants(tile),
         num_warps=warps,
+        **FUSED,
     )
     runs.finish()
     return dx, dbranch, *gradients

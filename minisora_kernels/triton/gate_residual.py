@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dense, load, store
+from ._common import FUSED, check_dense, constants, load, store
 from ._rows import (
     BACKWARD,
     FORWARD,
@@ -103,8 +103,9 @@ def gate_residual_fwd(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
             batch * tokens,
             tokens,
             tokens_per_row(gate, tokens),
-            tile,
+            constants(tile),
             num_warps=warps,
+            **FUSED,
         )
     return y
 
@@ -127,8 +128,9 @@ def gate_residual_bwd(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor,
         runs.row_tokens,
         runs.run_tokens,
         tokens_per_row(gate, tokens) == 1,
-        tile,
+        constants(tile),
         num_warps=warps,
+        **FUSED,
     )
     runs.finish()
     return dbranch, dgate

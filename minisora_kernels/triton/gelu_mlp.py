@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dense, load, store, sum_parts
+from ._common import FUSED, check_dense, load, store, sum_parts
 
 BLOCK = 2048  # elements of h a program takes forward: 16 a thread
 ROWS, COLUMNS = 8, 256  # a tile backward
@@ -36,10 +36,14 @@ SLOPE_SQUARED = tl.constexpr(6 * 0.7978845608028654 * 0.044715)
 
 
 @triton.jit
-def _sigmoid(h):
+def _sigmoid(h, dtype: tl.constexpr):
     """exp(-2u), and s = sigmoid(2u) = (1 + tanh(u)) / 2, which keeps its digits where tanh(u) is near -1."""
     e = tl.exp2(h * (LINEAR + CUBIC * (h * h)))
-    return e, 1.0 / (1.0 + e)
+    if dtype == tl.float32:
+        s = tl.div_rn(1.0, 1.0 + e)
+    else:  # an error of 2 units in the last place of fp32 is nothing
+        s = 1.0 / (1.0 + e)
+    return e, s
 
 
 @triton.jit
@@ -47,7 +51,7 @@ def _fwd(h_ptr, a_ptr, size, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
     h = load(h_ptr + offsets, mask)
-    _, s = _sigmoid(h)
+    _, s = _sigmoid(h, h_ptr.dtype.element_ty)
     store(a_ptr + offsets, h * s, mask)
 
 
@@ -65,7 +69,7 @@ def _bwd(
         mask = (rows[:, None] < size) & (columns[None, :] < HIDDEN)
         h = load(h_ptr + offsets, mask)
         da = load(grad_ptr + offsets, mask)
-        e, s = _sigmoid(h)
+        e, s = _sigmoid(h, h_ptr.dtype.element_ty)
         hs = h * s
         store(a_ptr + offsets, hs, mask)
         # 1 - s loses digits where s is near 1, and e may be inf where s is 0
@@ -81,7 +85,7 @@ def gelu_mlp_fwd(
 ) -> tuple[Tensor, Tensor]:
     h = F.linear(x, w1, b1)
     a = torch.empty_like(h) if keep else h
-    _fwd[(triton.cdiv(h.numel(), BLOCK),)](h, a, h.numel(), BLOCK=BLOCK)
+    _fwd[(triton.cdiv(h.numel(), BLOCK),)](h, a, h.numel(), BLOCK=BLOCK, **FUSED)
     return F.linear(a, w2, b2), h if keep else h.new_empty(0, 0)
 
 
@@ -94,5 +98,5 @@ def gelu_mlp_bwd(dy: Tensor, h: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor,
     chunk = triton.cdiv(triton.cdiv(size, ROWS), max(PROGRAMS // blocks, 1)) * ROWS
     sums = h.new_empty(triton.cdiv(size, max(chunk, 1)), hidden, dtype=torch.float32)
     if hidden:  # a kernel cannot be made for no columns
-        _bwd[(sums.shape[0] * blocks,)](h, dh, a, sums, size, chunk, HIDDEN=hidden, ROWS=ROWS, COLUMNS=COLUMNS)
+        _bwd[(sums.shape[0] * blocks,)](h, dh, a, sums, size, chunk, HIDDEN=hidden, ROWS=ROWS, COLUMNS=COLUMNS, **FUSED)
     return dh @ w1, a, dh, sum_parts(sums, h.dtype)

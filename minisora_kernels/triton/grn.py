@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dense, load, store
+from ._common import FUSED, check_dense, load, store
 
 ROWS, COLUMNS = 8, 256  # sites and channels of a tile: 16 elements a thread
 # Sites that a program takes: enough programs for one frame of 24x24 sites and 8192 channels to fill a large GPU, while
@@ -104,10 +104,10 @@ def _norms(
     sums = tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, WIDTH, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
-        norms = tl.sqrt(_add_parts(squares_ptr, frame * parts, parts, columns, WIDTH, DEPTH))
+        norms = tl.sqrt_rn(_add_parts(squares_ptr, frame * parts, parts, columns, WIDTH, DEPTH))
         store(norms_ptr + frame * WIDTH + columns, norms, columns < WIDTH)
         sums += norms
-    tl.store(inverse_ptr + frame, 1.0 / (tl.sum(sums, 0) / WIDTH + eps))
+    tl.store(inverse_ptr + frame, tl.div_rn(1.0, tl.div_rn(tl.sum(sums, 0), WIDTH) + eps))
 
 
 @triton.jit(do_not_specialize=["sites"])
@@ -191,9 +191,9 @@ def _frames(
         store(frame_products_ptr + frame * WIDTH + columns, products, there)
         sums = _add_parts(sums_ptr, frame * parts, parts, columns, WIDTH, DEPTH)
         store(frame_sums_ptr + frame * WIDTH + columns, sums, there)
-    inverse = 1.0 / (tl.sum(norm_sums, 0) / WIDTH + eps)
+    inverse = tl.div_rn(1.0, tl.div_rn(tl.sum(norm_sums, 0), WIDTH) + eps)
     tl.store(inverse_ptr + frame, inverse)
-    tl.store(shared_ptr + frame, inverse * tl.sum(shared_sums, 0) / WIDTH)
+    tl.store(shared_ptr + frame, tl.div_rn(inverse * tl.sum(shared_sums, 0), WIDTH))
 
 
 @triton.jit(do_not_specialize=["sites"])
@@ -220,7 +220,7 @@ def _bwd(
     inverse = tl.load(inverse_ptr + frame)
     gain = 1 + weight * norms * inverse
     dnorm = inverse * (weight * load(products_ptr + frame * WIDTH + columns, there) - tl.load(shared_ptr + frame))
-    pull = tl.where(norms > 0, dnorm / tl.where(norms > 0, norms, 1.0), 0.0)  # dG / G
+    pull = tl.where(norms > 0, tl.div_rn(dnorm, tl.where(norms > 0, norms, 1.0)), 0.0)  # dG / G
     for site in range(begin, end, ROWS):
         at, mask = _tile(frame, site, end, columns, sites, WIDTH, ROWS)
         dy = load(dy_ptr + at, mask)
@@ -275,9 +275,9 @@ def grn_fwd(
     grid = (frames * parts * triton.cdiv(width, COLUMNS),)
     squares = x.new_empty((frames * parts, width), dtype=torch.float32)
     inverse = x.new_empty(frames, dtype=torch.float32)
-    _squares[grid](x, squares, sites, gelu, width, PART, ROWS, COLUMNS)
-    _norms[(frames,)](squares, norms, inverse, parts, eps, width, DEPTH, COLUMNS)
-    _fwd[grid](x, weight, bias, norms, inverse, y, sites, gelu, width, PART, ROWS, COLUMNS)
+    _squares[grid](x, squares, sites, gelu, width, PART, ROWS, COLUMNS, **FUSED)
+    _norms[(frames,)](squares, norms, inverse, parts, eps, width, DEPTH, COLUMNS, **FUSED)
+    _fwd[grid](x, weight, bias, norms, inverse, y, sites, gelu, width, PART, ROWS, COLUMNS, **FUSED)
     return y, norms
 
 
@@ -294,8 +294,10 @@ def grn_bwd(
     partial = [x.new_empty((frames * parts, width), dtype=torch.float32) for _ in range(2)]
     sums = [torch.empty_like(norms) for _ in range(2)]
     inverse, shared = (x.new_empty(frames, dtype=torch.float32) for _ in range(2))
-    _products[grid](dy, x, *partial, sites, gelu, width, PART, ROWS, COLUMNS)
-    _frames[(frames,)](*partial, weight, norms, *sums, inverse, shared, parts, eps, width, DEPTH, COLUMNS)
-    _bwd[grid](dy, x, weight, norms, sums[0], inverse, shared, dx, sites, gelu, width, PART, ROWS, COLUMNS)
-    _parameters[(triton.cdiv(width, CHANNELS),)](*sums, norms, inverse, dweight, dbias, frames, width, FRAMES, CHANNELS)
+    _products[grid](dy, x, *partial, sites, gelu, width, PART, ROWS, COLUMNS, **FUSED)
+    _frames[(frames,)](*partial, weight, norms, *sums, inverse, shared, parts, eps, width, DEPTH, COLUMNS, **FUSED)
+    _bwd[grid](dy, x, weight, norms, sums[0], inverse, shared, dx, sites, gelu, width, PART, ROWS, COLUMNS, **FUSED)
+    _parameters[(triton.cdiv(width, CHANNELS),)](
+        *sums, norms, inverse, dweight, dbias, frames, width, FRAMES, CHANNELS, **FUSED
+    )
     return dx, dweight, dbias

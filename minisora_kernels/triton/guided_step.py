@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dense, load, store
+from ._common import FUSED, check_dense, load, store
 
 BLOCK, WARPS = 1024, 4
 
@@ -59,5 +59,6 @@ def guided_step_fwd(
         LEARNED=cond_size > size,
         BLOCK=BLOCK,
         num_warps=WARPS,
+        **FUSED,
     )
     return out

@@ -19,12 +19,14 @@ Not run on a GPU yet.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dense, dot, load, store, sum_parts
+from ._common import FUSED, check_dense, dot, load, precision_of, store, sum_parts
 
 COLUMNS = 128  # of y and dy in a tile; divides the widths of all models
 SHORT = 256  # bytes of a patch that fits one tile
@@ -87,6 +89,7 @@ def _fwd(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ELEMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
     column_blocks: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
@@ -109,7 +112,7 @@ def _fwd(
         y = tl.zeros((TOKENS, COLUMNS), tl.float32)
         if fits:
             x = tl.load(starts[:, None] + (b * stride_b + places)[None, :], x_mask, other=0.0)
-            y = dot(x, w, y)
+            y = dot(x, w, y, PRECISION)
         else:
             for k0 in range(0, LENGTH, ELEMENTS):
                 k = k0 + elements
@@ -118,7 +121,7 @@ def _fwd(
                 w_mask = (k[:, None] < LENGTH) & (d[None, :] < WIDTH)
                 x = tl.load(starts[:, None] + (b * stride_b + places)[None, :], x_mask, other=0.0)
                 w = tl.load(weight_ptr + d[None, :] * LENGTH + k[:, None], w_mask, other=0.0)
-                y = dot(x, w, y)
+                y = dot(x, w, y, PRECISION)
             addend = _addend(bias_ptr, pos_ptr, n, d, tokens, WIDTH)
         y_mask = (n[:, None] < tokens) & (d[None, :] < WIDTH)
         y_ptrs = y_ptr + (b * tokens + n)[:, None] * WIDTH + d[None, :]
@@ -149,6 +152,7 @@ def _bwd(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ELEMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
     element_blocks: tl.constexpr = (LENGTH + ELEMENTS - 1) // ELEMENTS
@@ -172,7 +176,7 @@ def _bwd(
         x_mask = (n[:, None] < tokens) & (k[None, :] < LENGTH)
         dy = tl.load(dy_ptr + (b * tokens + n)[:, None] * WIDTH + d[None, :], dy_mask, other=0.0)
         x = tl.load(x_ptr + starts[:, None] + places[None, :], x_mask, other=0.0)
-        dweight = dot(tl.trans(dy), x, dweight)
+        dweight = dot(tl.trans(dy), x, dweight, PRECISION)
         if dbias_ptr is not None and sums:
             dbias += dy.to(tl.float32)
     row = part.to(tl.int64) * WIDTH + d
@@ -203,6 +207,7 @@ def _bwd_x(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ELEMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
     element_blocks: tl.constexpr = (LENGTH + ELEMENTS - 1) // ELEMENTS
@@ -219,19 +224,20 @@ def _bwd_x(
         w_mask = (d[:, None] < WIDTH) & (k[None, :] < LENGTH)
         dy = tl.load(dy_ptr + (b * tokens + n)[:, None] * WIDTH + d[None, :], dy_mask, other=0.0)
         w = tl.load(weight_ptr + d[:, None] * LENGTH + k[None, :], w_mask, other=0.0)
-        dx = dot(dy, w, dx)
+        dx = dot(dy, w, dx, PRECISION)
     starts = b * stride_b + _starts(n, height, width, stride_t, stride_h, stride_w, PT, PH, PW)
     places = _places(k, stride_c, stride_t, stride_h, stride_w, PT, PH, PW)
     dx_mask = (n[:, None] < tokens) & (k[None, :] < LENGTH)
     store(dx_ptr + starts[:, None] + places[None, :], dx, dx_mask)
 
 
-def _arguments(x: Tensor, weight: Tensor) -> tuple[int, tuple[int, ...], dict[str, int]]:
+def _arguments(x: Tensor, weight: Tensor) -> tuple[int, tuple[int, ...], dict[str, Any]]:
     """The number of tokens, and what all kernels take: arguments, and constants by name."""
     patch = weight.shape[2:]
     frames, height, width = (n // p for n, p in zip(x.shape[2:], patch, strict=True))
-    constants = {"LENGTH": weight[0].numel(), "WIDTH": weight.shape[0], "COLUMNS": COLUMNS, "num_warps": 8}
-    constants |= dict(zip(("PT", "PH", "PW"), patch, strict=True))
+    constants: dict[str, Any] = dict(zip(("PT", "PH", "PW"), patch, strict=True))
+    constants |= {"LENGTH": weight[0].numel(), "WIDTH": weight.shape[0], "COLUMNS": COLUMNS, "num_warps": 8}
+    constants["PRECISION"] = precision_of(x.dtype)
     return frames * height * width, (height, width, *x.stride()), constants
 
 
@@ -254,7 +260,7 @@ def patch_embed_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor 
     samples = triton.cdiv(batch, triton.cdiv(PROGRAMS, tiles))
     y = x.new_empty(batch, tokens, columns)
     _fwd[(tiles * triton.cdiv(batch, max(samples, 1)),)](
-        x, weight, bias, pos, y, batch, samples, tokens, *arguments, **constants, num_stages=4
+        x, weight, bias, pos, y, batch, samples, tokens, *arguments, **constants, num_stages=4, **FUSED
     )
     return y
 
@@ -274,7 +280,7 @@ def patch_embed_bwd(
     dweight = dy.new_empty(parts, *weight.shape, dtype=torch.float32)
     dbias = dy.new_empty(parts, columns, dtype=torch.float32)
     _bwd[(parts * blocks,)](
-        dy, x, dweight, None if bias is None else dbias, tiles, chunk, tokens, *arguments, **constants
+        dy, x, dweight, None if bias is None else dbias, tiles, chunk, tokens, *arguments, **constants, **FUSED
     )
     return (
         _gradient_of_x(dy, x, weight) if need_x else x.new_empty(0),
@@ -290,5 +296,5 @@ def _gradient_of_x(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     elements = elements_of(weight, VIDEO_ELEMENTS)
     constants |= {"TOKENS": 64, "COLUMNS": 128 // x.element_size(), "ELEMENTS": elements}
     tiles = triton.cdiv(tokens, 64) * triton.cdiv(weight[0].numel(), elements)
-    _bwd_x[(x.shape[0] * tiles,)](dy, weight, dx, tokens, *arguments, **constants)
+    _bwd_x[(x.shape[0] * tiles,)](dy, weight, dx, tokens, *arguments, **constants, **FUSED)
     return dx

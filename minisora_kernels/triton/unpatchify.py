@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dense
+from ._common import FUSED, check_dense
 
 ELEMENTS = 2048  # a tile: 16 a thread, two vectors of 16 bytes in 16 bits
 MAX_CHANNELS = 64
@@ -82,6 +82,7 @@ def _launch(video: Tensor, tokens: Tensor, patch: tuple[int, int, int], to_video
         CELLS=tile_cells,
         CHANNELS=tile_channels,
         TO_VIDEO=to_video,
+        **FUSED,
     )
 
 

@@ -8,6 +8,7 @@ follow from shapes and dtype, never from the device.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,12 +18,13 @@ from torch import Tensor
 from . import _window_flash as flash
 from . import _window_library as library
 from . import _window_short as short
-from ._common import check_dense, sum_parts
+from ._common import FUSED, check_dense, constants, precision_of, sum_parts
 from ._window_rows import Boxes, Form, boxes, narrow_pieces, wide_pieces
 
 # None of these was measured on a GPU.
-# Windows of at most this many tokens fit a tile of scores that a program keeps in registers.
-SHORT = 64
+# Windows of at most this many tokens fit a tile of scores that a program keeps in registers. With 64 a backward with a
+# bias, a norm or rotation spilled hundreds of bytes a thread.
+SHORT = 32
 # Longer windows than this have q and k normed and turned by a pass of its own, which reads and writes 4 x head_dim
 # numbers per token and head; others by every program that reads them, one per 128 tokens of the window, twice in the
 # backward. By a count of bytes and instructions the two cost alike near 500 tokens.
@@ -30,6 +32,8 @@ PREPARE_FROM = 512
 # Heads of the same tokens that a program takes, so that their rotary angles, as large as q and k, are read a quarter as
 # often.
 HEADS = 4
+# Wider heads take more registers than blocks and warps of this many channels leave.
+NARROW = 80
 # Rows of a program of the passes that take rows one by one.
 ROWS = 64
 # Programs at most that share the sum of a bias' gradient: some for every SM of the largest GPU; a partial sum is large.
@@ -63,7 +67,7 @@ class Call(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """fp32 is multiplied as it is, without tensor cores: smaller blocks, more threads."""
+        """fp32 takes twice the room, and no tensor cores unless torch asks for TF32: smaller blocks, more threads."""
         return self.qkv.dtype == torch.float32
 
 
@@ -75,10 +79,11 @@ def _call(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interlea
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [heads, L, L] = {list(wanted)}")
     halves = cos is not None and not interleaved
     steps = (head_dim if weight is not None and weight.dim() == 2 else 0 for weight in (q_weight, k_weight))
-    cut = narrow_pieces if box.length <= PREPARE_FROM else wide_pieces
+    narrow = partial(narrow_pieces, width=32 if head_dim > NARROW else 16)
+    cut = narrow if box.length <= PREPARE_FROM else wide_pieces
     qk = cut(0, head_dim // 2) + cut(head_dim // 2, head_dim) if halves else cut(0, head_dim)
-    v = (narrow_pieces if box.length <= SHORT else wide_pieces)(0, head_dim)
-    form = Form(box.inner, norm, not halves, head_dim, qk, v, *steps)
+    v = (narrow if box.length <= SHORT else wide_pieces)(0, head_dim)
+    form = Form(box.inner, norm, not halves, head_dim, qk, v, *steps, precision_of(qkv.dtype))
     return Call(qkv, q_weight, k_weight, cos, sin, bias, scale, eps, box, form)
 
 
@@ -95,14 +100,15 @@ def window_attention_fwd(qkv, *arguments) -> tuple[Tensor, Tensor]:
         each = tile // call.box.length
         short.short_forward_kernel[(triton.cdiv(call.items, each) * triton.cdiv(heads, HEADS),)](
             qkv, out, softmax, *call.parameters, call.items, tokens, heads, *call.box.arguments, call.scale, call.eps,
-            each > 1, call.form, tile, HEADS, num_warps=4 if call.exact else tile // 16, num_stages=1,
+            each > 1, constants(call.form), tile, HEADS,
+            num_warps=_short_warps(call, tile, True), num_stages=1, **FUSED,
         )  # fmt: skip
         return out, softmax
     qk = _prepared(call)
     block, inner, warps, stages = _blocks(call, 64)
     flash.forward_kernel[(call.items * heads * triton.cdiv(call.box.length, block),)](
         qk, qkv, out, softmax, *call.parameters, tokens, heads, *call.box.arguments, call.scale, call.eps,
-        qk is not qkv, call.form, block, inner, num_warps=warps, num_stages=stages,
+        qk is not qkv, constants(call.form), block, inner, num_warps=warps, num_stages=stages, **FUSED,
     )  # fmt: skip
     return out, softmax
 
@@ -130,11 +136,19 @@ def _tile(length: int) -> int:
     return max(16, triton.next_power_of_2(length))
 
 
-def block_of(dtype: torch.dtype, head_dim: int) -> int:
-    """Rows of a long window that a program takes, as registers and shared memory allow."""
+def _short_warps(call: Call, tile: int, plain: bool) -> int:
+    """Warps of a tile: 16 rows each, the least of a product, or several that share them, where they would spill."""
+    if call.exact:
+        return 4
+    shared = (1 if plain else 2) * (2 if call.form.head_dim > NARROW else 1)
+    return min(tile // 16 * shared, 8)
+
+
+def block_of(dtype: torch.dtype, head_dim: int, length: int) -> int:
+    """Rows of a window of ``length`` tokens that a program takes, as registers and shared memory allow."""
     if dtype == torch.float32:
         return 32
-    return 64 if head_dim > 128 else 128
+    return 64 if head_dim > NARROW or length <= 64 else 128
 
 
 def bias_block_of(dtype: torch.dtype) -> int:
@@ -144,8 +158,11 @@ def bias_block_of(dtype: torch.dtype) -> int:
 
 def _blocks(call: Call, inner: int) -> tuple[int, int, int, int]:
     """For long windows: rows of a block, rows at a step, warps and stages."""
-    block = block_of(call.qkv.dtype, call.form.head_dim)
-    return (128, inner, 8, 2) if block == 128 else (block, 32, 4, 1)
+    head_dim = call.form.head_dim
+    block = block_of(call.qkv.dtype, head_dim, call.box.length)
+    if block == 128:
+        return block, inner, 8, 2
+    return block, 32, 8 if block == 64 and head_dim > NARROW else 4, 1
 
 
 def _weight_parts(call: Call, count: int) -> list[Tensor | None]:
@@ -172,12 +189,13 @@ def _short_backward(call: Call, dout, softmax, dqkv, with_dbias: bool) -> list[T
     chunks = max(1, triton.cdiv(tiles, per_chunk))
     weights = _weight_parts(call, chunks * groups)
     dbias = softmax.new_empty(chunks * each, heads, length, length) if with_dbias else None
-    # Norm and rotation hold more of a row: with 16 rows to a warp they would spill.
-    rows = 16 if form.norm == 0 and call.cos is None else 8
+    # Norm and rotation hold more of a row, the bias another tile of scores.
+    plain = form.norm == 0 and call.cos is None and call.bias is None
     short.short_backward_kernel[(chunks * groups,)](
         call.qkv, dout, softmax, dqkv, *weights, dbias, *call.parameters, per_chunk, call.items, tokens, heads,
         *call.box.arguments, call.scale, call.eps,
-        each > 1, form, tile, per_program, num_warps=4 if call.exact else tile // rows, num_stages=1,
+        each > 1, constants(form), tile, per_program,
+        num_warps=_short_warps(call, tile, plain), num_stages=1, **FUSED,
     )  # fmt: skip
     return [*weights, dbias]
 
@@ -190,7 +208,7 @@ def _prepared(call: Call) -> Tensor:
     batch, tokens, _, heads, head_dim = qkv.shape
     qk = qkv.new_empty(batch, tokens, 2, heads, head_dim)
     flash.prepare_kernel[(triton.cdiv(batch * tokens, ROWS) * heads,)](
-        qkv, qk, *call.parameters[:4], batch * tokens, tokens, heads, call.eps, form, ROWS
+        qkv, qk, *call.parameters[:4], batch * tokens, tokens, heads, call.eps, constants(form), ROWS, **FUSED
     )
     return qk
 
@@ -200,13 +218,15 @@ def _flash_backward(call: Call, dout, out, softmax, dqkv, with_dbias: bool) -> l
     batch, tokens, _, heads, _ = qkv.shape
     qk = _prepared(call)
     delta = softmax.new_empty(batch, tokens, heads)
-    flash.delta_kernel[(triton.cdiv(delta.numel(), ROWS),)](dout, out, delta, delta.numel(), form, ROWS)
+    flash.delta_kernel[(triton.cdiv(delta.numel(), ROWS),)](
+        dout, out, delta, delta.numel(), constants(form), ROWS, **FUSED
+    )
     block, inner, warps, stages = _blocks(call, 32)
     programs = call.items * heads * triton.cdiv(length, block)
     weights = _weight_parts(call, programs)
     flash.backward_kernel[(programs,)](
         qk, qkv, dout, softmax, delta, dqkv, *weights, *call.parameters, tokens, heads, *call.box.arguments,
-        call.scale, call.eps, qk is not qkv, form, block, inner, num_warps=warps, num_stages=stages,
+        call.scale, call.eps, qk is not qkv, constants(form), block, inner, num_warps=warps, num_stages=stages, **FUSED,
     )  # fmt: skip
     if not with_dbias:
         return [*weights, None]
@@ -216,7 +236,7 @@ def _flash_backward(call: Call, dout, out, softmax, dqkv, with_dbias: bool) -> l
     dbias = softmax.new_empty(chunks, heads, length, length)
     flash.dbias_kernel[(blocks * chunks,)](
         qk, qkv, dout, softmax, delta, dbias, *call.parameters, call.items, chunks, tokens, heads,
-        *call.box.arguments, call.scale, call.eps, qk is not qkv, form, side, num_stages=stages,
+        *call.box.arguments, call.scale, call.eps, qk is not qkv, constants(form), side, num_stages=stages, **FUSED,
     )  # fmt: skip
     return [*weights, dbias]
 
@@ -245,6 +265,17 @@ def _library_backward(call: Call, attend: library.Attention, dout, dqkv) -> list
     programs = triton.cdiv(batch * tokens, ROWS) * heads
     weights = _weight_parts(call, programs)
     library.finish_kernel[(programs,)](
-        call.qkv, *grads, dqkv, *weights, *call.parameters[:4], batch * tokens, tokens, heads, call.eps, call.form, ROWS
+        call.qkv,
+        *grads,
+        dqkv,
+        *weights,
+        *call.parameters[:4],
+        batch * tokens,
+        tokens,
+        heads,
+        call.eps,
+        constants(call.form),
+        ROWS,
+        **FUSED,
     )
     return [*weights, None]
