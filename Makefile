@@ -13,14 +13,48 @@ NEWEST := 3.9.0
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minisora_kernels
 BIN := $(VENV)/bin
 
-.PHONY: demo digits systems test bench bench-quick docs docs-serve docs-check lint check-gpu-code clean
-.PHONY: gpu-interpreted gpu-interpreted-oldest gpu-approximate gpu-compiled
+# What compilers say is in here; what failed, in the last lines of the build and in build_record.json.
+WARNINGS := build/native/warnings.txt
+# ninja compiles what changed and shows each file. `pip install -e .` does the same, and shows it on a terminal only.
+BUILD = mkdir -p build/native && $(BIN)/python setup.py --quiet build_ext --inplace 2>$(WARNINGS)
+INSTALL = $(BIN)/pip install --quiet --no-build-isolation -e
 
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
+.PHONY: dev op new-op native
+.PHONY: gpu-interpreted gpu-interpreted-oldest gpu-approximate gpu-compiled
+.PHONY: demo digits systems test test-slow bench bench-quick docs docs-serve docs-check lint types format
+.PHONY: check-gpu-code clean
+
+$(VENV)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet -e '.[train,test,lint]' '$(TRITON)'
+	$(BIN)/pip install --quiet 'setuptools>=77' ninja
 	@touch $@
+
+# pip builds what the line before has built: ninja finds nothing to do.
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py build_backend/backend.py
+	MINISORA_CPU=native; export MINISORA_CPU; $(BUILD) && $(INSTALL) '.[dev]'
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
+	$(BUILD)
+	$(INSTALL) '.[train,test,lint]' '$(TRITON)'
+	@touch $@
+
+# The package for this CPU, and pytest: enough to work on an op.
+dev: $(VENV)/.dev
+
+# After an edit: build for this CPU, test one op, and time it in short.
+op: $(VENV)/.dev
+	$(BIN)/python -c 'import pytest_benchmark, triton' 2>/dev/null || $(INSTALL) '.[op]' '$(TRITON)'
+	$(BIN)/python tools/op.py $(OP)
+
+# The files of a new op, ready to fill.
+new-op:
+	$(PYTHON) tools/new_op.py $(OP)
+
+# The kernels again, for every instruction set that the compiler knows.
+native: $(VENV)/.torch
+	$(BUILD)
 
 # Train a small video DiT on real clips and sample new ones: about ten minutes on two cores.
 demo: $(VENV)/.installed
@@ -37,7 +71,10 @@ systems: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m minisora_kernels
-	$(BIN)/python -m pytest tests --ignore tests/test_aot.py --ignore tests/test_cuda_build.py
+	$(BIN)/python -m pytest tests -m 'not slow' --ignore tests/test_aot.py --ignore tests/test_cuda_build.py
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest tests -m slow --ignore tests/test_aot.py --ignore tests/test_cuda_build.py
 
 # What the kernels are worth on this machine, against eager PyTorch and torch.compile: under 25 minutes on two cores
 # with a warm compiler cache.
@@ -64,7 +101,15 @@ docs-serve: docs
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*/* tools/templates/*.cpp
 	$(BIN)/mypy
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*/* tools/templates/*.cpp
 
 # The GPU code without a GPU. Triton's kernels run in the interpreters of the newest and the oldest Triton, and once more
 # with the errors of a GPU's approximate instructions; they are compiled by the oldest, the newest and TRITON. csrc/cuda

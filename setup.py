@@ -5,8 +5,12 @@ Neither is needed: without a compiler, or without nvcc, the package installs wit
 left out, and a CPU that has it runs the next less. No part of this file imports torch: its headers and libraries are
 found in the environment that is being installed into, or else in the build environment (see build_backend/backend.py).
 
+ninja compiles, in a folder that stays (build/native/<version of torch>, or --build-temp): what did not change since the
+last build is not compiled again, whichever way that build was started.
+
 Environment variables:
-    MINISORA_CPU=0      do not build the CPU kernels
+    MINISORA_CPU        0: no CPU kernels; native: only the library that this CPU loads; names of VARIANTS with commas
+                        between them: only those; not set, or 1: every library that the compiler knows
     MINISORA_CUDA=0     do not build the CUDA kernels; MINISORA_CUDA=1: build them even against a torch without CUDA
                         (a compile check: such a library cannot be loaded)
     TORCH_CUDA_ARCH_LIST  architectures for nvcc, as torch spells them; default below
@@ -16,14 +20,15 @@ Environment variables:
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -59,17 +64,72 @@ def sources(backend: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / backend).glob(pattern))
 
 
+def native(known: list[str], cpuinfo: str) -> str | None:
+    """The last of the ``known`` variants that the CPU of ``cpuinfo`` has the instructions for.
+
+    The rule is that of ``cpu_capability`` in minisora_kernels/backends.py, which asks torch; so is the variable.
+    """
+    line = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
+    here = set(line[1].split()) if line else set()
+    most = {"default": [], "avx2": ["cpu_avx2"], "avx512": ["cpu_avx2", "cpu_avx512"]}
+    allowed = most.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), list(VARIANTS))
+    for variant in reversed([variant for variant in known if variant in allowed]):
+        flags = {flag.removeprefix("-m") for flag in VARIANTS[variant] if flag.startswith("-m")}
+        if {"avx512_bf16" if flag == "avx512bf16" else flag.replace("-", "_") for flag in flags} <= here:
+            return variant
+    return None
+
+
+class Library(NamedTuple):
+    """A library and how it is built; sources and objects stand between ``link`` and ``libraries``."""
+
+    name: str
+    sources: list[str]
+    compile: list[str]
+    link: list[str]
+    libraries: list[str]
+
+
+def manifest(libraries: list[Library], folder: Path) -> str:
+    """What ninja reads: the objects and libraries in ``folder``, each with its command."""
+
+    def path(value: object) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(value))
+
+    def text(command: list[str]) -> str:
+        return shlex.join(command).replace("$", "$$")
+
+    lines = [f"builddir = {path(folder)}"]
+    for name, sources_, compile_, link, needed in libraries:
+        lines += [f"rule compile_{name}", f"  command = {text(compile_)} -MD -MF $out.d -c $in -o $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc", f"  description = {name}: $in"]
+        lines += [f"rule link_{name}", f"  command = {text(link)} $in {text(needed)} -o $out"]
+        lines += [f"  description = {name}.so"]
+        objects = [path(folder / name / f"{Path(source).stem}.o") for source in sources_]
+        pairs = zip(objects, sources_, strict=True)
+        lines += [f"build {target}: compile_{name} {path(source)}" for target, source in pairs]
+        lines += [f"build {path(folder / name)}.so: link_{name} {' '.join(objects)}"]
+    return "\n".join(lines) + "\n"
+
+
 class Build(build_ext):
-    """Compiles the sources side by side, records in build_record.json what was built, never fails the installation."""
+    """Compiles with ninja, records in build_record.json what was built, never fails the installation."""
+
+    def finalize_options(self) -> None:
+        self.folder = Path(self.build_temp or ROOT / "build" / "native")  # pip's own build_temp would not stay
+        super().finalize_options()
 
     def run(self) -> None:
         package = ROOT / "minisora_kernels" if self.inplace else Path(self.build_lib) / "minisora_kernels"
         package.mkdir(parents=True, exist_ok=True)
         torch = find_torch()
-        record: dict[str, dict] = {"cpu": self.build_cpu(package, torch), "cuda": self.build_cuda(package, torch)}
+        record: dict[str, dict] = {}
         if torch is not None:
-            version = (torch / "version.py").read_text()
-            record["torch"] = {"version": version.split("__version__ = ")[1].split("\n")[0].strip("'\"")}
+            version = (torch / "version.py").read_text().split("__version__ = ")[1].split("\n")[0].strip("'\"")
+            record["torch"] = {"version": version}
+            self.folder /= version
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record["cpu"], record["cuda"] = self.build_cpu(package, torch), self.build_cuda(package, torch)
         (package / "build_record.json").write_text(json.dumps(record, indent=2) + "\n")
         for backend in ("cpu", "cuda"):
             if "not_built" in record[backend]:
@@ -95,27 +155,46 @@ class Build(build_ext):
         common = [*compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"]
         common += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas", f"-I{torch / 'include'}"]
         common += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 says so of its own AVX-512 headers
-        # A variant is left out only if its flags are not known. Probing writes nothing: a full disk is another failure.
+        # The file names every variant, whichever are built: what ninja does not see in it, it may forget.
+        libraries = [
+            Library(
+                variant,
+                sources("cpu"),
+                [*common, *flags],
+                [*compiler, "-shared"],
+                [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"],
+            )
+            for variant, flags in VARIANTS.items()
+        ]
+        left_out = self.left_out(compiler)
+        built = [variant for variant in VARIANTS if variant not in left_out]
+        failed = self.ninja("cpu", libraries, built, package) if built else next(iter(left_out.values()))
+        if failed:
+            return {"not_built": failed}
+        record = {"compiler": version_line([*compiler, "--version"], ""), "libraries": built}
+        return record | ({"left_out": left_out} if left_out else {})
+
+    def left_out(self, compiler: list[str]) -> dict[str, str]:
+        """The variants that are not built, and why: their flags are not known, or they were not asked for."""
+        # Probing writes nothing: a full disk is another failure.
         empty = ["-fsyntax-only", "-x", "c++", os.devnull]
         probed = {variant: self.call([*compiler, *flags, *empty]) for variant, flags in VARIANTS.items()}
         left_out = {variant: error for variant, error in probed.items() if error}
-        libraries = [variant for variant in VARIANTS if variant not in left_out]
-        if not libraries:
-            return {"not_built": next(iter(left_out.values()))}
-        commands = {
-            f"{variant}/{Path(source).stem}.o": [*common, *VARIANTS[variant], "-c", source]
-            for variant in libraries
-            for source in sources("cpu")
-        }
-        failed = self.compile(commands)
-        for variant in libraries:
-            objects = [str(self.object(f"{variant}/{Path(source).stem}.o")) for source in sources("cpu")]
-            link = [*compiler, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
-            failed = failed or self.call([*link, "-o", str(package / f"_{variant}.so")])
-        if failed:
-            return {"not_built": failed}
-        record = {"compiler": version_line([*compiler, "--version"], ""), "libraries": libraries}
-        return record | ({"left_out": left_out} if left_out else {})
+        known = [variant for variant in VARIANTS if variant not in left_out]
+        choice = os.environ.get("MINISORA_CPU") or "1"
+        cpuinfo = Path("/proc/cpuinfo")
+        if choice == "1":
+            asked = known
+        elif choice == "native":
+            variant = native(known, cpuinfo.read_text() if cpuinfo.exists() else "")
+            asked = [] if variant is None else [variant]
+        else:
+            asked = choice.split(",")
+        if not set(asked) <= set(VARIANTS):
+            raise ValueError(f"MINISORA_CPU is {choice!r}; it may be 0, 1, native, or some of {','.join(VARIANTS)}")
+        reason = "this CPU is not known to have AVX2" if not asked else f"only {','.join(asked)} was asked for"
+        others = [variant for variant in known if variant not in asked]
+        return left_out | dict.fromkeys(others, f"MINISORA_CPU={choice}: {reason}")
 
     def build_cuda(self, package: Path, torch: Path | None) -> dict:
         wanted = os.environ.get("MINISORA_CUDA")
@@ -131,40 +210,80 @@ class Build(build_ext):
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         common = [nvcc, "-std=c++20", "-O3", "-Xcompiler", "-fPIC", STABLE_ABI, "-DUSE_CUDA", f"-I{torch / 'include'}"]
         common += ["-Xcompiler", "-Wall", "--expt-relaxed-constexpr", "--threads", "0", *gencode(architectures)]
-        commands = {f"cuda/{Path(source).stem}.o": [*common, "-c", source] for source in sources("cuda")}
-        failed = self.compile(commands)
-        if not failed:
-            objects = [str(self.object(name)) for name in commands]
-            libraries = ["-ltorch_cpu", "-lc10"]
-            if (torch / "lib" / "libtorch_cuda.so").exists():
-                libraries.append("-ltorch_cuda")
-            failed = self.call(
-                [nvcc, "-shared", *objects, f"-L{torch / 'lib'}", *libraries, "-o", str(package / "_cuda.so")]
-            )
+        needed = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+        if (torch / "lib" / "libtorch_cuda.so").exists():
+            needed.append("-ltorch_cuda")
+        library = Library("cuda", sources("cuda"), common, [nvcc, "-shared"], needed)
+        failed = self.ninja("cuda", [library], ["cuda"], package)
         if failed:
             return {"not_built": failed}
         return {"compiler": version_line([nvcc, "--version"], "release"), "architectures": architectures}
 
-    def object(self, name: str) -> Path:
-        path = Path(self.build_temp) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+    def ninja(self, backend: str, libraries: list[Library], names: list[str], package: Path) -> str | None:
+        """Bring the ``names`` among ``libraries`` up to date and into the package; the first error, or None."""
+        # The environment's before the system's: one ninja may start over on the log of another.
+        program = shutil.which("ninja", path=sysconfig.get_path("scripts")) or shutil.which("ninja")
+        if program is None:
+            return "ninja was not found; pip brings it, unless it was told not to isolate the build: pip install ninja"
+        folder = Path(os.path.relpath(self.folder, ROOT) if self.folder.is_relative_to(ROOT) else self.folder) / backend
+        (ROOT / folder).mkdir(exist_ok=True)
+        (ROOT / folder / "build.ninja").write_text(manifest(libraries, folder))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jobs = os.environ.get("MAX_JOBS") or str(cores)
+        command = [
+            program,
+            "-f",
+            str(folder / "build.ninja"),
+            "-j",
+            jobs,
+            *(str(folder / f"{name}.so") for name in names),
+        ]
+        failed = self.follow(command)
+        for name in [] if failed else names:
+            # In one step: a process that has the old library open keeps it whole.
+            new = shutil.copy(ROOT / folder / f"{name}.so", package / f"_{name}.so.new")
+            os.replace(new, package / f"_{name}.so")
+        return failed
 
-    def compile(self, commands: dict[str, list[str]]) -> str | None:
-        """Run the commands side by side, each writing its object file; the first error, or None."""
-        jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-        with ThreadPoolExecutor(jobs) as pool:
-            errors = pool.map(lambda item: self.call([*item[1], "-o", str(self.object(item[0]))]), commands.items())
-            return next((error for error in errors if error), None)
+    def follow(self, command: list[str]) -> str | None:
+        """Run ninja and show where it is; the first error, or None."""
+        lines = []
+        environment = os.environ | {"NINJA_STATUS": "[%f/%t] "}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with open_terminal() as terminal, subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+            for line in process.stdout:
+                lines.append(line.rstrip())
+                progress = line.startswith(("[", "ninja: no work"))
+                print(lines[-1], file=sys.stdout if progress else sys.stderr, flush=True)
+                if progress:
+                    print(f"\r\033[K{lines[-1]}", end="", file=terminal, flush=True)
+            print("\r\033[K", end="", file=terminal, flush=True)
+        if process.returncode == 0:
+            return None
+        failed = next((i for i, line in enumerate(lines) if line.startswith("FAILED: ")), None)
+        if failed is None:
+            return "; ".join(lines[-3:])
+        return failure(lines[failed + 1], lines[failed + 2 :])
 
     def call(self, command: list[str]) -> str | None:
-        print(" ".join(command), flush=True)
+        """Run a command; its error, or None."""
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         sys.stderr.write(done.stderr)
-        if done.returncode == 0:
-            return None
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-3:]
-        return f"`{' '.join(command)}` failed: {'; '.join(errors[:3])}"
+        return failure(shlex.join(command), done.stderr.splitlines()) if done.returncode else None
+
+
+def failure(command: str, output: list[str]) -> str:
+    output = [line for line in output if not line.startswith(("[", "ninja: "))]
+    errors = [line for line in output if "error" in line] or output[-3:]
+    return f"`{command}` failed: {'; '.join(errors[:3])}"
+
+
+def open_terminal():
+    """The terminal of the person who waits: pip shows nothing of what a build prints before it ends."""
+    try:
+        return open(os.devnull if sys.stdout.isatty() else "/dev/tty", "w")
+    except OSError:  # none, as in CI
+        return open(os.devnull, "w")
 
 
 def gencode(architectures: str) -> list[str]:

@@ -2,17 +2,22 @@
 
 Keys are raw ops; ``read`` and ``written`` say how often an element of a tensor passes, on average. What is small beside
 them (rows of modulation, weights, rotary tables) is left out, and stays in the caches. tests/test_triton_traffic.py
-counts the accesses of every element in the interpreter and holds this table against them.
+counts the accesses of every element in the interpreter and holds this table against them. A new op has its rows in its
+bench, as ``TRAFFIC``.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from minisora_kernels.__main__ import ops
 
 Passes = float | Callable[[dict[str, Any]], float]
 
@@ -131,6 +136,14 @@ TRAFFIC = {
     ),
 }
 
+
+@cache
+def table() -> dict[str, Traffic]:
+    """Every raw op: those above and those beside the benches."""
+    benches = [importlib.import_module(f"bench.bench_{op}") for op in ops()]
+    return TRAFFIC | {name: row for bench in benches for name, row in getattr(bench, "TRAFFIC", {}).items()}
+
+
 # The names of results that have none in their schema.
 RETURNS = {
     "gate_residual_fwd": "y",
@@ -149,17 +162,17 @@ def named(name: str, arguments: Sequence[Any], result: Any) -> dict[str, Any]:
     return dict(zip(names, [*arguments, *results], strict=True))
 
 
-def passes(table: dict[str, Passes], values: dict[str, Any]) -> dict[str, float]:
-    return {key: times(values) if callable(times) else times for key, times in table.items()}
+def passes(way: dict[str, Passes], values: dict[str, Any]) -> dict[str, float]:
+    return {key: times(values) if callable(times) else times for key, times in way.items()}
 
 
 def bytes_moved(name: str, values: dict[str, Any], scratch: int) -> dict[str, int]:
     """``must``: bytes if every tensor passed once. ``does``: as often as the table says, and ``scratch`` twice."""
-    traffic = [passes(table, values) for table in TRAFFIC[name]]
+    traffic = [passes(way, values) for way in table()[name]]
     must, does = 0, 0.0
     for key, tensor in values.items():
         if isinstance(tensor, Tensor):
-            times = [table[key] for table in traffic if key in table]
+            times = [way[key] for way in traffic if key in way]
             must += tensor.nbytes
             does += tensor.nbytes * (sum(times) if times else 1)
     return {"must": must, "does": round(does) + 2 * scratch}

@@ -148,6 +148,7 @@ def _grn() -> Iterator[Case]:
 
 
 FAMILIES = (_adaln_family, _window_attention, _patch_embed, _unpatchify, _guided_step, _gelu_mlp, _grn)
+FAMILIES += tuple(file.cases for file in build.files_of_ops())
 CASES = [replace(case, device=DEVICE) for family in FAMILIES for case in family()]
 # Triton's interpreter takes milliseconds for a program: the longest are for the chunks and threads of a CPU.
 # tests/test_triton.py has the widths of models on few tokens.

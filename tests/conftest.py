@@ -50,12 +50,19 @@ if "triton" in KERNEL_BACKENDS and backends.INTERPRETED:
         approximate.install()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--op", help="of the tests that take every op or case, only those of this op")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What cannot run is left out: the backend "cuda" has adaln only."""
+    """What cannot run is left out: the backend "cuda" has adaln only. So is what ``--op`` does not ask for."""
+    only = config.getoption("--op")
 
     def fits(item: pytest.Item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         op = getattr(parameters.get("case"), "op", None)
+        if only is not None and (op or parameters.get("op", only)) != only:
+            return False
         return parameters.get("backend") != "cuda" or (op is not None and "cuda" in table_of(op))
 
     def table_of(op: str) -> backends.Table:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 CXX = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
 MISSING = backends.unavailable("cpu") or (shutil.which(CXX[0]) is None and "no C++ compiler was found")
 MISSING = MISSING or (not torch.cpu._is_avx512_bf16_supported() and "this CPU has no avx512_bf16") or ""
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+pytestmark = [pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.slow]  # compiles the kernels five times
 
 # library: its ops, and what is changed in a copy of the sources: file, text, new text
 LIBRARIES = {

@@ -14,7 +14,7 @@ from test_ops import outputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.traffic import TRAFFIC, named, passes
+from bench.traffic import named, passes, table
 from minisora_kernels import backends
 
 pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="needs TRITON_INTERPRET=1: see make check-gpu-code")
@@ -90,11 +90,11 @@ def test_every_element_passes_as_often_as_the_table_says(case: Case):
         result = outputs(case.call(leaves, backend="triton"))
         if case.differentiable:
             torch.autograd.backward(result, [torch.ones_like(value) for value in result])
-    assert recorder.read.keys() <= TRAFFIC.keys()
+    assert recorder.read.keys() <= table().keys()
     assert any(name.startswith(case.op) for name in recorder.read)
-    for name, traffic in ((name, TRAFFIC[name]) for name in recorder.read):
-        for table, found in ((traffic.read, recorder.read[name]), (traffic.written, recorder.written[name])):
-            for tensor, times in passes(table, recorder.values[name]).items():
+    for name, traffic in ((name, table()[name]) for name in recorder.read):
+        for way, found in ((traffic.read, recorder.read[name]), (traffic.written, recorder.written[name])):
+            for tensor, times in passes(way, recorder.values[name]).items():
                 if recorder.values[name][tensor] is None:
                     continue
                 assert found[tensor].mean() == pytest.approx(times), f"{name}: {tensor}"

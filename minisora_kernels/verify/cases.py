@@ -1,14 +1,18 @@
 """Calls of every op: builders of cases, those that :mod:`.right` checks, those that :mod:`.faster` times.
 
+An op may have a file of its own beside this one, ``cases_<op>.py`` with ``cases()`` and ``timed(random, tokens)``.
 tests/cases.py has more cases by the same builders.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -229,6 +233,12 @@ def grn(
     )
 
 
+def files_of_ops() -> list[ModuleType]:
+    """The files ``cases_<op>.py``."""
+    stems = sorted(path.stem for path in Path(__file__).parent.glob("cases_*.py"))
+    return [importlib.import_module(f"{__package__}.{stem}") for stem in stems]
+
+
 def checked() -> list[Case]:
     """What :mod:`.right` checks: every kernel and every branch of its launcher, on as few numbers as show it."""
     single = torch.float32
@@ -293,7 +303,7 @@ def checked() -> list[Case]:
         grn(random, "wide", 1, 2 * 9, 2048, 2),
         grn(random, "float32-stream", 2, 30, 48, 2, None, {"x": single, "bias": single}),
     ]
-    return cases
+    return cases + [case for file in files_of_ops() for case in file.cases()]
 
 
 def timed(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -332,6 +342,8 @@ def timed(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]
             if kind == "norm":
                 of_windows = partial(of_windows, norm="rms", weights=1, rotary="interleaved")
             yield one("window_attention", f"{length} {kind}", partial(of_windows, biased=kind == "bias"))
+    for file in files_of_ops():
+        yield from file.timed(random, tokens)
 
 
 DTYPES = ("float32", "bfloat16", "float16")
