@@ -52,7 +52,7 @@ op: $(VENV)/.dev
 new-op:
 	$(PYTHON) tools/new_op.py $(OP)
 
-# The kernels again, for every instruction set that the compiler knows.
+# The kernels again, for every instruction set that the compiler knows: `make op` leaves one.
 native: $(VENV)/.torch
 	$(BUILD)
 
@@ -69,11 +69,11 @@ digits: $(VENV)/.installed
 systems: $(VENV)/.installed
 	$(BIN)/python -m bench.systems
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed native
 	$(BIN)/python -m minisora_kernels
 	$(BIN)/python -m pytest tests -m 'not slow' --ignore tests/test_aot.py --ignore tests/test_cuda_build.py
 
-test-slow: $(VENV)/.installed
+test-slow: $(VENV)/.installed native
 	$(BIN)/python -m pytest tests -m slow --ignore tests/test_aot.py --ignore tests/test_cuda_build.py
 
 # What the kernels are worth on this machine, against eager PyTorch and torch.compile: under 25 minutes on two cores
