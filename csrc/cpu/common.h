@@ -42,16 +42,19 @@ inline int64_t whole_vectors(int64_t size) { return whole(size, V); }
 inline void check_dtype(const Tensor& tensor, const char* name) {
   const ScalarType dtype = tensor.scalar_type();
   STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-      name, " must be float32, bfloat16 or float16");
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
+      " must be float32, bfloat16 or float16");
   STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
 }
 
 inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(), " dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(
+      tensor.dim() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(), " dimensions, got ",
+      tensor.dim());
   int64_t dim = 0;
   for (const int64_t size : shape) {
-    STD_TORCH_CHECK(tensor.size(dim) == size, name, " must have size ", size, " in dimension ", dim, ", got ", tensor.size(dim));
+    STD_TORCH_CHECK(
+        tensor.size(dim) == size, name, " must have size ", size, " in dimension ", dim, ", got ", tensor.size(dim));
     ++dim;
   }
 }
@@ -85,7 +88,8 @@ inline Tensor with_huge_pages(Tensor tensor) {
 }
 
 inline Tensor empty_like_shape(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return with_huge_pages(torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype));
+  return with_huge_pages(
+      torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype));
 }
 
 // ---- dtypes
@@ -201,8 +205,8 @@ inline Vec first_lanes(Vec value, int64_t count) { return Vec::set(Vec(0.0f), va
 #endif
 inline Vec first_lanes(Vec value, Full) { return value; }
 
-// Stores past the caches, for results that are too large to stay there until somebody reads them. A plain store would first
-// read the line that it overwrites.
+// Stores past the caches, for results that are too large to stay there until somebody reads them. A plain store would
+// first read the line that it overwrites.
 #if defined(CPU_CAPABILITY_AVX512)
 inline void stream(float* p, Vec value) { _mm512_stream_ps(p, value); }
 inline void stream_bits(void* p, Narrow bits) { _mm256_stream_si256(static_cast<Narrow*>(p), bits); }
@@ -217,7 +221,8 @@ inline void stream(T* p, Vec value) {
 
 constexpr int64_t kStreamed = int64_t{8} << 20; // bytes; about a core's share of the caches
 
-// Whether to store rows of `width` numbers at `out` past the caches: all of them together are large, and each is aligned.
+// Whether to store rows of `width` numbers at `out` past the caches: all of them together are large, and each is
+// aligned.
 template <class T>
 inline bool past_caches(const T* out, int64_t size, int64_t width) {
   const bool large = size * static_cast<int64_t>(sizeof(T)) >= kStreamed;
@@ -226,19 +231,27 @@ inline bool past_caches(const T* out, int64_t size, int64_t width) {
 
 struct Stored {
   template <class T, class N>
-  static void put(T* p, Vec value, N count) { store(p, value, count); }
+  static void put(T* p, Vec value, N count) {
+    store(p, value, count);
+  }
 #if defined(__AVX512BF16__)
   static void put(BFloat16* p, Vec low, Vec high) { _mm512_storeu_si512(p, narrow(low, high)); }
 #endif
   template <class T>
-  static void copy(const T* from, T* to, int64_t size) { std::copy_n(from, size, to); }
+  static void copy(const T* from, T* to, int64_t size) {
+    std::copy_n(from, size, to);
+  }
 };
 
 struct Streamed {
   template <class T, class N>
-  static void put(T* p, Vec value, N) { stream(p, value); }
+  static void put(T* p, Vec value, N) {
+    stream(p, value);
+  }
 #if defined(__AVX512BF16__)
-  static void put(BFloat16* p, Vec low, Vec high) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow(low, high)); }
+  static void put(BFloat16* p, Vec low, Vec high) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow(low, high));
+  }
 #endif
   template <class T>
   static void copy(const T* from, T* to, int64_t size) {
@@ -257,8 +270,8 @@ inline float sum_lanes(Vec value) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, value);
 }
 
-// f(column, count), or f(column, count, u) for a reduction. u cycles through 0..3: with four independent sums the latency of
-// one addition is not the limit.
+// f(column, count), or f(column, count, u) for a reduction. u cycles through 0..3: with four independent sums the
+// latency of one addition is not the limit.
 template <class F>
 MINISORA_INLINE inline void for_columns(int64_t width, F&& f) {
   int64_t i = 0;

@@ -11,14 +11,17 @@ void add_gated(const TX* x, const TB* branch, const float* gates, TX* y, int64_t
     const Vec gate = load(gates + i, count);
     for_group<G>([&](int r) MINISORA_INLINE {
       const int64_t j = r * width + i;
-      how.put(y + j, at::vec::fmadd(gate, load_ahead<G>(branch, r, i, width, count), load_ahead<G>(x, r, i, width, count)), count);
+      how.put(
+          y + j, at::vec::fmadd(gate, load_ahead<G>(branch, r, i, width, count), load_ahead<G>(x, r, i, width, count)),
+          count);
     });
   });
 }
 
 // dbranch = gate * dy, dgate += dy * branch, for G tokens
 template <int G, class TY, class TB, class How>
-void add_gated_backward(const TY* dy, const TB* branch, const float* gates, TB* dbranch, float* dgate, int64_t width, How how) {
+void add_gated_backward(
+    const TY* dy, const TB* branch, const float* gates, TB* dbranch, float* dgate, int64_t width, How how) {
   for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
     const Vec gate = load(gates + i, count);
     Vec total(0.0f);
@@ -39,7 +42,9 @@ Tensor gate_residual_fwd(const Tensor& x, const Tensor& branch, const Tensor& ga
   check_dense(branch, "branch", {batch, tokens, width});
   const Rows gate_rows(gate, "gate", batch, tokens, width);
   Tensor y = empty_like_shape(x, {batch, tokens, width}, x.scalar_type());
-  const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) { gate_rows.read(b, n, 0.0f, gain.data(), width); };
+  const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) {
+    gate_rows.read(b, n, 0.0f, gain.data(), width);
+  };
 
   with_type(x.scalar_type(), [&](auto x_tag) {
     with_type(branch.scalar_type(), [&](auto branch_tag) {
@@ -48,11 +53,12 @@ Tensor gate_residual_fwd(const Tensor& x, const Tensor& branch, const Tensor& ga
       const auto* add = static_cast<const decltype(branch_tag)*>(branch.const_data_ptr());
       auto* out = static_cast<TX*>(y.mutable_data_ptr());
       with_put(past_caches(out, y.numel(), width), [&](auto how) {
-        for_tokens(batch, tokens, gate_rows.count, [&] { return std::vector<float>(width); }, read,
-          [&](std::vector<float>& gain, int64_t token, auto group) {
-            const int64_t at = token * width;
-            add_gated<group>(in + at, add + at, gain.data(), out + at, width, how);
-          });
+        for_tokens(
+            batch, tokens, gate_rows.count, [&] { return std::vector<float>(width); }, read,
+            [&](std::vector<float>& gain, int64_t token, auto group) {
+              const int64_t at = token * width;
+              add_gated<group>(in + at, add + at, gain.data(), out + at, width, how);
+            });
       });
     });
   });
@@ -67,7 +73,9 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(const Tensor& dy, const Tensor& bra
   const Rows gate_rows(gate, "gate", batch, tokens, width);
   Tensor dbranch = empty_like_shape(branch, {batch, tokens, width}, branch.scalar_type());
   RowGradient dgate(gate, gate_rows.count, tokens, width);
-  const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) { gate_rows.read(b, n, 0.0f, gain.data(), width); };
+  const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) {
+    gate_rows.read(b, n, 0.0f, gain.data(), width);
+  };
 
   with_type(dy.scalar_type(), [&](auto y_tag) {
     with_type(branch.scalar_type(), [&](auto branch_tag) {
@@ -76,13 +84,16 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(const Tensor& dy, const Tensor& bra
       const auto* added = static_cast<const TB*>(branch.const_data_ptr());
       auto* out = static_cast<TB*>(dbranch.mutable_data_ptr());
       with_put(past_caches(out, dbranch.numel(), width), [&](auto how) {
-        sum_over_rows<1>(batch, tokens, gate_rows.count, width, [&] { return std::vector<float>(width); }, read,
-          [&](std::vector<float>& gain, int64_t token, auto group, float** sums) {
-            const int64_t at = token * width;
-            add_gated_backward<group>(grad + at, added + at, gain.data(), out + at, sums[0], width, how);
-          },
-          [](std::vector<float>&, int64_t, float**) {},
-          [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) { dgate.set(b, row, first, last, sums[0]); });
+        sum_over_rows<1>(
+            batch, tokens, gate_rows.count, width, [&] { return std::vector<float>(width); }, read,
+            [&](std::vector<float>& gain, int64_t token, auto group, float** sums) {
+              const int64_t at = token * width;
+              add_gated_backward<group>(grad + at, added + at, gain.data(), out + at, sums[0], width, how);
+            },
+            [](std::vector<float>&, int64_t, float**) {},
+            [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) {
+              dgate.set(b, row, first, last, sums[0]);
+            });
       });
     });
   });

@@ -9,18 +9,19 @@ struct Scratch : AdaLNScratch {
   explicit Scratch(int64_t width) : AdaLNScratch(width), gate(width), residual(kGroup * width) {}
 };
 
-// residual = x + gate * branch and its statistics, for G tokens. The residual is rounded to x's dtype before the norm reads it,
-// as the two separate ops do. It goes to memory and to `copy`, from which the norm reads it.
+// residual = x + gate * branch and its statistics, for G tokens. The residual is rounded to x's dtype before the norm
+// reads it, as the two separate ops do. It goes to memory and to `copy`, from which the norm reads it.
 template <int G, class TX, class TB, class How>
 void add_gated(
-    const TX* x, const TB* branch, const float* gates, TX* residual, TX* copy, int64_t width, bool rms, float eps, float* mean,
-    float* rstd, How how) {
+    const TX* x, const TB* branch, const float* gates, TX* residual, TX* copy, int64_t width, bool rms, float eps,
+    float* mean, float* rstd, How how) {
   Sum sums[G];
   for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
     const Vec gate = load(gates + i, count);
     for_group<G>([&](int r) MINISORA_INLINE {
       const int64_t j = r * width + i;
-      const Vec gated = at::vec::fmadd(gate, load_ahead<G>(branch, r, i, width, count), load_ahead<G>(x, r, i, width, count));
+      const Vec gated =
+          at::vec::fmadd(gate, load_ahead<G>(branch, r, i, width, count), load_ahead<G>(x, r, i, width, count));
       const Vec rounded = round_to<TX>(gated);
       how.put(residual + j, rounded, count);
       store(copy + j, rounded, count);
@@ -34,14 +35,15 @@ void add_gated(
 // dx = g = dresidual + dx of adaln, dbranch = gate * g, dgate += g * branch, for G tokens
 template <int G, class TX, class TY, class TB, class How>
 void add_gated_backward(
-    const AdaLNBackward<G>& backward, const TX* dresidual, const TX* residual, const TY* dy, const TB* branch, const float* gains,
-    const float* gates, TX* dx, TB* dbranch, float* dgate, int64_t width, How how) {
+    const AdaLNBackward<G>& backward, const TX* dresidual, const TX* residual, const TY* dy, const TB* branch,
+    const float* gains, const float* gates, TX* dx, TB* dbranch, float* dgate, int64_t width, How how) {
   for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
     const Vec gain = load(gains + i, count), gate = load(gates + i, count);
     Vec total(0.0f);
     for_group<G>([&](int r) MINISORA_INLINE {
       const int64_t j = r * width + i;
-      const Vec g = load_ahead<G>(dresidual, r, i, width, count) + backward.dx(r, load(residual + j, count), load(dy + j, count), gain);
+      const Vec g = load_ahead<G>(dresidual, r, i, width, count) +
+                    backward.dx(r, load(residual + j, count), load(dy + j, count), gain);
       total = at::vec::fmadd(g, load_ahead<G>(branch, r, i, width, count), total);
       how.put(dx + j, g, count);
       how.put(dbranch + j, g * gate, count);
@@ -62,7 +64,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
   const auto w = affine(weight, "weight", 1.0f, width), c = affine(bias, "bias", 0.0f, width);
   Tensor residual = empty_like_shape(x, {batch, tokens, width}, x.scalar_type());
   Tensor y = empty_like_shape(x, {batch, tokens, width}, out_dtype);
-  Tensor mean = empty_like_shape(x, {batch, tokens}, ScalarType::Float), rstd = empty_like_shape(x, {batch, tokens}, ScalarType::Float);
+  Tensor mean = empty_like_shape(x, {batch, tokens}, ScalarType::Float),
+         rstd = empty_like_shape(x, {batch, tokens}, ScalarType::Float);
   float* means = static_cast<float*>(mean.mutable_data_ptr());
   float* rstds = static_cast<float*>(rstd.mutable_data_ptr());
   const void* x_data = x.const_data_ptr();
@@ -75,33 +78,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
     gate_rows.read(b, n, 0.0f, s.gate.data(), width);
     s.read(shift_rows, scale_rows, w, c, b, n);
   };
-  for_tokens(batch, tokens, common_rows({&gate_rows, &shift_rows, &scale_rows}), [&] { return Scratch(width); }, read,
-    [&](Scratch& s, int64_t token, auto group) {
-      constexpr int G = group;
-      const int64_t at = token * width;
-      with_type(x_dtype, [&](auto x_tag) {
-        using TX = decltype(x_tag);
-        const auto* in = static_cast<const TX*>(x_data);
-        auto *out = static_cast<TX*>(residual_data), *copy = reinterpret_cast<TX*>(s.residual.data());
-        with_type(branch_dtype, [&](auto branch_tag) {
-          const auto* added = static_cast<const decltype(branch_tag)*>(branch_data);
-          with_put(past_caches(out, residual.numel(), width), [&](auto how) {
-            add_gated<G>(in + at, added + at, s.gate.data(), out + at, copy, width, rms, static_cast<float>(eps), means + token, rstds + token, how);
+  for_tokens(
+      batch, tokens, common_rows({&gate_rows, &shift_rows, &scale_rows}), [&] { return Scratch(width); }, read,
+      [&](Scratch& s, int64_t token, auto group) {
+        constexpr int G = group;
+        const int64_t at = token * width;
+        with_type(x_dtype, [&](auto x_tag) {
+          using TX = decltype(x_tag);
+          const auto* in = static_cast<const TX*>(x_data);
+          auto *out = static_cast<TX*>(residual_data), *copy = reinterpret_cast<TX*>(s.residual.data());
+          with_type(branch_dtype, [&](auto branch_tag) {
+            const auto* added = static_cast<const decltype(branch_tag)*>(branch_data);
+            with_put(past_caches(out, residual.numel(), width), [&](auto how) {
+              add_gated<G>(
+                  in + at, added + at, s.gate.data(), out + at, copy, width, rms, static_cast<float>(eps),
+                  means + token, rstds + token, how);
+            });
+          });
+          with_type(out_dtype, [&](auto y_tag) {
+            auto* out_y = static_cast<decltype(y_tag)*>(y_data);
+            with_put(past_caches(out_y, y.numel(), width), [&](auto how) {
+              modulate<G>(copy, means + token, rstds + token, s, out_y + at, how);
+            });
           });
         });
-        with_type(out_dtype, [&](auto y_tag) {
-          auto* out_y = static_cast<decltype(y_tag)*>(y_data);
-          with_put(past_caches(out_y, y.numel(), width), [&](auto how) { modulate<G>(copy, means + token, rstds + token, s, out_y + at, how); });
-        });
       });
-    });
   return {residual, y, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_bwd(
     const Tensor& dresidual, const Tensor& dy, const Tensor& residual, const Tensor& branch, const Tensor& gate,
-    const Tensor& shift, const Tensor& scale, std::optional<Tensor> weight, std::optional<Tensor> bias, const Tensor& mean,
-    const Tensor& rstd, bool rms) {
+    const Tensor& shift, const Tensor& scale, std::optional<Tensor> weight, std::optional<Tensor> bias,
+    const Tensor& mean, const Tensor& rstd, bool rms) {
   STD_TORCH_CHECK(residual.dim() == 3, "residual must be [B, N, D]");
   const int64_t batch = residual.size(0), tokens = residual.size(1), width = residual.size(2);
   check_dense(residual, "residual", {batch, tokens, width});
@@ -118,7 +126,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
   Tensor dx = empty_like_shape(residual, {batch, tokens, width}, residual.scalar_type());
   Tensor dbranch = empty_like_shape(branch, {batch, tokens, width}, branch.scalar_type());
   RowGradient dgate(gate, rows, tokens, width), dshift(shift, rows, tokens, width), dscale(scale, rows, tokens, width);
-  AffineGradient dweight(weight, residual, chunk_count(batch, tokens), width), dbias(bias, residual, chunk_count(batch, tokens), width);
+  AffineGradient dweight(weight, residual, chunk_count(batch, tokens), width),
+      dbias(bias, residual, chunk_count(batch, tokens), width);
   const float* means = static_cast<const float*>(mean.const_data_ptr());
   const float* rstds = static_cast<const float*>(rstd.const_data_ptr());
   const void* residual_data = residual.const_data_ptr();
@@ -133,39 +142,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
     gate_rows.read(b, n, 0.0f, s.gate.data(), width);
     s.read(shift_rows, scale_rows, w, c, b, n);
   };
-  sum_over_rows<3>(batch, tokens, rows, width, [&] { return Scratch(width); }, read,
-    [&](Scratch& s, int64_t token, auto group, float** sums) {
-      constexpr int G = group;
-      const int64_t at = token * width;
-      with_type(x_dtype, [&](auto x_tag) {
-        using TX = decltype(x_tag);
-        const auto *in = static_cast<const TX*>(residual_data) + at, *grad = static_cast<const TX*>(dresidual_data) + at;
-        auto* out = static_cast<TX*>(dx_data);
-        with_type(y_dtype, [&](auto y_tag) {
-          const auto* grad_y = static_cast<const decltype(y_tag)*>(dy_data) + at;
-          const AdaLNBackward<G> backward(in, grad_y, means + token, rstds + token, s, rms, sums[0], sums[1]);
-          with_type(branch_dtype, [&](auto branch_tag) {
-            using TB = decltype(branch_tag);
-            const auto* added = static_cast<const TB*>(branch_data) + at;
-            auto* out_branch = static_cast<TB*>(dbranch_data);
-            with_put(past_caches(out, dx.numel(), width) && past_caches(out_branch, dbranch.numel(), width), [&](auto how) {
-              add_gated_backward<G>(
-                  backward, grad, in, grad_y, added, s.gain.data(), s.gate.data(), out + at, out_branch + at, sums[2], width, how);
+  sum_over_rows<3>(
+      batch, tokens, rows, width, [&] { return Scratch(width); }, read,
+      [&](Scratch& s, int64_t token, auto group, float** sums) {
+        constexpr int G = group;
+        const int64_t at = token * width;
+        with_type(x_dtype, [&](auto x_tag) {
+          using TX = decltype(x_tag);
+          const auto *in = static_cast<const TX*>(residual_data) + at,
+                     *grad = static_cast<const TX*>(dresidual_data) + at;
+          auto* out = static_cast<TX*>(dx_data);
+          with_type(y_dtype, [&](auto y_tag) {
+            const auto* grad_y = static_cast<const decltype(y_tag)*>(dy_data) + at;
+            const AdaLNBackward<G> backward(in, grad_y, means + token, rstds + token, s, rms, sums[0], sums[1]);
+            with_type(branch_dtype, [&](auto branch_tag) {
+              using TB = decltype(branch_tag);
+              const auto* added = static_cast<const TB*>(branch_data) + at;
+              auto* out_branch = static_cast<TB*>(dbranch_data);
+              with_put(
+                  past_caches(out, dx.numel(), width) && past_caches(out_branch, dbranch.numel(), width),
+                  [&](auto how) {
+                    add_gated_backward<G>(
+                        backward, grad, in, grad_y, added, s.gain.data(), s.gate.data(), out + at, out_branch + at,
+                        sums[2], width, how);
+                  });
             });
           });
         });
+      },
+      [&](Scratch& s, int64_t task, float** sums) {
+        dweight.add(task, s.one_plus_scale.data(), sums[1]);
+        dbias.add(task, s.one_plus_scale.data(), sums[0]);
+      },
+      [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) {
+        dshift.set(b, row, first, last, sums[0]);
+        for (int64_t i = first; i < last; ++i) sums[1][i] = w[i] * sums[1][i] + c[i] * sums[0][i];
+        dscale.set(b, row, first, last, sums[1]);
+        dgate.set(b, row, first, last, sums[2]);
       });
-    },
-    [&](Scratch& s, int64_t task, float** sums) {
-      dweight.add(task, s.one_plus_scale.data(), sums[1]);
-      dbias.add(task, s.one_plus_scale.data(), sums[0]);
-    },
-    [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) {
-      dshift.set(b, row, first, last, sums[0]);
-      for (int64_t i = first; i < last; ++i) sums[1][i] = w[i] * sums[1][i] + c[i] * sums[0][i];
-      dscale.set(b, row, first, last, sums[1]);
-      dgate.set(b, row, first, last, sums[2]);
-    });
   return {dx, dbranch, dgate.result(), dshift.result(), dscale.result(), dweight.result(), dbias.result()};
 }
 

@@ -1,5 +1,5 @@
-// gelu_mlp: equation in minisora_kernels/ops/gelu_mlp.py. Torch computes the matrix products, one chunk of tokens at a time. This
-// file computes what lies between them.
+// gelu_mlp: equation in minisora_kernels/ops/gelu_mlp.py. Torch computes the matrix products, one chunk of tokens at a
+// time. This file computes what lies between them.
 //
 // With s = sigmoid(2u), u = sqrt(2 / pi) * (h + 0.044715 h^3), the tanh form is gelu(h) = h * s, because
 // (1 + tanh(u)) / 2 = s, and gelu'(h) = s + h * s * (1 - s) * 2u'.
@@ -22,8 +22,8 @@ struct Sigmoid {
         s(Vec(1.0f) / at::vec::fmadd(q, q, Vec(1.0f))) {}
 };
 
-// Tokens per chunk. What lies between the two products stays in the caches and needs no memory for all tokens. On two cores
-// with AVX-512 a bfloat16 product of this many rows ran as fast as one of all rows; in float32 it did not.
+// Tokens per chunk. What lies between the two products stays in the caches and needs no memory for all tokens. On two
+// cores with AVX-512 a bfloat16 product of this many rows ran as fast as one of all rows; in float32 it did not.
 constexpr int64_t kRowsPerThread = 128, kFloatRowsPerThread = 2048;
 constexpr int64_t kRows = 32; // of one task; db1 is a sum over this many tokens, then over those sums in order
 
@@ -37,8 +37,10 @@ struct Matrix {
   Tensor tensor;
 
   Matrix(const Tensor& like, const void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride)
-      : tensor(torch::stable::from_blob(
-            const_cast<void*>(data), {rows, columns}, {row_stride, column_stride}, like.device(), like.scalar_type())) {}
+      : tensor(
+            torch::stable::from_blob(
+                const_cast<void*>(data), {rows, columns}, {row_stride, column_stride}, like.device(),
+                like.scalar_type())) {}
   // From a tensor, which may be transposed.
   explicit Matrix(const Tensor& of)
       : Matrix(of, of.const_data_ptr(), of.size(0), of.size(1), of.stride(0), of.stride(1)) {}
@@ -84,8 +86,8 @@ void check_bias(const std::optional<Tensor>& b, const char* name, const Tensor& 
 }
 
 std::tuple<Tensor, Tensor> gelu_mlp_fwd(
-    const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2, const std::optional<Tensor>& b2,
-    bool keep) {
+    const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
+    const std::optional<Tensor>& b2, bool keep) {
   check_dtype(x, "x");
   STD_TORCH_CHECK(x.dim() == 2, "x must be [tokens, D]");
   STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
@@ -159,7 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
             const Vec value = load(kept + i, count);
             const Vec squared = value * value;
             const auto [q, s] = Sigmoid(value, squared);
-            // 1 - s loses digits where s is near 1; q^2 s does not. In this order, with a finite q, it is 0 where s is 0.
+            // 1 - s loses digits where s is near 1; q^2 s does not. In this order, with a finite q, it is 0 where s is
+            // 0.
             const Vec finite = at::vec::clamp_max(q, Vec(1e30f));
             const Vec complement = finite * s * finite;
             const Vec hs = value * s;
@@ -180,7 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
       product(rows_of(h, back, row, rows, width), rows_of(h, out, 0, rows, hidden), up);
     }
     T* bias = static_cast<T*>(db1.mutable_data_ptr());
-    for_columns(hidden, [&](int64_t column, auto count) { store(bias + column, load(sum.data() + column, count), count); });
+    for_columns(
+        hidden, [&](int64_t column, auto count) { store(bias + column, load(sum.data() + column, count), count); });
   });
   return {dx, a, dh, db1};
 }

@@ -1,7 +1,7 @@
 // fp32 products of small matrices in L1 and L2: c = a b or c += a b.
 //
-// b and c have dense rows of whole vectors. The product reads a one number at a time, with any strides, so a transposed a costs
-// nothing. The order of the sums depends on the sizes alone.
+// b and c have dense rows of whole vectors. The product reads a one number at a time, with any strides, so a transposed
+// a costs nothing. The order of the sums depends on the sizes alone.
 #pragma once
 
 #include "common.h"
@@ -10,11 +10,11 @@ namespace minisora {
 
 struct Left {
   const float* data;
-  int64_t row, step;  // distances between rows of a, and along the sum
+  int64_t row, step; // distances between rows of a, and along the sum
 };
 
-// The most terms of one running sum. A longer sum adds up such parts, which halves the error of scores over 64 to 128 channels
-// and costs a few loads.
+// The most terms of one running sum. A longer sum adds up such parts, which halves the error of scores over 64 to 128
+// channels and costs a few loads.
 constexpr int64_t kTerms = 36;
 
 // R rows by C vectors of c stay in registers during each part of the sum.
@@ -62,7 +62,8 @@ constexpr int kTileRows[4] = {0, 10, 6, 4};
 #endif
 
 template <int R, int C>
-inline void product_rows(int64_t rows, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+inline void product_rows(
+    int64_t rows, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
   if constexpr (R > 0) {
     if (rows == R) {
       product_tile<R, C>(depth, a, b, b_row, c, c_row, add);
@@ -73,7 +74,8 @@ inline void product_rows(int64_t rows, int64_t depth, Left a, const float* b, in
 }
 
 template <int C>
-inline void product_panel(int64_t rows, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+inline void product_panel(
+    int64_t rows, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
   constexpr int R = kTileRows[C];
   // Tiles of nearly equal height: a last tile of one row would wait for each of its sums.
   for (int64_t tiles = (rows + R - 1) / R; tiles > 0; --tiles) {
@@ -85,9 +87,11 @@ inline void product_panel(int64_t rows, int64_t depth, Left a, const float* b, i
   }
 }
 
-// c [rows, vectors * V] = or += a [rows, depth] b [depth, vectors * V]. Not inlined: a file needs one copy of the tiles.
+// c [rows, vectors * V] = or += a [rows, depth] b [depth, vectors * V]. Not inlined: a file needs one copy of the
+// tiles.
 [[gnu::noinline]] inline void product(
-    int64_t rows, int64_t vectors, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+    int64_t rows, int64_t vectors, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row,
+    bool add) {
   while (vectors > 0) {
     int64_t taken;
     if (vectors >= 3 && vectors != 4) {

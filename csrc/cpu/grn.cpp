@@ -1,19 +1,21 @@
-// grn: equation and derivation in minisora_kernels/ops/grn.py. Two passes over the tokens: the first sums over the sites of each
-// frame, the second writes. Both passes per frame, so that the second finds it in the caches, were no faster on one thread. On
-// two threads they were slower, because the threads wait for each other after each frame.
+// grn: equation and derivation in minisora_kernels/ops/grn.py. Two passes over the tokens: the first sums over the
+// sites of each frame, the second writes. Both passes per frame, so that the second finds it in the caches, were no
+// faster on one thread. On two threads they were slower, because the threads wait for each other after each frame.
 #include "rows.h"
 
 namespace minisora {
 namespace {
 
-// Phi(h), the normal distribution, within 2e-7: Phi(h) - 1/2 = h P(h^2) / Q(h^2) for |h| < 5.6. The coefficients minimise the
-// maximal error (9e-9 before rounding). Beyond 5.6 Phi is 0 or 1 in fp32, and the bound of 1/2 holds. This costs half as much as
-// the common form with an exponential.
+// Phi(h), the normal distribution, within 2e-7: Phi(h) - 1/2 = h P(h^2) / Q(h^2) for |h| < 5.6. The coefficients
+// minimise the maximal error (9e-9 before rounding). Beyond 5.6 Phi is 0 or 1 in fp32, and the bound of 1/2 holds. This
+// costs half as much as the common form with an exponential.
 MINISORA_INLINE inline Vec distribution(Vec h) {
   const Vec u = at::vec::clamp_max(h * h, Vec(5.6f * 5.6f));
   Vec p(2.2145276e-08f), q(1.1802094e-06f);
-  for (const float c : {6.3565135e-06f, 1.7385009e-04f, 4.7072559e-03f, 3.4376059e-02f, 3.9894223e-01f}) p = at::vec::fmadd(p, u, Vec(c));
-  for (const float c : {7.5101634e-05f, 1.9129748e-03f, 2.8940057e-02f, 2.5283372e-01f, 1.0f}) q = at::vec::fmadd(q, u, Vec(c));
+  for (const float c : {6.3565135e-06f, 1.7385009e-04f, 4.7072559e-03f, 3.4376059e-02f, 3.9894223e-01f})
+    p = at::vec::fmadd(p, u, Vec(c));
+  for (const float c : {7.5101634e-05f, 1.9129748e-03f, 2.8940057e-02f, 2.5283372e-01f, 1.0f})
+    q = at::vec::fmadd(q, u, Vec(c));
   return Vec(0.5f) + at::vec::clamp(h * p / q, Vec(-0.5f), Vec(0.5f));
 }
 
@@ -114,22 +116,26 @@ std::tuple<Tensor, Tensor> grn_fwd(
     constexpr bool GELU = activated;
     const auto* in = static_cast<const TX*>(x.const_data_ptr());
     auto* out = static_cast<decltype(y_tag)*>(y.mutable_data_ptr());
-    sum_over_rows<1>(frames, sites, 1, width, [] { return 0; }, [](int, int64_t, int64_t) {},
-      [&](int, int64_t token, auto group, float** sums) { add_squares<GELU, group>(in + token * width, sums[0], width); },
-      [](int, int64_t, float**) {},
-      [&](int64_t frame, int64_t, int64_t first, int64_t last, float** sums) {
-        for (int64_t i = first; i < last; ++i) g[frame * width + i] = std::sqrt(sums[0][i]);
-      });
+    sum_over_rows<1>(
+        frames, sites, 1, width, [] { return 0; }, [](int, int64_t, int64_t) {},
+        [&](int, int64_t token, auto group, float** sums) {
+          add_squares<GELU, group>(in + token * width, sums[0], width);
+        },
+        [](int, int64_t, float**) {},
+        [&](int64_t frame, int64_t, int64_t first, int64_t last, float** sums) {
+          for (int64_t i = first; i < last; ++i) g[frame * width + i] = std::sqrt(sums[0][i]);
+        });
     const auto read = [&](std::vector<float>& gain, int64_t frame, int64_t) {
       const float* norm = g + frame * width;
       const float r = inverse_mean(norm, width, eps);
       for (int64_t i = 0; i < width; ++i) gain[i] = 1.0f + w[i] * norm[i] * r;
     };
     with_put(past_caches(out, y.numel(), width), [&](auto how) {
-      for_tokens(frames, sites, 1, [&] { return std::vector<float>(width); }, read,
-        [&](std::vector<float>& gain, int64_t token, auto group) {
-          apply<GELU, group>(in + token * width, gain.data(), c.data(), out + token * width, width, how);
-        });
+      for_tokens(
+          frames, sites, 1, [&] { return std::vector<float>(width); }, read,
+          [&](std::vector<float>& gain, int64_t token, auto group) {
+            apply<GELU, group>(in + token * width, gain.data(), c.data(), out + token * width, width, how);
+          });
     });
   };
   with_type(x.scalar_type(), [&](auto x_tag) {
@@ -152,8 +158,8 @@ struct FrameRows {
   void read(const float* norms, const float* products, const float* weight, int64_t width, double eps) {
     const float r = inverse_mean(norms, width, eps);
     const float shared = r * mean(width, [&](int64_t i, auto count) MINISORA_INLINE {
-      return load(weight + i, count) * load(products + i, count) * load(norms + i, count);
-    });
+                           return load(weight + i, count) * load(products + i, count) * load(norms + i, count);
+                         });
     for (int64_t i = 0; i < width; ++i) {
       gain[i] = 1.0f + weight[i] * norms[i] * r;
       pull[i] = norms[i] > 0.0f ? r * (weight[i] * products[i] - shared) / norms[i] : 0.0f;
@@ -162,7 +168,8 @@ struct FrameRows {
 };
 
 std::tuple<Tensor, Tensor, Tensor> grn_bwd(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& norms, bool gelu, double eps) {
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& norms, bool gelu,
+    double eps) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [F, N, C]");
   const int64_t frames = x.size(0), sites = x.size(1), width = x.size(2);
   check_dense(x, "x", {frames, sites, width});
@@ -171,7 +178,8 @@ std::tuple<Tensor, Tensor, Tensor> grn_bwd(
   check_statistic(norms, "norms", {frames, width});
   const auto w = affine(weight, "weight", 0.0f, width);
   Tensor dx = empty_like_shape(x, {frames, sites, width}, x.scalar_type());
-  Tensor dweight = empty_like_shape(weight, {width}, weight.scalar_type()), dbias = empty_like_shape(bias, {width}, bias.scalar_type());
+  Tensor dweight = empty_like_shape(weight, {width}, weight.scalar_type()),
+         dbias = empty_like_shape(bias, {width}, bias.scalar_type());
   const float* g = static_cast<const float*>(norms.const_data_ptr());
   const auto products = unwritten(frames * width), sums_dy = unwritten(frames * width);
 
@@ -182,23 +190,26 @@ std::tuple<Tensor, Tensor, Tensor> grn_bwd(
     const auto* in = static_cast<const TX*>(x.const_data_ptr());
     const auto* grad = static_cast<const TY*>(dy.const_data_ptr());
     auto* out = static_cast<TX*>(dx.mutable_data_ptr());
-    sum_over_rows<2>(frames, sites, 1, width, [] { return 0; }, [](int, int64_t, int64_t) {},
-      [&](int, int64_t token, auto group, float** sums) {
-        add_products<GELU, group>(in + token * width, grad + token * width, sums[0], sums[1], width);
-      },
-      [](int, int64_t, float**) {},
-      [&](int64_t frame, int64_t, int64_t first, int64_t last, float** sums) {
-        std::copy(sums[0] + first, sums[0] + last, products.get() + frame * width + first);
-        std::copy(sums[1] + first, sums[1] + last, sums_dy.get() + frame * width + first);
-      });
+    sum_over_rows<2>(
+        frames, sites, 1, width, [] { return 0; }, [](int, int64_t, int64_t) {},
+        [&](int, int64_t token, auto group, float** sums) {
+          add_products<GELU, group>(in + token * width, grad + token * width, sums[0], sums[1], width);
+        },
+        [](int, int64_t, float**) {},
+        [&](int64_t frame, int64_t, int64_t first, int64_t last, float** sums) {
+          std::copy(sums[0] + first, sums[0] + last, products.get() + frame * width + first);
+          std::copy(sums[1] + first, sums[1] + last, sums_dy.get() + frame * width + first);
+        });
     const auto read = [&](FrameRows& rows, int64_t frame, int64_t) {
       rows.read(g + frame * width, products.get() + frame * width, w.data(), width, eps);
     };
     with_put(past_caches(out, dx.numel(), width), [&](auto how) {
-      for_tokens(frames, sites, 1, [&] { return FrameRows(width); }, read, [&](FrameRows& rows, int64_t token, auto group) {
-        const int64_t at = token * width;
-        apply_backward<GELU, group>(in + at, grad + at, rows.gain.data(), rows.pull.data(), out + at, width, how);
-      });
+      for_tokens(
+          frames, sites, 1, [&] { return FrameRows(width); }, read,
+          [&](FrameRows& rows, int64_t token, auto group) {
+            const int64_t at = token * width;
+            apply_backward<GELU, group>(in + at, grad + at, rows.gain.data(), rows.pull.data(), out + at, width, how);
+          });
     });
   };
   with_type(x.scalar_type(), [&](auto x_tag) {
@@ -216,14 +227,19 @@ std::tuple<Tensor, Tensor, Tensor> grn_bwd(
     }
     for (int64_t first = 0; first < width; first += kBlock) {
       const int64_t columns = std::min(kBlock, width - first);
-      add_up(frames, columns, total_weight.data() + first, [&](int64_t frame) { return products.get() + frame * width + first; });
-      add_up(frames, columns, total_bias.data() + first, [&](int64_t frame) { return sums_dy.get() + frame * width + first; });
+      add_up(frames, columns, total_weight.data() + first, [&](int64_t frame) {
+        return products.get() + frame * width + first;
+      });
+      add_up(frames, columns, total_bias.data() + first, [&](int64_t frame) {
+        return sums_dy.get() + frame * width + first;
+      });
     }
   }
   const auto write = [&](Tensor& gradient, const std::vector<float>& total) {
     with_type(gradient.scalar_type(), [&](auto tag) {
       auto* to = static_cast<decltype(tag)*>(gradient.mutable_data_ptr());
-      for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(to + i, load(total.data() + i, count), count); });
+      for_columns(
+          width, [&](int64_t i, auto count) MINISORA_INLINE { store(to + i, load(total.data() + i, count), count); });
     });
   };
   write(dweight, total_weight);

@@ -28,7 +28,8 @@ struct Piece {
 
   template <bool guided, bool stepped, bool learned>
   void update(const float* coefficients, int64_t size) const {
-    const Vec w_minus_1(coefficients[0] - 1.0f), a(coefficients[1]), b(coefficients[2]), c(coefficients[3]), s(coefficients[4]);
+    const Vec w_minus_1(coefficients[0] - 1.0f), a(coefficients[1]), b(coefficients[2]), c(coefficients[3]),
+        s(coefficients[4]);
     for_columns(size, [&](int64_t i, auto count) MINISORA_INLINE {
       Vec g = load(cond + i, count);
       // starts at cond, not at null, so that it is exact for w = 1
@@ -47,7 +48,8 @@ struct Piece {
     with_flag(guided, [&](auto guide) {
       with_flag(z != nullptr, [&](auto step) {
         if constexpr (step) {
-          with_flag(variance != nullptr, [&](auto learn) { this->template update<guide, true, learn>(coefficients, size); });
+          with_flag(
+              variance != nullptr, [&](auto learn) { this->template update<guide, true, learn>(coefficients, size); });
         } else {
           this->template update<guide, false, false>(coefficients, size);
         }
@@ -59,7 +61,8 @@ struct Piece {
 void check(const Tensor& tensor, const char* name, int64_t batch, int64_t channels, int64_t cells) {
   check_dtype(tensor, name);
   STD_TORCH_CHECK(
-      tensor.dim() >= 2 && tensor.size(0) == batch && tensor.size(1) == channels && tensor.numel() == batch * channels * cells,
+      tensor.dim() >= 2 && tensor.size(0) == batch && tensor.size(1) == channels &&
+          tensor.numel() == batch * channels * cells,
       name, " must be [", batch, ", ", channels, ", ...] with ", cells, " cells a channel");
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
@@ -74,8 +77,8 @@ const T* data(const std::optional<Tensor>& tensor, const char* name, const Tenso
 }
 
 Tensor guided_step_fwd(
-    const Tensor& x, const Tensor& cond, std::optional<Tensor> null, std::optional<Tensor> z, const Tensor& coefficients,
-    int64_t guided_channels) {
+    const Tensor& x, const Tensor& cond, std::optional<Tensor> null, std::optional<Tensor> z,
+    const Tensor& coefficients, int64_t guided_channels) {
   STD_TORCH_CHECK(x.dim() >= 2, "x must be [B, C, ...]");
   const int64_t batch = x.size(0), channels = x.size(1);
   const int64_t cells = batch * channels == 0 ? 0 : x.numel() / (batch * channels);
@@ -85,7 +88,8 @@ Tensor guided_step_fwd(
   check_dtype(coefficients, "coefficients");
   check_shape(coefficients, "coefficients", {batch, 5});
   STD_TORCH_CHECK(
-      coefficients.scalar_type() == ScalarType::Float && coefficients.stride(1) == 1, "coefficients must be rows of float32");
+      coefficients.scalar_type() == ScalarType::Float && coefficients.stride(1) == 1,
+      "coefficients must be rows of float32");
   STD_TORCH_CHECK(guided_channels >= 0 && guided_channels <= channels, "channels must be in 0..", channels);
   const int64_t size = channels * cells, chunks = (size + kGrain - 1) / kGrain;
   const int64_t guided = null ? guided_channels * cells : 0, stride = coefficients.stride(0);
@@ -106,8 +110,12 @@ Tensor guided_step_fwd(
           const int64_t sample = task / chunks, first = task % chunks * kGrain, last = std::min(first + kGrain, size);
           const int64_t at = sample * size, of = at * (learned ? 2 : 1);
           const Piece<TX, TP> all{
-              states + at, predictions + of, null ? unconditional + of : nullptr, learned ? predictions + of + size : nullptr,
-              z ? others + at : nullptr, results + at};
+              states + at,
+              predictions + of,
+              null ? unconditional + of : nullptr,
+              learned ? predictions + of + size : nullptr,
+              z ? others + at : nullptr,
+              results + at};
           const int64_t middle = std::clamp(guided, first, last);
           all.at(first).update(rows + sample * stride, middle - first, true);
           all.at(middle).update(rows + sample * stride, last - middle, false);

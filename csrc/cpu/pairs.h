@@ -1,8 +1,9 @@
-// Products of bfloat16 matrices with fp32 sums. The library is built for AMX tiles or for AVX-512's dot products of pairs.
+// Products of bfloat16 matrices with fp32 sums. The library is built for AMX tiles or for AVX-512's dot products of
+// pairs.
 //
-// The left factor is row-major. The right factor has the terms of the sum in pairs, [k / 2, 2 n + k % 2]. Numbers of rows and
-// columns are multiples of 16, numbers of terms multiples of kTerms. The code that fills a buffer pads the terms of the right
-// factor with zeros, and keeps the matching terms of the left factor finite.
+// The left factor is row-major. The right factor has the terms of the sum in pairs, [k / 2, 2 n + k % 2]. Numbers of
+// rows and columns are multiples of 16, numbers of terms multiples of kTerms. The code that fills a buffer pads the
+// terms of the right factor with zeros, and keeps the matching terms of the left factor finite.
 #pragma once
 
 #include "common.h"
@@ -28,7 +29,7 @@ struct Session {
     alignas(64) uint8_t config[64] = {1};
     for (int tile = 0; tile < 8; ++tile) {
       config[16 + 2 * tile] = 64; // bytes per row
-      config[48 + tile] = 16;     // rows
+      config[48 + tile] = 16; // rows
     }
     asm volatile("" ::"r"(config) : "memory"); // gcc 12's intrinsic says that it reads 8 of the 64 bytes
     _tile_loadconfig(config);
@@ -41,7 +42,8 @@ struct Session {
 // R by C tiles of c.
 template <int R, int C>
 inline void product_tiles(
-    int64_t depth, const BFloat16* a, int64_t a_row, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+    int64_t depth, const BFloat16* a, int64_t a_row, const BFloat16* b, int64_t b_row, float* c, int64_t c_row,
+    bool add) {
   const int64_t a_bytes = 2 * a_row, b_bytes = 2 * b_row, c_bytes = 4 * c_row;
   float* below = c + 16 * c_row;
   if (add) {
@@ -75,9 +77,11 @@ inline void product_tiles(
   if constexpr (R == 2 && C == 2) _tile_stored(3, below + 16, c_bytes);
 }
 
-// c [rows, columns] = or += a [rows, depth] b [depth, columns], with rows and columns in whole 16s, depth in whole kTerms.
+// c [rows, columns] = or += a [rows, depth] b [depth, columns], with rows and columns in whole 16s, depth in whole
+// kTerms.
 inline void product(
-    int64_t rows, int64_t columns, int64_t depth, Left a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+    int64_t rows, int64_t columns, int64_t depth, Left a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row,
+    bool add) {
   asm volatile("" ::: "memory"); // gcc's tile loads do not say that they read memory
   for (int64_t r = 0; r < rows; r += 32) {
     const bool two_rows = r + 16 < rows;
@@ -142,12 +146,15 @@ inline void product_tile(int64_t depth, Left a, const BFloat16* b, int64_t b_row
       });
 }
 
-// c [rows, columns] = or += a [rows, depth] b [depth, columns], with rows and columns in whole 16s, depth in whole kTerms.
+// c [rows, columns] = or += a [rows, depth] b [depth, columns], with rows and columns in whole 16s, depth in whole
+// kTerms.
 inline void product(
-    int64_t rows, int64_t columns, int64_t depth, Left a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+    int64_t rows, int64_t columns, int64_t depth, Left a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row,
+    bool add) {
   const auto panel = [&](auto height, auto vectors, int64_t n) {
     for (int64_t r = 0; r < rows; r += height) {
-      product_tile<height, vectors>(depth, {a.data + r * a.row, a.row, a.step}, b + 2 * n, b_row, c + r * c_row + n, c_row, add);
+      product_tile<height, vectors>(
+          depth, {a.data + r * a.row, a.row, a.step}, b + 2 * n, b_row, c + r * c_row + n, c_row, add);
     }
   };
   for (int64_t n = 0; n < columns;) {
@@ -167,7 +174,8 @@ inline void product(
 
 #endif
 
-// A product of 16 rows by 32 columns. The sums start as begin(r, u), 16 columns at a time; end(r, sums) gets those of a row.
+// A product of 16 rows by 32 columns. The sums start as begin(r, u), 16 columns at a time; end(r, sums) gets those of a
+// row.
 template <class Begin, class End>
 inline void product_block(int64_t depth, Left a, const BFloat16* b, int64_t b_row, Begin begin, End end) {
 #if defined(__AMX_BF16__)
@@ -190,8 +198,10 @@ inline void product_block(int64_t depth, Left a, const BFloat16* b, int64_t b_ro
 #endif
 }
 
-// A right factor whose terms are rows: out [rows / 2, 2 * columns] from in [rows, columns]; rows even, columns whole 32s.
-inline void pair_rows(int64_t rows, int64_t columns, const BFloat16* in, int64_t in_row, BFloat16* out, int64_t out_row) {
+// A right factor whose terms are rows: out [rows / 2, 2 * columns] from in [rows, columns]; rows even, columns whole
+// 32s.
+inline void pair_rows(
+    int64_t rows, int64_t columns, const BFloat16* in, int64_t in_row, BFloat16* out, int64_t out_row) {
   alignas(64) static constexpr auto index = [] {
     std::array<uint16_t, 64> lanes{};
     for (int i = 0; i < 64; ++i) lanes[i] = static_cast<uint16_t>(i / 2 + (i % 2) * 32);
@@ -208,19 +218,23 @@ inline void pair_rows(int64_t rows, int64_t columns, const BFloat16* in, int64_t
   }
 }
 
-// out [columns, 2 * rows] = the transpose of in [rows, 2 * columns]; pairs stay together; rows and columns are multiples of 16.
-// It makes a right factor from a row-major matrix whose columns are the terms, and a left factor from pairs of rows.
-inline void transpose_pairs(int64_t rows, int64_t columns, const BFloat16* in, int64_t in_row, BFloat16* out, int64_t out_row) {
+// out [columns, 2 * rows] = the transpose of in [rows, 2 * columns]; pairs stay together; rows and columns are
+// multiples of 16. It makes a right factor from a row-major matrix whose columns are the terms, and a left factor from
+// pairs of rows.
+inline void transpose_pairs(
+    int64_t rows, int64_t columns, const BFloat16* in, int64_t in_row, BFloat16* out, int64_t out_row) {
   for (int64_t r = 0; r < rows; r += 16) {
     for (int64_t c = 0; c < columns; c += 16) {
       at::vec::transpose_mxn<float, 16, 16>(
-          reinterpret_cast<const float*>(in + r * in_row + 2 * c), in_row / 2, reinterpret_cast<float*>(out + c * out_row + 2 * r), out_row / 2);
+          reinterpret_cast<const float*>(in + r * in_row + 2 * c), in_row / 2,
+          reinterpret_cast<float*>(out + c * out_row + 2 * r), out_row / 2);
     }
   }
 }
 
 // The left factor [rows, terms] from its terms in pairs of rows, [terms / 2, 2 * rows]. The caller provides `out`.
-inline Left left_of_pairs(int64_t terms, int64_t rows, const BFloat16* in, int64_t in_row, BFloat16* out, int64_t out_row) {
+inline Left left_of_pairs(
+    int64_t terms, int64_t rows, const BFloat16* in, int64_t in_row, BFloat16* out, int64_t out_row) {
 #if defined(__AMX_BF16__)
   transpose_pairs(terms / 2, rows, in, in_row, out, out_row);
   return {out, out_row, 2};

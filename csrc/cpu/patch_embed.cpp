@@ -9,18 +9,19 @@
 namespace minisora {
 namespace {
 
-constexpr int64_t kPanel = 3 * V;     // columns that are together in memory
-constexpr int64_t kDepth = 128;       // depth of a block of a sum: blocks stay in L1, and errors stay small
-constexpr int64_t kTokens = 48;       // tokens of a tile, forward and in dx
-constexpr int64_t kSumTokens = 64;    // tokens of a tile in the sums over tokens
-constexpr int64_t kPanels = 16;       // panels of dy per task of the sums
-constexpr int64_t kParts = 16;        // the most partial sums of dweight
+constexpr int64_t kPanel = 3 * V; // columns that are together in memory
+constexpr int64_t kDepth = 128; // depth of a block of a sum: blocks stay in L1, and errors stay small
+constexpr int64_t kTokens = 48; // tokens of a tile, forward and in dx
+constexpr int64_t kSumTokens = 64; // tokens of a tile in the sums over tokens
+constexpr int64_t kPanels = 16; // panels of dy per task of the sums
+constexpr int64_t kParts = 16; // the most partial sums of dweight
 constexpr int64_t kPartial = 1 << 23; // the most numbers in all partial sums together
 
 inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 bool are_bf16(std::initializer_list<const Tensor*> tensors) {
-  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor* t) { return t->scalar_type() == ScalarType::BFloat16; });
+  return std::all_of(
+      tensors.begin(), tensors.end(), [](const Tensor* t) { return t->scalar_type() == ScalarType::BFloat16; });
 }
 
 PatchGrid grid_of(const Tensor& x, int64_t pt, int64_t ph, int64_t pw) {
@@ -52,22 +53,28 @@ void gather(const Tensor& x, const PatchGrid& grid, int64_t b, int64_t first, in
 
 // A block of a dense matrix in fp32, padded with zeros to whole vectors.
 void widen(
-    const Tensor& matrix, int64_t width, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns, float* out,
-    int64_t out_row) {
+    const Tensor& matrix, int64_t width, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns,
+    float* out, int64_t out_row) {
   with_type(matrix.scalar_type(), [&](auto tag) {
     const auto* in = static_cast<const decltype(tag)*>(matrix.const_data_ptr()) + first_row * width + first_column;
     for (int64_t r = 0; r < rows; ++r) {
-      for_columns(columns, [&](int64_t i, auto count, auto) { store(out + r * out_row + i, load(in + r * width + i, count), Full{}); });
+      for_columns(columns, [&](int64_t i, auto count, auto) {
+        store(out + r * out_row + i, load(in + r * width + i, count), Full{});
+      });
     }
   });
 }
 
 // Stores fp32 rows into a block of a dense matrix that starts at `offset`.
-void narrow(const float* in, int64_t in_row, int64_t rows, int64_t columns, const Tensor& matrix, int64_t offset, int64_t width) {
+void narrow(
+    const float* in, int64_t in_row, int64_t rows, int64_t columns, const Tensor& matrix, int64_t offset,
+    int64_t width) {
   with_type(matrix.scalar_type(), [&](auto tag) {
     auto* out = static_cast<decltype(tag)*>(matrix.mutable_data_ptr()) + offset;
     for (int64_t r = 0; r < rows; ++r) {
-      for_columns(columns, [&](int64_t i, auto count, auto) { store(out + r * width + i, load(in + r * in_row + i, count), count); });
+      for_columns(columns, [&](int64_t i, auto count, auto) {
+        store(out + r * width + i, load(in + r * in_row + i, count), count);
+      });
     }
   });
 }
@@ -77,10 +84,11 @@ void add(float* out, const float* in, int64_t size) {
   for (int64_t i = 0; i < size; i += V) store(out + i, load(out + i, Full{}) + load(in + i, Full{}), Full{});
 }
 
-// c = a b or c += a b, with dense b and c [.., row]. Each block of a long sum has an accumulator of its own: one fp32 accumulator
-// for the whole sum would lose digits.
+// c = a b or c += a b, with dense b and c [.., row]. Each block of a long sum has an accumulator of its own: one fp32
+// accumulator for the whole sum would lose digits.
 void add_product(
-    int64_t rows, int64_t row, int64_t depth, Left a, const float* b, float* c, bool first, bool keep, std::vector<float>& scratch) {
+    int64_t rows, int64_t row, int64_t depth, Left a, const float* b, float* c, bool first, bool keep,
+    std::vector<float>& scratch) {
   if (first) return product(rows, row / V, depth, a, b, row, c, row, keep);
   scratch.resize(rows * row);
   product(rows, row / V, depth, a, b, row, scratch.data(), row, false);
@@ -120,8 +128,8 @@ Tensor patch_embed_fwd(const Tensor& x, const Tensor& weight, std::optional<Tens
   }
 #endif
 
-  // The weight as panels [depth + 1, kPanel], so that the inner loop reads it from end to end. The bias is one more weight; its
-  // patch element is 1.
+  // The weight as panels [depth + 1, kPanel], so that the inner loop reads it from end to end. The bias is one more
+  // weight; its patch element is 1.
   const int64_t panels = blocks(width, kPanel), panel_size = (depth + 1) * kPanel;
   std::vector<float> packed(panels * panel_size);
   with_type(weight.scalar_type(), [&](auto tag) {
@@ -135,7 +143,9 @@ Tensor patch_embed_fwd(const Tensor& x, const Tensor& weight, std::optional<Tens
   });
   for (int64_t panel = 0; bias && panel < panels; ++panel) {
     const int64_t column = panel * kPanel;
-    widen(*bias, width, 0, 1, column, std::min(width - column, kPanel), packed.data() + panel * panel_size + depth * kPanel, kPanel);
+    widen(
+        *bias, width, 0, 1, column, std::min(width - column, kPanel),
+        packed.data() + panel * panel_size + depth * kPanel, kPanel);
   }
 
   const int64_t tiles = blocks(tokens, kTokens);
@@ -149,8 +159,9 @@ Tensor patch_embed_fwd(const Tensor& x, const Tensor& weight, std::optional<Tens
         const float* right = packed.data() + panel * panel_size;
         if (pos) widen(*pos, width, first, count, column, columns, sums.data(), kPanel);
         for (int64_t k = 0; k <= depth; k += kDepth) {
-          add_product(count, kPanel, std::min(depth + 1 - k, kDepth), {patches.data() + k, depth + 1, 1}, right + k * kPanel, sums.data(),
-              k == 0, pos.has_value(), scratch);
+          add_product(
+              count, kPanel, std::min(depth + 1 - k, kDepth), {patches.data() + k, depth + 1, 1}, right + k * kPanel,
+              sums.data(), k == 0, pos.has_value(), scratch);
         }
         narrow(sums.data(), kPanel, count, columns, y, (b * tokens + first) * width + column, width);
       }
@@ -163,7 +174,8 @@ Tensor patch_embed_fwd(const Tensor& x, const Tensor& weight, std::optional<Tens
 Tensor gradient_of_x(const Tensor& dy, const Tensor& x, const Tensor& weight, const PatchGrid& grid) {
   const int64_t batch = x.size(0), tokens = grid.tokens(), depth = grid.elements(), width = weight.size(0);
   const int64_t row = whole_vectors(depth), tiles = blocks(tokens, kTokens);
-  Tensor dx = empty_like_shape(x, {batch, grid.channels, grid.frames * grid.pt, grid.height * grid.ph, grid.width * grid.pw}, x.scalar_type());
+  Tensor dx = empty_like_shape(
+      x, {batch, grid.channels, grid.frames * grid.pt, grid.height * grid.ph, grid.width * grid.pw}, x.scalar_type());
   std::vector<float> wide(width * row);
   widen(weight, depth, 0, width, 0, depth, wide.data(), row);
   torch::stable::parallel_for(0, batch * tiles, 1, [&](int64_t begin, int64_t end) {
@@ -173,14 +185,16 @@ Tensor gradient_of_x(const Tensor& dy, const Tensor& x, const Tensor& weight, co
       for (int64_t d = 0; d < width; d += kDepth) {
         const int64_t columns = std::min(width - d, kDepth);
         widen(dy, width, b * tokens + first, count, d, columns, dy_tile.data(), kDepth);
-        add_product(count, row, columns, {dy_tile.data(), kDepth, 1}, wide.data() + d * row, patches.data(), d == 0, false, scratch);
+        add_product(
+            count, row, columns, {dy_tile.data(), kDepth, 1}, wide.data() + d * row, patches.data(), d == 0, false,
+            scratch);
       }
       with_type(dx.scalar_type(), [&](auto tag) {
         using T = decltype(tag);
         T* out = static_cast<T*>(dx.mutable_data_ptr());
-        for_elements(grid, grid.channels_first(row), VideoStrides(dx), b, first, first + count, [&](int64_t v, int64_t t) {
-          out[v] = static_cast<T>(patches[t]);
-        });
+        for_elements(
+            grid, grid.channels_first(row), VideoStrides(dx), b, first, first + count,
+            [&](int64_t v, int64_t t) { out[v] = static_cast<T>(patches[t]); });
       });
     }
   });
@@ -188,7 +202,8 @@ Tensor gradient_of_x(const Tensor& dy, const Tensor& x, const Tensor& weight, co
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_bwd(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, std::optional<ScalarType> bias, std::optional<ScalarType> pos, bool need_x) {
+    const Tensor& dy, const Tensor& x, const Tensor& weight, std::optional<ScalarType> bias,
+    std::optional<ScalarType> pos, bool need_x) {
   const PatchGrid grid = grid_of(x, weight);
   const int64_t batch = x.size(0), tokens = grid.tokens(), depth = grid.elements(), width = weight.size(0);
   check_dense(dy, "dy", {batch, tokens, width});
@@ -200,19 +215,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_bwd(
   if (are_bf16({&x, &dy, &weight}) && !pos && PatchPairs::serves(width)) {
     const int64_t size = whole(depth + 1, 16) * width, most = std::clamp<int64_t>(kPartial / size, 1, kParts);
     const int64_t per_part = blocks(blocks(tokens, kSumTokens), most) * kSumTokens, parts = blocks(tokens, per_part);
-    std::vector<float> sums = PatchPairs(grid, batch, width).backward(x, static_cast<const BFloat16*>(dy.const_data_ptr()), per_part, parts);
+    std::vector<float> sums =
+        PatchPairs(grid, batch, width).backward(x, static_cast<const BFloat16*>(dy.const_data_ptr()), per_part, parts);
     for (int64_t part = 1; part < parts; ++part) add(sums.data(), sums.data() + part * size, size);
     if (bias) narrow(sums.data() + depth * width, width, 1, width, dbias, 0, width);
     auto* out = static_cast<BFloat16*>(dweight.mutable_data_ptr());
     for (int64_t d = 0; d < width; ++d) {
       for (int64_t k = 0; k < depth; ++k) out[d * depth + k] = BFloat16(sums[k * width + d]);
     }
-    return {need_x ? gradient_of_x(dy, x, weight, grid) : empty_like_shape(x, {0}, x.scalar_type()), dweight, dbias, dpos};
+    return {
+        need_x ? gradient_of_x(dy, x, weight, grid) : empty_like_shape(x, {0}, x.scalar_type()), dweight, dbias, dpos};
   }
 #endif
 
-  // A task sums over a part of the tokens of every sample, for a block of panels. The shapes alone determine parts and blocks.
-  const int64_t panels = blocks(width, kPanel), panel_blocks = blocks(panels, kPanels), panel_size = (depth + 1) * kPanel;
+  // A task sums over a part of the tokens of every sample, for a block of panels. The shapes alone determine parts and
+  // blocks.
+  const int64_t panels = blocks(width, kPanel), panel_blocks = blocks(panels, kPanels),
+                panel_size = (depth + 1) * kPanel;
   const int64_t most = std::clamp<int64_t>(kPartial / (panels * panel_size), 1, kParts);
   const int64_t per_part = blocks(blocks(tokens, kSumTokens), most) * kSumTokens, parts = blocks(tokens, per_part);
   std::vector<float> partial(parts * panels * panel_size);
@@ -229,8 +248,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_bwd(
           for (int64_t panel = first_panel; panel < last_panel; ++panel) {
             float* sum = pos ? over_batch.data() + (panel - first_panel) * kSumTokens * kPanel : nullptr;
             float* right = pos && b == 0 ? sum : dy_panel.data();
-            widen(dy, width, b * tokens + first, count, panel * kPanel, std::min(width - panel * kPanel, kPanel), right, kPanel);
-            add_product(depth + 1, kPanel, count, {patches.data(), 1, depth + 1}, right,
+            widen(
+                dy, width, b * tokens + first, count, panel * kPanel, std::min(width - panel * kPanel, kPanel), right,
+                kPanel);
+            add_product(
+                depth + 1, kPanel, count, {patches.data(), 1, depth + 1}, right,
                 partial.data() + (part * panels + panel) * panel_size, false, true, scratch);
             if (right != sum && pos) add(sum, right, count * kPanel);
           }
@@ -248,7 +270,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_bwd(
   torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       float* total = partial.data() + panel * panel_size;
-      for (int64_t part = 1; part < parts; ++part) add(total, partial.data() + (part * panels + panel) * panel_size, panel_size);
+      for (int64_t part = 1; part < parts; ++part)
+        add(total, partial.data() + (part * panels + panel) * panel_size, panel_size);
       const int64_t column = panel * kPanel, columns = std::min(width - column, kPanel);
       if (bias) narrow(total + depth * kPanel, kPanel, 1, columns, dbias, column, width);
       with_type(dweight.scalar_type(), [&](auto tag) {
@@ -273,13 +296,16 @@ Tensor patch_embed_gather(const Tensor& x, int64_t pt, int64_t ph, int64_t pw) {
   with_element(x.scalar_type(), [&](auto tag) {
     const auto* in = static_cast<const decltype(tag)*>(x.const_data_ptr());
     auto* out = static_cast<decltype(tag)*>(patches.mutable_data_ptr());
-    for_video(grid, grid.channels_first(grid.elements()), VideoStrides(x), batch, [=](int64_t v, int64_t t) { out[t] = in[v]; });
+    for_video(grid, grid.channels_first(grid.elements()), VideoStrides(x), batch, [=](int64_t v, int64_t t) {
+      out[t] = in[v];
+    });
   });
   return patches;
 }
 
 Tensor patch_embed_scatter(
-    const Tensor& patches, int64_t frames, int64_t height, int64_t width, int64_t pt, int64_t ph, int64_t pw, int64_t channels) {
+    const Tensor& patches, int64_t frames, int64_t height, int64_t width, int64_t pt, int64_t ph, int64_t pw,
+    int64_t channels) {
   const PatchGrid grid{frames, height, width, pt, ph, pw, channels};
   grid.check();
   STD_TORCH_CHECK(patches.dim() == 2, "patches must be [B*N, C*pt*ph*pw]");
@@ -289,7 +315,9 @@ Tensor patch_embed_scatter(
   with_element(patches.scalar_type(), [&](auto tag) {
     const auto* in = static_cast<const decltype(tag)*>(patches.const_data_ptr());
     auto* out = static_cast<decltype(tag)*>(x.mutable_data_ptr());
-    for_video(grid, grid.channels_first(grid.elements()), VideoStrides(x), batch, [=](int64_t v, int64_t t) { out[v] = in[t]; });
+    for_video(grid, grid.channels_first(grid.elements()), VideoStrides(x), batch, [=](int64_t v, int64_t t) {
+      out[v] = in[t];
+    });
   });
   return x;
 }

@@ -31,15 +31,19 @@ struct VideoStrides {
   int64_t batch, channel, frame, row, column;
 
   explicit VideoStrides(const Tensor& video)
-      : batch(video.stride(0)), channel(video.stride(1)), frame(video.stride(2)), row(video.stride(3)), column(video.stride(4)) {}
+      : batch(video.stride(0)),
+        channel(video.stride(1)),
+        frame(video.stride(2)),
+        row(video.stride(3)),
+        column(video.stride(4)) {}
 };
 
-// f(video offset, token offset) for the elements of tokens [first, last) of sample b, in the order of the video's lines.
-// The token offset counts from the first token.
+// f(video offset, token offset) for the elements of tokens [first, last) of sample b, in the order of the video's
+// lines. The token offset counts from the first token.
 template <class Width, class Step, class F>
 inline void for_elements(
-    Width pw, Step column, const PatchGrid& grid, const PatchOrder& order, const VideoStrides& strides, int64_t b, int64_t first,
-    int64_t last, F f) {
+    Width pw, Step column, const PatchGrid& grid, const PatchOrder& order, const VideoStrides& strides, int64_t b,
+    int64_t first, int64_t last, F f) {
   for (int64_t n = first; n < last;) {
     const int64_t line = n / grid.width, w = n % grid.width;
     const int64_t count = std::min(last - n, grid.width - w);
@@ -48,7 +52,7 @@ inline void for_elements(
       for (int64_t i = 0; i < grid.pt; ++i) {
         for (int64_t j = 0; j < grid.ph; ++j) {
           int64_t video = b * strides.batch + c * strides.channel + (t * grid.pt + i) * strides.frame +
-              (h * grid.ph + j) * strides.row + w * pw * column;
+                          (h * grid.ph + j) * strides.row + w * pw * column;
           int64_t token = (n - first) * order.token + c * order.channel + i * order.frame + j * order.row;
           for (int64_t m = 0; m < count; ++m) {
             for (int64_t k = 0; k < pw; ++k) f(video + k * column, token + k * order.column);
@@ -64,7 +68,8 @@ inline void for_elements(
 
 template <class F>
 inline void for_elements(
-    const PatchGrid& grid, const PatchOrder& order, const VideoStrides& strides, int64_t b, int64_t first, int64_t last, F f) {
+    const PatchGrid& grid, const PatchOrder& order, const VideoStrides& strides, int64_t b, int64_t first, int64_t last,
+    F f) {
   const auto with_width = [&](auto pw) {
     if (strides.column == 1) {
       for_elements(pw, std::integral_constant<int64_t, 1>{}, grid, order, strides, b, first, last, f);
@@ -90,7 +95,9 @@ inline void for_video(const PatchGrid& grid, const PatchOrder& order, const Vide
   torch::stable::parallel_for(0, batch * lines, grain, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
       const int64_t n = line % lines * grid.width, base = line * per_line;
-      for_elements(grid, order, strides, line / lines, n, n + grid.width, [&](int64_t video, int64_t token) { f(video, base + token); });
+      for_elements(grid, order, strides, line / lines, n, n + grid.width, [&](int64_t video, int64_t token) {
+        f(video, base + token);
+      });
     }
   });
 }

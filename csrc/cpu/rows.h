@@ -1,5 +1,5 @@
-// Tokens [B, N, D] and the rows [B, R, D] that modulate them: reads rows, normalises tokens, and sums over the tokens of a row.
-// The order of a sum depends on the shape alone, so gradients have the same bits for any number of threads.
+// Tokens [B, N, D] and the rows [B, R, D] that modulate them: reads rows, normalises tokens, and sums over the tokens
+// of a row. The order of a sum depends on the shape alone, so gradients have the same bits for any number of threads.
 #pragma once
 
 #include "common.h"
@@ -22,7 +22,8 @@ struct Rows {
     STD_TORCH_CHECK(parameter.dim() == 3, name, " must be [B, R, D]");
     count = parameter.size(1);
     check_shape(parameter, name, {batch, count, width});
-    STD_TORCH_CHECK(count > 0 && tokens % count == 0, name, " has ", count, " rows, which do not divide ", tokens, " tokens");
+    STD_TORCH_CHECK(
+        count > 0 && tokens % count == 0, name, " has ", count, " rows, which do not divide ", tokens, " tokens");
     STD_TORCH_CHECK(width <= 1 || parameter.stride(2) == 1, name, " must have stride 1 over D");
     element = dtype == ScalarType::Float ? 4 : 2;
     batch_stride = parameter.stride(0);
@@ -35,13 +36,16 @@ struct Rows {
     const char* row = data + element * (b * batch_stride + n / tokens_per_row * row_stride);
     with_type(dtype, [&](auto tag) {
       const auto* p = reinterpret_cast<const decltype(tag)*>(row);
-      for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(p + i, count) + Vec(offset), count); });
+      for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
+        store(out + i, load(p + i, count) + Vec(offset), count);
+      });
     });
   }
 };
 
 // An affine parameter [D] in fp32, or `absent` without one.
-inline std::vector<float> affine(const std::optional<Tensor>& parameter, const char* name, float absent, int64_t width) {
+inline std::vector<float> affine(
+    const std::optional<Tensor>& parameter, const char* name, float absent, int64_t width) {
   std::vector<float> out(width, absent);
   if (parameter) {
     check_dense(*parameter, name, {width});
@@ -55,14 +59,15 @@ inline std::vector<float> affine(const std::optional<Tensor>& parameter, const c
 
 // ---- a group of tokens of one row
 
-// Kernels take G tokens at a time. Their sums over the columns do not wait for each other, and they read the rows of the
-// modulation and of its gradients once for all G.
+// Kernels take G tokens at a time. Their sums over the columns do not wait for each other, and they read the rows of
+// the modulation and of its gradients once for all G.
 constexpr int kGroup = 4;
 
 template <int G>
 using Group = std::integral_constant<int, G>;
 
-// Loads from token r of a group, and prefetches the same place of the next group: the hardware follows one stream, not G.
+// Loads from token r of a group, and prefetches the same place of the next group: the hardware follows one stream, not
+// G.
 template <int G, class T, class N>
 MINISORA_INLINE inline Vec load_ahead(const T* tokens, int r, int64_t i, int64_t width, N count) {
   __builtin_prefetch(tokens + (r + G) * width + i);
@@ -84,7 +89,8 @@ MINISORA_INLINE inline void for_group(F&& f) {
 
 // Means and 1 / sqrt(var + eps) of G tokens. They are in L1, so two passes replace Welford's method.
 template <int G, class T>
-inline void statistics(const T* tokens, const Sum (&sums)[G], int64_t width, bool rms, float eps, float* mean, float* rstd) {
+inline void statistics(
+    const T* tokens, const Sum (&sums)[G], int64_t width, bool rms, float eps, float* mean, float* rstd) {
   Vec center[G];
   Sum squares[G];
   for_group<G>([&](int r) MINISORA_INLINE {
@@ -98,7 +104,8 @@ inline void statistics(const T* tokens, const Sum (&sums)[G], int64_t width, boo
       sum = at::vec::fmadd(d, d, sum);
     });
   });
-  for_group<G>([&](int r) MINISORA_INLINE { rstd[r] = 1.0f / std::sqrt(squares[r].total() / static_cast<float>(width) + eps); });
+  for_group<G>(
+      [&](int r) MINISORA_INLINE { rstd[r] = 1.0f / std::sqrt(squares[r].total() / static_cast<float>(width) + eps); });
 }
 
 // A thread's fp32 rows for adaln: the product of the modulation and the affine weights.
@@ -137,18 +144,20 @@ inline void modulate(const TX* x, const float* mean, const float* rstd, const Ad
   });
 }
 
-// The backward of G tokens, with h = (x - mean) * rstd and dh = dy * gain. The first half adds dy and dy * h to the sums of the
-// row. Every parameter's gradient follows from them:
-//   dshift = sum dy, dscale = weight * sum dy h + bias * sum dy, dweight = sum (1 + scale) dy h, dbias = sum (1 + scale) dy.
-// The second half is dx = rstd * (dh - mean(dh) - h * mean(dh * h)), without mean(dh) for an RMS norm. It computes h and dh
-// again, which is cheaper than to store them.
+// The backward of G tokens, with h = (x - mean) * rstd and dh = dy * gain. The first half adds dy and dy * h to the
+// sums of the row. Every parameter's gradient follows from them:
+//   dshift = sum dy, dscale = weight * sum dy h + bias * sum dy, dweight = sum (1 + scale) dy h, dbias = sum (1 +
+//   scale) dy.
+// The second half is dx = rstd * (dh - mean(dh) - h * mean(dh * h)), without mean(dh) for an RMS norm. It computes h
+// and dh again, which is cheaper than to store them.
 template <int G>
 struct AdaLNBackward {
   Vec center[G], inverse[G], shrink[G], constant[G];
 
   template <class TX, class TY>
   AdaLNBackward(
-      const TX* x, const TY* dy, const float* mean, const float* rstd, const AdaLNScratch& s, bool rms, float* sum_dy, float* sum_dy_h) {
+      const TX* x, const TY* dy, const float* mean, const float* rstd, const AdaLNScratch& s, bool rms, float* sum_dy,
+      float* sum_dy_h) {
     const int64_t width = s.width;
     Sum first[G], second[G];
     for_group<G>([&](int r) MINISORA_INLINE { center[r] = Vec(mean[r]), inverse[r] = Vec(rstd[r]); });
@@ -214,8 +223,9 @@ inline void for_groups(int64_t n, int64_t stop, F&& f) {
   for (; n < stop; ++n) f(n, Group<1>{});
 }
 
-// Calls read(scratch, b, n) when token n starts a row that is new to the thread, then f(scratch, token, group) for its tokens,
-// counted over all samples. The shape alone determines the groups, because a group's sums have an order of their own.
+// Calls read(scratch, b, n) when token n starts a row that is new to the thread, then f(scratch, token, group) for its
+// tokens, counted over all samples. The shape alone determines the groups, because a group's sums have an order of
+// their own.
 template <class Scratch, class Read, class F>
 void for_tokens(int64_t batch, int64_t tokens, int64_t rows, Scratch make_scratch, Read read, F f) {
   if (batch == 0 || tokens == 0) return;
@@ -242,8 +252,8 @@ void for_tokens(int64_t batch, int64_t tokens, int64_t rows, Scratch make_scratc
 
 constexpr int64_t kBlock = 256; // columns per task of a second stage
 
-// out[0..columns) = the sum of terms(0), terms(1), ... in that order, in double. A clip of 100 000 tokens has thousands of terms;
-// one fp32 accumulator would lose more digits than the sums within the chunks do.
+// out[0..columns) = the sum of terms(0), terms(1), ... in that order, in double. A clip of 100 000 tokens has thousands
+// of terms; one fp32 accumulator would lose more digits than the sums within the chunks do.
 template <class Terms>
 void add_up(int64_t count, int64_t columns, float* out, Terms terms) {
   double total[kBlock] = {};
@@ -254,17 +264,17 @@ void add_up(int64_t count, int64_t columns, float* out, Terms terms) {
   for (int64_t i = 0; i < columns; ++i) out[i] = static_cast<float>(total[i]);
 }
 
-// Sums K vectors of width D over the tokens of every row. A task takes one chunk of tokens and splits it into runs of one row.
-// It calls
+// Sums K vectors of width D over the tokens of every row. A task takes one chunk of tokens and splits it into runs of
+// one row. It calls
 //   read(scratch, b, n)                      before the first token n of a run
 //   add(scratch, token, group, sums)         for its tokens, counted over all samples; adds to sums[0..K)
 //   end_run(scratch, chunk, sums)            after the last
-// Then finish(b, row, first, last, sums) gets the complete sums of a row for columns [first, last). A row within one chunk is
-// finished there. The others leave partial sums, at most two per chunk, which a second stage adds in order.
+// Then finish(b, row, first, last, sums) gets the complete sums of a row for columns [first, last). A row within one
+// chunk is finished there. The others leave partial sums, at most two per chunk, which a second stage adds in order.
 template <int K, class Scratch, class Read, class Add, class EndRun, class Finish>
 void sum_over_rows(
-    int64_t batch, int64_t tokens, int64_t rows, int64_t width, Scratch make_scratch, Read read, Add add, EndRun end_run,
-    Finish finish) {
+    int64_t batch, int64_t tokens, int64_t rows, int64_t width, Scratch make_scratch, Read read, Add add,
+    EndRun end_run, Finish finish) {
   if (batch == 0 || tokens == 0) return;
   const int64_t per_row = tokens / rows;
   const int64_t chunks = (tokens + kChunk - 1) / kChunk;
@@ -291,7 +301,8 @@ void sum_over_rows(
         const int64_t stop = std::min(last, (row + 1) * per_row);
         std::fill(accumulator.begin(), accumulator.end(), 0.0f);
         read(scratch, b, n);
-        for_groups(b * tokens + n, b * tokens + stop, [&](int64_t token, auto group) { add(scratch, token, group, sums); });
+        for_groups(
+            b * tokens + n, b * tokens + stop, [&](int64_t token, auto group) { add(scratch, token, group, sums); });
         end_run(scratch, task, sums);
         const bool began_here = n == row * per_row;
         if (began_here && stop == (row + 1) * per_row) {
@@ -331,7 +342,10 @@ void sum_over_rows(
 class RowGradient {
  public:
   RowGradient(const Tensor& parameter, int64_t fine, int64_t tokens, int64_t width)
-      : batch_(parameter.size(0)), rows_(parameter.size(1)), fine_(fine), width_(width),
+      : batch_(parameter.size(0)),
+        rows_(parameter.size(1)),
+        fine_(fine),
+        width_(width),
         gradient_(empty_like_shape(parameter, {batch_, rows_, width}, parameter.scalar_type())),
         sums_(rows_ == fine ? 0 : batch_ * fine * width) {
     if (tokens == 0) torch::stable::zero_(gradient_);
@@ -366,7 +380,9 @@ class RowGradient {
   void write(int64_t b, int64_t row, int64_t first, int64_t last, const float* sum) {
     with_type(gradient_.scalar_type(), [&](auto tag) {
       auto* out = static_cast<decltype(tag)*>(gradient_.mutable_data_ptr()) + (b * rows_ + row) * width_;
-      for_columns(last - first, [&](int64_t i, auto count) MINISORA_INLINE { store(out + first + i, load(sum + first + i, count), count); });
+      for_columns(last - first, [&](int64_t i, auto count) MINISORA_INLINE {
+        store(out + first + i, load(sum + first + i, count), count);
+      });
     });
   }
 
@@ -379,15 +395,20 @@ class RowGradient {
 class AffineGradient {
  public:
   AffineGradient(const std::optional<Tensor>& parameter, const Tensor& x, int64_t tasks, int64_t width)
-      : given_(parameter.has_value()), width_(width), partial_(given_ ? tasks * width : 0),
-        gradient_(given_ ? empty_like_shape(*parameter, {width}, parameter->scalar_type()) : empty_like_shape(x, {0}, x.scalar_type())) {}
+      : given_(parameter.has_value()),
+        width_(width),
+        partial_(given_ ? tasks * width : 0),
+        gradient_(
+            given_ ? empty_like_shape(*parameter, {width}, parameter->scalar_type())
+                   : empty_like_shape(x, {0}, x.scalar_type())) {}
 
   // partial sum of the chunk += (1 + scale) * sum of the run
   void add(int64_t task, const float* one_plus_scale, const float* sum) {
     if (!given_) return;
     float* out = partial_.data() + task * width_;
     for_columns(width_, [&](int64_t i, auto count) MINISORA_INLINE {
-      store(out + i, at::vec::fmadd(load(one_plus_scale + i, count), load(sum + i, count), load(out + i, count)), count);
+      store(
+          out + i, at::vec::fmadd(load(one_plus_scale + i, count), load(sum + i, count), load(out + i, count)), count);
     });
   }
 
@@ -397,11 +418,14 @@ class AffineGradient {
       const int64_t tasks = static_cast<int64_t>(partial_.size()) / std::max<int64_t>(width_, 1);
       for (int64_t first = 0; first < width_; first += kBlock) {
         const float* in = partial_.data() + first;
-        add_up(tasks, std::min(kBlock, width_ - first), total.data() + first, [&](int64_t j) { return in + j * width_; });
+        add_up(
+            tasks, std::min(kBlock, width_ - first), total.data() + first, [&](int64_t j) { return in + j * width_; });
       }
       with_type(gradient_.scalar_type(), [&](auto tag) {
         auto* out = static_cast<decltype(tag)*>(gradient_.mutable_data_ptr());
-        for_columns(width_, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(total.data() + i, count), count); });
+        for_columns(width_, [&](int64_t i, auto count) MINISORA_INLINE {
+          store(out + i, load(total.data() + i, count), count);
+        });
       });
     }
     return gradient_;

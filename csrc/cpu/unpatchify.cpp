@@ -5,13 +5,15 @@ namespace minisora {
 namespace {
 
 Tensor unpatchify_fwd(
-    const Tensor& tokens, int64_t frames, int64_t height, int64_t width, int64_t pt, int64_t ph, int64_t pw, int64_t channels) {
+    const Tensor& tokens, int64_t frames, int64_t height, int64_t width, int64_t pt, int64_t ph, int64_t pw,
+    int64_t channels) {
   const PatchGrid grid{frames, height, width, pt, ph, pw, channels};
   grid.check();
   STD_TORCH_CHECK(tokens.dim() == 3, "tokens must be [B, N, pt*ph*pw*C]");
   const int64_t batch = tokens.size(0);
   check_dense(tokens, "tokens", {batch, grid.tokens(), grid.elements()});
-  Tensor video = empty_like_shape(tokens, {batch, channels, frames * pt, height * ph, width * pw}, tokens.scalar_type());
+  Tensor video =
+      empty_like_shape(tokens, {batch, channels, frames * pt, height * ph, width * pw}, tokens.scalar_type());
   with_element(tokens.scalar_type(), [&](auto tag) {
     const auto* in = static_cast<const decltype(tag)*>(tokens.const_data_ptr());
     auto* out = static_cast<decltype(tag)*>(video.mutable_data_ptr());

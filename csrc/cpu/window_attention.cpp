@@ -1,8 +1,8 @@
 // window_attention: equation and derivation in minisora_kernels/ops/window_attention.py.
 //
-// The kernel gathers the heads of a window from the packed projection into dense rows, and applies norm and rotary embedding on
-// the way. It attends in blocks of kSide queries by kSide keys. A block of scores is transposed: a row per key, a lane per query.
-// So the softmax over the keys needs no sum across lanes.
+// The kernel gathers the heads of a window from the packed projection into dense rows, and applies norm and rotary
+// embedding on the way. It attends in blocks of kSide queries by kSide keys. A block of scores is transposed: a row per
+// key, a lane per query. So the softmax over the keys needs no sum across lanes.
 #include "window_attention.h"
 
 #if defined(__AVX512BF16__)
@@ -22,9 +22,20 @@ struct Float32 {
   std::vector<float> q_t, d_t, o, weights, dscores, greatest, total, shrink, delta, dk, dv;
 
   explicit Float32(const Problem& p)
-      : p(p), row(p.row()), lanes_(whole_vectors(std::min(p.length, kSide))), q_t(row * lanes_), d_t(row * lanes_), o(lanes_ * row),
-        weights(lanes_ * lanes_), dscores(lanes_ * lanes_), greatest(lanes_), total(lanes_), shrink(lanes_), delta(lanes_),
-        dk(p.length * row), dv(p.length * row) {}
+      : p(p),
+        row(p.row()),
+        lanes_(whole_vectors(std::min(p.length, kSide))),
+        q_t(row * lanes_),
+        d_t(row * lanes_),
+        o(lanes_ * row),
+        weights(lanes_ * lanes_),
+        dscores(lanes_ * lanes_),
+        greatest(lanes_),
+        total(lanes_),
+        shrink(lanes_),
+        delta(lanes_),
+        dk(p.length * row),
+        dv(p.length * row) {}
 
   template <class T>
   void forward(Gathered<float, T>& g, const Window& w, int64_t head) {
@@ -39,7 +50,8 @@ struct Float32 {
         product(kn, lanes / V, p.width, {k + k0 * row, row, 1}, q_t.data(), lanes, weights.data(), lanes, false);
         if (p.bias) add_bias(p, w, head, k0, kn, q0, qn, weights.data(), lanes);
         softmax_block(weights.data(), kn, lanes, lanes, greatest.data(), total.data(), shrink.data());
-        for (int64_t i = 0; k0 > 0 && i < qn; ++i) write_row(o.data() + i * row, shrink[i], o.data() + i * row, p.width);
+        for (int64_t i = 0; k0 > 0 && i < qn; ++i)
+          write_row(o.data() + i * row, shrink[i], o.data() + i * row, p.width);
         product(qn, row / V, kn, {weights.data(), 1, lanes}, v + k0 * row, row, o.data(), row, k0 > 0);
       }
       for (int64_t i = 0; i < qn; ++i) {
@@ -47,7 +59,9 @@ struct Float32 {
         T* to = g.result(head, q0 + i);
         // Division: a reciprocal would put one rounding error on the whole row.
         const Vec divisor(total[i]);
-        for_columns(p.width, [&](int64_t c, auto count) MINISORA_INLINE { store(to + c, load(from + c, count) / divisor, count); });
+        for_columns(p.width, [&](int64_t c, auto count) MINISORA_INLINE {
+          store(to + c, load(from + c, count) / divisor, count);
+        });
         g.softmax(head, q0 + i)[0] = greatest[i];
         g.softmax(head, q0 + i)[1] = total[i];
       }
@@ -55,7 +69,9 @@ struct Float32 {
   }
 
   template <class T>
-  void backward(Gathered<float, T>& g, const Window& w, Reader& reader, int64_t head, float* dgain_q, float* dgain_k, float* dbias) {
+  void backward(
+      Gathered<float, T>& g, const Window& w, Reader& reader, int64_t head, float* dgain_q, float* dgain_k,
+      float* dbias) {
     const float *q = g.q(head), *k = g.k(head), *v = g.v(head), *d = g.d(head);
     float* dq = o.data();
     for (int64_t q0 = 0; q0 < w.size(); q0 += kSide) {
@@ -94,11 +110,15 @@ struct Float32 {
         if (dbias != nullptr) add_bias_gradient(p, w, k0, kn, q0, qn, dscores.data(), lanes, dbias);
       }
       for (int64_t i = 0; i < qn; ++i) {
-        reader.read_backward(g.raw(0, head, q0 + i), w, q0 + i, p.gain[0].data() + head * p.width, dq + i * row, g.result(head, q0 + i, 0), dgain_q);
+        reader.read_backward(
+            g.raw(0, head, q0 + i), w, q0 + i, p.gain[0].data() + head * p.width, dq + i * row,
+            g.result(head, q0 + i, 0), dgain_q);
       }
     }
     for (int64_t n = 0; n < w.size(); ++n) {
-      reader.read_backward(g.raw(1, head, n), w, n, p.gain[1].data() + head * p.width, dk.data() + n * row, g.result(head, n, 1), dgain_k);
+      reader.read_backward(
+          g.raw(1, head, n), w, n, p.gain[1].data() + head * p.width, dk.data() + n * row, g.result(head, n, 1),
+          dgain_k);
       write_row(dv.data() + n * row, 1.0f, g.result(head, n, 2), p.width);
     }
   }
@@ -114,7 +134,8 @@ using KernelOf = Float32;
 #endif
 
 // The gradient of a norm's weight, [head_dim] or [heads, head_dim]: gain = factor * weight.
-Tensor weight_gradient(const std::optional<Tensor>& weight, const Tensor& qkv, const float* partial, int64_t count, float factor) {
+Tensor weight_gradient(
+    const std::optional<Tensor>& weight, const Tensor& qkv, const float* partial, int64_t count, float factor) {
   if (!weight) return empty_like_shape(qkv, {0}, qkv.scalar_type());
   const int64_t size = weight->numel();
   Tensor gradient = torch::stable::new_empty(*weight, weight->sizes(), weight->scalar_type());
@@ -133,7 +154,8 @@ Tensor weight_gradient(const std::optional<Tensor>& weight, const Tensor& qkv, c
   return gradient;
 }
 
-Tensor bias_gradient(const Problem& p, const std::optional<Tensor>& bias, bool wanted, const Tensor& qkv, const Partial& partial) {
+Tensor bias_gradient(
+    const Problem& p, const std::optional<Tensor>& bias, bool wanted, const Tensor& qkv, const Partial& partial) {
   if (!wanted) return empty_like_shape(qkv, {0}, qkv.scalar_type());
   Tensor gradient = empty_like_shape(*bias, {p.heads, p.length, p.length}, bias->scalar_type());
   with_type(bias->scalar_type(), [&](auto tag) {
@@ -141,7 +163,8 @@ Tensor bias_gradient(const Problem& p, const std::optional<Tensor>& bias, bool w
       copy_row(partial.bias.get() + from, row, count);
       for (int64_t chunk = 1; chunk < partial.chunks; ++chunk) {
         const float* add = partial.bias.get() + chunk * p.heads * p.length * p.length + from;
-        for_columns(count, [&](int64_t i, auto n) MINISORA_INLINE { store(row + i, load(row + i, n) + load(add + i, n), n); });
+        for_columns(
+            count, [&](int64_t i, auto n) MINISORA_INLINE { store(row + i, load(row + i, n) + load(add + i, n), n); });
       }
     };
     transpose_squares(p.heads, p.length, sum, static_cast<decltype(tag)*>(gradient.mutable_data_ptr()));
@@ -150,28 +173,32 @@ Tensor bias_gradient(const Problem& p, const std::optional<Tensor>& bias, bool w
 }
 
 std::tuple<Tensor, Tensor> window_attention_fwd(
-    const Tensor& qkv, int64_t t, int64_t h, int64_t w, int64_t wt, int64_t wh, int64_t ww, std::optional<Tensor> q_weight,
-    std::optional<Tensor> k_weight, int64_t norm, std::optional<Tensor> cos, std::optional<Tensor> sin, bool interleaved,
-    std::optional<Tensor> bias, double scale, double eps) {
+    const Tensor& qkv, int64_t t, int64_t h, int64_t w, int64_t wt, int64_t wh, int64_t ww,
+    std::optional<Tensor> q_weight, std::optional<Tensor> k_weight, int64_t norm, std::optional<Tensor> cos,
+    std::optional<Tensor> sin, bool interleaved, std::optional<Tensor> bias, double scale, double eps) {
   const Problem p(qkv, {t, h, w}, {wt, wh, ww}, q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps);
   Tensor out = empty_like_shape(qkv, {p.batch, p.tokens, p.heads * p.width}, qkv.scalar_type());
   Tensor softmax = empty_like_shape(qkv, {p.batch, p.tokens, p.heads, 2}, ScalarType::Float);
   with_type(qkv.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    forward<KernelOf<T>>(p, static_cast<const T*>(qkv.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()), static_cast<float*>(softmax.mutable_data_ptr()));
+    forward<KernelOf<T>>(
+        p, static_cast<const T*>(qkv.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
+        static_cast<float*>(softmax.mutable_data_ptr()));
   });
   return {out, softmax};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
-    const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& softmax, int64_t t, int64_t h, int64_t w, int64_t wt,
-    int64_t wh, int64_t ww, std::optional<Tensor> q_weight, std::optional<Tensor> k_weight, int64_t norm, std::optional<Tensor> cos,
-    std::optional<Tensor> sin, bool interleaved, std::optional<Tensor> bias, double scale, double eps, bool with_dbias) {
+    const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& softmax, int64_t t, int64_t h, int64_t w,
+    int64_t wt, int64_t wh, int64_t ww, std::optional<Tensor> q_weight, std::optional<Tensor> k_weight, int64_t norm,
+    std::optional<Tensor> cos, std::optional<Tensor> sin, bool interleaved, std::optional<Tensor> bias, double scale,
+    double eps, bool with_dbias) {
   const Problem p(qkv, {t, h, w}, {wt, wh, ww}, q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps);
   check_dense(dout, "dout", {p.batch, p.tokens, p.heads * p.width});
   check_dense(out, "out", {p.batch, p.tokens, p.heads * p.width});
   STD_TORCH_CHECK(
-      dout.scalar_type() == qkv.scalar_type() && out.scalar_type() == qkv.scalar_type(), "dout and out must have the dtype of qkv");
+      dout.scalar_type() == qkv.scalar_type() && out.scalar_type() == qkv.scalar_type(),
+      "dout and out must have the dtype of qkv");
   check_statistic(softmax, "softmax", {p.batch, p.tokens, p.heads, 2});
   STD_TORCH_CHECK(bias.has_value() || !with_dbias, "the gradient of a bias needs a bias");
   Tensor dqkv = with_huge_pages(torch::stable::new_empty(qkv, qkv.sizes(), qkv.scalar_type()));

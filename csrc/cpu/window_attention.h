@@ -80,8 +80,8 @@ inline void write_row(const float* in, float factor, T* out, int64_t width) {
   for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count) * by, count); });
 }
 
-// out[h, j, i] = in[h, i, j], both [heads, length, length], tile by tile. read(from, count, buffer) fills a row of a tile with
-// the `count` fp32 numbers that start at `from`.
+// out[h, j, i] = in[h, i, j], both [heads, length, length], tile by tile. read(from, count, buffer) fills a row of a
+// tile with the `count` fp32 numbers that start at `from`.
 template <class T, class Read>
 void transpose_squares(int64_t heads, int64_t length, Read read, T* out) {
   constexpr int64_t side = 32;
@@ -89,12 +89,14 @@ void transpose_squares(int64_t heads, int64_t length, Read read, T* out) {
   torch::stable::parallel_for(0, heads * tiles, 1, [&](int64_t begin, int64_t end) {
     float tile[side * side] = {}, turned[side * side];
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / tiles * length * length, i0 = task % tiles * side, rows = std::min(side, length - i0);
+      const int64_t first = task / tiles * length * length, i0 = task % tiles * side,
+                    rows = std::min(side, length - i0);
       for (int64_t j0 = 0; j0 < length; j0 += side) {
         const int64_t columns = std::min(side, length - j0);
         for (int64_t i = 0; i < rows; ++i) read(first + (i0 + i) * length + j0, columns, tile + i * side);
         transpose(side, side, tile, side, turned, side);
-        for (int64_t j = 0; j < columns; ++j) write_row(turned + j * side, 1.0f, out + first + (j0 + j) * length + i0, rows);
+        for (int64_t j = 0; j < columns; ++j)
+          write_row(turned + j * side, 1.0f, out + first + (j0 + j) * length + i0, rows);
       }
     }
   });
@@ -118,9 +120,13 @@ struct Problem {
 
   Problem(
       const Tensor& qkv, const int64_t (&grid_)[3], const int64_t (&window_)[3], const std::optional<Tensor>& q_weight,
-      const std::optional<Tensor>& k_weight, int64_t norm, const std::optional<Tensor>& cos_, const std::optional<Tensor>& sin_,
-      bool interleaved, const std::optional<Tensor>& bias_, double scale, double eps)
-      : norm(norm), eps(static_cast<float>(eps)), scale(static_cast<float>(scale)), rotary(cos_.has_value()), interleaved(interleaved) {
+      const std::optional<Tensor>& k_weight, int64_t norm, const std::optional<Tensor>& cos_,
+      const std::optional<Tensor>& sin_, bool interleaved, const std::optional<Tensor>& bias_, double scale, double eps)
+      : norm(norm),
+        eps(static_cast<float>(eps)),
+        scale(static_cast<float>(scale)),
+        rotary(cos_.has_value()),
+        interleaved(interleaved) {
     STD_TORCH_CHECK(qkv.dim() == 5, "qkv must be [B, N, 3, heads, head_dim]");
     batch = qkv.size(0), tokens = qkv.size(1), heads = qkv.size(3), width = qkv.size(4);
     check_dense(qkv, "qkv", {batch, tokens, 3, heads, width});
@@ -130,7 +136,8 @@ struct Problem {
     for (int axis = 0; axis < 3; ++axis) {
       grid[axis] = grid_[axis], window[axis] = window_[axis];
       STD_TORCH_CHECK(
-          1 <= window[axis] && window[axis] <= grid[axis], "a window of ", window[axis], " tokens does not fit a grid of ", grid[axis]);
+          1 <= window[axis] && window[axis] <= grid[axis], "a window of ", window[axis],
+          " tokens does not fit a grid of ", grid[axis]);
       count[axis] = (grid[axis] + window[axis] - 1) / window[axis];
     }
     STD_TORCH_CHECK(grid[0] * grid[1] * grid[2] == tokens, "the grid does not have ", tokens, " tokens");
@@ -173,13 +180,14 @@ struct Problem {
     bias.reset(new float[heads * length * length]);
     with_type(given.scalar_type(), [&](auto tag) {
       const auto* in = static_cast<const decltype(tag)*>(given.const_data_ptr());
-      transpose_squares(heads, length, [&](int64_t from, int64_t count, float* row) { copy_row(in + from, row, count); }, bias.get());
+      transpose_squares(
+          heads, length, [&](int64_t from, int64_t count, float* row) { copy_row(in + from, row, count); }, bias.get());
     });
   }
 };
 
-// A thread's window: its tokens, their places inside a full window, and their rotary tables with one entry per channel. The
-// sines have the sign of the channel's rotation.
+// A thread's window: its tokens, their places inside a full window, and their rotary tables with one entry per channel.
+// The sines have the sign of the channel's rotation.
 struct Window {
   std::vector<int64_t> token, place;
   std::vector<float> cos, sin;
@@ -297,13 +305,16 @@ class Reader {
 
   // The gradient of the row from that of its result; dgain += the gradient of gain.
   template <class T>
-  void read_backward(const T* in, const Window& window, int64_t token, const float* gain, const float* grad, T* out, float* dgain) {
+  void read_backward(
+      const T* in, const Window& window, int64_t token, const float* gain, const float* grad, T* out, float* dgain) {
     with_width(p_.width, [&](auto width) MINISORA_INLINE {
       Vectors<decltype(width)> h(x_), g(grad_);
       for_vectors(width, [&](auto u, auto count) MINISORA_INLINE { g[u] = load(grad + u * V, count); });
       if (p_.rotary) rotate(g, window, token, -1.0f, width);
       if (p_.norm == kNone) {
-        for_vectors(width, [&](auto u, auto count) MINISORA_INLINE { store(out + u * V, g[u] * load(gain + u * V, count), count); });
+        for_vectors(width, [&](auto u, auto count) MINISORA_INLINE {
+          store(out + u * V, g[u] * load(gain + u * V, count), count);
+        });
         return;
       }
       for_vectors(width, [&](auto u, auto count) MINISORA_INLINE { h[u] = load(in + u * V, count); });
@@ -316,7 +327,8 @@ class Reader {
         sum_dh_h = at::vec::fmadd(g[u], h[u], sum_dh_h);
       });
       const float inverse = 1.0f / static_cast<float>(p_.width);
-      const Vec mean_dh(p_.norm == kRms ? 0.0f : sum_lanes(sum_dh) * inverse), mean_dh_h(sum_lanes(sum_dh_h) * inverse), by(rstd);
+      const Vec mean_dh(p_.norm == kRms ? 0.0f : sum_lanes(sum_dh) * inverse), mean_dh_h(sum_lanes(sum_dh_h) * inverse),
+          by(rstd);
       for_vectors(width, [&](auto u, auto count) MINISORA_INLINE {
         store(out + u * V, by * (g[u] - mean_dh - h[u] * mean_dh_h), count);
       });
@@ -358,7 +370,8 @@ class Reader {
       store(twice + width + u * V, x[u], count);
     });
     for_vectors(width, [&](auto u, auto count) MINISORA_INLINE {
-      x[u] = at::vec::fmadd(x[u], load(cos + u * V, count), load(partner + u * V, count) * (load(sin + u * V, count) * sign));
+      x[u] = at::vec::fmadd(
+          x[u], load(cos + u * V, count), load(partner + u * V, count) * (load(sin + u * V, count) * sign));
     });
   }
 
@@ -368,13 +381,17 @@ class Reader {
 };
 
 // scores[key, query] += bias for keys [k0, k0 + kn) and queries [q0, q0 + qn) of the window
-inline void add_bias(const Problem& p, const Window& w, int64_t head, int64_t k0, int64_t kn, int64_t q0, int64_t qn, float* scores, int64_t lanes) {
+inline void add_bias(
+    const Problem& p, const Window& w, int64_t head, int64_t k0, int64_t kn, int64_t q0, int64_t qn, float* scores,
+    int64_t lanes) {
   const float* bias = p.bias.get() + head * p.length * p.length;
   for (int64_t j = 0; j < kn; ++j) {
     const float* from = bias + w.place[k0 + j] * p.length;
     float* to = scores + j * lanes;
     if (w.full) {
-      for_columns(qn, [&](int64_t i, auto count) MINISORA_INLINE { store(to + i, load(to + i, count) + load(from + q0 + i, count), count); });
+      for_columns(qn, [&](int64_t i, auto count) MINISORA_INLINE {
+        store(to + i, load(to + i, count) + load(from + q0 + i, count), count);
+      });
     } else {
       for (int64_t i = 0; i < qn; ++i) to[i] += from[w.place[q0 + i]];
     }
@@ -382,20 +399,26 @@ inline void add_bias(const Problem& p, const Window& w, int64_t head, int64_t k0
 }
 
 // The backward: gradient[key, query] of the bias += dscores
-inline void add_bias_gradient(const Problem& p, const Window& w, int64_t k0, int64_t kn, int64_t q0, int64_t qn, const float* dscores, int64_t lanes, float* gradient) {
+inline void add_bias_gradient(
+    const Problem& p, const Window& w, int64_t k0, int64_t kn, int64_t q0, int64_t qn, const float* dscores,
+    int64_t lanes, float* gradient) {
   for (int64_t j = 0; j < kn; ++j) {
     float* to = gradient + w.place[k0 + j] * p.length;
     const float* from = dscores + j * lanes;
     if (w.full) {
-      for_columns(qn, [&](int64_t i, auto count) MINISORA_INLINE { store(to + q0 + i, load(to + q0 + i, count) + load(from + i, count), count); });
+      for_columns(qn, [&](int64_t i, auto count) MINISORA_INLINE {
+        store(to + q0 + i, load(to + q0 + i, count) + load(from + i, count), count);
+      });
     } else {
       for (int64_t i = 0; i < qn; ++i) to[w.place[q0 + i]] += from[i];
     }
   }
 }
 
-// One step of the online softmax: scores become exp(scores - greatest so far); `shrink` is the new factor of earlier sums.
-inline void softmax_block(float* scores, int64_t keys, int64_t lanes, int64_t row, float* greatest, float* total, float* shrink) {
+// One step of the online softmax: scores become exp(scores - greatest so far); `shrink` is the new factor of earlier
+// sums.
+inline void softmax_block(
+    float* scores, int64_t keys, int64_t lanes, int64_t row, float* greatest, float* total, float* shrink) {
   for (int64_t i = 0; i < lanes; i += V) {
     const Vec before = Vec::loadu(greatest + i);
     Vec top = before;
@@ -421,13 +444,15 @@ inline void softmax_block(float* scores, int64_t keys, int64_t lanes, int64_t ro
 template <class T>
 inline float dot(const T* a, const T* b, int64_t width) {
   Sum sum;
-  for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE { sum.part[u] = at::vec::fmadd(load(a + i, count), load(b + i, count), sum.part[u]); });
+  for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
+    sum.part[u] = at::vec::fmadd(load(a + i, count), load(b + i, count), sum.part[u]);
+  });
   return sum.total();
 }
 
-// Some heads of one window: gathers them from tokens that may be far apart, and writes the results back. It reads all heads of a
-// token together. In a window over frames the rows of one head are often a multiple of 4 KiB apart, so they share a few lines
-// of every cache and evict each other.
+// Some heads of one window: gathers them from tokens that may be far apart, and writes the results back. It reads all
+// heads of a token together. In a window over frames the rows of one head are often a multiple of 4 KiB apart, so they
+// share a few lines of every cache and evict each other.
 template <class S, class T>
 struct Gathered {
   const Problem& p;
@@ -436,11 +461,15 @@ struct Gathered {
   int64_t heads; // the most heads at a time
   int64_t first = 0, last = 0; // the gathered heads
 
-  // For a kernel that needs multiples of kRow numbers in a row, reads multiples of kRows rows, and sums over multiples of kTerms
-  // of them. The padding of the terms is zero; all other padding is finite.
+  // For a kernel that needs multiples of kRow numbers in a row, reads multiples of kRows rows, and sums over multiples
+  // of kTerms of them. The padding of the terms is zero; all other padding is finite.
   template <class Kernel>
   Gathered(const Problem& p, std::type_identity<Kernel>, bool backward)
-      : p(p), row(whole(p.width, Kernel::kRow)), rows(whole(p.length, Kernel::kRows)), terms(Kernel::kTerms), results(backward ? 3 : 1) {
+      : p(p),
+        row(whole(p.width, Kernel::kRow)),
+        rows(whole(p.length, Kernel::kRows)),
+        terms(Kernel::kTerms),
+        results(backward ? 3 : 1) {
     const int64_t matrices = backward ? 4 : 3, raws = backward && p.norm != kNone ? 2 : 0;
     const int64_t bytes = rows * (matrices * row * sizeof(S) + (raws + results) * p.width * sizeof(T));
     const int64_t most = std::clamp<int64_t>(kGathered / bytes, 1, p.heads);
@@ -458,8 +487,12 @@ struct Gathered {
   S* v(int64_t head) { return matrix_[2].data() + (head - first) * rows * row; }
   S* d(int64_t head) { return matrix_[3].data() + (head - first) * rows * row; } // the gradient of out
   // Row n of q or k before its norm; only in a backward through a norm.
-  const T* raw(int part, int64_t head, int64_t n) const { return raw_[part].data() + ((head - first) * p.length + n) * p.width; }
-  T* result(int64_t head, int64_t n, int part = 0) { return result_.data() + ((n * results + part) * (last - first) + head - first) * p.width; }
+  const T* raw(int part, int64_t head, int64_t n) const {
+    return raw_[part].data() + ((head - first) * p.length + n) * p.width;
+  }
+  T* result(int64_t head, int64_t n, int part = 0) {
+    return result_.data() + ((n * results + part) * (last - first) + head - first) * p.width;
+  }
   float* softmax(int64_t head, int64_t n) { return softmax_.data() + 2 * (n * (last - first) + head - first); }
   float delta(int64_t head, int64_t n) const { return delta_[n * (last - first) + head - first]; }
 
@@ -480,7 +513,8 @@ struct Gathered {
           } else {
             reader.read(from, w, n, p.gain[part].data() + head * p.width, to);
           }
-          if (part < 2 && !raw_[part].empty()) copy_row(from, raw_[part].data() + ((head - first) * p.length + n) * p.width, p.width);
+          if (part < 2 && !raw_[part].empty())
+            copy_row(from, raw_[part].data() + ((head - first) * p.length + n) * p.width, p.width);
         }
       }
     }
@@ -492,7 +526,8 @@ struct Gathered {
     const int64_t count = last - first, ahead = tokens_ahead();
     for (int64_t n = 0; n < w.size(); ++n) {
       const int64_t at = (b * p.tokens + w.token[n]) * p.heads + first;
-      if (n + ahead < w.size()) prefetch(dout + (at + (w.token[n + ahead] - w.token[n]) * p.heads) * p.width, count * p.width);
+      if (n + ahead < w.size())
+        prefetch(dout + (at + (w.token[n + ahead] - w.token[n]) * p.heads) * p.width, count * p.width);
       for (int64_t head = 0; head < count; ++head) {
         const T* from = dout + (at + head) * p.width;
         copy_row(from, matrix_[3].data() + (head * rows + n) * row, p.width);
@@ -505,7 +540,8 @@ struct Gathered {
 
   void write(const Window& w, T* to, int64_t b) const {
     const int64_t size = (last - first) * p.width;
-    const bool streamed = past_caches(to, p.batch * p.tokens * results * p.heads * p.width, size) && p.heads * p.width % size == 0;
+    const bool streamed =
+        past_caches(to, p.batch * p.tokens * results * p.heads * p.width, size) && p.heads * p.width % size == 0;
     with_put(streamed, [&](auto how) {
       for (int64_t n = 0; n < w.size(); ++n) {
         for (int64_t part = 0; part < results; ++part) {
@@ -579,8 +615,10 @@ struct Partial {
     const int64_t first_head = part * p_.heads / parts, last_head = (part + 1) * p_.heads / parts;
     const int64_t count = last_head - first_head;
     if (bias) std::fill_n(bias_of(task, first_head), count * p_.length * p_.length, 0.0f);
-    for (int q_or_k = 0; q_or_k < 2 && p_.norm != kNone; ++q_or_k) std::fill_n(gain_of(q_or_k, task, first_head), count * p_.width, 0.0f);
-    for (int64_t item = chunk * items / chunks; item < (chunk + 1) * items / chunks; ++item) f(item, first_head, last_head);
+    for (int q_or_k = 0; q_or_k < 2 && p_.norm != kNone; ++q_or_k)
+      std::fill_n(gain_of(q_or_k, task, first_head), count * p_.width, 0.0f);
+    for (int64_t item = chunk * items / chunks; item < (chunk + 1) * items / chunks; ++item)
+      f(item, first_head, last_head);
   }
 
  private:
@@ -593,7 +631,8 @@ struct Partial {
 //   backward(gathered, window, reader, head, dgain_q, dgain_k, dbias)   writes the results, and adds to the sums
 template <class Kernel, class T>
 void forward(const Problem& p, const T* qkv, T* out, float* softmax) {
-  const int64_t items = p.batch * p.windows, most = Gathered<typename Kernel::S, T>(p, std::type_identity<Kernel>{}, false).heads;
+  const int64_t items = p.batch * p.windows,
+                most = Gathered<typename Kernel::S, T>(p, std::type_identity<Kernel>{}, false).heads;
   const int64_t chunks = (p.heads + most - 1) / most;
   torch::stable::parallel_for(0, items * chunks, 1, [&](int64_t begin, int64_t end) {
     Window w;
@@ -614,7 +653,8 @@ void forward(const Problem& p, const T* qkv, T* out, float* softmax) {
 }
 
 template <class Kernel, class T>
-void backward(const Problem& p, const T* dout, const T* qkv, const T* out, const float* softmax, T* dqkv, Partial& partial) {
+void backward(
+    const Problem& p, const T* dout, const T* qkv, const T* out, const float* softmax, T* dqkv, Partial& partial) {
   torch::stable::parallel_for(0, partial.tasks(), 1, [&](int64_t begin, int64_t end) {
     Window w;
     Reader reader(p);
@@ -628,7 +668,9 @@ void backward(const Problem& p, const T* dout, const T* qkv, const T* out, const
           g.read(reader, w, qkv, b, first, std::min(first + g.heads, last_head));
           g.read_gradient(w, dout, p.one_block() ? nullptr : out, softmax, b);
           for (int64_t head = g.first; head < g.last; ++head) {
-            kernel.backward(g, w, reader, head, partial.gain_of(0, task, head), partial.gain_of(1, task, head), partial.bias_of(task, head));
+            kernel.backward(
+                g, w, reader, head, partial.gain_of(0, task, head), partial.gain_of(1, task, head),
+                partial.bias_of(task, head));
           }
           g.write(w, dqkv, b);
         }

@@ -1,5 +1,5 @@
-// window_attention in bfloat16 on CPUs that multiply it, with the blocks of transposed scores of window_attention.cpp. Products
-// round queries, keys, the weights P and dS to bfloat16, as the reference does; everything else is fp32.
+// window_attention in bfloat16 on CPUs that multiply it, with the blocks of transposed scores of window_attention.cpp.
+// Products round queries, keys, the weights P and dS to bfloat16, as the reference does; everything else is fp32.
 #pragma once
 
 #include "pairs.h"
@@ -13,17 +13,38 @@ struct Pairs {
 
   const Problem& p;
   const pairs::Session session;
-  const int64_t row, depth, columns; // of a token: its distance to the next, its terms of a sum, its columns of a result
+  const int64_t row, depth,
+      columns; // of a token: its distance to the next, its terms of a sum, its columns of a result
   std::vector<BFloat16> q_t, d_t, q_pairs, d_pairs, k_pairs, v_pairs; // right factors
-  std::vector<BFloat16> weights, dscores, weight_pairs, scratch; // blocks of P^T and dS^T; P or dS in pairs of keys; scratch
+  std::vector<BFloat16> weights, dscores, weight_pairs,
+      scratch; // blocks of P^T and dS^T; P or dS in pairs of keys; scratch
   std::vector<float> scores, dweights, edge_bias, o, dk, dv, greatest, total, shrink, delta;
 
   explicit Pairs(const Problem& p)
-      : p(p), row(whole(p.width, kRow)), depth(whole(p.width, kTerms)), columns(whole(p.width, 16)), q_t(kSide * row),
-        d_t(kSide * row), q_pairs(kSide * row), d_pairs(kSide * row), k_pairs(whole(p.length, kRows) * row),
-        v_pairs(whole(p.length, kRows) * row), weights(kSide * kSide), dscores(kSide * kSide), weight_pairs(kSide * kSide),
-        scratch(kSide * kSide), scores(kSide * kSide), dweights(kSide * kSide), edge_bias(p.bias ? kSide * kSide : 0), o(kSide * row), dk(whole(p.length, kRows) * row),
-        dv(whole(p.length, kRows) * row), greatest(kSide), total(kSide), shrink(kSide), delta(kSide) {}
+      : p(p),
+        row(whole(p.width, kRow)),
+        depth(whole(p.width, kTerms)),
+        columns(whole(p.width, 16)),
+        q_t(kSide * row),
+        d_t(kSide * row),
+        q_pairs(kSide * row),
+        d_pairs(kSide * row),
+        k_pairs(whole(p.length, kRows) * row),
+        v_pairs(whole(p.length, kRows) * row),
+        weights(kSide * kSide),
+        dscores(kSide * kSide),
+        weight_pairs(kSide * kSide),
+        scratch(kSide * kSide),
+        scores(kSide * kSide),
+        dweights(kSide * kSide),
+        edge_bias(p.bias ? kSide * kSide : 0),
+        o(kSide * row),
+        dk(whole(p.length, kRows) * row),
+        dv(whole(p.length, kRows) * row),
+        greatest(kSide),
+        total(kSide),
+        shrink(kSide),
+        delta(kSide) {}
 
   void forward(Gathered<BFloat16, BFloat16>& g, const Window& w, int64_t head) {
     const BFloat16 *q = g.q(head), *k = g.k(head);
@@ -35,11 +56,14 @@ struct Pairs {
       std::fill_n(total.begin(), lanes, 0.0f);
       for (int64_t k0 = 0; k0 < w.size(); k0 += kSide) {
         const int64_t kn = std::min(kSide, w.size() - k0), height = whole(kn, 16), terms = whole(kn, kTerms);
-        pairs::product(height, lanes, depth, {k + k0 * row, row, 2}, q_t.data(), 2 * kSide, scores.data(), kSide, false);
+        pairs::product(
+            height, lanes, depth, {k + k0 * row, row, 2}, q_t.data(), 2 * kSide, scores.data(), kSide, false);
         softmax(kn, lanes, bias_of(w, head, k0, kn, q0, qn, nullptr));
         clear_pairs(kn, terms, lanes);
-        for (int64_t i = 0; k0 > 0 && i < qn; ++i) write_row(o.data() + i * row, shrink[i], o.data() + i * row, p.width);
-        const pairs::Left left = pairs::left_of_pairs(terms, lanes, weight_pairs.data(), 2 * kSide, scratch.data(), kSide);
+        for (int64_t i = 0; k0 > 0 && i < qn; ++i)
+          write_row(o.data() + i * row, shrink[i], o.data() + i * row, p.width);
+        const pairs::Left left =
+            pairs::left_of_pairs(terms, lanes, weight_pairs.data(), 2 * kSide, scratch.data(), kSide);
         pairs::product(lanes, columns, terms, left, v_pairs.data() + k0 * row, 2 * row, o.data(), row, k0 > 0);
       }
       for (int64_t i = 0; i < qn; ++i) {
@@ -51,7 +75,8 @@ struct Pairs {
   }
 
   void backward(
-      Gathered<BFloat16, BFloat16>& g, const Window& w, Reader& reader, int64_t head, float* dgain_q, float* dgain_k, float* dbias) {
+      Gathered<BFloat16, BFloat16>& g, const Window& w, Reader& reader, int64_t head, float* dgain_q, float* dgain_k,
+      float* dbias) {
     const BFloat16 *q = g.q(head), *k = g.k(head), *v = g.v(head), *d = g.d(head);
     float* dq = o.data();
     pairs::pair_rows(whole(w.size(), kTerms), row, k, row, k_pairs.data(), 2 * row);
@@ -71,8 +96,10 @@ struct Pairs {
       pairs::pair_rows(queries, row, d + q0 * row, row, d_pairs.data(), 2 * row);
       for (int64_t k0 = 0; k0 < w.size(); k0 += kSide) {
         const int64_t kn = std::min(kSide, w.size() - k0), height = whole(kn, 16), terms = whole(kn, kTerms);
-        pairs::product(height, lanes, depth, {k + k0 * row, row, 2}, q_t.data(), 2 * kSide, scores.data(), kSide, false);
-        pairs::product(height, lanes, depth, {v + k0 * row, row, 2}, d_t.data(), 2 * kSide, dweights.data(), kSide, false);
+        pairs::product(
+            height, lanes, depth, {k + k0 * row, row, 2}, q_t.data(), 2 * kSide, scores.data(), kSide, false);
+        pairs::product(
+            height, lanes, depth, {v + k0 * row, row, 2}, d_t.data(), 2 * kSide, dweights.data(), kSide, false);
         const Bias bias = bias_of(w, head, k0, kn, q0, qn, dbias);
         softmax_backward(kn, lanes, bias, dbias != nullptr && bias.gradient == nullptr);
         clear_pairs(kn, terms, lanes);
@@ -80,18 +107,28 @@ struct Pairs {
           std::fill_n(weights.data() + j * kSide + lanes, queries - lanes, S(0.0f));
           std::fill_n(dscores.data() + j * kSide + lanes, queries - lanes, S(0.0f));
         }
-        if (dbias != nullptr && bias.gradient == nullptr) add_bias_gradient(p, w, k0, kn, q0, qn, dweights.data(), kSide, dbias);
-        pairs::product(height, columns, queries, {weights.data(), kSide, 2}, d_pairs.data(), 2 * row, dv.data() + k0 * row, row, q0 > 0);
-        pairs::product(height, columns, queries, {dscores.data(), kSide, 2}, q_pairs.data(), 2 * row, dk.data() + k0 * row, row, q0 > 0);
-        const pairs::Left left = pairs::left_of_pairs(terms, lanes, weight_pairs.data(), 2 * kSide, scratch.data(), kSide);
+        if (dbias != nullptr && bias.gradient == nullptr)
+          add_bias_gradient(p, w, k0, kn, q0, qn, dweights.data(), kSide, dbias);
+        pairs::product(
+            height, columns, queries, {weights.data(), kSide, 2}, d_pairs.data(), 2 * row, dv.data() + k0 * row, row,
+            q0 > 0);
+        pairs::product(
+            height, columns, queries, {dscores.data(), kSide, 2}, q_pairs.data(), 2 * row, dk.data() + k0 * row, row,
+            q0 > 0);
+        const pairs::Left left =
+            pairs::left_of_pairs(terms, lanes, weight_pairs.data(), 2 * kSide, scratch.data(), kSide);
         pairs::product(lanes, columns, terms, left, k_pairs.data() + k0 * row, 2 * row, dq, row, k0 > 0);
       }
       for (int64_t i = 0; i < qn; ++i) {
-        reader.read_backward(g.raw(0, head, q0 + i), w, q0 + i, p.gain[0].data() + head * p.width, dq + i * row, g.result(head, q0 + i, 0), dgain_q);
+        reader.read_backward(
+            g.raw(0, head, q0 + i), w, q0 + i, p.gain[0].data() + head * p.width, dq + i * row,
+            g.result(head, q0 + i, 0), dgain_q);
       }
     }
     for (int64_t n = 0; n < w.size(); ++n) {
-      reader.read_backward(g.raw(1, head, n), w, n, p.gain[1].data() + head * p.width, dk.data() + n * row, g.result(head, n, 1), dgain_k);
+      reader.read_backward(
+          g.raw(1, head, n), w, n, p.gain[1].data() + head * p.width, dk.data() + n * row, g.result(head, n, 1),
+          dgain_k);
       write_row(dv.data() + n * row, 1.0f, g.result(head, n, 2), p.width);
     }
   }
@@ -113,7 +150,8 @@ struct Pairs {
   Bias bias_of(const Window& w, int64_t head, int64_t k0, int64_t kn, int64_t q0, int64_t qn, float* dbias) {
     if (!p.bias) return {nullptr, 0, nullptr};
     const int64_t at = k0 * p.length + q0;
-    if (w.full && qn % V == 0) return {p.bias.get() + head * p.length * p.length + at, p.length, dbias ? dbias + at : nullptr};
+    if (w.full && qn % V == 0)
+      return {p.bias.get() + head * p.length * p.length + at, p.length, dbias ? dbias + at : nullptr};
     std::fill_n(edge_bias.begin(), kn * kSide, 0.0f);
     add_bias(p, w, head, k0, kn, q0, qn, edge_bias.data(), kSide);
     return {edge_bias.data(), kSide, nullptr};
@@ -121,7 +159,8 @@ struct Pairs {
 
   Vec score(int64_t key, int64_t query, const Bias& bias) const {
     const Vec product = Vec::loadu(scores.data() + key * kSide + query), scale(p.scale);
-    return bias.values ? at::vec::fmadd(product, scale, Vec::loadu(bias.values + key * bias.row + query)) : product * scale;
+    return bias.values ? at::vec::fmadd(product, scale, Vec::loadu(bias.values + key * bias.row + query))
+                       : product * scale;
   }
 
   // The rounded numbers of two keys and 16 queries, as pairs of terms.
@@ -134,8 +173,8 @@ struct Pairs {
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(index.data()), narrow(even, odd)));
   }
 
-  // One step of the online softmax. The weights exp(score - greatest so far) go to weight_pairs; `shrink` is the new factor of
-  // earlier sums.
+  // One step of the online softmax. The weights exp(score - greatest so far) go to weight_pairs; `shrink` is the new
+  // factor of earlier sums.
   void softmax(int64_t kn, int64_t lanes, const Bias& bias) {
     for (int64_t i = 0; i < lanes; i += V) {
       const Vec before = Vec::loadu(greatest.data() + i);
@@ -160,8 +199,9 @@ struct Pairs {
     }
   }
 
-  // P^T and dS^T of a block, from scores and dP^T: rounded, with a row per key, as left factors, and dS^T as pairs. If the caller
-  // asks for it, dS^T in fp32 replaces dP^T. Where all keys are in the block, delta = rowsum(P * dP) is computed here.
+  // P^T and dS^T of a block, from scores and dP^T: rounded, with a row per key, as left factors, and dS^T as pairs. If
+  // the caller asks for it, dS^T in fp32 replaces dP^T. Where all keys are in the block, delta = rowsum(P * dP) is
+  // computed here.
   void softmax_backward(int64_t kn, int64_t lanes, const Bias& bias, bool keep) {
     for (int64_t i = 0; i < lanes; i += V) {
       const Vec top = Vec::loadu(greatest.data() + i), inverse = Vec(1.0f) / Vec::loadu(total.data() + i), by(p.scale);

@@ -29,8 +29,8 @@ using torch::stable::Tensor;
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 384; // leaves each thread 168 registers; with vectors, holds tokens of D up to 6144
-constexpr int kVector = 8;       // neighbouring columns a thread takes at once: 16 bytes of a 16-bit dtype
-constexpr int kSlots = 2;        // vectors of a token that a thread keeps in registers; wider tokens are read again
+constexpr int kVector = 8; // neighbouring columns a thread takes at once: 16 bytes of a 16-bit dtype
+constexpr int kSlots = 2; // vectors of a token that a thread keeps in registers; wider tokens are read again
 constexpr int kSumLanes = 16;
 
 // ---- columns in fp32
@@ -58,8 +58,8 @@ __device__ void store(T* out, const float (&in)[V]) {
   *reinterpret_cast<Pack<V, T>*>(out) = pack;
 }
 
-// An array of floats of type T, or of a type that is looked at when it is read, for T = void. That is cheap enough for the
-// parameters, which are small beside the tokens, and for rare dtypes of the tokens.
+// An array of floats of type T, or of a type that is looked at when it is read, for T = void. That is cheap enough for
+// the parameters, which are small beside the tokens, and for rare dtypes of the tokens.
 struct Input {
   const void* data;
   ScalarType dtype;
@@ -140,8 +140,8 @@ struct Modulation {
 
 // ---- groups of threads
 //
-// A group of blockDim.x threads, whole warps, works on one token. A block is several groups of one warp, or one group of
-// several warps: where a group has to wait at a barrier, it is the whole block.
+// A group of blockDim.x threads, whole warps, works on one token. A block is several groups of one warp, or one group
+// of several warps: where a group has to wait at a barrier, it is the whole block.
 
 __device__ int64_t group_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; }
 __device__ int64_t group_count() { return static_cast<int64_t>(gridDim.x) * blockDim.y; }
@@ -169,8 +169,8 @@ __device__ Pair group_sum(Pair value) {
   return value;
 }
 
-// The columns of this thread: held(column, slot) for those that stay in registers, then streamed(column). Vectors are only
-// taken where all columns can be held.
+// The columns of this thread: held(column, slot) for those that stay in registers, then streamed(column). Vectors are
+// only taken where all columns can be held.
 template <int V, class Held, class Streamed>
 __device__ void for_columns(int width, Held held, Streamed streamed) {
   int column = threadIdx.x * V;
@@ -187,15 +187,15 @@ __device__ void for_columns(int width, Held held, Streamed streamed) {
 
 template <int V, class TX, class TY>
 __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(
-    Input x, Modulation modulation, bool rms, float eps, Output y, float* mean, float* rstd, int64_t batch, int64_t tokens,
-    int width) {
+    Input x, Modulation modulation, bool rms, float eps, Output y, float* mean, float* rstd, int64_t batch,
+    int64_t tokens, int width) {
   for (int64_t token = group_index(); token < batch * tokens; token += group_count()) {
     const int64_t b = token / tokens, n = token % tokens;
     const int64_t shift_row = modulation.shift.row(b, n), scale_row = modulation.scale.row(b, n);
     float values[kSlots][V];
 
     float sum = 0.0f;
-    const auto add = [&](int column, float(&v)[V]) {
+    const auto add = [&](int column, float (&v)[V]) {
       x.read<TX>(token * width + column, v);
       for (int i = 0; i < V; ++i) sum += v[i];
     };
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(
     const float center = rms ? 0.0f : group_sum({sum, 0.0f}).first / width;
 
     float squares = 0.0f;
-    const auto add_square = [&](const float(&v)[V]) {
+    const auto add_square = [&](const float (&v)[V]) {
       for (int i = 0; i < V; ++i) squares += (v[i] - center) * (v[i] - center);
     };
     for_columns<V>(
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(
     const float inverse = 1.0f / sqrtf(group_sum({squares, 0.0f}).first / width + eps);
 
     // y = h * gain + (bias * (1 + scale) + shift)
-    const auto modulate = [&](int column, const float(&v)[V]) {
+    const auto modulate = [&](int column, const float (&v)[V]) {
       float one_plus_scale[V], gain[V], offset[V], out[V];
       modulation.read_gain(scale_row, column, one_plus_scale, gain);
       modulation.bias.read(column, offset);
@@ -246,8 +246,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(
 // ---- backward
 
 // The tokens of every row of the finest division (at which all parameters are constant), cut into pieces of at most
-// `piece_tokens`. Pieces are numbered in the order of their tokens, so those of a coarser row are neighbours too. A group
-// takes `task_pieces` of them, one after the other.
+// `piece_tokens`. Pieces are numbered in the order of their tokens, so those of a coarser row are neighbours too. A
+// group takes `task_pieces` of them, one after the other.
 struct Pieces {
   int64_t tokens, row_tokens, piece_tokens, row_pieces, sample_pieces, total, task_pieces, tasks;
 
@@ -274,8 +274,8 @@ struct Pieces {
   }
 };
 
-// Where a group writes its sums. shift, scale: a row for each piece, which is the gradient itself if the piece is a whole row
-// of the parameter; weight, bias: a row for each task, no data if the gradient is not wanted.
+// Where a group writes its sums. shift, scale: a row for each piece, which is the gradient itself if the piece is a
+// whole row of the parameter; weight, bias: a row for each task, no data if the gradient is not wanted.
 struct Sums {
   Output shift, scale;
   float *weight, *bias;
@@ -298,7 +298,7 @@ __device__ void write_sums(
 
   float scale[V];
   modulation.scale.values.read(scale_row + column, scale);
-  const auto add_scaled = [&](float* out, const float(&sum)[V]) {
+  const auto add_scaled = [&](float* out, const float (&sum)[V]) {
     if (out == nullptr) return;
     out += task * width + column;
     float total[V] = {};
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_backward(
       const int64_t b = pieces.sample(piece), begin = pieces.begin(piece), end = pieces.end(piece);
       const int64_t scale_row = modulation.scale.row(b, begin);
       float gain[kSlots][V], sum_dy[kSlots][V] = {}, sum_dy_h[kSlots][V] = {};
-      const auto read_gain = [&](int column, float(&out)[V]) {
+      const auto read_gain = [&](int column, float (&out)[V]) {
         float one_plus_scale[V];
         modulation.read_gain(scale_row, column, one_plus_scale, out);
       };
@@ -336,14 +336,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_backward(
         const int64_t token = b * pieces.tokens + n;
         const float center = mean[token], inverse = rstd[token];
         float dys[kSlots][V], h[kSlots][V];
-        const auto read = [&](int column, float(&g)[V], float(&v)[V]) {
+        const auto read = [&](int column, float (&g)[V], float (&v)[V]) {
           dy.read<TY>(token * width + column, g);
           x.read<TX>(token * width + column, v);
           for (int i = 0; i < V; ++i) v[i] = (v[i] - center) * inverse;
         };
 
         Pair token_sums = {0.0f, 0.0f}; // of dh and dh * h, with dh = dy * gain
-        const auto add = [&](const float(&g)[V], const float(&v)[V], const float(&a)[V], float(&p)[V], float(&q)[V]) {
+        const auto add = [&](const float (&g)[V], const float (&v)[V], const float (&a)[V], float (&p)[V],
+                             float (&q)[V]) {
           for (int i = 0; i < V; ++i) {
             p[i] += g[i];
             q[i] += g[i] * v[i];
@@ -365,7 +366,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_backward(
 
         token_sums = group_sum(token_sums);
         const float mean_dh = rms ? 0.0f : token_sums.first / width, mean_dh_h = token_sums.second / width;
-        const auto write = [&](int column, const float(&g)[V], const float(&v)[V], const float(&a)[V]) {
+        const auto write = [&](int column, const float (&g)[V], const float (&v)[V], const float (&a)[V]) {
           float out[V];
           for (int i = 0; i < V; ++i) out[i] = inverse * ((g[i] * a[i] - mean_dh) - v[i] * mean_dh_h);
           dx.write<TX>(token * width + column, out);
@@ -380,7 +381,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_backward(
             });
       }
 
-      const auto finish = [&](int column, const float(&p)[V], const float(&q)[V]) {
+      const auto finish = [&](int column, const float (&p)[V], const float (&q)[V]) {
         write_sums(modulation, sums, scale_row, piece, task, piece == first_piece, column, width, p, q);
       };
       for_columns<V>(
@@ -421,12 +422,13 @@ __global__ void __launch_bounds__(kWarp* kSumLanes)
 void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape, const Tensor& x) {
   const ScalarType dtype = tensor.scalar_type();
   STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-      name, " must be float32, bfloat16 or float16");
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
+      " must be float32, bfloat16 or float16");
   STD_TORCH_CHECK(tensor.is_cuda(), name, " must be on a CUDA device");
   STD_TORCH_CHECK(tensor.get_device_index() == x.get_device_index(), name, " must be on the device of x");
   STD_TORCH_CHECK(
-      tensor.dim() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(), " dimensions, got ", tensor.dim());
+      tensor.dim() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(), " dimensions, got ",
+      tensor.dim());
   int64_t dim = 0;
   for (const int64_t size : shape) {
     STD_TORCH_CHECK(
@@ -462,14 +464,17 @@ Rows rows(const Tensor& parameter, const char* name, const Shape& shape, const T
   const int64_t count = parameter.size(1);
   check(parameter, name, {shape.batch, count, shape.width}, x);
   STD_TORCH_CHECK(
-      count > 0 && shape.tokens % count == 0, name, " has ", count, " rows, which do not divide ", shape.tokens, " tokens");
+      count > 0 && shape.tokens % count == 0, name, " has ", count, " rows, which do not divide ", shape.tokens,
+      " tokens");
   STD_TORCH_CHECK(shape.width <= 1 || parameter.stride(2) == 1, name, " must have stride 1 over D");
   // The stride of a dimension of size 1 is never used and may be anything.
   return {
-      input(parameter), shape.batch > 1 ? parameter.stride(0) : 0, count > 1 ? parameter.stride(1) : 0, shape.tokens / count};
+      input(parameter), shape.batch > 1 ? parameter.stride(0) : 0, count > 1 ? parameter.stride(1) : 0,
+      shape.tokens / count};
 }
 
-Affine affine(const std::optional<Tensor>& parameter, const char* name, float absent, const Shape& shape, const Tensor& x) {
+Affine affine(
+    const std::optional<Tensor>& parameter, const char* name, float absent, const Shape& shape, const Tensor& x) {
   if (!parameter) return {{nullptr, ScalarType::Float}, absent};
   check_dense(*parameter, name, {shape.width}, x);
   return {input(*parameter), absent};
@@ -485,25 +490,28 @@ Modulation modulation_of(
 
 // ---- launches
 
-// Whether a token of D columns can be held in vectors, and each vector of every tensor starts at a multiple of 16 bytes.
+// Whether a token of D columns can be held in vectors, and each vector of every tensor starts at a multiple of 16
+// bytes.
 bool takes_vectors(const Modulation& m, std::initializer_list<const void*> tokens, int width) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const auto aligned_rows = [&](const Rows& r) {
     return aligned(r.values.data) && r.batch_stride % kVector == 0 && r.row_stride % kVector == 0;
   };
-  return width % kVector == 0 && width <= kMaxThreads * kVector * kSlots && aligned_rows(m.shift) && aligned_rows(m.scale) &&
-      aligned(m.weight.values.data) && aligned(m.bias.values.data) && std::all_of(tokens.begin(), tokens.end(), aligned);
+  return width % kVector == 0 && width <= kMaxThreads * kVector * kSlots && aligned_rows(m.shift) &&
+         aligned_rows(m.scale) && aligned(m.weight.values.data) && aligned(m.bias.values.data) &&
+         std::all_of(tokens.begin(), tokens.end(), aligned);
 }
 
-// f(integral_constant V, TX, TY): vectors of the usual dtypes (TY is TX, or what autocast makes of fp32), or else one column
-// at a time of any dtypes.
+// f(integral_constant V, TX, TY): vectors of the usual dtypes (TY is TX, or what autocast makes of fp32), or else one
+// column at a time of any dtypes.
 template <class F>
 void with_kernel(bool vectors, ScalarType x, ScalarType y, F&& f) {
   const std::integral_constant<int, kVector> V;
   if (vectors && x == ScalarType::Float && y == ScalarType::Float) return f(V, Type<float>{}, Type<float>{});
   if (vectors && x == ScalarType::Float && y == ScalarType::BFloat16) return f(V, Type<float>{}, Type<BFloat16>{});
   if (vectors && x == ScalarType::Float && y == ScalarType::Half) return f(V, Type<float>{}, Type<Half>{});
-  if (vectors && x == ScalarType::BFloat16 && y == ScalarType::BFloat16) return f(V, Type<BFloat16>{}, Type<BFloat16>{});
+  if (vectors && x == ScalarType::BFloat16 && y == ScalarType::BFloat16)
+    return f(V, Type<BFloat16>{}, Type<BFloat16>{});
   if (vectors && x == ScalarType::Half && y == ScalarType::Half) return f(V, Type<Half>{}, Type<Half>{});
   f(std::integral_constant<int, 1>{}, Type<void>{}, Type<void>{});
 }
@@ -574,7 +582,8 @@ std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
   const Modulation modulation = modulation_of(shift, scale, weight, bias, shape, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor y = empty(x, {shape.batch, shape.tokens, shape.width}, out_dtype);
-  Tensor mean = empty(x, {shape.batch, shape.tokens}, ScalarType::Float), rstd = empty(x, {shape.batch, shape.tokens}, ScalarType::Float);
+  Tensor mean = empty(x, {shape.batch, shape.tokens}, ScalarType::Float),
+         rstd = empty(x, {shape.batch, shape.tokens}, ScalarType::Float);
   if (shape.batch * shape.tokens == 0) return {y, mean, rstd};
 
   const bool vectors = takes_vectors(modulation, {x.const_data_ptr(), y.const_data_ptr()}, shape.width);
@@ -623,14 +632,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_bwd(
       bias ? floats(*bias_sums->partial) : nullptr};
 
   const bool vectors = takes_vectors(
-      modulation, {dy.const_data_ptr(), x.const_data_ptr(), dx.const_data_ptr(), sums.shift.data, sums.scale.data}, width);
+      modulation, {dy.const_data_ptr(), x.const_data_ptr(), dx.const_data_ptr(), sums.shift.data, sums.scale.data},
+      width);
   with_kernel(vectors, x.scalar_type(), dy.scalar_type(), [&]<class V, class TX, class TY>(V, Type<TX>, Type<TY>) {
     const Launch launch(pieces.tasks, shape.width, V::value);
     const bool held = shape.width <= static_cast<int64_t>(launch.threads.x) * V::value * kSlots;
     const Tensor wide = empty(x, {held ? 0 : launch.blocks * launch.threads.y, 2, shape.width}, ScalarType::Float);
     launch(
-        x, adaln_backward<V::value, TX, TY>, input(dy), input(x), modulation, const_floats(mean), const_floats(rstd), rms,
-        output(dx), sums, floats(wide), pieces, shape.width);
+        x, adaln_backward<V::value, TX, TY>, input(dy), input(x), modulation, const_floats(mean), const_floats(rstd),
+        rms, output(dx), sums, floats(wide), pieces, shape.width);
   });
   shift_sums.finish(width);
   scale_sums.finish(width);
