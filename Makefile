@@ -145,5 +145,27 @@ gpu-compiled:
 	$(BIN)/python -m pytest tests/test_aot.py
 	MINISORA_OLDEST_HEADERS=$$($(BIN)/python tests/oldest_torch.py $(CACHE)) $(BIN)/python -m pytest tests/test_cuda_build.py
 
+# Triton's kernels as Triton compiles them, executed on CPU tensors by ttsem, and Triton's passes one by one: two processes
+# for a few minutes. `IR=` runs the large cases too. ttsem 0.1.0 knows the code of Triton 3.8; its metadata asks for a
+# Python that it does not need. Both are only on the path of these tests.
+.PHONY: check-gpu-ir gpu-ir-cases gpu-ir-passes
+IR ?= -m 'not slow'
+IR_TOOLS := $(CACHE)/ir-triton-3.8.0-ttsem-0.1.0
+IR_PYTEST := MINISORA_EXECUTE_IR=1 OMP_NUM_THREADS=1 PYTHONPATH=$(IR_TOOLS) $(BIN)/python -m pytest
+
+$(IR_TOOLS)/.installed: | $(VENV)/.installed
+	rm -rf $(IR_TOOLS)
+	$(BIN)/pip install --quiet --no-deps --ignore-requires-python --target $(IR_TOOLS) triton==3.8.0 ttsem==0.1.0
+	@touch $@
+
+check-gpu-ir: $(VENV)/.installed $(IR_TOOLS)/.installed
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target gpu-ir-cases gpu-ir-passes
+
+gpu-ir-cases:
+	$(IR_PYTEST) tests/test_gpu_ir.py $(IR)
+
+gpu-ir-passes:
+	$(IR_PYTEST) tests/test_gpu_ir_passes.py
+
 clean:
 	rm -rf $(VENV) build minisora_kernels/*.so minisora_kernels/build_record.json

@@ -46,11 +46,19 @@ Table = Mapping[str, Refusal]
 # under "minisora_triton": a CUDA tensor may be served by either.
 LIBRARIES = [torch.library.Library(name, "DEF") for name in ("minisora", "minisora_triton")]
 
-# Triton's interpreter runs its kernels on CPU tensors: slow, for tests.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# What executes Triton's kernels: the "device"; or on CPU tensors, slowly, for tests, Triton's "interpreter", or a tool
+# that executes the "ir" its compiler makes (ttsem, in a session that the tests open: MINISORA_EXECUTE_IR=1).
+EXECUTOR = (
+    "interpreter"
+    if os.environ.get("TRITON_INTERPRET", "0") == "1"
+    else "ir"
+    if os.environ.get("MINISORA_EXECUTE_IR", "0") == "1"
+    else "device"
+)
+INTERPRETED = EXECUTOR == "interpreter"
 
 # The device type that a backend's kernels run on.
-DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if INTERPRETED else "cuda"}
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda" if EXECUTOR == "device" else "cpu"}
 if DEVICES["triton"] == "cpu":  # it stands in for a GPU
     PREFERENCE["cpu"] = PREFERENCE["cuda"]
 

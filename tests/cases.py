@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 import torch
 from conftest import DEVICE
@@ -13,8 +14,8 @@ from minisora_kernels.verify import cases as build
 from minisora_kernels.verify.cases import Case, random_tensors
 
 
-def _adaln_family() -> Iterator[Case]:
-    random = random_tensors(0)
+def _adaln_family(draw: int) -> Iterator[Case]:
+    random = random_tensors(100 * draw)
     # name, B, N, D, rows of gate, rows of shift and scale, affine, norm, dtypes
     table: list[tuple] = [
         ("per-sample", 2, 17, 96, 1, 1, False, "layer", {}),
@@ -39,8 +40,8 @@ def _adaln_family() -> Iterator[Case]:
         yield from build.modulated(random, *row)
 
 
-def _window_attention() -> Iterator[Case]:
-    random = random_tensors(1)
+def _window_attention(draw: int) -> Iterator[Case]:
+    random = random_tensors(1 + 100 * draw)
     # name, B, grid, window, heads, head_dim, norm, weights, rope, bias
     table: list[tuple] = [
         ("temporal", 2, (5, 2, 3), (5, 1, 1), 2, 8, None, None, None, False),
@@ -58,8 +59,8 @@ def _window_attention() -> Iterator[Case]:
         yield build.window_attention(random, *row)
 
 
-def _patch_embed() -> Iterator[Case]:
-    random = random_tensors(2)
+def _patch_embed(draw: int) -> Iterator[Case]:
+    random = random_tensors(2 + 100 * draw)
     # name, B, C, size, patch, D, bias, pos
     table: list[tuple] = [
         ("latents", 2, 4, (3, 6, 10), (1, 2, 2), 24, True, True),
@@ -74,8 +75,8 @@ def _patch_embed() -> Iterator[Case]:
         yield build.patch_embed(random, *row)
 
 
-def _unpatchify() -> Iterator[Case]:
-    random = random_tensors(3)
+def _unpatchify(draw: int) -> Iterator[Case]:
+    random = random_tensors(3 + 100 * draw)
     # name, B, grid, patch, C
     for row in [
         ("video", 2, (3, 2, 5), (2, 2, 2), 4),
@@ -87,8 +88,8 @@ def _unpatchify() -> Iterator[Case]:
         yield build.unpatchify(random, *row)
 
 
-def _guided_step() -> Iterator[Case]:
-    random = random_tensors(5)
+def _guided_step(draw: int) -> Iterator[Case]:
+    random = random_tensors(5 + 100 * draw)
     half = torch.bfloat16
     # name, latents, guided channels, variance learned, guidance, z, a row a sample, dtypes
     table: list[tuple] = [
@@ -109,8 +110,8 @@ def _guided_step() -> Iterator[Case]:
         yield build.guided_step(random, *row)
 
 
-def _gelu_mlp() -> Iterator[Case]:
-    random = random_tensors(4)
+def _gelu_mlp(draw: int) -> Iterator[Case]:
+    random = random_tensors(4 + 100 * draw)
     # name, shape of x, hidden, D_out, biases
     for row in [
         ("tokens", (2, 17, 32), 128, 32, True),
@@ -123,8 +124,8 @@ def _gelu_mlp() -> Iterator[Case]:
         yield build.gelu_mlp(random, *row)
 
 
-def _grn() -> Iterator[Case]:
-    random = random_tensors(6)
+def _grn(draw: int) -> Iterator[Case]:
+    random = random_tensors(6 + 100 * draw)
     single = dict.fromkeys(("weight", "bias"), torch.float32)
     # name, B, N, C, groups, activation, dtypes
     table: list[tuple] = [
@@ -149,7 +150,15 @@ def _grn() -> Iterator[Case]:
 
 FAMILIES = (_adaln_family, _window_attention, _patch_embed, _unpatchify, _guided_step, _gelu_mlp, _grn)
 FAMILIES += tuple(file.cases for file in build.files_of_ops())
-CASES = [replace(case, device=DEVICE) for family in FAMILIES for case in family()]
+
+
+@cache
+def drawn(draw: int) -> dict[str, Case]:
+    """Every case by its name, with other numbers for every ``draw``."""
+    return {str(case): replace(case, device=DEVICE) for family in FAMILIES for case in family(draw)}
+
+
+CASES = list(drawn(0).values())
 # Triton's interpreter takes milliseconds for a program: the longest are for the chunks and threads of a CPU.
 # tests/test_triton.py has the widths of models on few tokens.
 if backends.INTERPRETED:

@@ -19,11 +19,11 @@ DEVICE = os.environ.get("MINISORA_TEST_DEVICE", "cpu")
 # What is right and fast on this machine is no concern of the tests, but for those that say so: every kernel serves.
 backends.VERIFIED = "0"
 
-# The backends of that device; under Triton's interpreter (TRITON_INTERPRET=1) only its kernels.
+# The backends of that device; where a CPU executes Triton's kernels, only those.
 KERNEL_BACKENDS = [
     name
     for name, device in backends.DEVICES.items()
-    if device == DEVICE and backends.unavailable(name) is None and (name == "triton" or not backends.INTERPRETED)
+    if device == DEVICE and backends.unavailable(name) is None and (name == "triton" or backends.EXECUTOR == "device")
 ]
 
 # For tests of Triton's kernels: on a GPU, or in the interpreter; tensors are made there.

@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, Case, drawn
 from conftest import DEVICE, KERNEL_BACKENDS
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -74,19 +74,35 @@ def run(case: Case, dtype: torch.dtype, backend: str | None, function=None, like
     return {name: value.detach() for name, value in named.items()}
 
 
+def draws(case: Case) -> list[Case]:
+    """The case with other numbers, so often that 64 judge it: the error of one in ten is a matter of luck."""
+    counts = [t.numel() for name, t in case.tensors.items() if name not in case.constants or not case.differentiable]
+    fewest = min((count for count in counts if count), default=64)
+    return [drawn(draw).get(str(case), case) for draw in range(min(8, -(-64 // fewest)))]
+
+
+def judge(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Values and gradients over all draws, by the tolerance rule."""
+
+    def over_draws(*how, **options) -> dict[str, Tensor]:
+        found = [run(draw, *how, **options) for draw in draws(case)]
+        return {name: torch.stack([each[name] for each in found]) for name in found[0]}
+
+    kernel, reference = over_draws(dtype, backend), over_draws(dtype, "reference")
+    exact = over_draws(torch.float64, "reference", like=dtype)
+    assert kernel.keys() == reference.keys() == exact.keys()
+    for name in kernel:
+        assert_as_accurate(f"{case} {name}", kernel[name], reference[name], exact[name].double())
+
+
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(case: Case, dtype: torch.dtype, backend: str, nan_filled):
     seen = Seen()
     with seen:
-        kernel = run(case, dtype, backend)
+        judge(case, dtype, backend)
     assert any(name.startswith(case.op) for name in seen.names()), f"no kernel of {case.op} ran, only {seen.names()}"
-    reference = run(case, dtype, "reference")
-    exact = run(case, torch.float64, "reference", like=dtype)
-    assert kernel.keys() == reference.keys() == exact.keys()
-    for name in kernel:
-        assert_as_accurate(f"{case} {name}", kernel[name], reference[name], exact[name].double())
 
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
