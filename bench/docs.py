@@ -244,9 +244,30 @@ def plans(results: Path) -> list[str]:
     return ["", f"`python -m bench.plans`, {versions}; **not run on a GPU**.", "", *lines, ""]
 
 
+def inductor(results: Path) -> list[str]:
+    """Bytes that the kernels and Inductor's code read and write, in activations."""
+    record = json.loads((results / "inductor.json").read_text())
+    rows = []
+    for name, traffic in record["rows"].items():
+        op, shape = name.split(": ", 1)
+        parts = [traffic[part] for part in ("forward", "backward")]
+        cells = (f"{part['ours']:.1f} / {part['compile']:.1f} / {part['least']:.1f}" for part in parts)
+        rows.append((f"`{op}`", shape, *cells))
+    versions = record["versions"]
+    return [
+        "",
+        "Bytes read and written, in activations (the tokens in bfloat16): ours / `torch.compile` / if every tensor "
+        f"passed once. `python -m bench.inductor`: code of torch {versions['torch']} and Triton {versions['triton']} for the "
+        f"properties of an {record['device']}, commit {record['commit']}; **not run on a GPU**.",
+        "",
+        *markdown(("op", "shape", "forward", "backward"), rows),
+        "",
+    ]
+
+
 TABLES: dict[str, Callable[..., list[str]]] = {
     function.__name__: function
-    for function in (records, models, ops, saved, moved, plots, systems, steps, digits, compiled, plans)
+    for function in (records, models, ops, saved, moved, plots, systems, steps, digits, compiled, plans, inductor)
 }
 # The table that shows a record, by the name of its file.
 SHOWN_BY = {
@@ -255,6 +276,7 @@ SHOWN_BY = {
     "digits.json": "digits",
     "aot.json": "compiled",
     "plans.json": "plans",
+    "inductor.json": "inductor",
 }
 
 
