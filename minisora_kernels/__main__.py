@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, proofs
 from .verify import command, record
 from .verify.cases import regimes
 
@@ -70,6 +70,9 @@ def show() -> None:
         note = getattr(importlib.import_module(f"minisora_kernels.ops.{op}"), "ROUTES", None)
         if note:
             print(f"{op}: {note}")
+    print("\nhow the kernels for GPUs were proven:")
+    for line in proofs.lines():
+        print(f"  {line}")
     print("\norder of the automatic choice:")
     for kind, order in backends.PREFERENCE.items():
         print(f"{kind:>10}: {', then '.join(order)}")

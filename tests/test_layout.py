@@ -55,6 +55,7 @@ def test_the_public_names_are_the_ops_and_their_helpers():
         "forcing",
         "modulation",
         "ops",
+        "proofs",
         "recompute",
         "testing",
         "triton",

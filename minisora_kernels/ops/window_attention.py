@@ -281,7 +281,7 @@ ROUTES = (
     "cpu: one kernel for all windows. On CPUs with AVX-512 bfloat16 or AMX it multiplies bfloat16 as it is, elsewhere "
     "in float32. triton: windows of up to 32 tokens take one pass each way, and short ones share a program. Longer "
     "windows take blocks of tokens; beyond 512 tokens norm and rotation have a pass of their own. flash-attn takes "
-    "long windows without a bias where it is installed. Not run on a GPU yet."
+    "long windows without a bias where it is installed."
 )
 
 

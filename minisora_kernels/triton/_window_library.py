@@ -5,7 +5,7 @@ norm, no rotation and no packed gradient: `prepare_kernel` goes before it, `fini
 forward saves has no place in the schema of the raw ops, so the backward runs it once more, and the saved softmax of
 this route is zeros. `deterministic` is asked for: the op's gradients have the same bits on every run.
 
-Not run on a GPU yet, and not with flash-attn: the tests put torch's attention in its place.
+Not run with flash-attn yet: the tests put torch's attention in its place.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ activation once, writes dx (and dbranch) once and keeps fp32 sums in registers. 
 of which every run leaves a partial sum, to be added up by the second stage in _rows.py. A parameter with a row a token
 needs no sum: the gradient of the row is written with its token. Rows and samples only decide where runs begin and end,
 so batches and a modulation per frame cost what one row costs.
-
-Not run on a GPU yet.
 """
 
 from __future__ import annotations

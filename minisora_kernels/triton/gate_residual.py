@@ -3,8 +3,6 @@
 Forward: a program takes some tokens, reads x and the branch once and writes y once. Backward: a program takes a run of
 tokens that share a row of the gate, reads dy and the branch once, writes dbranch once and adds up dgate in fp32
 registers; _rows.py adds up the runs. The gradient of a gate with a row a token is written with its token.
-
-Not run on a GPU yet.
 """
 
 from __future__ import annotations

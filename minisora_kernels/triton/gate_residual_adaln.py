@@ -3,8 +3,6 @@
 Forward, a program reads x and the branch once and writes the residual and y once; the residual is rounded before it is
 normalised. Backward, it reads the gradient of the residual too, writes dbranch and adds up dgate: six activations pass
 through memory, where the two ops one after the other take nine.
-
-Not run on a GPU yet.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ Both are bound by memory: accesses are of 16 bytes, and sums stay in registers u
 The GELU that cuBLASLt can apply at the end of a product (``torch._addmm_activation``, the tanh form on CUDA) would save
 a pass where h is not kept, but rounds only once: a forward without gradients, or the first one of a checkpoint, would
 differ from one that keeps h.
-
-Not run on a GPU yet.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ Forward: a program sums the squares of some columns over a part of the sites of 
 parts up, takes the roots and their mean over the channels; the last kernel reads x again and writes y. Backward: the
 same with the sums of dy * a and dy, then dx; dweight and dbias are added up over the frames. So x (and dy) is read
 twice. Sums are in fp32 and their order depends on the shapes alone.
-
-Not run on a GPU yet.
 """
 
 from __future__ import annotations

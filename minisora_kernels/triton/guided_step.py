@@ -4,8 +4,6 @@ A program takes a block of one sample's latents. It reads x, cond, null, z and t
 given, and the sample's five coefficients, and writes x' once; everything in between stays in registers. There is
 nothing to share between elements, so the only concern is the width of the accesses: 8 elements a thread are one
 16-byte access in half precision and two in fp32. Blocks do not cross samples, so that the coefficients are scalars.
-
-Not run on a GPU yet.
 """
 
 from __future__ import annotations

@@ -13,8 +13,6 @@ does not ask for, is the product the other way, its tiles stored where the patch
 
 Patches of any length go this way: gathering long ones for cuBLAS would write and read them once more, and add bias and
 pos in a pass of their own. Not measured.
-
-Not run on a GPU yet.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ A program takes a stretch of the cells of a frame, all their channels. On the si
 lie together, and those of neighbouring cells of a patch; on the side of the video the cells of a line do. So the tile
 [cells, channels] is read and written in whole sectors, in vectors of up to 16 bytes (the video only where its lines are
 multiples of 16 cells), and turned in shared memory between the two. Every element is read once and written once.
-
-Not run on a GPU yet.
 """
 
 from __future__ import annotations

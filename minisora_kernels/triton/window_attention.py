@@ -1,4 +1,4 @@
-"""Launchers of window_attention: which kernels serve a call, and their sizes. Not run on a GPU yet.
+"""Launchers of window_attention: which kernels serve a call, and their sizes.
 
 The kernels read qkv, and write dqkv, where the projection left it: a program computes the addresses of its window's
 tokens. _window_short.py holds the kernels for windows of a tile, _window_flash.py those for longer ones, which loop
