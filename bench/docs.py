@@ -257,8 +257,8 @@ def inductor(results: Path) -> list[str]:
     return [
         "",
         "Bytes read and written, in activations (the tokens in bfloat16): ours / `torch.compile` / if every tensor "
-        f"passed once. `python -m bench.inductor`: code of torch {versions['torch']} and Triton {versions['triton']} for "
-        f"the properties of an {record['device']}, commit {record['commit']}; **not run on a GPU**.",
+        f"passed once. `python -m bench.inductor`: code of torch {versions['torch']} and Triton {versions['triton']}, "
+        f"for the properties of an {record['device']}, commit {record['commit']}; **not run on a GPU**.",
         "",
         *markdown(("op", "shape", "forward", "backward"), rows),
         "",

@@ -21,6 +21,11 @@ def ops() -> list[str]:
     return sorted(path.stem for path in (Path(__file__).parent / "ops").glob("*.py") if path.stem != "__init__")
 
 
+def table_of(op: str) -> backends.Table:
+    """The backends of an op."""
+    return importlib.import_module(f"minisora_kernels.ops.{op}").BACKENDS
+
+
 def device_of(backend: str) -> torch.device:
     """Where the automatic choice may take this backend."""
     kind = backends.DEVICES[backend]
@@ -29,7 +34,7 @@ def device_of(backend: str) -> torch.device:
 
 def state(op: str, backend: str) -> str:
     """What becomes of the backend here, in a word or two, or in how many of the op's regimes it is used."""
-    if backend not in importlib.import_module(f"minisora_kernels.ops.{op}").BACKENDS:
+    if backend not in table_of(op):
         return "no kernel"
     if backend == "reference":
         return "yes"
@@ -71,7 +76,7 @@ def show() -> None:
         if note:
             print(f"{op}: {note}")
     print("\nhow the kernels for GPUs were proven:")
-    for line in proofs.lines():
+    for line in proofs.lines({op: table_of(op) for op in ops()}):
         print(f"  {line}")
     print("\norder of the automatic choice:")
     for kind, order in backends.PREFERENCE.items():

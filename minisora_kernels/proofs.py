@@ -6,6 +6,10 @@ that is ``python -m minisora_kernels verify``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from .backends import Table
+
 WORDS = {
     "interpreted": "Triton's interpreter ran the Python of the kernels; values and gradients by the tolerance rule",
     "executed as IR": "what Triton's compiler made of them was executed on a CPU, by the same rule, without races or "
@@ -15,27 +19,14 @@ WORDS = {
     "run": "they ran on a GPU, and the record is committed",
 }
 
-_TRITON = ("interpreted", "executed as IR", "compiled")
-PROOFS: dict[str, dict[str, tuple[str, ...]]] = {
-    "adaln": {"cuda": ("emulated", "compiled"), "triton": _TRITON},
-    "gate_residual": {"triton": _TRITON},
-    "gate_residual_adaln": {"triton": _TRITON},
-    "gelu_mlp": {"triton": _TRITON},
-    "grn": {"triton": _TRITON},
-    "guided_step": {"triton": _TRITON},
-    "patch_embed": {"triton": _TRITON},
-    "unpatchify": {"triton": _TRITON},
-    "window_attention": {"triton": _TRITON},
-}
+# Of every op that has such a kernel.
+PROOFS = {"cuda": ("emulated", "compiled"), "triton": ("interpreted", "executed as IR", "compiled")}
 
 
-def lines() -> list[str]:
-    """What was proven, ops of the same proofs in one line."""
-    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for op, backends in PROOFS.items():
-        for backend, words in backends.items():
-            groups.setdefault((backend, words), []).append(op)
+def lines(tables: Mapping[str, Table]) -> list[str]:
+    """What was proven of the kernels that the ops have, a line per backend."""
     return [
-        f"{backend}, {', '.join(words)}{'' if 'run' in words else '; not run on a GPU'}: {', '.join(ops)}"
-        for (backend, words), ops in sorted(groups.items())
+        f"{backend}, {', '.join(words)}{'' if 'run' in words else '; not run on a GPU'}: "
+        + ", ".join(op for op, table in tables.items() if backend in table)
+        for backend, words in PROOFS.items()
     ]
