@@ -4,14 +4,22 @@
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# What this torch requires in its CUDA build; bench/results/aot.json is of it. The others are the oldest and the newest
+# that the torches in pyproject.toml's range require; the oldest's interpreter does not know NumPy 2.4.
+TRITON ?= triton==3.7.1; platform_system == "Linux" and platform_machine == "x86_64"
+OLDEST := 3.6.0
+NEWEST := 3.9.0
+# What is fetched once for all checkouts.
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minisora_kernels
 BIN := $(VENV)/bin
 
-.PHONY: demo digits systems test bench bench-quick readme-check lint check-gpu-code clean
+.PHONY: demo digits systems test bench bench-quick docs docs-serve docs-check lint check-gpu-code clean
+.PHONY: gpu-interpreted gpu-interpreted-oldest gpu-approximate gpu-compiled
 
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet -e '.[train,test,lint]'
+	$(BIN)/pip install --quiet -e '.[train,test,lint]' '$(TRITON)'
 	@touch $@
 
 # Train a small video DiT on real clips and sample new ones: about ten minutes on two cores.
@@ -40,21 +48,57 @@ bench: $(VENV)/.installed
 bench-quick: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only --quick
 
-# The README's measured tables are those of the committed records.
-readme-check: $(VENV)/.installed
-	$(BIN)/python -m bench.readme --check
+# The measured tables and pictures of the README and of docs/ are those of the committed records.
+docs-check: $(VENV)/.installed
+	$(BIN)/python -m bench.docs --check
+
+# The site, in build/site; a link that leads nowhere fails. The package is installed, so pip adds what builds the site.
+docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet 'minisora_kernels[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The site on http://127.0.0.1:8000, built again after each edit.
+docs-serve: docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The GPU code without a GPU: Triton's kernels in its interpreter, then compiled for every architecture; csrc/cuda emulated
-# and, with nvcc, compiled.
-check-gpu-code: $(VENV)/.installed
-	$(BIN)/python -c 'import triton'  # without it the tests below would be skipped, which is no proof
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_model_kernels.py tests/test_grn.py tests/test_triton*.py
-	$(BIN)/python -m pytest tests/test_aot.py tests/test_cuda_build.py
+# The GPU code without a GPU. Triton's kernels run in the interpreters of the newest and the oldest Triton, and once more
+# with the errors of a GPU's approximate instructions; they are compiled by the oldest, the newest and TRITON. csrc/cuda
+# is emulated, and csrc is compiled against the headers of the oldest torch too. Triton keeps what it has compiled.
+check-gpu-code: $(CACHE)/triton-$(OLDEST)/.installed $(CACHE)/triton-$(NEWEST)/.installed
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target gpu-interpreted gpu-interpreted-oldest gpu-approximate
+	$(MAKE) --no-print-directory gpu-compiled
+
+$(CACHE)/triton-%/.installed: | $(VENV)/.installed
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --target $(@D) triton==$* 'numpy$(if $(filter 3.6.%,$*),<2.4)'
+	@touch $@
+
+# .venv with another Triton.
+ON_OLDEST := PYTHONPATH=$(CACHE)/triton-$(OLDEST)
+ON_NEWEST := PYTHONPATH=$(CACHE)/triton-$(NEWEST)
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+gpu-interpreted:
+	$(ON_NEWEST) $(INTERPRETED) tests/test_ops.py tests/test_model_kernels.py tests/test_grn.py tests/test_approximate.py tests/test_triton*.py
+
+# Every case of every op, forward and backward.
+gpu-interpreted-oldest:
+	$(ON_OLDEST) $(INTERPRETED) tests/test_ops.py -k 'values_and_gradients and not float16 or compiles'
+
+# In float32, where the errors of single instructions are not lost in rounding.
+gpu-approximate:
+	MINISORA_APPROXIMATE=1 $(ON_NEWEST) $(INTERPRETED) tests/test_approximate.py tests/test_ops.py -k 'approximate or values_and_gradients and float32'
+
+gpu-compiled:
+	$(ON_OLDEST) $(BIN)/python -m bench.aot --quick --architectures sm_80 sm_90
+	$(ON_NEWEST) $(BIN)/python -m bench.aot --quick --architectures sm_80 sm_90
+	$(BIN)/python -m pytest tests/test_aot.py
+	MINISORA_OLDEST_HEADERS=$$($(BIN)/python tests/oldest_torch.py $(CACHE)) $(BIN)/python -m pytest tests/test_cuda_build.py
 
 clean:
 	rm -rf $(VENV) build minisora_kernels/*.so minisora_kernels/build_record.json

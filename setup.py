@@ -39,7 +39,9 @@ VARIANTS = {
     "cpu_avx512_bf16": ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", *AVX512_BF16],
     "cpu_amx": ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", *AMX],
 }
-CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0"
+# A GPU newer than the last of these gets code from PTX, when a kernel is first loaded.
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+# The least torch that pyproject.toml allows, as TORCH_TARGET_VERSION spells it.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 

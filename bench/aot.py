@@ -1,9 +1,13 @@
 """Compiles every Triton kernel ahead of time, without a GPU: ``python -m bench.aot`` checks ``bench/results/aot.json``.
 
-Every op runs forward and backward on the named shapes of the benches, on tensors without memory ("meta"). What its
-launchers would launch on a GPU is compiled to a cubin for each of :data:`ARCHITECTURES` instead, and what ptxas made of
-it is recorded: registers, spills, shared memory, and the share of a multiprocessor's warps that fit. ``--save`` writes
-the record anew; without it a kernel that grew by more than 10% is an error. It says nothing about speed.
+Every op runs forward and backward on tensors without memory ("meta"). What its launchers would launch on a GPU is
+compiled instead, for each of :data:`ARCHITECTURES`, and what became of it is recorded: registers, spills, shared
+memory, and the share of a multiprocessor's warps that fit. ``--save`` writes the record anew; without it a kernel that
+grew by more than 10% is an error. It says nothing about speed.
+
+Every architecture gets the named shapes of the benches; :data:`WHOLLY` some also the calls of bench/launches.py, which
+reach all that a launcher can choose. ``--quick`` compiles the latter alone, in one dtype each: for the Tritons whose
+record this is not.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -28,8 +32,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.architectures import ARCHITECTURES, Architecture
 from bench.counters import ALLOCATIONS
 from bench.harness import DTYPES, Problem, tuple_of
+from bench.launches import LAUNCHES
 from bench.record import RESULTS, ROOT
 from bench.traffic import bytes_moved, named
 from minisora_kernels import backends, use_backend
@@ -37,47 +43,17 @@ from minisora_kernels.__main__ import ops
 
 RECORD = RESULTS / "aot.json"
 GROWTH = 1.1
+# One with little shared memory, and one with products of its own. On sm_86 four of 362 kernels had other registers than
+# on sm_89, none other spills or shared memory.
+WHOLLY = ("sm_89", "sm_90")
 # Bound by their products, windows of more than 64 tokens and float32 without tensor cores may spill a little; all
 # others are bound by memory and must not.
 COMPUTE_BOUND = re.compile(r"window_attention \w+ (forward|backward|dbias)_kernel|patch_embed float32")
-# Those that should not and do, by at most so many bytes a thread: ptxas prefers more threads to more registers. With
-# twice the warps the float32 ones spill as much.
-SPILLING = {
-    "sm_80 gate_residual_adaln float16 _bwd 1": 8,
-    r"sm_\d+ window_attention float32 short_\w+ \d+": 32,
-    r"sm_100 window_attention b?float16 short_backward_kernel \d+": 24,
-}
-PRECISIONS = {**DTYPES, "float16": torch.float16}
-
-
-class Architecture:
-    """What a multiprocessor of compute capability ``number`` has (CUDA C++ Programming Guide, compute capabilities)."""
-
-    registers = 65536
-
-    def __init__(self, number: int, warps: int, blocks: int, shared: int, shared_per_block: int) -> None:
-        self.number, self.warps, self.blocks = number, warps, blocks
-        self.shared, self.shared_per_block = shared * 1024, shared_per_block * 1024
-
-    def occupancy(self, warps: int, registers: int, shared: int) -> float:
-        """The share of the warps that can be there at once, as far as registers and shared memory tell."""
-        per_warp = -(-registers * 32 // 256) * 256
-        by_registers = self.registers // per_warp // warps
-        by_shared = self.shared // (shared + 1024)  # the system keeps 1 KiB a block
-        return min(self.blocks, self.warps // warps, by_registers, by_shared) * warps / self.warps
-
-
-ARCHITECTURES = {
-    architecture.number: architecture
-    for architecture in (
-        Architecture(80, warps=64, blocks=32, shared=164, shared_per_block=163),
-        Architecture(86, warps=48, blocks=16, shared=100, shared_per_block=99),
-        Architecture(89, warps=48, blocks=24, shared=100, shared_per_block=99),
-        Architecture(90, warps=64, blocks=32, shared=228, shared_per_block=227),
-        Architecture(100, warps=64, blocks=32, shared=228, shared_per_block=227),
-        Architecture(120, warps=48, blocks=24, shared=100, shared_per_block=99),
-    )
-}
+# Those that should not and do: what matches a whole name, architecture first, by at most so many bytes a thread, with
+# the reason beside it.
+SPILLING: dict[str, int] = {}
+# "tf32" is float32 whose products may be rounded, as torch.set_float32_matmul_precision("high") has it.
+PRECISIONS = {**DTYPES, "float16": torch.float16, "tf32": torch.float32}
 
 
 class Scratch(TorchDispatchMode):
@@ -131,22 +107,13 @@ def on_meta_tensors() -> Iterator[Counter[str]]:
         yield moved
 
 
-def kernels_of(architecture: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """What the benches would launch there, and the bytes it moves.
-
-    Returns:
-        ``kernels``: by op, dtype, kernel and the number of its specialisation, what became of it; ``traffic``: by op,
-        shape and dtype, bytes of a forward and a backward (see bench/traffic.py).
-    """
-    from triton.backends.compiler import GPUTarget
+def set_target(architecture: Architecture) -> None:
+    """Triton compiles for it from here on; one a process."""
     from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    from minisora_kernels.triton import _window_library
 
     class Driver:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", architecture, 32)
+        def get_current_target(self) -> Any:
+            return architecture.target
 
         def get_current_device(self) -> int:
             return 0
@@ -155,49 +122,115 @@ def kernels_of(architecture: int) -> dict[str, dict[str, dict[str, Any]]]:
             return 0
 
     driver.set_active(Driver())
-    found: dict[str, Any] = {}
-    label = ""
+
+
+def benched(op: str) -> Iterator[tuple[str, str, Problem]]:
+    """Name, dtype and problem of the benches' shapes; the quick ones in float16 too."""
+    bench = importlib.import_module(f"bench.bench_{op}")
+    (mark,) = (m for m in getattr(bench, f"test_{op}").pytestmark if m.name == "parametrize")
+    for shape in dict.fromkeys(param.values[0] for param in mark.args[1]):
+        for dtype in (*shape.dtypes, *(("float16",) if shape.quick else ())):
+            yield shape.name, dtype, bench.problem(shape, PRECISIONS[dtype], torch.device("meta"))
+
+
+def small(op: str) -> Iterator[tuple[str, str, Problem]]:
+    """The same of the calls of bench/launches.py."""
+    for call in LAUNCHES[op]:
+        for dtype in call.dtypes:
+            yield call.name, dtype, call.problem(PRECISIONS[dtype])
+
+
+def quick(op: str) -> Iterator[tuple[str, str, Problem]]:
+    """The same, each in one dtype: enough for every branch of every kernel, see bench/branches.py."""
+    for call in LAUNCHES[op]:
+        yield call.name, call.dtypes[-1], call.problem(PRECISIONS[call.dtypes[-1]])
+
+
+def launch(problem: Problem) -> None:
+    """Forward and backward."""
+    outputs = tuple_of(problem.call(problem.inputs))
+    if problem.wanted:
+        torch.autograd.grad(outputs, [problem.inputs[name] for name in problem.wanted], outputs)
+
+
+def launch_all(
+    problems: Callable[[str], Iterable[tuple[str, str, Problem]]], begin: Callable[[str, str, str], None]
+) -> dict[str, dict[str, int]]:
+    """Launches them for every op, ``begin(op, name, dtype)`` first; the bytes that each moves, by bench/traffic.py."""
+    from minisora_kernels.triton import _window_library
+
+    traffic = {}
+    with on_meta_tensors() as moved:
+        for op in LAUNCHES:
+            for name, dtype, problem in problems(op):
+                begin(op, name, dtype)
+                moved.clear()
+                torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+                launch(problem)
+                if moved:
+                    traffic[f"{op} {name} {dtype}"] = dict(moved)
+                if problem.wanted and problem.constants:  # gradients that the benches do not ask for
+                    launch(replace(problem, constants=()))
+                if op == "window_attention":  # what goes before and after flash-attn, where it can serve
+                    with patch.object(_window_library, "flash_attention", lambda *_: attention):
+                        launch(problem)
+    return traffic
+
+
+def kernels_of(architecture: Architecture, brief: bool = False) -> dict[str, dict[str, dict[str, Any]]]:
+    """What would be launched there, and the bytes that the benches move; ``brief``: see ``--quick``.
+
+    Returns:
+        ``kernels``: by op, dtype, kernel and the first call that launches it, what became of it; ``traffic``: by op,
+        call and dtype, bytes of a forward and a backward (see bench/traffic.py).
+    """
+    from triton.runtime.jit import JITFunction
+
+    set_target(architecture)
+    found: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
+    kept = []  # an id is another's once its object is gone
+    label = call = ""
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if not any(compiled is other for other in found.values()):
-            number = sum(name.startswith(f"{label} {self.__name__} ") for name in found)
-            found[f"{label} {self.__name__} {number}"] = compiled
+        try:
+            compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as error:  # whatever the compiler raises is what is wrong with this kernel
+            compiled = error
+        if id(compiled) not in seen:
+            seen.add(id(compiled))
+            kept.append(compiled)
+            name = f"{label} {self.__name__}: {call}"
+            more = sum(other.split(" #")[0] == name for other in found)
+            found[f"{name} #{more + 1}" if more else name] = resources(compiled, architecture)
         return compiled
 
-    def launch(problem: Problem) -> None:
-        outputs = tuple_of(problem.call(problem.inputs))
-        if problem.wanted:
-            torch.autograd.grad(outputs, [problem.inputs[name] for name in problem.wanted], outputs)
+    def begin(op: str, name: str, dtype: str) -> None:
+        nonlocal label, call
+        label, call = f"{op} {dtype}", name
 
-    traffic = {}
-    with on_meta_tensors() as moved, patch.object(JITFunction, "run", compile_only):
-        for op in ops():
-            if "triton" not in importlib.import_module(f"minisora_kernels.ops.{op}").BACKENDS:
-                continue
-            bench = importlib.import_module(f"bench.bench_{op}")
-            (mark,) = (m for m in getattr(bench, f"test_{op}").pytestmark if m.name == "parametrize")
-            for shape in dict.fromkeys(param.values[0] for param in mark.args[1]):
-                half = ("float16",) if "bfloat16" in shape.dtypes else ()
-                for dtype in shape.dtypes + half:
-                    label = f"{op} {dtype}"
-                    moved.clear()
-                    problem = bench.problem(shape, PRECISIONS[dtype], torch.device("meta"))
-                    launch(problem)
-                    if moved:
-                        traffic[f"{op} {shape.name} {dtype}"] = dict(moved)
-                    if problem.wanted and problem.constants:  # gradients that the benches do not ask for
-                        launch(replace(problem, constants=()))
-                    if op == "window_attention":  # what goes before and after flash-attn, where it can serve
-                        with patch.object(_window_library, "flash_attention", lambda *_: attention):
-                            launch(problem)
-    kernels = {name: resources(compiled, ARCHITECTURES[architecture]) for name, compiled in found.items()}
-    return {"kernels": kernels, "traffic": traffic}
+    with patch.object(JITFunction, "run", compile_only):
+        traffic = launch_all(quick if brief else benched, begin)
+        if architecture.name in WHOLLY and not brief:
+            launch_all(small, begin)
+    return {"kernels": found, "traffic": traffic}
 
 
 def resources(compiled: Any, architecture: Architecture) -> dict[str, Any]:
-    """What ``cuobjdump`` reads from the cubin. A stack in a kernel that indexes no array is what registers spill to."""
+    """What the compiler made of a kernel, or its error.
+
+    A stack in a kernel that indexes no array is what registers spill to. On AMD, registers are the vector ones.
+    """
+    if isinstance(compiled, Exception):
+        return {"error": str(compiled).strip().splitlines()[-1] if str(compiled).strip() else repr(compiled)}
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    if not architecture.nvidia:
+        text = compiled.asm["amdgcn"]
+        registers, stack = (
+            int(re.search(rf"\.{word}:\s+(\d+)", text)[1]) for word in ("vgpr_count", "private_segment_fixed_size")
+        )
+        return {"warps": warps, "registers": registers, "spilled": stack, "shared": shared}
     from triton.knobs import nvidia
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -207,7 +240,6 @@ def resources(compiled: Any, architecture: Architecture) -> dict[str, Any]:
             [nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     registers, stack, local = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL"))
-    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     return {
         "warps": warps,
         "registers": registers,
@@ -217,48 +249,60 @@ def resources(compiled: Any, architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def everything() -> dict[str, Any]:
+def everything(names: Sequence[str] = tuple(ARCHITECTURES), brief: bool = False) -> dict[str, Any]:
     """The record: :func:`kernels_of` every architecture, in a process each, for Triton keeps one target a process."""
     import triton
 
-    def of(architecture: int) -> dict[str, dict[str, dict[str, Any]]]:
-        command = [sys.executable, "-m", "bench.aot", "--architecture", str(architecture)]
+    def of(name: str) -> dict[str, dict[str, dict[str, Any]]]:
+        command = [sys.executable, "-m", "bench.aot", "--alone", name, *(["--quick"] if brief else [])]
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        if ARCHITECTURES[name].nvidia:  # all that is read of a kernel; the rest would fill the disk
+            environment["TRITON_STORE_BINARY_ONLY"] = "1"
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(ARCHITECTURES, pool.map(of, ARCHITECTURES), strict=True))
-    kernels = {f"sm_{number}": each["kernels"] for number, each in found.items()}
+        found = dict(zip(names, pool.map(of, names), strict=True))
+    kernels = {name: each["kernels"] for name, each in found.items()}
     traffic = next(iter(found.values()))["traffic"]
     return {"triton": triton.__version__, "torch": torch.__version__, "kernels": kernels, "traffic": traffic}
 
 
 def complaints(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
-    """What is wrong with the kernels of ``new``: spills, too much shared memory, or growth beyond the record ``old``.
+    """What is wrong with the kernels of ``new``: errors, spills, too much shared memory, growth beyond ``old``.
 
-    Growth is that of the same compiler: with another Triton only spills and limits count.
+    Growth is that of the same compiler: with another Triton only errors, spills and limits count.
     """
     found = []
-    for sm, kernels in new["kernels"].items():
-        architecture, record = ARCHITECTURES[int(sm.removeprefix("sm_"))], old["kernels"].get(sm, {})
-        for name, kernel in kernels.items():
-            known = [most for pattern, most in SPILLING.items() if re.fullmatch(pattern, f"{sm} {name}")]
-            if kernel["spilled"] > max(known, default=0) and not COMPUTE_BOUND.match(name):
-                found.append(f"{sm} {name}: spills {kernel['spilled']} bytes a thread")
-            if kernel["shared"] > architecture.shared_per_block:
-                limit = architecture.shared_per_block
-                found.append(f"{sm} {name}: {kernel['shared']} bytes of shared memory, there are {limit}")
-            if new["triton"] != old["triton"]:
+    for name, kernels in new["kernels"].items():
+        architecture, record = ARCHITECTURES[name], old["kernels"].get(name, {})
+        for kernel, values in kernels.items():
+            found += [f"{name} {kernel}: {text}" for text in _wrong(f"{name} {kernel}", values, architecture)]
+            if new["triton"] != old["triton"] or "error" in values:
                 continue
-            if name not in record:
-                found.append(f"{sm} {name}: not in the record")
+            if kernel not in record:
+                found.append(f"{name} {kernel}: not in the record")
                 continue
             for what in ("registers", "shared", "spilled"):
-                if kernel[what] > GROWTH * record[name][what]:
-                    found.append(f"{sm} {name}: {what} grew from {record[name][what]} to {kernel[what]}")
+                if values[what] > GROWTH * record[kernel][what]:
+                    found.append(f"{name} {kernel}: {what} grew from {record[kernel][what]} to {values[what]}")
         if new["triton"] == old["triton"]:
-            found += [f"{sm} {name}: in the record, but nothing launches it" for name in record if name not in kernels]
+            lost = (kernel for kernel in record if kernel not in kernels)
+            found += [f"{name} {kernel}: in the record, but nothing launches it" for kernel in lost]
+    return found
+
+
+def _wrong(name: str, values: dict[str, Any], architecture: Architecture) -> list[str]:
+    """What is wrong with one kernel, whatever the record says."""
+    if "error" in values:
+        return [f"does not compile: {values['error']}"]
+    found = []
+    allowed = max((most for pattern, most in SPILLING.items() if re.fullmatch(pattern, name)), default=0)
+    may_spill = not architecture.nvidia or COMPUTE_BOUND.match(name.split(" ", 1)[1])
+    if values["spilled"] > allowed and not may_spill:
+        found.append(f"spills {values['spilled']} bytes a thread")
+    if values["shared"] > architecture.shared_per_block:
+        found.append(f"{values['shared']} bytes of shared memory, there are {architecture.shared_per_block}")
     return found
 
 
@@ -271,17 +315,25 @@ def written(record: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", action="store_true", help=f"write {RECORD.name} anew")
-    parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, help="print what is of one alone, as JSON")
+    parser.add_argument(
+        "--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES, metavar="NAME"
+    )
+    parser.add_argument("--alone", choices=ARCHITECTURES, metavar="NAME", help="print what is of one alone, as JSON")
+    parser.add_argument("--quick", action="store_true", help="the calls of bench/launches.py alone, in one dtype each")
     options = parser.parse_args()
-    if options.architecture:
-        print(json.dumps(kernels_of(options.architecture)))
+    if options.alone:
+        print(json.dumps(kernels_of(ARCHITECTURES[options.alone], options.quick)))
         return 0
-    new = everything()
+    if options.save and (options.quick or options.architectures != list(ARCHITECTURES)):
+        parser.error("--save is for the whole record, without --quick and --architectures")
+    new = everything(options.architectures, options.quick)
     if options.save:
         RECORD.write_text(written(new))
-    found = complaints(new, json.loads(RECORD.read_text()))
+    record = json.loads(RECORD.read_text())
+    found = complaints(new, record | {"triton": None} if options.quick else record)
     count = sum(map(len, new["kernels"].values()))
-    print("\n".join(found) or f"{count} kernels for {len(new['kernels'])} architectures: none spills anew, none grew")
+    done = f"Triton {new['triton']}: {count} kernels for {', '.join(new['kernels'])}: none spills anew, none grew"
+    print("\n".join(found) or done)
     return bool(found)
 
 

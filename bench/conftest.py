@@ -13,7 +13,11 @@ from bench import record
 from bench.clock import ceilings
 from bench.harness import Session
 from bench.report import report
+from minisora_kernels import backends
 from models.allocator import reuse_large_allocations
+
+# The benches time every kernel, whatever a record says of it.
+backends.VERIFIED = "0"
 
 SESSION = pytest.StashKey[Session]()
 CEILINGS = pytest.StashKey[dict]()

@@ -1,11 +1,14 @@
-"""The two plots of a record: ratios as bars, and the roofline."""
+"""The two plots of a record, ratios as bars and the roofline, and the picture of the README."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from PIL import Image
 
 from bench.report import best_eager
 
@@ -120,3 +123,99 @@ def draw(record: dict[str, Any], path: Path) -> list[Path]:
         paths.append(path.with_name(f"{path.stem}-{kind}.png"))
         plot(record, paths[-1])
     return paths
+
+
+# Pixels between the frames of a contact sheet (models/sample.py).
+GAP = 4
+
+# The columns of the picture; eager is the faster of its two forms.
+PICTURED = {"eager": "#4c78a8", "compile": "#f58518", "ours": "#54a24b"}
+
+
+def training_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per training step of a model: seconds, and bytes saved for the backward, by column."""
+    return [
+        {
+            "model": f"{case['shape']} {case['dtype']}",
+            "machine": f"{record['machine'].get('gpu') or record['machine']['cpu']}, "
+            f"{record['machine']['capability']}, {record['threads']} threads",
+            "commit": record["commit"],
+            "seconds": {
+                name: case["columns"][best_eager(case) if name == "eager" else name]["median"] for name in PICTURED
+            },
+            "saved": {name: case["saved"][name] for name in PICTURED},
+        }
+        for record in records
+        for case in record["cases"]
+        if case["op"] == "training step"
+    ]
+
+
+def draw_training_steps(records: list[dict[str, Any]], path: Path, source: bytes) -> None:
+    """Time and memory of training steps, relative to eager PyTorch. The digest of ``source`` goes into the file."""
+    steps = training_steps(records)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 1.1 + 0.75 * len(steps)), sharey=True, layout="constrained")
+    units = {
+        "seconds": ("time of a training step", lambda value: f"{value:.2f} s"),
+        "saved": ("memory kept for the backward", lambda value: f"{value / 1e9:.2f} GB"),
+    }
+    for axes, (what, (title, text)) in zip(panels, units.items(), strict=True):
+        for place, step in enumerate(steps):
+            for i, (name, colour) in enumerate(PICTURED.items()):
+                value = step[what][name]
+                share, height = value / step[what]["eager"], place + (i - 1) * 0.27
+                axes.barh(height, share, 0.25, color=colour)
+                axes.annotate(text(value), (share, height), (3, 0), textcoords="offset points", va="center", size=8)
+        axes.set_xlim(0, 1.2)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "eager"], size=8)
+        axes.set_title(title, size=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(steps)), [_named(step) for step in steps], size=8)
+    panels[0].set_ylim(len(steps) - 0.5, -0.5)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in PICTURED.values()]
+    labels = ["eager PyTorch", "torch.compile", "minisora_kernels"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Comment": _digest(source)})
+    plt.close(figure)
+
+
+def _named(step: dict[str, Any]) -> str:
+    """``factorized B/2 16x256x256 b1 bfloat16`` as a reader knows it; another name stays as it is."""
+    match = re.fullmatch(r"(\w+) (\w+/\d) (\d+)x(\d+)x(\d+) b(\d+) (\w+)", step["model"])
+    name = step["model"]
+    if match:
+        attention, size, *clip, batch, dtype = match.groups()
+        name = f"DiT-{size}, {attention} attention\n{' x '.join(clip)}, batch {batch}, {dtype}"
+    return f"{name}\n{step['machine']}"
+
+
+def animate(sheet: Path, path: Path) -> None:
+    """A GIF of a contact sheet by ``models.digits``: ten rows of square frames, as two rows of five clips that move."""
+    with Image.open(sheet) as image:
+        pixels = image.convert("L")
+    clips = 10
+    side = (pixels.height + GAP) // clips - GAP
+    frames = []
+    for left in range(0, pixels.width, side + GAP):
+        frame = Image.new("L", (5 * (side + GAP) - GAP, 2 * (side + GAP) - GAP), 255)
+        for i in range(clips):
+            top = i * (side + GAP)
+            place = (i % 5 * (side + GAP), i // 5 * (side + GAP))
+            frame.paste(pixels.crop((left, top, left + side, top + side)), place)
+        frames.append(frame)
+    comment = _digest(sheet.read_bytes())
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=150, loop=0, comment=comment)
+
+
+def _digest(source: bytes) -> str:
+    return hashlib.sha256(source).hexdigest()
+
+
+def is_of(path: Path, source: bytes) -> bool:
+    """Whether a picture of this module was drawn from ``source``."""
+    if not path.exists():
+        return False
+    with Image.open(path) as image:
+        comment = image.info.get("Comment") or image.info.get("comment") or ""
+    return (comment.decode() if isinstance(comment, bytes) else comment) == _digest(source)

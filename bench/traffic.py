@@ -43,27 +43,33 @@ def _dy(values: dict[str, Any]) -> int:
 
 
 def _blocks(values: dict[str, Any], rows: int) -> int:
-    """Blocks of ``rows`` tokens that a window of more than 64 is cut into; each passes over the whole window."""
-    return -(-values["wt"] * values["wh"] * values["ww"] // rows)
+    """Blocks of ``rows`` tokens that a long window is cut into; each passes over the whole window."""
+    return -(-_length(values) // rows)
+
+
+def _length(values: dict[str, Any]) -> int:
+    return values["wt"] * values["wh"] * values["ww"]
 
 
 def _long(values: dict[str, Any]) -> bool:
     from minisora_kernels.triton import window_attention
 
-    return values["wt"] * values["wh"] * values["ww"] > window_attention.SHORT
+    return _length(values) > window_attention.SHORT
 
 
 def _passes(values: dict[str, Any]) -> int:
     from minisora_kernels.triton import window_attention
 
-    return _blocks(values, window_attention.block_of(values["qkv"].dtype, values["qkv"].shape[-1]))
+    return _blocks(values, window_attention.block_of(values["qkv"].dtype, values["qkv"].shape[-1], _length(values)))
 
 
 def _bias_passes(values: dict[str, Any]) -> int:
     """Over q, k, v and dout for dbias."""
     from minisora_kernels.triton import window_attention
 
-    return _blocks(values, window_attention.bias_block_of(values["qkv"].dtype)) if values["with_dbias"] else 0
+    if not values["with_dbias"]:
+        return 0
+    return _blocks(values, window_attention.bias_block_of(values["qkv"].dtype, values["qkv"].shape[-1]))
 
 
 def _windows(values: dict[str, Any]) -> int:

@@ -6,6 +6,7 @@ from .ops.gate_residual import gate_residual as gate_residual
 from .ops.gate_residual_adaln import gate_residual_adaln as gate_residual_adaln
 from .ops.gelu_mlp import gelu_mlp as gelu_mlp
 from .ops.grn import grn as grn
+from .ops.guided_step import Coefficients as Coefficients
 from .ops.guided_step import guided_step as guided_step
 from .ops.patch_embed import patch_embed as patch_embed
 from .ops.unpatchify import unpatchify as unpatchify

@@ -1,14 +1,19 @@
-"""``python -m minisora_kernels``: what runs here. Op x backend with reasons, versions, and the record of the build."""
+"""``python -m minisora_kernels``: what serves here, and why not the rest. ``verify``: find that out on this device."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import platform
+import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from . import __version__, backends
+from .verify import command, record
+from .verify.cases import regimes
 
 
 def ops() -> list[str]:
@@ -16,29 +21,47 @@ def ops() -> list[str]:
     return sorted(path.stem for path in (Path(__file__).parent / "ops").glob("*.py") if path.stem != "__init__")
 
 
+def device_of(backend: str) -> torch.device:
+    """Where the automatic choice may take this backend."""
+    kind = backends.DEVICES[backend]
+    return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def state(op: str, backend: str) -> str:
+    """What becomes of the backend here, in a word or two, or in how many of the op's regimes it is used."""
+    if backend not in importlib.import_module(f"minisora_kernels.ops.{op}").BACKENDS:
+        return "no kernel"
+    if backend == "reference":
+        return "yes"
+    if backends.unavailable(backend) is not None:
+        return "not built" if "not_built" in backends.build_record().get(backend, {"not_built": ""}) else "not here"
+    device = device_of(backend)
+    if backend not in backends.PREFERENCE.get(device.type, ()):
+        return "by name only"
+    found: Counter[str] = Counter()
+    for name, dtype, rest in regimes():
+        if name == op:
+            verdict = record.refusal(backend, op, device, f"{dtype} {rest}", compiling=False)
+            found["used" if verdict is None else verdict[0]] += 1
+    if len(found) == 1 or "wrong here" in found:
+        return "wrong here" if "wrong here" in found else next(iter(found))
+    return f"used {found['used']}/{found.total()}" if found["used"] else found.most_common(1)[0][0]
+
+
 def table() -> list[tuple[str, list[str]]]:
-    """Per op, for each backend: ``yes``, ``no kernel``, or ``here: no``."""
-    rows = []
-    for op in ops():
-        has = importlib.import_module(f"minisora_kernels.ops.{op}").BACKENDS
-        cells = []
-        for name in backends.BACKENDS:
-            if name not in has:
-                cells.append("no kernel")
-            else:
-                cells.append("yes" if backends.unavailable(name) is None else "not here")
-        rows.append((op, cells))
-    return rows
+    """Per op, for each backend its :func:`state`."""
+    return [(op, [state(op, name) for name in backends.BACKENDS]) for op in ops()]
 
 
-def main() -> None:
+def show() -> None:
+    """Print what serves here."""
     capability = backends.cpu_capability()
     print(f"minisora_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"CPU: {capability}, {torch.get_num_threads()} threads\n")
     width = max(len(op) for op in ops())
-    print(" ".join([" " * width, *(f"{name:>10}" for name in backends.BACKENDS)]))
+    print(" ".join([" " * width, *(f"{name:>12}" for name in backends.BACKENDS)]))
     for op, cells in table():
-        print(" ".join([f"{op:{width}}", *(f"{cell:>10}" for cell in cells)]))
+        print(" ".join([f"{op:{width}}", *(f"{cell:>12}" for cell in cells)]))
     print()
     for name in backends.BACKENDS:
         print(f"{name:>10}: {backends.unavailable(name) or 'available'}")
@@ -48,13 +71,38 @@ def main() -> None:
         if note:
             print(f"{op}: {note}")
     print("\norder of the automatic choice:")
-    for device, order in backends.PREFERENCE.items():
-        print(f"{device:>10}: {', then '.join(order)}")
-    record = backends.build_record()
-    print(f"\nbuild record: {'' if record else 'none; the package was not installed with pip'}")
-    for part, facts in record.items():
+    for kind, order in backends.PREFERENCE.items():
+        print(f"{kind:>10}: {', then '.join(order)}")
+    built = backends.build_record()
+    print(f"\nbuild record: {'' if built else 'none; the package was not installed with pip'}")
+    for part, facts in built.items():
         print(f"{part:>10}: {', '.join(f'{key} = {value}' for key, value in facts.items())}")
+    here = [name for name in backends.BACKENDS[1:] if backends.unavailable(name) is None]
+    for device in dict.fromkeys(device_of(name) for name in here):
+        found = record.find(device)
+        if found is None:
+            print(f"\n{record.key(device)}: no record of what is right and fast; run `{record.COMMAND}`")
+        else:
+            print(f"\nrecord {found[1]}, of {found[0].key}:\n" + "\n".join(command.table(found[0])))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m minisora_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="verify")
+    verify = commands.add_parser(
+        "verify",
+        help="check the kernels on this device, time them, and write the record that the automatic choice reads",
+        description="Check every kernel on this device against float64, values and gradients; then time it against "
+        "plain PyTorch and torch.compile. The record says which kernels serve from now on. Exit status 1: a kernel is "
+        "wrong; 2: nothing could be verified.",
+    )
+    command.add_options(verify)
+    options = parser.parse_args(arguments)
+    if options.command == "verify":
+        return command.main(options)
+    show()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,9 @@
 
 An explicit choice (``backend=``, :func:`use_backend` or the environment variable ``MINISORA_BACKEND``, read once at
 import) runs or raises the reason. An automatic choice takes the first backend of :data:`PREFERENCE` that is built, has
-the op and does not refuse the call; each refusal is logged once at INFO level.
+the op, does not refuse the call, and is right and faster here by the record of ``python -m minisora_kernels verify``
+(see ``verify/record.py``; ``MINISORA_VERIFIED=PATH`` names another record, ``MINISORA_VERIFIED=0`` takes none). Each
+refusal is logged once at INFO level. Records are read when an op first asks for one, never at import.
 """
 
 from __future__ import annotations
@@ -15,10 +17,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import logging
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from .forcing import force, forced
+
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
-# The automatic order per device type; any other device is served by the reference. A CUDA kernel has to be asked for by
-# name until it has been run on a GPU.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+# The automatic order per device type; any other device is served by the reference.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 # The library of CPU kernels for what cpu_capability() says, the least first; setup.py builds all that the compiler can.
 VARIANTS = {"AVX2": "cpu_avx2", "AVX512": "cpu_avx512", "AVX512_BF16": "cpu_avx512_bf16", "AMX": "cpu_amx"}
@@ -50,9 +51,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # The device type that a backend's kernels run on.
 DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if INTERPRETED else "cuda"}
+if DEVICES["triton"] == "cpu":  # it stands in for a GPU
+    PREFERENCE["cpu"] = PREFERENCE["cuda"]
 
-_log = logging.getLogger("minisora_kernels")
-_logged: set[tuple[str, str, str]] = set()
+# The record to read in place of the one in the cache folder; "0" for none.
+VERIFIED: str | None = os.environ.get("MINISORA_VERIFIED") or None
+
 _built: set[tuple[str, str]] = set()
 _package = Path(__file__).parent
 _unavailable: dict[str, str | None] = {"reference": None}
@@ -64,9 +68,19 @@ def _check_name(name: str, source: str) -> str:
     return name
 
 
-_forced: str | None = os.environ.get("MINISORA_BACKEND") or None
-if _forced is not None:
-    _check_name(_forced, "the environment variable MINISORA_BACKEND")
+# What the process was told to run on.
+FORCED: str | None = os.environ.get("MINISORA_BACKEND") or None
+if FORCED is not None:
+    _check_name(FORCED, "the environment variable MINISORA_BACKEND")
+
+
+def cache_folder() -> Path | None:
+    """Where records of this user are; None if there is no such place."""
+    named = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(named) if named and Path(named).is_absolute() else Path.home() / ".cache") / "minisora_kernels"
+    except RuntimeError:  # no home
+        return None
 
 
 @functools.cache
@@ -156,7 +170,7 @@ def cpu_capability() -> str:
 
 
 def _load_libraries() -> None:
-    if _forced == "reference":
+    if FORCED == "reference":
         for name in ("cpu", "cuda"):
             _unavailable[name] = "MINISORA_BACKEND=reference: the libraries were not loaded"
         return
@@ -192,13 +206,22 @@ def refusal(table: Table, name: str, *call: object) -> str | None:
     return unavailable(name) or table[name](*call)
 
 
-def choose(op: str, table: Table, device: torch.device, backend: str | None, *call: object) -> str:
+def choose(
+    op: str, table: Table, device: torch.device, backend: str | None, *call: torch.Tensor | None, detail: str = ""
+) -> str:
     """The backend that serves this call of ``op``.
+
+    Args:
+        call: the tensors of the call, the first of which has the dtype of the regime.
+        detail: what else tells regimes of the op apart (see :func:`.automatic.regime`).
 
     Raises ValueError if an explicitly chosen backend refuses this call, RuntimeError if it is not there at all.
     """
-    explicit = _forced if backend is None else _check_name(backend, "backend")
-    name = _automatic(op, table, device, call) if explicit is None else _explicit(op, table, device, explicit, call)
+    explicit = forced(FORCED) if backend is None else _check_name(backend, "backend")
+    if explicit is None:
+        name = automatic.choose(op, table, device, call, detail)
+    else:
+        name = _explicit(op, table, device, explicit, call)
     if name != "reference" and not torch.compiler.is_compiling():
         _check_built(op, name)
     return name
@@ -216,16 +239,6 @@ def _explicit(op: str, table: Table, device: torch.device, name: str, call: tupl
     return name
 
 
-def _automatic(op: str, table: Table, device: torch.device, call: tuple) -> str:
-    for name in PREFERENCE.get(device.type, ("reference",)):
-        reason = refusal(table, name, *call)
-        if reason is None:
-            return name
-        if not torch.compiler.is_compiling():
-            _log_once(op, name, reason)
-    raise RuntimeError(f"{op}: no backend serves this call on {device.type}")
-
-
 def _check_built(op: str, name: str) -> None:
     """A library that was built before the op was written is an error that says so."""
     if (op, name) in _built or name == "triton":
@@ -233,15 +246,6 @@ def _check_built(op: str, name: str) -> None:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"minisora::{op}_fwd", name.upper()):
         raise ImportError(f"the {name} library was built without {op}; rebuild it with `pip install -e .`")
     _built.add((op, name))
-
-
-def _log_once(op: str, name: str, reason: str) -> None:
-    if (op, name, reason) in _logged:
-        return
-    if unavailable(name) is not None and not any(seen[1:] == (name, reason) for seen in _logged):
-        warnings.warn(f"minisora_kernels runs plain PyTorch instead of {name} kernels: {reason}", stacklevel=4)
-    _logged.add((op, name, reason))
-    _log.info("%s: not the %s backend: %s", op, name, reason)
 
 
 class _NoContext:
@@ -265,11 +269,11 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 def use_backend(name: str | None) -> Iterator[None]:
     """Within the block every op runs on backend ``name`` or raises; ``None`` restores the automatic choice.
 
-    The choice is process-wide, not per thread. Raises ValueError for an unknown name.
+    The choice is the thread's, as that of ``torch.no_grad`` is, and goes with it into a backward. Raises ValueError for
+    an unknown name.
     """
-    global _forced
-    previous, _forced = _forced, None if name is None else _check_name(name, "name")
-    try:
+    with force(None if name is None else _check_name(name, "name")):
         yield
-    finally:
-        _forced = previous
+
+
+from . import automatic  # noqa: E402 - it needs what is above

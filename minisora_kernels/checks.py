@@ -1,17 +1,22 @@
-"""What every op asks of its tensors: type, dtype and device, and the dtypes that kernels take."""
+"""Checks that all ops share: type, dtype and device of a tensor, and what the kernels can take."""
 
 from __future__ import annotations
+
+import functools
+import re
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from . import backends
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNEL_FLOATS = FLOATS[:3]
 
 
 def check_tensor(op: str, name: str, tensor: object, like: Tensor | None = None, like_name: str = "x") -> None:
-    """``tensor`` must be a floating-point tensor, on the device of ``like`` if that is given."""
+    """Raise unless ``tensor`` is a floating-point tensor, and on the device of ``like`` if there is one."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
@@ -23,15 +28,50 @@ def check_tensor(op: str, name: str, tensor: object, like: Tensor | None = None,
 
 
 def kernel_refusal(**tensors: Tensor | None) -> str | None:
-    """Why a kernel that computes in fp32 cannot take these tensors, by name."""
+    """Return why a kernel that computes in fp32 cannot take these tensors, or None if it can."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in KERNEL_FLOATS:
             return f"{name} has dtype {tensor.dtype}; the kernels take float16, bfloat16 and float32"
     return None
 
 
+def covered(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``architectures``, spelled as in TORCH_CUDA_ARCH_LIST, runs on a GPU of that capability.
+
+    Machine code runs on its own generation, on GPUs at least as new; ``9.0a`` on its very own; PTX on any newer GPU.
+    """
+    for entry in re.split("[; ]+", architectures.strip("; ")):
+        found = re.fullmatch(r"(\d+)\.(\d+)([a-z]?)(\+PTX)?", entry)
+        if found is None:
+            continue
+        built = int(found[1]), int(found[2])
+        same_generation = built[0] == capability[0] and built <= capability
+        if built == capability or (not found[3] and (same_generation or (found[4] and built <= capability))):
+            return True
+    return False
+
+
+@functools.cache
+def _uncovered(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    built = backends.build_record().get("cuda", {}).get("architectures", "")
+    if covered(built, capability):
+        return None
+    number = ".".join(map(str, capability))
+    return (
+        f"the library has code for compute capabilities {built or 'that its build did not record'}, this GPU has "
+        f"{number}: build it anew with TORCH_CUDA_ARCH_LIST={number}"
+    )
+
+
+@torch.compiler.assume_constant_result
+def architecture_refusal(index: int | None) -> str | None:
+    """Why the CUDA library has no code for the GPU of that index, or None if it has; None too for no GPU."""
+    return None if index is None else _uncovered(index)
+
+
 def gradient_refusal(**tensors: Tensor | None) -> str | None:
-    """Why a kernel without a backward cannot take these tensors, by name."""
+    """Return why a kernel without a backward cannot take these tensors, or None if it can."""
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         return "it has no forward mode AD"
     if torch.is_grad_enabled():
@@ -42,7 +82,7 @@ def gradient_refusal(**tensors: Tensor | None) -> str | None:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a Linear fed by the op works in: autocast's inside autocast, else x's own."""
+    """The dtype in which a Linear that reads x works: autocast's inside autocast, else x's own."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

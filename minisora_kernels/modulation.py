@@ -1,4 +1,4 @@
-"""Row groups: how shift, scale and gate with R rows belong to N tokens. The row of token n is ``n // (N // R)``."""
+"""Row groups: shift, scale and gate have R rows for N tokens. Token n reads row ``n // (N // R)``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def triton_refusal(x: Tensor, **tensors: Tensor | None) -> str | None:
 
 
 def check_tokens(op: str, name: str, x: Tensor, like: Tensor | None = None) -> None:
-    """``x`` must be a floating-point ``[B, N, D]``, of the shape and device of ``like`` if that is given."""
+    """Raise unless ``x`` is a floating-point ``[B, N, D]``, with the shape and device of ``like`` if there is one."""
     check_tensor(op, name, x, like)
     if x.dim() != 3:
         raise ValueError(f"{op}: {name} must be [B, N, D], got shape {tuple(x.shape)}")
@@ -28,9 +28,9 @@ def check_tokens(op: str, name: str, x: Tensor, like: Tensor | None = None) -> N
 
 
 def rows(op: str, name: str, parameter: Tensor, x: Tensor) -> Tensor:
-    """``parameter`` as ``[B, R, D]``: ``[B, D]`` is one row a sample; R must divide x's number of tokens.
+    """``parameter`` as ``[B, R, D]``. ``[B, D]`` has one row per sample; R must divide x's number of tokens.
 
-    A view if the stride over D is 1, as in a chunk of a projection; else a copy.
+    The result is a view if the stride over D is 1, as in a chunk of a projection. Otherwise it is a copy.
     """
     check_tensor(op, name, parameter, x)
     if parameter.dim() == 2:
@@ -43,18 +43,18 @@ def rows(op: str, name: str, parameter: Tensor, x: Tensor) -> Tensor:
         )
     r = shape[1]
     if r == 0 or tokens % r:
-        raise ValueError(f"{op}: {name} has {r} rows, which do not divide the {tokens} tokens of x")
+        raise ValueError(f"{op}: {name} has {r} rows; the number must divide the {tokens} tokens of x")
     return parameter if parameter.stride(2) == 1 else parameter.contiguous()
 
 
-def spread(x: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
-    """``x [B, N, D]`` as ``[B, R, N/R, D]`` beside ``parameter [B, R, D]`` as ``[B, R, 1, D]``: they broadcast."""
+def broadcast(x: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """``x [B, N, D]`` as ``[B, R, N/R, D]`` and ``parameter [B, R, D]`` as ``[B, R, 1, D]``, which broadcast."""
     r = parameter.shape[1]
     return x.unflatten(1, (r, x.shape[1] // r)), parameter.unsqueeze(2)
 
 
 def affine(op: str, name: str, weight: Tensor | None, x: Tensor) -> Tensor | None:
-    """The affine parameter ``[D]`` of a norm, dense."""
+    """The affine parameter ``[D]`` of a norm, checked and contiguous."""
     if weight is None:
         return None
     check_tensor(op, name, weight, x)
@@ -64,7 +64,8 @@ def affine(op: str, name: str, weight: Tensor | None, x: Tensor) -> Tensor | Non
 
 
 def check_norm(op: str, norm: str, bias: Tensor | None) -> None:
+    """Raise unless ``norm`` is a norm of the op, and one that has a bias if there is one."""
     if norm not in ("layer", "rms"):
         raise ValueError(f"{op}: norm is {norm!r}; it may be 'layer' or 'rms'")
     if norm == "rms" and bias is not None:
-        raise ValueError(f"{op}: bias was given with norm='rms'; an RMS norm has no bias")
+        raise ValueError(f"{op}: bias must be None with norm='rms', because an RMS norm has no bias")

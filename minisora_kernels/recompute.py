@@ -1,4 +1,4 @@
-"""Less memory between forward and backward: the output of adaln is made again rather than kept."""
+"""Less memory between forward and backward: the backward computes the output of adaln again."""
 
 from __future__ import annotations
 
@@ -27,24 +27,39 @@ def recompute_adaln(
     norm: str = "layer",
     eps: float = 1e-6,
 ) -> Iterator[None]:
-    """Within the block, whoever keeps ``y`` for its backward keeps how to make it again instead.
+    """Inside the block, ops save a recipe for ``y`` instead of ``y``.
 
-    ``y`` is the output of :func:`minisora_kernels.adaln` or :func:`minisora_kernels.gate_residual_adaln` for the other
-    arguments (x the new residual stream), and the block is the Linear or MLP that reads it and keeps it for its weight
-    gradient. x is kept in any case, by the op that made y. The backward reads x and writes y once more, per reader::
+    ``y`` is what ``adaln`` or ``gate_residual_adaln`` returned for the other arguments, where ``x`` is the new residual
+    stream. The block is the Linear or MLP that reads ``y`` and would save it for the gradient of its weight. The op
+    that computed ``y`` saves ``x`` in any case. Each reader's backward reads ``x`` and writes ``y`` once more.
 
-        x, y = mk.gate_residual_adaln(x, branch, gate, shift, scale)
-        with mk.recompute_adaln(y, x, shift, scale):
-            branch = mlp(y)
+    The block has no effect where the reference serves ``adaln``, where ``y`` is wider than ``x``, without gradients,
+    and inside ``torch.compile``, which decides itself what it recomputes. It does not nest with
+    ``torch.utils.checkpoint``: its hooks would hide those.
 
-    Does nothing where the reference serves adaln, where y is wider than x, without gradients, and while compiling
-    (torch.compile decides itself what it recomputes). Not for a block inside ``torch.utils.checkpoint``, which
-    recomputes all and whose own hooks these would hide. Source: selective recomputation, Korthikanti et al. 2022
-    (arXiv 2205.05198).
+    Source: selective recomputation, Korthikanti et al. 2022 (arXiv 2205.05198).
+
+    Args:
+        y: Result of the op, ``[B, N, D]``.
+        x: Tokens that the norm read, ``[B, N, D]``.
+        shift: The op's argument.
+        scale: The op's argument.
+        weight: The op's argument.
+        bias: The op's argument.
+        norm: The op's argument.
+        eps: The op's argument.
 
     Raises:
         ValueError: y has another shape than x, or is a part of another tensor.
-        RuntimeError: in the backward, for an argument that was changed in place since.
+        RuntimeError: The backward finds that an argument has changed in place since the forward.
+
+    Examples:
+        >>> from minisora_kernels import adaln
+        >>> x, shift, scale = torch.randn(2, 12, 64), torch.randn(2, 64), torch.randn(2, 64)
+        >>> mlp = torch.nn.Linear(64, 256)
+        >>> y = adaln(x, shift, scale)
+        >>> with recompute_adaln(y, x, shift, scale):
+        ...     branch = mlp(y)
     """
     if y.shape != x.shape:
         raise ValueError(f"recompute_adaln: y has shape {tuple(y.shape)}, x {tuple(x.shape)}; y must be adaln of x")
@@ -56,16 +71,16 @@ def recompute_adaln(
         return
     if y.untyped_storage().nbytes() != y.numel() * y.element_size():
         raise ValueError(
-            "recompute_adaln: y is a part of another tensor; it must be what adaln or gate_residual_adaln made"
+            "recompute_adaln: y is a part of another tensor; it must be what adaln or gate_residual_adaln returned"
         )
     storage, dtype, device, version = y.untyped_storage()._cdata, y.dtype, y.device.type, y._version
     made_of = tuple(None if tensor is None else tensor.detach() for tensor in (x, shift, scale, weight, bias))
     versions = [tensor._version for tensor in made_of if tensor is not None]
 
     def pack(tensor: Tensor) -> Any:
-        # A y that was changed is not what adaln makes.
+        # After a change in place, y is no longer what adaln would compute.
         if tensor.untyped_storage()._cdata != storage or tensor.dtype != dtype or tensor._version != version:
-            return tensor.detach()  # an op that saves its own result would else keep itself alive
+            return tensor.detach()  # otherwise an op that saves its own result would keep itself alive
         return made_of, (tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def unpack(kept: Any) -> Tensor:
@@ -76,7 +91,7 @@ def recompute_adaln(
                 "recompute_adaln: x, shift, scale, weight or bias was changed in place since the forward"
             )
         (x, shift, scale, weight, bias), view = kept
-        # y has another dtype than x under autocast, or where the residual stream is wider than the branches.
+        # y's dtype differs from x's under autocast, and where the residual stream is wider than the branches.
         with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != x.dtype):
             again = adaln.adaln(x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, backend=backend)
         return again.as_strided(*view)

@@ -20,7 +20,7 @@ def _norms(x: Tensor) -> tuple[float, float]:
     return x.abs().max().item(), x.square().mean().sqrt().item()
 
 
-def assert_as_accurate(name: str, kernel: Tensor, reference: Tensor, exact: Tensor) -> None:
+def assert_as_accurate(name: str, kernel: Tensor, reference: Tensor, exact: Tensor) -> float:
     """Raise AssertionError unless ``kernel`` is as near to ``exact`` as the rule asks.
 
     Args:
@@ -28,6 +28,9 @@ def assert_as_accurate(name: str, kernel: Tensor, reference: Tensor, exact: Tens
         kernel: what the kernel computed, in the dtype under test.
         reference: what plain PyTorch computes in that dtype.
         exact: what plain PyTorch computes in float64 from the same rounded inputs.
+
+    Returns:
+        The worst error over its bound, at most 1.
 
     Example::
 
@@ -40,6 +43,7 @@ def assert_as_accurate(name: str, kernel: Tensor, reference: Tensor, exact: Tens
     )
     assert torch.isfinite(kernel).all(), f"{name}: {(~torch.isfinite(kernel)).sum().item()} values are not finite"
     eps = torch.finfo(kernel.dtype).eps
+    worst = 0.0
     ours, theirs, size = _norms(kernel.double() - exact), _norms(reference.double() - exact), _norms(exact)
     for norm, mine, other, scale in zip(("max", "rms"), ours, theirs, size, strict=True):
         bound = 2 * other + eps * scale
@@ -47,3 +51,5 @@ def assert_as_accurate(name: str, kernel: Tensor, reference: Tensor, exact: Tens
         assert mine <= bound, (
             f"{name} ({kernel.dtype}): {norm} error {mine:.3e} > {bound:.3e} = 2 x {other:.3e} + {eps * scale:.3e}"
         )
+        worst = max(worst, mine / bound if bound else 0.0)
+    return worst

@@ -39,6 +39,7 @@ class Checkpoint:
     objective's loss remembers. ``encoder`` says what made the latents that the model was trained on (see
     ``latents.py``); None for pixels. ``text_encoder`` says what encoded the captions (see ``text.py``); None without
     text. ``data_digest`` is that of the source (see ``data.py``); None for one that is not made of files.
+    ``served`` says by op and regime which backend the automatic choice took.
     """
 
     train: dict[str, Any]
@@ -53,6 +54,7 @@ class Checkpoint:
     memory: dict[str, Tensor] = field(default_factory=dict)
     text_encoder: dict[str, Any] | None = None
     data_digest: str | None = None
+    served: dict[str, str] = field(default_factory=dict)
 
     def build(self, *, ema: bool = True) -> nn.Module:
         """The model with the averaged (or else the last) weights.

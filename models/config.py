@@ -157,7 +157,9 @@ class TrainConfig:
     compile: bool = False
     """torch.compile the model."""
     backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
-    """Which kernels the ops run on."""
+    """Which kernels the ops run on; 'auto' takes those that are right and faster here, and goes on with them."""
+    verify: Literal["auto", "never"] = "auto"
+    """On CUDA 'auto' verifies the kernels first where that was not done, about a minute, with backend 'auto' only."""
     device: str = "auto"
     """'cpu', 'cuda' or 'cuda:1' and so on; 'auto' is CUDA if there is a device. CUDA was not run on a GPU."""
     seed: int = 0

@@ -34,6 +34,7 @@ from .latents import Decoder
 from .registry import Objective
 from .samplers import SOLVERS, count_steps, sample
 from .text import Text, TextEncoder, identify_text_encoder, refuse_another, rows
+from .verification import serving
 from .walt import WALT, augment
 
 SMALLEST_SIDE = 128
@@ -99,7 +100,9 @@ class SampleConfig(SolverOptions):
     cuda_graphs: bool = False
     """Replay the steps as CUDA graphs; CUDA only. Not run on a GPU."""
     backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
-    """Which kernels the ops run on."""
+    """Which kernels the ops run on; 'auto' takes those that are right and faster here."""
+    verify: Literal["auto", "never"] = "auto"
+    """On CUDA 'auto' verifies the kernels first where that was not done, about a minute, with backend 'auto' only."""
     device: str = "auto"
     """'cpu', 'cuda' or 'cuda:1' and so on; 'auto' is CUDA if there is a device. CUDA was not run on a GPU."""
 
@@ -561,7 +564,7 @@ def run(config: SampleConfig) -> list[Path]:
     if config.compile:
         model.compile()
     with (
-        choose_backend(config.backend),
+        serving(device, config.backend, config.verify),
         torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
     ):
         if low is not None and decode is not None and isinstance(model, WALT) and model.config.low_resolution:

@@ -34,6 +34,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from minisora_kernels import automatic
+
 from . import checkpoint as checkpoints
 from .allocator import reuse_large_allocations
 from .cascade import Cascade, Conditioned
@@ -43,7 +45,6 @@ from .data import Batch, Batches, BucketBatches, Prefetching, Source, WithImages
 from .latents import Decoder
 from .registry import OBJECTIVES, build, config_from, configure
 from .sample import (
-    choose_backend,
     choose_device,
     contact_sheet,
     progress_bar,
@@ -51,13 +52,14 @@ from .sample import (
     write_png,
 )
 from .text import Text, TextEncoder, identify_text_encoder, refuse_another
+from .verification import serving
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 # What a continuation may change: what does not touch the losses, but for the rounding of another backend or GPU, and
 # where the data and the text encoder are, if the checkpoint can tell that they are the same.
-RESUMABLE = {"encoder", "steps", "save_every", "keep", "log_every", "preview", "backend", "device"}
+RESUMABLE = {"encoder", "steps", "save_every", "keep", "log_every", "preview", "backend", "verify", "device"}
 
 _log = logging.getLogger(__name__)
 
@@ -199,6 +201,7 @@ class Trainer:
         self.batches = self._batches()
         self.step = 0
         self.tokens = 0
+        self.served = {} if resume is None else resume.served
         if resume is not None:
             self._restore(resume)
         if config.compile:
@@ -324,6 +327,7 @@ class Trainer:
             memory=self.memory,
             text_encoder=self.text_encoder,
             data_digest=self.data_digest,
+            served=self.served | automatic.served(),
         )
 
     def train_step(self) -> tuple[Tensor, Tensor, float]:
@@ -471,7 +475,8 @@ def train(config: TrainConfig, resume: Checkpoint | None = None) -> Path:
     folder = Path(config.run)
     if resume is None and folder.exists():
         raise ValueError(f"{folder} exists already; continue it with --resume {folder}, or choose another --run")
-    with choose_backend(config.backend):
+    stored = {} if resume is None else resume.served
+    with serving(choose_device(config.device), config.backend, config.verify, stored):
         trainer = Trainer(config, resume)
         try:
             return _train(trainer, folder, fresh=resume is None)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from contextlib import nullcontext
 
+import approximate
 import pytest
 import torch
 
@@ -14,11 +16,22 @@ from minisora_kernels import backends
 # Where the tests of ops and of models with kernels run: "cuda" for a GPU (python -m bench.gpu sets it).
 DEVICE = os.environ.get("MINISORA_TEST_DEVICE", "cpu")
 
+# What is right and fast on this machine is no concern of the tests, but for those that say so: every kernel serves.
+backends.VERIFIED = "0"
+
 # The backends of that device; under Triton's interpreter (TRITON_INTERPRET=1) only its kernels.
 KERNEL_BACKENDS = [
     name
     for name, device in backends.DEVICES.items()
     if device == DEVICE and backends.unavailable(name) is None and (name == "triton" or not backends.INTERPRETED)
+]
+
+# For tests of Triton's kernels: on a GPU, or in the interpreter; tensors are made there.
+on_triton = [
+    pytest.mark.skipif(
+        "triton" not in KERNEL_BACKENDS, reason="set TRITON_INTERPRET=1, or MINISORA_TEST_DEVICE=cuda where a GPU is"
+    ),
+    pytest.mark.usefixtures("default_device"),
 ]
 
 if "triton" in KERNEL_BACKENDS and backends.INTERPRETED:
@@ -32,6 +45,9 @@ if "triton" in KERNEL_BACKENDS and backends.INTERPRETED:
         return helper.rewrite()(*args, **kwargs)
 
     InterpretedFunction.__call__ = call_helper
+
+    if os.environ.get("MINISORA_APPROXIMATE") == "1":
+        approximate.install()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -70,6 +86,31 @@ def nan_filled():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def default_device():
+    """Tensors are made where the tests run."""
+    with torch.device(DEVICE) if DEVICE != "cpu" else nullcontext():
+        yield
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The kernel, positional and keyword arguments of every launch of Triton's."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    seen: list[tuple] = []
+    kind = InterpretedFunction if backends.INTERPRETED else JITFunction
+    launch = kind.run
+
+    def record(self, *args, grid, warmup, **kwargs):
+        seen.append((self, args, kwargs))
+        return launch(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    monkeypatch.setattr(kind, "run", record)
+    return seen
 
 
 @pytest.fixture

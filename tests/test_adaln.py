@@ -64,11 +64,15 @@ def test_a_constant_token_stays_finite():
         (dict(x=None), TypeError, "x must be a tensor, got NoneType"),
         (dict(shift=P[:, :4]), ValueError, r"shift has shape \(2, 1, 4\); it may be \[B, D\] or \[B, R, D\]"),
         (dict(shift=P[:1]), ValueError, r"shift has shape \(1, 1, 8\)"),
-        (dict(scale=torch.randn(2, 5, 8)), ValueError, "scale has 5 rows, which do not divide the 12 tokens"),
+        (dict(scale=torch.randn(2, 5, 8)), ValueError, "scale has 5 rows; the number must divide the 12 tokens"),
         (dict(scale=P.int()), TypeError, "scale has dtype torch.int32"),
         (dict(scale=P.to("meta")), ValueError, "scale is on meta, x is on cpu"),
         (dict(weight=torch.ones(7)), ValueError, r"weight has shape \(7,\); it must be \[D\] with D = 8"),
-        (dict(bias=torch.ones(8), norm="rms"), ValueError, "bias was given with norm='rms'; an RMS norm has no bias"),
+        (
+            dict(bias=torch.ones(8), norm="rms"),
+            ValueError,
+            "bias must be None with norm='rms', because an RMS norm has no bias",
+        ),
         (dict(norm="batch"), ValueError, "norm is 'batch'; it may be 'layer' or 'rms'"),
     ],
 )

@@ -6,18 +6,22 @@ Also which library of CPU kernels is loaded, and that each one this CPU can run 
 from __future__ import annotations
 
 import ast
+import contextlib
 import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from conftest import KERNEL_BACKENDS
 
 import minisora_kernels as mk
-from minisora_kernels import backends
+from minisora_kernels import automatic, backends, forcing
+from minisora_kernels.verify import record
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -28,24 +32,34 @@ def table(**refusals: str | None) -> dict:
 
 
 @pytest.fixture
-def all_available(monkeypatch):
+def unasked(monkeypatch):
+    """As if no op had asked yet."""
+    monkeypatch.setattr(automatic, "_logged", set())
+    monkeypatch.setattr(automatic, "_warned", set())
+    monkeypatch.setattr(automatic, "_orders", {})
+
+
+@pytest.fixture
+def all_available(monkeypatch, unasked):
     monkeypatch.setattr(backends, "unavailable", lambda name: None)
     monkeypatch.setattr(backends, "_check_built", lambda op, name: None)
-    monkeypatch.setattr(backends, "_logged", set())
+    monkeypatch.setattr(record, "refusal", lambda *regime: None)
 
 
 def test_automatic_choice_follows_the_order(all_available):
-    assert backends.choose("op", table(reference=None, cpu=None), CPU, None) == "cpu"
-    assert backends.choose("op", table(reference=None, cuda=None), torch.device("cuda"), None) == "reference"
-    assert backends.choose("op", table(reference=None, cuda=None), torch.device("cuda"), "cuda") == "cuda"
-    assert backends.choose("op", table(reference=None, cpu=None), torch.device("meta"), None) == "reference"
+    x, cuda = torch.zeros(1), torch.device("cuda")
+    assert backends.choose("op", table(reference=None, cpu=None), CPU, None, x) == "cpu"
+    assert backends.choose("op", table(reference=None, cuda=None), cuda, None, x) == "cuda"
+    assert backends.choose("op", table(reference=None, cuda=None, triton=None), cuda, None, x.bfloat16()) == "triton"
+    assert backends.choose("op", table(reference=None, cuda=None), torch.device("cuda"), "cuda", x) == "cuda"
+    assert backends.choose("op", table(reference=None, cpu=None), torch.device("meta"), None, x) == "reference"
 
 
 def test_automatic_choice_skips_a_refusal_and_logs_it_once(all_available, caplog):
     refusing = table(reference=None, cpu="head_dim 12 is odd")
     with caplog.at_level(logging.INFO, logger="minisora_kernels"):
         for _ in range(3):
-            assert backends.choose("op", refusing, CPU, None) == "reference"
+            assert backends.choose("op", refusing, CPU, None, torch.zeros(1)) == "reference"
     assert [record.message for record in caplog.records] == ["op: not the cpu backend: head_dim 12 is odd"]
 
 
@@ -58,9 +72,8 @@ def test_explicit_choice_raises_the_reason(all_available):
         backends.choose("op", table(reference=None, cuda=None), CPU, "cuda")
 
 
-def test_explicit_choice_of_a_missing_backend_raises_its_reason(monkeypatch):
+def test_explicit_choice_of_a_missing_backend_raises_its_reason(monkeypatch, unasked):
     monkeypatch.setitem(backends._unavailable, "cpu", "no C++ compiler was found")
-    monkeypatch.setattr(backends, "_logged", set())
     x = torch.randn(1, 2, 4)
     with pytest.raises(RuntimeError, match="gate_residual: backend 'cpu' is not available: no C"):
         mk.gate_residual(x, x, x, backend="cpu")
@@ -86,6 +99,99 @@ def test_use_backend_holds_within_its_block(name):
             mk.gate_residual(x, x, x)
         mk.gate_residual(x, x, x, backend="reference")
     mk.gate_residual(x, x, x)
+
+
+@pytest.fixture
+def name_of_choice(monkeypatch, all_available):
+    """What ``choose`` takes, as a number, so that it shows in a graph: 1 automatic, 2 reference, 3 cpu by name."""
+    tables = table(reference=None, triton=None, cpu=None)
+    monkeypatch.setattr(backends, "PREFERENCE", {"cpu": ("triton", "reference")})
+    monkeypatch.setattr(backends, "DEVICES", {"cpu": "cpu", "cuda": "cuda", "triton": "cpu"})
+
+    def number(x):
+        chosen = backends.choose("op", tables, x.device, None, x)
+        return x + {"triton": 1, "reference": 2, "cpu": 3}[chosen]
+
+    return number
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_use_backend_is_of_the_thread(name_of_choice, compiled):
+    torch._dynamo.reset()
+    call = torch.compile(name_of_choice, fullgraph=True, backend="eager") if compiled else name_of_choice
+    x = torch.zeros(1)
+    found: dict = {name: set() for name in ("reference", "cpu", None, "outside")}
+    barrier = threading.Barrier(len(found))
+
+    def run(name):
+        barrier.wait()
+        with mk.use_backend(name) if name != "outside" else contextlib.nullcontext():
+            for _ in range(50):
+                found[name].add(call(x).item())
+        with pytest.raises(KeyError), mk.use_backend(name if name != "outside" else "cpu"):
+            raise KeyError
+        found["outside"].add(call(x).item())
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {"reference": {2}, "cpu": {3}, None: {1}, "outside": {1}}
+    assert call(x).item() == 1
+
+
+def test_use_backend_nests_within_what_is_compiled(name_of_choice):
+    torch._dynamo.reset()
+
+    def call(x):
+        with mk.use_backend("reference"):
+            y = name_of_choice(x)
+            with mk.use_backend("cpu"):
+                y = torch.cat([y, name_of_choice(x)])
+            y = torch.cat([y, name_of_choice(x)])
+        return torch.cat([y, name_of_choice(x)])
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert call(torch.zeros(1)).tolist() == compiled(torch.zeros(1)).tolist() == [2, 3, 2, 1]
+    with mk.use_backend("cpu"):
+        assert compiled(torch.zeros(1)).tolist() == [2, 3, 2, 3]
+
+
+def test_use_backend_goes_with_a_backward_into_the_threads_of_autograd(name_of_choice, monkeypatch):
+    """torch hands its state to a GPU's thread; here the handing over is stood in for by another identity."""
+    x = torch.zeros(1)
+    with mk.use_backend("reference"):
+        handed = torch._C._get_obj_in_tls(forcing._KEY)
+
+    def in_the_thread_of_autograd(results):
+        torch._C._stash_obj_in_tls(forcing._KEY, handed)
+        results.append(name_of_choice(x).item())
+        with mk.use_backend("cpu"):
+            results.append(name_of_choice(x).item())
+        results.append(name_of_choice(x).item())
+
+    results: list = []
+    thread = threading.Thread(target=in_the_thread_of_autograd, args=(results,))
+    thread.start()
+    thread.join()
+    assert results == [2, 3, 2]
+    assert name_of_choice(x).item() == 1
+
+
+def test_a_checkpointed_forward_runs_again_on_what_the_block_says(name_of_choice):
+    seen = []
+
+    def forward(x):
+        y = name_of_choice(x)
+        seen.append(y.item())
+        return y * x
+
+    x = torch.ones(1, requires_grad=True)
+    with mk.use_backend("cpu"):
+        torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False).sum().backward()
+    assert seen == [4, 4]
 
 
 def test_a_library_from_before_the_op_is_an_error():
@@ -160,7 +266,10 @@ CALLS = """
 import torch, minisora_kernels as mk
 from minisora_kernels import backends
 from minisora_kernels.testing import assert_as_accurate
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# On a CPU with AMX torch's flash attention fails where the variable hides AVX-512 ("pack_vnni2 is only supported").
+@sdpa_kernel(SDPBackend.MATH)
 def check(name, call, *arguments):
     results = []
     for dtype, backend in ((torch.bfloat16, "cpu"), (torch.bfloat16, "reference"), (torch.float64, "reference")):

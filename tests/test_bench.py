@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import json
+import re
 import subprocess
 import sys
 import weakref
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from bench import bench_adaln, bench_model, compare, plots, readme, record, report, shapes, systems
+from bench import bench_adaln, bench_model, compare, docs, plots, record, report, shapes, systems
 from bench.clock import Clock
 from bench.counters import Counter, InductorBytes, saved_bytes
 from bench.harness import BOTH, FWD, Problem, Session, on_backend
@@ -97,7 +98,7 @@ def test_wrong_results_are_refused(where: str, monkeypatch):
 
         def broken(tensors):
             y = call(tensors)
-            if backends._forced == "reference":
+            if backends.forced(None) == "reference":
                 return y
             nothing = (tensors["shift"] - tensors["shift"].detach()).sum()  # but for its gradient
             return y * (1 + 1e-4) if where == "value" else y + 1e-4 * nothing
@@ -313,22 +314,58 @@ def test_a_roofline_is_the_slower_of_copy_and_product():
     assert record.roofline(case | {"bytes": 10**9}, made["ceilings"]) == (pytest.approx(1e9 / 20e9), "copy")
 
 
-def test_the_readme_is_checked_against_the_records(tmp_path, monkeypatch, capsys):
+def page(root, *tables):
+    """A checkout with a README that shows tables, and nothing else."""
+    (root / "docs" / "images").mkdir(parents=True, exist_ok=True)
+    markers = "".join(f"<!-- table: {table} -->\n<!-- /table -->\n" for table in tables)
+    (root / "README.md").write_text(f"before\n{markers}after\n")
+    return root / "README.md"
+
+
+def test_the_pages_are_checked_against_the_records(tmp_path, capsys):
     results = tmp_path / "bench" / "results"
-    text = tmp_path / "README.md"
-    text.write_text(
-        f"before\n{readme.SYSTEMS_BEGIN}\n{readme.SYSTEMS_END}\n{readme.PLANS_BEGIN}\n{readme.PLANS_END}\n{readme.BEGIN}\n{readme.END}\nafter\n"
-    )
-    monkeypatch.setattr(readme, "README", text)
-    monkeypatch.setattr(readme, "filled", lambda content, filled=readme.filled: filled(content, results))
     write(results, "default", synthetic())
     write(results, "reuse", synthetic(ratio=2.5, allocator="reuse"))
-    assert readme.main(["--check"]) == 1 and "bench.readme" in capsys.readouterr().err
-    assert readme.main([]) == 0 and readme.main(["--check"]) == 0
-    content = text.read_text()
-    assert content.startswith("before\n") and content.endswith("after\n") and "2.00 / 2.50" in content
-    text.write_text(content.replace("2.00 / 2.50", "2.01 / 2.50"))
-    assert readme.main(["--check"]) == 1
+    readme = page(tmp_path, "ops a-machine", "models a-machine", "plots a-machine")
+    (results / "a-machine" / "default-ratios.png").touch()
+    assert docs.main(["--check"], root=tmp_path) == 1 and "README.md" in capsys.readouterr().err
+    assert docs.main([], root=tmp_path) == 0 and docs.main(["--check"], root=tmp_path) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "2.00 / 2.50" in text
+    assert "](bench/results/a-machine/default-ratios.png)" in text
+    readme.write_text(text.replace("2.00 / 2.50", "2.01 / 2.50"))
+    assert docs.main(["--check"], root=tmp_path) == 1
+    write(results, "default", synthetic(ratio=3.0))
+    assert docs.main([], root=tmp_path) == 0 and "3.00 / 2.50" in readme.read_text()
+
+
+def test_a_picture_of_other_records_is_named_and_drawn(tmp_path, capsys):
+    results = tmp_path / "bench" / "results"
+    write(results, "default", synthetic())
+    page(tmp_path, "models a-machine")
+    assert docs.main([], root=tmp_path) == 0 and docs.main(["--check"], root=tmp_path) == 0
+    picture = (tmp_path / docs.PICTURE).read_bytes()
+    write(results, "default", synthetic(ratio=3.0))
+    assert docs.main(["--check"], root=tmp_path) == 1 and docs.PICTURE in capsys.readouterr().err
+    assert docs.main([], root=tmp_path) == 0 and (tmp_path / docs.PICTURE).read_bytes() != picture
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table: opps m -->\n<!-- /table -->\n", "there is no table 'opps'; it may be one of .*ops"),
+        ("<!-- table: ops elsewhere -->\n<!-- /table -->\n", "table 'ops elsewhere' cannot be written"),
+        ("<!-- table: ops -->\n<!-- /table -->\n", "table 'ops' cannot be written"),
+        ("<!-- table: ops m -->\n", "needs one `<!-- /table -->` after it"),
+        ("nothing\n", "no page has the marker <!-- table: models .* -->"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_left_as_it_is(text, message, tmp_path, capsys):
+    write(tmp_path / "bench" / "results", "default", synthetic())
+    readme = page(tmp_path)
+    readme.write_text(text)
+    assert docs.main([], root=tmp_path) == 2 and re.search(message, capsys.readouterr().err)
+    assert readme.read_text() == text
 
 
 def test_the_record_of_the_systems_becomes_a_table(tmp_path):
@@ -366,15 +403,16 @@ def test_the_record_of_the_systems_becomes_a_table(tmp_path):
     path = tmp_path / "bench" / "results" / "m" / "systems.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(made))
-    text = readme.systems(tmp_path / "bench" / "results")
+    results = tmp_path / "bench" / "results"
+    text = "\n".join((*docs.systems(results, "m"), *docs.steps(results, "m")))
     assert "| DiT | `a`, `b` | DDPM | `ddim` | 90.0% | 80.0% | 50.0% |" in text
     ratio = "1.25 [1.20, 1.50]"
     assert f"| `a` | 30 | 0.1235 / 0.1235 | 2e-07 | 4.00 | {ratio} | {ratio} | 1,234 | `adaln` |" in text
     assert "commits abc, def" in text
-    assert "takes 0.20 to 0.20 of a step's time" in text and "97.5% are recognised and 100% move so" in text
+    assert "takes 0.20 to 0.20 of the time of a step" in text and "97.5% are recognised and 100% move so" in text
     path.write_text(json.dumps({"systems": {}}))
     with pytest.raises(ValueError, match=r"systems\.json is not a record of bench\.systems"):
-        readme.systems(tmp_path / "bench" / "results")
+        docs.systems(results, "m")
 
 
 def test_curves_that_part_at_once_are_refused():
@@ -398,7 +436,7 @@ def test_steps_of_the_trainer_take_turns(tmp_path, monkeypatch):
     forward = DiT.forward
 
     def wrong(self, *arguments, **given):
-        factor = 1.0 if backends._forced == "reference" else 1.001
+        factor = 1.0 if backends.forced(None) == "reference" else 1.001
         return factor * forward(self, *arguments, **given)
 
     monkeypatch.setattr(DiT, "forward", wrong)
@@ -417,8 +455,8 @@ def test_a_run_of_another_configuration_is_refused(tmp_path):
             systems.refuse_another(merge(config, change), tmp_path / "run")
 
 
-def test_the_readme_shows_the_committed_records():
-    assert readme.main(["--check"]) == 0
+def test_the_pages_show_the_committed_records():
+    assert docs.main(["--check"]) == 0
 
 
 def test_one_case_from_the_command_line():

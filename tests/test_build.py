@@ -113,7 +113,7 @@ def test_it_was_built_against_the_torch_that_runs():
 def test_the_kernels_are_there_where_they_can_be():
     """Keeps a broken build from passing as a machine without a compiler."""
     capable = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    if not (capable and shutil.which("c++") and platform.machine() == "x86_64" and backends._forced is None):
+    if not (capable and shutil.which("c++") and platform.machine() == "x86_64" and backends.FORCED is None):
         pytest.skip("no compiler, no AVX2, or a backend is forced")
     assert backends.unavailable("cpu") is None
 

@@ -9,22 +9,29 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import oldest_torch
 import pytest
 import torch
 from torch import Tensor
 
+from minisora_kernels import backends, checks
 from minisora_kernels.ops import adaln
 from minisora_kernels.testing import assert_as_accurate
 
 ROOT = Path(__file__).parent.parent
+# Headers of the oldest torch that pyproject.toml allows; tests/oldest_torch.py fetches them for make check-gpu-code.
+OLDEST = os.environ.get("MINISORA_OLDEST_HEADERS")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+BUILT = ";".join(ARCHITECTURES) + "+PTX"
 
 # Each CUDA thread is a fiber; a warp runs as far ahead of the others as the barriers allow, the first warp first or, if
 # CUDA_ON_CPU_REVERSED is set, the last; at most CUDA_ON_CPU_BLOCKS blocks are started. A barrier that not all threads
@@ -299,6 +306,40 @@ def test_emulated_kernels_give_the_same_bits_in_any_order_and_grid(emulated, sha
             assert torch.equal(result, first[name]), f"{name} changes with the order of threads or with {blocks} blocks"
 
 
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (BUILT, (8, 0), True),
+        (BUILT, (8, 7), True),  # code for 8.6, of the same generation
+        (BUILT, (10, 3), True),
+        (BUILT, (12, 1), True),
+        (BUILT, (13, 0), True),  # from PTX
+        (BUILT, (7, 5), False),
+        (BUILT, (11, 0), False),  # PTX is for 12.0 and newer
+        ("8.6 9.0", (8, 0), False),  # older than the code, and spaces as torch takes them
+        ("9.0", (10, 0), False),
+        ("8.0+PTX", (10, 0), True),
+        ("9.0a", (9, 0), True),
+        ("10.0a+PTX", (12, 0), False),
+        ("", (9, 0), False),
+    ],
+)
+def test_what_runs_on_a_gpu_is_known(architectures: str, capability: tuple[int, int], runs: bool):
+    assert checks.covered(architectures, capability) is runs
+
+
+def test_a_gpu_without_code_is_refused_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
+    monkeypatch.setattr(backends, "build_record", lambda: {"cuda": {"architectures": BUILT}})
+    checks._uncovered.cache_clear()
+    try:
+        assert checks.architecture_refusal(0) is None and checks.architecture_refusal(None) is None
+        refused = checks.architecture_refusal(1)
+        assert refused is not None and BUILT in refused and "TORCH_CUDA_ARCH_LIST=7.5" in refused
+    finally:
+        checks._uncovered.cache_clear()
+
+
 @pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
 def test_nvcc_builds_every_architecture_without_warnings_or_spills(tmp_path: Path):
     environment = {k: v for k, v in os.environ.items() if k != "TORCH_CUDA_ARCH_LIST"}
@@ -308,7 +349,7 @@ def test_nvcc_builds_every_architecture_without_warnings_or_spills(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     package = tmp_path / "lib" / "minisora_kernels"
     record = json.loads((package / "build_record.json").read_text())["cuda"]
-    assert record.get("architectures") == ";".join(ARCHITECTURES), record
+    assert record.get("architectures") == BUILT, record
     warnings = [line for line in done.stderr.splitlines() if "warning" in line and "csrc/cuda" in line]
     assert not warnings, "\n".join(warnings)
 
@@ -317,6 +358,8 @@ def test_nvcc_builds_every_architecture_without_warnings_or_spills(tmp_path: Pat
         pytest.skip("built; cuobjdump was not found, so the registers were not read")
     command = [cuobjdump, "-res-usage", str(package / "_cuda.so")]
     usage = subprocess.run(command, capture_output=True, text=True, check=True)
+    listed = subprocess.run([cuobjdump, "-lptx", command[-1]], capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"sm_\d+", listed)) == {"sm_120"}  # cuobjdump calls PTX after the least GPU that takes it
     kernels = {}
     for section in (usage.stdout + usage.stderr).split("Fatbin elf code:")[1:]:
         found = re.search(r"arch = sm_(\d+)", section)
@@ -328,6 +371,41 @@ def test_nvcc_builds_every_architecture_without_warnings_or_spills(tmp_path: Pat
             assert any(kernel in name for name, _ in ours), f"no {kernel} for {architecture}"
         spilling = [name for name, stack in ours if stack != "0"]
         assert not spilling, f"{architecture}: registers spill to a stack frame in {spilling}"
+
+
+@pytest.fixture(scope="module")
+def variables() -> dict:
+    """What setup.py defines."""
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.skipif(OLDEST is None, reason="MINISORA_OLDEST_HEADERS is not set: run make check-gpu-code")
+class TestOldestTorch:
+    """csrc against the headers of the oldest torch, as setup.py compiles it, but for one variant or architecture."""
+
+    def test_it_is_the_torch_of_pyproject_and_of_the_stable_abi(self, variables):
+        version = oldest_torch.version_of_pyproject()
+        assert f"torch-{version}" in str(OLDEST)
+        major, minor = map(int, version.split(".")[:2])
+        assert variables["STABLE_ABI"] == f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
+        assert (ROOT / "build_backend" / "backend.py").read_text().count(f'"torch>={major}.{minor}"') == 1
+
+    @pytest.mark.skipif(CXX is None, reason="no C++ compiler was found")
+    @pytest.mark.parametrize("source", sorted((ROOT / "csrc/cpu").glob("*.cpp")), ids=lambda path: path.stem)
+    def test_the_cpu_kernels_compile(self, variables, source: Path):
+        flags = [*variables["VARIANTS"]["cpu_amx"], "-fopenmp-simd", "-w", f"-I{OLDEST}"]
+        self.compile([CXX, "-std=c++20", "-fsyntax-only", *flags, str(source)])
+
+    @pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
+    def test_the_cuda_kernels_compile(self, variables, tmp_path: Path):
+        flags = [variables["STABLE_ABI"], "-DUSE_CUDA", "--expt-relaxed-constexpr", *variables["gencode"]("9.0")]
+        output = ["-o", str(tmp_path / "adaln.o")]
+        self.compile([NVCC, "-std=c++20", *flags, f"-I{OLDEST}", "-c", str(ROOT / "csrc/cuda/adaln.cu"), *output])
+
+    def compile(self, command: list[str]) -> None:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def _triton_cuobjdump() -> str | None:

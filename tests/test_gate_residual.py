@@ -34,7 +34,7 @@ def test_a_zero_gate_passes_x_and_still_learns():
         (dict(branch=X[:, :6]), ValueError, r"branch has shape \(2, 6, 8\); it must have x's shape \(2, 12, 8\)"),
         (dict(branch=X.int()), TypeError, "branch has dtype torch.int32"),
         (dict(branch=X.to("meta")), ValueError, "branch is on meta, x is on cpu"),
-        (dict(gate=torch.zeros(2, 5, 8)), ValueError, "gate has 5 rows, which do not divide the 12 tokens of x"),
+        (dict(gate=torch.zeros(2, 5, 8)), ValueError, "gate has 5 rows; the number must divide the 12 tokens of x"),
     ],
 )
 def test_errors_name_the_argument(arguments, error, message):

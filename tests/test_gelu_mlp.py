@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import KERNEL_BACKENDS
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from minisora_kernels import backends, gelu_mlp
@@ -308,3 +309,15 @@ def test_arguments_that_do_not_fit_are_named(position, value, error, message):
     arguments[position] = value
     with pytest.raises(error, match=message):
         gelu_mlp(*arguments)
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_the_exact_form_is_served_by_the_reference_and_refused_by_kernels(backend):
+    x, w1, b1, w2, b2 = parameters((2, 5, 12), 16, 12)
+    exact = F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+    torch.testing.assert_close(gelu_mlp(x, w1, b1, w2, b2, approximate="none"), exact)
+    assert not torch.allclose(gelu_mlp(x, w1, b1, w2, b2), exact, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="approximate is 'none'; the kernels compute GELU's 'tanh' form"):
+        gelu_mlp(x, w1, b1, w2, b2, approximate="none", backend=backend)
+    with pytest.raises(ValueError, match="approximate is 'erf'; it may be 'none' or 'tanh'"):
+        gelu_mlp(x, w1, b1, w2, b2, approximate="erf")

@@ -82,6 +82,26 @@ def test_a_call_that_wants_a_gradient_is_refused_by_kernels_and_served_by_the_re
             mk.guided_step(dual, COND, ROWS, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["reference", *KERNEL_BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_coefficients_by_name_are_those_of_the_packed_row(backend, dtype):
+    x, cond, null, z = (tensor.to(dtype) for tensor in (X, COND, NULL, Z))
+    same = mk.Coefficients(guidance=3.0, state=0.9, prediction=-0.5, noise=0.25, variance=0.125)
+    row = torch.tensor([3.0, 0.9, -0.5, 0.25, 0.125])
+    ours = mk.guided_step(x, cond, same, null=null, z=z, backend=backend)
+    assert torch.equal(ours, mk.guided_step(x, cond, row, null=null, z=z, backend=backend))
+    each = same._replace(state=torch.tensor([0.9, 0.1]))
+    rows = torch.stack((row, row.index_fill(0, torch.tensor(1), 0.1)))
+    ours = mk.guided_step(x, cond, each, null=null, z=z, backend=backend)
+    assert torch.equal(ours, mk.guided_step(x, cond, rows, null=null, z=z, backend=backend))
+
+
+def test_coefficients_default_to_a_step_that_stays():
+    assert torch.equal(mk.guided_step(X, COND, mk.Coefficients()), X)
+    double = mk.guided_step(X.double(), COND.double(), mk.Coefficients(prediction=1 / 3))
+    torch.testing.assert_close(double, X.double() + COND[:, :3].double() / 3, rtol=1e-14, atol=1e-14)
+
+
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_kernels_take_coefficients_in_float32_only(backend):
     with pytest.raises(ValueError, match=r"coefficients have dtype torch\.bfloat16"):

@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+from cases import CASES
 
 import minisora_kernels as mk
 from minisora_kernels import backends
 from minisora_kernels.__main__ import ops, table
+from minisora_kernels.verify.cases import checked
 
 ROOT = Path(__file__).parent.parent
 KERNELS = [
@@ -40,14 +42,25 @@ def test_every_op_has_a_bench():
 @pytest.mark.parametrize("op", ops())
 def test_every_op_is_public_and_tested(op: str):
     assert callable(getattr(mk, op))
-    tests = (ROOT / "tests" / f"test_{op}.py", ROOT / "tests" / "cases.py")
-    assert tests[0].exists() and op in tests[1].read_text()
+    assert (ROOT / "tests" / f"test_{op}.py").exists()
+    assert op in {case.op for case in CASES} and op in {case.op for case in checked()}
 
 
 def test_the_public_names_are_the_ops_and_their_helpers():
     public = {name for name in vars(mk) if not name.startswith("_")}
-    modules = {"backends", "checks", "modulation", "ops", "recompute", "testing", "triton"}
-    assert public - modules == {*ops(), "use_backend", "recompute_adaln", "Rope", "rope_3d"}
+    modules = {
+        "automatic",
+        "backends",
+        "checks",
+        "forcing",
+        "modulation",
+        "ops",
+        "recompute",
+        "testing",
+        "triton",
+        "verify",
+    }
+    assert public - modules == {*ops(), "Coefficients", "use_backend", "recompute_adaln", "Rope", "rope_3d"}
 
 
 def test_models_use_the_public_ops_only():
@@ -71,7 +84,7 @@ def test_environment_variables_are_read_in_one_place():
 def test_the_table_command_names_every_op_backend_and_reason(capsys):
     from minisora_kernels.__main__ import main
 
-    main()
+    main([])
     printed = capsys.readouterr().out
     for op, cells in table():
         assert re.search(rf"{op} +{' +'.join(cells)}", printed)

@@ -60,7 +60,9 @@ def run(case: Case, dtype: torch.dtype, backend: str | None, function=None, like
     if not case.differentiable:
         return named
     generator = torch.Generator().manual_seed(7)
-    loss_gradients = [torch.randn(value.shape, generator=generator, dtype=torch.float64) for value in result]
+    loss_gradients = [
+        torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu") for value in result
+    ]
     rounded_gradients = [
         g.to(DEVICE, like or value.dtype).to(value.dtype) for value, g in zip(result, loss_gradients, strict=True)
     ]

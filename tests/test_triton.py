@@ -8,6 +8,7 @@ import inspect
 import pytest
 import torch
 from cases import Case
+from conftest import on_triton
 from test_ops import outputs, run
 
 import minisora_kernels as mk
@@ -21,7 +22,8 @@ tl = pytest.importorskip("triton.language")
 from minisora_kernels.triton._common import cast  # noqa: E402
 from minisora_kernels.triton._rows import BACKWARD, FORWARD, tile_of  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="a CPU runs the kernels if TRITON_INTERPRET=1")
+pytestmark = on_triton
+interpreted = pytest.mark.skipif(not backends.INTERPRETED, reason="it is about the interpreter")
 
 F32, BF16 = torch.float32, torch.bfloat16
 OPS = ("adaln", "gate_residual", "gate_residual_adaln")
@@ -38,6 +40,7 @@ def _raw_dot(a_ptr, b_ptr, c_ptr):
     tl.store(c_ptr + row * 16 + column, tl.dot(a, b))
 
 
+@interpreted
 def test_the_interpreter_multiplies_bfloat16_wrongly():
     a, b, c = torch.randn(16, 16).to(BF16), torch.randn(16, 16).to(BF16), torch.empty(16, 16)
     _raw_dot[(1,)](a, b, c)
@@ -55,6 +58,7 @@ def _casts(x_ptr, plain_ptr, rounded_ptr):
     tl.store(rounded_ptr + at, cast(x, tl.bfloat16))
 
 
+@interpreted
 def test_the_interpreter_cuts_bfloat16_off():
     ulp = 2.0**-7
     x = torch.tensor([1, 1 + 0.25 * ulp, 1 + 0.5 * ulp, 1 + 0.75 * ulp, 1 + 1.5 * ulp, 0, float("inf"), float("nan")])
@@ -85,7 +89,7 @@ def rows_case(
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+        return torch.randn(*shape, dtype=torch.float64, generator=generator, device="cpu")
 
     tensors = {"x": random(batch, tokens, width) * 2 + 0.5}
     if op != "adaln":
@@ -164,21 +168,6 @@ def test_rows_of_mixed_dtypes(op: str, rows: int, dtype: torch.dtype, dtypes: di
     check(rows_case(op, 2, 10, 40, (rows, 1, rows), affine=True, dtypes=dtypes), dtype)
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """The kernel, positional and keyword arguments of every launch."""
-    seen: list[tuple] = []
-    interpreted = triton.runtime.interpreter.InterpretedFunction
-    launch = interpreted.run
-
-    def record(self, *args, grid, warmup, **kwargs):
-        seen.append((self, args, kwargs))
-        return launch(self, *args, grid=grid, warmup=warmup, **kwargs)
-
-    monkeypatch.setattr(interpreted, "run", record)
-    return seen
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_chunks_of_a_projection_are_not_copied(op: str, launches):
     case = rows_case(op, 2, 6, 16, (3, 3, 3))
@@ -206,7 +195,7 @@ def test_no_length_batch_or_number_of_rows_compiles_a_kernel_anew(op: str, launc
     backend = make_backend(GPUTarget("cuda", 90, 32))
 
     def key(kernel, args, kwargs):
-        function = JITFunction(kernel.fn, **kernel.kwargs)
+        function = JITFunction(kernel.fn, **kernel.kwargs) if backends.INTERPRETED else kernel
         _, specialization, options = create_function_from_signature(function.signature, function.params, backend)(
             *args, **kwargs
         )

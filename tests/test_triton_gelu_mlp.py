@@ -7,12 +7,12 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import on_triton
 
 import minisora_kernels as mk
-from minisora_kernels import backends
 from minisora_kernels.testing import assert_as_accurate
 
-pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="TRITON_INTERPRET is not 1")
+pytestmark = on_triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -7,11 +7,12 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import on_triton
 
-from minisora_kernels import backends, patch_embed
+from minisora_kernels import patch_embed
 from minisora_kernels.testing import assert_as_accurate
 
-pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="TRITON_INTERPRET is not 1")
+pytestmark = on_triton
 NAMES = ("x", "weight", "bias", "pos")
 # batch, channels, size, patch, width: columns, tokens, elements and samples of one tile and of several
 CASES = [
@@ -46,7 +47,7 @@ def tensors(case, dtype=torch.float32):
 
 
 def incoming(y):
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(y.device)
 
 
 def run(arguments, backend):

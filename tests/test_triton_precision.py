@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import on_triton
 
-from minisora_kernels import backends, patch_embed, window_attention
+from minisora_kernels import patch_embed, window_attention
 
 triton = pytest.importorskip("triton")
 
@@ -41,31 +42,25 @@ def test_its_newer_name_holds_too():
         assert precision_of(F32) == wanted
 
 
-@pytest.mark.skipif(not backends.INTERPRETED, reason="set TRITON_INTERPRET=1")
+@on_triton[0]
+@on_triton[1]
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
 @pytest.mark.parametrize("length", (4, 66))
-def test_a_change_between_calls_asks_for_other_kernels(length: int, dtype: torch.dtype, monkeypatch):
-    interpreted = triton.runtime.interpreter.InterpretedFunction
-    launch = interpreted.run
-    seen: list[tuple] = []
-
-    def record(self, *args, **kwargs):
-        constants = [arg for arg in args if isinstance(arg, Constants)]
-        by_name = dict(zip(inspect.signature(self.fn).parameters, args, strict=True))
-        seen.append((self.fn.__qualname__, *constants, by_name.get("PRECISION")))
-        return launch(self, *args, **kwargs)
-
-    monkeypatch.setattr(interpreted, "run", record)
-
+def test_a_change_between_calls_asks_for_other_kernels(length: int, dtype: torch.dtype, launches):
     def keys(setting: str) -> list[tuple]:
         torch.set_float32_matmul_precision(setting)
-        seen.clear()
+        launches.clear()
         qkv = torch.randn(1, length, 3, 1, 8, dtype=dtype, requires_grad=True)
         window_attention(qkv, (length, 1, 1), (length, 1, 1), backend="triton").sum().backward()
         x = torch.randn(1, 1, 1, 4, 4, dtype=dtype, requires_grad=True)
         weight = torch.randn(8, 1, 1, 2, 2, dtype=dtype, requires_grad=True)
         patch_embed(x, weight, backend="triton").sum().backward()
-        return [key for key in seen if key[1:] != (None,)]
+        found = []
+        for kernel, args, kwargs in launches:
+            constants = [arg for arg in args if isinstance(arg, Constants)]
+            named = dict(zip(inspect.signature(kernel.fn).parameters, args, strict=False)) | kwargs
+            found.append((kernel.fn.__qualname__, *constants, named.get("PRECISION")))
+        return [key for key in found if key[1:] != (None,)]
 
     exact, rounded, exact_again = keys("highest"), keys("high"), keys("highest")
     assert len(exact) >= 5 and exact == exact_again

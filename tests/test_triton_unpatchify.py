@@ -6,10 +6,11 @@ import importlib
 
 import pytest
 import torch
+from conftest import on_triton
 
-from minisora_kernels import backends, unpatchify
+from minisora_kernels import unpatchify
 
-pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="TRITON_INTERPRET is not 1")
+pytestmark = on_triton
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,20 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import KERNEL_BACKENDS, on_triton
 from test_window_attention import DTYPES, assert_kernel, gradients, leaves
 from torch import Tensor
 
-from minisora_kernels import backends, rope_3d, window_attention
+from minisora_kernels import rope_3d, window_attention
 
-pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="set TRITON_INTERPRET=1")
-if backends.INTERPRETED:
+pytestmark = on_triton
+if "triton" in KERNEL_BACKENDS:
     from minisora_kernels.triton import _window_library as library
     from minisora_kernels.triton import _window_rows as rows
     from minisora_kernels.triton import window_attention as launchers
@@ -99,7 +101,8 @@ def test_what_is_compiled_anew_does_not_depend_on_lengths(grid, window, inner):
 
 def test_pieces_hold_every_channel_once():
     for cut, (first, end) in product(
-        (rows.narrow_pieces, rows.wide_pieces), product(range(0, 72, 4), range(4, 264, 4))
+        (partial(rows.narrow_pieces, width=16), partial(rows.narrow_pieces, width=32), rows.wide_pieces),
+        product(range(0, 72, 4), range(4, 264, 4)),
     ):
         if first < end:
             parts = cut(first, end)
@@ -114,7 +117,7 @@ def test_pieces_hold_every_channel_once():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("length", (5, 16, 17, 32, 64, 65))
+@pytest.mark.parametrize("length", (5, 16, 17, 32, 33, 64, 65))
 def test_lengths_and_counts_that_fill_no_tile(length, dtype, nan_filled):
     check(dtype, 1, (length, 1, 5), (length, 1, 1), 2, 8, STYLES[1])
 

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import KERNEL_BACKENDS
+from conftest import DEVICE, KERNEL_BACKENDS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,7 +87,7 @@ def leaves(dtype, batch, grid, window, heads, head_dim, weights=0, biased=False,
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     tensors = {"qkv": random(batch, math.prod(grid), 3, heads, head_dim)}
     if weights:
@@ -95,12 +95,13 @@ def leaves(dtype, batch, grid, window, heads, head_dim, weights=0, biased=False,
         tensors |= {"q_weight": 1 + random(*shape) / 2, "k_weight": 1 + random(*shape) / 2}
     if biased:
         tensors["bias"] = random(heads, math.prod(window), math.prod(window))
-    return {name: value.to(dtype).requires_grad_() for name, value in tensors.items()}
+    return {name: value.to(DEVICE, dtype).requires_grad_() for name, value in tensors.items()}
 
 
 def gradients(out: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The output and every gradient, by name."""
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu").to(out)
     grads = torch.autograd.grad(out, list(tensors.values()), weight)
     return {"output": out.detach()} | dict(zip(tensors, grads, strict=True))
 
@@ -477,7 +478,7 @@ TABLE = torch.zeros(8, 4)
         (QKV, GRID, (0, 1, 1), {}, ValueError, "window is .0, 1, 1.; it must be three positive"),
         (QKV, GRID, (2, 3, 1), {}, ValueError, "window 2 x 3 x 1 is larger than the grid 2 x 2 x 2"),
         (QKV, GRID, WINDOW, {"qk_norm": "l2"}, ValueError, "qk_norm is 'l2'; it may be None, 'rms' or 'layer'"),
-        (QKV, GRID, WINDOW, {"q_weight": torch.ones(8)}, ValueError, "q_weight was given without qk_norm"),
+        (QKV, GRID, WINDOW, {"q_weight": torch.ones(8)}, ValueError, "q_weight needs qk_norm, which is None"),
         (QKV, GRID, WINDOW, {"qk_norm": "rms", "k_weight": torch.ones(4)}, ValueError, "k_weight has shape"),
         (QKV, GRID, WINDOW, {"qk_norm": "rms", "k_weight": torch.ones(8).int()}, TypeError, "k_weight has dtype"),
         (QKV, GRID, WINDOW, {"rope": (TABLE, TABLE)}, TypeError, "rope must be a Rope"),

@@ -1,4 +1,4 @@
-// What every CPU kernel shares: argument checks at the boundary, fp32 vectors over any float dtype, loops over columns.
+// Shared by every CPU kernel: argument checks at the boundary, fp32 vectors over any float dtype, loops over columns.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -34,7 +34,7 @@ constexpr int64_t V = Vec::size();
 inline int64_t whole(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 inline int64_t whole_vectors(int64_t size) { return whole(size, V); }
 
-// Lambdas given to for_columns are marked so: left to itself the compiler calls some of them, at several times the cost.
+// Marks the lambdas that for_columns takes. Otherwise the compiler calls some of them, at several times the cost.
 #define MINISORA_INLINE __attribute__((always_inline))
 
 // ---- checks
@@ -56,7 +56,7 @@ inline void check_shape(const Tensor& tensor, const char* name, std::initializer
   }
 }
 
-// A dense tensor of one of the three dtypes: the kernels index it with no strides.
+// A dense tensor of one of the three dtypes; the kernels index it without strides.
 inline void check_dense(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
   check_dtype(tensor, name);
   check_shape(tensor, name, shape);
@@ -68,9 +68,9 @@ inline void check_statistic(const Tensor& tensor, const char* name, std::initial
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
 }
 
-// Asks for huge pages under a large tensor that is about to be written for the first time: where the system leaves that to the
-// program ("madvise", the default of most distributions), a fresh tensor otherwise costs a page fault per 4 KiB, which takes
-// several times as long as a kernel does. Of no consequence for memory that has its pages already.
+// Asks for huge pages under a large tensor before its first write. Most distributions leave that choice to the program
+// ("madvise"). Without it a fresh tensor costs one page fault per 4 KiB, which takes several times as long as a kernel.
+// Memory that has its pages already does not change.
 inline Tensor with_huge_pages(Tensor tensor) {
 #if defined(__linux__)
   constexpr int64_t page = int64_t{2} << 20;
@@ -78,7 +78,7 @@ inline Tensor with_huge_pages(Tensor tensor) {
   if (bytes >= 2 * page) {
     const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
     const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE); // advice: if it is not taken, nothing is lost
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE); // a hint: the system may ignore it
   }
 #endif
   return tensor;
@@ -104,7 +104,7 @@ inline void with_type(ScalarType dtype, F&& f) {
   }
 }
 
-// The number of columns a step touches: a constant in the body of a row, a variable in its tail.
+// The number of columns of a step: a constant in the body of a row, a variable in its tail.
 using Full = std::integral_constant<int64_t, V>;
 
 inline Vec load(const float* p, Full) { return Vec::loadu(p); }
@@ -153,7 +153,7 @@ inline Narrow narrow(Vec value, Half) { return at::vec::cvtfp32_fp16(value); }
 inline void store(BFloat16* p, Vec value, Full) { store_narrow(p, narrow(value, BFloat16{})); }
 inline void store(Half* p, Vec value, Full) { store_narrow(p, narrow(value, Half{})); }
 
-// The value that a store to T keeps.
+// The value after a store to T rounds it.
 template <class T>
 inline Vec round_to(Vec value) {
   if constexpr (std::is_same_v<T, float>) {
@@ -163,7 +163,7 @@ inline Vec round_to(Vec value) {
   }
 }
 
-// The same for the tail of a row; lanes past `count` are zero when loaded, and not stored.
+// The same for the tail of a row. A load sets lanes past `count` to zero; a store leaves them out.
 #if defined(CPU_CAPABILITY_AVX512)
 inline __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 
@@ -201,8 +201,8 @@ inline Vec first_lanes(Vec value, int64_t count) { return Vec::set(Vec(0.0f), va
 #endif
 inline Vec first_lanes(Vec value, Full) { return value; }
 
-// Past the caches, for results that are too large to be found there by whoever reads them: a plain store would first read the
-// line that it overwrites.
+// Stores past the caches, for results that are too large to stay there until somebody reads them. A plain store would first
+// read the line that it overwrites.
 #if defined(CPU_CAPABILITY_AVX512)
 inline void stream(float* p, Vec value) { _mm512_stream_ps(p, value); }
 inline void stream_bits(void* p, Narrow bits) { _mm256_stream_si256(static_cast<Narrow*>(p), bits); }
@@ -215,9 +215,9 @@ inline void stream(T* p, Vec value) {
   stream_bits(p, narrow(value, T{}));
 }
 
-constexpr int64_t kStreamed = int64_t{8} << 20; // bytes; of the order of a core's share of the caches
+constexpr int64_t kStreamed = int64_t{8} << 20; // bytes; about a core's share of the caches
 
-// Whether rows of `width` numbers at `out` are to be stored past the caches: they are large in all, and aligned.
+// Whether to store rows of `width` numbers at `out` past the caches: all of them together are large, and each is aligned.
 template <class T>
 inline bool past_caches(const T* out, int64_t size, int64_t width) {
   const bool large = size * static_cast<int64_t>(sizeof(T)) >= kStreamed;
@@ -247,7 +247,7 @@ struct Streamed {
   }
 };
 
-// f(how), where how.put(p, value, count) stores, past the caches or not. A thread ends with _mm_sfence().
+// f(how): how.put(p, value, count) stores, past the caches or not. A thread ends with _mm_sfence().
 template <class F>
 inline void with_put(bool past_caches, F&& f) {
   past_caches ? f(Streamed{}) : f(Stored{});
@@ -257,8 +257,8 @@ inline float sum_lanes(Vec value) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, value);
 }
 
-// f(column, count), or f(column, count, u) for a reduction: u cycles through 0..3, so that it can keep four independent sums
-// and is not bound by the latency of one.
+// f(column, count), or f(column, count, u) for a reduction. u cycles through 0..3: with four independent sums the latency of
+// one addition is not the limit.
 template <class F>
 MINISORA_INLINE inline void for_columns(int64_t width, F&& f) {
   int64_t i = 0;

@@ -9,8 +9,8 @@ struct Scratch : AdaLNScratch {
   explicit Scratch(int64_t width) : AdaLNScratch(width), gate(width), residual(kGroup * width) {}
 };
 
-// residual = x + gate * branch and its statistics, for G tokens. The residual is rounded to x's dtype before it is normalised:
-// what the unfused pair of ops computes. It goes to memory and, to be read again, to `copy`.
+// residual = x + gate * branch and its statistics, for G tokens. The residual is rounded to x's dtype before the norm reads it,
+// as the two separate ops do. It goes to memory and to `copy`, from which the norm reads it.
 template <int G, class TX, class TB, class How>
 void add_gated(
     const TX* x, const TB* branch, const float* gates, TX* residual, TX* copy, int64_t width, bool rms, float eps, float* mean,

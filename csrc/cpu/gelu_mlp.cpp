@@ -1,5 +1,5 @@
-// gelu_mlp: equation in minisora_kernels/ops/gelu_mlp.py. The matrix products are torch's, of a chunk of tokens at a time; here
-// is what lies between them.
+// gelu_mlp: equation in minisora_kernels/ops/gelu_mlp.py. Torch computes the matrix products, one chunk of tokens at a time. This
+// file computes what lies between them.
 //
 // With s = sigmoid(2u), u = sqrt(2 / pi) * (h + 0.044715 h^3), the tanh form is gelu(h) = h * s, because
 // (1 + tanh(u)) / 2 = s, and gelu'(h) = s + h * s * (1 - s) * 2u'.
@@ -22,25 +22,24 @@ struct Sigmoid {
         s(Vec(1.0f) / at::vec::fmadd(q, q, Vec(1.0f))) {}
 };
 
-// Tokens that go from one product to the next at a time, so that what lies between the products is still in the caches, and
-// needs no memory for all tokens. On two cores with AVX-512 a bfloat16 product of this many rows ran as fast as one of all
-// rows; in float32 it did not.
+// Tokens per chunk. What lies between the two products stays in the caches and needs no memory for all tokens. On two cores
+// with AVX-512 a bfloat16 product of this many rows ran as fast as one of all rows; in float32 it did not.
 constexpr int64_t kRowsPerThread = 128, kFloatRowsPerThread = 2048;
-constexpr int64_t kRows = 32; // of one task; db1 is summed over this many tokens, then over the sums in order
+constexpr int64_t kRows = 32; // of one task; db1 is a sum over this many tokens, then over those sums in order
 
 int64_t chunk_of(int64_t tokens, ScalarType dtype) {
   const int64_t rows = dtype == ScalarType::Float ? kFloatRowsPerThread : kRowsPerThread;
   return std::min(tokens, rows * static_cast<int64_t>(torch::stable::get_num_threads()));
 }
 
-// torch's matrix products, into memory that is there.
+// torch's matrix products, written into existing memory.
 struct Matrix {
   Tensor tensor;
 
   Matrix(const Tensor& like, const void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride)
       : tensor(torch::stable::from_blob(
             const_cast<void*>(data), {rows, columns}, {row_stride, column_stride}, like.device(), like.scalar_type())) {}
-  // Of a tensor, which may lie transposed.
+  // From a tensor, which may be transposed.
   explicit Matrix(const Tensor& of)
       : Matrix(of, of.const_data_ptr(), of.size(0), of.size(1), of.stride(0), of.stride(1)) {}
 
@@ -57,7 +56,7 @@ void product(const Matrix& out, const Matrix& left, const Matrix& right, const s
       aoti_torch_cpu_addmm_out(out.tensor.get(), bias->get(), left.tensor.get(), right.tensor.get(), 1.0, 1.0));
 }
 
-// The rows from `row` on of a dense matrix.
+// The rows of a dense matrix from `row` on.
 template <class T>
 Matrix rows_of(const Tensor& like, T* data, int64_t row, int64_t rows, int64_t columns) {
   return Matrix(like, data + row * columns, rows, columns, columns, 1);
@@ -148,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
     for (int64_t row = 0; row < tokens; row += chunk) {
       const int64_t rows = std::min(chunk, tokens - row);
       T* activation = static_cast<T*>(a.mutable_data_ptr()) + row * hidden;
-      T* out = static_cast<T*>(dh.mutable_data_ptr()) + row * hidden; // holds da until dh takes its place
+      T* out = static_cast<T*>(dh.mutable_data_ptr()) + row * hidden; // holds da until dh overwrites it
       product(rows_of(h, out, 0, rows, hidden), rows_of(h, grad, row, rows, out_width), down);
       const T* kept = in + row * hidden;
       for_rows(rows, [&](int64_t first, int64_t last, int64_t task) {

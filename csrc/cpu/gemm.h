@@ -1,6 +1,6 @@
-// fp32 products of small matrices that lie in L1 and L2: c = a b or c += a b.
+// fp32 products of small matrices in L1 and L2: c = a b or c += a b.
 //
-// b and c have dense rows of whole vectors; a is read one number at a time with any strides, so that its transpose costs
+// b and c have dense rows of whole vectors. The product reads a one number at a time, with any strides, so a transposed a costs
 // nothing. The order of the sums depends on the sizes alone.
 #pragma once
 
@@ -13,11 +13,11 @@ struct Left {
   int64_t row, step;  // distances between rows of a, and along the sum
 };
 
-// At most this many terms are summed one after the other; longer sums are made of such parts, which halves the error of
-// scores over 64 to 128 channels at the cost of a few loads.
+// The most terms of one running sum. A longer sum adds up such parts, which halves the error of scores over 64 to 128 channels
+// and costs a few loads.
 constexpr int64_t kTerms = 36;
 
-// R rows by C vectors of c stay in registers through each part of the sum.
+// R rows by C vectors of c stay in registers during each part of the sum.
 template <int R, int C>
 inline void product_tile(int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
   for (int64_t parts = (depth + kTerms - 1) / kTerms; parts > 0; --parts) {
@@ -54,7 +54,7 @@ inline void product_tile(int64_t depth, Left a, const float* b, int64_t b_row, f
   }
 }
 
-// As many rows as leave registers for C vectors of b and one number of a.
+// The number of rows that leaves registers for C vectors of b and one number of a.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kTileRows[4] = {0, 12, 12, 8};
 #else
@@ -75,7 +75,7 @@ inline void product_rows(int64_t rows, int64_t depth, Left a, const float* b, in
 template <int C>
 inline void product_panel(int64_t rows, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
   constexpr int R = kTileRows[C];
-  // Tiles of nearly equal height: a last tile of one row would wait for its own sums.
+  // Tiles of nearly equal height: a last tile of one row would wait for each of its sums.
   for (int64_t tiles = (rows + R - 1) / R; tiles > 0; --tiles) {
     const int64_t height = (rows + tiles - 1) / tiles;
     product_rows<R, C>(height, depth, a, b, b_row, c, c_row, add);
@@ -85,7 +85,7 @@ inline void product_panel(int64_t rows, int64_t depth, Left a, const float* b, i
   }
 }
 
-// c [rows, vectors * V] = or += a [rows, depth] b [depth, vectors * V]. Not inlined: one copy of the tiles in a file is enough.
+// c [rows, vectors * V] = or += a [rows, depth] b [depth, vectors * V]. Not inlined: a file needs one copy of the tiles.
 [[gnu::noinline]] inline void product(
     int64_t rows, int64_t vectors, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
   while (vectors > 0) {

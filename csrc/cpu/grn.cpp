@@ -1,14 +1,14 @@
-// grn: equation and derivation in minisora_kernels/ops/grn.py. Two passes over the tokens: the first sums over the sites of every
-// frame, the second writes. A frame at a time, for its second pass to find it in the caches, was no faster on one thread, and
-// slower on two that had to wait for each other after every frame.
+// grn: equation and derivation in minisora_kernels/ops/grn.py. Two passes over the tokens: the first sums over the sites of each
+// frame, the second writes. Both passes per frame, so that the second finds it in the caches, were no faster on one thread. On
+// two threads they were slower, because the threads wait for each other after each frame.
 #include "rows.h"
 
 namespace minisora {
 namespace {
 
-// Phi(h), the normal distribution, within 2e-7: Phi(h) - 1/2 = h P(h^2) / Q(h^2) for |h| < 5.6, coefficients fitted to the least
-// maximal error (9e-9 before rounding). Beyond, where Phi is 0 or 1 in fp32, h grows alone and the bound of 1/2 holds. Half the
-// cost of the common form with an exponential.
+// Phi(h), the normal distribution, within 2e-7: Phi(h) - 1/2 = h P(h^2) / Q(h^2) for |h| < 5.6. The coefficients minimise the
+// maximal error (9e-9 before rounding). Beyond 5.6 Phi is 0 or 1 in fp32, and the bound of 1/2 holds. This costs half as much as
+// the common form with an exponential.
 MINISORA_INLINE inline Vec distribution(Vec h) {
   const Vec u = at::vec::clamp_max(h * h, Vec(5.6f * 5.6f));
   Vec p(2.2145276e-08f), q(1.1802094e-06f);
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor> grn_fwd(
   return {y, norms};
 }
 
-// Numbers that are all written before they are read.
+// Uninitialised numbers: each is written before it is read.
 std::unique_ptr<float[]> unwritten(int64_t size) { return std::unique_ptr<float[]>(new float[size]); }
 
 // A frame's fp32 rows in the backward.
@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> grn_bwd(
     });
   });
 
-  // Over the frames, in their order.
+  // Sums over the frames, in their order.
   std::vector<float> total_weight(width, 0.0f), total_bias(width, 0.0f);
   if (sites > 0) {
     for (int64_t frame = 0; frame < frames; ++frame) {

@@ -4,14 +4,14 @@
 namespace minisora {
 namespace {
 
-constexpr int64_t kGrain = 16384; // numbers that a thread takes at a time
+constexpr int64_t kGrain = 16384; // numbers per task of a thread
 
 template <class F>
 void with_flag(bool flag, F&& f) {
   flag ? f(std::true_type{}) : f(std::false_type{});
 }
 
-// Some numbers of one sample, all guided or none; null, z and variance are read if they are given.
+// Some numbers of one sample; guidance applies to all of them or to none. null, z and variance may be null pointers.
 template <class TX, class TP>
 struct Piece {
   const TX* x;
@@ -31,7 +31,7 @@ struct Piece {
     const Vec w_minus_1(coefficients[0] - 1.0f), a(coefficients[1]), b(coefficients[2]), c(coefficients[3]), s(coefficients[4]);
     for_columns(size, [&](int64_t i, auto count) MINISORA_INLINE {
       Vec g = load(cond + i, count);
-      // from cond, not from null: exact where w is 1
+      // starts at cond, not at null, so that it is exact for w = 1
       if constexpr (guided) g = at::vec::fmadd(w_minus_1, g - load(null + i, count), g);
       Vec y = at::vec::fmadd(b, g, a * load(x + i, count));
       if constexpr (stepped) {
@@ -64,7 +64,7 @@ void check(const Tensor& tensor, const char* name, int64_t batch, int64_t channe
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
 
-// As `check`, for a tensor that must have the dtype of another; its data, or null where it is not given.
+// Like `check`, for an optional tensor that must have the dtype of another. Returns its data, or null without a tensor.
 template <class T>
 const T* data(const std::optional<Tensor>& tensor, const char* name, const Tensor& like, int64_t cells) {
   if (!tensor) return nullptr;

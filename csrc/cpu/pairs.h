@@ -1,9 +1,8 @@
-// Products of bfloat16 matrices summed in fp32, by AMX tiles or by AVX-512's dot products of pairs, whichever the library is
-// built for.
+// Products of bfloat16 matrices with fp32 sums. The library is built for AMX tiles or for AVX-512's dot products of pairs.
 //
-// The left factor is row-major. The right factor lies in pairs of terms of the sum, [k / 2, 2 n + k % 2]. Rows and columns come
-// in whole 16s, the terms of a sum in whole kTerms: who fills a buffer pads the terms of at least the right factor with zeros,
-// and keeps what stands against them in the left one finite.
+// The left factor is row-major. The right factor has the terms of the sum in pairs, [k / 2, 2 n + k % 2]. Numbers of rows and
+// columns are multiples of 16, numbers of terms multiples of kTerms. The code that fills a buffer pads the terms of the right
+// factor with zeros, and keeps the matching terms of the left factor finite.
 #pragma once
 
 #include "common.h"
@@ -23,15 +22,15 @@ struct Left {
 
 constexpr int64_t kTerms = 32;
 
-// A thread multiplies while one of these lives. A tile is 16 rows of 64 bytes.
+// A thread can multiply while it has one of these. A tile is 16 rows of 64 bytes.
 struct Session {
   Session() {
     alignas(64) uint8_t config[64] = {1};
     for (int tile = 0; tile < 8; ++tile) {
-      config[16 + 2 * tile] = 64; // bytes a row
+      config[16 + 2 * tile] = 64; // bytes per row
       config[48 + tile] = 16;     // rows
     }
-    asm volatile("" ::"r"(config) : "memory"); // gcc 12's says that it reads 8 bytes of the 64
+    asm volatile("" ::"r"(config) : "memory"); // gcc 12's intrinsic says that it reads 8 of the 64 bytes
     _tile_loadconfig(config);
   }
   ~Session() { _tile_release(); }
@@ -107,7 +106,7 @@ struct Session {
   Session() {}
 };
 
-// R rows by C vectors of a product stay in registers: they begin as begin(r, u), and end(r, sums) gets a row's.
+// R rows by C vectors of a product stay in registers. The sums start as begin(r, u); end(r, sums) gets those of a row.
 template <int R, int C, class Begin, class End>
 inline void product_tile(int64_t depth, Left a, const BFloat16* b, int64_t b_row, Begin begin, End end) {
   __m512 sum[R][C];
@@ -168,7 +167,7 @@ inline void product(
 
 #endif
 
-// A product of 16 rows by 32 columns that begins as begin(r, u), 16 columns at a time, and ends in end(r, sums) of a row.
+// A product of 16 rows by 32 columns. The sums start as begin(r, u), 16 columns at a time; end(r, sums) gets those of a row.
 template <class Begin, class End>
 inline void product_block(int64_t depth, Left a, const BFloat16* b, int64_t b_row, Begin begin, End end) {
 #if defined(__AMX_BF16__)
@@ -191,7 +190,7 @@ inline void product_block(int64_t depth, Left a, const BFloat16* b, int64_t b_ro
 #endif
 }
 
-// The right factor whose terms are rows: out [rows / 2, 2 * columns] from in [rows, columns]; rows even, columns whole 32s.
+// A right factor whose terms are rows: out [rows / 2, 2 * columns] from in [rows, columns]; rows even, columns whole 32s.
 inline void pair_rows(int64_t rows, int64_t columns, const BFloat16* in, int64_t in_row, BFloat16* out, int64_t out_row) {
   alignas(64) static constexpr auto index = [] {
     std::array<uint16_t, 64> lanes{};
@@ -209,8 +208,8 @@ inline void pair_rows(int64_t rows, int64_t columns, const BFloat16* in, int64_t
   }
 }
 
-// out [columns, 2 * rows] = the transpose of in [rows, 2 * columns], pairs staying together; rows and columns whole 16s. Makes
-// the right factor whose terms are columns of a row-major matrix; and a left factor out of pairs of rows.
+// out [columns, 2 * rows] = the transpose of in [rows, 2 * columns]; pairs stay together; rows and columns are multiples of 16.
+// It makes a right factor from a row-major matrix whose columns are the terms, and a left factor from pairs of rows.
 inline void transpose_pairs(int64_t rows, int64_t columns, const BFloat16* in, int64_t in_row, BFloat16* out, int64_t out_row) {
   for (int64_t r = 0; r < rows; r += 16) {
     for (int64_t c = 0; c < columns; c += 16) {
@@ -220,7 +219,7 @@ inline void transpose_pairs(int64_t rows, int64_t columns, const BFloat16* in, i
   }
 }
 
-// The left factor [rows, terms] out of its terms in pairs of rows, [terms / 2, 2 * rows]; `out` is room for it.
+// The left factor [rows, terms] from its terms in pairs of rows, [terms / 2, 2 * rows]. The caller provides `out`.
 inline Left left_of_pairs(int64_t terms, int64_t rows, const BFloat16* in, int64_t in_row, BFloat16* out, int64_t out_row) {
 #if defined(__AMX_BF16__)
   transpose_pairs(terms / 2, rows, in, in_row, out, out_row);

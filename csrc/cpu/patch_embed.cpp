@@ -9,13 +9,13 @@
 namespace minisora {
 namespace {
 
-constexpr int64_t kPanel = 3 * V;     // columns that lie together in memory
-constexpr int64_t kDepth = 128;       // products are summed in blocks of this depth: they stay in L1, and errors stay small
+constexpr int64_t kPanel = 3 * V;     // columns that are together in memory
+constexpr int64_t kDepth = 128;       // depth of a block of a sum: blocks stay in L1, and errors stay small
 constexpr int64_t kTokens = 48;       // tokens of a tile, forward and in dx
 constexpr int64_t kSumTokens = 64;    // tokens of a tile in the sums over tokens
-constexpr int64_t kPanels = 16;       // panels of dy a task of the sums takes
-constexpr int64_t kParts = 16;        // most partial sums of dweight
-constexpr int64_t kPartial = 1 << 23; // most numbers in all partial sums together
+constexpr int64_t kPanels = 16;       // panels of dy per task of the sums
+constexpr int64_t kParts = 16;        // the most partial sums of dweight
+constexpr int64_t kPartial = 1 << 23; // the most numbers in all partial sums together
 
 inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
@@ -62,7 +62,7 @@ void widen(
   });
 }
 
-// fp32 rows into a block of a dense matrix that starts at `offset`.
+// Stores fp32 rows into a block of a dense matrix that starts at `offset`.
 void narrow(const float* in, int64_t in_row, int64_t rows, int64_t columns, const Tensor& matrix, int64_t offset, int64_t width) {
   with_type(matrix.scalar_type(), [&](auto tag) {
     auto* out = static_cast<decltype(tag)*>(matrix.mutable_data_ptr()) + offset;
@@ -77,8 +77,8 @@ void add(float* out, const float* in, int64_t size) {
   for (int64_t i = 0; i < size; i += V) store(out + i, load(out + i, Full{}) + load(in + i, Full{}), Full{});
 }
 
-// c = a b or c += a b, with dense b and c [.., row]. Blocks of a long sum after the first are summed on their own: one fp32
-// accumulator for all of it would lose digits.
+// c = a b or c += a b, with dense b and c [.., row]. Each block of a long sum has an accumulator of its own: one fp32 accumulator
+// for the whole sum would lose digits.
 void add_product(
     int64_t rows, int64_t row, int64_t depth, Left a, const float* b, float* c, bool first, bool keep, std::vector<float>& scratch) {
   if (first) return product(rows, row / V, depth, a, b, row, c, row, keep);
@@ -111,7 +111,7 @@ Tensor patch_embed_fwd(const Tensor& x, const Tensor& weight, std::optional<Tens
         const auto* rows = static_cast<const decltype(tag)*>(pos->const_data_ptr());
         run(true, [=](int64_t token, int64_t column) MINISORA_INLINE {
           const auto* at = rows + token * width + column;
-          __builtin_prefetch(at + PatchPairs::kTokens * width); // of the next tile, which the hardware does not foresee
+          __builtin_prefetch(at + PatchPairs::kTokens * width); // the next tile, which the hardware does not prefetch
           return load(at, Full{});
         });
       });
@@ -120,8 +120,8 @@ Tensor patch_embed_fwd(const Tensor& x, const Tensor& weight, std::optional<Tens
   }
 #endif
 
-  // The weight as panels [depth + 1, kPanel], so that the inner loop reads it from end to end; the bias is one more weight,
-  // whose patch element is 1.
+  // The weight as panels [depth + 1, kPanel], so that the inner loop reads it from end to end. The bias is one more weight; its
+  // patch element is 1.
   const int64_t panels = blocks(width, kPanel), panel_size = (depth + 1) * kPanel;
   std::vector<float> packed(panels * panel_size);
   with_type(weight.scalar_type(), [&](auto tag) {
@@ -159,7 +159,7 @@ Tensor patch_embed_fwd(const Tensor& x, const Tensor& weight, std::optional<Tens
   return y;
 }
 
-// dx = the patches dy weight, each put back where it came from.
+// dx = the patches dy weight, each in its place.
 Tensor gradient_of_x(const Tensor& dy, const Tensor& x, const Tensor& weight, const PatchGrid& grid) {
   const int64_t batch = x.size(0), tokens = grid.tokens(), depth = grid.elements(), width = weight.size(0);
   const int64_t row = whole_vectors(depth), tiles = blocks(tokens, kTokens);
@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_bwd(
   }
 #endif
 
-  // A task sums over a part of the tokens, of every sample, for a block of panels; parts and blocks follow from the shapes.
+  // A task sums over a part of the tokens of every sample, for a block of panels. The shapes alone determine parts and blocks.
   const int64_t panels = blocks(width, kPanel), panel_blocks = blocks(panels, kPanels), panel_size = (depth + 1) * kPanel;
   const int64_t most = std::clamp<int64_t>(kPartial / (panels * panel_size), 1, kParts);
   const int64_t per_part = blocks(blocks(tokens, kSumTokens), most) * kSumTokens, parts = blocks(tokens, per_part);
@@ -244,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_bwd(
     }
   });
 
-  // The parts, added in order.
+  // Adds the parts in order.
   torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       float* total = partial.data() + panel * panel_size;
@@ -264,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_bwd(
   return {dx, dweight, dbias, dpos};
 }
 
-// ---- for a long patch, whose products are torch's
+// ---- for a long patch, which torch multiplies
 
 Tensor patch_embed_gather(const Tensor& x, int64_t pt, int64_t ph, int64_t pw) {
   const PatchGrid grid = grid_of(x, pt, ph, pw);

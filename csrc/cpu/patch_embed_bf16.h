@@ -1,5 +1,5 @@
-// patch_embed in bfloat16 on CPUs that multiply it: products of bfloat16 summed in fp32, as torch's. The bias is one more weight,
-// whose patch element is 1.
+// patch_embed in bfloat16 on CPUs that multiply it: bfloat16 products with fp32 sums, as torch has them. The bias is one more
+// weight; its patch element is 1.
 #pragma once
 
 #include "pairs.h"
@@ -11,7 +11,7 @@ struct PatchPairs {
   static constexpr int64_t kTokens = 16, kSumTokens = 64, kSumColumns = 384;
 
   const PatchGrid& grid;
-  const int64_t batch, width, elements, depth; // depth: the elements and the one, as terms of a sum
+  const int64_t batch, width, elements, depth; // depth: the elements and the 1 of the bias, as terms of a sum
 
   PatchPairs(const PatchGrid& grid, int64_t batch, int64_t width)
       : grid(grid), batch(batch), width(width), elements(grid.elements()), depth(whole(grid.elements() + 1, pairs::kTerms)) {}
@@ -57,8 +57,8 @@ struct PatchPairs {
     });
   }
 
-  // sums[part] = the patches^T dy of a part of the tokens, [elements + 1, width]; the last row is dbias. Parts follow from the
-  // shapes; task by task they are zero or the sum of products of 64 tokens.
+  // sums[part] = the patches^T dy of a part of the tokens, [elements + 1, width]; the last row is dbias. The shapes alone
+  // determine the parts. A task adds the products of 64 tokens to a part, which starts at zero.
   std::vector<float> backward(const Tensor& x, const BFloat16* dy, int64_t per_part, int64_t parts) const {
     const auto* in = static_cast<const BFloat16*>(x.const_data_ptr());
     const int64_t tokens = grid.tokens(), height = whole(elements + 1, 16), blocks = whole(width, kSumColumns) / kSumColumns;
@@ -78,7 +78,7 @@ struct PatchPairs {
             for_elements(grid, order, VideoStrides(x), b, first, first + count, [&](int64_t v, int64_t t) { patches[t] = in[v]; });
             const BFloat16* from = dy + (b * tokens + first) * width + column;
             int64_t from_row = width;
-            if (count < kSumTokens) { // what stands against the zeros has to be finite
+            if (count < kSumTokens) { // the numbers that meet the zeros must be finite
               std::fill(tail.begin(), tail.end(), BFloat16(0.0f));
               for (int64_t i = 0; i < count; ++i) std::copy_n(from + i * width, columns, tail.data() + i * kSumColumns);
               from = tail.data(), from_row = kSumColumns;

@@ -1,4 +1,4 @@
-// The map between a video [B, C, T, H, W] and its patches: which elements of the video the tokens of a grid are made of.
+// The map between a video [B, C, T, H, W] and its patches: which elements of the video belong to each token of a grid.
 #pragma once
 
 #include "common.h"
@@ -95,7 +95,7 @@ inline void for_video(const PatchGrid& grid, const PatchOrder& order, const Vide
   });
 }
 
-// Copies of 2- and 4-byte elements need not know what they mean.
+// A copy of 2- and 4-byte elements does not depend on their type.
 template <class F>
 inline void with_element(ScalarType dtype, F&& f) {
   dtype == ScalarType::Float ? f(uint32_t{}) : f(uint16_t{});

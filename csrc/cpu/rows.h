@@ -1,5 +1,5 @@
-// Tokens [B, N, D] modulated by rows [B, R, D]: reading the rows, normalising a token, and summing over the tokens of a row
-// in an order that depends on the shape alone, so that gradients have the same bits for any number of threads.
+// Tokens [B, N, D] and the rows [B, R, D] that modulate them: reads rows, normalises tokens, and sums over the tokens of a row.
+// The order of a sum depends on the shape alone, so gradients have the same bits for any number of threads.
 #pragma once
 
 #include "common.h"
@@ -40,7 +40,7 @@ struct Rows {
   }
 };
 
-// An affine parameter [D] in fp32, or `absent` where it is not given.
+// An affine parameter [D] in fp32, or `absent` without one.
 inline std::vector<float> affine(const std::optional<Tensor>& parameter, const char* name, float absent, int64_t width) {
   std::vector<float> out(width, absent);
   if (parameter) {
@@ -53,23 +53,23 @@ inline std::vector<float> affine(const std::optional<Tensor>& parameter, const c
   return out;
 }
 
-// ---- some tokens of one row
+// ---- a group of tokens of one row
 
-// Kernels take G tokens at a time: their sums over the columns do not wait for each other, and the rows of the modulation and
-// of its gradients are read once for all of them.
+// Kernels take G tokens at a time. Their sums over the columns do not wait for each other, and they read the rows of the
+// modulation and of its gradients once for all G.
 constexpr int kGroup = 4;
 
 template <int G>
 using Group = std::integral_constant<int, G>;
 
-// Loads from token r of a group, and fetches the same place of the next group: the hardware follows one line of addresses, not G.
+// Loads from token r of a group, and prefetches the same place of the next group: the hardware follows one stream, not G.
 template <int G, class T, class N>
 MINISORA_INLINE inline Vec load_ahead(const T* tokens, int r, int64_t i, int64_t width, N count) {
   __builtin_prefetch(tokens + (r + G) * width + i);
   return load(tokens + r * width + i, count);
 }
 
-// Which of a Sum's parts step u of for_columns adds to; G tokens have G sums, so that each needs fewer parts.
+// The part of a Sum to which step u of for_columns adds. G tokens have G sums, so each needs fewer parts.
 template <int G>
 constexpr int chain(int u) {
   return u % (4 / G);
@@ -82,7 +82,7 @@ MINISORA_INLINE inline void for_group(F&& f) {
   for (int r = 0; r < G; ++r) f(r);
 }
 
-// Means and 1 / sqrt(var + eps) of G tokens; two passes over tokens that are in L1 need no Welford.
+// Means and 1 / sqrt(var + eps) of G tokens. They are in L1, so two passes replace Welford's method.
 template <int G, class T>
 inline void statistics(const T* tokens, const Sum (&sums)[G], int64_t width, bool rms, float eps, float* mean, float* rstd) {
   Vec center[G];
@@ -101,7 +101,7 @@ inline void statistics(const T* tokens, const Sum (&sums)[G], int64_t width, boo
   for_group<G>([&](int r) MINISORA_INLINE { rstd[r] = 1.0f / std::sqrt(squares[r].total() / static_cast<float>(width) + eps); });
 }
 
-// A thread's fp32 rows for adaln: the modulation with the affine weights folded in.
+// A thread's fp32 rows for adaln: the product of the modulation and the affine weights.
 struct AdaLNScratch {
   int64_t width;
   std::vector<float> gain, offset, one_plus_scale;
@@ -137,11 +137,11 @@ inline void modulate(const TX* x, const float* mean, const float* rstd, const Ad
   });
 }
 
-// The backward of G tokens. With h = (x - mean) * rstd and dh = dy * gain, the first half adds dy and dy * h to the sums of the
-// row, from which every parameter's gradient follows:
-//   dshift = sum dy, dscale = weight * sum dy h + bias * sum dy, dweight = sum (1 + scale) dy h, dbias = sum (1 + scale) dy;
-// the second half is dx = rstd * (dh - mean(dh) - h * mean(dh * h)), without mean(dh) for an RMS norm. It computes h and dh
-// again: cheaper than to write them down.
+// The backward of G tokens, with h = (x - mean) * rstd and dh = dy * gain. The first half adds dy and dy * h to the sums of the
+// row. Every parameter's gradient follows from them:
+//   dshift = sum dy, dscale = weight * sum dy h + bias * sum dy, dweight = sum (1 + scale) dy h, dbias = sum (1 + scale) dy.
+// The second half is dx = rstd * (dh - mean(dh) - h * mean(dh * h)), without mean(dh) for an RMS norm. It computes h and dh
+// again, which is cheaper than to store them.
 template <int G>
 struct AdaLNBackward {
   Vec center[G], inverse[G], shrink[G], constant[G];
@@ -175,7 +175,7 @@ struct AdaLNBackward {
     });
   }
 
-  // dx of token r, for the columns that x, dy and gain stand for
+  // dx of token r, in the columns of x, dy and gain
   MINISORA_INLINE Vec dx(int r, Vec x, Vec dy, Vec gain) const {
     return at::vec::fnmadd(x - center[r], shrink[r], at::vec::fmsub(dy * gain, inverse[r], constant[r]));
   }
@@ -196,11 +196,11 @@ struct AdaLNBackward {
 
 // ---- all tokens
 
-constexpr int64_t kChunk = 64; // tokens a task takes; more would leave threads idle, fewer would enlarge the partial sums
+constexpr int64_t kChunk = 64; // tokens per task; more would leave threads idle, fewer would enlarge the partial sums
 
 inline int64_t chunk_count(int64_t batch, int64_t tokens) { return batch * ((tokens + kChunk - 1) / kChunk); }
 
-// The division of the tokens into rows at which every parameter is constant.
+// The finest division of the tokens into rows: every parameter is constant within each.
 inline int64_t common_rows(std::initializer_list<const Rows*> parameters) {
   int64_t rows = 1;
   for (const Rows* parameter : parameters) rows = std::lcm(rows, parameter->count);
@@ -214,9 +214,8 @@ inline void for_groups(int64_t n, int64_t stop, F&& f) {
   for (; n < stop; ++n) f(n, Group<1>{});
 }
 
-// read(scratch, b, n) when the row of the tokens from n on is a new one for the thread, then f(scratch, token, group) for its
-// tokens, counted over all samples. Which tokens are a group depends on the shape alone, for a group's sums have an order of
-// their own.
+// Calls read(scratch, b, n) when token n starts a row that is new to the thread, then f(scratch, token, group) for its tokens,
+// counted over all samples. The shape alone determines the groups, because a group's sums have an order of their own.
 template <class Scratch, class Read, class F>
 void for_tokens(int64_t batch, int64_t tokens, int64_t rows, Scratch make_scratch, Read read, F f) {
   if (batch == 0 || tokens == 0) return;
@@ -241,10 +240,10 @@ void for_tokens(int64_t batch, int64_t tokens, int64_t rows, Scratch make_scratc
   });
 }
 
-constexpr int64_t kBlock = 256; // columns that a second stage adds up at a time
+constexpr int64_t kBlock = 256; // columns per task of a second stage
 
-// out[0..columns) = the sum of terms(0), terms(1), ... in that order. In double: a clip of 100 000 tokens has thousands of
-// terms, and one fp32 accumulator would lose more than the sums within the chunks do.
+// out[0..columns) = the sum of terms(0), terms(1), ... in that order, in double. A clip of 100 000 tokens has thousands of terms;
+// one fp32 accumulator would lose more digits than the sums within the chunks do.
 template <class Terms>
 void add_up(int64_t count, int64_t columns, float* out, Terms terms) {
   double total[kBlock] = {};
@@ -255,13 +254,13 @@ void add_up(int64_t count, int64_t columns, float* out, Terms terms) {
   for (int64_t i = 0; i < columns; ++i) out[i] = static_cast<float>(total[i]);
 }
 
-// Adds up K vectors of width D over the tokens of every row. A task takes one chunk of tokens, cuts it into runs of one row,
-// and calls
+// Sums K vectors of width D over the tokens of every row. A task takes one chunk of tokens and splits it into runs of one row.
+// It calls
 //   read(scratch, b, n)                      before the first token n of a run
 //   add(scratch, token, group, sums)         for its tokens, counted over all samples; adds to sums[0..K)
 //   end_run(scratch, chunk, sums)            after the last
-// then finish(b, row, first, last, sums) gets the complete sums of a row for columns [first, last). A row that lies in one
-// chunk is finished there; the others leave partial sums, at most two per chunk, that a second stage adds in order.
+// Then finish(b, row, first, last, sums) gets the complete sums of a row for columns [first, last). A row within one chunk is
+// finished there. The others leave partial sums, at most two per chunk, which a second stage adds in order.
 template <int K, class Scratch, class Read, class Add, class EndRun, class Finish>
 void sum_over_rows(
     int64_t batch, int64_t tokens, int64_t rows, int64_t width, Scratch make_scratch, Read read, Add add, EndRun end_run,
@@ -270,7 +269,7 @@ void sum_over_rows(
   const int64_t per_row = tokens / rows;
   const int64_t chunks = (tokens + kChunk - 1) / kChunk;
   const bool spanning = kChunk % per_row != 0;
-  // Not a vector: nobody reads what is not written, and zeros would cost as much as the sums.
+  // Not a std::vector: each number is written before it is read, and zeros would cost as much as the sums.
   const std::unique_ptr<float[]> partial(spanning ? new float[batch * chunks * 2 * K * width] : nullptr);
   const auto slot = [&](int64_t b, int64_t chunk, bool began_here) {
     return partial.get() + ((b * chunks + chunk) * 2 + began_here) * K * width;
@@ -328,7 +327,7 @@ void sum_over_rows(
   });
 }
 
-// The gradient of a parameter with R rows out of sums taken at a finer (or equal) division into `fine` rows.
+// The gradient of a parameter with R rows, from sums over a finer (or equal) division into `fine` rows.
 class RowGradient {
  public:
   RowGradient(const Tensor& parameter, int64_t fine, int64_t tokens, int64_t width)
@@ -376,7 +375,7 @@ class RowGradient {
   std::vector<float> sums_;
 };
 
-// dweight and dbias [D]: one partial sum a chunk, added in the order of the chunks.
+// dweight and dbias [D]: one partial sum per chunk, added in the order of the chunks.
 class AffineGradient {
  public:
   AffineGradient(const std::optional<Tensor>& parameter, const Tensor& x, int64_t tasks, int64_t width)

@@ -1,8 +1,8 @@
 // window_attention: equation and derivation in minisora_kernels/ops/window_attention.py.
 //
-// The heads of a window are gathered from the packed projection into dense rows, with norm and rotary embedding applied on the
-// way, and each is attended in blocks of kSide queries by kSide keys. A block of scores is kept transposed, a row a key and a lane
-// a query, so that the softmax over the keys needs no sum across lanes.
+// The kernel gathers the heads of a window from the packed projection into dense rows, and applies norm and rotary embedding on
+// the way. It attends in blocks of kSide queries by kSide keys. A block of scores is transposed: a row per key, a lane per query.
+// So the softmax over the keys needs no sum across lanes.
 #include "window_attention.h"
 
 #if defined(__AVX512BF16__)
@@ -45,7 +45,7 @@ struct Float32 {
       for (int64_t i = 0; i < qn; ++i) {
         const float* from = o.data() + i * row;
         T* to = g.result(head, q0 + i);
-        // A reciprocal would put one rounding error on the whole row.
+        // Division: a reciprocal would put one rounding error on the whole row.
         const Vec divisor(total[i]);
         for_columns(p.width, [&](int64_t c, auto count) MINISORA_INLINE { store(to + c, load(from + c, count) / divisor, count); });
         g.softmax(head, q0 + i)[0] = greatest[i];
@@ -76,7 +76,7 @@ struct Float32 {
           float* weight = weights.data() + i;
           float* dscore = dscores.data() + i;
           const Vec top = Vec::loadu(greatest.data() + i), inverse = Vec(1.0f) / Vec::loadu(total.data() + i);
-          // delta = rowsum(P * dP) where all keys are in the block: it is at hand there, and not rounded as out is
+          // delta = rowsum(P * dP) where all keys are in the block: dP is at hand, and not rounded as out is
           Vec sum(0.0f);
           for (int64_t j = 0; j < kn; ++j) {
             const Vec value = exp(Vec::loadu(weight + j * lanes) - top) * inverse;
@@ -104,7 +104,7 @@ struct Float32 {
   }
 };
 
-// What attends in qkv of type T.
+// The kernel for qkv of type T.
 #if defined(__AVX512BF16__)
 template <class T>
 using KernelOf = std::conditional_t<std::is_same_v<T, BFloat16>, Pairs, Float32>;

@@ -1,4 +1,4 @@
-// What the kernels of window_attention share: the problem, its windows, reading rows of q and k, the softmax, partial sums.
+// Shared by the kernels of window_attention: the problem, its windows, rows of q and k, the softmax, partial sums.
 #pragma once
 
 #include "gemm.h"
@@ -12,15 +12,15 @@
 namespace minisora {
 
 constexpr int64_t kSide = 64;
-// Tasks of a backward that sums parameter gradients, where the shapes have so many; independent of the number of threads.
+// The most tasks of a backward that sums parameter gradients. It does not depend on the number of threads.
 constexpr int64_t kTasks = 256;
-// At most this many floats are spent on partial sums of the bias' gradient, unless one copy alone is larger.
+// The most floats in partial sums of the bias' gradient, unless one copy alone is larger.
 constexpr int64_t kPartialBias = int64_t{1} << 24;
 
-// Bytes that are gathered at a time: a part of the second cache.
+// Bytes per gather: a part of the second cache.
 constexpr int64_t kGathered = int64_t{512} << 10;
 
-// Where bfloat16 is multiplied as it is, q and k are rounded before, and a factor on q would cost digits.
+// Where the CPU multiplies bfloat16, q and k are rounded first, and a factor on q would cost digits.
 #if defined(__AVX512BF16__)
 constexpr bool kPairs = true;
 #else
@@ -53,7 +53,7 @@ inline Vec exp(Vec x) {
 #endif
 }
 
-// Lanes 2i and 2i + 1 exchanged.
+// Swaps lanes 2i and 2i + 1.
 inline Vec swap_pairs(Vec x) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_permute_ps(x, 0xb1);
@@ -80,8 +80,8 @@ inline void write_row(const float* in, float factor, T* out, int64_t width) {
   for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count) * by, count); });
 }
 
-// out[h, j, i] = in[h, i, j], both [heads, length, length], by tiles: read(from, count, buffer) fills a row of a tile with
-// `count` numbers in fp32 that belong at `from`.
+// out[h, j, i] = in[h, i, j], both [heads, length, length], tile by tile. read(from, count, buffer) fills a row of a tile with
+// the `count` fp32 numbers that start at `from`.
 template <class T, class Read>
 void transpose_squares(int64_t heads, int64_t length, Read read, T* out) {
   constexpr int64_t side = 32;
@@ -107,7 +107,7 @@ struct Problem {
   int64_t windows, length;
   int64_t norm;
   float eps, scale;
-  float q_factor; // what the rows of q are multiplied by; the scores by scale / q_factor
+  float q_factor; // the factor of the rows of q; the scores have scale / q_factor
   bool rotary, interleaved;
   const float *cos = nullptr, *sin = nullptr;
   std::vector<float> gain[2]; // [heads, width] for q (q_factor included) and for k
@@ -178,8 +178,8 @@ struct Problem {
   }
 };
 
-// A thread's window: its tokens, their places inside a full window, and their rotary tables spread to all channels, the
-// sines with the sign of the channel's own turn.
+// A thread's window: its tokens, their places inside a full window, and their rotary tables with one entry per channel. The
+// sines have the sign of the channel's rotation.
 struct Window {
   std::vector<int64_t> token, place;
   std::vector<float> cos, sin;
@@ -230,7 +230,7 @@ struct Window {
   }
 };
 
-// f(width), as a constant for the usual ones: a row then stays in registers.
+// f(width). Usual widths are constants, so that a row stays in registers.
 template <class F>
 inline void with_width(int64_t width, F&& f) {
   switch (width) {
@@ -249,7 +249,7 @@ inline void with_width(int64_t width, F&& f) {
   }
 }
 
-// The vectors of a row: on the stack where their number is a constant, else in a thread's scratch.
+// The vectors of a row: on the stack if their number is a constant, else in a thread's scratch.
 template <class W>
 struct Vectors {
   Vec local[(W::value + V - 1) / V];
@@ -295,7 +295,7 @@ class Reader {
     });
   }
 
-  // The gradient of the row read above, given that of its result; dgain += the gradient of gain.
+  // The gradient of the row from that of its result; dgain += the gradient of gain.
   template <class T>
   void read_backward(const T* in, const Window& window, int64_t token, const float* gain, const float* grad, T* out, float* dgain) {
     with_width(p_.width, [&](auto width) MINISORA_INLINE {
@@ -351,7 +351,7 @@ class Reader {
       });
       return;
     }
-    // Two copies side by side: the partner of channel i is half a row further on, for both halves.
+    // Two copies side by side: for both halves, the partner of channel i is half a row further on.
     float *twice = twice_.data(), *partner = twice + width / 2;
     for_vectors(width, [&](auto u, auto count) MINISORA_INLINE {
       store(twice + u * V, x[u], count);
@@ -381,7 +381,7 @@ inline void add_bias(const Problem& p, const Window& w, int64_t head, int64_t k0
   }
 }
 
-// The other way: gradient[key, query] of the bias += dscores
+// The backward: gradient[key, query] of the bias += dscores
 inline void add_bias_gradient(const Problem& p, const Window& w, int64_t k0, int64_t kn, int64_t q0, int64_t qn, const float* dscores, int64_t lanes, float* gradient) {
   for (int64_t j = 0; j < kn; ++j) {
     float* to = gradient + w.place[k0 + j] * p.length;
@@ -394,13 +394,13 @@ inline void add_bias_gradient(const Problem& p, const Window& w, int64_t k0, int
   }
 }
 
-// One step of the online softmax: scores become exp(scores - greatest so far), `shrink` is what earlier sums are worth now.
+// One step of the online softmax: scores become exp(scores - greatest so far); `shrink` is the new factor of earlier sums.
 inline void softmax_block(float* scores, int64_t keys, int64_t lanes, int64_t row, float* greatest, float* total, float* shrink) {
   for (int64_t i = 0; i < lanes; i += V) {
     const Vec before = Vec::loadu(greatest + i);
     Vec top = before;
     for (int64_t j = 0; j < keys; ++j) top = at::vec::clamp_min(Vec::loadu(scores + j * row + i), top);
-    Vec even(0.0f), odd(0.0f); // two sums lose less than one
+    Vec even(0.0f), odd(0.0f); // two sums lose fewer digits than one
     const auto weigh = [&](int64_t j) {
       const Vec weight = exp(Vec::loadu(scores + j * row + i) - top);
       weight.store(scores + j * row + i);
@@ -425,19 +425,19 @@ inline float dot(const T* a, const T* b, int64_t width) {
   return sum.total();
 }
 
-// Some heads of one window, gathered from tokens that may lie far apart and, in the end, written back. All heads of a token are
-// read side by side: in a window over frames the rows of one head are often a multiple of 4 KiB apart, fall on a few lines of
-// every cache, and drive each other out.
+// Some heads of one window: gathers them from tokens that may be far apart, and writes the results back. It reads all heads of a
+// token together. In a window over frames the rows of one head are often a multiple of 4 KiB apart, so they share a few lines
+// of every cache and evict each other.
 template <class S, class T>
 struct Gathered {
   const Problem& p;
-  const int64_t row, rows, terms; // of a matrix [rows, row] of S; its used rows come in whole `terms`
+  const int64_t row, rows, terms; // of a matrix [rows, row] of S; the number of used rows is a multiple of `terms`
   const int64_t results; // a token's results: out, or dq, dk and dv
-  int64_t heads; // at most
-  int64_t first = 0, last = 0; // the heads that are here
+  int64_t heads; // the most heads at a time
+  int64_t first = 0, last = 0; // the gathered heads
 
-  // For a kernel that needs whole kRow numbers in a row, reads whole kRows rows, and sums over whole kTerms of them: the last
-  // of these are zero, the others finite.
+  // For a kernel that needs multiples of kRow numbers in a row, reads multiples of kRows rows, and sums over multiples of kTerms
+  // of them. The padding of the terms is zero; all other padding is finite.
   template <class Kernel>
   Gathered(const Problem& p, std::type_identity<Kernel>, bool backward)
       : p(p), row(whole(p.width, Kernel::kRow)), rows(whole(p.length, Kernel::kRows)), terms(Kernel::kTerms), results(backward ? 3 : 1) {
@@ -457,7 +457,7 @@ struct Gathered {
   S* k(int64_t head) { return matrix_[1].data() + (head - first) * rows * row; }
   S* v(int64_t head) { return matrix_[2].data() + (head - first) * rows * row; }
   S* d(int64_t head) { return matrix_[3].data() + (head - first) * rows * row; } // the gradient of out
-  // Row n of q or k as it was before its norm; only in a backward through a norm.
+  // Row n of q or k before its norm; only in a backward through a norm.
   const T* raw(int part, int64_t head, int64_t n) const { return raw_[part].data() + ((head - first) * p.length + n) * p.width; }
   T* result(int64_t head, int64_t n, int part = 0) { return result_.data() + ((n * results + part) * (last - first) + head - first) * p.width; }
   float* softmax(int64_t head, int64_t n) { return softmax_.data() + 2 * (n * (last - first) + head - first); }
@@ -487,7 +487,7 @@ struct Gathered {
     for (int i = 0; i < 3; ++i) clear(i, w.size());
   }
 
-  // The gradient of out and what the forward left; out if delta is to be had from it.
+  // The gradient of out and what the forward saved; out too, if delta follows from it.
   void read_gradient(const Window& w, const T* dout, const T* out, const float* softmax, int64_t b) {
     const int64_t count = last - first, ahead = tokens_ahead();
     for (int64_t n = 0; n < w.size(); ++n) {
@@ -525,10 +525,10 @@ struct Gathered {
   }
 
  private:
-  // How many tokens before it is read a token is fetched: some KiB of it.
+  // How many tokens ahead to prefetch: some KiB.
   int64_t tokens_ahead() const { return std::clamp<int64_t>(2048 / ((last - first) * p.width * sizeof(T)), 1, 16); }
 
-  // Always inlined: gcc takes a function that only prefetches for one without effects, and drops the calls.
+  // Always inlined: gcc thinks that a function that only prefetches has no effects, and drops the calls.
   MINISORA_INLINE static void prefetch(const T* from, int64_t size) {
     for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
   }
@@ -545,7 +545,7 @@ struct Gathered {
   std::vector<float> softmax_, delta_;
 };
 
-// Sums over windows and samples: one partial sum for each chunk of windows and each head, added in order at the end.
+// Sums over windows and samples: one partial sum per chunk of windows and head. The last step adds them in order.
 struct Partial {
   int64_t chunks, parts;
   std::unique_ptr<float[]> gain[2]; // [chunks, heads, width]
@@ -572,7 +572,7 @@ struct Partial {
     return bias ? bias.get() + (task / parts * p_.heads + head) * p_.length * p_.length : nullptr;
   }
 
-  // f(item, first_head, last_head) for every window of every sample of a task, whose sums start at zero.
+  // f(item, first_head, last_head) for every window of every sample of a task. The sums of a task start at zero.
   template <class F>
   void run(int64_t task, F f) {
     const int64_t items = p_.batch * p_.windows, chunk = task / parts, part = task % parts;
@@ -587,10 +587,10 @@ struct Partial {
   const Problem& p_;
 };
 
-// A kernel attends in one head of a gathered window:
+// The interface of a kernel, which attends in one head of a gathered window:
 //   Kernel(p); Kernel::S, kRow, kRows, kTerms                  see Gathered
-//   forward(gathered, window, head)                            to the results and the statistics of the softmax
-//   backward(gathered, window, reader, head, dgain_q, dgain_k, dbias)   to the results, and adds to the sums
+//   forward(gathered, window, head)                            writes the results and the statistics of the softmax
+//   backward(gathered, window, reader, head, dgain_q, dgain_k, dbias)   writes the results, and adds to the sums
 template <class Kernel, class T>
 void forward(const Problem& p, const T* qkv, T* out, float* softmax) {
   const int64_t items = p.batch * p.windows, most = Gathered<typename Kernel::S, T>(p, std::type_identity<Kernel>{}, false).heads;
@@ -601,7 +601,7 @@ void forward(const Problem& p, const T* qkv, T* out, float* softmax) {
     Kernel kernel(p);
     Gathered<typename Kernel::S, T> g(p, std::type_identity<Kernel>{}, false);
     for (int64_t unit = begin; unit < end; ++unit) {
-      // Neighbouring heads lie side by side in qkv; but a head's bias is the more to read again.
+      // Neighbouring heads are side by side in qkv, but each head has a bias of its own to read again.
       const int64_t chunk = p.bias ? unit / items : unit % chunks, item = p.bias ? unit % items : unit / chunks;
       const int64_t b = item / p.windows;
       w.enter(p, item % p.windows);

@@ -1,5 +1,5 @@
-// window_attention in bfloat16 on CPUs that multiply it: the same blocks of transposed scores as in window_attention.cpp. Queries,
-// keys, the weights P and dS are rounded to bfloat16 before they are multiplied, as in the reference; everything else is fp32.
+// window_attention in bfloat16 on CPUs that multiply it, with the blocks of transposed scores of window_attention.cpp. Products
+// round queries, keys, the weights P and dS to bfloat16, as the reference does; everything else is fp32.
 #pragma once
 
 #include "pairs.h"
@@ -13,9 +13,9 @@ struct Pairs {
 
   const Problem& p;
   const pairs::Session session;
-  const int64_t row, depth, columns; // of a token: from one to the next, as terms of a sum, as columns of a result
+  const int64_t row, depth, columns; // of a token: its distance to the next, its terms of a sum, its columns of a result
   std::vector<BFloat16> q_t, d_t, q_pairs, d_pairs, k_pairs, v_pairs; // right factors
-  std::vector<BFloat16> weights, dscores, weight_pairs, scratch; // blocks of P^T and dS^T, P or dS in pairs of keys, room
+  std::vector<BFloat16> weights, dscores, weight_pairs, scratch; // blocks of P^T and dS^T; P or dS in pairs of keys; scratch
   std::vector<float> scores, dweights, edge_bias, o, dk, dv, greatest, total, shrink, delta;
 
   explicit Pairs(const Problem& p)
@@ -62,7 +62,7 @@ struct Pairs {
         total[i] = g.softmax(head, q0 + i)[1];
         delta[i] = g.delta(head, q0 + i);
       }
-      std::fill(greatest.begin() + qn, greatest.begin() + lanes, 0.0f); // what stands beyond the last query stays finite
+      std::fill(greatest.begin() + qn, greatest.begin() + lanes, 0.0f); // lanes past the last query stay finite
       std::fill(total.begin() + qn, total.begin() + lanes, 1.0f);
       std::fill(delta.begin() + qn, delta.begin() + lanes, 0.0f);
       pairs::transpose_pairs(lanes, row / 2, q + q0 * row, row, q_t.data(), 2 * kSide);
@@ -97,19 +97,19 @@ struct Pairs {
   }
 
  private:
-  // What stands against the zeros of a right factor must not be a NaN of an earlier window.
+  // The numbers that meet the zeros of a right factor must not be a NaN of an earlier window.
   void clear_pairs(int64_t kn, int64_t terms, int64_t lanes) {
     for (int64_t j = whole(kn, 2); j < terms; j += 2) std::fill_n(weight_pairs.data() + j * kSide, 2 * lanes, S(0.0f));
   }
 
-  // The bias of a block, [key, query] with rows `row` apart or none, and where its gradient is to be added, or null.
+  // The bias of a block, [key, query] with rows `row` apart, and the place of its gradient. Either may be null.
   struct Bias {
     const float* values;
     int64_t row;
     float* gradient;
   };
 
-  // Whole windows read it, and add to its gradient, as it lies; at an edge a copy is put together.
+  // Whole windows read it, and add to its gradient, in place. A window at an edge needs a copy.
   Bias bias_of(const Window& w, int64_t head, int64_t k0, int64_t kn, int64_t q0, int64_t qn, float* dbias) {
     if (!p.bias) return {nullptr, 0, nullptr};
     const int64_t at = k0 * p.length + q0;
@@ -124,7 +124,7 @@ struct Pairs {
     return bias.values ? at::vec::fmadd(product, scale, Vec::loadu(bias.values + key * bias.row + query)) : product * scale;
   }
 
-  // Two keys' numbers of 16 queries, rounded, as pairs of terms.
+  // The rounded numbers of two keys and 16 queries, as pairs of terms.
   static void put_pairs(BFloat16* to, Vec even, Vec odd) {
     alignas(64) static constexpr auto index = [] {
       std::array<uint16_t, 32> lanes{};
@@ -134,8 +134,8 @@ struct Pairs {
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(index.data()), narrow(even, odd)));
   }
 
-  // One step of the online softmax; the weights exp(score - greatest so far) go to weight_pairs, `shrink` is what earlier sums are
-  // worth now.
+  // One step of the online softmax. The weights exp(score - greatest so far) go to weight_pairs; `shrink` is the new factor of
+  // earlier sums.
   void softmax(int64_t kn, int64_t lanes, const Bias& bias) {
     for (int64_t i = 0; i < lanes; i += V) {
       const Vec before = Vec::loadu(greatest.data() + i);
@@ -146,7 +146,7 @@ struct Pairs {
         top = at::vec::clamp_min(value, top);
       }
       const auto weigh = [&](int64_t j) { return exp(Vec::loadu(scores.data() + j * kSide + i) - top); };
-      Vec sum_even(0.0f), sum_odd(0.0f); // two sums lose less than one
+      Vec sum_even(0.0f), sum_odd(0.0f); // two sums lose fewer digits than one
       for (int64_t j = 0; j < kn; j += 2) {
         const Vec even = weigh(j), odd = j + 1 < kn ? weigh(j + 1) : Vec(0.0f);
         put_pairs(weight_pairs.data() + j * kSide + 2 * i, even, odd);
@@ -160,8 +160,8 @@ struct Pairs {
     }
   }
 
-  // P^T and dS^T of a block, from scores and dP^T: rounded, a row a key, as left factors, and dS^T as pairs; and, if it is to be
-  // kept, dS^T in fp32 in place of dP^T. delta = rowsum(P * dP) is taken here where all keys are in the block, else it is given.
+  // P^T and dS^T of a block, from scores and dP^T: rounded, with a row per key, as left factors, and dS^T as pairs. If the caller
+  // asks for it, dS^T in fp32 replaces dP^T. Where all keys are in the block, delta = rowsum(P * dP) is computed here.
   void softmax_backward(int64_t kn, int64_t lanes, const Bias& bias, bool keep) {
     for (int64_t i = 0; i < lanes; i += V) {
       const Vec top = Vec::loadu(greatest.data() + i), inverse = Vec(1.0f) / Vec::loadu(total.data() + i), by(p.scale);

@@ -525,7 +525,7 @@ struct Launch {
   template <class... Parameters, class... Arguments>
   void operator()(const Tensor& on, void (*kernel)(Parameters...), const Arguments&... arguments) const {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
     cudaLaunchConfig_t config = {};
     // The kernels loop over their tasks: any number of blocks gives the same result.
     config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max())), 1, 1);

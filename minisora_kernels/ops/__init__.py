@@ -1,1 +1,1 @@
-"""One file an op: equation, reference, schema and fake, autograd, backend table, public function."""
+"""One file per op: equation, reference, schema, shape function, autograd, backend table, public function."""

@@ -1,12 +1,12 @@
-"""Adaptive layer norm: normalise each token, then scale and shift it by rows computed from the condition.
+"""Adaptive layer norm: normalise each token, then scale and shift it by rows that depend on the condition.
 
     h = norm(x)                      over D; "layer": (x - mean) / sqrt(var + eps), "rms": x / sqrt(mean(x^2) + eps)
-    a = h * weight + bias            only if an affine weight (and bias) is given
-    y = a * (1 + scale) + shift      row of token n: n // (N / R)
+    a = h * weight + bias            only with an affine weight (and bias)
+    y = a * (1 + scale) + shift      token n reads row n // (N / R)
 
-Source: Peebles & Xie 2022 (arXiv 2212.09748), adaLN-Zero; the affine form is CogVideoX's (arXiv 2408.06072).
+Source: Peebles & Xie 2022 (arXiv 2212.09748), adaLN-Zero; CogVideoX has the affine form (arXiv 2408.06072).
 
-Backward, with rstd = 1 / sqrt(var + eps), sums in fp32 over the tokens of a row, in a fixed order:
+Backward. rstd is 1 / sqrt(var + eps). Sums are fp32; they run over the tokens of a row in a fixed order.
 
     dshift = sum dy                  dscale = sum dy * a            da = dy * (1 + scale)
     dweight = sum da * h             dbias = sum da                 dh = da * weight
@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import compute_dtype, kernel_refusal
-from ..modulation import affine, check_norm, check_tokens, rows, spread, triton_refusal
+from ..checks import architecture_refusal, compute_dtype, kernel_refusal
+from ..modulation import affine, broadcast, check_norm, check_tokens, rows, triton_refusal
 
 
 def reference(
@@ -38,7 +38,7 @@ def reference(
     norm: str = "layer",
     eps: float = 1e-6,
 ) -> Tensor:
-    """The equation in plain PyTorch. ``shift``, ``scale``: ``[B, R, D]``."""
+    """The equation in plain PyTorch. ``shift`` and ``scale`` are ``[B, R, D]``."""
     out_dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         cast = [None if p is None else p.to(x.dtype) for p in (weight, bias)]
@@ -46,9 +46,9 @@ def reference(
             h = F.layer_norm(x, x.shape[-1:], cast[0], cast[1], eps)
         else:
             h = F.rms_norm(x, x.shape[-1:], cast[0], eps)
-        h, gain = spread(h, 1 + scale)
+        h, gain = broadcast(h, 1 + scale)
         y = h * gain
-        y, offset = spread(y.flatten(1, 2), shift)
+        y, offset = broadcast(y.flatten(1, 2), shift)
         return (y + offset).flatten(1, 2).to(out_dtype)
 
 
@@ -113,11 +113,15 @@ def _kernels(x, shift, scale, weight, bias):
     return kernel_refusal(x=x, shift=shift, scale=scale, weight=weight, bias=bias)
 
 
+def _cuda(x, *rest):
+    return _kernels(x, *rest) or architecture_refusal(x.device.index)
+
+
 def _triton(x, shift, scale, weight, bias):
     return triton_refusal(x, shift=shift, scale=scale, weight=weight, bias=bias)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "cuda": _kernels, "triton": _triton}
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "cuda": _cuda, "triton": _triton}
 
 
 def adaln(
@@ -131,26 +135,39 @@ def adaln(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
-    """``norm(x) * [weight] + [bias]``, then ``* (1 + scale) + shift``. Differentiable in every tensor.
+    """Adaptive layer norm: ``y = (norm(x) * weight + bias) * (1 + scale) + shift``.
+
+    Every tensor is differentiable. The kernels compute statistics, ``1 + scale`` and sums in fp32 and round the result
+    once; the reference rounds as eager PyTorch does.
+
+    Source: Peebles & Xie 2022 (arXiv 2212.09748).
 
     Args:
-        x: tokens ``[B, N, D]``, any D (Triton: up to 12288); float16, bfloat16, float32 (float64: reference only).
-        shift, scale: ``[B, D]`` per sample, or ``[B, R, D]`` with R dividing N: ``R = T`` per frame, ``R = N`` per
-            token. Views with strides (chunks of a ``[B, 6D]`` projection) are read in place. Their dtype may differ
-            from x's.
-        weight, bias: affine parameters ``[D]`` of the norm; ``bias`` only with ``norm="layer"``.
+        x: Tokens ``[B, N, D]``, any D (Triton: up to 12288); float16, bfloat16, float32, or
+            float64 on the reference.
+        shift: Offset after the norm: ``[B, D]`` has one row per sample; ``[B, R, D]`` has R rows, where R divides N:
+            ``R = T`` is one row per frame, ``R = N`` one per token. Strided views are read in place. The dtype may
+            differ from x's.
+        scale: Factor after the norm, less 1; the same shapes as ``shift``, with an R of its own.
+        weight: Affine weight ``[D]`` of the norm.
+        bias: Affine bias ``[D]`` of the norm; only with ``norm="layer"``.
         norm: ``"layer"`` or ``"rms"``.
-        eps: added to the variance (or mean square).
-        backend: ``None`` chooses; a name runs that backend or raises.
+        eps: Constant added to the variance, or to the mean square of ``"rms"``.
+        backend: Backend to run, or None for the automatic choice.
 
     Returns:
-        ``[B, N, D]`` in x's dtype; inside autocast in autocast's dtype. On the kernels statistics,
-        ``1 + scale`` and sums are fp32 and the result is rounded once; the reference rounds as eager PyTorch does.
+        ``[B, N, D]`` in x's dtype; inside autocast in autocast's dtype.
 
     Raises:
-        ValueError: a shape, device or option that does not fit, or a backend that refuses the call.
-        TypeError: an argument that is not a floating-point tensor.
-        RuntimeError: an explicitly chosen backend that is not there.
+        ValueError: A shape, device or option does not fit, or the chosen backend refuses the call.
+        TypeError: An argument is not a floating-point tensor.
+        RuntimeError: The chosen backend is not available.
+
+    Examples:
+        >>> x, c = torch.randn(2, 12, 64), torch.randn(2, 128)
+        >>> shift, scale = c.chunk(2, dim=-1)
+        >>> adaln(x, shift, scale).shape
+        torch.Size([2, 12, 64])
     """
     check_tokens("adaln", "x", x)
     check_norm("adaln", norm, bias)

@@ -1,10 +1,10 @@
-"""Gated residual: add a branch to the tokens, each channel weighted by a gate computed from the condition.
+"""Gated residual: add a branch to the tokens; a gate that depends on the condition weights each channel.
 
-    y = x + gate * branch            row of token n: n // (N / R)
+    y = x + gate * branch            token n reads row n // (N / R)
 
 Source: Peebles & Xie 2022 (arXiv 2212.09748), the alpha of adaLN-Zero.
 
-Backward, the sum in fp32 over the tokens of a row, in a fixed order:
+Backward. The sum is fp32; it runs over the tokens of a row in a fixed order.
 
     dx = dy                          dbranch = gate * dy            dgate = sum dy * branch
 """
@@ -20,13 +20,13 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..backends import define, kernels, register_fake
 from ..checks import kernel_refusal
-from ..modulation import check_tokens, rows, spread, triton_refusal
+from ..modulation import broadcast, check_tokens, rows, triton_refusal
 
 
 def reference(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """The equation in plain PyTorch. ``gate``: ``[B, R, D]``."""
-    spread_branch, gain = spread(branch, gate)
-    return (x + (gain * spread_branch).flatten(1, 2)).to(x.dtype)
+    """The equation in plain PyTorch. ``gate`` is ``[B, R, D]``."""
+    branch_rows, gain = broadcast(branch, gate)
+    return (x + (gain * branch_rows).flatten(1, 2)).to(x.dtype)
 
 
 define("gate_residual_fwd(Tensor x, Tensor branch, Tensor gate) -> Tensor")
@@ -71,19 +71,32 @@ BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "trit
 
 
 def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
-    """``x + gate * branch``. Differentiable in every tensor.
+    """Gated residual: ``y = x + gate * branch``.
+
+    Every tensor is differentiable. The kernels compute in fp32 and round once.
+
+    Source: Peebles & Xie 2022 (arXiv 2212.09748).
 
     Args:
-        x, branch: tokens ``[B, N, D]``, any D (Triton: up to 12288); float16, bfloat16, float32 (float64: reference
-            only); dtypes may differ.
-        gate: ``[B, D]`` per sample, or ``[B, R, D]`` with R dividing N; strided views are read in place.
-        backend: ``None`` chooses; a name runs that backend or raises.
+        x: Tokens ``[B, N, D]``, any D (Triton: up to 12288); float16, bfloat16, float32, or
+            float64 on the reference.
+        branch: Output of the branch, ``[B, N, D]``; the dtype may differ from x's.
+        gate: ``[B, D]`` has one row per sample; ``[B, R, D]`` has R rows, where R divides N. Strided views are read in
+            place. The dtype may differ from x's.
+        backend: Backend to run, or None for the automatic choice.
 
     Returns:
-        ``[B, N, D]`` in x's dtype; on the kernels computed in fp32 and rounded once.
+        ``[B, N, D]`` in x's dtype.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.
+        ValueError: A shape or device does not fit, or the chosen backend refuses the call.
+        TypeError: An argument is not a floating-point tensor.
+        RuntimeError: The chosen backend is not available.
+
+    Examples:
+        >>> x, branch, gate = torch.ones(1, 4, 8), torch.ones(1, 4, 8), torch.full((1, 8), 0.5)
+        >>> gate_residual(x, branch, gate)[0, 0, 0]
+        tensor(1.5000)
     """
     check_tokens("gate_residual", "x", x)
     check_tokens("gate_residual", "branch", branch, like=x)

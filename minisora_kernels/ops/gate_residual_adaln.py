@@ -1,15 +1,15 @@
-"""Gated residual and the adaptive layer norm that reads it, in one pass: what joins two branches of a DiT block.
+"""Gated residual, then adaptive layer norm, in one pass: what joins two branches of a DiT block.
 
     x' = x + gate * branch
     y  = adaln(x', shift, scale)     rows, norms and affine weights as in ops/adaln.py
 
-x' is rounded to x's dtype before it is normalised, as the unfused pair of ops does.
+x' is rounded to x's dtype before the norm reads it, as the two separate ops do.
 
-Backward: with g = dx' + (dx of adaln at x', dy),
+Backward. g is dx' plus the dx of adaln at (x', dy).
 
     dx = g                           dbranch = gate * g             dgate = sum g * branch
 
-and dshift, dscale, dweight, dbias as in ops/adaln.py.
+dshift, dscale, dweight and dbias follow as in ops/adaln.py.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def reference(
     norm: str = "layer",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """The two references in a row. ``gate``, ``shift``, ``scale``: ``[B, R, D]``."""
+    """The two references, one after the other. ``gate``, ``shift`` and ``scale`` are ``[B, R, D]``."""
     residual = gate_residual.reference(x, branch, gate)
     y = adaln.reference(residual, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
     return residual, y.to(output_dtype(x, branch))
 
 
 def output_dtype(x: Tensor, branch: Tensor) -> torch.dtype:
-    """y feeds the next branch: autocast's dtype inside autocast, else the branch's."""
+    """The dtype of y, which the next branch reads: autocast's inside autocast, else the branch's."""
     in_autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     return compute_dtype(x) if in_autocast else branch.dtype
 
@@ -129,20 +129,41 @@ def gate_residual_adaln(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``x' = x + gate * branch`` and ``y = adaln(x', shift, scale)``. Differentiable in every tensor.
+    """Gated residual and the norm that reads it: ``x' = x + gate * branch``, ``y = adaln(x', shift, scale)``.
+
+    Every tensor is differentiable. x' is rounded to x's dtype before the norm reads it.
+
+    Source: Peebles & Xie 2022 (arXiv 2212.09748).
 
     Args:
-        x, branch: tokens ``[B, N, D]``, any D (Triton: up to 12288); float16, bfloat16, float32 (float64: reference
-            only); dtypes may differ (an fp32 residual stream under bf16 branches).
-        gate, shift, scale: ``[B, D]`` per sample, or ``[B, R, D]`` with R dividing N, each with its own R; strided
-            views are read in place.
-        weight, bias, norm, eps, backend: as for :func:`minisora_kernels.adaln`.
+        x: Tokens ``[B, N, D]``, any D (Triton: up to 12288); float16, bfloat16, float32, or
+            float64 on the reference.
+        branch: Output of the branch, ``[B, N, D]``. The dtype may differ from x's: an fp32 residual stream under bf16
+            branches.
+        gate: Factor of the branch: ``[B, D]`` has one row per sample; ``[B, R, D]`` has R rows, where R divides N.
+            Strided views are read in place.
+        shift: Offset after the norm; the same shapes, with an R of its own.
+        scale: Factor after the norm, less 1; the same shapes, with an R of its own.
+        weight: Affine weight ``[D]`` of the norm.
+        bias: Affine bias ``[D]`` of the norm; only with ``norm="layer"``.
+        norm: ``"layer"`` or ``"rms"``.
+        eps: Constant added to the variance, or to the mean square of ``"rms"``.
+        backend: Backend to run, or None for the automatic choice.
 
     Returns:
-        ``(x', y)``, both ``[B, N, D]``: x' in x's dtype, y in the branch's; inside autocast y has autocast's dtype.
+        ``(x', y)``, both ``[B, N, D]``. x' has x's dtype; y has the branch's, or autocast's inside autocast.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.
+        ValueError: A shape, device or option does not fit, or the chosen backend refuses the call.
+        TypeError: An argument is not a floating-point tensor.
+        RuntimeError: The chosen backend is not available.
+
+    Examples:
+        >>> x, branch = torch.randn(2, 12, 64), torch.randn(2, 12, 64)
+        >>> gate, shift, scale = torch.randn(2, 3 * 64).chunk(3, dim=-1)
+        >>> x, y = gate_residual_adaln(x, branch, gate, shift, scale)
+        >>> y.shape
+        torch.Size([2, 12, 64])
     """
     op = "gate_residual_adaln"
     check_tokens(op, "x", x)

@@ -1,15 +1,16 @@
-"""The MLP of a DiT block: Linear, tanh-GELU, Linear, keeping the pre-activation only.
+"""The MLP of a DiT block: Linear, GELU in its tanh form, Linear. It saves the pre-activation only.
 
     h = x w1^T + b1
     a = gelu(h) = h / 2 * (1 + tanh(sqrt(2 / pi) * (h + 0.044715 h^3)))
     y = a w2^T + b2
 
-Backward recomputes a from h in the pass that makes dh, so neither a nor gelu'(h) is kept:
+The backward computes a from h again, in the pass that computes dh. So it needs neither a nor gelu'(h):
 
     da = dy w2          dh = da * gelu'(h)          dw2 = dy^T a       db2 = sum dy
     dx = dh w1          dw1 = dh^T x                db1 = sum dh
 
-Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415), the tanh form.
+Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415). The exact form, ``approximate="none"``, has no kernel: plain PyTorch
+serves it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from ..backends import define, kernels, register_fake
 from ..checks import check_tensor, compute_dtype, kernel_refusal
 
 
-def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+def reference(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, approximate: str = "tanh"
+) -> Tensor:
     """The equation in plain PyTorch."""
-    return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
+    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
 
 
 define("gelu_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool keep) -> (Tensor y, Tensor h)")
@@ -71,34 +74,63 @@ class _GeluMLP(torch.autograd.Function):
         )
 
 
-def _kernels(x):
-    return kernel_refusal(x=x)
+def _kernels(x, *_):
+    return kernel_refusal(x=x)  # the others have its dtype
+
+
+def _exact(*_):
+    return "approximate is 'none'; the kernels compute GELU's 'tanh' form"
 
 
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
+EXACT: backends.Table = {"reference": lambda *_: None, "cpu": _exact, "triton": _exact}
 
 
 def gelu_mlp(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, backend: str | None = None
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: str = "tanh",
+    backend: str | None = None,
 ) -> Tensor:
-    """Linear, tanh-GELU, Linear. Differentiable in every tensor.
+    """The MLP of a block: ``y = gelu(x w1^T + b1) w2^T + b2``. It saves the pre-activation only.
+
+    Every tensor is differentiable. Torch computes the matrix products on every backend; the kernels compute what lies
+    between them, forward and backward. On a CPU a chunk of tokens goes through both products at a time, so the
+    activation stays in the caches. The kernels give the same bits for any number of threads. Torch's products repeat
+    for the same number of threads.
+
+    Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415).
 
     Args:
-        x: ``[..., D]``; float16, bfloat16, float32 (float64: reference only).
-        w1, b1: ``[hidden, D]``, ``[hidden]`` or None, as nn.Linear keeps them.
-        w2, b2: ``[D_out, hidden]``, ``[D_out]`` or None.
-        backend: ``None`` chooses; a name runs that backend or raises.
+        x: ``[..., D]``; float16, bfloat16, float32, or float64 on the reference.
+        w1: First weight, ``[hidden, D]``, as nn.Linear stores it.
+        b1: First bias, ``[hidden]``, or None.
+        w2: Second weight, ``[D_out, hidden]``.
+        b2: Second bias, ``[D_out]``, or None.
+        approximate: Form of GELU, in torch's words: ``"tanh"``, or ``"none"`` for the exact form, which the reference
+            serves.
+        backend: Backend to run, or None for the automatic choice.
 
     Returns:
-        ``[..., D_out]`` in x's dtype; inside autocast in autocast's dtype. The matrix products are torch's on every
-        backend; the kernels are what lies between them, forward and backward. On a CPU a chunk of tokens goes through
-        both products at a time, so that the activation never leaves the caches. The kernels' bits do not depend on the
-        number of threads; torch's products and sums repeat with the same number of threads.
+        ``[..., D_out]`` in x's dtype; inside autocast in autocast's dtype.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.
+        ValueError: A shape, device or option does not fit, or the chosen backend refuses the call.
+        TypeError: An argument is not a floating-point tensor.
+        RuntimeError: The chosen backend is not available.
+
+    Examples:
+        >>> fc1, fc2 = torch.nn.Linear(64, 256), torch.nn.Linear(256, 64)
+        >>> gelu_mlp(torch.randn(2, 12, 64), fc1.weight, fc1.bias, fc2.weight, fc2.bias).shape
+        torch.Size([2, 12, 64])
     """
     op = "gelu_mlp"
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"{op}: approximate is {approximate!r}; it may be 'none' or 'tanh'")
     check_tensor(op, "x", x)
     for name, tensor in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
         if tensor is not None or name in ("w1", "w2"):
@@ -117,8 +149,9 @@ def gelu_mlp(
     dtype = compute_dtype(x)
     x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
     b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
-    chosen = backends.choose(op, BACKENDS, x.device, backend, x)
+    table = BACKENDS if approximate == "tanh" else EXACT
+    chosen = backends.choose(op, table, x.device, backend, x, w1, b1, w2, b2)
     if chosen == "reference":
-        return reference(x, w1, b1, w2, b2)
+        return reference(x, w1, b1, w2, b2, approximate=approximate)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2))
     return backends.apply(_GeluMLP, x, w1, b1, w2, b2, keep, chosen)

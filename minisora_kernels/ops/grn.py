@@ -1,22 +1,22 @@
-"""Global response normalisation: channels that respond more than the mean channel of their frame grow, others shrink.
+"""Global response normalisation: a channel that is stronger than the mean channel of its frame grows, others shrink.
 
-    a = x, or gelu(x) = x * Phi(x)             Phi: the normal distribution, "exact" GELU
-    G = sqrt(sum a^2)                          over the N sites of a frame, for every channel
+    a = x, or gelu(x) = x * Phi(x)             Phi: the normal distribution; the exact form of GELU
+    G = sqrt(sum a^2)                          per channel, over the N sites of a frame
     s = G / (mean(G) + eps)                    mean over the C channels of the frame
     y = a * (1 + weight * s) + bias            = weight * (a * s) + bias + a
 
-Source: Woo et al. 2023 (arXiv 2301.00808), ConvNeXt V2; with the GELU before it in the ResBlock of StableCascade
+Source: Woo et al. 2023 (arXiv 2301.00808), ConvNeXt V2. The ResBlock of StableCascade has the GELU before it
 (Pernias et al. 2023, arXiv 2306.00637).
 
-Backward. G couples the sites and its mean couples the channels. With sums over the sites P = sum dy * a, and
-r = 1 / (mean(G) + eps), the gradient of s is weight * P, and s_c depends on G_c by r and on every G by the mean:
+Backward. G couples the sites, and its mean couples the channels. P = sum dy * a runs over the sites, and
+r = 1 / (mean(G) + eps). The gradient of s is weight * P. s_c depends on G_c through r, and on every G through the mean:
 
     dbias = sum dy                   dweight = sum over frames s * P
     dG = r * (weight * P - mean(weight * P * s))         mean over C
     da = dy * (1 + weight * s) + a * dG / G              the second term is 0 where G is 0
     dx = da, or da * gelu'(x)                            gelu'(x) = Phi(x) + x * phi(x), phi: the density
 
-So it needs x and G only: a is computed again, in the pass that reads x.
+So the backward needs x and G only. The pass that reads x computes a again.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from ..modulation import check_tokens
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False, eps: float = 1e-6) -> Tensor:
-    """The equation in plain PyTorch. ``x``: frames ``[F, N, C]``."""
+    """The equation in plain PyTorch. ``x`` is frames ``[F, N, C]``."""
     out_dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         a = F.gelu(x) if gelu else x
         statistic = torch.promote_types(x.dtype, torch.float32)
-        # vector_norm is slower; the bound keeps the derivative of the root finite where a channel is 0 throughout
+        # vector_norm is slower. The bound keeps the derivative of the root finite where a whole channel is 0.
         norms = a.to(statistic).square().sum(1, keepdim=True).clamp_min(torch.finfo(statistic).tiny).sqrt()
         gain = 1 + weight.to(statistic) * (norms / (norms.mean(-1, keepdim=True) + eps))
         return torch.addcmul(bias.to(x.dtype), a, gain.to(x.dtype)).to(out_dtype)
@@ -100,24 +100,36 @@ def grn(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
-    """``a * (1 + weight * s) + bias`` with ``s = G / (mean(G) + eps)``, G the norms of a's channels over the sites of
-    a frame, and ``a`` x or its GELU. Differentiable in every tensor.
+    """Global response normalisation: ``y = a * (1 + weight * s) + bias`` with ``s = G / (mean(G) + eps)``.
+
+    ``a`` is x or its GELU. ``G`` has one norm per channel, over the sites of a frame. Every tensor is differentiable;
+    the op saves x and G. The kernels compute in fp32 and round once; the reference rounds as eager PyTorch does.
+
+    Source: Woo et al. 2023 (arXiv 2301.00808).
 
     Args:
-        x: tokens ``[B, N, C]``, channels last; float16, bfloat16, float32 (float64: reference only).
-        weight, bias: ``[C]``; their dtype may differ from x's.
-        groups: the N tokens are this many groups of neighbours, each normalised by itself: T for the T frames of a
-            video. Must divide N.
-        activation: ``"gelu"`` applies the exact GELU to x first, in the same passes; ``None`` does not.
-        eps: added to the mean norm of a frame.
-        backend: ``None`` chooses; a name runs that backend or raises.
+        x: Tokens ``[B, N, C]``, channels last; float16, bfloat16, float32, or float64 on the reference.
+        weight: ``[C]``; the dtype may differ from x's.
+        bias: ``[C]``; the dtype may differ from x's.
+        groups: Number of frames; the N tokens are this many runs of neighbours, and each is normalised by itself. It
+            must divide N.
+        activation: ``"gelu"`` applies GELU first, in the same passes, in its exact form (torch's
+            ``approximate="none"``); None applies nothing.
+        eps: Constant added to the mean norm of a frame.
+        backend: Backend to run, or None for the automatic choice.
 
     Returns:
-        ``[B, N, C]`` in x's dtype; inside autocast in autocast's dtype. On the kernels everything is fp32 and the
-        result is rounded once; the reference rounds as eager PyTorch does. For the backward x and G are kept.
+        ``[B, N, C]`` in x's dtype; inside autocast in autocast's dtype.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.
+        ValueError: A shape, device or option does not fit, or the chosen backend refuses the call.
+        TypeError: An argument is not a floating-point tensor.
+        RuntimeError: The chosen backend is not available.
+
+    Examples:
+        >>> x = torch.randn(1, 4 * 9, 16)  # 4 frames of 3 x 3 sites
+        >>> grn(x, torch.ones(16), torch.zeros(16), groups=4, activation="gelu").shape
+        torch.Size([1, 36, 16])
     """
     check_tokens("grn", "x", x)
     batch, tokens, width = x.shape
@@ -126,7 +138,7 @@ def grn(
         if tuple(parameter.shape) != (width,):
             raise ValueError(f"grn: {name} has shape {tuple(parameter.shape)}; it must be [C] with C = {width}")
     if not eps > 0:
-        raise ValueError(f"grn: eps is {eps}; it must be positive, or a frame of zeros is divided by 0")
+        raise ValueError(f"grn: eps is {eps}; it must be positive, because a frame may be all zeros")
     if activation not in (None, "gelu"):
         raise ValueError(f"grn: activation is {activation!r}; it may be None or 'gelu'")
     if groups < 1 or tokens % groups:

@@ -1,12 +1,12 @@
-"""3-D patch embedding: a convolution whose kernel is its stride, as a gather and one matrix product.
+"""3-D patch embedding: a convolution with kernel = stride, as a gather and one matrix product.
 
     y[b, n, :] = weight.flatten(1) @ x[b, :, t*pt:(t+1)*pt, h*ph:(h+1)*ph, w*pw:(w+1)*pw].flatten() + bias + pos[n]
 
-with n = (t, h, w), time-major. Backward; a patch overlaps no other, so every element of dx is one patch's:
+with n = (t, h, w), time-major. Backward; patches do not overlap, so each element of dx belongs to one patch:
 
     dweight = sum over b, n of dy[b, n]^T patch[b, n]       dbias = sum over b, n of dy[b, n]
     dpos[n] = sum over b of dy[b, n]
-    dx = the patches dy @ weight.flatten(1), put back
+    dx = the patches dy @ weight.flatten(1), each in its place
 
 Source: Dosovitskiy et al. 2020 (arXiv 2010.11929); 3-D: Arnab et al. 2021 (arXiv 2103.15691).
 """
@@ -40,16 +40,16 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None
     return y if pos is None else y + pos.to(y.dtype)
 
 
-# The longest patch (elements) whose products are the kernel's; longer ones are gathered and multiplied by torch,
-# which blocks large products better. Up to here the kernel keeps pace, stores no patches, and its bits never depend on
-# the number of threads (bench/bench_patch_embed.py times both sides).
+# The longest patch, in elements, that the kernel multiplies. Torch multiplies longer ones, after a gather: it blocks
+# large products better. Up to this length the kernel keeps pace, stores no patches, and its bits do not depend on the
+# number of threads (bench/bench_patch_embed.py times both).
 LONGEST_PATCH = 64
-# Forward alone the kernel keeps ahead for longer where the CPU multiplies bfloat16: it stores no patches, and bias and
-# positions come with the product.
+# Where the CPU multiplies bfloat16, the forward alone stays ahead for longer: it stores no patches and adds bias and
+# positions to the product.
 LONGEST_BF16_FORWARD = 128 if backends.cpu_capability() in ("AVX512_BF16", "AMX") else LONGEST_PATCH
 
-# Without AVX-512 torch multiplies 16-bit matrices far more slowly than float32 ones. There the kernel, which converts
-# them and multiplies in float32, takes patches of any length.
+# Without AVX-512 torch multiplies 16-bit matrices far more slowly than float32 ones. The kernel converts them and
+# multiplies in float32, so it takes patches of any length there.
 TORCH_IS_SLOW_IN_16_BIT = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 define("patch_embed_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? pos) -> Tensor")
@@ -110,7 +110,7 @@ class _PatchEmbed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any):
         x, weight = ctx.saved_tensors
         need_x, _, need_bias, need_pos = ctx.needs_input_grad[:4]
-        # The gradient of the positions of one sample is the gradient itself, which need not be copied.
+        # With one sample, the gradient of the positions is dy itself: no copy.
         summed = need_pos and len(x) != 1
         dx, dweight, dbias, dpos = kernels(ctx.backend).patch_embed_bwd(
             gradients[0].contiguous(),
@@ -125,7 +125,7 @@ class _PatchEmbed(torch.autograd.Function):
 
 
 class _LongPatchEmbed(torch.autograd.Function):
-    """The same with torch's matrix products on gathered patches; the patches are gathered again, not kept."""
+    """The same with torch's matrix products on gathered patches. The backward gathers the patches again."""
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, pos, backend):
@@ -207,32 +207,45 @@ def _check(x, weight, bias, pos) -> tuple[Tensor, Tensor, Tensor | None]:
 def patch_embed(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, pos: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
-    """Conv3d (or Conv2d) with kernel = stride, plus bias and position embedding. Differentiable in every tensor.
+    """Patch embedding: Conv3d or Conv2d with kernel = stride, plus bias and position embedding.
+
+    ``y[b, n] = weight.flatten(1) @ patch[b, n].flatten() + bias + pos[n]``
+
+    Every tensor is differentiable. On the kernels sums are fp32. Where the CPU multiplies bfloat16 (AVX512_BF16, AMX),
+    they multiply bfloat16 inputs as they are, as torch does. The kernel gives the same bits for any number of threads.
+    Torch multiplies some long patches (more than ``LONGEST_PATCH`` elements); its products repeat for the same number
+    of threads.
+
+    Source: Dosovitskiy et al. 2020 (arXiv 2010.11929); 3-D: Arnab et al. 2021 (arXiv 2103.15691).
 
     Args:
-        x: ``[B, C, T, H, W]``, or ``[B, C, H, W]`` with a Conv2d weight; float16, bfloat16, float32 (float64: reference
-            only). A 5-D x with a Conv2d weight is embedded frame by frame.
-        weight: ``[D, C, pt, ph, pw]`` or ``[D, C, ph, pw]``, as nn.Conv3d and nn.Conv2d keep it.
-        bias: ``[D]``.
-        pos: position embedding ``[N, D]`` or ``[1, N, D]``, added in the same pass.
-        backend: ``None`` chooses; a name runs that backend or raises.
+        x: Video ``[B, C, T, H, W]``, or images ``[B, C, H, W]`` with a Conv2d weight; float16, bfloat16, float32, or
+            float64 on the reference. A Conv2d weight embeds a video frame by frame.
+        weight: ``[D, C, pt, ph, pw]`` or ``[D, C, ph, pw]``, as nn.Conv3d and nn.Conv2d store it.
+        bias: ``[D]``, or None.
+        pos: Position embedding ``[N, D]`` or ``[1, N, D]``, added in the same pass, or None.
+        backend: Backend to run, or None for the automatic choice.
 
     Returns:
-        tokens ``[B, N, D]``, contiguous, time-major, in x's dtype; inside autocast in autocast's dtype.
-        On the kernels sums are fp32: where the CPU multiplies bfloat16 (AVX512_BF16, AMX), products of bfloat16
-        inputs are taken as they are and summed in fp32, as torch does.
-        The kernel's bits do not depend on the number of threads. The products of some long patches (more than
-        ``LONGEST_PATCH`` elements) are torch's and repeat with the same number of threads.
+        Tokens ``[B, N, D]``, contiguous, time-major, in x's dtype; inside autocast in autocast's dtype.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`; a size that the patch does not
-            divide.
+        ValueError: A shape or device does not fit, the patch does not divide the size of x, or the chosen backend
+            refuses the call.
+        TypeError: An argument is not a floating-point tensor.
+        RuntimeError: The chosen backend is not available.
+
+    Examples:
+        >>> conv = torch.nn.Conv3d(4, 64, kernel_size=(1, 2, 2), stride=(1, 2, 2))
+        >>> patch_embed(torch.randn(2, 4, 3, 8, 8), conv.weight, conv.bias).shape
+        torch.Size([2, 48, 64])
     """
     x, weight, pos = _check(x, weight, bias, pos)
     dtype = compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    chosen = backends.choose("patch_embed", BACKENDS, x.device, backend, x, weight, bias, pos)
+    detail = "short" if weight[0].numel() <= LONGEST_PATCH else "long"
+    chosen = backends.choose("patch_embed", BACKENDS, x.device, backend, x, weight, bias, pos, detail=detail)
     if chosen == "reference":
         return reference(x, weight, bias, pos)
     weight = weight.contiguous()

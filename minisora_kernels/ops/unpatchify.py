@@ -2,7 +2,7 @@
 
     video[b, c, t*pt + i, h*ph + j, w*pw + k] = tokens[b, (t, h, w), ((i * ph + j) * pw + k) * C + c]
 
-Source: Peebles & Xie 2022 (arXiv 2212.09748). The backward is the same map read the other way.
+Source: Peebles & Xie 2022 (arXiv 2212.09748). The backward is the inverse map.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..modulation import check_tokens
 
 
 def reference(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int) -> Tensor:
-    """The map in plain PyTorch; ``grid`` and ``patch`` are triples."""
+    """The map in plain PyTorch. ``grid`` and ``patch`` are triples."""
     x = tokens.reshape(tokens.shape[0], *grid, *patch, channels)
     x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
     return x.reshape(tokens.shape[0], channels, *(n * p for n, p in zip(grid, patch, strict=True))).contiguous()
@@ -68,21 +68,31 @@ BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "trit
 def unpatchify(
     tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int, *, backend: str | None = None
 ) -> Tensor:
-    """``[B, N, pt*ph*pw*C]`` to ``[B, C, T, H, W]``. Differentiable.
+    """Tokens back to a video: ``[B, N, pt*ph*pw*C]`` to ``[B, C, T, H, W]``. Differentiable.
+
+    ``video[b, c, t*pt + i, h*ph + j, w*pw + k] = tokens[b, (t, h, w), ((i * ph + j) * pw + k) * C + c]``
+
+    Source: Peebles & Xie 2022 (arXiv 2212.09748).
 
     Args:
-        tokens: ``[B, N, pt*ph*pw*C]``, channels last inside a patch; float16, bfloat16, float32 (float64: reference
-            only).
-        grid: tokens per axis ``(T', H', W')``; ``(H', W')`` for images.
-        patch: ``(pt, ph, pw)``; ``(ph, pw)`` for images.
-        channels: C.
-        backend: ``None`` chooses; a name runs that backend or raises.
+        tokens: ``[B, N, pt*ph*pw*C]``, channels last inside a patch; float16, bfloat16, float32, or float64 on the
+            reference.
+        grid: Tokens per axis, ``(T', H', W')``; ``(H', W')`` for images.
+        patch: Pixels of a patch per axis, ``(pt, ph, pw)``; ``(ph, pw)`` for images.
+        channels: Channels C of the video.
+        backend: Backend to run, or None for the automatic choice.
 
     Returns:
-        ``[B, C, T'*pt, H'*ph, W'*pw]``, contiguous, of the tokens' dtype; ``[B, C, H, W]`` for images.
+        ``[B, C, T'*pt, H'*ph, W'*pw]``, contiguous, in the dtype of the tokens; ``[B, C, H, W]`` for images.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.
+        ValueError: A shape or option does not fit, or the chosen backend refuses the call.
+        TypeError: An argument is not a floating-point tensor.
+        RuntimeError: The chosen backend is not available.
+
+    Examples:
+        >>> unpatchify(torch.randn(2, 3 * 4 * 4, 1 * 2 * 2 * 8), (3, 4, 4), (1, 2, 2), channels=8).shape
+        torch.Size([2, 8, 3, 8, 8])
     """
     check_tokens("unpatchify", "tokens", tokens)
     if len(grid) not in (2, 3) or len(grid) != len(patch) or any(n < 1 for n in (*grid, *patch)):

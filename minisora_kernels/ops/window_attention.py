@@ -1,4 +1,4 @@
-"""Attention inside non-overlapping windows of a (T, H, W) grid of tokens, straight from the packed projection.
+"""Attention inside non-overlapping windows of a (T, H, W) grid of tokens. It reads the packed projection in place.
 
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]                    each [B, N, heads, head_dim]
     q, k    = norm(q) * q_weight, norm(k) * k_weight                      only with qk_norm; over head_dim
@@ -6,19 +6,22 @@
     P       = softmax(scale * q k^T + bias)                               inside each window
     out     = P v
 
-Windows are boxes of ``(wt, wh, ww)`` tokens laid from the origin; boxes at the far edge are smaller. Temporal attention
-is ``(T, 1, 1)``, spatial ``(1, H, W)``, joint ``(T, H, W)``, W.A.L.T's (arXiv 2312.06662) ``(1, h, w)`` and
-``(T, h, w)``; ``(1, 1, 1)`` passes v through. Rotary embedding: Su et al. 2021 (arXiv 2104.09864); QK-norm: Dehghani et
-al. 2023 (arXiv 2302.05442); relative position bias: Liu et al. 2021 (arXiv 2103.14030).
+Windows are boxes of ``(wt, wh, ww)`` tokens that start at the origin; boxes at the far edge are smaller. Temporal
+attention is ``(T, 1, 1)``, spatial ``(1, H, W)``, joint ``(T, H, W)``. W.A.L.T's (arXiv 2312.06662) are ``(1, h, w)``
+and ``(T, h, w)``. ``(1, 1, 1)`` passes v through. Rotary embedding: Su et al. 2021 (arXiv 2104.09864); QK-norm:
+Dehghani et al. 2023 (arXiv 2302.05442); relative position bias: Liu et al. 2021 (arXiv 2103.14030).
 
-Backward, per window and head, with P recomputed from what the forward saved of each query's softmax: the greatest score
-m and the sum l of exp(score - m). (The usual m + log l is one number, but its rounding is an error of P as a whole.)
+Backward, per window and head. The forward saves two numbers per query: the greatest score m and the sum l of
+exp(score - m). The backward computes P again from them. (The usual m + log l is one number, but its rounding puts one
+error on the whole row of P.)
 
     dv = P^T dout        dP = dout v^T        dS = P * (dP - delta),  delta = rowsum(dout * out) = rowsum(P * dP)
     dbias = sum of dS over windows and samples        dq = scale * dS k        dk = scale * dS^T q
-    then back through the rotation (by the opposite angle) and the norm: with h = norm(x) and dz the gradient after it,
-    dweight = sum dz * h        dh = dz * weight        dx = rstd * (dh - mean(dh) - h * mean(dh * h))
-    (without mean(dh) for "rms"; the method is FlashAttention-2's, Dao 2023, arXiv 2307.08691)
+    then back through the rotation (by the opposite angle) and through the norm. With h = norm(x) and dz the gradient of
+    its result: dweight = sum dz * h        dh = dz * weight        dx = rstd * (dh - mean(dh) - h * mean(dh * h))
+    (without mean(dh) for "rms")
+
+Source of the method: FlashAttention-2, Dao 2023 (arXiv 2307.08691).
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ Grid = tuple[int, int, int]
 
 
 class Rope(NamedTuple):
-    """Rotary tables, one row a token: ``cos`` and ``sin`` are ``[N, head_dim / 2]``, column i turns pair i.
+    """Rotary tables with one row per token: ``cos`` and ``sin`` are ``[N, head_dim / 2]``; column i rotates pair i.
 
     Pair i is channels ``(2i, 2i + 1)`` if ``interleaved`` (diffusers' video models), else ``(i, i + head_dim / 2)``.
     """
@@ -59,22 +62,30 @@ def rope_3d(
     interleaved: bool = True,
     device: torch.device | str | None = None,
 ) -> Rope:
-    """Rotary tables for a (T, H, W) grid: each axis turns its own share of the channels.
+    """Rotary tables for a (T, H, W) grid: each axis rotates its own share of the channels.
 
-    Axis a with ``split[a]`` channels turns pair j of its share by ``position * theta ** (-2 j / split[a])`` radians.
+    Axis a has ``split[a]`` channels. It rotates pair j of them by ``position * theta ** (-2 j / split[a])`` radians.
+
+    Source: Su et al. 2021 (arXiv 2104.09864).
 
     Args:
-        grid: ``(T, H, W)``.
-        head_dim: even.
-        split: channels of the t, h and w axes, each even, sum head_dim; by default equal thirds, with what is left over
-            given to t.
-        interleaved: the pairing that the tables will be used with (see :class:`Rope`).
+        grid: Tokens per axis, ``(T, H, W)``.
+        head_dim: Channels of a head, even.
+        theta: Base of the frequencies.
+        split: Channels of the axes t, h and w, each even, with sum head_dim. By default they are equal thirds, and t
+            gets the rest.
+        interleaved: Pairing of the channels, as in ``Rope``.
+        device: Device of the tables.
 
     Returns:
-        :class:`Rope` with fp32 tables ``[T*H*W, head_dim / 2]``.
+        ``Rope`` with fp32 tables ``[T*H*W, head_dim / 2]``.
 
     Raises:
-        ValueError: a head_dim that is odd, or a split that does not fit it.
+        ValueError: head_dim is odd, or split does not fit it.
+
+    Examples:
+        >>> rope_3d((4, 6, 10), 64).cos.shape
+        torch.Size([240, 32])
     """
     if head_dim % 2 or head_dim <= 0:
         raise ValueError(f"rope_3d: head_dim is {head_dim}; it must be even and positive")
@@ -93,7 +104,7 @@ def rope_3d(
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """``x [B, N, heads, head_dim]`` turned by the tables; in plain PyTorch."""
+    """``x [B, N, heads, head_dim]``, rotated by the tables, in plain PyTorch."""
     cos, sin = rope.cos.to(x.dtype)[:, None], rope.sin.to(x.dtype)[:, None]
     if rope.interleaved:
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -103,7 +114,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 def boxes(grid: Sequence[int], window: Sequence[int]) -> list[tuple[tuple[int, int, int], ...]]:
-    """The grid cut into at most eight regions of equal windows: per axis ``(start, windows, size)``."""
+    """At most eight regions of equal windows that make up the grid: per axis ``(start, windows, size)``."""
     axes = []
     for n, w in zip(grid, window, strict=True):
         whole = n // w
@@ -257,13 +268,20 @@ def _triton(qkv, q_weight, k_weight, bias):
 
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
 
-# There is no second route through torch's scaled_dot_product_attention: most windows would have to be copied for it,
-# and norms and rotations would be passes of their own. bench/bench_window_attention.py times it on long windows.
+# Triton takes windows of at most this many tokens in one tile of scores, which a program keeps in registers. With 64 a
+# backward with a bias, a norm or rotation spilled hundreds of bytes per thread.
+SHORT = 32
+
+# What a record tells apart: windows of up to SHORT tokens or longer ones, and the bias, else the norm or rotation.
+DETAILS = (("short plain", "short norm", "short bias"), ("long plain", "long norm", "long bias"))
+
+# Torch's scaled_dot_product_attention is not a route: it needs a copy of most windows, and separate passes for norms
+# and rotations. bench/bench_window_attention.py times it on long windows.
 ROUTES = (
     "cpu: one kernel for all windows. On CPUs with AVX-512 bfloat16 or AMX it multiplies bfloat16 as it is, elsewhere "
-    "in float32. triton: windows of up to 64 tokens take one pass each way, short ones several to a program; longer "
-    "ones go by blocks of tokens, beyond 512 with a pass of its own for norm and rotation, or by flash-attn where "
-    "it is installed and there is no bias. Not run on a GPU yet."
+    "in float32. triton: windows of up to 32 tokens take one pass each way, and short ones share a program. Longer "
+    "windows take blocks of tokens; beyond 512 tokens norm and rotation have a pass of their own. flash-attn takes "
+    "long windows without a bias where it is installed. Not run on a GPU yet."
 )
 
 
@@ -284,14 +302,14 @@ def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[
         raise ValueError(f"{op}: window {wt} x {wh} x {ww} is larger than the grid {t} x {h} x {w}")
     if qk_norm not in (None, "rms", "layer"):
         raise ValueError(f"{op}: qk_norm is {qk_norm!r}; it may be None, 'rms' or 'layer'")
-    for name, given in (("q_weight", q_weight), ("k_weight", k_weight), ("bias", bias)):
-        if given is not None:
-            check_tensor(op, name, given, qkv, "qkv")
+    for name, parameter in (("q_weight", q_weight), ("k_weight", k_weight), ("bias", bias)):
+        if parameter is not None:
+            check_tensor(op, name, parameter, qkv, "qkv")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is None:
             continue
         if qk_norm is None:
-            raise ValueError(f"{op}: {name} was given without qk_norm; choose 'rms' or 'layer'")
+            raise ValueError(f"{op}: {name} needs qk_norm, which is None; it may be 'rms' or 'layer'")
         if tuple(weight.shape) not in ((head_dim,), (heads, head_dim)):
             raise ValueError(
                 f"{op}: {name} has shape {tuple(weight.shape)}; it may be [head_dim] or [heads, head_dim] with "
@@ -312,8 +330,8 @@ def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[
             if angles.requires_grad:
                 raise ValueError(f"{op}: {name} requires a gradient; the rotary tables are constants")
     length = wt * wh * ww
-    # While compiling, the kernel's own check has to do: once an equality has shown a symbolic wt to be the length of
-    # the bias, the Dynamo of torch 2.13 can no longer hand wt to the backward ("does not belong to this Graph").
+    # Inside torch.compile only the kernel checks the bias. An equality here would tie a symbolic wt to the length of
+    # the bias, and the Dynamo of torch 2.13 then cannot hand wt to the backward ("does not belong to this Graph").
     if bias is not None and not torch.compiler.is_compiling() and tuple(bias.shape) != (heads, length, length):
         raise ValueError(
             f"{op}: bias has shape {tuple(bias.shape)}; it must be [heads, L, L] = [{heads}, {length}, {length}]"
@@ -335,32 +353,52 @@ def window_attention(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention inside windows of the grid, from ``qkv`` as one Linear wrote it; differentiable but for rope.
+    """Attention inside windows of the grid: ``softmax(scale * q k^T + bias) v``, with QK-norm and rotary embedding.
+
+    It reads ``qkv`` as one Linear wrote it, and is differentiable in every tensor but the rotary tables. On the kernels
+    norm, scores, softmax and sums are fp32. Where the CPU multiplies bfloat16 (AVX512_BF16, AMX) and qkv is bfloat16,
+    products round q, k, P and dS to bfloat16, as the reference does.
+
+    Source: windows of W.A.L.T, Gupta et al. 2023 (arXiv 2312.06662); the method, Dao 2023 (arXiv 2307.08691).
 
     Args:
-        qkv: ``[B, N, 3, heads, head_dim]`` with ``N = T*H*W``, time-major; float16, bfloat16, float32 (float64:
-            reference only).
-        grid: ``(T, H, W)``.
-        window: ``(wt, wh, ww)``, no larger than the grid; windows at the far edge are smaller.
-        q_weight, k_weight: learned weights of the QK-norm, ``[head_dim]`` or ``[heads, head_dim]``.
-        qk_norm: None, ``"rms"`` or ``"layer"``, over head_dim, with ``eps``.
-        rope: rotary tables (:func:`rope_3d`), applied after the norm.
-        bias: relative position bias ``[heads, L, L]``, ``L = wt*wh*ww``; an edge window reads its corner.
-        scale: of the scores; by default ``head_dim ** -0.5``.
-        backend: ``None`` chooses; a name runs that backend or raises.
+        qkv: ``[B, N, 3, heads, head_dim]`` with ``N = T*H*W``, time-major; float16, bfloat16, float32, or float64 on
+            the reference. The kernels take a head_dim that is a multiple of 8.
+        grid: Tokens per axis, ``(T, H, W)``.
+        window: Tokens of a window per axis, ``(wt, wh, ww)``, no larger than the grid. Windows at the far edge are
+            smaller.
+        q_weight: Weight of the norm of q, ``[head_dim]`` or ``[heads, head_dim]``.
+        k_weight: Weight of the norm of k, ``[head_dim]`` or ``[heads, head_dim]``.
+        qk_norm: Norm of q and k over head_dim: None, ``"rms"`` or ``"layer"``.
+        rope: Rotary tables from ``rope_3d``, applied after the norm.
+        bias: Relative position bias ``[heads, L, L]`` with ``L = wt*wh*ww``; a smaller window at the edge reads the
+            corner of it that it covers.
+        scale: Factor of the scores; by default ``head_dim ** -0.5``.
+        eps: Constant added to the variance, or the mean square, of the norm.
+        backend: Backend to run, or None for the automatic choice.
 
     Returns:
-        ``[B, N, heads * head_dim]``, contiguous, in qkv's dtype. On the kernels norm, scores, softmax and sums are
-        fp32. Where the CPU multiplies bfloat16 (AVX512_BF16, AMX) and qkv is bfloat16, q, k, P and dS are rounded to
-        bfloat16 before products, as the reference does.
+        ``[B, N, heads * head_dim]``, contiguous, in qkv's dtype; inside autocast in autocast's dtype.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.
+        ValueError: A shape, device or option does not fit, or the chosen backend refuses the call.
+        TypeError: An argument is not a floating-point tensor.
+        RuntimeError: The chosen backend is not available.
+
+    Examples:
+        Attention over the 4 frames of each place:
+
+        >>> qkv = torch.randn(2, 4 * 6 * 10, 3, 8, 16)
+        >>> window_attention(qkv, grid=(4, 6, 10), window=(4, 1, 1)).shape
+        torch.Size([2, 240, 128])
     """
     grid, window = _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     qkv = qkv.to(compute_dtype(qkv))
-    chosen = backends.choose("window_attention", BACKENDS, qkv.device, backend, qkv, q_weight, k_weight, bias)
+    kind = 2 if bias is not None else 1 if qk_norm is not None or rope is not None else 0
+    detail = DETAILS[window[0] * window[1] * window[2] > SHORT][kind]
+    call = (qkv, q_weight, k_weight, bias)
+    chosen = backends.choose("window_attention", BACKENDS, qkv.device, backend, *call, detail=detail)
     if chosen == "reference":
         with torch.autocast(qkv.device.type, enabled=False):
             return reference(

@@ -33,9 +33,9 @@ class Form(NamedTuple):
     head_dim: int
     qk: tuple[Piece, ...]
     v: tuple[Piece, ...]
+    precision: str  # of products, see `precision_of`
     q_step: int  # from the norm's weight of one head to the next
     k_step: int
-    precision: str  # of products, see `precision_of`
 
 
 class Boxes(NamedTuple):
@@ -92,12 +92,12 @@ def boxes(grid: Sequence[int], window: Sequence[int]) -> Boxes:
     return Boxes(sorted(axes, key=lambda axis: axis[2] > 1))
 
 
-def narrow_pieces(first: int, end: int) -> tuple[Piece, ...]:
-    """Channels ``[first, end)`` in pieces of 16, the least that tensor cores multiply.
+def narrow_pieces(first: int, end: int, width: int) -> tuple[Piece, ...]:
+    """Channels ``[first, end)`` in pieces of ``width``: 16, the least that tensor cores multiply, or a little more.
 
-    All have one layout, two threads to a row, so sums over a row meet without exchange between layouts.
+    All have one layout, so sums over a row meet without exchange between layouts.
     """
-    return tuple((start, 16, min(start + 16, end)) for start in range(first, end, 16))
+    return tuple((start, width, min(start + width, end)) for start in range(first, end, width))
 
 
 def wide_pieces(first: int, end: int) -> tuple[Piece, ...]:

@@ -1,4 +1,4 @@
-"""window_attention for windows of at most 64 tokens: whole windows in one tile of scores.
+"""window_attention for windows of at most 32 tokens: whole windows in one tile of scores.
 
 A program takes a tile of TILE places, which holds TILE // L windows of one head, and multiplies all its queries with
 all its keys; scores across windows are masked. What that wastes costs less than tiles with empty rows: by a count of

@@ -8,13 +8,14 @@ follow from shapes and dtype, never from the device.
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from ..ops.window_attention import SHORT
 from . import _window_flash as flash
 from . import _window_library as library
 from . import _window_short as short
@@ -24,8 +25,6 @@ from ._parts import sum_parts
 from ._window_rows import Form, boxes, narrow_pieces, wide_pieces
 
 # None of these was measured on a GPU.
-# Windows of at most this many tokens fit a tile of scores that a program keeps in registers.
-SHORT = 64
 # Longer windows than this have q and k normed and turned by a pass of its own, which reads and writes 4 x head_dim
 # numbers per token and head; others by every program that reads them, one per 128 tokens of the window, twice in the
 # backward. By a count of bytes and instructions the two cost alike near 500 tokens.
@@ -33,6 +32,8 @@ PREPARE_FROM = 512
 # Heads of the same tokens that a program takes, so that their rotary angles, as large as q and k, are read a quarter as
 # often.
 HEADS = 4
+# Wider heads take more registers than blocks and warps of this many channels leave.
+NARROW = 80
 # Rows of a program of the passes that take rows one by one.
 ROWS = 64
 # Programs at most that share the sum of a bias' gradient: some for every SM of the largest GPU; a partial sum is large.
@@ -49,7 +50,7 @@ class Call:
         self.batch, self.tokens, _, self.heads, head_dim = qkv.shape
         box = self.box = boxes(sizes[:3], sizes[3:])
         self.items = self.batch * box.windows  # of all samples
-        # fp32 is multiplied as it is, without tensor cores: smaller blocks, more threads
+        # fp32 takes twice the room, and no tensor cores unless torch asks for TF32: smaller blocks, more threads
         self.exact = qkv.dtype == torch.float32
         q_weight, k_weight, cos, _, bias = parameters
         if bias is not None and bias.shape != (wanted := (self.heads, box.length, box.length)):
@@ -58,10 +59,11 @@ class Call:
         q_step, k_step = (
             head_dim if weight is not None and len(weight.shape) == 2 else 0 for weight in (q_weight, k_weight)
         )
-        cut = narrow_pieces if box.length <= PREPARE_FROM else wide_pieces
+        narrow = partial(narrow_pieces, width=32 if head_dim > NARROW else 16)
+        cut = narrow if box.length <= PREPARE_FROM else wide_pieces
         qk = cut(0, head_dim // 2) + cut(head_dim // 2, head_dim) if halves else cut(0, head_dim)
-        v = (narrow_pieces if box.length <= SHORT else wide_pieces)(0, head_dim)
-        self.form = Form(box.inner, numbers.norm, not halves, head_dim, qk, v, q_step, k_step, numbers.precision)
+        v = (narrow if box.length <= SHORT else wide_pieces)(0, head_dim)
+        self.form = Form(box.inner, numbers.norm, not halves, head_dim, qk, v, numbers.precision, q_step, k_step)
         self.constants = constants(self.form)
 
     @property
@@ -92,7 +94,7 @@ class Call:
         return Launch(
             short.short_forward_kernel, (triton.cdiv(self.items, each) * triton.cdiv(self.heads, HEADS),),
             self.items, self.tokens, self.heads, *self.box.arguments, self.scale, self.eps,
-            each > 1, self.constants, tile, HEADS, num_warps=4 if self.exact else tile // 16, num_stages=1,
+            each > 1, self.constants, tile, HEADS, num_warps=_short_warps(self, tile, True), num_stages=1,
         )  # fmt: skip
 
     @cached_property
@@ -199,22 +201,35 @@ def _tile(length: int) -> int:
     return max(16, triton.next_power_of_2(length))
 
 
-def block_of(dtype: torch.dtype, head_dim: int) -> int:
-    """Rows of a long window that a program takes, as registers and shared memory allow."""
+def _short_warps(call: Call, tile: int, plain: bool) -> int:
+    """Warps of a tile: 16 rows each, the least of a product, or several that share them, where they would spill."""
+    if call.exact:
+        return 4
+    shared = (1 if plain else 2) * (2 if call.form.head_dim > NARROW else 1)
+    return min(tile // 16 * shared, 8)
+
+
+def block_of(dtype: torch.dtype, head_dim: int, length: int) -> int:
+    """Rows of a window of ``length`` tokens that a program takes, as registers and shared memory allow."""
     if dtype == torch.float32:
         return 32
-    return 64 if head_dim > 80 else 128
+    return 64 if head_dim > NARROW or length <= 64 else 128
 
 
-def bias_block_of(dtype: torch.dtype) -> int:
+def bias_block_of(dtype: torch.dtype, head_dim: int) -> int:
     """Rows and columns of a bias' gradient that a program adds up."""
-    return 32 if dtype == torch.float32 else 64
+    return 32 if dtype == torch.float32 or head_dim > NARROW else 64
 
 
 def _blocks(call: Call, inner: int) -> tuple[int, int, int, int]:
     """For long windows: rows of a block, rows at a step, warps and stages."""
-    block = block_of(call.qkv.dtype, call.form.head_dim)
-    return (128, inner, 8, 2) if block == 128 else (block, 32, block // 8, 1)
+    head_dim = call.form.head_dim
+    block = block_of(call.qkv.dtype, head_dim, call.box.length)
+    if block == 128:
+        return block, inner, 8, 2
+    if block == 64:  # with 4 warps, and heads wider than NARROW with more rows at a step, they would spill
+        return block, inner // 2 if head_dim > NARROW else 32, 8, 1
+    return block, 32, 4, 1
 
 
 class Backward:
@@ -238,7 +253,7 @@ class Backward:
             self.dbias = (chunks * self._each, heads, length, length)
         else:
             self._programs = call.items * heads * triton.cdiv(length, _blocks(call, 32)[0])
-            self._side = bias_block_of(call.qkv.dtype)
+            self._side = bias_block_of(call.qkv.dtype, call.form.head_dim)
             self._bias_blocks = triton.cdiv(length, self._side) ** 2 * heads
             self._chunks = max(1, min(call.items, BIAS_PROGRAMS // self._bias_blocks))
             self.dbias = (self._chunks, heads, length, length)
@@ -253,13 +268,13 @@ class Backward:
     @cached_property
     def short(self) -> Launch:
         call = self.call
-        # Norm and rotation hold more of a row, the bias holds another tile of scores: 16 rows to a warp would spill.
-        rows = 16 if call.form.norm == 0 and not call.rotated and call.parameters.bias is None else 8
+        # Norm and rotation hold more of a row, the bias holds another tile of scores.
+        plain = call.form.norm == 0 and not call.rotated and call.parameters.bias is None
         return Launch(
             short.short_backward_kernel, (self._programs,),
             self._per_chunk, call.items, call.tokens, call.heads, *call.box.arguments, call.scale, call.eps,
             self._each > 1, call.constants, self._tile, self._per_program,
-            num_warps=4 if call.exact else self._tile // rows, num_stages=1,
+            num_warps=_short_warps(call, self._tile, plain), num_stages=1,
         )  # fmt: skip
 
     @cached_property
@@ -283,7 +298,8 @@ class Backward:
         return Launch(
             flash.dbias_kernel, (self._bias_blocks * self._chunks,),
             call.items, self._chunks, call.tokens, call.heads, *call.box.arguments, call.scale, call.eps,
-            call.prepared, call.constants, self._side, num_stages=_blocks(call, 32)[3],
+            call.prepared, call.constants, self._side,
+            num_warps=8 if self._side == 64 else 4, num_stages=_blocks(call, 32)[3],
         )  # fmt: skip
 
     @cached_property

@@ -1,0 +1,346 @@
+"""Write the measured tables and the picture of the README and of ``docs/`` from the committed records.
+
+``python -m bench.docs`` writes them; ``python -m bench.docs --check`` changes nothing and fails if a page differs.
+
+A table stands in a page between two markers, and :data:`TABLES` has one function per table::
+
+    <!-- table: models amd-epyc-avx512-bf16-2-cores -->
+    <!-- /table -->
+
+The words after the colon are the name of the table and, where a table belongs to one machine, the folder of its records
+in ``bench/results``. Every committed record must be shown by a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench import plots as drawing
+from bench.record import RESULTS, ROOT, key, load
+from bench.report import NO_RATIO, about, counted, markdown, milliseconds, of_roofline, ratio
+
+MARKERS = re.compile(r"(<!-- table: (?P<words>[^>]*?) -->\n)(?P<content>.*?)(<!-- /table -->)", re.DOTALL)
+PICTURE = "docs/images/training-step.png"
+# The contact sheet of samples by bench.systems that becomes the README's GIF.
+ANIMATED, ANIMATION = "systems-digits-walt.png", "docs/images/digits-walt.gif"
+NAMES = ("default", "reuse")
+MODELS = ("block pair", "training step", "sampling step", "sampling run")
+
+
+# Direction and column of the cells of the table of ops.
+OP_CELLS = (("fwd", "best eager"), ("fwd", "compile"), ("fwd+bwd", "best eager"), ("fwd+bwd", "compile"))
+MODEL_CELLS = ("best eager", "written", "compile")
+
+Cases = dict[tuple, dict[str, Any]]
+
+
+def _records(results: Path, machine: str) -> list[dict[str, Any]]:
+    """``default.json`` and ``reuse.json`` of a machine, those of them that exist."""
+    return [load(path) for path in (results / machine / f"{name}.json" for name in NAMES) if path.exists()]
+
+
+def _cases(records: list[dict[str, Any]]) -> list[Cases]:
+    return [{key(case): case for case in record["cases"]} for record in records]
+
+
+def _cell(records: list[Cases], place: tuple, direction: str, column: str) -> str:
+    """Time over that of ours, in each record."""
+    found = [cases.get((*place, direction)) for cases in records]
+    cells = [ratio(case, column, with_spread=False) if case else NO_RATIO for case in found]
+    return NO_RATIO if set(cells) == {NO_RATIO} else " / ".join(cells)
+
+
+def _ops(records: list[Cases]) -> list[str]:
+    places = {name[:3]: None for cases in records for name in cases if name[0] not in MODELS}
+    rows = [(f"`{place[0]}`", *place[1:], *(_cell(records, place, *cell) for cell in OP_CELLS)) for place in places]
+    return markdown(("op", "shape", "dtype", *(f"{direction}: {column}" for direction, column in OP_CELLS)), rows)
+
+
+def _models(records: list[Cases], ceilings: list[dict[str, Any]]) -> list[str]:
+    names = {name: None for cases in records for name in cases if name[0] in MODELS}
+    rows = []
+    for *place, direction in names:
+        found = [cases.get((*place, direction)) for cases in records]
+        ours = " / ".join(milliseconds(case["columns"]["ours"]["median"]) if case else NO_RATIO for case in found)
+        shares = " / ".join(
+            of_roofline(case, each) if case else NO_RATIO for case, each in zip(found, ceilings, strict=True)
+        )
+        ratios = (_cell(records, tuple(place), direction, part) for part in MODEL_CELLS)
+        rows.append((*place, direction, ours, *ratios, shares))
+    header = ("", "model", "dtype", "direction", "ours, ms", "best eager", "as written", "compile", "ours of roofline")
+    return markdown(header, rows)
+
+
+def records(results: Path, machine: str) -> list[str]:
+    """What the tables of a machine were measured on and with."""
+    return ["", *(f"- {about(record)}" for record in _records(results, machine)), ""]
+
+
+def models(results: Path, machine: str) -> list[str]:
+    """Training steps, sampling steps and blocks of whole models."""
+    found = _records(results, machine)
+    settings = " / ".join(record["allocator"] for record in found)
+    return [
+        "",
+        f"Time of the other column over the time of ours, as medians, with the allocator {settings}. Above 1 ours is "
+        "faster.",
+        "",
+        *_models(_cases(found), [record["ceilings"] for record in found]),
+        "",
+    ]
+
+
+def ops(results: Path, machine: str) -> list[str]:
+    """Every op, shape and dtype."""
+    return ["", *_ops(_cases(_records(results, machine))), ""]
+
+
+def saved(results: Path, machine: str) -> list[str]:
+    """Bytes that the forward saves for the backward, without inputs and parameters."""
+    return ["", *counted(_records(results, machine)[0], "saved", markdown, (*MODELS, "gelu_mlp")), ""]
+
+
+def moved(results: Path, machine: str) -> list[str]:
+    """Bytes that the ops of forward and backward read and write."""
+    return ["", *counted(_records(results, machine)[0], "moved", markdown, MODELS), ""]
+
+
+def plots(results: Path, machine: str) -> list[str]:
+    """The plots of the first record of a machine."""
+    return ["", *(f"![{path.stem}]({path})" for path in sorted((results / machine).glob(f"{NAMES[0]}-*.png"))), ""]
+
+
+# The architectures in the table: A100, RTX 4090, H100. The record has more.
+SHOWN = ("sm_80", "sm_89", "sm_90")
+
+
+def compiled(results: Path) -> list[str]:
+    """Per op: the most registers, spilled bytes and shared memory, the least occupancy; and bytes moved over needed."""
+    record = json.loads((results / "aot.json").read_text())
+    rows = []
+    for op in dict.fromkeys(name.split()[0] for name in record["kernels"][SHOWN[0]]):
+        cells = []
+        for sm in SHOWN:
+            found = [kernel for name, kernel in record["kernels"][sm].items() if name.split()[0] == op]
+            most = [max(kernel[what] for kernel in found) for what in ("registers", "spilled", "shared")]
+            least = min(kernel["occupancy"] for kernel in found)
+            cells.append(f"{most[0]} / {most[1]} B / {most[2] / 1024:.0f} KiB / {least:.0%}")
+        moved = [bytes_["does"] / bytes_["must"] for name, bytes_ in record["traffic"].items() if name.split()[0] == op]
+        rows.append((f"`{op}`", str(len(found)), *cells, f"{min(moved):.2f} to {max(moved):.2f}"))
+    return [
+        "",
+        f"Compiled by Triton {record['triton']}; **not run on a GPU**.",
+        "",
+        *markdown(("op", "kernels", *SHOWN, "bytes over needed"), rows),
+        "",
+    ]
+
+
+TRAINED_BY = {"ddpm": "DDPM", "flow": "flow matching", "logsnr": "diffusion over the logSNR"}
+
+
+def systems(results: Path, machine: str) -> list[str]:
+    """What each system generates: shares of frames that a classifier recognises and that move as real ones do."""
+    record = _systems_record(results, machine)
+    rows = []
+    for name, system in record["systems"].items():
+        shares = system["generated_recognised"], min(system["generated_recognised_by_class"]), system["generated_moves"]
+        how = TRAINED_BY[system["objective"]], f"`{system['sampler']}`"
+        stages = ", ".join(f"`{preset}`" for preset in system["presets"])
+        rows.append((name, stages, *how, *(f"{share:.1%}" for share in shares)))
+    real = next(iter(record["systems"].values()))
+    commits = dict.fromkeys(part["commit"] for part in (*record["systems"].values(), *record["presets"].values()))
+    header = ("system", "presets, in turn", "trained by", "sampled by", "recognised", "worst digit", "moving")
+    about_machine = record["machine"]
+    return [
+        "",
+        f"{about_machine['cpu']}, {about_machine['cores']} cores, {about_machine['capability']}; torch "
+        f"{record['versions']['torch']}, commits {', '.join(commits)}{' with changes' * record['dirty']}, "
+        f"{record['date'][:10]}; float32 ([record]({results / machine / 'systems.json'})). Of real frames of unseen "
+        f"digits {real['real_recognised']:.1%} are recognised and {real['real_moves']:.0%} move so.",
+        "",
+        *markdown(header, rows),
+        "",
+    ]
+
+
+def steps(results: Path, machine: str) -> list[str]:
+    """The losses and the speed of each preset of digits, on the kernels and on plain PyTorch."""
+    record = _systems_record(results, machine)
+    rows = []
+    for name, preset in record["presets"].items():
+        loss, seconds = preset["loss"], preset["columns"]["ours"]["median"]
+        kernels = dict.fromkeys(re.sub("_(fwd|bwd)$", "", kernel) for kernel in preset["kernels"])
+        rows.append(
+            (
+                *(f"`{name}`", str(preset["steps"]), f"{loss['ours']:.4f} / {loss['reference']:.4f}"),
+                *(f"{loss['largest_difference']:.0e}", f"{1 / seconds:.2f}", ratio(preset, "eager")),
+                "fails" if "compile_fails" in preset else ratio(preset, "compile"),
+                *(f"{preset['tokens_per_s']:,.0f}", ", ".join(f"`{op}`" for op in kernels)),
+            )
+        )
+    shares = [
+        preset["encoding"] / preset["columns"]["ours"]["median"]
+        for preset in record["presets"].values()
+        if "encoding" in preset
+    ]
+    columns = ("preset", "steps", "loss", "differs by", "steps/s", "eager", "compile", "tokens/s", "kernels that ran")
+    return [
+        "",
+        *markdown(columns, rows),
+        "",
+        f"The trainer uses {record['threads']} threads. To encode the clips of one step takes {min(shares):.2f} to "
+        f"{max(shares):.2f} of the time of a step; `models.precompute` saves it.",
+        "",
+        f"![losses]({results / machine / 'systems-losses.png'})",
+        "",
+    ]
+
+
+def _systems_record(results: Path, machine: str) -> dict[str, Any]:
+    path = results / machine / "systems.json"
+    record = json.loads(path.read_text())
+    if not record.keys() >= {"machine", "versions", "systems", "presets"}:
+        raise ValueError(f"{path} is not a record of bench.systems")
+    return record
+
+
+def digits(results: Path, machine: str) -> list[str]:
+    """What ``make digits`` printed."""
+    path = results / machine / "digits.json"
+    record = json.loads(path.read_text())
+    return [
+        "",
+        f"On {record['machine']}, `make digits` takes {record['wall_seconds'] / 60:.0f} minutes, build included. A "
+        f"classifier recognises {record['generated_recognised']:.1%} of the generated frames and "
+        f"{record['real_recognised']:.1%} of real frames of unseen digits ([record]({path})).",
+        "",
+    ]
+
+
+def plans(results: Path) -> list[str]:
+    """What ``models.plan`` expects of clips at 480p on GPUs."""
+    record = json.loads((results / "plans.json").read_text())
+    rows = []
+    for plan in record["plans"]:
+        config = plan["config"]
+        cells = [
+            f"{plan[part]['bytes'] / 1e9:.0f} GB{', does not fit' * (not plan[part]['fits'])}, "
+            f"{plan[part]['seconds']:.3g} s"
+            for part in ("training", "sampling")
+        ]
+        gpus = f"{config['gpus']} x {config['gpu']}"
+        clip = " x ".join(map(str, (config["frames"], *config["size"])))
+        rows.append((f"`{config['model']}`", clip, gpus, *cells))
+    lines = markdown(("model", "clip", "GPUs", "a training step", "sampling in 50 steps"), rows)
+    versions = f"torch {record['versions']['torch']}, commit {record['commit']}"
+    return ["", f"`python -m bench.plans`, {versions}; **not run on a GPU**.", "", *lines, ""]
+
+
+TABLES: dict[str, Callable[..., list[str]]] = {
+    function.__name__: function
+    for function in (records, models, ops, saved, moved, plots, systems, steps, digits, compiled, plans)
+}
+# The table that shows a record, by the name of its file.
+SHOWN_BY = {
+    "default.json": "models",
+    "systems.json": "systems",
+    "digits.json": "digits",
+    "aot.json": "compiled",
+    "plans.json": "plans",
+}
+
+
+def pages(root: Path) -> list[Path]:
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def filled(page: Path, results: Path) -> str:
+    """The text of a page with its tables written from the records.
+
+    Raises:
+        ValueError: a marker names no table, a record is missing or damaged, or a marker has no partner.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        name, *arguments = match["words"].split()
+        if name not in TABLES:
+            raise ValueError(f"{page}: there is no table {name!r}; it may be one of {', '.join(TABLES)}")
+        try:
+            text = "\n".join(TABLES[name](results, *arguments))
+        except (OSError, LookupError, TypeError) as error:
+            raise ValueError(f"{page}: the table {match['words']!r} cannot be written: {error!r}") from error
+        # Tables link to files by their full path; a page needs the path from its own folder.
+        links = re.sub(
+            r"\]\((/[^)]*)\)", lambda link: f"]({Path(os.path.relpath(link[1], page.parent)).as_posix()})", text
+        )
+        return f"{match[1]}{links}\n{match[4]}"
+
+    text = page.read_text()
+    matches = len(MARKERS.findall(text))
+    if not matches == text.count("<!-- table: ") == text.count("<!-- /table -->"):
+        raise ValueError(f"{page}: each `<!-- table: NAME -->` needs one `<!-- /table -->` after it")
+    return MARKERS.sub(table, text)
+
+
+def unshown(texts: list[str], results: Path) -> Iterator[str]:
+    """The markers of the tables that no page has though their record is committed."""
+    for path in sorted(results.rglob("*.json")):
+        folder = path.parent.relative_to(results).as_posix()
+        marker = f"<!-- table: {SHOWN_BY.get(path.name, '')}{'' if folder == '.' else ' ' + folder} -->"
+        if path.name in SHOWN_BY and not any(marker in text for text in texts):
+            yield marker
+
+
+def pictures(root: Path, results: Path, *, check: bool) -> list[str]:
+    """The pictures that are not of the committed records; unless ``check`` they are drawn."""
+    shown = [load(record) for record in sorted(results.glob("*/default.json"))]
+    steps = json.dumps(drawing.training_steps(shown)).encode()
+    stale = []
+    if shown and not drawing.is_of(root / PICTURE, steps):
+        stale.append(PICTURE)
+        if not check:
+            drawing.draw_training_steps(shown, root / PICTURE, steps)
+    for sheet in sorted(results.glob(f"*/{ANIMATED}"))[:1]:
+        if not drawing.is_of(root / ANIMATION, sheet.read_bytes()):
+            stale.append(ANIMATION)
+            if not check:
+                drawing.animate(sheet, root / ANIMATION)
+    return stale
+
+
+def main(arguments: list[str] | None = None, *, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.docs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with status 1 if a page differs")
+    options = parser.parse_args(arguments)
+    results = root / RESULTS.relative_to(ROOT)
+    try:
+        texts = {page: filled(page, results) for page in pages(root)}
+        if missing := list(unshown(list(texts.values()), results)):
+            raise ValueError(f"no page has the marker {', '.join(missing)}; add it to a page of docs/benchmarks")
+        stale = pictures(root, results, check=options.check)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    changed = [page for page, text in texts.items() if page.read_text() != text]
+    if not options.check:
+        for page in changed:
+            page.write_text(texts[page])
+        return 0
+    names = [page.relative_to(root).as_posix() for page in changed] + stale
+    if names:
+        print(f"error: {', '.join(names)} differs from bench/results: run `python -m bench.docs`", file=sys.stderr)
+    return bool(names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""The automatic choice: what a record allows in each regime of an op, what served, and what a run keeps to.
+
+A regime is what a record tells apart: dtype, direction, and what an op adds. The answer for one is kept, so that a call
+pays for looking it up alone; torch.compile finds it while tracing, as a constant.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from . import backends
+
+_log = logging.getLogger("minisora_kernels")
+_logged: set[tuple[str, str, str]] = set()
+_warned: set[str] = set()
+
+
+def regime(device: torch.device, dtype: torch.dtype, both: bool, detail: str) -> str:
+    """What a record tells apart for an op: dtype, direction, and what the op adds, as "bfloat16 forward short norm".
+
+    On a GPU float32 is "tf32" where torch's products are allowed to use it, at the first call.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if device.type != "cpu" and name == "float32" and torch.get_float32_matmul_precision() != "highest":
+        name = "tf32"
+    return f"{name} forward{'+backward' if both else ''} {detail}".rstrip()
+
+
+class _Order:
+    """The backends that an automatic choice tries in a regime, and the one that served the last call."""
+
+    __slots__ = ("names", "served")
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names, self.served = names, ""
+
+
+_orders: dict[tuple, _Order] = {}
+_kept: dict[str, str] = {}
+
+
+def choose(op: str, table: backends.Table, device: torch.device, call: tuple, detail: str) -> str:
+    """The backend for a call, as :func:`minisora_kernels.backends.choose` has it."""
+    both = False
+    if torch.is_grad_enabled():
+        for tensor in call:
+            if tensor is not None and tensor.requires_grad:
+                both = True
+                break
+    if torch.compiler.is_compiling():
+        for name in _order_in_compile(op, tuple(table), device.type, device.index, call[0].dtype, both, detail):
+            if table[name](*call) is None:
+                return name
+        raise RuntimeError(f"{op}: no backend serves this call on {device.type}")
+    key = (op, device, call[0].dtype, both, detail)
+    order = _orders.get(key)
+    if order is None:
+        order = _orders[key] = _Order(_order(op, tuple(table), device, regime(*key[1:])))
+    for name in order.names:
+        reason = table[name](*call)
+        if reason is None:
+            if name != order.served:
+                order.served = name
+            return name
+        _log_once(op, name, reason)
+    raise RuntimeError(f"{op}: no backend serves this call on {device.type}")
+
+
+def _order_in_compile(
+    op: str, has: tuple[str, ...], kind: str, index: int | None, dtype: torch.dtype, both: bool, detail: str
+) -> tuple[str, ...]:  # plain values, which Dynamo can hand over
+    device = torch.device(kind, index) if index is not None else torch.device(kind)
+    order = _Order(_order(op, has, device, regime(device, dtype, both, detail), compiling=True))
+    order.served = order.names[0]
+    _orders["compile", op, device, dtype, both, detail] = order
+    return order.names
+
+
+# What torch.compiler.assume_constant_result does; its own import of Dynamo would take seconds here.
+setattr(_order_in_compile, "_dynamo_marked_constant", True)  # noqa: B010 - no attribute that mypy knows
+
+
+def _order(
+    op: str, has: tuple[str, ...], device: torch.device, regime: str, *, compiling: bool = False
+) -> tuple[str, ...]:
+    """The backends in turn; why the others are not among them is logged, and the user told once if none is."""
+    allowed, refused = [], {}
+    kept = _kept.get(_label(op, regime, compiling))
+    for name in backends.PREFERENCE.get(device.type, ("reference",)):
+        if name not in has:
+            continue
+        verdict = _verdict(op, name, device, regime, compiling)
+        if verdict is None or (verdict[0] == "slower here" and name == kept):
+            allowed.append(name)
+        else:
+            refused[name] = verdict
+            _log_once(op, name, verdict[1])
+    told = [(name, reason) for name, (status, reason) in refused.items() if status in ("not verified", "not here")]
+    if told and allowed == ["reference"]:
+        name, reason = min(told, key=lambda pair: refused[pair[0]][0] != "not verified")
+        _warn_once(device.type, f"minisora_kernels runs plain PyTorch instead of {name} kernels: {reason}")
+    if kept in allowed:
+        allowed = [kept, *(name for name in allowed if name != kept)]
+    return tuple(allowed)
+
+
+def _verdict(op: str, name: str, device: torch.device, regime: str, compiling: bool) -> tuple[str, str] | None:
+    """Why the automatic choice passes over backend ``name``, as a status and a reason; None if it does not."""
+    if name == "reference":
+        return None
+    missing = backends.unavailable(name)
+    if missing is not None:
+        return "not here", missing
+    from .verify import record  # when an op first asks
+
+    return record.refusal(name, op, device, regime, compiling)
+
+
+def _warn_once(device: str, message: str) -> None:
+    if device not in _warned:
+        _warned.add(device)
+        warnings.warn(message, stacklevel=6)
+
+
+def _label(op: str, regime: str, compiling: bool) -> str:
+    return f"{op} {regime}{' compiled' if compiling else ''}"
+
+
+def served() -> dict[str, str]:
+    """By op and regime the backend that an automatic choice last took; since :func:`keep`, in whose block a run is."""
+    return {
+        _label(key[-5], regime(*key[-4:]), len(key) == 6): order.served
+        for key, order in list(_orders.items())
+        if order.served
+    }
+
+
+def would_serve(label: str, device: torch.device) -> tuple[tuple[str, ...], dict[str, str]]:
+    """For a key of :func:`served` the backends that the automatic choice tries now, and why not the others.
+
+    None, if there is no such op any more.
+    """
+    compiling = label.endswith(" compiled")
+    op, _, regime = label.removesuffix(" compiled").partition(" ")
+    if importlib.util.find_spec(f"{__package__}.ops.{op}") is None:
+        return (), {}
+    table: backends.Table = importlib.import_module(f"{__package__}.ops.{op}").BACKENDS
+    names = _order(op, tuple(table), device, regime, compiling=compiling)
+    verdicts = {name: _verdict(op, name, device, regime, compiling) for name in table if name not in names}
+    return names, {name: verdict[1] for name, verdict in verdicts.items() if verdict is not None}
+
+
+@contextmanager
+def keep(stored: Mapping[str, str]) -> Iterator[None]:
+    """Within the block the automatic choice takes what served before, as :func:`served` gave it, where it can.
+
+    It cannot where a kernel is not there, wrong here, not verified, or refuses the call. For the process.
+    """
+    global _kept
+    previous, _kept = _kept, dict(stored)
+    _orders.clear()
+    try:
+        yield
+    finally:
+        _kept = previous
+        _orders.clear()
+
+
+def has_record(device: torch.device) -> bool:
+    """Whether there is a record of this device, with float32 products as torch makes them now."""
+    from .verify import record
+
+    found = record.find(device)
+    return found is not None and found[0].covers(torch.get_float32_matmul_precision())
+
+
+def forget() -> None:
+    """Read the record anew at the next call of an op. What is compiled stays as it is."""
+    from .verify import record
+
+    _orders.clear()
+    record.find.cache_clear()
+
+
+def _log_once(op: str, name: str, reason: str) -> None:
+    if (op, name, reason) not in _logged:
+        _logged.add((op, name, reason))
+        _log.info("%s: not the %s backend: %s", op, name, reason)

@@ -1,0 +1,257 @@
+"""Is a kernel right here? The cases of one op, in a process of its own: a crash spoils that op alone.
+
+Every case is run in float32 and bfloat16, one of an op in float16. Values and every gradient are held against float64
+by the tolerance rule. What the kernel does not write shows as NaN. Its inputs and outputs lie in larger buffers, whose
+margins must stay. The bits must be the same once more, and beside other work. On a GPU a captured graph must give, on
+new inputs, the bits of a call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..testing import assert_as_accurate
+from .cases import Case, checked
+
+MARGIN = 4096  # elements, on both sides
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Refused(Exception):
+    """The backend says beforehand that it cannot serve a case, which is no fault."""
+
+
+class Guarded:
+    """Tensors within larger buffers full of NaN. :meth:`check` says which margin was written to."""
+
+    def __init__(self) -> None:
+        self._buffers: list[tuple[str, Tensor, Tensor]] = []
+
+    def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        count = 1
+        for size in shape:
+            count *= size
+        buffer = torch.empty_strided((count + 2 * MARGIN,), (1,), dtype=dtype, device=device)
+        buffer.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max)
+        self._buffers.append((name, buffer, buffer.clone()))
+        return buffer[MARGIN : MARGIN + count].view(tuple(shape))
+
+    def check(self) -> None:
+        for name, buffer, before in self._buffers:
+            for side, part in (("before", slice(0, MARGIN)), ("behind", slice(-MARGIN, None))):
+                if not same_bits(buffer[part], before[part]):
+                    raise AssertionError(f"{name}: memory {side} it was written to")
+
+    @contextlib.contextmanager
+    def allocations(self, device: torch.device) -> Iterator[None]:
+        """Within the block what kernels allocate is guarded too, in C++ as in Python."""
+        library = torch.library.Library("aten", "IMPL")
+
+        def new_empty(
+            like: Tensor, size: Sequence[int], dtype=None, layout=None, device=None, pin_memory=None
+        ) -> Tensor:
+            return self.empty("a result or a buffer", size, dtype or like.dtype, device or like.device)
+
+        def empty_like(
+            like: Tensor, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None
+        ) -> Tensor:
+            if not like.is_contiguous():
+                dtype, device = dtype or like.dtype, device or like.device
+                return torch.empty_strided(like.size(), like.stride(), dtype=dtype, device=device)
+            return new_empty(like, like.shape, dtype, layout, device)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that aten has these already
+            library.impl("new_empty", new_empty, device.type.upper())
+            library.impl("empty_like", empty_like, device.type.upper())
+        try:
+            yield
+        finally:
+            library._destroy()
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def tuple_of(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def evaluate(
+    case: Case, leaves: dict[str, Tensor], backend: str, rounded: Sequence[torch.dtype] = ()
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name. Incoming gradients are fixed by the shapes, and rounded per output."""
+    outputs = tuple_of(case.call(leaves, backend=backend))
+    named = {f"output {i}": value for i, value in enumerate(outputs)}
+    if case.differentiable:
+        generator = torch.Generator().manual_seed(7)
+        gradients = []
+        for value, dtype in zip(outputs, rounded or [value.dtype for value in outputs], strict=True):
+            gradient = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            gradients.append(gradient.to(value.device, dtype).to(value.dtype))
+        wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        found = torch.autograd.grad(outputs, [leaves[name] for name in wanted], gradients)
+        named |= {f"gradient of {name}": value for name, value in zip(wanted, found, strict=True)}
+    return {name: value.detach() for name, value in named.items()}
+
+
+@contextlib.contextmanager
+def busy(device: torch.device) -> Iterator[None]:
+    """Within the block the device has other work: a second stream's, or a second thread's."""
+    a = torch.ones(1024 if device.type == "cuda" else 128, 1024, device=device)
+    if device.type == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            for _ in range(200):
+                torch.mm(a, a)
+        yield
+        torch.cuda.synchronize(device)
+        return
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.is_set():
+            torch.mm(a, a.t())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def check(case: Case, dtype: torch.dtype, backend: str) -> float:
+    """The worst error over its bound. Raises AssertionError for a kernel that is wrong, Refused for a refusal."""
+    device, guarded = torch.device(case.device), Guarded()
+    leaves = case.leaves(dtype)
+    inside = {}
+    for name, leaf in leaves.items():
+        inside[name] = guarded.empty(name, leaf.shape, leaf.dtype, device).copy_(leaf.detach())
+        inside[name].requires_grad_(leaf.requires_grad)
+    try:
+        with guarded.allocations(device):
+            kernel = evaluate(case, inside, backend)
+    except ValueError as error:
+        if "cannot serve this call" in str(error):
+            raise Refused(str(error)) from error
+        raise
+    guarded.check()
+    for name, leaf in leaves.items():
+        assert same_bits(inside[name].detach(), leaf.detach()), f"{name}: the kernel changed its input"
+    reference = evaluate(case, case.leaves(dtype), "reference")
+    wide = {name: leaf.detach().double().requires_grad_(leaf.requires_grad) for name, leaf in leaves.items()}
+    rounded = [value.dtype for name, value in kernel.items() if name.startswith("output")]
+    exact = evaluate(case, wide, "reference", rounded)
+    worst = 0.0
+    for name, value in kernel.items():
+        parts = [value, reference[name], exact[name].double()]
+        if case.has_nan:
+            nan = parts[2].isnan()
+            assert torch.equal(parts[0].isnan(), nan), f"{name}: other values are NaN than should be"
+            parts = [part.masked_fill(nan, 0) for part in parts]
+        worst = max(worst, assert_as_accurate(name, *parts))
+    for what, beside in (("the second time", contextlib.nullcontext()), ("beside other work", busy(device))):
+        with beside:
+            again = evaluate(case, leaves, backend)
+        for name, value in kernel.items():
+            assert same_bits(value, again[name]), f"{name}: other bits {what}"
+    if device.type == "cuda":
+        _check_capture(case, dtype, backend)
+    return worst
+
+
+def _check_capture(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """A captured call, replayed on new inputs, has the bits of a call."""
+    static, other = case.leaves(dtype), case.leaves(dtype)
+    stream = torch.cuda.Stream(case.device)
+    stream.wait_stream(torch.cuda.current_stream(case.device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            evaluate(case, static, backend)
+    torch.cuda.current_stream(case.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    gradients: dict[str, Tensor] = {}
+    with torch.cuda.graph(graph):
+        outputs = tuple_of(case.call(static, backend=backend))
+        ones = [torch.ones_like(value) for value in outputs]
+        wanted = [name for name, leaf in static.items() if leaf.requires_grad]
+        if case.differentiable:
+            found = torch.autograd.grad(outputs, [static[name] for name in wanted], ones)
+            gradients = dict(zip(wanted, found, strict=True))
+    with torch.no_grad():
+        for name, leaf in other.items():
+            if leaf.dim() and not case.has_nan:
+                leaf.copy_(leaf.flip(0))
+            static[name].copy_(leaf)
+    graph.replay()
+    expected = tuple_of(case.call(other, backend=backend))
+    for i, (value, captured) in enumerate(zip(expected, outputs, strict=True)):
+        assert same_bits(value.detach(), captured.detach()), f"output {i}: other bits in a captured graph"
+    if case.differentiable:
+        found = torch.autograd.grad(expected, [other[name] for name in wanted], [torch.ones_like(v) for v in expected])
+        for name, value in zip(wanted, found, strict=True):
+            assert same_bits(value, gradients[name]), f"gradient of {name}: other bits in a captured graph"
+
+
+def say(kind: str, **fields: Any) -> None:
+    """A line for the process that started this one: a case that begins, its result, or that all is done."""
+    print(json.dumps({"kind": kind, **fields}), flush=True)
+
+
+def selected(op: str, part: tuple[int, int], device: torch.device, quick: bool) -> Iterator[tuple[Case, torch.dtype]]:
+    """The cases of a part of an op, each with its dtypes; the first one in float16 too, unless ``quick``."""
+    cases = [case for case in checked() if case.op == op][part[0] :: part[1]]
+    if backends.DEVICES["triton"] == "cpu":  # which takes milliseconds for a program
+        cases = [case for case in cases if max(tensor.numel() for tensor in case.tensors.values()) <= 20_000]
+    for i, case in enumerate(cases):
+        for dtype in DTYPES[:2] if quick or i else DTYPES:
+            yield replace(case, device=str(device)), dtype
+    if cases and device.type == "cuda" and torch.cuda.device_count() > 1:  # from the device that is the current one
+        other = (device.index + 1) % torch.cuda.device_count()
+        yield replace(cases[0], name=f"{cases[0].name} on cuda:{other}", device=f"cuda:{other}"), torch.bfloat16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--op", required=True)
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1))
+    parser.add_argument("--device", type=torch.device, required=True)
+    parser.add_argument("--backend", required=True)
+    parser.add_argument("--precision", default="highest")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    torch.set_float32_matmul_precision(options.precision)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    if options.device.type == "cuda":
+        torch.cuda.set_device(options.device)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010 - a property that mypy misses
+    warnings.simplefilter("ignore")
+    for case, dtype in selected(options.op, options.part, options.device, options.quick):
+        line: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+        say("case", case=f"{case} {line['dtype']}")
+        try:
+            line["error"] = check(case, dtype, options.backend)
+        except Refused as reason:
+            line["refused"] = str(reason)
+        except Exception as error:  # whatever it is, it is the kernel's
+            line["wrong"] = f"{case.name}: {error or type(error).__name__}"
+        say("result", **line)
+    say("done")
+
+
+if __name__ == "__main__":
+    main()
