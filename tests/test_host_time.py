@@ -28,7 +28,6 @@ import ctypes, json, sys
 import torch
 from triton.compiler.compiler import CompiledKernel
 from bench import host_time
-from minisora_kernels.triton import _launch
 
 class Config(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint) for name in ("x", "y", "z", "threads", "threads_y", "threads_z", "shared")]
@@ -120,6 +119,21 @@ with host_time.stubbed() as stub:
     with patch.object(JITFunction, "run", replaced):
         call(), call()
     call()
+print(json.dumps(through))
+""") == ["_fwd", "_fwd"]
+
+
+def test_so_does_one_that_stood_there_before_the_kernels_were_imported():
+    """As in bench/aot.py, on tensors without memory."""
+    assert probe("""
+from unittest.mock import patch
+from triton.runtime.jit import JITFunction
+assert not any(name.startswith("minisora_kernels.triton") for name in sys.modules)
+through = []
+with patch.object(JITFunction, "run", lambda self, *args, **options: through.append(self.__name__)):
+    from minisora_kernels.triton.gate_residual import gate_residual_fwd
+    x, gate = torch.empty(2, 24, 40, device="meta"), torch.empty(2, 1, 40, device="meta")
+    gate_residual_fwd(x, x, gate), gate_residual_fwd(x, x, gate)
 print(json.dumps(through))
 """) == ["_fwd", "_fwd"]
 
