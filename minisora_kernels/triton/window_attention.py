@@ -239,7 +239,7 @@ def _flash_backward(call: Call, dout, out, softmax, dqkv, with_dbias: bool) -> l
     flash.dbias_kernel[(blocks * chunks,)](
         qk, qkv, dout, softmax, delta, dbias, *call.parameters, call.items, chunks, tokens, heads,
         *call.box.arguments, call.scale, call.eps, qk is not qkv, constants(form), side,
-        num_warps=8 if side == 64 else 4, num_stages=stages, **FUSED,
+        num_warps=8 if side == 64 else 4, num_stages=1, **FUSED,
     )  # fmt: skip
     return [*weights, dbias]
 
