@@ -299,7 +299,7 @@ class Backward:
             flash.dbias_kernel, (self._bias_blocks * self._chunks,),
             call.items, self._chunks, call.tokens, call.heads, *call.box.arguments, call.scale, call.eps,
             call.prepared, call.constants, self._side,
-            num_warps=8 if self._side == 64 else 4, num_stages=_blocks(call, 32)[3],
+            num_warps=8 if self._side == 64 else 4, num_stages=1,
         )  # fmt: skip
 
     @cached_property
