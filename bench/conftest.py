@@ -12,7 +12,7 @@ from bench import record
 from bench.clock import ceilings
 from bench.harness import Session
 from bench.report import report
-from models.allocator import reuse_large_allocations
+from models.runtime.allocator import reuse_large_allocations
 
 SESSION = pytest.StashKey[Session]()
 CEILINGS = pytest.StashKey[dict]()

@@ -38,10 +38,11 @@ from bench.counters import Counter
 from bench.harness import release_memory, summary
 from models import checkpoint as checkpoints
 from models import digits
-from models.allocator import reuse_large_allocations
-from models.config import TrainConfig, from_dict, merge
+from models.config import TrainConfig, from_dict
 from models.latents import Decoder
-from models.sample import choose_backend
+from models.runtime.allocator import reuse_large_allocations
+from models.runtime.device import choose_backend
+from models.runtime.plain import merge
 from models.samplers import SOLVERS
 from models.train import RESUMABLE, Stopped, Trainer
 

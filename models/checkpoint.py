@@ -19,9 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from .registry import build, config_from
+from .runtime.files import sync_folder
 
 FORMAT = 2
+
+
 MAGIC = "minisora checkpoint"
+
 
 _log = logging.getLogger(__name__)
 
@@ -108,17 +112,6 @@ def _write(content: dict[str, Any], file: BinaryIO) -> None:
     except RuntimeError as error:
         # torch reports a failed write as an inconsistent position; the cause is the exception that it met meanwhile.
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the names in the folder to the disk, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load(path: str | Path) -> Checkpoint:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import tyro
 
 from . import sample
-from .allocator import reuse_large_allocations
-from .config import PRESETS, merge
+from .config import PRESETS
+from .runtime.allocator import reuse_large_allocations
+from .runtime.plain import merge
 from .train import Stopped, train_or_continue
 
 

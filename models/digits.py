@@ -26,12 +26,15 @@ from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
 from . import measure, precompute
-from .allocator import reuse_large_allocations
 from .checkpoint import Checkpoint
-from .config import TrainConfig, from_dict, merge, preset
+from .config import TrainConfig, from_dict, preset
 from .data import LATENT_INDEX, Batches, MovingDigits, to_float
 from .latents import Decoder
-from .sample import choose_device, contact_sheet, progress_bar, sample_clips, write_png
+from .runtime.allocator import reuse_large_allocations
+from .runtime.device import choose_device
+from .runtime.plain import merge
+from .runtime.progress import progress_bar
+from .sample import contact_sheet, sample_clips, write_png
 from .train import Stopped, train_or_continue
 
 

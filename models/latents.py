@@ -25,7 +25,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -35,14 +34,21 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
-from .config import DataConfig, as_plain
+from .config import DataConfig
 from .data import LATENT_INDEX, LATENT_PROGRESS, Bucket, Source, to_float
 from .digests import describe, sha256_of, sha256_of_folder
-from .text import package
+from .runtime.files import write_whole
+from .runtime.packages import package
+from .runtime.plain import as_plain
 
 FORMAT = 1
+
+
 MAGIC = "minisora latents"
+
+
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 Shape = tuple[int, int, int, int]
 
@@ -180,17 +186,6 @@ class Decoder:
             mean, std = self.moments
             latents = (latents - mean) / std
         return latents
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is whole under its name at any time, and on the disk when this returns."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    checkpoints.sync_folder(path.parent)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -24,7 +24,8 @@ from . import checkpoint as checkpoints
 from .config import DataConfig, from_dict
 from .data import Batches, MovingDigits, Reduced, Source, to_bytes
 from .reconstruction import Reconstruction, psnr
-from .sample import choose_device, contact_sheet, open_checkpoint, write_png
+from .runtime.device import choose_device
+from .sample import contact_sheet, open_checkpoint, write_png
 from .tokenizer import CausalTokenizer, measure_latents
 
 

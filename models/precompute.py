@@ -25,8 +25,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from .allocator import reuse_large_allocations
-from .config import DataConfig, as_plain
+from .config import DataConfig
 from .data import LATENT_INDEX, LATENT_PROGRESS, Source, bucket_seed, digest_of, shrink, to_float
 from .latents import (
     DTYPES,
@@ -40,7 +39,10 @@ from .latents import (
     write_json,
     write_shard,
 )
-from .sample import choose_backend, choose_device, progress_bar
+from .runtime.allocator import reuse_large_allocations
+from .runtime.device import choose_backend, choose_device
+from .runtime.plain import as_plain
+from .runtime.progress import progress_bar
 
 _log = logging.getLogger(__name__)
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import av
 import numpy as np
@@ -20,23 +18,24 @@ import torch
 import tyro
 from av.filter import Graph
 from torch import Tensor, nn
-from tqdm import tqdm
-
-from minisora_kernels import use_backend
 
 from . import checkpoint as checkpoints
-from .allocator import reuse_large_allocations
 from .cascade import Conditioned
 from .config import from_dict
 from .data import shrink, to_bytes, to_float
 from .integrators import SolverOptions
 from .latents import Decoder
 from .registry import Objective
+from .runtime.allocator import reuse_large_allocations
+from .runtime.device import choose_backend, choose_device
+from .runtime.progress import progress_bar
 from .samplers import SOLVERS, count_steps, sample
 from .text import Text, TextEncoder, identify_text_encoder, refuse_another, rows
 from .walt import WALT, augment
 
 SMALLEST_SIDE = 128
+
+
 FORMATS = ("mp4", "gif", "png", "npz")
 
 
@@ -102,36 +101,6 @@ class SampleConfig(SolverOptions):
     """Which kernels the ops run on."""
     device: str = "auto"
     """'cpu', 'cuda' or 'cuda:1' and so on; 'auto' is CUDA if there is a device. CUDA was not run on a GPU."""
-
-
-def choose_device(name: str) -> torch.device:
-    """The device for ``--device``. A CUDA device is the current one of the process from now on, with TF32 products.
-
-    Raises:
-        ValueError: a device that is none of these, or not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
-    if match is None:
-        raise ValueError(f"device is {name!r}; it may be 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    if name != "cpu":
-        number = int(match[1] or 0)
-        if number >= torch.cuda.device_count():
-            raise ValueError(f"device is {name!r}; torch finds {torch.cuda.device_count()} CUDA devices")
-        torch.cuda.set_device(number)
-        torch.set_float32_matmul_precision("high")
-    return torch.device(name)
-
-
-def choose_backend(name: str) -> contextlib.AbstractContextManager[None]:
-    """The context for ``--backend``; "auto" leaves the choice, and the environment variable, as they are."""
-    return contextlib.nullcontext() if name == "auto" else use_backend(name)
-
-
-def progress_bar(**options: Any) -> tqdm:
-    """A bar that moves on a terminal and adds a line to a log only now and then."""
-    return tqdm(mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True, **options)
 
 
 def class_ids(wanted: tuple[str, ...], classes: list[str], count: int) -> Tensor | None:

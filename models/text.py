@@ -14,7 +14,6 @@ cross-attention with a dropped caption for guidance: PixArt-alpha, Chen et al. 2
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .digests import describe, sha256_of_files
+from .runtime.packages import package
 
 
 class Text(NamedTuple):
@@ -82,21 +82,10 @@ def with_null(y: Text, share: float, null: Tensor) -> Text:
     return Text(torch.where(absent[..., None], null, states.to(null.dtype)), mask | absent)
 
 
-def package(name: str) -> Any:
-    """The package, or a module of it, imported only now.
-
-    Raises:
-        ValueError: it is not installed; says how it may be.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        installed = name.split(".")[0]
-        raise ValueError(f"package {installed!r} is needed: pip install {installed} ({error})") from error
-
-
 # What transformers loads of an encoder's folder besides config.json; of the weights, the first that are there.
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model")
+
+
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 

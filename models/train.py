@@ -35,21 +35,17 @@ import tyro
 from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
-from .allocator import reuse_large_allocations
 from .cascade import Cascade, Conditioned
 from .checkpoint import Checkpoint
-from .config import TrainConfig, as_plain, choose, from_dict, load, preset, start_parser
+from .config import TrainConfig, choose, from_dict, load, preset, start_parser
 from .data import Batch, Batches, BucketBatches, Prefetching, Source, WithImages, shrink, to_bytes
 from .latents import Decoder
 from .registry import OBJECTIVES, build, config_from, configure
-from .sample import (
-    choose_backend,
-    choose_device,
-    contact_sheet,
-    progress_bar,
-    sample_clips,
-    write_png,
-)
+from .runtime.allocator import reuse_large_allocations
+from .runtime.device import choose_backend, choose_device
+from .runtime.plain import as_plain
+from .runtime.progress import progress_bar
+from .sample import contact_sheet, sample_clips, write_png
 from .text import Text, TextEncoder, identify_text_encoder, refuse_another
 
 if TYPE_CHECKING:

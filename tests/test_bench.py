@@ -20,8 +20,9 @@ from bench.clock import Clock
 from bench.counters import Counter, InductorBytes, saved_bytes
 from bench.harness import BOTH, FWD, Problem, Session, on_backend
 from minisora_kernels import backends
-from models.config import merge, preset
+from models.config import preset
 from models.dit import DiT
+from models.runtime.plain import merge
 from models.train import train
 
 ROOT = Path(__file__).parent.parent

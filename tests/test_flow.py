@@ -8,9 +8,10 @@ from decimal import Decimal, getcontext
 import pytest
 import torch
 
-from models.config import TrainConfig, as_plain, from_dict
+from models.config import TrainConfig, from_dict
 from models.flow import FlowMatching, path_at
 from models.registry import SYSTEMS
+from models.runtime.plain import as_plain
 
 PATHS = ("linear", "gvp", "vp")
 KINDS = ("velocity", "data", "score", "noise")

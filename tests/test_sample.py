@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from models.checkpoint import Checkpoint, save
-from models.config import TrainConfig, as_plain
+from models.config import TrainConfig
 from models.diffusion import DDPM
 from models.dit import DiT, DiTConfig
 from models.flow import FlowMatching
-from models.sample import SampleConfig, choose_device, class_ids, contact_sheet, enlarge, main, mosaic, run, write_mp4
+from models.runtime.device import choose_device
+from models.runtime.plain import as_plain
+from models.sample import SampleConfig, class_ids, contact_sheet, enlarge, main, mosaic, run, write_mp4
 
 FILES = ("samples.mp4", "samples.gif", "samples.png", "samples.npz")
 

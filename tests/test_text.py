@@ -19,13 +19,14 @@ import torch
 from models import precompute
 from models.cascade import CascadeSettings
 from models.checkpoint import load
-from models.config import DataConfig, OptimizerConfig, PreviewConfig, TextConfig, TrainConfig, merge
+from models.config import DataConfig, OptimizerConfig, PreviewConfig, TextConfig, TrainConfig
 from models.data import Batches, Item, MovingDigits, WithImages, find_files, open_source
 from models.diffusion import DDPM
 from models.dit import DiTSettings
 from models.flow import FlowMatching
 from models.logsnr import LogSNR
 from models.registry import configure
+from models.runtime.plain import merge
 from models.sample import SampleConfig, write_png
 from models.sample import run as run_sample
 from models.samplers import Predictor

@@ -20,11 +20,12 @@ import minisora_kernels as mk
 from minisora_kernels.testing import assert_as_accurate
 from models import measure, plan, sample
 from models.checkpoint import load
-from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig, merge
+from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig
 from models.data import Batches, MovingDigits, to_bytes
 from models.flow import FlowMatching
 from models.latents import identify, open_encoder
 from models.reconstruction import PatchDiscriminator, Reconstruction, laplacian, psnr, reverse_gradient
+from models.runtime.plain import merge
 from models.tokenizer import (
     CausalConv,
     CausalTokenizer,

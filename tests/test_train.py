@@ -19,18 +19,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models import digits
-from models.allocator import reuse_large_allocations
 from models.checkpoint import latest, load
-from models.config import (
-    PRESETS,
-    DataConfig,
-    OptimizerConfig,
-    PreviewConfig,
-    TrainConfig,
-    as_plain,
-    from_dict,
-    merge,
-)
+from models.config import PRESETS, DataConfig, OptimizerConfig, PreviewConfig, TrainConfig, from_dict
 from models.config import load as load_config
 from models.config import preset as load_preset
 from models.data import MovingDigits
@@ -38,6 +28,8 @@ from models.diffusion import DDPM
 from models.dit import DiT, DiTSettings
 from models.flow import FlowMatching
 from models.registry import SYSTEMS, build, configure
+from models.runtime.allocator import reuse_large_allocations
+from models.runtime.plain import as_plain, merge
 from models.sample import write_mp4, write_png
 from models.train import Stopped, Trainer, average, learning_rate, main, parse, train, train_or_continue
 
