@@ -19,8 +19,8 @@ from bench.shapes import BLOCK, SAMPLING_RUN, SAMPLING_STEP, TRAINING_STEP, Mode
 from bench.written import WrittenDiT
 from minisora_kernels import adaln, guided_step
 from models.dit import DiT
-from models.flow import FlowMatching
 from models.integrators import flow_plan
+from models.objectives.flow import FlowMatching
 from models.samplers import Predictor
 
 GUIDANCE, STEPS = 4.0, 50

@@ -42,7 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from minisora_kernels import Rope, grn, patch_embed, rope_3d, unpatchify, window_attention
 
 from .dit import drop_labels
-from .objectives import TIMESTEPS, at_least_float32, expand
+from .objectives.common import TIMESTEPS, at_least_float32, expand
 from .text import Text, drop_captions
 
 Grid = tuple[int, int, int]

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .autoencoders.tokenizer import TokenizerSettings
+from .autoencoders.vqgan import VQGANSettings
 from .cascade import CascadeSettings
 from .data import Source, open_source
-from .diffusion import DDPM
 from .dit import SIZES, DiTSettings
-from .flow import FlowMatching
-from .logsnr import LogSNR
-from .reconstruction import Reconstruction
+from .objectives.ddpm import DDPM
+from .objectives.flow import FlowMatching
+from .objectives.logsnr import LogSNR
+from .objectives.reconstruction import Reconstruction
 from .registry import OBJECTIVES, SYSTEMS, Objective, Settings
 from .runtime.plain import merge
 from .stdit import STDiTSettings
-from .tokenizer import TokenizerSettings
-from .vqgan import VQGANSettings
 from .walt import WALTSettings
 
 

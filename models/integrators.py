@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .flow import FlowMatching, path_at
-from .objectives import TIMESTEPS, at_least_float32, gaussian
+from .objectives.common import TIMESTEPS, at_least_float32, gaussian
+from .objectives.flow import FlowMatching, path_at
 
 Diffusion = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"]
 LastStep = Literal["skip", "mean", "tweedie", "euler"]

@@ -148,7 +148,7 @@ def open_encoder(record: Mapping[str, Any], device: torch.device, path: str | Pa
     if found["kind"] == "pixels":
         return Pixels()
     if found["kind"] == "diffusers":
-        from .autoencoders import load_autoencoder  # which needs packages that nothing else does
+        from .autoencoders.pretrained import load_autoencoder
 
         return Autoencoder(load_autoencoder(found["path"], device=device), device)
     checkpoint = checkpoints.load(found["path"])

@@ -21,12 +21,12 @@ import tyro
 from torch import Tensor
 
 from . import checkpoint as checkpoints
+from .autoencoders.tokenizer import CausalTokenizer, measure_latents
 from .config import DataConfig, from_dict
 from .data import Batches, MovingDigits, Reduced, Source, to_bytes
-from .reconstruction import Reconstruction, psnr
+from .objectives.reconstruction import Reconstruction, psnr
 from .runtime.device import choose_device
 from .sample import contact_sheet, open_checkpoint, write_png
-from .tokenizer import CausalTokenizer, measure_latents
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from . import cascade
+from .autoencoders.tokenizer import CausalTokenizer, TokenizerConfig, TokenizerSettings
+from .autoencoders.vqgan import VQGAN, VQGANConfig, VQGANSettings
 from .cascade import Cascade, CascadeConfig, CascadeSettings
-from .diffusion import DDPM
 from .dit import SIZES, DiT, DiTConfig, DiTSettings
-from .flow import FlowMatching
-from .logsnr import LogSNR
-from .reconstruction import Reconstruction
+from .objectives.ddpm import DDPM
+from .objectives.flow import FlowMatching
+from .objectives.logsnr import LogSNR
+from .objectives.reconstruction import Reconstruction
 from .stdit import STDiT, STDiTConfig, STDiTSettings
-from .tokenizer import CausalTokenizer, TokenizerConfig, TokenizerSettings
-from .vqgan import VQGAN, VQGANConfig, VQGANSettings
 from .walt import WALT, WALTConfig, WALTSettings
 
 Settings = DiTSettings | STDiTSettings | WALTSettings | CascadeSettings | TokenizerSettings | VQGANSettings

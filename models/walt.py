@@ -59,9 +59,8 @@ from minisora_kernels import (
     window_attention,
 )
 
-from .diffusion import alpha_bars
 from .dit import MLP, FinalLayer, Grid, Scale, TimestepEmbedder, drop_labels, modulation
-from .objectives import TIMESTEPS, expand, gaussian
+from .objectives.common import TIMESTEPS, alpha_bars, expand, gaussian
 from .text import Text, drop_captions
 
 PAST_FRAMES = 2

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from models.autoencoders import load_autoencoder
+from models.autoencoders.pretrained import load_autoencoder
 
 needs_diffusers = pytest.mark.skipif(
     importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed: extra 'pretrained'"

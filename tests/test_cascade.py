@@ -18,7 +18,7 @@ from torch import nn
 import minisora_kernels as mk
 from minisora_kernels.testing import assert_as_accurate
 from models.cascade import SIZES, Cascade, CascadeConfig, CascadeSettings, Conditioned, embed_r, with_time
-from models.logsnr import LogSNR
+from models.objectives.logsnr import LogSNR
 from models.registry import SYSTEMS
 from models.samplers import sample
 from models.text import Text

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import nn
 
+from models.autoencoders.tokenizer import CausalTokenizer, TokenizerConfig
 from models.checkpoint import Checkpoint, load, save
 from models.config import DataConfig, PreviewConfig, TrainConfig
 from models.data import to_bytes, to_float
-from models.diffusion import DDPM
 from models.dit import DiTSettings
+from models.objectives.ddpm import DDPM
 from models.precompute import PrecomputeConfig
 from models.precompute import run as precompute
 from models.runtime.plain import as_plain
 from models.sample import SampleConfig, main, names_of, read, run, sample_clips
 from models.samplers import sample
-from models.tokenizer import CausalTokenizer, TokenizerConfig
 from models.train import train
 from models.walt import WALT, WALTConfig, WALTSettings
 

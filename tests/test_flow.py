@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.config import TrainConfig, from_dict
-from models.flow import FlowMatching, path_at
+from models.objectives.flow import FlowMatching, path_at
 from models.registry import SYSTEMS
 from models.runtime.plain import as_plain
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from models.diffusion import DDPM
 from models.dit import DiT, DiTConfig
-from models.flow import FlowMatching
 from models.integrators import FLOW_SOLVERS, SDE_SOLVERS, TABLEAUX, SolverOptions, diffusion_strength, flow_plan
+from models.objectives.ddpm import DDPM
+from models.objectives.flow import FlowMatching
 from models.samplers import log_likelihood, sample
 
 PATHS = ("linear", "gvp", "vp")

@@ -29,10 +29,10 @@ from models import precompute, registry, sample, samplers
 from models.cascade import Cascade, CascadeSettings
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig
 from models.data import Batches, MovingDigits, open_source, to_float
-from models.diffusion import DDPM
 from models.dit import DiTSettings
 from models.latents import Decoder, LatentClips, identify, open_encoder, read_index, write_shard
-from models.logsnr import LogSNR
+from models.objectives.ddpm import DDPM
+from models.objectives.logsnr import LogSNR
 from models.precompute import PrecomputeConfig, main, run
 from models.runtime.plain import as_plain, merge
 from models.sample import SampleConfig, write_mp4, write_png

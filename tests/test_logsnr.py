@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.diffusion import DDPM
-from models.flow import FlowMatching
-from models.logsnr import LogSNR, logsnr, noise_level, scales
+from models.objectives.ddpm import DDPM
+from models.objectives.flow import FlowMatching
+from models.objectives.logsnr import LogSNR, logsnr, noise_level, scales
 from models.samplers import logsnr_plan, rescaled, sample
 
 CPU = torch.device("cpu")

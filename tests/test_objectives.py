@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from models.diffusion import (
+from models.dit import DiT, DiTConfig
+from models.objectives.common import alpha_bars
+from models.objectives.ddpm import (
     ALL,
     DDPM,
-    alpha_bars,
     discretized_log_likelihood,
     probabilities,
     remember,
     schedule,
     space_timesteps,
 )
-from models.dit import DiT, DiTConfig
-from models.flow import FlowMatching
+from models.objectives.flow import FlowMatching
 from models.registry import OBJECTIVES
 
 CPU = torch.device("cpu")

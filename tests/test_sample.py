@@ -13,9 +13,9 @@ import torch
 
 from models.checkpoint import Checkpoint, save
 from models.config import TrainConfig
-from models.diffusion import DDPM
 from models.dit import DiT, DiTConfig
-from models.flow import FlowMatching
+from models.objectives.ddpm import DDPM
+from models.objectives.flow import FlowMatching
 from models.runtime.device import choose_device
 from models.runtime.plain import as_plain
 from models.sample import SampleConfig, class_ids, contact_sheet, enlarge, main, mosaic, run, write_mp4

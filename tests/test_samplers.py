@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.diffusion import ALL, DDPM
 from models.dit import DiT, DiTConfig
-from models.flow import FlowMatching
+from models.objectives.ddpm import ALL, DDPM
+from models.objectives.flow import FlowMatching
 from models.samplers import SOLVERS, Graphed, Predictor, count_steps, diffusion_plan, sample
 
 MEAN, STD = 1.5, 0.4

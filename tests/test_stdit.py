@@ -17,7 +17,7 @@ from test_ops import Seen
 import minisora_kernels as mk
 from minisora_kernels.testing import assert_as_accurate
 from models.dit import DiT, DiTConfig
-from models.flow import FlowMatching
+from models.objectives.flow import FlowMatching
 from models.samplers import sample
 from models.stdit import STDiT, STDiTConfig
 from models.text import Text

@@ -21,10 +21,10 @@ from models.cascade import CascadeSettings
 from models.checkpoint import load
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TextConfig, TrainConfig
 from models.data import Batches, Item, MovingDigits, WithImages, find_files, open_source
-from models.diffusion import DDPM
 from models.dit import DiTSettings
-from models.flow import FlowMatching
-from models.logsnr import LogSNR
+from models.objectives.ddpm import DDPM
+from models.objectives.flow import FlowMatching
+from models.objectives.logsnr import LogSNR
 from models.registry import configure
 from models.runtime.plain import merge
 from models.sample import SampleConfig, write_png

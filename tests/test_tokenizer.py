@@ -19,14 +19,8 @@ from torch.distributions import Normal, kl_divergence
 import minisora_kernels as mk
 from minisora_kernels.testing import assert_as_accurate
 from models import measure, plan, sample
-from models.checkpoint import load
-from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig
-from models.data import Batches, MovingDigits, to_bytes
-from models.flow import FlowMatching
-from models.latents import identify, open_encoder
-from models.reconstruction import PatchDiscriminator, Reconstruction, laplacian, psnr, reverse_gradient
-from models.runtime.plain import merge
-from models.tokenizer import (
+from models.autoencoders.discriminator import PatchDiscriminator
+from models.autoencoders.tokenizer import (
     CausalConv,
     CausalTokenizer,
     FrameNorm,
@@ -38,9 +32,16 @@ from models.tokenizer import (
     ramp,
     starts,
 )
+from models.autoencoders.vqgan import VQGAN, Block, VQGANConfig, VQGANSettings
+from models.checkpoint import load
+from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig
+from models.data import Batches, MovingDigits, to_bytes
+from models.latents import identify, open_encoder
+from models.objectives.flow import FlowMatching
+from models.objectives.reconstruction import Reconstruction, laplacian, psnr, reverse_gradient
+from models.runtime.plain import merge
 from models.train import Trainer, train
 from models.train import main as train_main
-from models.vqgan import VQGAN, Block, VQGANConfig, VQGANSettings
 
 VIDEO = TokenizerConfig(
     input_size=(9, 8, 12),

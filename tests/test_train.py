@@ -24,9 +24,9 @@ from models.config import PRESETS, DataConfig, OptimizerConfig, PreviewConfig, T
 from models.config import load as load_config
 from models.config import preset as load_preset
 from models.data import MovingDigits
-from models.diffusion import DDPM
 from models.dit import DiT, DiTSettings
-from models.flow import FlowMatching
+from models.objectives.ddpm import DDPM
+from models.objectives.flow import FlowMatching
 from models.registry import SYSTEMS, build, configure
 from models.runtime.allocator import reuse_large_allocations
 from models.runtime.plain import as_plain, merge

@@ -19,20 +19,20 @@ from torch import nn
 
 import minisora_kernels as mk
 from minisora_kernels.testing import assert_as_accurate
+from models.autoencoders.tokenizer import TokenizerSettings
 from models.checkpoint import load
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TextConfig, TrainConfig
 from models.data import Batches
-from models.diffusion import DDPM
 from models.dit import SIZES, DiTSettings, TimestepEmbedder
-from models.flow import FlowMatching
-from models.logsnr import LogSNR
+from models.objectives.ddpm import DDPM
+from models.objectives.flow import FlowMatching
+from models.objectives.logsnr import LogSNR
+from models.objectives.reconstruction import Reconstruction
 from models.precompute import PrecomputeConfig
-from models.reconstruction import Reconstruction
 from models.registry import SYSTEMS, build, config_from
 from models.sample import sample_clips
 from models.samplers import sample
 from models.text import Text
-from models.tokenizer import TokenizerSettings
 from models.train import Trainer, parse, train
 from models.walt import WALT, WALTConfig, WALTSettings, augment, relative_places, resize
 

@@ -35,10 +35,14 @@ from torch.utils.checkpoint import checkpoint
 
 from minisora_kernels import adaln, gate_residual, gate_residual_adaln, patch_embed, unpatchify
 
-from .reconstruction import PatchDiscriminator
+from .discriminator import PatchDiscriminator
 
 FACTOR = 4
+
+
 COMMITMENT = 0.25
+
+
 # Latents that are compared with the codes at a time: 128 MB of distances with 8192 codes.
 ROWS = 4096
 

@@ -22,11 +22,14 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .objectives import TIMESTEPS, Model, at_least_float32, expand, gaussian
+from .common import TIMESTEPS, Model, alpha_bars, at_least_float32, expand, gaussian
 
 # Of the loss-aware timesteps: losses remembered of each, and the share of the draws that stays even.
 HISTORY = 10
+
+
 EVEN_SHARE = 0.001
+
 
 ALL = tuple(range(TIMESTEPS))
 
@@ -98,26 +101,6 @@ class Schedule(NamedTuple):
     posterior_x0_weight: Tensor
     posterior_x_weight: Tensor
     posterior_log_variance: Tensor
-
-
-def alpha_bars(betas: str, zero_snr: bool) -> Tensor:
-    """alpha_bar of all 1000 timesteps, in float64.
-
-    'linear': beta from 1e-4 to 0.02. 'squared_cosine': beta_t = min(1 - f(t + 1) / f(t), 0.999) with
-    f(t) = cos((t / 1000 + 0.008) / 1.008 pi / 2)^2. ``zero_snr`` shifts and scales the root of alpha_bar so that it is
-    0 at 999 and what it was at 0.
-    """
-    if betas == "linear":
-        beta = torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)
-    else:
-        t = torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS
-        f = ((t + 0.008) / 1.008 * math.pi / 2).cos().square()
-        beta = (1 - f[1:] / f[:-1]).clamp_max(0.999)
-    alpha_bar = (1 - beta).cumprod(0)
-    if zero_snr:
-        root = alpha_bar.sqrt()
-        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
-    return alpha_bar
 
 
 @lru_cache(maxsize=32)

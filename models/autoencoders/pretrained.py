@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .runtime.packages import package
+from ..runtime.packages import package
 
 KINDS = ("AutoencoderKL", "AutoencoderKLWan", "AutoencoderKLCogVideoX")
 

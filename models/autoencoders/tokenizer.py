@@ -35,10 +35,12 @@ from torch.utils.checkpoint import checkpoint
 
 from minisora_kernels import unpatchify
 
-from .objectives import at_least_float32
-from .reconstruction import PatchDiscriminator
+from ..objectives.common import at_least_float32
+from .discriminator import PatchDiscriminator
 
 Size = tuple[int, int, int]
+
+
 # The last input frames of every convolution, from one part of a video to the next.
 Memory = dict[nn.Module, Tensor]
 

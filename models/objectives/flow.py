@@ -31,10 +31,13 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .objectives import TIMESTEPS, Model, at_least_float32, check_shape, expand, gaussian, refuse_conditions
+from .common import TIMESTEPS, Model, at_least_float32, check_shape, expand, gaussian, refuse_conditions
 
 Prediction = Literal["velocity", "data", "score", "noise"]
+
+
 PathName = Literal["linear", "gvp", "vp"]
+
 
 # The least sigma that a prediction of the data is divided by (Li & He 2025).
 LEAST_SIGMA = 0.05
