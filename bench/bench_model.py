@@ -18,7 +18,7 @@ from bench.harness import BOTH, FWD, Problem, Random, cases, on_backend, ours_on
 from bench.shapes import BLOCK, SAMPLING_RUN, SAMPLING_STEP, TRAINING_STEP, Model
 from bench.written import WrittenDiT
 from minisora_kernels import adaln, guided_step
-from models.dit import DiT
+from models.denoisers.dit import DiT
 from models.integrators import flow_plan
 from models.objectives.flow import FlowMatching
 from models.samplers import Predictor

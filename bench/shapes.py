@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from models.cascade import SIZES as CASCADE
-from models.dit import SIZES, DiTConfig
+from models.denoisers.cascade import SIZES as CASCADE
+from models.denoisers.dit import SIZES, DiTConfig
 
 Triple = tuple[int, int, int]
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from models.dit import DiT, LabelEmbedder, TimestepEmbedder
+from models.denoisers.dit import DiT
+from models.denoisers.layers import LabelEmbedder, TimestepEmbedder
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

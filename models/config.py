@@ -11,17 +11,17 @@ from typing import Any, Literal
 
 from .autoencoders.tokenizer import TokenizerSettings
 from .autoencoders.vqgan import VQGANSettings
-from .cascade import CascadeSettings
 from .data import Source, open_source
-from .dit import SIZES, DiTSettings
+from .denoisers.cascade import CascadeSettings
+from .denoisers.dit import SIZES, DiTSettings
+from .denoisers.stdit import STDiTSettings
+from .denoisers.walt import WALTSettings
 from .objectives.ddpm import DDPM
 from .objectives.flow import FlowMatching
 from .objectives.logsnr import LogSNR
 from .objectives.reconstruction import Reconstruction
 from .registry import OBJECTIVES, SYSTEMS, Objective, Settings
 from .runtime.plain import merge
-from .stdit import STDiTSettings
-from .walt import WALTSettings
 
 
 @dataclass(frozen=True)

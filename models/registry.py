@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from . import cascade
 from .autoencoders.tokenizer import CausalTokenizer, TokenizerConfig, TokenizerSettings
 from .autoencoders.vqgan import VQGAN, VQGANConfig, VQGANSettings
-from .cascade import Cascade, CascadeConfig, CascadeSettings
-from .dit import SIZES, DiT, DiTConfig, DiTSettings
+from .denoisers import cascade
+from .denoisers.cascade import Cascade, CascadeConfig, CascadeSettings
+from .denoisers.dit import SIZES, DiT, DiTConfig, DiTSettings
+from .denoisers.stdit import STDiT, STDiTConfig, STDiTSettings
+from .denoisers.walt import WALT, WALTConfig, WALTSettings
 from .objectives.ddpm import DDPM
 from .objectives.flow import FlowMatching
 from .objectives.logsnr import LogSNR
 from .objectives.reconstruction import Reconstruction
-from .stdit import STDiT, STDiTConfig, STDiTSettings
-from .walt import WALT, WALTConfig, WALTSettings
 
 Settings = DiTSettings | STDiTSettings | WALTSettings | CascadeSettings | TokenizerSettings | VQGANSettings
 Config = DiTConfig | STDiTConfig | WALTConfig | CascadeConfig | TokenizerConfig | VQGANConfig

@@ -20,9 +20,11 @@ from av.filter import Graph
 from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
-from .cascade import Conditioned
 from .config import from_dict
 from .data import shrink, to_bytes, to_float
+from .denoisers.cascade import Conditioned
+from .denoisers.text import Text, rows
+from .denoisers.walt import WALT, augment
 from .integrators import SolverOptions
 from .latents import Decoder
 from .registry import Objective
@@ -30,8 +32,7 @@ from .runtime.allocator import reuse_large_allocations
 from .runtime.device import choose_backend, choose_device
 from .runtime.progress import progress_bar
 from .samplers import SOLVERS, count_steps, sample
-from .text import Text, TextEncoder, identify_text_encoder, refuse_another, rows
-from .walt import WALT, augment
+from .text import TextEncoder, identify_text_encoder, refuse_another
 
 SMALLEST_SIDE = 128
 

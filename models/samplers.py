@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from minisora_kernels import guided_step
 
 from . import integrators
+from .denoisers.text import Text, rows
 from .integrators import FLOW_SOLVERS, Plan, Progress, SolverOptions
 from .objectives.common import TIMESTEPS, at_least_float32, expand
 from .objectives.ddpm import DDPM, Schedule, space_timesteps
 from .objectives.flow import FlowMatching
 from .objectives.logsnr import LogSNR, logsnr, noise_level, scales
 from .registry import Objective
-from .text import Text, rows
 
 SOLVERS = {"flow": FLOW_SOLVERS, "ddpm": ("ddpm", "ddim"), "logsnr": ("ddpm", "ddim")}
 

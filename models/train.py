@@ -35,10 +35,11 @@ import tyro
 from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
-from .cascade import Cascade, Conditioned
 from .checkpoint import Checkpoint
 from .config import TrainConfig, choose, from_dict, load, preset, start_parser
 from .data import Batch, Batches, BucketBatches, Prefetching, Source, WithImages, shrink, to_bytes
+from .denoisers.cascade import Cascade, Conditioned
+from .denoisers.text import Text
 from .latents import Decoder
 from .registry import OBJECTIVES, build, config_from, configure
 from .runtime.allocator import reuse_large_allocations
@@ -46,7 +47,7 @@ from .runtime.device import choose_backend, choose_device
 from .runtime.plain import as_plain
 from .runtime.progress import progress_bar
 from .sample import contact_sheet, sample_clips, write_png
-from .text import Text, TextEncoder, identify_text_encoder, refuse_another
+from .text import TextEncoder, identify_text_encoder, refuse_another
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

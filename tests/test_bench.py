@@ -21,7 +21,7 @@ from bench.counters import Counter, InductorBytes, saved_bytes
 from bench.harness import BOTH, FWD, Problem, Session, on_backend
 from minisora_kernels import backends
 from models.config import preset
-from models.dit import DiT
+from models.denoisers.dit import DiT
 from models.runtime.plain import merge
 from models.train import train
 

@@ -18,7 +18,7 @@ from models import checkpoint as checkpoints
 from models import registry
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig, from_dict
 from models.data import BucketBatches, MovingDigits, open_source, waste
-from models.dit import DiT, DiTConfig, DiTSettings
+from models.denoisers.dit import DiT, DiTConfig, DiTSettings
 from models.runtime.plain import as_plain, merge
 from models.sample import write_mp4, write_png
 from models.train import Log, Trainer, parse, train

@@ -17,11 +17,12 @@ from torch import nn
 
 import minisora_kernels as mk
 from minisora_kernels.testing import assert_as_accurate
-from models.cascade import SIZES, Cascade, CascadeConfig, CascadeSettings, Conditioned, embed_r, with_time
+from models.denoisers.cascade import SIZES, Cascade, CascadeConfig, CascadeSettings, Conditioned, with_time
+from models.denoisers.cascade_layers import embed_r
+from models.denoisers.text import Text
 from models.objectives.logsnr import LogSNR
 from models.registry import SYSTEMS
 from models.samplers import sample
-from models.text import Text
 
 STAGE_C = CascadeConfig(
     input_size=(3, 5, 7),

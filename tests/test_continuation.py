@@ -15,7 +15,8 @@ from models.autoencoders.tokenizer import CausalTokenizer, TokenizerConfig
 from models.checkpoint import Checkpoint, load, save
 from models.config import DataConfig, PreviewConfig, TrainConfig
 from models.data import to_bytes, to_float
-from models.dit import DiTSettings
+from models.denoisers.dit import DiTSettings
+from models.denoisers.walt import WALT, WALTConfig, WALTSettings
 from models.objectives.ddpm import DDPM
 from models.precompute import PrecomputeConfig
 from models.precompute import run as precompute
@@ -23,7 +24,6 @@ from models.runtime.plain import as_plain
 from models.sample import SampleConfig, main, names_of, read, run, sample_clips
 from models.samplers import sample
 from models.train import train
-from models.walt import WALT, WALTConfig, WALTSettings
 
 VELOCITY = DDPM(prediction="velocity", zero_snr=True)
 STEPS = {"solver": "ddim", "steps": 2, "seed": 0}

@@ -13,7 +13,8 @@ from einops import rearrange, repeat
 from torch import nn
 
 from minisora_kernels import use_backend
-from models.dit import SIZES, DiT, DiTConfig, TimestepEmbedder, grid_positions
+from models.denoisers.dit import SIZES, DiT, DiTConfig
+from models.denoisers.layers import TimestepEmbedder, grid_positions
 
 IMAGE = DiTConfig(
     input_size=(8, 8), patch=(2, 2), channels=4, width=32, depth=2, heads=4, num_classes=10, learn_sigma=True

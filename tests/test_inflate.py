@@ -10,9 +10,10 @@ from test_cascade import STAGE_B, STAGE_C
 from test_cascade import inputs as cascade_inputs
 from torch import nn
 
-from models.cascade import Cascade
-from models.dit import DiT, DiTConfig, sincos
-from models.inflate import load_image_weights
+from models.denoisers.cascade import Cascade
+from models.denoisers.dit import DiT, DiTConfig
+from models.denoisers.inflate import load_image_weights
+from models.denoisers.layers import sincos
 
 DIT = DiTConfig(
     input_size=(6, 8),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.dit import DiT, DiTConfig
+from models.denoisers.dit import DiT, DiTConfig
 from models.integrators import FLOW_SOLVERS, SDE_SOLVERS, TABLEAUX, SolverOptions, diffusion_strength, flow_plan
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching

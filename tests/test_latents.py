@@ -26,10 +26,11 @@ pytest.importorskip("safetensors")
 
 from models import checkpoint as checkpoints
 from models import precompute, registry, sample, samplers
-from models.cascade import Cascade, CascadeSettings
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig
 from models.data import Batches, MovingDigits, open_source, to_float
-from models.dit import DiTSettings
+from models.denoisers.cascade import Cascade, CascadeSettings
+from models.denoisers.dit import DiTSettings
+from models.denoisers.walt import WALT, WALTSettings
 from models.latents import Decoder, LatentClips, identify, open_encoder, read_index, write_shard
 from models.objectives.ddpm import DDPM
 from models.objectives.logsnr import LogSNR
@@ -37,7 +38,6 @@ from models.precompute import PrecomputeConfig, main, run
 from models.runtime.plain import as_plain, merge
 from models.sample import SampleConfig, write_mp4, write_png
 from models.train import Trainer, parse, train
-from models.walt import WALT, WALTSettings
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

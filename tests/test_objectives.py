@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from models.dit import DiT, DiTConfig
+from models.denoisers.dit import DiT, DiTConfig
 from models.objectives.common import alpha_bars
 from models.objectives.ddpm import (
     ALL,

@@ -13,7 +13,7 @@ import torch
 
 from models.checkpoint import Checkpoint, save
 from models.config import TrainConfig
-from models.dit import DiT, DiTConfig
+from models.denoisers.dit import DiT, DiTConfig
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching
 from models.runtime.device import choose_device

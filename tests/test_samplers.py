@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.dit import DiT, DiTConfig
+from models.denoisers.dit import DiT, DiTConfig
 from models.objectives.ddpm import ALL, DDPM
 from models.objectives.flow import FlowMatching
 from models.samplers import SOLVERS, Graphed, Predictor, count_steps, diffusion_plan, sample

@@ -16,11 +16,11 @@ from test_ops import Seen
 
 import minisora_kernels as mk
 from minisora_kernels.testing import assert_as_accurate
-from models.dit import DiT, DiTConfig
+from models.denoisers.dit import DiT, DiTConfig
+from models.denoisers.stdit import STDiT, STDiTConfig
+from models.denoisers.text import Text
 from models.objectives.flow import FlowMatching
 from models.samplers import sample
-from models.stdit import STDiT, STDiTConfig
-from models.text import Text
 
 TEXT = STDiTConfig(
     input_size=(3, 6, 10), patch=(1, 2, 2), channels=4, width=48, depth=2, heads=3, text_width=20, class_dropout=0.0

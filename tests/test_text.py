@@ -17,11 +17,13 @@ import pytest
 import torch
 
 from models import precompute
-from models.cascade import CascadeSettings
 from models.checkpoint import load
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TextConfig, TrainConfig
 from models.data import Batches, Item, MovingDigits, WithImages, find_files, open_source
-from models.dit import DiTSettings
+from models.denoisers.cascade import CascadeSettings
+from models.denoisers.dit import DiTSettings
+from models.denoisers.stdit import STDiTSettings
+from models.denoisers.text import Text, rows, with_null
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching
 from models.objectives.logsnr import LogSNR
@@ -30,8 +32,7 @@ from models.runtime.plain import merge
 from models.sample import SampleConfig, write_png
 from models.sample import run as run_sample
 from models.samplers import Predictor
-from models.stdit import STDiTSettings
-from models.text import Text, TextEncoder, identify_text_encoder, refuse_another, rows, with_null
+from models.text import TextEncoder, identify_text_encoder, refuse_another
 from models.train import Trainer, parse, train
 
 needs_transformers = pytest.mark.skipif(

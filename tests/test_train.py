@@ -24,7 +24,7 @@ from models.config import PRESETS, DataConfig, OptimizerConfig, PreviewConfig, T
 from models.config import load as load_config
 from models.config import preset as load_preset
 from models.data import MovingDigits
-from models.dit import DiT, DiTSettings
+from models.denoisers.dit import DiT, DiTSettings
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching
 from models.registry import SYSTEMS, build, configure

@@ -23,7 +23,11 @@ from models.autoencoders.tokenizer import TokenizerSettings
 from models.checkpoint import load
 from models.config import DataConfig, OptimizerConfig, PreviewConfig, TextConfig, TrainConfig
 from models.data import Batches
-from models.dit import SIZES, DiTSettings, TimestepEmbedder
+from models.denoisers.dit import SIZES, DiTSettings
+from models.denoisers.layers import TimestepEmbedder
+from models.denoisers.text import Text
+from models.denoisers.walt import WALT, WALTConfig, WALTSettings, augment, resize
+from models.denoisers.walt_layers import relative_places
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching
 from models.objectives.logsnr import LogSNR
@@ -32,9 +36,7 @@ from models.precompute import PrecomputeConfig
 from models.registry import SYSTEMS, build, config_from
 from models.sample import sample_clips
 from models.samplers import sample
-from models.text import Text
 from models.train import Trainer, parse, train
-from models.walt import WALT, WALTConfig, WALTSettings, augment, relative_places, resize
 
 # Windows that divide no axis of the grid but the frames: corners, edges and the middle are all there.
 CLASSES = WALTConfig(

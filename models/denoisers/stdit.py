@@ -53,17 +53,8 @@ from torch.utils.checkpoint import checkpoint
 
 from minisora_kernels import adaln, gate_residual, gate_residual_adaln, gelu_mlp, recompute_adaln, unpatchify
 
-from .dit import (
-    MLP,
-    Attention,
-    DiTConfig,
-    Grid,
-    LabelEmbedder,
-    PatchEmbedder,
-    TimestepEmbedder,
-    grid_positions,
-    sincos,
-)
+from .dit import DiTConfig
+from .layers import MLP, Attention, Grid, LabelEmbedder, PatchEmbedder, TimestepEmbedder, grid_positions, sincos
 from .text import Text, with_null
 
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from .cascade import Cascade
-from .dit import DiT, sincos
+from .dit import DiT
+from .layers import sincos
 
 
 @torch.no_grad()
