@@ -39,7 +39,8 @@ from bench.harness import release_memory, summary
 from models import checkpoint as checkpoints
 from models import digits
 from models.config import TrainConfig, from_dict
-from models.latents import Decoder
+from models.data.encoder import Decoder
+from models.data.open import open_source
 from models.runtime.allocator import reuse_large_allocations
 from models.runtime.device import choose_backend
 from models.runtime.plain import merge
@@ -194,8 +195,8 @@ def timed(config: TrainConfig) -> dict[str, Any]:
 def encoding(preset: str, runs: Path) -> float:
     """Seconds that the autoencoder takes for the clips of one step, which latents made beforehand save."""
     config = digits.configured(preset, runs)
-    clips = digits.configured(digits.AHEAD[preset].autoencoder, runs).data.open()
-    source = config.data.open()
+    clips = open_source(digits.configured(digits.AHEAD[preset].autoencoder, runs).data)
+    source = open_source(config.data)
     batch = [clips.clip(i, np.random.default_rng(i))[0] for i in range(config.batch_size)]
     encode = Decoder(source.encoder, torch.device("cpu")).encode
     stacked = torch.from_numpy(np.stack(batch))

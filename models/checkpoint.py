@@ -164,3 +164,8 @@ def latest(folder: str | Path) -> tuple[Path, Checkpoint]:
         except NotACheckpoint as reason:
             _log.warning("skipped: %s", reason)
     raise NotACheckpoint(f"{folder} holds no whole checkpoint (step_*.pt)")
+
+
+def open_checkpoint(path: Path) -> tuple[Path, Checkpoint]:
+    """A checkpoint file, or the newest one of a run's folder."""
+    return latest(path) if path.is_dir() else (path, load(path))

@@ -28,13 +28,17 @@ from . import checkpoint as checkpoints
 from . import measure, precompute
 from .checkpoint import Checkpoint
 from .config import TrainConfig, from_dict, preset
-from .data import LATENT_INDEX, Batches, MovingDigits, to_float
-from .latents import Decoder
+from .data.batches import Batches
+from .data.encoder import Decoder
+from .data.latents import LATENT_INDEX
+from .data.media import contact_sheet, write_png
+from .data.moving_digits import MovingDigits
+from .data.pixels import to_float
 from .runtime.allocator import reuse_large_allocations
 from .runtime.device import choose_device
 from .runtime.plain import merge
 from .runtime.progress import progress_bar
-from .sample import contact_sheet, sample_clips, write_png
+from .sample import sample_clips
 from .train import Stopped, train_or_continue
 
 

@@ -22,11 +22,18 @@ from torch import Tensor
 
 from . import checkpoint as checkpoints
 from .autoencoders.tokenizer import CausalTokenizer, measure_latents
-from .config import DataConfig, from_dict
-from .data import Batches, MovingDigits, Reduced, Source, to_bytes
+from .checkpoint import open_checkpoint
+from .config import from_dict
+from .data.batches import Batches
+from .data.config import DataConfig
+from .data.media import contact_sheet, write_png
+from .data.moving_digits import MovingDigits
+from .data.open import open_source
+from .data.pixels import to_bytes
+from .data.source import Source
+from .data.wrappers import Reduced
 from .objectives.reconstruction import Reconstruction, psnr
 from .runtime.device import choose_device
-from .sample import contact_sheet, open_checkpoint, write_png
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ def _clips(source: Source, config: MeasureConfig, device: torch.device) -> list[
 
 def _sources(data: DataConfig) -> tuple[Source, Source]:
     """Training clips, and those to judge on."""
-    source = data.open()
+    source = open_source(data)
     if data.source != "digits":
         return source, source
     judged: Source = MovingDigits(frames=data.frames, size=data.size, stride=data.stride, held_out=True)

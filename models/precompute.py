@@ -25,20 +25,23 @@ import torch
 import tyro
 from torch import Tensor
 
-from .config import DataConfig
-from .data import LATENT_INDEX, LATENT_PROGRESS, Source, bucket_seed, digest_of, shrink, to_float
-from .latents import (
+from .data.batches import bucket_seed
+from .data.config import DataConfig
+from .data.encoder import Encoder, identify, open_encoder
+from .data.files import digest_of
+from .data.latents import (
     DTYPES,
-    Encoder,
-    LatentClips,
+    LATENT_INDEX,
+    LATENT_PROGRESS,
     check_shard,
-    identify,
-    open_encoder,
     read_index,
     read_json,
     write_json,
     write_shard,
 )
+from .data.open import open_source
+from .data.pixels import shrink, to_float
+from .data.source import Source
 from .runtime.allocator import reuse_large_allocations
 from .runtime.device import choose_backend, choose_device
 from .runtime.plain import as_plain
@@ -99,7 +102,7 @@ def made_from(config: PrecomputeConfig, source: Source, encoder: dict[str, Any])
         "encoder": {key: encoder[key] for key in ("kind", "sha256")},  # the same one may be found elsewhere
         "data": data,
         "items": len(source),
-        "files": digest_of(getattr(source, "items", ())),
+        "files": digest_of(source.items),
         **{name: getattr(config, name) for name in names},
     }
 
@@ -175,8 +178,8 @@ def run(config: PrecomputeConfig) -> Path:
         OSError: a file that could not be written.
     """
     data, folder = config.data, config.out
-    source = data.open()
-    if isinstance(source, LatentClips):
+    source = open_source(data)
+    if source.encoder is not None:
         raise ValueError(f"data source {data.source!r} holds latents already")
     low_shape = None
     if config.low:
@@ -234,7 +237,7 @@ def run(config: PrecomputeConfig) -> Path:
             "low": low_shape and {"factor": config.low, "shape": low_shape},
             "buckets": buckets if data.buckets else [],
             "classes": source.classes,
-            "captions": getattr(source, "captions", ()),
+            "captions": source.captions,
             "mean": mean,
             "std": std,
             "shards": [{key: entry[key] for key in ("name", "count", "bytes", "sha256")} for entry in shards],

@@ -37,17 +37,22 @@ from torch import Tensor, nn
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
 from .config import TrainConfig, choose, from_dict, load, preset, start_parser
-from .data import Batch, Batches, BucketBatches, Prefetching, Source, WithImages, shrink, to_bytes
+from .data.batches import Batch, Batches, BucketBatches, Prefetching
+from .data.encoder import Decoder
+from .data.media import contact_sheet, write_png
+from .data.open import open_source
+from .data.pixels import shrink, to_bytes
+from .data.source import Source
+from .data.text import TextEncoder, identify_text_encoder, refuse_another
+from .data.wrappers import WithImages
 from .denoisers.cascade import Cascade, Conditioned
 from .denoisers.text import Text
-from .latents import Decoder
 from .registry import OBJECTIVES, build, config_from, configure
 from .runtime.allocator import reuse_large_allocations
 from .runtime.device import choose_backend, choose_device
 from .runtime.plain import as_plain
 from .runtime.progress import progress_bar
-from .sample import contact_sheet, sample_clips, write_png
-from .text import TextEncoder, identify_text_encoder, refuse_another
+from .sample import sample_clips
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -155,15 +160,15 @@ class Trainer:
     def __init__(self, config: TrainConfig, resume: Checkpoint | None = None) -> None:
         self.config, self.device = config, choose_device(config.device)
         data = config.data
-        self.source: Source = data.open()
-        self.data_digest: str | None = getattr(self.source, "digest", None)
+        self.source: Source = open_source(data)
+        self.data_digest: str | None = self.source.digest
         self.classes = list(self.source.classes)
         # What made the latents, if the clips are latents: their previews need it, so it must be there from the start.
-        self.encoder: dict[str, Any] | None = getattr(self.source, "encoder", None)
+        self.encoder: dict[str, Any] | None = self.source.encoder
         if self.encoder is None and config.encoder is not None:
             raise ValueError(f"encoder is {config.encoder!r}, but {data.source!r} has pixels, not latents")
         self.decode = None if self.encoder is None else Decoder(self.encoder, self.device, config.encoder)
-        captions = list(getattr(self.source, "captions", ()))
+        captions = list(self.source.captions)
         self.text, self.captions, text_width = None, captions or self.classes, 0
         self.text_encoder: dict[str, Any] | None = None
         if config.text.encoder is not None:
@@ -209,7 +214,7 @@ class Trainer:
         config = self.model.config
         if not isinstance(self.model, Cascade) or config.low_shape is None:
             return False
-        low = getattr(self.source, "low_shape", None)
+        low = self.source.low_shape
         data, (channels, frames) = self.config.data.source, config.low_shape[:2]
         if low is None:
             _log.warning(
@@ -230,7 +235,7 @@ class Trainer:
         """Batches of one size, or, with buckets, of as many samples of a bucket's size as ``batch_tokens`` allows."""
         config = self.config
         # Latents know the buckets that they were made with, in cells.
-        cells = getattr(self.source, "buckets", ())
+        cells = self.source.buckets
         buckets = cells or config.data.buckets
         if not buckets:
             if config.batch_tokens:

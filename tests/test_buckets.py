@@ -16,11 +16,15 @@ from torch import nn
 
 from models import checkpoint as checkpoints
 from models import registry
-from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig, from_dict
-from models.data import BucketBatches, MovingDigits, open_source, waste
+from models.config import OptimizerConfig, PreviewConfig, TrainConfig, from_dict
+from models.data.batches import BucketBatches
+from models.data.config import DataConfig
+from models.data.media import write_mp4, write_png
+from models.data.moving_digits import MovingDigits
+from models.data.open import open_source
+from models.data.videos import waste
 from models.denoisers.dit import DiT, DiTConfig, DiTSettings
 from models.runtime.plain import as_plain, merge
-from models.sample import write_mp4, write_png
 from models.train import Log, Trainer, parse, train
 
 TINY = TrainConfig(
@@ -149,7 +153,7 @@ def test_a_file_goes_to_the_bucket_that_wastes_least(tmp_path, caplog):
     write_png(tmp_path / "tall.png", film(1, 60, 30)[0])
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     buckets = ((10, 32, 32), (4, 32, 32), (4, 24, 48), (1, 32, 16), (1, 64, 64), (64, 8, 8))
-    source = open_source(str(tmp_path), frames=4, size=(32, 32))
+    source = open_source(DataConfig(str(tmp_path), frames=4, size=(32, 32)))
     with caplog.at_level(logging.WARNING):
         parts = source.split(buckets)
     assert "broken.mp4 cannot be decoded" in caplog.text and "bucket (64, 8, 8) is left out" in caplog.text
@@ -164,7 +168,7 @@ def test_a_file_goes_to_the_bucket_that_wastes_least(tmp_path, caplog):
     for part in parts:
         assert part.clip(0, np.random.default_rng(0))[0].shape == part.shape
     # Of every third frame, the long one has four, and the short one two.
-    parts = open_source(str(tmp_path), frames=4, size=(32, 32), stride=3).split(buckets)
+    parts = open_source(DataConfig(str(tmp_path), frames=4, size=(32, 32), stride=3)).split(buckets)
     assert next([item.path.name for item in p.items] for p in parts if p.shape[1:] == (4, 32, 32)) == [
         "long.mp4",
         "short.mp4",
@@ -174,7 +178,7 @@ def test_a_file_goes_to_the_bucket_that_wastes_least(tmp_path, caplog):
 def test_files_that_cannot_be_decoded_fill_no_bucket(tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match="none of its 1 files can be decoded"):
-        open_source(str(tmp_path), frames=4, size=(32, 32)).split(((4, 32, 32),))
+        open_source(DataConfig(str(tmp_path), frames=4, size=(32, 32))).split(((4, 32, 32),))
 
 
 def test_digits_are_dealt_to_the_buckets_evenly_and_whatever_they_show():

@@ -13,15 +13,17 @@ from torch import nn
 
 from models.autoencoders.tokenizer import CausalTokenizer, TokenizerConfig
 from models.checkpoint import Checkpoint, load, save
-from models.config import DataConfig, PreviewConfig, TrainConfig
-from models.data import to_bytes, to_float
+from models.config import PreviewConfig, TrainConfig
+from models.data.config import DataConfig
+from models.data.media import read
+from models.data.pixels import to_bytes, to_float
 from models.denoisers.dit import DiTSettings
 from models.denoisers.walt import WALT, WALTConfig, WALTSettings
 from models.objectives.ddpm import DDPM
 from models.precompute import PrecomputeConfig
 from models.precompute import run as precompute
 from models.runtime.plain import as_plain
-from models.sample import SampleConfig, main, names_of, read, run, sample_clips
+from models.sample import SampleConfig, main, names_of, run, sample_clips
 from models.samplers import sample
 from models.train import train
 

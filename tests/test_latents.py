@@ -26,17 +26,23 @@ pytest.importorskip("safetensors")
 
 from models import checkpoint as checkpoints
 from models import precompute, registry, sample, samplers
-from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig
-from models.data import Batches, MovingDigits, open_source, to_float
+from models.config import OptimizerConfig, PreviewConfig, TrainConfig
+from models.data.batches import Batches
+from models.data.config import DataConfig
+from models.data.encoder import Decoder, identify, open_encoder
+from models.data.latents import LatentClips, read_index, write_shard
+from models.data.media import write_mp4, write_png
+from models.data.moving_digits import MovingDigits
+from models.data.open import open_source
+from models.data.pixels import to_float
 from models.denoisers.cascade import Cascade, CascadeSettings
 from models.denoisers.dit import DiTSettings
 from models.denoisers.walt import WALT, WALTSettings
-from models.latents import Decoder, LatentClips, identify, open_encoder, read_index, write_shard
 from models.objectives.ddpm import DDPM
 from models.objectives.logsnr import LogSNR
 from models.precompute import PrecomputeConfig, main, run
 from models.runtime.plain import as_plain, merge
-from models.sample import SampleConfig, write_mp4, write_png
+from models.sample import SampleConfig
 from models.train import Trainer, parse, train
 
 ROOT = Path(__file__).parent.parent
@@ -174,7 +180,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_files(tmp_path, monkeypat
         assert len(list(folder.glob("*.tmp"))) == (not after)
         if fatal < 6 or not after:
             with pytest.raises(ValueError, match=r"are not finished|no file ending"):
-                open_source(str(folder), frames=2, size=(12, 16))
+                open_source(DataConfig(str(folder), frames=2, size=(12, 16)))
         run(pixels(folder))
         assert contents(folder) == whole
 
@@ -300,7 +306,7 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=reason):
-            open_source(str(tmp_path / "z"), frames=2, size=(12, 16))
+            open_source(DataConfig(str(tmp_path / "z"), frames=2, size=(12, 16)))
 
 
 def test_training_on_stored_pixels_is_training_on_the_source(tmp_path):
@@ -332,10 +338,10 @@ def test_options_that_the_latents_do_not_have_are_refused(tmp_path):
     source = str(tmp_path / "z")
     for same in ({}, {"frames": 2, "size": (12, 16)}):
         options = {"frames": 8, "size": (16, 16)} | same
-        assert open_source(source, **options).shape == (1, 2, 12, 16)
+        assert open_source(DataConfig(source, **options)).shape == (1, 2, 12, 16)
     for name, value, made in (("size", (32, 32), r"\[12, 16\]"), ("stride", 2, "1"), ("crop", "center", "random")):
         with pytest.raises(ValueError, match=f"data.{name} is .*; the latents in .* were made with {made}"):
-            open_source(source, **({"frames": 8, "size": (16, 16)} | {name: value}))
+            open_source(DataConfig(source, **({"frames": 8, "size": (16, 16)} | {name: value})))
     with pytest.raises(
         ValueError, match=r"data.buckets is \(\(2, 12, 16\),\); the latents in .* with one size, \(2, 12"
     ):
@@ -796,9 +802,9 @@ def test_a_folder_of_before_there_were_small_clips_is_read_and_continued(tmp_pat
     assert (tmp_path / "z/shard_00001.safetensors").stat().st_mtime_ns == before
     assert finished or contents(tmp_path / "z") == contents(tmp_path / "whole")
     source = str(tmp_path / "z")
-    assert open_source(source, frames=2, size=(12, 16)).low_shape is None
+    assert open_source(DataConfig(source, frames=2, size=(12, 16))).low_shape is None
     with pytest.raises(ValueError, match=r"data.reduce is 2; the latents in .* were made with 1"):
-        open_source(source, frames=2, size=(12, 16), reduce=2)
+        open_source(DataConfig(source, frames=2, size=(12, 16), reduce=2))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

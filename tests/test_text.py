@@ -18,8 +18,15 @@ import torch
 
 from models import precompute
 from models.checkpoint import load
-from models.config import DataConfig, OptimizerConfig, PreviewConfig, TextConfig, TrainConfig
-from models.data import Batches, Item, MovingDigits, WithImages, find_files, open_source
+from models.config import OptimizerConfig, PreviewConfig, TrainConfig
+from models.data.batches import Batches
+from models.data.config import DataConfig, TextConfig
+from models.data.files import Item, find_files
+from models.data.media import write_png
+from models.data.moving_digits import MovingDigits
+from models.data.open import open_source
+from models.data.text import TextEncoder, identify_text_encoder, refuse_another
+from models.data.wrappers import WithImages
 from models.denoisers.cascade import CascadeSettings
 from models.denoisers.dit import DiTSettings
 from models.denoisers.stdit import STDiTSettings
@@ -29,10 +36,9 @@ from models.objectives.flow import FlowMatching
 from models.objectives.logsnr import LogSNR
 from models.registry import configure
 from models.runtime.plain import merge
-from models.sample import SampleConfig, write_png
+from models.sample import SampleConfig
 from models.sample import run as run_sample
 from models.samplers import Predictor
-from models.text import TextEncoder, identify_text_encoder, refuse_another
 from models.train import Trainer, parse, train
 
 needs_transformers = pytest.mark.skipif(
@@ -260,7 +266,7 @@ def test_a_csv_with_captions(tmp_path):
     items, classes = find_files(write_csv(tmp_path))
     assert classes == () and [item.label for item in items] == [0, 0, 1, 2]
     assert items[2] == Item(tmp_path / "b.png", 1, "a blue square")
-    source = open_source(str(tmp_path / "list.csv"), frames=1, size=(16, 16))
+    source = open_source(DataConfig(str(tmp_path / "list.csv"), frames=1, size=(16, 16)))
     assert source.captions == ("a red square", "a blue square", "") and source.classes == ()
     x, numbers, _ = Batches(source, 8, seed=0, prefetch=0).batch(0)
     for clip, number in zip(x, numbers, strict=True):
@@ -270,7 +276,7 @@ def test_a_csv_with_captions(tmp_path):
         (tmp_path / "bad.csv").write_text(f"{header}\na.png,1,2\n")
         with pytest.raises(ValueError, match="it must have path and label, or path and text"):
             find_files(tmp_path / "bad.csv")
-    assert not getattr(open_source("digits", frames=1, size=(16, 16)), "captions", ())
+    assert not getattr(open_source(DataConfig("digits", frames=1, size=(16, 16))), "captions", ())
 
 
 TINY = TrainConfig(

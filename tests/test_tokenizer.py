@@ -34,9 +34,12 @@ from models.autoencoders.tokenizer import (
 )
 from models.autoencoders.vqgan import VQGAN, Block, VQGANConfig, VQGANSettings
 from models.checkpoint import load
-from models.config import DataConfig, OptimizerConfig, PreviewConfig, TrainConfig
-from models.data import Batches, MovingDigits, to_bytes
-from models.latents import identify, open_encoder
+from models.config import OptimizerConfig, PreviewConfig, TrainConfig
+from models.data.batches import Batches
+from models.data.config import DataConfig
+from models.data.encoder import identify, open_encoder
+from models.data.moving_digits import MovingDigits
+from models.data.pixels import to_bytes
 from models.objectives.flow import FlowMatching
 from models.objectives.reconstruction import Reconstruction, laplacian, psnr, reverse_gradient
 from models.runtime.plain import merge

@@ -20,17 +20,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models import digits
 from models.checkpoint import latest, load
-from models.config import PRESETS, DataConfig, OptimizerConfig, PreviewConfig, TrainConfig, from_dict
+from models.config import PRESETS, OptimizerConfig, PreviewConfig, TrainConfig, from_dict
 from models.config import load as load_config
 from models.config import preset as load_preset
-from models.data import MovingDigits
+from models.data.config import DataConfig
+from models.data.media import write_mp4, write_png
+from models.data.moving_digits import MovingDigits
 from models.denoisers.dit import DiT, DiTSettings
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching
 from models.registry import SYSTEMS, build, configure
 from models.runtime.allocator import reuse_large_allocations
 from models.runtime.plain import as_plain, merge
-from models.sample import write_mp4, write_png
 from models.train import Stopped, Trainer, average, learning_rate, main, parse, train, train_or_continue
 
 ROOT = Path(__file__).parent.parent

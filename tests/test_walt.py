@@ -21,8 +21,10 @@ import minisora_kernels as mk
 from minisora_kernels.testing import assert_as_accurate
 from models.autoencoders.tokenizer import TokenizerSettings
 from models.checkpoint import load
-from models.config import DataConfig, OptimizerConfig, PreviewConfig, TextConfig, TrainConfig
-from models.data import Batches
+from models.config import OptimizerConfig, PreviewConfig, TrainConfig
+from models.data.batches import Batches
+from models.data.config import DataConfig, TextConfig
+from models.data.open import open_source
 from models.denoisers.dit import SIZES, DiTSettings
 from models.denoisers.layers import TimestepEmbedder
 from models.denoisers.text import Text
@@ -790,7 +792,7 @@ def test_super_resolution_trains_from_the_command_and_resumes_bit_for_bit(tiny, 
 
     monkeypatch.setattr(WALT, "forward", told_low)
     whole = load(train(config))
-    x, y, _ = Batches(config.data.open(), 4, 0, prefetch=0).batch(0)
+    x, y, _ = Batches(open_source(config.data), 4, 0, prefetch=0).batch(0)
     training, _, low, low_t = told[0]
     assert training and low.shape == (4, 1, 3, 8, 8) and low_t.max() <= 7
     # alpha_bar of level 7 is 0.998: the noise is of deviation 0.05 at most.

@@ -1,3 +1,13 @@
+"""Text as a condition: what models take in the place of class ids.
+
+The null caption, which guidance sets against the caption and which training puts in the place of dropped ones, is a row
+without a token. What stands for it is the model's, for instance a learned embedding: an encoder's output for ``""`` is
+that of another caption, and guidance between two captions that are equal does nothing.
+
+Source: text tokens in cross-attention with a dropped caption for guidance: PixArt-alpha, Chen et al. 2023
+(arXiv 2310.00426).
+"""
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple

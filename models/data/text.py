@@ -1,14 +1,9 @@
-"""Text as a condition: what models take in the place of class ids, and the frozen encoders that make it.
+"""The frozen encoders that make a condition of captions.
 
-    T5:    states = encoder(tokens of the caption)     [n, E], one row a token
+    T5:    states = encoder(tokens of the caption)     [n, E], one row per token
     CLIP:  the same, or its pooled output alone        [1, E], the state of the end token
 
-The null caption, which guidance sets against the caption and which training puts in the place of dropped ones, is a row
-without a token. What stands for it is the model's, a learned embedding for one: an encoder's output for ``""`` is that
-of another caption, and a guidance between two captions that are equal does nothing.
-
-Source: T5, Raffel et al. 2019 (arXiv 1910.10683); CLIP, Radford et al. 2021 (arXiv 2103.00020); text tokens in
-cross-attention with a dropped caption for guidance: PixArt-alpha, Chen et al. 2023 (arXiv 2310.00426).
+Source: T5, Raffel et al. 2019 (arXiv 1910.10683); CLIP, Radford et al. 2021 (arXiv 2103.00020).
 """
 
 from __future__ import annotations
@@ -22,9 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .denoisers.text import Text
-from .digests import describe, sha256_of_files
-from .runtime.packages import package
+from ..denoisers.text import Text
+from ..runtime.packages import package
+from .checksums import describe, sha256_of_files
 
 # What transformers loads of an encoder's folder besides config.json; of the weights, the first that are there.
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model")

@@ -21,25 +21,23 @@ The sizes of all shards are checked when the folder is opened, and the checksum 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import checkpoint as checkpoints
+from ..runtime.files import write_whole
+from ..runtime.packages import package
+from ..runtime.plain import as_plain
+from .checksums import sha256_of
 from .config import DataConfig
-from .data import LATENT_INDEX, LATENT_PROGRESS, Bucket, Source, to_float
-from .digests import describe, sha256_of, sha256_of_folder
-from .runtime.files import write_whole
-from .runtime.packages import package
-from .runtime.plain import as_plain
+from .source import Bucket, Shape, Source
 
 FORMAT = 1
 
@@ -47,145 +45,9 @@ FORMAT = 1
 MAGIC = "minisora latents"
 
 
+# Options of the data that the latents keep.
+SAME_OPTIONS = ("frames", "size", "reduce", "stride", "crop", "positions")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-Shape = tuple[int, int, int, int]
-
-
-class Encoder(Protocol):
-    """An autoencoder, as this module and ``models.precompute`` use it."""
-
-    def shape(self, pixels: Shape) -> Shape:
-        """``(C, T, H, W)`` of the latents of clips of ``pixels``; ValueError if it does not take such clips."""
-        ...
-
-    def encode(self, clips: Tensor) -> Tensor:
-        """uint8 ``[B, C, T, H, W]`` to float32 latents ``[B, C', T', H', W']``."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents to float32 pixels in [-1, 1]."""
-        ...
-
-
-class Pixels:
-    """The identity: latents are the pixels in [-1, 1]."""
-
-    def shape(self, pixels: Shape) -> Shape:
-        return pixels
-
-    def encode(self, clips: Tensor) -> Tensor:
-        return to_float(clips)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents.float()
-
-
-class Autoencoder:
-    """Anything with ``encode`` and ``decode`` between pixels in [-1, 1] and latents, both ``[B, C, T, H, W]``."""
-
-    def __init__(self, autoencoder: Any, device: torch.device) -> None:
-        self.autoencoder, self.device = autoencoder, device
-
-    def shape(self, pixels: Shape) -> Shape:
-        try:
-            channels, frames, height, width = self.encode(torch.zeros(1, *pixels, dtype=torch.uint8)).shape[1:]
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"the encoder does not take clips of {pixels} (C, T, H, W): {error}") from error
-        return channels, frames, height, width
-
-    def encode(self, clips: Tensor) -> Tensor:
-        return self._run(self.autoencoder.encode, to_float(clips))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self._run(self.autoencoder.decode, latents).clamp(-1, 1)
-
-    @torch.no_grad()
-    def _run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        # Half precision is for the model that is trained; an autoencoder may overflow in it.
-        with torch.autocast(self.device.type, enabled=False):
-            return function(x.to(self.device)).float()
-
-
-def identify(path: str | Path) -> dict[str, Any]:
-    """Which encoder this is: ``{"kind", "path", "sha256"}``.
-
-    Args:
-        path: ``"pixels"``; a checkpoint of an autoencoder or a run's folder for its newest one (kind "checkpoint"); or
-            a folder that diffusers' ``save_pretrained`` wrote (kind "diffusers").
-
-    Raises:
-        ValueError: none of these.
-    """
-    if str(path) == "pixels":
-        return {"kind": "pixels", "path": "pixels", "sha256": None}
-    path = Path(path)
-    if path.is_dir() and any(path.glob("step_*.pt")):
-        path = checkpoints.latest(path)[0]
-    if path.is_file():
-        return {"kind": "checkpoint", "path": str(path.resolve()), "sha256": sha256_of(path)}
-    if (path / "config.json").is_file():
-        return {"kind": "diffusers", "path": str(path.resolve()), "sha256": sha256_of_folder(path)}
-    raise ValueError(
-        f"encoder is {str(path)!r}, which is not there; it may be 'pixels', a checkpoint of an autoencoder, the folder "
-        f"of its run, or a folder of a diffusers autoencoder"
-    )
-
-
-def open_encoder(record: Mapping[str, Any], device: torch.device, path: str | Path | None = None) -> Encoder:
-    """The encoder of a record that :func:`identify` made, loaded from ``path`` or where it was then.
-
-    Raises:
-        ValueError: it is not there, is another one than the record says, or cannot encode and decode.
-    """
-    try:
-        found = identify(path or record["path"])
-    except ValueError as error:
-        raise ValueError(f"{error}; the latents were made with {describe(record)}") from None
-    if (found["kind"], found["sha256"]) != (record["kind"], record["sha256"]):
-        raise ValueError(f"encoder {describe(found)} is not the one of the latents, {describe(record)}")
-    if found["kind"] == "pixels":
-        return Pixels()
-    if found["kind"] == "diffusers":
-        from .autoencoders.pretrained import load_autoencoder
-
-        return Autoencoder(load_autoencoder(found["path"], device=device), device)
-    checkpoint = checkpoints.load(found["path"])
-    if checkpoint.encoder is not None:
-        raise ValueError(f"encoder {found['path']} was trained on latents itself; it must be trained on pixels")
-    module: nn.Module = checkpoint.build()
-    if not (hasattr(module, "encode") and hasattr(module, "decode")):
-        raise ValueError(f"encoder {found['path']} holds a {type(module).__name__}, which has no encode and decode")
-    return Autoencoder(module.to(device).eval().requires_grad_(False), device)
-
-
-class Decoder:
-    """Latents as :class:`LatentClips` gives them, ``[B, C, T, H, W]``, to pixels in [-1, 1], and back.
-
-    ``record`` is the source's ``encoder``, which checkpoints keep; ``path`` as for :func:`open_encoder`.
-    """
-
-    def __init__(self, record: Mapping[str, Any], device: torch.device, path: str | Path | None = None) -> None:
-        self.encoder = open_encoder(record, device, path)
-        self.moments = None
-        if record["mean"] is not None:
-            self.moments = [torch.tensor(record[key], device=device).view(-1, 1, 1, 1) for key in ("mean", "std")]
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        latents = latents.float()
-        if self.moments is not None:
-            mean, std = self.moments
-            latents = latents * std + mean
-        return self.encoder.decode(latents)
-
-    def encode(self, clips: Tensor) -> Tensor:
-        """Such latents, float32, of uint8 clips ``[B, C, T, H, W]``."""
-        latents = self.encoder.encode(clips)
-        if self.moments is not None:
-            mean, std = self.moments
-            latents = (latents - mean) / std
-        return latents
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -266,14 +128,14 @@ class _Shard(NamedTuple):
     labels: Tensor
 
 
-class LatentClips:
+class LatentClips(Source):
     """The clips of a folder of latents, float32 ``[C, T, H, W]``, as a source (see ``data.py``).
 
     With buckets the clips differ in size, and ``shape`` is that of previews and samples.
 
     Args:
         folder: of ``models.precompute``.
-        options: of the data; one that is neither the default nor what the latents were made with is refused.
+        data: its options; one that is neither the default nor what the latents were made with is refused.
 
     Attributes:
         classes, captions: names of the classes, or the captions.
@@ -289,15 +151,16 @@ class LatentClips:
     # Shards that are open at a time: each is a memory map.
     OPEN = 64
 
-    def __init__(self, folder: str | Path, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: str | Path, data: DataConfig | None = None) -> None:
         self.folder = Path(folder)
         self.index = index = read_index(self.folder)
-        default = {item.name: item.default for item in dataclasses.fields(DataConfig)}
-        for name, value in (options or {}).items():
-            # A folder of before an option was there has its default.
-            made = index["made"]["data"].get(name, as_plain(default[name]))
-            if value != default[name] and as_plain(value) != made:
-                raise ValueError(f"data.{name} is {value}; the latents in {self.folder} were made with {made}")
+        default = DataConfig()
+        for name in SAME_OPTIONS if data is not None else ():
+            value, usual = getattr(data, name), getattr(default, name)
+            # Older folders lack newer options; those have their defaults.
+            written = index["made"]["data"].get(name, as_plain(usual))
+            if value != usual and as_plain(value) != written:
+                raise ValueError(f"data.{name} is {value}; the latents in {self.folder} were made with {written}")
         self.classes, self.captions = tuple(index["classes"]), tuple(index["captions"])
         self.low_shape: Shape | None = tuple(index["low"]["shape"]) if index.get("low") else None
         normalized = index["made"]["normalize"]
@@ -372,3 +235,7 @@ class LatentClips:
             self._checked.add(number)
         file = package("safetensors.torch").safe_open(self.folder / entry["name"], framework="pt")
         return _Shard(file, file.get_tensor("labels"))
+
+
+# A folder with one of these, by models.precompute, is a source of latents: the second while it is being written.
+LATENT_INDEX, LATENT_PROGRESS = "index.json", "index.partial.json"
