@@ -19,9 +19,9 @@ from bench.shapes import BLOCK, SAMPLING_RUN, SAMPLING_STEP, TRAINING_STEP, Mode
 from bench.written import WrittenDiT
 from minisora_kernels import adaln, guided_step
 from models.denoisers.dit import DiT
-from models.integrators import flow_plan
 from models.objectives.flow import FlowMatching
-from models.samplers import Predictor
+from models.sampling.predictor import Predictor
+from models.sampling.solvers import flow_plan
 
 GUIDANCE, STEPS = 4.0, 50
 

@@ -44,7 +44,7 @@ from models.data.open import open_source
 from models.runtime.allocator import reuse_large_allocations
 from models.runtime.device import choose_backend
 from models.runtime.plain import merge
-from models.samplers import SOLVERS
+from models.sampling.sampler import SOLVERS
 from models.train import RESUMABLE, Stopped, Trainer
 
 matplotlib.use("Agg")

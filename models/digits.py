@@ -38,7 +38,7 @@ from .runtime.allocator import reuse_large_allocations
 from .runtime.device import choose_device
 from .runtime.plain import merge
 from .runtime.progress import progress_bar
-from .sample import sample_clips
+from .sampling.clips import sample_clips
 from .train import Stopped, train_or_continue
 
 

@@ -52,7 +52,7 @@ from .runtime.allocator import reuse_large_allocations
 from .runtime.device import choose_backend, choose_device
 from .runtime.plain import as_plain
 from .runtime.progress import progress_bar
-from .sample import sample_clips
+from .sampling.clips import sample_clips
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -22,7 +22,7 @@ from models.denoisers.cascade_layers import embed_r
 from models.denoisers.text import Text
 from models.objectives.logsnr import LogSNR
 from models.registry import SYSTEMS
-from models.samplers import sample
+from models.sampling.sampler import sample
 
 STAGE_C = CascadeConfig(
     input_size=(3, 5, 7),

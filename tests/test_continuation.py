@@ -23,8 +23,9 @@ from models.objectives.ddpm import DDPM
 from models.precompute import PrecomputeConfig
 from models.precompute import run as precompute
 from models.runtime.plain import as_plain
-from models.sample import SampleConfig, main, names_of, run, sample_clips
-from models.samplers import sample
+from models.sample import SampleConfig, main, names_of, run
+from models.sampling.clips import sample_clips
+from models.sampling.sampler import sample
 from models.train import train
 
 VELOCITY = DDPM(prediction="velocity", zero_snr=True)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from models.denoisers.dit import DiT, DiTConfig
-from models.integrators import FLOW_SOLVERS, SDE_SOLVERS, TABLEAUX, SolverOptions, diffusion_strength, flow_plan
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching
-from models.samplers import log_likelihood, sample
+from models.sampling.sampler import log_likelihood, sample
+from models.sampling.solvers import FLOW_SOLVERS, SDE_SOLVERS, TABLEAUX, SolverOptions, diffusion_strength, flow_plan
 
 PATHS = ("linear", "gvp", "vp")
 KINDS = ("velocity", "data", "score", "noise")

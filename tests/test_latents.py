@@ -25,7 +25,7 @@ from torch import nn
 pytest.importorskip("safetensors")
 
 from models import checkpoint as checkpoints
-from models import precompute, registry, sample, samplers
+from models import precompute, registry, sample
 from models.config import OptimizerConfig, PreviewConfig, TrainConfig
 from models.data.batches import Batches
 from models.data.config import DataConfig
@@ -43,6 +43,7 @@ from models.objectives.logsnr import LogSNR
 from models.precompute import PrecomputeConfig, main, run
 from models.runtime.plain import as_plain, merge
 from models.sample import SampleConfig
+from models.sampling import sampler as samplers
 from models.train import Trainer, parse, train
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,9 @@ from torch import nn
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching
 from models.objectives.logsnr import LogSNR, logsnr, noise_level, scales
-from models.samplers import logsnr_plan, rescaled, sample
+from models.sampling.plans import logsnr_plan
+from models.sampling.predictor import rescaled
+from models.sampling.sampler import sample
 
 CPU = torch.device("cpu")
 MEAN, STD = 1.5, 0.4

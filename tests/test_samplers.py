@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves
 from models.denoisers.dit import DiT, DiTConfig
 from models.objectives.ddpm import ALL, DDPM
 from models.objectives.flow import FlowMatching
-from models.samplers import SOLVERS, Graphed, Predictor, count_steps, diffusion_plan, sample
+from models.sampling.plans import count_steps, diffusion_plan
+from models.sampling.predictor import Graphed, Predictor
+from models.sampling.sampler import SOLVERS, sample
 
 MEAN, STD = 1.5, 0.4
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from models.denoisers.dit import DiT, DiTConfig
 from models.denoisers.stdit import STDiT, STDiTConfig
 from models.denoisers.text import Text
 from models.objectives.flow import FlowMatching
-from models.samplers import sample
+from models.sampling.sampler import sample
 
 TEXT = STDiTConfig(
     input_size=(3, 6, 10), patch=(1, 2, 2), channels=4, width=48, depth=2, heads=3, text_width=20, class_dropout=0.0

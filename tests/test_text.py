@@ -38,7 +38,7 @@ from models.registry import configure
 from models.runtime.plain import merge
 from models.sample import SampleConfig
 from models.sample import run as run_sample
-from models.samplers import Predictor
+from models.sampling.predictor import Predictor
 from models.train import Trainer, parse, train
 
 needs_transformers = pytest.mark.skipif(

@@ -36,8 +36,8 @@ from models.objectives.logsnr import LogSNR
 from models.objectives.reconstruction import Reconstruction
 from models.precompute import PrecomputeConfig
 from models.registry import SYSTEMS, build, config_from
-from models.sample import sample_clips
-from models.samplers import sample
+from models.sampling.clips import sample_clips
+from models.sampling.sampler import sample
 from models.train import Trainer, parse, train
 
 # Windows that divide no axis of the grid but the frames: corners, edges and the middle are all there.

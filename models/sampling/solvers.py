@@ -23,14 +23,23 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .objectives.common import TIMESTEPS, at_least_float32, gaussian
-from .objectives.flow import FlowMatching, path_at
+from ..objectives.common import TIMESTEPS, at_least_float32, gaussian
+from ..objectives.flow import FlowMatching, path_at
 
 Diffusion = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"]
+
+
 LastStep = Literal["skip", "mean", "tweedie", "euler"]
+
+
 Update = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+
+
 Conditions = Callable[[Tensor], Iterator[Tensor]]
+
+
 Progress = Callable[[Iterable[int]], Iterable[int]]
+
 
 # By call of a step: its time as a share of the step, and c_x, c_f, c_z. z is where the step began, but see `_earlier`.
 TABLEAUX = {
@@ -39,9 +48,16 @@ TABLEAUX = {
     "midpoint": ((0.0, 1.0, 0.5, 0.0), (0.5, 0.0, 1.0, 1.0)),
     "rk4": ((0.0, 1.0, 0.5, 0.0), (0.5, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (1.0, 1 / 3, 1 / 6, 1.0)),
 }
+
+
 TABLEAUX |= {"euler_maruyama": TABLEAUX["euler"], "heun_sde": TABLEAUX["heun"]}
+
+
 SDE_SOLVERS = ("euler_maruyama", "heun_sde")
+
+
 FLOW_SOLVERS = ("euler", "heun", "midpoint", "rk4", "dopri5", *SDE_SOLVERS)
+
 
 DEFAULTS = {
     **{"diffusion": "sigma", "diffusion_norm": 1.0, "last_step": "mean", "last_step_size": 0.04},
