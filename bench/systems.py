@@ -38,14 +38,15 @@ from bench.counters import Counter
 from bench.harness import release_memory, summary
 from models import checkpoint as checkpoints
 from models import digits
-from models.config import TrainConfig, from_dict
 from models.data.encoder import Decoder
 from models.data.open import open_source
 from models.runtime.allocator import reuse_large_allocations
 from models.runtime.device import choose_backend
 from models.runtime.plain import merge
 from models.sampling.sampler import SOLVERS
-from models.train import RESUMABLE, Stopped, Trainer
+from models.training.config import RESUMABLE, TrainConfig, from_dict
+from models.training.run import Stopped
+from models.training.trainer import Trainer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

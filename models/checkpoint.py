@@ -25,8 +25,6 @@ FORMAT = 2
 
 
 MAGIC = "minisora checkpoint"
-
-
 _log = logging.getLogger(__name__)
 
 

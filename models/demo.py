@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import tyro
 
 from . import sample
-from .config import PRESETS
 from .runtime.allocator import reuse_large_allocations
 from .runtime.plain import merge
-from .train import Stopped, train_or_continue
+from .training.presets import PRESETS
+from .training.run import Stopped, train_or_continue
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from . import checkpoint as checkpoints
 from . import measure, precompute
 from .checkpoint import Checkpoint
-from .config import TrainConfig, from_dict, preset
 from .data.batches import Batches
 from .data.encoder import Decoder
 from .data.latents import LATENT_INDEX
@@ -39,27 +38,9 @@ from .runtime.device import choose_device
 from .runtime.plain import merge
 from .runtime.progress import progress_bar
 from .sampling.clips import sample_clips
-from .train import Stopped, train_or_continue
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """What is made before a preset of latents can be trained."""
-
-    autoencoder: str
-    """The preset whose latents they are."""
-    small: str | None = None
-    """The preset that makes the small clips under whose condition the latents are made."""
-    passes: int = 4
-    """Of ``models.precompute`` over the digits, each with places and directions of its own."""
-
-
-AHEAD = {
-    **dict.fromkeys(
-        ("digits-dit", "digits-latte", "digits-stdit", "digits-sit", "digits-walt"), Ahead("digits-walt-tokenizer")
-    ),
-    "digits-cascade-b": Ahead("digits-cascade-a", small="digits-cascade-c"),
-}
+from .training.config import TrainConfig, from_dict
+from .training.presets import AHEAD, Ahead, preset
+from .training.run import Stopped, train_or_continue
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from torch import Tensor
 from . import checkpoint as checkpoints
 from .autoencoders.tokenizer import CausalTokenizer, measure_latents
 from .checkpoint import open_checkpoint
-from .config import from_dict
 from .data.batches import Batches
 from .data.config import DataConfig
 from .data.media import contact_sheet, write_png
@@ -34,6 +33,7 @@ from .data.source import Source
 from .data.wrappers import Reduced
 from .objectives.reconstruction import Reconstruction, psnr
 from .runtime.device import choose_device
+from .training.config import from_dict
 
 
 @dataclass(frozen=True)

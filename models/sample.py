@@ -15,7 +15,6 @@ import tyro
 from torch import Tensor
 
 from .checkpoint import open_checkpoint
-from .config import from_dict
 from .data.encoder import Decoder
 from .data.media import output_paths, read, write
 from .data.pixels import to_float
@@ -25,6 +24,7 @@ from .runtime.allocator import reuse_large_allocations
 from .runtime.device import choose_backend, choose_device
 from .sampling.clips import sample_clips, small_latents
 from .sampling.solvers import SolverOptions
+from .training.config import from_dict
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from bench.clock import Clock
 from bench.counters import Counter, InductorBytes, saved_bytes
 from bench.harness import BOTH, FWD, Problem, Session, on_backend
 from minisora_kernels import backends
-from models.config import preset
 from models.denoisers.dit import DiT
 from models.runtime.plain import merge
-from models.train import train
+from models.training.presets import preset
+from models.training.run import train
 
 ROOT = Path(__file__).parent.parent
 TINY = shapes.Tokens("tiny", 2, 12, 16)

@@ -16,7 +16,6 @@ from torch import nn
 
 from models import checkpoint as checkpoints
 from models import registry
-from models.config import OptimizerConfig, PreviewConfig, TrainConfig, from_dict
 from models.data.batches import BucketBatches
 from models.data.config import DataConfig
 from models.data.media import write_mp4, write_png
@@ -25,7 +24,11 @@ from models.data.open import open_source
 from models.data.videos import waste
 from models.denoisers.dit import DiT, DiTConfig, DiTSettings
 from models.runtime.plain import as_plain, merge
-from models.train import Log, Trainer, parse, train
+from models.train import parse
+from models.training.config import OptimizerConfig, PreviewConfig, TrainConfig, from_dict
+from models.training.log import Log
+from models.training.run import train
+from models.training.trainer import Trainer
 
 TINY = TrainConfig(
     data=DataConfig(frames=2, buckets=((2, 16, 16), (4, 16, 24), (1, 24, 16))),

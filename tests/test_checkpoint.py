@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from models.checkpoint import Checkpoint, NotACheckpoint, latest, load, path_of, save
-from models.config import TrainConfig, from_dict
 from models.denoisers.dit import DiT, DiTConfig
 from models.runtime.plain import as_plain
+from models.training.config import TrainConfig, from_dict
 
 DIT = DiTConfig(input_size=(2, 8, 8), patch=(1, 4, 4), channels=1, width=16, depth=1, heads=2, num_classes=3)
 ROOT = Path(__file__).parent.parent

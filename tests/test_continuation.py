@@ -13,7 +13,6 @@ from torch import nn
 
 from models.autoencoders.tokenizer import CausalTokenizer, TokenizerConfig
 from models.checkpoint import Checkpoint, load, save
-from models.config import PreviewConfig, TrainConfig
 from models.data.config import DataConfig
 from models.data.media import read
 from models.data.pixels import to_bytes, to_float
@@ -26,7 +25,8 @@ from models.runtime.plain import as_plain
 from models.sample import SampleConfig, main, names_of, run
 from models.sampling.clips import sample_clips
 from models.sampling.sampler import sample
-from models.train import train
+from models.training.config import PreviewConfig, TrainConfig
+from models.training.run import train
 
 VELOCITY = DDPM(prediction="velocity", zero_snr=True)
 STEPS = {"solver": "ddim", "steps": 2, "seed": 0}

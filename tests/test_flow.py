@@ -8,10 +8,10 @@ from decimal import Decimal, getcontext
 import pytest
 import torch
 
-from models.config import TrainConfig, from_dict
 from models.objectives.flow import FlowMatching, path_at
 from models.registry import SYSTEMS
 from models.runtime.plain import as_plain
+from models.training.config import TrainConfig, from_dict
 
 PATHS = ("linear", "gvp", "vp")
 KINDS = ("velocity", "data", "score", "noise")

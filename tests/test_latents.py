@@ -26,7 +26,6 @@ pytest.importorskip("safetensors")
 
 from models import checkpoint as checkpoints
 from models import precompute, registry, sample
-from models.config import OptimizerConfig, PreviewConfig, TrainConfig
 from models.data.batches import Batches
 from models.data.config import DataConfig
 from models.data.encoder import Decoder, identify, open_encoder
@@ -44,7 +43,10 @@ from models.precompute import PrecomputeConfig, main, run
 from models.runtime.plain import as_plain, merge
 from models.sample import SampleConfig
 from models.sampling import sampler as samplers
-from models.train import Trainer, parse, train
+from models.train import parse
+from models.training.config import OptimizerConfig, PreviewConfig, TrainConfig
+from models.training.run import train
+from models.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import torch
 from bench import systems
 from minisora_kernels import backends
 from minisora_kernels.__main__ import ops
-from models.config import PRESETS
+from models.training.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from models.checkpoint import Checkpoint, save
-from models.config import TrainConfig
 from models.data.media import contact_sheet, enlarge, mosaic, write_mp4
 from models.denoisers.dit import DiT, DiTConfig
 from models.objectives.ddpm import DDPM
@@ -20,6 +19,7 @@ from models.objectives.flow import FlowMatching
 from models.runtime.device import choose_device
 from models.runtime.plain import as_plain
 from models.sample import SampleConfig, class_ids, main, run
+from models.training.config import TrainConfig
 
 FILES = ("samples.mp4", "samples.gif", "samples.png", "samples.npz")
 

@@ -18,7 +18,6 @@ import torch
 
 from models import precompute
 from models.checkpoint import load
-from models.config import OptimizerConfig, PreviewConfig, TrainConfig
 from models.data.batches import Batches
 from models.data.config import DataConfig, TextConfig
 from models.data.files import Item, find_files
@@ -39,7 +38,10 @@ from models.runtime.plain import merge
 from models.sample import SampleConfig
 from models.sample import run as run_sample
 from models.sampling.predictor import Predictor
-from models.train import Trainer, parse, train
+from models.train import parse
+from models.training.config import OptimizerConfig, PreviewConfig, TrainConfig
+from models.training.run import train
+from models.training.trainer import Trainer
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed: extra 'pretrained'"

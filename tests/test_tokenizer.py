@@ -34,7 +34,6 @@ from models.autoencoders.tokenizer import (
 )
 from models.autoencoders.vqgan import VQGAN, Block, VQGANConfig, VQGANSettings
 from models.checkpoint import load
-from models.config import OptimizerConfig, PreviewConfig, TrainConfig
 from models.data.batches import Batches
 from models.data.config import DataConfig
 from models.data.encoder import identify, open_encoder
@@ -43,8 +42,10 @@ from models.data.pixels import to_bytes
 from models.objectives.flow import FlowMatching
 from models.objectives.reconstruction import Reconstruction, laplacian, psnr, reverse_gradient
 from models.runtime.plain import merge
-from models.train import Trainer, train
 from models.train import main as train_main
+from models.training.config import OptimizerConfig, PreviewConfig, TrainConfig
+from models.training.run import train
+from models.training.trainer import Trainer
 
 VIDEO = TokenizerConfig(
     input_size=(9, 8, 12),

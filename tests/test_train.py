@@ -20,9 +20,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models import digits
 from models.checkpoint import latest, load
-from models.config import PRESETS, OptimizerConfig, PreviewConfig, TrainConfig, from_dict
-from models.config import load as load_config
-from models.config import preset as load_preset
 from models.data.config import DataConfig
 from models.data.media import write_mp4, write_png
 from models.data.moving_digits import MovingDigits
@@ -32,7 +29,14 @@ from models.objectives.flow import FlowMatching
 from models.registry import SYSTEMS, build, configure
 from models.runtime.allocator import reuse_large_allocations
 from models.runtime.plain import as_plain, merge
-from models.train import Stopped, Trainer, average, learning_rate, main, parse, train, train_or_continue
+from models.train import main, parse
+from models.training.config import OptimizerConfig, PreviewConfig, TrainConfig, from_dict
+from models.training.optimizer import average, learning_rate
+from models.training.options import load as load_config
+from models.training.presets import PRESETS
+from models.training.presets import preset as load_preset
+from models.training.run import Stopped, train, train_or_continue
+from models.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 TINY = TrainConfig(

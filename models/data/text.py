@@ -23,8 +23,6 @@ from .checksums import describe, sha256_of_files
 
 # What transformers loads of an encoder's folder besides config.json; of the weights, the first that are there.
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model")
-
-
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 

@@ -44,8 +44,6 @@ from .layers import drop_labels
 from .text import Text, drop_captions
 
 Grid = tuple[int, int, int]
-
-
 LETTERS = "CTAFV"
 
 

@@ -16,8 +16,6 @@ from ..objectives.common import at_least_float32
 from .cascade import CascadeConfig
 
 Condition = tuple[Tensor, "Tensor | None"]
-
-
 R_CHANNELS = 64
 
 

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 TIMESTEPS = 1000
-
-
 Model = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 

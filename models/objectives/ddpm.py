@@ -26,11 +26,7 @@ from .common import TIMESTEPS, Model, alpha_bars, at_least_float32, expand, gaus
 
 # Of the loss-aware timesteps: losses remembered of each, and the share of the draws that stays even.
 HISTORY = 10
-
-
 EVEN_SHARE = 0.001
-
-
 ALL = tuple(range(TIMESTEPS))
 
 

@@ -34,8 +34,6 @@ from torch import Tensor
 from .common import TIMESTEPS, Model, at_least_float32, check_shape, expand, gaussian, refuse_conditions
 
 Prediction = Literal["velocity", "data", "score", "noise"]
-
-
 PathName = Literal["linear", "gvp", "vp"]
 
 

@@ -23,26 +23,12 @@ from torch import Tensor
 from .common import TIMESTEPS, Model, at_least_float32, check_shape, expand, gaussian, refuse_conditions
 
 OFFSET = 0.008
-
-
 SMALLEST = 1e-4
-
-
 LARGEST_LOGSNR = math.log((1 - SMALLEST) / SMALLEST)
-
-
 FIRST = math.cos(OFFSET / (1 + OFFSET) * math.pi / 2) ** 2
-
-
 BUCKETS = 300
-
-
 BUCKET_RANGE = 10.0
-
-
 BUCKET_DECAY = 0.99
-
-
 MIN_SNR = 5.0
 
 

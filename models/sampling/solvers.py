@@ -27,17 +27,9 @@ from ..objectives.common import TIMESTEPS, at_least_float32, gaussian
 from ..objectives.flow import FlowMatching, path_at
 
 Diffusion = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"]
-
-
 LastStep = Literal["skip", "mean", "tweedie", "euler"]
-
-
 Update = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-
-
 Conditions = Callable[[Tensor], Iterator[Tensor]]
-
-
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
@@ -54,8 +46,6 @@ TABLEAUX |= {"euler_maruyama": TABLEAUX["euler"], "heun_sde": TABLEAUX["heun"]}
 
 
 SDE_SOLVERS = ("euler_maruyama", "heun_sde")
-
-
 FLOW_SOLVERS = ("euler", "heun", "midpoint", "rk4", "dopri5", *SDE_SOLVERS)
 
 
