@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.counters import ALLOCATIONS
 from bench.harness import DTYPES, Problem, tuple_of
 from bench.record import RESULTS, ROOT
 from bench.traffic import bytes_moved, named
 from minisora_kernels import backends, use_backend
 from minisora_kernels.__main__ import ops
+from minisora_kernels.counters import ALLOCATIONS
 
 RECORD = RESULTS / "aot.json"
 GROWTH = 1.1

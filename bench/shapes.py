@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from models.denoisers.cascade import SIZES as CASCADE
+from models.denoisers.cascade_config import SIZES as CASCADE
 from models.denoisers.dit import SIZES, DiTConfig
 
 Triple = tuple[int, int, int]

@@ -34,8 +34,8 @@ from torch._inductor import config as inductor_config
 
 from bench import record
 from bench.clock import Clock
-from bench.counters import Counter
 from bench.harness import release_memory, summary
+from minisora_kernels.counters import Counter
 from models import checkpoint as checkpoints
 from models import digits
 from models.data.encoder import Decoder

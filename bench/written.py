@@ -88,7 +88,7 @@ class WrittenDiT(nn.Module):
         self.config, self.null_class, self.out_channels = config, model.null_class, model.out_channels
         self.x_embedder = Embedder(config.channels, config.width, config.patch)
         self.t_embedder = TimestepEmbedder(config.width)
-        self.y_embedder = LabelEmbedder(config)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.width, config.class_dropout)
         self.pos_embed = nn.Parameter(torch.empty_like(model.pos_embed), requires_grad=False)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         patch_elements = model.final_layer.linear.out_features

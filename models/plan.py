@@ -31,8 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.counters import Counter
 from minisora_kernels import use_backend
+from minisora_kernels.counters import Counter
 
 from .registry import SYSTEMS, build, configure
 

@@ -9,11 +9,13 @@ from torch import nn
 
 from .autoencoders.tokenizer import CausalTokenizer, TokenizerConfig, TokenizerSettings
 from .autoencoders.vqgan import VQGAN, VQGANConfig, VQGANSettings
-from .denoisers import cascade
-from .denoisers.cascade import Cascade, CascadeConfig, CascadeSettings
+from .denoisers.cascade import Cascade
+from .denoisers.cascade_config import SIZES as CASCADE_SIZES
+from .denoisers.cascade_config import CascadeConfig, CascadeSettings, with_time
 from .denoisers.dit import SIZES, DiT, DiTConfig, DiTSettings
 from .denoisers.stdit import STDiT, STDiTConfig, STDiTSettings
-from .denoisers.walt import WALT, WALTConfig, WALTSettings
+from .denoisers.walt import WALT
+from .denoisers.walt_config import WALTConfig, WALTSettings
 from .objectives.ddpm import DDPM
 from .objectives.flow import FlowMatching
 from .objectives.logsnr import LogSNR
@@ -71,11 +73,11 @@ def _systems() -> dict[str, System]:
         systems[f"walt-{size.lower()}"] = System(WALTSettings(**SIZES[size]), velocity)
     systems["walt-tokenizer"] = System(TokenizerSettings(), Reconstruction())
     systems["cascade-a"] = System(VQGANSettings(), Reconstruction(penalty_weight=1.0))
-    for name, shape in cascade.SIZES.items():
+    for name, shape in CASCADE_SIZES.items():
         image = CascadeSettings(**shape)
         objective = LogSNR(sample_shift=2.0 if name.startswith("c-") else 1.0)
         systems[f"cascade-{name}"] = System(image, objective)
-        systems[f"cascade-{name}/video"] = System(cascade.with_time(image), objective)
+        systems[f"cascade-{name}/video"] = System(with_time(image), objective)
     return systems
 
 

@@ -17,9 +17,10 @@ from torch._subclasses import FakeTensorMode
 
 from bench import bench_adaln, bench_model, compare, plots, readme, record, report, shapes, systems
 from bench.clock import Clock
-from bench.counters import Counter, InductorBytes, saved_bytes
+from bench.counters import InductorBytes
 from bench.harness import BOTH, FWD, Problem, Session, on_backend
 from minisora_kernels import backends
+from minisora_kernels.counters import Counter, saved_bytes
 from models.denoisers.dit import DiT
 from models.runtime.plain import merge
 from models.training.presets import preset

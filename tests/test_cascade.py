@@ -17,7 +17,8 @@ from torch import nn
 
 import minisora_kernels as mk
 from minisora_kernels.testing import assert_as_accurate
-from models.denoisers.cascade import SIZES, Cascade, CascadeConfig, CascadeSettings, Conditioned, with_time
+from models.denoisers.cascade import Cascade, Conditioned
+from models.denoisers.cascade_config import SIZES, CascadeConfig, CascadeSettings, with_time
 from models.denoisers.cascade_layers import embed_r
 from models.denoisers.text import Text
 from models.objectives.logsnr import LogSNR

@@ -17,7 +17,8 @@ from models.data.config import DataConfig
 from models.data.media import read
 from models.data.pixels import to_bytes, to_float
 from models.denoisers.dit import DiTSettings
-from models.denoisers.walt import WALT, WALTConfig, WALTSettings
+from models.denoisers.walt import WALT
+from models.denoisers.walt_config import WALTConfig, WALTSettings
 from models.objectives.ddpm import DDPM
 from models.precompute import PrecomputeConfig
 from models.precompute import run as precompute

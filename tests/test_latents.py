@@ -34,9 +34,11 @@ from models.data.media import write_mp4, write_png
 from models.data.moving_digits import MovingDigits
 from models.data.open import open_source
 from models.data.pixels import to_float
-from models.denoisers.cascade import Cascade, CascadeSettings
+from models.denoisers.cascade import Cascade
+from models.denoisers.cascade_config import CascadeSettings
 from models.denoisers.dit import DiTSettings
-from models.denoisers.walt import WALT, WALTSettings
+from models.denoisers.walt import WALT
+from models.denoisers.walt_config import WALTSettings
 from models.objectives.ddpm import DDPM
 from models.objectives.logsnr import LogSNR
 from models.precompute import PrecomputeConfig, main, run

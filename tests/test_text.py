@@ -26,7 +26,7 @@ from models.data.moving_digits import MovingDigits
 from models.data.open import open_source
 from models.data.text import TextEncoder, identify_text_encoder, refuse_another
 from models.data.wrappers import WithImages
-from models.denoisers.cascade import CascadeSettings
+from models.denoisers.cascade_config import CascadeSettings
 from models.denoisers.dit import DiTSettings
 from models.denoisers.stdit import STDiTSettings
 from models.denoisers.text import Text, rows, with_null

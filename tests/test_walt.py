@@ -27,7 +27,8 @@ from models.data.open import open_source
 from models.denoisers.dit import SIZES, DiTSettings
 from models.denoisers.layers import TimestepEmbedder
 from models.denoisers.text import Text
-from models.denoisers.walt import WALT, WALTConfig, WALTSettings, augment, resize
+from models.denoisers.walt import WALT, augment, resize
+from models.denoisers.walt_config import WALTConfig, WALTSettings
 from models.denoisers.walt_layers import relative_places
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching

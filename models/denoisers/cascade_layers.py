@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from minisora_kernels import Rope, grn, rope_3d, window_attention
 
 from ..objectives.common import at_least_float32
-from .cascade import CascadeConfig
+from .cascade_config import CascadeConfig
 
 Condition = tuple[Tensor, "Tensor | None"]
 R_CHANNELS = 64

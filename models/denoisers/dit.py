@@ -149,7 +149,7 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig, whole: tuple[bool, bool, bool]) -> None:
         super().__init__()
-        self.attn = Attention(config, whole)
+        self.attn = Attention(config.width, config.heads, config.grid, whole, config.qk_norm)
         self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
         self.adaLN_modulation = modulation(config.width, 6)
 
@@ -198,13 +198,15 @@ class DiT(nn.Module):
         self.any_size = False
         self._positions: dict[Grid, Tensor] = {}
 
-        self.x_embedder = PatchEmbedder(config)
+        self.x_embedder = PatchEmbedder(config.channels, config.width, config.patch)
         self.t_embedder = TimestepEmbedder(config.width)
-        self.y_embedder = LabelEmbedder(config) if config.num_classes else None
+        self.y_embedder = (
+            LabelEmbedder(config.num_classes, config.width, config.class_dropout) if config.num_classes else None
+        )
         self.pos_embed = nn.Parameter(self._positions_of(config.grid), requires_grad=False)
         axes = [(True,) * 3] if config.attention == "joint" else [(False, True, True), (True, False, False)]
         self.blocks = nn.ModuleList(Block(config, axes[i % len(axes)]) for i in range(config.depth))
-        self.final_layer = FinalLayer(config, self.out_channels)
+        self.final_layer = FinalLayer(config.width, config.patch, self.out_channels)
         self._initialize()
 
     def _initialize(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,6 @@ from minisora_kernels import (
     patch_embed,
     window_attention,
 )
-
-from .dit import DiTConfig
 
 Grid = tuple[int, int, int]
 
@@ -43,10 +41,10 @@ def grid_positions(grid: Grid, width: int, *, video: bool) -> Tensor:
 class PatchEmbedder(nn.Module):
     """Holds the convolution's parameters; the op reads them in place."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, channels: int, width: int, patch: tuple[int, ...]) -> None:
         super().__init__()
-        convolution: Any = nn.Conv3d if len(config.patch) == 3 else nn.Conv2d
-        self.proj = convolution(config.channels, config.width, config.patch, config.patch)
+        convolution: Any = nn.Conv3d if len(patch) == 3 else nn.Conv2d
+        self.proj = convolution(channels, width, patch, patch)
 
     def forward(self, x: Tensor, pos: Tensor) -> Tensor:
         return patch_embed(x, self.proj.weight, self.proj.bias, pos)
@@ -80,11 +78,11 @@ def drop_labels(y: Tensor, null_class: int, share: float) -> Tensor:
 class LabelEmbedder(nn.Module):
     """A table of classes; its last row is the null class, which replaces dropped labels in training."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, num_classes: int, width: int, dropout: float) -> None:
         super().__init__()
-        self.null_class = config.num_classes
-        self.dropout = config.class_dropout
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.width)
+        self.null_class = num_classes
+        self.dropout = dropout
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(drop_labels(y, self.null_class, self.dropout if self.training else 0.0))
@@ -102,18 +100,27 @@ class Attention(nn.Module):
     """Multi-head self-attention inside windows of the token grid.
 
     Args:
-        config: of the model.
+        width, heads: of the model.
+        grid: tokens per axis.
         whole: for each axis of the grid, whether a window goes all along it; otherwise it is one token long.
+        qk_norm: the norm of queries and keys.
     """
 
-    def __init__(self, config: DiTConfig, whole: tuple[bool, bool, bool]) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        grid: Grid,
+        whole: tuple[bool, bool, bool],
+        qk_norm: Literal["rms", "layer"] | None = None,
+    ) -> None:
         super().__init__()
-        self.grid, self.whole = config.grid, whole
-        self.heads, self.qk_norm = config.heads, config.qk_norm
-        head_dim = config.width // config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.proj = nn.Linear(config.width, config.width)
-        if config.qk_norm is not None:
+        self.grid, self.whole = grid, whole
+        self.heads, self.qk_norm = heads, qk_norm
+        head_dim = width // heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        if qk_norm is not None:
             self.q_norm, self.k_norm = (Scale(head_dim) for _ in range(2))
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
@@ -146,7 +153,7 @@ def modulation(width: int, count: int) -> nn.Sequential:
 class FinalLayer(nn.Module):
     """The last modulation and the Linear from a token to its patch."""
 
-    def __init__(self, config: DiTConfig, out_channels: int) -> None:
+    def __init__(self, width: int, patch: tuple[int, ...], out_channels: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(config.width, math.prod(config.patch) * out_channels)
-        self.adaLN_modulation = modulation(config.width, 2)
+        self.linear = nn.Linear(width, math.prod(patch) * out_channels)
+        self.adaLN_modulation = modulation(width, 2)

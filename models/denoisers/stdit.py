@@ -179,8 +179,8 @@ class Block(nn.Module):
 
     def __init__(self, config: STDiTConfig) -> None:
         super().__init__()
-        self.attn = Attention(config, (False, True, True))
-        self.attn_temp = Attention(config, (True, False, False))
+        self.attn = Attention(config.width, config.heads, config.grid, (False, True, True), config.qk_norm)
+        self.attn_temp = Attention(config.width, config.heads, config.grid, (True, False, False), config.qk_norm)
         self.cross_attn: nn.Module | None = None
         if config.num_classes:
             self.cross_attn = ClassAttention(config)
@@ -247,12 +247,12 @@ class STDiT(nn.Module):
         self.null_class = config.num_classes or None
         self.checkpointing = False
 
-        self.x_embedder = PatchEmbedder(config)
+        self.x_embedder = PatchEmbedder(config.channels, config.width, config.patch)
         self.t_embedder = TimestepEmbedder(config.width)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
         self.y_embedder: nn.Module | None = None
         if config.num_classes:
-            self.y_embedder = LabelEmbedder(config)
+            self.y_embedder = LabelEmbedder(config.num_classes, config.width, config.class_dropout)
         elif config.text_width:
             self.y_embedder = CaptionEmbedder(config)
         places = grid_positions(config.grid, config.width, video=False)

@@ -18,7 +18,7 @@ from minisora_kernels import (
 )
 
 from .layers import MLP, Grid, Scale
-from .walt import WALTConfig
+from .walt_config import WALTConfig
 
 
 def relative_places(window: Grid) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ..data.config import DataConfig, TextConfig
 from ..denoisers.dit import DiTSettings
-from ..denoisers.walt import WALTSettings
+from ..denoisers.walt_config import WALTSettings
 from ..objectives.flow import FlowMatching
 from ..objectives.reconstruction import Reconstruction
 from ..registry import Objective, Settings

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from ..autoencoders.tokenizer import TokenizerSettings
 from ..autoencoders.vqgan import VQGANSettings
 from ..data.config import DataConfig
-from ..denoisers.cascade import CascadeSettings
+from ..denoisers.cascade_config import CascadeSettings
 from ..denoisers.dit import SIZES, DiTSettings
 from ..denoisers.stdit import STDiTSettings
-from ..denoisers.walt import WALTSettings
+from ..denoisers.walt_config import WALTSettings
 from ..objectives.ddpm import DDPM
 from ..objectives.flow import FlowMatching
 from ..objectives.logsnr import LogSNR
