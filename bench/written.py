@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.denoisers.dit import DiT
 from models.denoisers.layers import LabelEmbedder, TimestepEmbedder
+from models.protocols import Denoiser
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class Embedder(nn.Module):
         return rearrange(self.proj(x), "b d t h w -> b (t h w) d")
 
 
-class WrittenDiT(nn.Module):
+class WrittenDiT(Denoiser):
     """Takes the parameters of ``model``, a factorized, class-conditional DiT with a MLP of four times its width."""
 
     def __init__(self, model: DiT) -> None:

@@ -11,12 +11,13 @@ import logging
 import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .registry import build, config_from
 from .runtime.files import sync_folder
@@ -39,8 +40,8 @@ class Checkpoint:
     ``train`` and ``config`` are the run's and the model's configuration as JSON-able dictionaries, ``classes`` the
     class names, ``ema`` the averaged weights, ``rng`` the states of the random generators by name, ``memory`` what the
     objective's loss remembers. ``encoder`` says what made the latents that the model was trained on (see
-    ``latents.py``); None for pixels. ``text_encoder`` says what encoded the captions (see ``text.py``); None without
-    text. ``data_digest`` is that of the source (see ``data.py``); None for one that is not made of files.
+    ``data/encoder.py``); None for pixels. ``text_encoder`` says what encoded the captions (``data/text.py``); None
+    without text. ``data_digest`` is of the source (see ``data/source.py``); None for one that is not made of files.
     """
 
     train: dict[str, Any]
@@ -51,13 +52,13 @@ class Checkpoint:
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]
     rng: dict[str, Tensor]
-    encoder: dict[str, Any] | None = None
+    encoder: Mapping[str, Any] | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     text_encoder: dict[str, Any] | None = None
     data_digest: str | None = None
 
-    def build(self, *, ema: bool = True) -> nn.Module:
-        """The model with the averaged (or else the last) weights.
+    def build(self, *, ema: bool = True) -> Any:
+        """The model, a subclass of :class:`models.protocols.Model`, with the averaged (or else the last) weights.
 
         Raises:
             ValueError: weights that do not belong to the stored configuration.

@@ -30,7 +30,7 @@ class DemoConfig:
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     reuse_large_allocations()
-    config = tyro.cli(DemoConfig, prog="python -m models.demo", description=__doc__, args=arguments)
+    config = tyro.cli(DemoConfig, prog=f"python -m {__package__}.demo", description=__doc__, args=arguments)
     try:
         path = train_or_continue(merge(PRESETS["demo"], {"run": config.run}))
         sample.run(sample.SampleConfig(path, count=6, steps=30, overwrite=True))

@@ -30,7 +30,7 @@ from .data.moving_digits import MovingDigits
 from .data.open import open_source
 from .data.pixels import to_bytes
 from .data.source import Source
-from .data.wrappers import Reduced
+from .data.wrappers import ReducedClips
 from .objectives.reconstruction import Reconstruction, psnr
 from .runtime.device import choose_device
 from .training.config import from_dict
@@ -61,7 +61,7 @@ def _sources(data: DataConfig) -> tuple[Source, Source]:
     if data.source != "digits":
         return source, source
     judged: Source = MovingDigits(frames=data.frames, size=data.size, stride=data.stride, held_out=True)
-    return source, judged if data.reduce == 1 else Reduced(judged, data.reduce)
+    return source, judged if data.reduce == 1 else ReducedClips(judged, data.reduce)
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def run(config: MeasureConfig) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
-    config = tyro.cli(MeasureConfig, prog="python -m models.measure", description=__doc__, args=arguments)
+    config = tyro.cli(MeasureConfig, prog=f"python -m {__package__}.measure", description=__doc__, args=arguments)
     try:
         result = run(config)
     except (ValueError, OSError) as error:

@@ -7,24 +7,23 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
 import tyro
 from torch import Tensor
 
-from .checkpoint import open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .data.encoder import Decoder
-from .data.media import output_paths, read, write
-from .data.pixels import to_float
+from .data.media import output_paths, read_samples, write_samples
 from .data.text import TextEncoder, identify_text_encoder, refuse_another
-from .denoisers.walt import WALT
+from .denoisers.text import Text
 from .runtime.allocator import reuse_large_allocations
 from .runtime.device import choose_backend, choose_device
-from .sampling.clips import sample_clips, small_latents
+from .sampling.clips import ClipRequest, in_training_units, sample_clips
 from .sampling.solvers import SolverOptions
-from .training.config import from_dict
+from .training.config import TrainConfig, from_dict
 
 
 @dataclass(frozen=True)
@@ -91,18 +90,32 @@ class SampleConfig(SolverOptions):
     """'cpu', 'cuda' or 'cuda:1' and so on; 'auto' is CUDA if there is a device. CUDA was not run on a GPU."""
 
 
-def class_ids(wanted: tuple[str, ...], classes: list[str], count: int) -> Tensor | None:
-    """Class ids ``[count]``, the wanted classes (all by default) in turn; None for a model without classes.
+# Options of the command that the request has under the same name.
+SAME_NAMES = (
+    "solver",
+    "guidance",
+    "guidance_channels",
+    "guidance_rescale",
+    "seed",
+    "batch_size",
+    "cuda_graphs",
+    "continuations",
+    "low_noise",
+)
+
+
+def class_ids(names: tuple[str, ...], classes: list[str], count: int) -> Tensor | None:
+    """Class ids ``[count]``, the named classes (all by default) in turn; None for a model without classes.
 
     Raises:
         ValueError: a class that the model does not have.
     """
     if not classes:
-        if wanted:
-            raise ValueError(f"class {wanted[0]!r} was asked for; this model was trained without classes")
+        if names:
+            raise ValueError(f"class {names[0]!r} was asked for; this model was trained without classes")
         return None
     ids = []
-    for name in wanted:
+    for name in names:
         if name in classes:
             ids.append(classes.index(name))
         elif name.isdecimal() and int(name) < len(classes):
@@ -113,15 +126,15 @@ def class_ids(wanted: tuple[str, ...], classes: list[str], count: int) -> Tensor
     return torch.tensor([ids[i % len(ids)] for i in range(count)])
 
 
-def prompts(wanted: tuple[str, ...], count: int) -> list[str]:
+def prompts(captions: tuple[str, ...], count: int) -> list[str]:
     """The captions in turn, ``count`` of them.
 
     Raises:
         ValueError: there is none.
     """
-    if not wanted:
+    if not captions:
         raise ValueError("this model was trained with text; prompt must have a caption, '' for none")
-    return [wanted[i % len(wanted)] for i in range(count)]
+    return [captions[i % len(captions)] for i in range(count)]
 
 
 def names_of(labels: np.ndarray, classes: list[str]) -> tuple[str, ...]:
@@ -138,6 +151,82 @@ def names_of(labels: np.ndarray, classes: list[str]) -> tuple[str, ...]:
     return tuple(label if isinstance(label, str) else classes[label] for label in labels.tolist())
 
 
+class Start(NamedTuple):
+    """The clips of a file that sampling starts from, and their labels; without a file both are None."""
+
+    file: Path | None
+    clips: Tensor | None
+    labels: np.ndarray | None
+
+    def past(self, config: SampleConfig) -> Tensor | None:
+        """The clips to go on from, uint8 ``[N, T, H, W, C]``."""
+        return None if config.past is None else self.clips
+
+    def low(self, config: SampleConfig) -> Tensor | None:
+        """The small clips, uint8 ``[N, C, T, h, w]``."""
+        return None if config.low is None or self.clips is None else self.clips.permute(0, 4, 1, 2, 3)
+
+
+def start_of(config: SampleConfig) -> tuple[Start, int]:
+    """What sampling starts from, and how many clips it makes.
+
+    Raises:
+        ValueError: two files, a file that cannot be read, or a count that does not fit it.
+    """
+    if config.past is not None and config.low is not None:
+        raise ValueError("past and low were given; a model goes on from clips or makes them large, not both")
+    file = config.past or config.low
+    clips, labels = (None, None) if file is None else read_samples(file)
+    count = (8 if clips is None else len(clips)) if config.count is None else config.count
+    for name, value in (("count", count), ("batch_size", config.batch_size), ("fps", config.fps)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if clips is not None and count > len(clips):
+        raise ValueError(f"count is {count}; {file} has {len(clips)} clips")
+    return Start(file, None if clips is None else torch.from_numpy(clips[:count]), labels), count
+
+
+class Conditions(NamedTuple):
+    """What the clips are of: class ids or captions, and what the model takes for them."""
+
+    labels: Tensor | list[str] | None
+    y: Tensor | Text | None
+
+
+def conditions_of(
+    config: SampleConfig, checkpoint: Checkpoint, train: TrainConfig, start: Start, count: int, device: torch.device
+) -> Conditions:
+    """The classes or captions of the command line, or else those of the file that sampling starts from.
+
+    Raises:
+        ValueError: a class or an option that does not fit the model, or a text encoder that is another one.
+    """
+    classes, captions = config.classes, config.prompt
+    if start.clips is not None and start.labels is None and checkpoint.classes and not classes:
+        raise ValueError(f"{start.file} has no labels; use --class")
+    if start.labels is not None and checkpoint.classes:
+        classes = classes or names_of(start.labels, checkpoint.classes)
+    if start.labels is not None and train.text.encoder is not None:
+        captions = captions or names_of(start.labels, [])
+    ids = class_ids(classes, checkpoint.classes, count)
+    if config.guidance != 1 and checkpoint.config.get("class_dropout") == 0:
+        raise ValueError(
+            f"guidance is {config.guidance}; it must be 1, for the model was trained with class_dropout 0, without a "
+            "null class"
+        )
+    if train.text.encoder is None:
+        if config.prompt or config.text_encoder:
+            option = "prompt" if config.prompt else "text_encoder"
+            raise ValueError(f"{option} is {getattr(config, option)!r}; this model was trained without text")
+        return Conditions(ids, ids)
+    texts = prompts(captions, count)
+    encoder = config.text_encoder or train.text.encoder
+    if checkpoint.text_encoder is not None:
+        refuse_another(identify_text_encoder(encoder), checkpoint.text_encoder)
+    encode = TextEncoder(**dataclasses.asdict(train.text) | {"encoder": encoder}, device=device)
+    return Conditions(texts, encode(texts))
+
+
 def run(config: SampleConfig) -> list[Path]:
     """Sample as configured; returns the files.
 
@@ -145,54 +234,19 @@ def run(config: SampleConfig) -> list[Path]:
         ValueError: a file that is not a checkpoint or does not match, output that is there already, or an option that
             does not fit the model.
     """
-    if config.past is not None and config.low is not None:
-        raise ValueError("past and low were given; a model goes on from clips or makes them large, not both")
-    file = config.past or config.low
-    given, told = (None, None) if file is None else read(file)
-    count = (8 if given is None else len(given)) if config.count is None else config.count
-    for name, value in (("count", count), ("batch_size", config.batch_size), ("fps", config.fps)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    if given is not None and count > len(given):
-        raise ValueError(f"count is {count}; {file} has {len(given)} clips")
-    past = low = None
-    if given is not None:
-        clips = torch.from_numpy(given[:count])
-        past = clips if config.low is None else None
-        low = clips.permute(0, 4, 1, 2, 3) if config.low is not None else None
+    start, count = start_of(config)
     path, checkpoint = open_checkpoint(config.checkpoint)
     train = from_dict(checkpoint.train)
     folder = config.out or path.parent / "samples"
     present = [str(file) for file in output_paths(folder) if file.exists()]
     if present and not config.overwrite:
         raise ValueError(f"{', '.join(present)} exists already; use --overwrite or another --out")
-    wanted, captions = config.classes, config.prompt
-    if given is not None and told is None and checkpoint.classes and not wanted:
-        raise ValueError(f"{file} has no labels; use --class")
-    if told is not None and checkpoint.classes:
-        wanted = wanted or names_of(told, checkpoint.classes)
-    if told is not None and train.text.encoder is not None:
-        captions = captions or names_of(told, [])
-    labels = y = class_ids(wanted, checkpoint.classes, count)
-    if config.guidance != 1 and checkpoint.config.get("class_dropout") == 0:
-        raise ValueError(
-            f"guidance is {config.guidance}; it must be 1, for the model was trained with class_dropout 0, without a "
-            "null class"
-        )
     device = choose_device(config.device)
     if checkpoint.encoder is None and config.encoder is not None:
         raise ValueError(f"encoder is {config.encoder!r}, but {path} makes pixels, not latents")
+    labels, y = conditions_of(config, checkpoint, train, start, count, device)
     # Before the sampling, so that an encoder that is missing costs no time.
     decode = None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device, config.encoder)
-    if train.text.encoder is not None:
-        labels = prompts(captions, count)
-        encoder = config.text_encoder or train.text.encoder
-        if checkpoint.text_encoder is not None:
-            refuse_another(identify_text_encoder(encoder), checkpoint.text_encoder)
-        y = TextEncoder(**dataclasses.asdict(train.text) | {"encoder": encoder}, device=device)(labels)
-    elif config.prompt or config.text_encoder:
-        option = "prompt" if config.prompt else "text_encoder"
-        raise ValueError(f"{option} is {getattr(config, option)!r}; this model was trained without text")
     model = checkpoint.build(ema=not config.last_weights).to(device)
     if config.compile:
         model.compile()
@@ -200,33 +254,20 @@ def run(config: SampleConfig) -> list[Path]:
         choose_backend(config.backend),
         torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
     ):
-        if low is not None and decode is not None and isinstance(model, WALT) and model.config.low_resolution:
-            low = small_latents(low.to(device), model, decode, config.batch_size)
-        elif low is not None:
-            low = to_float(low)
-        clips = sample_clips(
-            model,
-            train.objective,
-            count,
-            y,
-            solver=config.solver,
+        request = ClipRequest(
+            count=count,
+            y=y,
             steps=50 if config.steps is None and config.solver != "dopri5" else config.steps,
-            guidance=config.guidance,
-            guidance_channels=config.guidance_channels,
-            guidance_rescale=config.guidance_rescale,
             options=config,
-            seed=config.seed,
-            batch_size=config.batch_size,
             progress=True,
-            cuda_graphs=config.cuda_graphs,
             decode=decode,
             encode=None if decode is None else decode.encode,
-            continuations=config.continuations,
-            past=past,
-            low=low,
-            low_noise=config.low_noise,
+            past=start.past(config),
+            low=in_training_units(start.low(config), model, decode, config.batch_size),
+            **{name: getattr(config, name) for name in SAME_NAMES},
         )
-    paths = write(folder, clips.numpy(), labels, checkpoint.classes, config.fps)
+        clips = sample_clips(model, train.objective, request)
+    paths = write_samples(folder, clips.numpy(), labels, checkpoint.classes, config.fps)
     print(f"{count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
     if isinstance(labels, list):
         print("prompts:", ", ".join(map(repr, labels)))
@@ -240,7 +281,7 @@ def run(config: SampleConfig) -> list[Path]:
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     reuse_large_allocations()
-    config = tyro.cli(SampleConfig, prog="python -m models.sample", description=__doc__, args=arguments)
+    config = tyro.cli(SampleConfig, prog=f"python -m {__package__}.sample", description=__doc__, args=arguments)
     try:
         run(config)
     except (ValueError, OSError) as error:

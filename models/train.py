@@ -39,7 +39,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
     Raises:
         ValueError: a preset, file or checkpoint that does not fit, or options that change a resumed run.
     """
-    start, rest = start_parser("python -m models.train").parse_known_args(arguments)
+    start, rest = start_parser(f"python -m {__package__}.train").parse_known_args(arguments)
     resume = None
     default = TrainConfig()
     if start.resume is not None:
@@ -61,7 +61,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
     )
     config = tyro.cli(
         tyro.conf.AvoidSubcommands[TrainConfig],
-        prog="python -m models.train",
+        prog=f"python -m {__package__}.train",
         description=description,
         default=default,
         args=rest,
@@ -89,12 +89,12 @@ def main(arguments: list[str] | None = None) -> None:
         config, resume = parse(sys.argv[1:] if arguments is None else arguments)
         path = train(config, resume)
     except Stopped as stopped:
-        print(f"{stopped}\ncontinue with: python -m models.train --resume RUN", file=sys.stderr)
+        print(f"{stopped}\ncontinue with: python -m {__package__}.train --resume RUN", file=sys.stderr)
         sys.exit(stopped.status)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    follows = "measure" if getattr(config.model, "autoencoder", False) else "sample"
-    print(f"trained: {path}\n{follows} with: python -m models.{follows} {path.parent}")
+    follows = "measure" if config.model.autoencoder else "sample"
+    print(f"trained: {path}\n{follows} with: python -m {__package__}.{follows} {path.parent}")
 
 
 if __name__ == "__main__":

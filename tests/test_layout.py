@@ -80,6 +80,7 @@ def imported(path: Path) -> set[str]:
 # From the lowest to the highest: a file imports from its own room and from lower ones.
 ROOMS = (
     "runtime",
+    "protocols",
     "objectives",
     "denoisers",
     "autoencoders",

@@ -3,7 +3,7 @@
     g  = null + w (cond - null)              on the first channels; cond on the others, and where there is no null
     x' = a x + b g + c exp(s (v - 1)) z      v: the channels of a learned variance, which follow cond's; else 1
 
-Solvers differ in the five coefficients only (models/samplers.py has them), and in what z is:
+Solvers differ in the five coefficients only (models/sampling/plans.py has them), and in what z is:
 
     Euler, DDIM          no z
     Heun, multistep      z = the state, or the prediction, of an earlier step

@@ -30,7 +30,7 @@ from ..runtime.packages import package
 KINDS = ("AutoencoderKL", "AutoencoderKLWan", "AutoencoderKLCogVideoX")
 
 
-class Autoencoder:
+class PretrainedAutoencoder:
     """A frozen autoencoder in eval mode; :func:`load_autoencoder` makes it.
 
     Attributes:
@@ -147,7 +147,7 @@ def load_autoencoder(
     subfolder: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> Autoencoder:
+) -> PretrainedAutoencoder:
     """An autoencoder from a folder, or by the hub name of one that was downloaded before: nothing is downloaded here.
 
     Args:
@@ -175,4 +175,4 @@ def load_autoencoder(
         raise ValueError(f"autoencoder {str(name)!r} cannot be loaded: {error}") from error
     if loading["missing_keys"]:
         raise ValueError(f"autoencoder {str(name)!r} lacks weights, {', '.join(sorted(loading['missing_keys']))}")
-    return Autoencoder(model.to(device, dtype))
+    return PretrainedAutoencoder(model.to(device, dtype))

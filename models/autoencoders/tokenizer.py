@@ -26,7 +26,7 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,10 @@ from torch.utils.checkpoint import checkpoint
 from minisora_kernels import unpatchify
 
 from ..objectives.common import at_least_float32
+from ..objectives.reconstruction import Reconstruction
+from ..protocols import Autoencoder, BaseSettings, System
 from .discriminator import PatchDiscriminator
+from .tiles import Tile, ramp, starts
 
 Size = tuple[int, int, int]
 
@@ -46,7 +49,7 @@ Memory = dict[nn.Module, Tensor]
 
 
 @dataclass(frozen=True)
-class TokenizerSettings:
+class TokenizerSettings(BaseSettings):
     """What a tokenizer is, whatever it is trained on."""
 
     name: ClassVar[str] = "tokenizer"
@@ -120,36 +123,6 @@ class TokenizerConfig(TokenizerSettings):
         """Cells of the latents ``(T', H', W')`` of a training clip."""
         (t, h, w), (s, f) = self.input_size, self.factors
         return 1 + (t - 1) // s, h // f, w // f
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The parts in which :meth:`CausalTokenizer.decode` takes latents, to save memory.
-
-    In time the parts are consecutive and every convolution keeps the frames that the next part needs: the result is
-    that of the whole, but for the rounding of convolutions of another size. In space they overlap and are blended:
-    group norm takes the statistics of a part for those of the frame, and what lies outside of it is zero, so the result
-    is not that of the whole. How far off it is depends on how much the parts differ from the frame. Of its largest
-    value a fresh network is off by up to 6% with parts of 24 out of 32 rows and columns that share 8, by 17% with parts
-    of 16, where the frame is alike everywhere; where half of it is flat, by 21% and 40% (``tests/test_tokenizer.py``).
-    So take parts in time first, and in space the largest that memory allows.
-
-    Raises:
-        ValueError: a value that does not fit, by name.
-    """
-
-    frames: int | None = None
-    """Latent frames of a part; None for all."""
-    size: tuple[int, int] | None = None
-    """Latent rows and columns of a part; None for whole frames."""
-    overlap: int = 4
-    """Latent rows and columns that neighbours share."""
-
-    def __post_init__(self) -> None:
-        if self.frames is not None and self.frames < 1:
-            raise ValueError(f"frames is {self.frames}; it must be positive, or None")
-        if self.size is not None and not 0 <= self.overlap < min(self.size):
-            raise ValueError(f"overlap is {self.overlap}; it must be at least 0 and less than size {self.size}")
 
 
 class CausalConv(nn.Conv3d):
@@ -261,27 +234,7 @@ def decoder(config: TokenizerConfig) -> Layers:
     return Layers((*layers, Head(widths[0], config.channels, config.groups)))
 
 
-def starts(length: int, part: int, overlap: int) -> list[int]:
-    """Where parts of a line begin that share ``overlap`` cells or, the last two, more."""
-    last = max(length - part, 0)
-    return [*range(0, last, part - overlap), last]
-
-
-def ramp(start: int, part: int, length: int, overlap: int, like: Tensor) -> Tensor:
-    """Weights ``[part]`` of the cells from ``start`` on, for a line of ``length`` cells.
-
-    1, but towards a neighbour: there they are 0 for a quarter of the overlap, which the zeros around a part spoil most,
-    and rise linearly over the next half. The weights of two neighbours add up to 1.
-    """
-    places = torch.arange(part, device=like.device, dtype=like.dtype) + 0.5
-    weights = torch.ones_like(places)
-    for distance, cut in ((places, start > 0), (part - places, start + part < length)):
-        if cut:
-            weights = weights * ((distance - overlap / 4) / max(overlap / 2, 0.5)).clamp(0, 1)
-    return weights
-
-
-class CausalTokenizer(nn.Module):
+class CausalTokenizer(Autoencoder):
     """The autoencoder.
 
     Attributes:
@@ -300,23 +253,16 @@ class CausalTokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.out_channels = config.channels
-        self.null_class = None
-        self.checkpointing = False
         self.encoder, self.decoder = encoder(config), decoder(config)
         self.discriminator = PatchDiscriminator(config.channels, config.discriminator) if config.discriminator else None
         if config.variational:
             # A narrow posterior, e^-3 wide: under noise as wide as its prior a decoder learns to ignore the latents.
             with torch.no_grad():
-                head = self.encoder[-1].conv
+                head = cast(Head, self.encoder[-1]).conv
                 head.weight[config.latent_channels :].zero_()
-                head.bias[config.latent_channels :].fill_(-6)
+                cast(Tensor, head.bias)[config.latent_channels :].fill_(-6)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
-
-    @property
-    def tokens_per_sample(self) -> int:
-        """Cells of the latents of a training clip."""
-        return math.prod(self.config.grid)
 
     def noise_shape(self, x: Tensor) -> tuple[int, ...] | None:
         """Of the noise that :meth:`forward` takes with clips ``x``; None if the tokenizer is not variational."""
@@ -456,3 +402,8 @@ def measure_latents(model: CausalTokenizer, batches: Iterable[Tensor]) -> None:
         raise ValueError(f"channels {(variance <= 1e-12).nonzero().flatten().tolist()} of the latents do not vary")
     model.latent_mean.copy_(mean)
     model.latent_std.copy_(variance.sqrt())
+
+
+def systems() -> dict[str, System]:
+    """W.A.L.T's tokenizer."""
+    return {"walt-tokenizer": System(TokenizerSettings(), Reconstruction())}

@@ -24,7 +24,6 @@ Source: Pernias et al. 2023 (arXiv 2306.00637) and StableCascade's published sta
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -35,6 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 from minisora_kernels import adaln, gate_residual, gate_residual_adaln, patch_embed, unpatchify
 
+from ..objectives.reconstruction import Reconstruction
+from ..protocols import Autoencoder, BaseSettings, System
 from .discriminator import PatchDiscriminator
 
 FACTOR = 4
@@ -48,7 +49,7 @@ ROWS = 4096
 
 
 @dataclass(frozen=True)
-class VQGANSettings:
+class VQGANSettings(BaseSettings):
     """What a VQGAN is, whatever it is trained on."""
 
     name: ClassVar[str] = "vqgan"
@@ -133,7 +134,7 @@ def tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2).contiguous()
 
 
-class VQGAN(nn.Module):
+class VQGAN(Autoencoder):
     """The autoencoder.
 
     Attributes:
@@ -148,8 +149,6 @@ class VQGAN(nn.Module):
         super().__init__()
         self.config = config
         self.out_channels = config.channels
-        self.null_class = None
-        self.checkpointing = False
         low, high, c = config.width, config.width // 2, config.latent_channels
         self.patches = nn.Conv2d(config.channels, high, 2, 2)
         self.encoder_high, self.encoder_low = Block(high), Block(low)
@@ -163,14 +162,6 @@ class VQGAN(nn.Module):
         self.decoder_high = Block(high)
         self.pixels = nn.Linear(high, 4 * config.channels)
         self.discriminator = PatchDiscriminator(config.channels, config.discriminator) if config.discriminator else None
-
-    @property
-    def tokens_per_sample(self) -> int:
-        """Cells of the latents of a training clip."""
-        return math.prod(self.config.grid)
-
-    def noise_shape(self, x: Tensor) -> None:
-        """A VQGAN draws no noise."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The reconstruction and the penalty.
@@ -254,3 +245,8 @@ class VQGAN(nn.Module):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, grid, use_reentrant=False, preserve_rng_state=False)
         return block(x, grid)
+
+
+def systems() -> dict[str, System]:
+    """StableCascade's stage A."""
+    return {"cascade-a": System(VQGANSettings(), Reconstruction(penalty_weight=1.0))}

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checkpoint as checkpoints
+from ..autoencoders.pretrained import load_autoencoder
+from ..protocols import Autoencoder
 from .checksums import describe, sha256_of, sha256_of_folder
 from .pixels import to_float
 from .source import Shape
@@ -44,7 +46,7 @@ class Pixels:
         return latents.float()
 
 
-class Autoencoder:
+class FrozenAutoencoder:
     """Anything with ``encode`` and ``decode`` between pixels in [-1, 1] and latents, both ``[B, C, T, H, W]``."""
 
     def __init__(self, autoencoder: Any, device: torch.device) -> None:
@@ -110,16 +112,14 @@ def open_encoder(record: Mapping[str, Any], device: torch.device, path: str | Pa
     if found["kind"] == "pixels":
         return Pixels()
     if found["kind"] == "diffusers":
-        from .autoencoders.pretrained import load_autoencoder
-
-        return Autoencoder(load_autoencoder(found["path"], device=device), device)
+        return FrozenAutoencoder(load_autoencoder(found["path"], device=device), device)
     checkpoint = checkpoints.load(found["path"])
     if checkpoint.encoder is not None:
         raise ValueError(f"encoder {found['path']} was trained on latents itself; it must be trained on pixels")
-    module: nn.Module = checkpoint.build()
-    if not (hasattr(module, "encode") and hasattr(module, "decode")):
+    module = checkpoint.build()
+    if not isinstance(module, Autoencoder):
         raise ValueError(f"encoder {found['path']} holds a {type(module).__name__}, which has no encode and decode")
-    return Autoencoder(module.to(device).eval().requires_grad_(False), device)
+    return FrozenAutoencoder(module.to(device).eval().requires_grad_(False), device)
 
 
 class Decoder:

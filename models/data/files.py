@@ -19,8 +19,9 @@ def digest_of(items: Sequence[Item], folder: Path | None = None) -> str:
     """SHA-256 of the files' names, labels, captions and sizes; the names of those in ``folder`` are relative to it."""
     digest = hashlib.sha256()
     for item in items:
-        inside = folder is not None and item.path.is_relative_to(folder)
-        name = item.path.relative_to(folder).as_posix() if inside else item.path
+        name = str(item.path)
+        if folder is not None and item.path.is_relative_to(folder):
+            name = item.path.relative_to(folder).as_posix()
         size = item.path.stat().st_size if item.path.is_file() else None
         digest.update(f"{name} {item.label} {item.text} {size}\n".encode())
     return digest.hexdigest()

@@ -129,7 +129,7 @@ class _Shard(NamedTuple):
 
 
 class LatentClips(Source):
-    """The clips of a folder of latents, float32 ``[C, T, H, W]``, as a source (see ``data.py``).
+    """The clips of a folder of latents, float32 ``[C, T, H, W]``, as a source (see ``source.py``).
 
     With buckets the clips differ in size, and ``shape`` is that of previews and samples.
 

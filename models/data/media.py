@@ -5,10 +5,12 @@ from __future__ import annotations
 import zipfile
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from av.filter import Graph
+from av.video.format import VideoFormat
 from torch import Tensor
 
 SMALLEST_SIDE = 128
@@ -80,7 +82,7 @@ def write_gif(path: Path, film: np.ndarray, fps: int) -> None:
     """RGB uint8 ``[T, H, W, 3]`` as an endless GIF with a palette of its own."""
     height, width = film.shape[1:3]
     graph = Graph()
-    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=Fraction(1, fps))
+    source = graph.add_buffer(width=width, height=height, format=VideoFormat("rgb24"), time_base=Fraction(1, fps))
     split, palette = graph.add("split"), graph.add("palettegen")
     use, sink = graph.add("paletteuse"), graph.add("buffersink")
     source.link_to(split)
@@ -102,7 +104,7 @@ def write_gif(path: Path, film: np.ndarray, fps: int) -> None:
         container.mux(stream.encode(None))
 
 
-def write(
+def write_samples(
     folder: Path, clips: np.ndarray, labels: Tensor | list[str] | None, classes: list[str], fps: int
 ) -> list[Path]:
     """The four files for uint8 clips ``[N, T, H, W, C]``.
@@ -115,15 +117,15 @@ def write(
     write_mp4(mp4, film, fps)
     write_gif(gif, film, fps)
     write_png(png, contact_sheet(clips))
-    arrays = {} if labels is None else {"labels": np.asarray(labels)}
+    arrays: dict[str, Any] = {} if labels is None else {"labels": np.asarray(labels)}
     if classes:
         arrays["classes"] = np.asarray(classes)
     np.savez_compressed(npz, clips=clips, **arrays)
     return paths
 
 
-def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """``clips`` and, where there are, ``labels`` of an npz that :func:`write` wrote.
+def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """``clips`` and, where there are, ``labels`` of an npz that :func:`write_samples` wrote.
 
     Labels are captions or names of classes, or class ids of a file that has no ``classes``.
 

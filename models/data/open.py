@@ -10,14 +10,14 @@ from .latents import LATENT_INDEX, LATENT_PROGRESS, LatentClips
 from .moving_digits import MovingDigits
 from .source import Source
 from .videos import VideoClips
-from .wrappers import Reduced
+from .wrappers import ReducedClips
 
 
 def open_source(data: DataConfig) -> Source:
     """The clips of a configuration; buckets and images are up to the trainer.
 
     A folder that ``models.precompute`` wrote gives its latents (see :class:`models.data.latents.LatentClips`). All
-    other clips are of ``data.size``, or smaller by ``data.reduce`` (see :class:`models.data.wrappers.Reduced`).
+    other clips are of ``data.size``, or smaller by ``data.reduce`` (see :class:`models.data.wrappers.ReducedClips`).
 
     Raises:
         ValueError: a source that does not exist or that has no clip.
@@ -40,4 +40,4 @@ def open_source(data: DataConfig) -> Source:
             positions=data.positions,
             cache_bytes=data.cache_megabytes << 20,
         )
-    return clips if data.reduce == 1 else Reduced(clips, data.reduce)
+    return clips if data.reduce == 1 else ReducedClips(clips, data.reduce)

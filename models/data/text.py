@@ -57,10 +57,10 @@ def identify_text_encoder(encoder: str) -> dict[str, Any]:
     return {"path": encoder, "sha256": None}
 
 
-def refuse_another(found: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+def refuse_another(encoder: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     """Raises ValueError if these are not records of :func:`identify_text_encoder` of the same text encoder."""
-    if (found["sha256"] or found["path"]) != (record["sha256"] or record["path"]):
-        raise ValueError(f"text encoder {describe(found)} is not the one of the training, {describe(record)}")
+    if (encoder["sha256"] or encoder["path"]) != (record["sha256"] or record["path"]):
+        raise ValueError(f"text encoder {describe(encoder)} is not the one of the training, {describe(record)}")
 
 
 MODELS = {"t5": "T5EncoderModel", "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -46,6 +46,7 @@ class VideoClips(Source):
     left, ``clip`` raises ValueError.
     """
 
+    # One parameter more than usual: each is an option of the data.
     def __init__(
         self,
         items: Sequence[Item],
@@ -175,7 +176,7 @@ class VideoClips(Source):
         for bucket, items in zip(buckets, shares, strict=True):
             if not items:
                 _log.warning("bucket %s is left out: no file of %s fits it best", bucket, self.name)
-        options = {"stride": self.stride, "crop": self.crop, "positions": self.positions}
+        options: dict[str, Any] = {"stride": self.stride, "crop": self.crop, "positions": self.positions}
         options["cache_bytes"] = self.cache_bytes // len(buckets)
         return [
             VideoClips(items, self.classes, self.name, frames=bucket[0], size=bucket[1:], **options)

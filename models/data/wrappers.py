@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 
@@ -9,7 +11,7 @@ from .pixels import shrink
 from .source import Shape, Source
 
 
-class Reduced(Source):
+class ReducedClips(Source):
     """The uint8 clips of another source, made smaller by :func:`shrink` and rounded.
 
     Raises:
@@ -35,7 +37,7 @@ class Reduced(Source):
     def __len__(self) -> int:
         return len(self.source)
 
-    def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int | tuple[int, ...]]:
         clip, label = self.source.clip(index, rng)
         return shrink(torch.from_numpy(clip).float(), self.factor).round().to(torch.uint8).numpy(), label
 
@@ -62,10 +64,10 @@ class WithImages(Source):
 
     def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:
         clip, label = self.source.clip(index, rng)
-        parts, labels = [clip], [label]
+        parts, labels = [clip], [cast(int, label)]  # a source of clips alone has one label per clip
         for _ in range(self.images):
             other, label = self.source.clip(int(rng.integers(len(self))), rng)
             frame = rng.integers(other.shape[1]) if other.dtype == np.uint8 else 0
             parts.append(other[:, frame : frame + 1])
-            labels.append(label)
+            labels.append(cast(int, label))
         return np.concatenate(parts, axis=1), tuple(labels)

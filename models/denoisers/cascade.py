@@ -29,6 +29,7 @@ its keys come from two places.
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +37,15 @@ from torch import Tensor, nn
 from minisora_kernels import patch_embed, unpatchify
 
 from ..objectives.common import TIMESTEPS, expand
-from .cascade_config import CascadeConfig
-from .cascade_layers import Condition, Level, Resample, embed_r, mapper, norm, resize, sites
+from ..objectives.logsnr import LogSNR
+from ..protocols import Denoiser, SmallClips, System
+from .cascade_config import SIZES, CascadeConfig, CascadeSettings, with_time
+from .cascade_layers import Condition, Level, Resample, embed_r, mapper, norm, resize_sites, sites
 from .layers import drop_labels
 from .text import Text, drop_captions
 
 
-class Cascade(nn.Module):
+class Cascade(Denoiser):
     """Stage C, or stage B with ``downsample``, ``latent_channels`` and ``pixel_channels``.
 
     Attributes:
@@ -57,10 +60,9 @@ class Cascade(nn.Module):
         self.config = config
         self.out_channels = config.channels
         self.null_class = config.num_classes or None
-        self.checkpointing = False
 
         widths, last, factor = config.widths, len(config.widths) - 1, 2 if config.downsample else 1
-        convolution = nn.Conv3d if len(config.patch) == 3 else nn.Conv2d
+        convolution: Any = nn.Conv3d if len(config.patch) == 3 else nn.Conv2d
         self.embedding = convolution(config.channels, widths[0], config.patch, config.patch)
         if config.num_classes:
             tokens = config.condition_tokens * config.condition_width
@@ -98,9 +100,17 @@ class Cascade(nn.Module):
                     parameter.mul_(sum(self.config.down) ** -0.5)
 
     @property
-    def tokens_per_sample(self) -> int:
-        """Tokens of one sample in the first level."""
-        return math.prod(self.config.grid)
+    def small_clips(self) -> SmallClips | None:
+        config = self.config
+        if not config.latent_channels:
+            return None
+        shape = (config.latent_channels, config.grid[0], None, None)
+        return SmallClips(shape, of_input=False, required=False, option="latent_channels")
+
+    def small_clip_arguments(
+        self, low: Tensor, level: int, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        return {"low": low if len(self.config.patch) == 3 else low.squeeze(2)}
 
     def forward(
         self,
@@ -108,7 +118,7 @@ class Cascade(nn.Module):
         t: Tensor,
         y: Tensor | Text | None = None,
         *,
-        latents: Tensor | None = None,
+        low: Tensor | None = None,
         pixels: Tensor | None = None,
     ) -> Tensor:
         """What the objective asks for: noise or velocity.
@@ -118,9 +128,9 @@ class Cascade(nn.Module):
             t: noise levels in [0, 1000], ``[B]``: 1000 r.
             y: classes ``[B]``, int64, ``null_class`` for none, or captions, a row without a token for none; None if and
                 only if the model has neither classes nor text.
-            latents: of stage C, ``[B, latent_channels, T, h, w]`` or ``[B, latent_channels, h, w]``, of any h and w;
-                None and zeros mean none.
-            pixels: a picture or clip of any size, as latents.
+            low: what stage C made, ``[B, latent_channels, T, h, w]`` or ``[B, latent_channels, h, w]``, of any h and w;
+                None and zeros mean none. Samples of the null class, or whose caption has no token, go without.
+            pixels: a picture or clip of any size, as ``low``.
 
         Returns:
             x's shape with ``out_channels`` channels.
@@ -128,11 +138,14 @@ class Cascade(nn.Module):
         Raises:
             ValueError: an argument whose shape does not fit the config, or one that is missing or not wanted.
         """
-        self._check(x, t, y, latents, pixels)
+        self._check(x, t, y, low, pixels)
+        if low is not None and y is not None:
+            present = y.mask.any(1) if isinstance(y, Text) else y.ne(cast(int, self.null_class))
+            low = low * expand(present, low)
         config, dtype = self.config, self.output.weight.dtype
         z = norm(patch_embed(x, self.embedding.weight, self.embedding.bias).unflatten(1, config.grid)).to(dtype)
         if config.latent_channels:
-            z = z + self._latents(latents, z)
+            z = z + self._latents(low, z)
         if config.pixel_channels:
             z = z + self._pixels(pixels, z)
         condition = None if y is None else self._condition(y)
@@ -148,7 +161,7 @@ class Cascade(nn.Module):
         for i, level in enumerate(self.up):
             if i:
                 skip = outputs[-1 - i]
-                z = resize(self.up_resample[i - 1](z).to(dtype), skip.shape[2:4])
+                z = resize_sites(self.up_resample[i - 1](z).to(dtype), skip.shape[2:4])
             z = level(z, r, condition, skip, self.checkpointing)
         patches = self.output(norm(z)).flatten(1, 3)
         return unpatchify(patches, config.grid[-len(config.patch) :], config.patch, self.out_channels)
@@ -168,17 +181,15 @@ class Cascade(nn.Module):
         if self.training and self.config.latent_dropout > 0:
             kept = torch.rand(len(latents), device=latents.device) >= self.config.latent_dropout
             latents = latents * expand(kept, latents)
-        return norm(self.latent_mapper(resize(sites(latents).to(z.dtype), z.shape[2:4])))
+        return norm(self.latent_mapper(resize_sites(sites(latents).to(z.dtype), z.shape[2:4])))
 
     def _pixels(self, pixels: Tensor | None, z: Tensor) -> Tensor:
         """The same of a picture: mapped, then resized."""
         if pixels is None:
             return norm(self.pixel_mapper(z.new_zeros(1, 1, 1, 1, self.config.pixel_channels)))
-        return resize(norm(self.pixel_mapper(sites(pixels).to(z.dtype))), z.shape[2:4])
+        return resize_sites(norm(self.pixel_mapper(sites(pixels).to(z.dtype))), z.shape[2:4])
 
-    def _check(
-        self, x: Tensor, t: Tensor, y: Tensor | Text | None, latents: Tensor | None, pixels: Tensor | None
-    ) -> None:
+    def _check(self, x: Tensor, t: Tensor, y: Tensor | Text | None, low: Tensor | None, pixels: Tensor | None) -> None:
         config, batch = self.config, len(x)
         expected = (config.channels, *config.input_size)
         if tuple(x.shape[1:]) != expected:
@@ -203,39 +214,24 @@ class Cascade(nn.Module):
             raise ValueError("y holds classes, but the model has num_classes = 0")
         elif tuple(y.shape) != (batch,):
             raise ValueError(f"y is of shape {tuple(y.shape)}; it must be [{batch}]")
-        for name, given, channels in (
-            ("latents", latents, config.latent_channels),
-            ("pixels", pixels, config.pixel_channels),
-        ):
-            if given is None:
+        for name, option, clips in (("low", "latent_channels", low), ("pixels", "pixel_channels", pixels)):
+            if clips is None:
                 continue
+            channels = getattr(config, option)
             if not channels:
-                raise ValueError(f"{name} were given to a model without {name[:-1]}_channels")
+                raise ValueError(f"{name} was given to a model whose {option} is 0")
             frames = config.grid[:1] if len(config.patch) == 3 else ()
-            if tuple(given.shape[:-2]) != (batch, channels, *frames):
+            if tuple(clips.shape[:-2]) != (batch, channels, *frames):
                 shape = ", ".join(map(str, (batch, channels, *frames, "h", "w")))
-                raise ValueError(f"{name} have shape {tuple(given.shape)}; it must be [{shape}]")
+                raise ValueError(f"{name} has shape {tuple(clips.shape)}; it must be [{shape}]")
 
 
-class Conditioned(nn.Module):
-    """Stage B with its latents and pixels: a model of ``(x, t, y)``, for an objective or a sampler.
-
-    A batch of several times as many samples, as guidance makes, has them once for each; samples of the null class, or
-    whose caption has no token, are without latents too.
-    """
-
-    def __init__(self, model: Cascade, latents: Tensor | None = None, pixels: Tensor | None = None) -> None:
-        super().__init__()
-        self.model, self.latents, self.pixels = model, latents, pixels
-        self.config, self.out_channels, self.null_class = model.config, model.out_channels, model.null_class
-        self.training = model.training
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | Text | None = None) -> Tensor:
-        latents, pixels = (
-            None if given is None else given.repeat(len(x) // len(given), *(1,) * (given.dim() - 1))
-            for given in (self.latents, self.pixels)
-        )
-        if latents is not None and y is not None:
-            present = y.mask.any(1) if isinstance(y, Text) else y != self.null_class
-            latents = latents * expand(present, latents)
-        return self.model(x, t, y, latents=latents, pixels=pixels)
+def systems() -> dict[str, System]:
+    """The stages as published, for images, and with attention over time, for video."""
+    result = {}
+    for name, shape in SIZES.items():
+        image = CascadeSettings(**shape)
+        objective = LogSNR(sample_shift=2.0 if name.startswith("c-") else 1.0)
+        result[f"cascade-{name}"] = System(image, objective)
+        result[f"cascade-{name}/video"] = System(with_time(image), objective)
+    return result

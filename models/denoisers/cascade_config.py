@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from ..protocols import BaseSettings
 from .layers import Grid
 
 LETTERS = "CTAFV"
 
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "c-3.6b": {
         "widths": (2048, 2048),
         "heads": (32, 32),
@@ -79,7 +80,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class CascadeSettings:
+class CascadeSettings(BaseSettings):
     """What a stage is, whatever it is trained on. Tuples have an entry a level."""
 
     name: ClassVar[str] = "cascade"
@@ -117,6 +118,10 @@ class CascadeSettings:
     """Channels of a picture that stage B may be given besides; 0 for none."""
     dropout: tuple[float, ...] = (0.1, 0.1)
     """Inside C and F."""
+
+    @property
+    def is_image(self) -> bool:
+        return len(self.patch) == 2
 
 
 def with_time(image: CascadeSettings) -> CascadeSettings:
@@ -194,11 +199,6 @@ class CascadeConfig(CascadeSettings):
         """Tokens per axis ``(T, H', W')`` of the first level; T is 1 for images."""
         t, h, w = (1,) * (3 - len(self.patch)) + tuple(n // p for n, p in zip(self.input_size, self.patch, strict=True))
         return t, h, w
-
-    @property
-    def low_shape(self) -> tuple[int | None, ...] | None:
-        """``(C, T, None, None)`` of the latents, of any height and width; None for a model without."""
-        return (self.latent_channels, self.grid[0], None, None) if self.latent_channels else None
 
     @property
     def grids(self) -> list[Grid]:

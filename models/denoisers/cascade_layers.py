@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ def sites(x: Tensor) -> Tensor:
     return (x if x.dim() == 5 else x.unsqueeze(2)).movedim(1, -1)
 
 
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+def resize_sites(x: Tensor, size: Sequence[int]) -> Tensor:
     """``[B, T, H, W, C]`` to another height and width, bilinear, corner on corner; as it is if that is its size."""
     if tuple(x.shape[2:4]) == tuple(size):
         return x
@@ -176,6 +177,9 @@ class Resample(nn.Module):
 class Level(nn.Module):
     """The blocks of one level of one of the two ways: ``groups`` of its letters, run ``repeats`` times."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: CascadeConfig, level: int, groups: int, repeats: int, skip: int) -> None:
         super().__init__()
         width, heads, dropout = config.widths[level], config.heads[level], config.dropout[level]
@@ -217,7 +221,7 @@ class Level(nn.Module):
         return x
 
     def _group(self, index: int, x: Tensor, r: Tensor, condition: Condition | None, skip: Tensor | None) -> Tensor:
-        for letter, block in self.groups[index].items():
+        for letter, block in cast(nn.ModuleDict, self.groups[index]).items():
             if letter == "C":
                 x = block(x, skip)
             elif letter == "T":

@@ -28,10 +28,11 @@ num_classes=1000, learn_sigma=True, **SIZES["XL"])``. The parameters:
 
 from __future__ import annotations
 
-import math
+import dataclasses
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,19 +45,24 @@ from minisora_kernels import (
     unpatchify,
 )
 
+from ..objectives.ddpm import DDPM
+from ..objectives.flow import FlowMatching
+from ..protocols import BaseSettings, Denoiser, System
 from .layers import (
     MLP,
     Attention,
     FinalLayer,
     Grid,
     LabelEmbedder,
+    Modulation,
     PatchEmbedder,
     TimestepEmbedder,
     grid_positions,
     modulation,
+    modulations_of,
 )
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "S": {"width": 384, "depth": 12, "heads": 6},
     "B": {"width": 768, "depth": 12, "heads": 12},
     "L": {"width": 1024, "depth": 24, "heads": 16},
@@ -65,10 +71,11 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class DiTSettings:
+class DiTSettings(BaseSettings):
     """What a DiT is, whatever it is trained on."""
 
     name: ClassVar[str] = "dit"
+    needs_ddpm: ClassVar[tuple[str, ...]] = ("learn_sigma",)
 
     width: int = 192
     """D, a multiple of 4 and of heads."""
@@ -86,6 +93,10 @@ class DiTSettings:
     """Learn the variance too, in as many channels again; objective 'ddpm' only."""
     qk_norm: Literal["rms", "layer"] | None = None
     """Norm of queries and keys over head_dim, with a learned weight."""
+
+    @property
+    def is_image(self) -> bool:
+        return len(self.patch) == 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,26 +168,21 @@ class Block(nn.Module):
         self,
         x: Tensor,
         y: Tensor,
-        shift_msa: Tensor,
-        scale_msa: Tensor,
-        gate_msa: Tensor,
-        shift_mlp: Tensor,
-        scale_mlp: Tensor,
-        gate_mlp: Tensor,
+        own: Modulation,
         next_shift: Tensor,
         next_scale: Tensor,
         recompute_norms: bool = True,
         grid: Grid | None = None,
     ) -> tuple[Tensor, Tensor]:
-        with recompute_adaln(y, x, shift_msa, scale_msa) if recompute_norms else nullcontext():
+        with recompute_adaln(y, x, own.shift_msa, own.scale_msa) if recompute_norms else nullcontext():
             branch = self.attn(y, grid)
-        x, y = gate_residual_adaln(x, branch, gate_msa, shift_mlp, scale_mlp)
-        with recompute_adaln(y, x, shift_mlp, scale_mlp) if recompute_norms else nullcontext():
+        x, y = gate_residual_adaln(x, branch, own.gate_msa, own.shift_mlp, own.scale_mlp)
+        with recompute_adaln(y, x, own.shift_mlp, own.scale_mlp) if recompute_norms else nullcontext():
             branch = self.mlp(y)
-        return gate_residual_adaln(x, branch, gate_mlp, next_shift, next_scale)
+        return gate_residual_adaln(x, branch, own.gate_mlp, next_shift, next_scale)
 
 
-class DiT(nn.Module):
+class DiT(Denoiser):
     """The diffusion transformer.
 
     Attributes:
@@ -189,13 +195,14 @@ class DiT(nn.Module):
             windows that follow it. False at first.
     """
 
+    takes_any_size = True
+    computes_ahead = True
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
         self.out_channels = config.channels * (2 if config.learn_sigma else 1)
         self.null_class = config.num_classes or None
-        self.checkpointing = False
-        self.any_size = False
         self._positions: dict[Grid, Tensor] = {}
 
         self.x_embedder = PatchEmbedder(config.channels, config.width, config.patch)
@@ -219,11 +226,6 @@ class DiT(nn.Module):
             elif parameter.requires_grad and parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter.flatten(1))
 
-    @property
-    def tokens_per_sample(self) -> int:
-        """N, the tokens of one sample."""
-        return math.prod(self.config.grid)
-
     def forward(
         self, x: Tensor, t: Tensor | None = None, y: Tensor | None = None, *, modulations: Tensor | None = None
     ) -> Tensor:
@@ -243,6 +245,7 @@ class DiT(nn.Module):
             ValueError: an argument whose shape does not fit the config, or one that is missing or not wanted.
         """
         grid = self._grid(x)
+        rows: Sequence[Tensor]
         if modulations is None:
             rows = self._modulations(t, y, x.shape[0], grid[0])
         elif t is not None or y is not None:
@@ -252,15 +255,15 @@ class DiT(nn.Module):
 
         # Under autocast the embedding comes out in half precision; the residual stream keeps the parameters' dtype.
         x = self.x_embedder(x, self._positions_at(grid)).to(self.pos_embed.dtype)
-        vectors = [row.chunk(row.shape[-1] // self.config.width, dim=-1) for row in rows]
-        y = adaln(x, vectors[0][0], vectors[0][1])
-        for block, own, (shift, scale, *_) in zip(self.blocks, vectors, vectors[1:], strict=False):
+        vectors, last = modulations_of(rows, self.config.width)
+        y = adaln(x, vectors[0].shift_msa, vectors[0].scale_msa)
+        for block, own, (shift, scale, *_) in zip(self.blocks, vectors, [*vectors[1:], last], strict=True):
             if self.checkpointing and torch.is_grad_enabled():
                 # A block draws no random numbers, so there is no generator state to restore.
-                arguments = (x, y, *own, shift, scale, False, grid)
+                arguments = (x, y, own, shift, scale, False, grid)
                 x, y = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, y = block(x, y, *own, shift, scale, grid=grid)
+                x, y = block(x, y, own, shift, scale, grid=grid)
 
         patches = grid[-len(self.config.patch) :]
         return unpatchify(self.final_layer.linear(y), patches, self.config.patch, self.out_channels)
@@ -338,3 +341,20 @@ class DiT(nn.Module):
             got = "None" if y is None else f"of shape {tuple(y.shape)}"
             raise ValueError(f"y is {got}; a model with {self.null_class} classes needs [{batch}]")
         return t
+
+
+def systems() -> dict[str, System]:
+    """The published DiT and SiT, and DiTs for video: OpenDiT's ("vdit") and Latte."""
+    result = {}
+    for size, shape in SIZES.items():
+        for patch in (2, 4, 8):
+            image = DiTSettings(patch=(patch, patch), **shape)
+            learned = dataclasses.replace(image, learn_sigma=True)
+            result[f"dit-{size.lower()}/{patch}"] = System(learned, DDPM())
+            result[f"sit-{size.lower()}/{patch}"] = System(image, FlowMatching())
+        for patches in ((1, 2, 2), (2, 2, 2)):
+            name = f"{size.lower()}/{'x'.join(map(str, patches))}"
+            video = DiTSettings(patch=patches, learn_sigma=True, **shape)
+            result[f"vdit-{name}"] = System(video, DDPM())
+            result[f"latte-{name}"] = System(dataclasses.replace(video, attention="factorized"), DDPM())
+    return result

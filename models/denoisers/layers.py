@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -145,9 +146,26 @@ class MLP(nn.Module):
         return gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
+class Modulation(NamedTuple):
+    """Shift, scale and gate of the attention, then of the MLP: ``[B, D]``, or ``[B, T', D]`` with one per frame."""
+
+    shift_msa: Tensor
+    scale_msa: Tensor
+    gate_msa: Tensor
+    shift_mlp: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
+
+
 def modulation(width: int, count: int) -> nn.Sequential:
     """``c`` to ``count`` vectors of ``width``; starts at zero."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
+
+
+def modulations_of(rows: Sequence[Tensor], width: int) -> tuple[list[Modulation], tuple[Tensor, Tensor]]:
+    """The modulation of each block, and shift and scale of the final layer, from ``[..., 6 D]`` and ``[..., 2 D]``."""
+    shift, scale = rows[-1].chunk(2, dim=-1)
+    return [Modulation(*row.split(width, dim=-1)) for row in rows[:-1]], (shift, scale)
 
 
 class FinalLayer(nn.Module):

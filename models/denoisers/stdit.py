@@ -44,7 +44,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,16 +53,29 @@ from torch.utils.checkpoint import checkpoint
 
 from minisora_kernels import adaln, gate_residual, gate_residual_adaln, gelu_mlp, recompute_adaln, unpatchify
 
-from .dit import DiTConfig
-from .layers import MLP, Attention, Grid, LabelEmbedder, PatchEmbedder, TimestepEmbedder, grid_positions, sincos
+from ..objectives.ddpm import DDPM
+from ..protocols import BaseSettings, Denoiser, System
+from .dit import SIZES, DiTConfig
+from .layers import (
+    MLP,
+    Attention,
+    Grid,
+    LabelEmbedder,
+    Modulation,
+    PatchEmbedder,
+    TimestepEmbedder,
+    grid_positions,
+    sincos,
+)
 from .text import Text, with_null
 
 
 @dataclass(frozen=True)
-class STDiTSettings:
+class STDiTSettings(BaseSettings):
     """What an STDiT is, whatever it is trained on."""
 
     name: ClassVar[str] = "stdit"
+    needs_ddpm: ClassVar[tuple[str, ...]] = ("learn_sigma",)
 
     width: int = 192
     """D, a multiple of 4 and of heads."""
@@ -193,32 +206,26 @@ class Block(nn.Module):
         self,
         x: Tensor,
         y: Tensor,
-        text: Tensor | None,
-        mask: Tensor | None,
+        text: tuple[Tensor | None, Tensor | None],
         pos_time: Tensor | None,
-        shift_msa: Tensor,
-        scale_msa: Tensor,
-        gate_msa: Tensor,
-        shift_mlp: Tensor,
-        scale_mlp: Tensor,
-        gate_mlp: Tensor,
+        own: Modulation,
         next_shift: Tensor,
         next_scale: Tensor,
         recompute_norms: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        with recompute_adaln(y, x, shift_msa, scale_msa) if recompute_norms else nullcontext():
+        with recompute_adaln(y, x, own.shift_msa, own.scale_msa) if recompute_norms else nullcontext():
             branch = self.attn(y)
-        x = gate_residual(x, branch, gate_msa)
+        x = gate_residual(x, branch, own.gate_msa)
         branch = self.attn_temp(x if pos_time is None else x + pos_time)
         if self.cross_attn is None:
-            x, y = gate_residual_adaln(x, branch, gate_msa, shift_mlp, scale_mlp)
+            x, y = gate_residual_adaln(x, branch, own.gate_msa, own.shift_mlp, own.scale_mlp)
         else:
-            x = gate_residual(x, branch, gate_msa)
+            x = gate_residual(x, branch, own.gate_msa)
             one = x.new_ones(x.shape[-1]).expand(len(x), -1)
-            x, y = gate_residual_adaln(x, self.cross_attn(x, text, mask), one, shift_mlp, scale_mlp)
-        with recompute_adaln(y, x, shift_mlp, scale_mlp) if recompute_norms else nullcontext():
+            x, y = gate_residual_adaln(x, self.cross_attn(x, *text), one, own.shift_mlp, own.scale_mlp)
+        with recompute_adaln(y, x, own.shift_mlp, own.scale_mlp) if recompute_norms else nullcontext():
             branch = self.mlp(y)
-        return gate_residual_adaln(x, branch, gate_mlp, next_shift, next_scale)
+        return gate_residual_adaln(x, branch, own.gate_mlp, next_shift, next_scale)
 
 
 class FinalLayer(nn.Module):
@@ -230,7 +237,7 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(2, config.width))
 
 
-class STDiT(nn.Module):
+class STDiT(Denoiser):
     """The spatial-temporal diffusion transformer.
 
     Attributes:
@@ -245,7 +252,6 @@ class STDiT(nn.Module):
         self.config = config
         self.out_channels = config.channels * (2 if config.learn_sigma else 1)
         self.null_class = config.num_classes or None
-        self.checkpointing = False
 
         self.x_embedder = PatchEmbedder(config.channels, config.width, config.patch)
         self.t_embedder = TimestepEmbedder(config.width)
@@ -276,11 +282,6 @@ class STDiT(nn.Module):
             elif parameter.requires_grad and parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter.flatten(1))
 
-    @property
-    def tokens_per_sample(self) -> int:
-        """N, the tokens of one sample."""
-        return math.prod(self.config.grid)
-
     def forward(self, x: Tensor, t: Tensor, y: Tensor | Text | None = None) -> Tensor:
         """What the objective asks for: velocity, noise, or noise and variance.
 
@@ -307,12 +308,13 @@ class STDiT(nn.Module):
 
         # Under autocast the embedding comes out in half precision; the residual stream keeps the parameters' dtype.
         x = self.x_embedder(x, self.pos_embed).to(dtype)
-        vectors = [(t0 + block.scale_shift_table.flatten()).chunk(6, dim=-1) for block in self.blocks]
-        vectors.append(tuple(c + row for row in self.final_layer.scale_shift_table))
-        pos_time = self.pos_embed_temporal.repeat_interleave(math.prod(self.config.grid[1:]), dim=1)
-        y = adaln(x, vectors[0][0], vectors[0][1])
-        for block, own, (shift, scale, *_) in zip(self.blocks, vectors, vectors[1:], strict=False):
-            arguments = (x, y, text, mask, pos_time, *own, shift, scale)
+        tables = [cast(Block, block).scale_shift_table for block in self.blocks]
+        vectors = [Modulation(*(t0 + table.flatten()).chunk(6, dim=-1)) for table in tables]
+        last = [c + row for row in self.final_layer.scale_shift_table]
+        pos_time: Tensor | None = self.pos_embed_temporal.repeat_interleave(math.prod(self.config.grid[1:]), dim=1)
+        y = adaln(x, vectors[0].shift_msa, vectors[0].scale_msa)
+        for block, own, (shift, scale, *_) in zip(self.blocks, vectors, [*vectors[1:], last], strict=True):
+            arguments = (x, y, (text, mask), pos_time, own, shift, scale)
             if self.checkpointing and torch.is_grad_enabled():
                 # A block draws no random numbers, so there is no generator state to restore.
                 x, y = checkpoint(block, *arguments, False, use_reentrant=False, preserve_rng_state=False)
@@ -346,3 +348,11 @@ class STDiT(nn.Module):
         elif not isinstance(y, Tensor) or tuple(y.shape) != (batch,):
             got = f"of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise ValueError(f"y is {got}; a model with {self.null_class} classes needs [{batch}]")
+
+
+def systems() -> dict[str, System]:
+    """STDiT in DiT's sizes; only XL was published."""
+    return {
+        f"stdit-{size.lower()}/1x2x2": System(STDiTSettings(patch=(1, 2, 2), learn_sigma=True, **shape), DDPM())
+        for size, shape in SIZES.items()
+    }

@@ -38,8 +38,8 @@ not: the table's width of 9216 at 52 layers would be 53 B parameters, and the tr
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -53,13 +53,16 @@ from minisora_kernels import (
 )
 
 from ..objectives.common import alpha_bars, expand, gaussian
-from .layers import FinalLayer, TimestepEmbedder, drop_labels, modulation
+from ..objectives.ddpm import DDPM
+from ..protocols import Denoiser, SmallClips, System
+from .dit import SIZES
+from .layers import FinalLayer, Modulation, TimestepEmbedder, drop_labels, modulation, modulations_of
 from .text import Text, drop_captions
-from .walt_config import WALTConfig
+from .walt_config import WALTConfig, WALTSettings
 from .walt_layers import Block, Upsampler
 
 
-class WALT(nn.Module):
+class WALT(Denoiser):
     """The denoiser.
 
     Attributes:
@@ -74,7 +77,6 @@ class WALT(nn.Module):
         super().__init__()
         self.config, self.out_channels = config, config.channels
         self.null_class = config.num_classes or None
-        self.checkpointing = False
         t, h, w = config.grid
         d, r = config.width, config.lora_rank
 
@@ -108,8 +110,28 @@ class WALT(nn.Module):
                 nn.init.xavier_uniform_(parameter.flatten(1))
 
     @property
-    def tokens_per_sample(self) -> int:
-        return math.prod(self.config.grid)
+    def known_frames(self) -> int:
+        return self.config.known_frames
+
+    @property
+    def self_conditioning(self) -> bool:
+        return self.config.self_conditioning > 0
+
+    @property
+    def small_clips(self) -> SmallClips | None:
+        if not self.config.low_resolution:
+            return None
+        t, h, w = self.config.input_size
+        shape = (self.config.channels, t, h // 2, w // 2)
+        return SmallClips(
+            shape, of_input=True, required=True, option="low_resolution", most_noise=self.config.low_noise
+        )
+
+    def small_clip_arguments(
+        self, low: Tensor, level: int, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        low_t = torch.full((len(low),), level, device=low.device)
+        return {"low": augment(low, low_t, generator), "low_t": low_t}
 
     def forward(
         self,
@@ -149,32 +171,37 @@ class WALT(nn.Module):
         self._check(x, previous, past, past_frames, low, low_t)
         images = x.shape[2] - config.input_size[0]
         frame = self._frame_of_condition(images, x.device)
-        vectors = self._modulations(self._condition(t, y, low_t, len(x), images), frame)
+        vectors, last = self._modulations(self._condition(t, y, low_t, len(x), images), frame)
         text, mask = self._text(y, len(x), images, frame) if self.text_embedder is not None else (None, None)
 
-        parts = [x]
-        if config.self_conditioning:
-            parts.append(torch.zeros_like(x) if previous is None else previous.to(x.dtype))
-        if self.upsampler is not None:
-            parts.append(self.upsampler(low).to(x.dtype))
-        if config.past:
-            parts.append(self._known(x, past, past_frames))
-        # The images' temporal position is the first.
-        time = torch.cat((self.pos_time, self.pos_time[:1].expand(images, -1)))
-        pos = (time[:, None, None] + self.pos_space).flatten(0, 2)
         # Under autocast the embedding comes out in half precision; the residual stream keeps the parameters' dtype.
-        x = patch_embed(torch.cat(parts, dim=1), self.x_embedder.weight, self.x_embedder.bias, pos).to(pos.dtype)
-
-        y = adaln(x, vectors[0][0], vectors[0][1])
-        for block, own, (shift, scale, *_) in zip(self.blocks, vectors, vectors[1:], strict=False):
-            arguments = (x, y, text, mask, *own, shift, scale)
+        x = self._embed(x, images, previous, low, self._known(x, past, past_frames) if config.past else None)
+        y = adaln(x, vectors[0].shift_msa, vectors[0].scale_msa)
+        for block, own, (shift, scale, *_) in zip(self.blocks, vectors, [*vectors[1:], last], strict=True):
+            arguments = (x, y, text, mask, own, shift, scale)
             if self.checkpointing and torch.is_grad_enabled():
                 # A layer draws no random numbers, so there is no generator state to restore.
                 x, y = checkpoint(block, *arguments, False, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, y = block(*arguments)
-        grid = len(time), *config.grid[1:]
+        grid = config.grid[0] + images, *config.grid[1:]
         return unpatchify(self.final_layer.linear(y), grid, config.patch, self.out_channels)
+
+    def _embed(
+        self, x: Tensor, images: int, previous: Tensor | None, low: Tensor | None, known: Tensor | None
+    ) -> Tensor:
+        """Tokens ``[B, N, D]`` of x and of what stands on the channels next to it."""
+        parts = [x]
+        if self.config.self_conditioning:
+            parts.append(torch.zeros_like(x) if previous is None else previous.to(x.dtype))
+        if self.upsampler is not None:
+            parts.append(self.upsampler(low).to(x.dtype))
+        if known is not None:
+            parts.append(known)
+        # The images' temporal position is the first.
+        time = torch.cat((self.pos_time, self.pos_time[:1].expand(images, -1)))
+        pos = (time[:, None, None] + self.pos_space).flatten(0, 2)
+        return patch_embed(torch.cat(parts, dim=1), self.x_embedder.weight, self.x_embedder.bias, pos).to(pos.dtype)
 
     def _condition(self, t: Tensor, y: Tensor | Text | None, low_t: Tensor | None, batch: int, images: int) -> Tensor:
         """c: ``[B, D]``, or ``[B, 1 + images, D]`` if t or y has one for each image."""
@@ -199,15 +226,15 @@ class WALT(nn.Module):
             conditions = [c if c.dim() == 3 else c[:, None] for c in conditions]
         return sum(conditions[1:], start=conditions[0])
 
-    def _modulations(self, c: Tensor, frame: Tensor | None) -> list[tuple[Tensor, ...]]:
-        """Shift, scale, gate, twice, of each layer, then shift and scale of the end: ``[B, D]``, or one a frame."""
+    def _modulations(self, c: Tensor, frame: Tensor | None) -> tuple[list[Modulation], tuple[Tensor, Tensor]]:
+        """The modulation of each layer, and shift and scale of the end: ``[B, D]``, or one per frame."""
         first = self.adaLN_modulation(c)
         low_rank = F.linear(c, self.lora_down.flatten(0, 1)).unflatten(-1, self.lora_down.shape[:2])
         others = first.unsqueeze(-2) + torch.einsum("...lr,lor->...lo", low_rank, self.lora_up)
         rows = [first, *others.unbind(-2), self.final_layer.adaLN_modulation(c)]
         if c.dim() == 3 and frame is not None:
             rows = [row.index_select(1, frame) for row in rows]
-        return [row.chunk(row.shape[-1] // self.config.width, dim=-1) for row in rows]
+        return modulations_of(rows, self.config.width)
 
     def _text(self, y: Tensor | Text | None, batch: int, images: int, frame: Tensor | None) -> tuple[Tensor, Tensor]:
         """The captions in the model's width, ``[B, S, L, D]``, and their mask; S is 1, or all frames with images."""
@@ -225,8 +252,8 @@ class WALT(nn.Module):
         if images and self.config.cross_attention != "spatial":
             raise ValueError(f"images is {images}; a model with text needs cross_attention = 'spatial' for it")
         mask = drop_captions(mask, self._dropout)
-        text = self.text_embedder(states.to(self.pos_time.dtype))
-        if text.dim() == 3:
+        text = cast(nn.Linear, self.text_embedder)(states.to(self.pos_time.dtype))
+        if text.dim() == 3 or frame is None:
             return text[:, None], mask[:, None]
         return text.index_select(1, frame), mask.index_select(1, frame)
 
@@ -288,7 +315,7 @@ class WALT(nn.Module):
         if past_frames is not None and (past is None or tuple(past_frames.shape) != (batch,)):
             raise ValueError(f"past_frames has shape {tuple(past_frames.shape)}; it must be [{batch}], with past")
         if config.low_resolution:
-            small = (*expected[:3], *config.low_shape[2:])
+            small = (*expected[:3], height // 2, width // 2)
             if low is None or tuple(low.shape) != small:
                 raise ValueError(f"low {_described(low)}; it must be {list(small)}")
             if low_t is None or tuple(low_t.shape) != (batch,):
@@ -297,26 +324,39 @@ class WALT(nn.Module):
             raise ValueError("low_t was given to a model that was built without low_resolution")
 
     def training_conditions(
-        self, x: Tensor, estimate: Callable[..., Tensor], generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        estimate: Callable[..., Tensor] | None,
+        generator: torch.Generator | None = None,
+        low: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """What an objective gives the model in training besides x_t, t and y.
+        """What an objective tells the model in training besides x_t, t and y.
 
         - past: the first one or two frames of x, as many of either, for the share ``config.past`` of the samples.
         - low: the 2 x 2 means of x, with noise. For pixels that is the clip at half the size; for latents it stands in
-          for the encoded small clip, as ``sample.small_latents`` makes it.
+          for the encoded small clip, as ``sampling.clips.small_latents`` makes it.
         - previous: the estimate that a first pass without gradient gives, for the share ``config.self_conditioning``;
           zeros for the others. It drops the same labels as the second pass: an estimate made with the class would
           tell it to the pass without.
 
         Args:
             x: data ``[B, C, T + images, H, W]``.
-            estimate: the data that the model's prediction points at, given what is returned here but ``previous``.
+            estimate: the data that the model's prediction points at, given what is returned here but ``previous``;
+                None if the objective has no such estimate.
             generator: on x's device; of all that is drawn here.
+            low: not used: small clips are those of x.
 
         Returns:
             arguments of :meth:`forward` by name.
+
+        Raises:
+            ValueError: options that only the objective 'ddpm' teaches, without ``estimate``.
         """
         config, batch = self.config, len(x)
+        if estimate is None:
+            for name in config.only_ddpm():
+                raise ValueError(f"model.{name} is {getattr(config, name)}; only the objective 'ddpm' teaches it")
+            return {}
         given: dict[str, Tensor] = {}
         if config.past:
             k = config.known_frames
@@ -364,49 +404,7 @@ def augment(low: Tensor, low_t: Tensor, generator: torch.Generator | None = None
     return alpha_bar.sqrt() * low + (1 - alpha_bar).sqrt() * gaussian(low, generator)
 
 
-def resize(weights: Mapping[str, Tensor], old: WALTConfig, new: WALTConfig) -> dict[str, Tensor]:
-    """A state dict for a grid and windows of other sizes, to go on training with.
-
-    Absolute positions are interpolated between token centres, linearly; the tables of relative positions so that the
-    offset 0 stays and the farthest offsets meet. All other weights are as they were.
-
-    Args:
-        weights: of ``WALT(old)``.
-        old, new: may differ in input_size, windows, and in what is not a weight.
-
-    Raises:
-        ValueError: weights that are not of ``old``, or configs that differ in what changes the other weights.
-    """
-    with torch.device("meta"):
-        expected, wanted = WALT(old).state_dict(), WALT(new).state_dict()
-    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
-        raise ValueError("weights are not those of a model with the config old")
-    resized = {}
-    for name, weight in weights.items():
-        if name == "pos_space":
-            # [H', W', D] as D channels.
-            resized[name] = _interpolate(weight.movedim(-1, 0), new.grid[1:], ends_meet=False).movedim(0, -1)
-        elif name == "pos_time":
-            resized[name] = _interpolate(weight.t(), new.grid[:1], ends_meet=False).t()
-        elif name.endswith(".bias_table"):
-            layer = int(name.split(".")[1])
-            before, after = ([2 * n - 1 for n in config.window(layer)] for config in (old, new))
-            resized[name] = _interpolate(weight.unflatten(1, before), after, ends_meet=True).flatten(1)
-        else:
-            resized[name] = weight
-    changed = sorted(name for name in wanted.keys() | resized.keys() if _shape(wanted, name) != _shape(resized, name))
-    if changed:
-        raise ValueError(f"new differs from old in more than sizes: {', '.join(changed[:5])} would change")
-    return {name: weight.contiguous() for name, weight in resized.items()}
-
-
-def _shape(weights: Mapping[str, Tensor], name: str) -> torch.Size | None:
-    return weights[name].shape if name in weights else None
-
-
-def _interpolate(x: Tensor, size: list[int] | tuple[int, ...], *, ends_meet: bool) -> Tensor:
-    """``[channels, ...]`` with other sizes of the axes behind the channels."""
-    if list(x.shape[1:]) == list(size):
-        return x
-    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
-    return F.interpolate(x[None], list(size), mode=mode, align_corners=ends_meet)[0]
+def systems() -> dict[str, System]:
+    """The published sizes whose parameters can be counted."""
+    velocity = DDPM(prediction="velocity", zero_snr=True)
+    return {f"walt-{size.lower()}": System(WALTSettings(**SIZES[size]), velocity) for size in ("L", "XL")}

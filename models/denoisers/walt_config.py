@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..objectives.common import TIMESTEPS
+from ..protocols import BaseSettings
 from .layers import Grid
 
 PAST_FRAMES = 2
 
 
 @dataclass(frozen=True)
-class WALTSettings:
+class WALTSettings(BaseSettings):
     """What a W.A.L.T is, whatever it is trained on."""
 
     name: ClassVar[str] = "walt"
+    needs_ddpm: ClassVar[tuple[str, ...]] = ("self_conditioning", "past", "low_resolution")
 
     width: int = 192
     """D, a multiple of heads."""
@@ -43,6 +45,10 @@ class WALTSettings:
     """A 2x super-resolution stage, which is told the clip at half the height and width. Objective 'ddpm' only."""
     low_noise: int = 200
     """The highest level of noise that training adds to the small clip, below 1000; with low_resolution only."""
+
+    def check_images(self, images: int, *, text: bool) -> None:
+        if images and text and self.cross_attention != "spatial":
+            raise ValueError(f"data.images is {images}; with text.encoder it needs model.cross_attention 'spatial'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +115,6 @@ class WALTConfig(WALTSettings):
     def known_frames(self) -> int:
         """The most first frames of a clip that training tells; 0 without ``past``."""
         return min(PAST_FRAMES, self.input_size[0] - 1) if self.past else 0
-
-    @property
-    def low_shape(self) -> tuple[int, ...] | None:
-        """``(C, T, H / 2, W / 2)`` of the small clip; None for a model without."""
-        t, h, w = self.input_size
-        return (self.channels, t, h // 2, w // 2) if self.low_resolution else None
 
     def window(self, layer: int) -> Grid:
         """The window of a layer, no longer than the grid on any axis: within a frame in even layers."""

@@ -17,7 +17,7 @@ from minisora_kernels import (
     window_attention,
 )
 
-from .layers import MLP, Grid, Scale
+from .layers import MLP, Grid, Modulation, Scale
 from .walt_config import WALTConfig
 
 
@@ -31,6 +31,8 @@ def relative_places(window: Grid) -> Tensor:
 
 class Attention(nn.Module):
     """Multi-head self-attention in windows, with QK-norm and a learned bias for each relative position."""
+
+    places: Tensor
 
     def __init__(self, config: WALTConfig, layer: int) -> None:
         super().__init__()
@@ -46,11 +48,13 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         # The backward of embedding sums in a fixed order, which that of indexing need not.
         bias = F.embedding(self.places, self.bias_table.t()).permute(2, 0, 1)
-        weights = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
         _, h, w = self.grid
         grid = (x.shape[1] // (h * w), h, w) if self.spatial else self.grid
         tokens = math.prod(grid)
-        out = window_attention(qkv[:, :tokens], grid, self.window, qk_norm="layer", bias=bias, **weights)
+        weights = self.q_norm.weight, self.k_norm.weight
+        out = window_attention(
+            qkv[:, :tokens], grid, self.window, q_weight=weights[0], k_weight=weights[1], qk_norm="layer", bias=bias
+        )
         # Images: what attends to itself alone gets its own v.
         alone = qkv[:, tokens:, 2].flatten(2)
         return self.proj(torch.cat((out, alone), dim=1) if alone.shape[1] else out)
@@ -122,27 +126,22 @@ class Block(nn.Module):
         y: Tensor,
         text: Tensor | None,
         mask: Tensor | None,
-        shift_msa: Tensor,
-        scale_msa: Tensor,
-        gate_msa: Tensor,
-        shift_mlp: Tensor,
-        scale_mlp: Tensor,
-        gate_mlp: Tensor,
+        own: Modulation,
         next_shift: Tensor,
         next_scale: Tensor,
         recompute_norms: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        with recompute_adaln(y, x, shift_msa, scale_msa) if recompute_norms else nullcontext():
+        with recompute_adaln(y, x, own.shift_msa, own.scale_msa) if recompute_norms else nullcontext():
             branch = self.attn(y)
         if self.cross is None:
-            x, y = gate_residual_adaln(x, branch, gate_msa, shift_mlp, scale_mlp)
+            x, y = gate_residual_adaln(x, branch, own.gate_msa, own.shift_mlp, own.scale_mlp)
         else:
-            x = gate_residual(x, branch, gate_msa)
+            x = gate_residual(x, branch, own.gate_msa)
             x = x + self.cross(x, text, mask)
-            y = adaln(x, shift_mlp, scale_mlp)
-        with recompute_adaln(y, x, shift_mlp, scale_mlp) if recompute_norms else nullcontext():
+            y = adaln(x, own.shift_mlp, own.scale_mlp)
+        with recompute_adaln(y, x, own.shift_mlp, own.scale_mlp) if recompute_norms else nullcontext():
             branch = self.mlp(y)
-        return gate_residual_adaln(x, branch, gate_mlp, next_shift, next_scale)
+        return gate_residual_adaln(x, branch, own.gate_mlp, next_shift, next_scale)
 
 
 class Upsampler(nn.Module):

@@ -2,10 +2,11 @@
 
 A model takes ``(x [B, C, ...], timesteps [B], y)``, with timesteps in [0, 1000], the range that a 256-channel sinusoid
 resolves (over [0, 1] it is nearly a straight line). The objectives point in opposite directions: FlowMatching
-(``flow.py``) has noise at 0, DDPM (``diffusion.py``) at 999 and LogSNR (``logsnr.py``) at 1000.
+(``flow.py``) has noise at 0, DDPM (``ddpm.py``) at 999 and LogSNR (``logsnr.py``) at 1000. A denoiser that is told more
+gets it by name (:func:`conditions_of`).
 
 What a loss remembers from call to call is a dictionary of tensors: ``objective.memory(device)`` makes it,
-``loss(model, x, y, generator, memory)`` updates it in place, and a checkpoint holds it.
+``loss(model, x, y, generator, memory, low)`` updates it in place, and a checkpoint holds it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 TIMESTEPS = 1000
-Model = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+Model = Callable[..., Tensor]
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
@@ -25,12 +26,27 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *(1,) * (like.dim() - 1))
 
 
-def refuse_conditions(model: object, objective: str) -> None:
-    """Raises ValueError for a model that is to be told more in training than an objective tells it."""
-    config = getattr(model, "config", None)
-    for name, off in (("self_conditioning", 0), ("past", 0), ("low_resolution", False)):
-        if getattr(config, name, off):
-            raise ValueError(f"model.{name} is {getattr(config, name)}; objective {objective!r} needs it to be {off}")
+def conditions_of(
+    model: Model,
+    x: Tensor,
+    estimate: Callable[..., Tensor] | None,
+    generator: torch.Generator | None,
+    low: Tensor | None,
+) -> dict[str, Tensor]:
+    """What a model is told in training besides x_t, t and y, as arguments by name; a plain function is told nothing.
+
+    Arguments as for :meth:`models.protocols.Denoiser.training_conditions`.
+
+    Raises:
+        ValueError: ``low`` for a model that is no second stage, or what the objective does not teach.
+    """
+    # Not isinstance: what torch.compile returns is no Denoiser, but hands this method on.
+    conditions = getattr(model, "training_conditions", None)
+    if conditions is not None:
+        return conditions(x, estimate, generator, low)
+    if low is not None:
+        raise ValueError(f"low was given, but a {type(model).__name__} is no second stage")
+    return {}
 
 
 def check_shape(prediction: Tensor, x: Tensor, objective: str) -> None:

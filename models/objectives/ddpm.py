@@ -17,12 +17,12 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, repeat
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .common import TIMESTEPS, Model, alpha_bars, at_least_float32, expand, gaussian
+from .common import TIMESTEPS, Model, alpha_bars, at_least_float32, conditions_of, expand, gaussian
 
 # Of the loss-aware timesteps: losses remembered of each, and the share of the draws that stays even.
 HISTORY = 10
@@ -188,9 +188,10 @@ class DDPM:
         self,
         model: Model,
         x: Tensor,
-        y: Tensor | None,
+        y: Any,
         generator: torch.Generator | None = None,
         memory: dict[str, Tensor] | None = None,
+        low: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error of the noise or velocity, plus L_vlb if the model returns ``2 C`` channels: a scalar.
 
@@ -213,21 +214,19 @@ class DDPM:
         alpha_bar = expand(tables.alpha_bar[t], x)
         signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         x_t = signal * x + sigma * noise
-        given: dict[str, Tensor] = {}
-        if hasattr(model, "training_conditions"):
 
-            def estimate(**given: Tensor) -> Tensor:
-                return self.estimate(model(x_t, t, y, **given), x_t, t)
+        def estimate(**conditions: Tensor) -> Tensor:
+            return self.estimate(model(x_t, t, y, **conditions), x_t, t)
 
-            given = model.training_conditions(x, estimate, generator)
-        prediction, fraction = self.split(model(x_t, t, y, **given).to(x.dtype), x)
+        conditions = conditions_of(model, x, estimate, generator, low)
+        prediction, fraction = self.split(model(x_t, t, y, **conditions).to(x.dtype), x)
         target = noise if self.prediction == "noise" else signal * noise - sigma * x
         losses = (prediction - target).square().flatten(1).mean(1)
         if fraction is not None:
             of_x, of_prediction = (expand(weight[t], x) for weight in self.weights(tables)[0])
             denoised = of_x * x_t + of_prediction * prediction.detach()
             losses = losses + self.variational_bound(tables, x, x_t, t, denoised, fraction)
-        if self.timesteps == "loss_aware":
+        if self.timesteps == "loss_aware" and memory:
             remember(memory, t, losses.detach())
             losses = losses / (TIMESTEPS * p[t])
         return losses.mean()

@@ -26,12 +26,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .common import TIMESTEPS, Model, at_least_float32, check_shape, expand, gaussian, refuse_conditions
+from .common import TIMESTEPS, Model, at_least_float32, check_shape, conditions_of, expand, gaussian
 
 Prediction = Literal["velocity", "data", "score", "noise"]
 PathName = Literal["linear", "gvp", "vp"]
@@ -103,7 +103,7 @@ class FlowMatching:
         vp            any               1e-5               1e-3               0
 
     These are SiT's; ``train_eps`` and ``sample_eps`` replace them, each on its own. Samplers of the SDE have further
-    needs (``integrators.span``).
+    needs (``models.sampling.solvers.span``).
 
     Raises:
         ValueError: an option that does not fit.
@@ -172,9 +172,10 @@ class FlowMatching:
         self,
         model: Model,
         x: Tensor,
-        y: Tensor | None,
+        y: Any,
         generator: torch.Generator | None = None,
         memory: dict[str, Tensor] | None = None,
+        low: Tensor | None = None,
     ) -> Tensor:
         """The mean of the squared error: a scalar.
 
@@ -184,11 +185,11 @@ class FlowMatching:
             y: classes ``[B]`` or None.
             generator: on x's device; the only source of t and of the noise.
             memory: of :meth:`memory`, the same in all calls of a training.
+            low: small clips of the data, for a second stage.
 
         Raises:
-            ValueError: a model with a learned variance.
+            ValueError: a model with a learned variance, or with options that only 'ddpm' teaches.
         """
-        refuse_conditions(model, self.name)
         x = at_least_float32(x)
         if self.timesteps == "uniform":
             t = torch.rand(x.shape[0], generator=generator, device=x.device, dtype=x.dtype)
@@ -201,7 +202,7 @@ class FlowMatching:
         path = path_at(self.path, t)
         alpha, sigma, d_alpha, d_sigma = (expand(part.to(x.dtype), x) for part in path[:4])
         x_t = alpha * x + sigma * noise
-        prediction = self.predict(model, x_t, t, y)
+        prediction = self.predict(model, x_t, t, y, **conditions_of(model, x, None, generator, low))
         if self.prediction == "velocity":
             error = prediction - (d_alpha * x + d_sigma * noise)
         elif self.prediction == "data":
@@ -215,9 +216,9 @@ class FlowMatching:
             return (expand(scale.to(x.dtype), x) * error.square()).mean()
         return error.square().mean()
 
-    def predict(self, model: Model, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    def predict(self, model: Model, x: Tensor, t: Tensor, y: Tensor | None, **conditions: Tensor) -> Tensor:
         """The model's prediction at ``x`` and times ``t [B]`` in [0, 1], in x's dtype."""
-        prediction = model(x, t * TIMESTEPS, y).to(x.dtype)
+        prediction = model(x, t * TIMESTEPS, y, **conditions).to(x.dtype)
         self.check(prediction, x)
         return prediction
 

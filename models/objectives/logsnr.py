@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .common import TIMESTEPS, Model, at_least_float32, check_shape, expand, gaussian, refuse_conditions
+from .common import TIMESTEPS, Model, at_least_float32, check_shape, conditions_of, expand, gaussian
 
 OFFSET = 0.008
 SMALLEST = 1e-4
@@ -96,14 +96,15 @@ class LogSNR:
         self,
         model: Model,
         x: Tensor,
-        y: Tensor | None,
+        y: Any,
         generator: torch.Generator | None = None,
         memory: dict[str, Tensor] | None = None,
+        low: Tensor | None = None,
     ) -> Tensor:
         """Weighted mean squared error: a scalar.
 
         Args:
-            model, x, y, generator: as for :meth:`FlowMatching.loss`.
+            model, x, y, generator, low: as for :meth:`FlowMatching.loss`.
             memory: of :meth:`memory`, changed in place; needed by "adaptive" only.
 
         Raises:
@@ -111,13 +112,13 @@ class LogSNR:
         """
         if self.weight == "adaptive" and (memory is None or "losses" not in memory):
             raise ValueError("memory is without 'losses'; weight 'adaptive' needs what memory(device) returned")
-        refuse_conditions(model, self.name)
         x = at_least_float32(x)
         u = torch.rand(x.shape[0], generator=generator, device=x.device, dtype=x.dtype)
         value = logsnr(1 - 0.999 * u, self.shift)
         noise = gaussian(x, generator)
         a, b = (expand(scale, x) for scale in scales(value))
-        prediction = model(a * x + b * noise, noise_level(value) * TIMESTEPS, y).to(x.dtype)
+        conditions = conditions_of(model, x, None, generator, low)
+        prediction = model(a * x + b * noise, noise_level(value) * TIMESTEPS, y, **conditions).to(x.dtype)
         self.check(prediction, x)
         target = noise if self.prediction == "noise" else a * noise - b * x
         losses = (prediction - target).square().flatten(1).mean(1)

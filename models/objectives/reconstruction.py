@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..protocols import Autoencoder
 from .common import at_least_float32
 
 
@@ -106,11 +107,12 @@ class Reconstruction:
 
     def loss(
         self,
-        model: nn.Module,
+        model: Autoencoder,
         x: Tensor,
-        y: Tensor | None,
+        y: Any,
         generator: torch.Generator | None = None,
         memory: dict[str, Tensor] | None = None,
+        low: Tensor | None = None,
     ) -> Tensor:
         """The sum of the weighted terms: a scalar.
 
@@ -120,13 +122,14 @@ class Reconstruction:
             y: not used; an autoencoder knows no classes.
             generator: on x's device; the only source of the latents' noise.
             memory: of :meth:`memory`, the same in all calls of a training; updated in place.
+            low: not used; an autoencoder is no second stage.
 
         Raises:
             ValueError: adversarial_weight without a discriminator, or the reverse; adversarial_start without
                 ``memory``.
         """
         x = at_least_float32(x)
-        self.check(model.discriminator is not None)
+        self.check_discriminator(model.discriminator is not None)
         shape = model.noise_shape(x) if model.training else None
         noise = None if shape is None else torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
         reconstruction, penalty = model(x) if noise is None else model(x, noise)
@@ -134,7 +137,7 @@ class Reconstruction:
         error = reconstruction - x
         loss = error.abs().mean() if self.pixels == "l1" else error.square().mean()
         loss = loss + self.laplacian_weight * laplacian(error) + self.penalty_weight * penalty
-        if not self.adversarial_weight or not self._joined(memory):
+        if model.discriminator is None or not self._joined(memory):
             return loss
         return loss + self.hinge(model.discriminator, x, reconstruction)
 
@@ -152,7 +155,7 @@ class Reconstruction:
         fake = discriminator(reverse_gradient(reconstruction, self.adversarial_weight))
         return F.relu(1 - discriminator(x)).mean() + F.relu(1 + fake).mean()
 
-    def check(self, discriminator: bool) -> None:
+    def check_discriminator(self, discriminator: bool) -> None:
         """Raises ValueError if the model's discriminator and the weight of its loss are not both there."""
         if discriminator != (self.adversarial_weight > 0):
             raise ValueError(
@@ -162,6 +165,6 @@ class Reconstruction:
 
     @staticmethod
     @torch.no_grad()
-    def preview(model: nn.Module, x: Tensor) -> Tensor:
+    def preview(model: Autoencoder, x: Tensor) -> Tensor:
         """Each of the clips ``x [B, C, T, H, W]`` and, after it, its reconstruction by a model in eval mode."""
         return torch.stack((x, model(x)[0].to(x.dtype)), dim=1).flatten(0, 1)

@@ -29,7 +29,7 @@ def merge(config: Any, changes: dict[str, Any], path: str = "") -> Any:
     return dataclasses.replace(config, **values)
 
 
-def _merge_part(part: Any, kinds: list[type], value: Any, name: str) -> Any:
+def _merge_part(part: Any, kinds: list[Any], value: Any, name: str) -> Any:
     """``part`` with the values of a mapping, which may name another of the ``kinds``, or be that name."""
     changes = {"name": value} if isinstance(value, str) else value
     if not isinstance(changes, dict):

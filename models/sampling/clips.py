@@ -2,146 +2,145 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
 from ..data.encoder import Decoder
 from ..data.pixels import shrink, to_bytes, to_float
-from ..denoisers.cascade import Conditioned
 from ..denoisers.text import Text, rows
-from ..denoisers.walt import WALT, augment
+from ..protocols import Denoiser
 from ..registry import Objective
 from ..runtime.progress import progress_bar
 from .plans import count_steps
-from .sampler import SOLVERS, sample
-from .solvers import SolverOptions
+from .sampler import SampleRequest, Solving, sample
 
 
-def sample_clips(
-    model: nn.Module,
-    objective: Objective,
-    count: int,
-    y: Tensor | Text | None,
-    *,
-    solver: str | None = None,
-    steps: int | str | None,
-    guidance: float = 1.0,
-    guidance_channels: int | None = None,
-    guidance_rescale: float = 0.0,
-    options: SolverOptions | None = None,
-    seed: int,
-    batch_size: int = 16,
-    progress: bool = False,
-    cuda_graphs: bool = False,
-    decode: Callable[[Tensor], Tensor] | None = None,
-    encode: Callable[[Tensor], Tensor] | None = None,
-    continuations: int = 0,
-    past: Tensor | None = None,
-    low: Tensor | None = None,
-    low_noise: int = 0,
-) -> Tensor:
-    """uint8 ``[count, T, H, W, C]`` from the model, ``batch_size`` clips at a time, on the model's device.
+@dataclass(frozen=True, kw_only=True)
+class ClipRequest(Solving):
+    """Which clips to sample.
 
     The clips depend on ``seed`` and ``count``, those of dopri5 and of solvers that draw noise on ``batch_size`` too.
-    The solver is by default the first of the objective. ``decode`` makes pixels ``[B, C, T, H, W]`` of the samples of
-    a model of latents, and ``encode`` latents of uint8 pixels.
 
-    With ``continuations`` the model, trained with past frames, goes on so often from the last frames of a clip, which
-    are encoded anew: W.A.L.T's tokenizer makes its two known latent frames of the last 5 frames. The result has them
-    once. ``past`` are clips to go on from, as they are returned here, in the place of sampled ones.
+    Raises:
+        ValueError: values that do not fit each other.
+    """
 
-    A second stage (``config.low_shape``) is told the small clips ``low [count, C, T, h, w]``: stage B of StableCascade
-    in [-1, 1] or none, W.A.L.T as its data is, with noise of level ``low_noise``, also drawn from ``seed``.
+    count: int
+    """Number of clips."""
+    y: Tensor | Text | None = None
+    """Classes ``[count]``, captions, or None for an unconditional model."""
+    seed: int
+    """Of all noise."""
+    batch_size: int = 16
+    """Clips per call of the model."""
+    progress: bool = False
+    """Show a progress bar."""
+    decode: Callable[[Tensor], Tensor] | None = None
+    """Pixels ``[B, C, T, H, W]`` of the samples of a model of latents."""
+    encode: Callable[[Tensor], Tensor] | None = None
+    """Latents of uint8 pixels."""
+    continuations: int = 0
+    """How often to go on from the last frames of a clip, with a model that was trained with past frames."""
+    past: Tensor | None = None
+    """Clips to go on from instead of sampled ones, uint8 ``[count, T, H, W, C]``."""
+    low: Tensor | None = None
+    """For a second stage, the small clips ``[count, C, T, h, w]`` in the units of its training."""
+    low_noise: int = 0
+    """Level of the noise that the small clips get, also drawn from ``seed``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.continuations < (self.past is not None):
+            rule = "not be negative" if self.past is None else "be at least 1 with past"
+            raise ValueError(f"continuations is {self.continuations}; it must {rule}")
+        if self.decode is not None and self.encode is None and self.continuations:
+            raise ValueError(f"encode is None; with decode and {self.continuations} continuations it must be given")
+        if self.low is not None and self.continuations:
+            raise ValueError(f"continuations is {self.continuations}; with low, which has no more frames, it must be 0")
+
+
+def sample_clips(model: Denoiser, objective: Objective, request: ClipRequest) -> Tensor:
+    """uint8 ``[count, T, H, W, C]`` from the model, ``batch_size`` clips at a time, on the model's device.
+
+    With ``continuations`` the last frames of a clip are encoded again: W.A.L.T's tokenizer makes its two known latent
+    frames of the last 5 frames. The result has them once.
 
     Raises:
         ValueError: an objective without a sampler, that of autoencoders; a model that cannot go on, ``past`` of another
             size, or ``low`` or ``low_noise`` that does not fit.
     """
-    if objective.name not in SOLVERS:
-        raise ValueError(f"objective is {objective.name!r}; it may be one of {', '.join(SOLVERS)} to sample from noise")
-    if continuations < (past is not None):
-        wanted = "not be negative" if past is None else "be at least 1 with past"
-        raise ValueError(f"continuations is {continuations}; it must {wanted}")
-    if decode is not None and encode is None and continuations:
-        raise ValueError(f"encode is None; with decode and {continuations} continuations it must be given")
-    check_low(model, count, low, low_noise)
-    if low is not None and continuations:
-        raise ValueError(f"continuations is {continuations}; with low, which has no more frames, it must be 0")
-    decode, encode = decode or (lambda clip: clip), encode or to_float
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = (model.config.channels, *model.config.input_size)
-    noises = [
-        torch.randn((count, *shape), generator=generator, device=device) for _ in range(continuations + (past is None))
-    ]
-    low_t = None
-    if low is not None:
-        low = low.to(device)
-        if isinstance(model, WALT):
-            low_t = torch.full((count,), low_noise, device=device)
-            low = augment(low, low_t, generator)
-        elif len(shape) == 3:
-            low = low.squeeze(2)
-    overlap = _overlap(model, decode, count, continuations, past) if continuations else 0
-    films = []
-    starts = range(0, count, batch_size)
-    calls = len(noises) * (1 if steps is None else count_steps(objective, steps))
-    with progress_bar(total=len(starts) * calls, desc="sampling", disable=not progress) as bar:
-
-        def counted(steps: Iterable[int]) -> Iterator[int]:
-            for step in steps:
-                yield step
-                bar.update()
-
+    request.solver_for(objective)
+    check_low(model, request)
+    count, device = request.count, next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(request.seed)
+    shape = (count, model.config.channels, *model.config.input_size)
+    films = request.continuations + (request.past is None)
+    noises = [torch.randn(shape, generator=generator, device=device) for _ in range(films)]
+    low = {}
+    if request.low is not None:
+        low = model.small_clip_arguments(request.low.to(device), request.low_noise, generator)
+    overlap = _overlap(model, request) if request.continuations else 0
+    starts = range(0, count, request.batch_size)
+    calls = films * (1 if request.steps is None else count_steps(objective, request.steps))
+    result = []
+    with progress_bar(total=len(starts) * calls, desc="sampling", disable=not request.progress) as bar:
         for start in starts:
-            part = slice(start, start + batch_size)
-            labels = None if y is None else rows(y, part).to(device)
-            told, given = model, {}
-            if low is not None and low_t is not None:
-                given = {"low": low[part], "low_t": low_t[part]}
-            elif low is not None:
-                told = Conditioned(model, low[part])
-            film = None if past is None else past[part].to(device).permute(0, 4, 1, 2, 3)
+            part = slice(start, start + request.batch_size)
+            y = None if request.y is None else rows(request.y, part).to(device)
+            one = SampleRequest(
+                **{item.name: getattr(request, item.name) for item in dataclasses.fields(Solving)},
+                noise=noises[0][part],
+                y=y,
+                generator=generator,
+                progress=functools.partial(_counted, bar),
+                conditions={name: value[part] for name, value in low.items()},
+            )
+            film = None if request.past is None else request.past[part].to(device).permute(0, 4, 1, 2, 3)
             for noise in noises:
-                clip = sample(
-                    told,
-                    objective,
-                    noise[part],
-                    labels,
-                    solver=solver or SOLVERS[objective.name][0],
-                    steps=steps,
-                    guidance=guidance,
-                    guidance_channels=guidance_channels,
-                    guidance_rescale=guidance_rescale,
-                    options=options,
-                    generator=generator,
-                    progress=counted,
-                    cuda_graphs=cuda_graphs,
-                    past=None if film is None else encode(film[:, :, -overlap:]),
-                    **given,
-                )
-                frames = to_bytes(decode(clip if clip.dim() == 5 else clip.unsqueeze(2)))
-                film = frames if film is None else torch.cat((film, frames[:, :, overlap:]), dim=2)
-            films.append(film.cpu())
-    return torch.cat(films).permute(0, 2, 3, 4, 1).contiguous()
+                film = _continued(model, objective, dataclasses.replace(one, noise=noise[part]), request, film, overlap)
+            result.append(cast(Tensor, film).cpu())
+    return torch.cat(result).permute(0, 2, 3, 4, 1).contiguous()
 
 
-def _overlap(
-    model: nn.Module, decode: Callable[[Tensor], Tensor], count: int, continuations: int, past: Tensor | None
-) -> int:
+def _continued(
+    model: Denoiser, objective: Objective, one: SampleRequest, request: ClipRequest, film: Tensor | None, overlap: int
+) -> Tensor:
+    """The film with one more clip, uint8 ``[B, C, T, H, W]``; the clip itself where there is no film yet."""
+    if film is not None:
+        one = dataclasses.replace(one, past=(request.encode or to_float)(film[:, :, -overlap:]))
+    clip = sample(model, objective, one)
+    clip = clip if clip.dim() == 5 else clip.unsqueeze(2)
+    frames = to_bytes(clip if request.decode is None else request.decode(clip))
+    return frames if film is None else torch.cat((film, frames[:, :, overlap:]), dim=2)
+
+
+def _counted(bar: tqdm, steps: Iterable[int]) -> Iterator[int]:
+    for step in steps:
+        yield step
+        bar.update()
+
+
+def _overlap(model: Denoiser, request: ClipRequest) -> int:
     """How many frames of pixels a clip has in common with the one that it continues.
 
     Raises:
         ValueError: a model that was trained without past frames, or ``past`` that it cannot go on from.
     """
-    known = getattr(model.config, "known_frames", 0)
+    known, past, count = model.known_frames, request.past, request.count
     if not known:
-        raise ValueError(f"continuations is {continuations}; the model was trained without past, so it must be 0")
+        raise ValueError(
+            f"continuations is {request.continuations}; the model was trained without past, so it must be 0"
+        )
     _, height, width = model.config.input_size
     latents = torch.zeros(1, model.config.channels, known, height, width, device=next(model.parameters()).device)
-    channels, frames, height, width = decode(latents).shape[1:]
+    channels, frames, height, width = (latents if request.decode is None else request.decode(latents)).shape[1:]
     if past is not None and (
         past.dtype != torch.uint8
         or past.dim() != 5
@@ -155,29 +154,25 @@ def _overlap(
     return frames
 
 
-def check_low(model: nn.Module, count: int, low: Tensor | None, low_noise: int) -> None:
-    """Raises ValueError unless the model takes such small clips, or none, and noise of that level in them.
-
-    Stage B of StableCascade does without, but W.A.L.T's super-resolution does not.
-    """
-    wanted = getattr(model.config, "low_shape", None)
-    if wanted is None and low is not None:
+def check_low(model: Denoiser, request: ClipRequest) -> None:
+    """Raises ValueError unless the model takes such small clips, or none, and noise of that level in them."""
+    small, low, level = model.small_clips, request.low, request.low_noise
+    if small is None and low is not None:
         raise ValueError("low was given, but the model is no second stage, which makes small clips large")
-    if wanted is not None and low is None and isinstance(model, WALT):
+    if small is not None and low is None and small.required:
         raise ValueError("low was not given; the model is a second stage, which needs small clips to make large")
-    if low is not None:
-        shape = tuple(low.shape)
-        fits = len(shape) == 5 and all(w in (None, n) for n, w in zip(shape, (count, *wanted), strict=True))
-        if not fits:
-            sizes = ("any" if n is None else str(n) for n in (count, *wanted))
+    if small is not None and low is not None:
+        shape, fits = tuple(low.shape), (request.count, *small.shape)
+        if len(shape) != 5 or any(b not in (None, a) for a, b in zip(shape, fits, strict=True)):
+            sizes = ("any" if n is None else str(n) for n in fits)
             raise ValueError(f"low has shape {shape}; it must be [N, C, T, h, w] = [{', '.join(sizes)}]")
-    most = model.config.low_noise if low is not None and isinstance(model, WALT) else 0
-    if not 0 <= low_noise <= most:
-        raise ValueError(f"low_noise is {low_noise}; with this model it must be in 0..{most}")
+    most = 0 if small is None or low is None else small.most_noise
+    if not 0 <= level <= most:
+        raise ValueError(f"low_noise is {level}; with this model it must be in 0..{most}")
 
 
-def small_latents(low: Tensor, model: WALT, decoder: Decoder, batch_size: int) -> Tensor:
-    """What W.A.L.T on latents is told of small clips uint8 ``[N, C, T, h, w]``: latents of half the height and width.
+def small_latents(low: Tensor, model: Denoiser, decoder: Decoder, batch_size: int) -> Tensor:
+    """What a second stage on latents is told of small clips uint8 ``[N, C, T, h, w]``: latents of half the size.
 
     Pixels are repeated to twice the height and width and encoded, and of the latents 2 x 2 means taken, as training
     takes them of the latents of the large clips.
@@ -194,3 +189,16 @@ def small_latents(low: Tensor, model: WALT, decoder: Decoder, batch_size: int) -
         )
     large = low.repeat_interleave(2, -2).repeat_interleave(2, -1)
     return torch.cat([shrink(decoder.encode(part), 2) for part in large.split(batch_size)])
+
+
+def in_training_units(low: Tensor | None, model: Denoiser, decoder: Decoder | None, batch_size: int) -> Tensor | None:
+    """Small clips, uint8 ``[N, C, T, h, w]``, as the model's training had them: latents, or floats in [-1, 1].
+
+    Raises:
+        ValueError: as :func:`small_latents`.
+    """
+    if low is None:
+        return None
+    if decoder is not None and model.small_clips is not None and model.small_clips.of_input:
+        return small_latents(low.to(next(model.parameters()).device), model, decoder, batch_size)
+    return to_float(low)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..objectives.common import TIMESTEPS
 from ..objectives.ddpm import DDPM, Schedule, space_timesteps
@@ -31,6 +32,8 @@ def diffusion_plan(objective: DDPM, solver: str, steps: int | str, guidance: flo
     tables = objective.tables(kept, torch.device("cpu"), torch.float64)
     tables = Schedule(*(table.flip(0)[:, None] for table in tables))
     (x0_of_x, x0_of_prediction), (noise_of_x, noise_of_prediction) = objective.weights(tables)
+    x: Tensor | float
+    noise: Tensor | float
     if solver == "ddim":
         x_0, x, noise = tables.previous.sqrt(), 0.0, (1 - tables.previous).sqrt()
     else:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..denoisers.text import Text, rows
 from ..objectives.common import at_least_float32, expand
+from ..protocols import Denoiser
 
 
-def rescaled(cond: Tensor, null: Tensor, guidance: Tensor | float, share: float, count: int, guided: int) -> Tensor:
+def rescale(cond: Tensor, null: Tensor, guidance: Tensor | float, share: float, count: int, guided: int) -> Tensor:
     """The guided prediction, a share of which has the spread of the one with classes.
 
         g = null + w (cond - null)          share g std(cond) / std(g) + (1 - share) g
@@ -42,8 +43,8 @@ class Predictor:
     What a call needs besides x comes from :meth:`conditions`. Of a model with ``modulations``, as DiT has them, those
     are computed for many timesteps at once: its conditional layers read their weights once, not once a step.
 
-    ``given`` are further arguments of the model by name, ``[B, ...]``. The call without classes is without past frames
-    too. A model with self-conditioning is given its last estimate of the data, each half of a doubled batch its own.
+    ``conditions`` are further arguments of the model by name, ``[B, ...]``. The call without classes is without past
+    frames too. A model with self-conditioning gets its last estimate of the data, each half of a doubled batch its own.
 
     Raises:
         ValueError: guidance for a model without classes or text, or without labels, unless there are past frames.
@@ -54,45 +55,49 @@ class Predictor:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Denoiser,
         y: Tensor | Text | None,
         guidance: float,
         estimate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-        given: Mapping[str, Tensor] | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.guided = model, guidance != 1
-        self.ahead = hasattr(model, "modulations") and not isinstance(y, Text)
+        self.ahead = model.computes_ahead and not isinstance(y, Text)
         # Classes whose modulations are needed, and whose are which sample's: all samples share the null class.
-        labels = y.mask if isinstance(y, Text) else y
-        self.classes, self.places = y, None if y is None else torch.arange(len(labels), device=labels.device)
-        self.given: dict[str, Tensor] = dict(given or {})
+        self.classes: Tensor | Text | None = y
+        self.places: Tensor | None = None
+        if y is not None:
+            labels = y.mask if isinstance(y, Text) else y
+            self.places = torch.arange(len(labels), device=labels.device)
+        self.extra: dict[str, Tensor] = dict(conditions or {})
         self.previous: Tensor | None = None
-        self.estimate = estimate if getattr(getattr(model, "config", None), "self_conditioning", 0) else None
-        if self.given and self.ahead:
-            raise ValueError(f"{' and '.join(self.given)} cannot be given to a {type(model).__name__}")
-        if self.guided and not (y is None and "past" in self.given):
-            null_class = getattr(model, "null_class", None)
+        self.estimate = estimate if model.self_conditioning else None
+        if self.extra and self.ahead:
+            raise ValueError(f"{' and '.join(self.extra)} cannot be given to a {type(model).__name__}")
+        if self.guided and not (y is None and "past" in self.extra):
             if isinstance(y, Text):
                 self.classes = Text(*map(torch.cat, zip(y, y.null(), strict=True)))
-            elif y is None or null_class is None:
+            elif y is None or model.null_class is None:
                 raise ValueError(f"guidance is {guidance}; without classes or text it must be 1")
             else:
-                self.classes = torch.cat((y, y.new_full((1,), null_class)))
+                self.classes = torch.cat((y, y.new_full((1,), model.null_class)))
+        if self.guided and self.places is not None:
             self.places = torch.cat((self.places, torch.full_like(self.places, len(self.places))))
         if self.guided:
-            self.given = {name: torch.cat((value, value)) for name, value in self.given.items()}
-            if "past" in self.given:
-                batch, _, k = self.given["past"].shape[:3]
-                self.given["past_frames"] = (torch.arange(batch, device=self.given["past"].device) < batch // 2) * k
+            self.extra = {name: torch.cat((value, value)) for name, value in self.extra.items()}
+            if "past" in self.extra:
+                batch, _, k = self.extra["past"].shape[:3]
+                self.extra["past_frames"] = (torch.arange(batch, device=self.extra["past"].device) < batch // 2) * k
 
     def conditions(self, times: Tensor) -> Iterator[Tensor]:
         """One for each of the timesteps ``times``."""
         if not self.ahead:
             yield from times
             return
-        count = 1 if self.classes is None else len(self.classes)
+        labels = self.classes if isinstance(self.classes, Tensor) else None
+        count = 1 if labels is None else len(labels)
         for part in times.split(max(1, self.ROWS // count)):
-            classes = None if self.classes is None else self.classes.repeat(len(part))
+            classes = None if labels is None else labels.repeat(len(part))
             yield from self.model.modulations(part.repeat_interleave(count), classes).unflatten(0, (-1, count))
 
     def __call__(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -103,7 +108,7 @@ class Predictor:
             modulations = condition.expand(len(x), -1) if self.places is None else condition[self.places]
             prediction = self.model(x, modulations=modulations)
         else:
-            y = None if self.classes is None else rows(self.classes, self.places)
+            y = None if self.classes is None or self.places is None else rows(self.classes, self.places)
             prediction = self._ask(x, condition.expand(len(x)), y)
         if not self.guided:
             return prediction, None
@@ -112,13 +117,13 @@ class Predictor:
 
     def _ask(self, x: Tensor, t: Tensor, y: Tensor | Text | None) -> Tensor:
         previous = {} if self.previous is None else {"previous": self.previous}
-        prediction = self.model(x, t, y, **self.given, **previous)
+        prediction = self.model(x, t, y, **self.extra, **previous)
         if self.estimate is not None:
             self.previous = self.estimate(prediction, x, t)
         return prediction
 
 
-class Graphed:
+class CudaGraphs:
     """``function`` of tensors (or None) of constant shapes as CUDA graphs, one for each set of arguments that are None.
 
     A replay launches one graph instead of hundreds of kernels; a capture takes four calls. Not run on a GPU.

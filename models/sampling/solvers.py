@@ -217,8 +217,8 @@ def step_rows(
 ) -> Tensor:
     """Coefficients of :func:`minisora_kernels.guided_step`, ``[..., 5]`` for of_x ``[...]``."""
     columns = (guidance, of_x, of_prediction, of_z, slope)
-    like = {"dtype": of_x.dtype, "device": of_x.device}
-    return torch.stack([torch.as_tensor(column, **like).expand_as(of_x) for column in columns], dim=-1)
+    tensors = (torch.as_tensor(column, dtype=of_x.dtype, device=of_x.device) for column in columns)
+    return torch.stack([tensor.expand_as(of_x) for tensor in tensors], dim=-1)
 
 
 def _earlier(states: list[Tensor]) -> Tensor | None:

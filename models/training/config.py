@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..data.config import DataConfig, TextConfig
 from ..denoisers.dit import DiTSettings
-from ..denoisers.walt_config import WALTSettings
+from ..objectives.ddpm import DDPM
 from ..objectives.flow import FlowMatching
 from ..objectives.reconstruction import Reconstruction
 from ..registry import Objective, Settings
@@ -40,6 +41,26 @@ class PreviewConfig:
     count: int = 4
     steps: int = 20
     guidance: float = 1.0
+
+
+# The least values of numbers, by dotted name.
+LEAST = {
+    "text.max_length": 1,
+    "text.cache": 0,
+    "optimizer.warmup": 0,
+    "optimizer.clip": 0,
+    "preview.every": 0,
+    "preview.count": 1,
+    "preview.steps": 1,
+    "steps": 1,
+    "batch_size": 1,
+    "batch_tokens": 0,
+    "accumulation": 1,
+    "save_every": 1,
+    "keep": 1,
+    "log_every": 1,
+    "seed": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -83,26 +104,8 @@ class TrainConfig:
     """Steps from one log entry to the next."""
 
     def __post_init__(self) -> None:
-        for path, least in (
-            ("text.max_length", 1),
-            ("text.cache", 0),
-            ("optimizer.warmup", 0),
-            ("optimizer.clip", 0),
-            ("preview.every", 0),
-            ("preview.count", 1),
-            ("preview.steps", 1),
-            ("steps", 1),
-            ("batch_size", 1),
-            ("batch_tokens", 0),
-            ("accumulation", 1),
-            ("save_every", 1),
-            ("keep", 1),
-            ("log_every", 1),
-            ("seed", 0),
-        ):
-            value = self
-            for part in path.split("."):
-                value = getattr(value, part)
+        for path, least in LEAST.items():
+            value = functools.reduce(getattr, path.split("."), self)
             if value < least:  # type: ignore[operator]
                 raise ValueError(f"{path} is {value}; it must be at least {least}")
         if not self.optimizer.learning_rate > 0:
@@ -113,31 +116,29 @@ class TrainConfig:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; with data.buckets it must be at least 1")
         if not self.batch_tokens and self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
-        if self.data.images and not isinstance(self.model, WALTSettings):
-            raise ValueError(f"data.images is {self.data.images}; with model {self.model.name!r} it must be 0")
-        if self.data.images and self.text.encoder is not None and self.model.cross_attention != "spatial":
-            raise ValueError(
-                f"data.images is {self.data.images}; with text.encoder it needs model.cross_attention 'spatial'"
-            )
-        if self.preview.guidance != 1 and getattr(self.model, "class_dropout", 1) == 0:
+        self._check_model()
+
+    def _check_model(self) -> None:
+        """That the model fits the data and the objective."""
+        model, objective = self.model, self.objective
+        model.check_images(self.data.images, text=self.text.encoder is not None)
+        if self.preview.guidance != 1 and model.class_dropout == 0:
             raise ValueError(
                 f"preview.guidance is {self.preview.guidance}; with model.class_dropout 0 it must be 1, for the null "
                 "class is never trained"
             )
-        if getattr(self.model, "learn_sigma", False) and self.objective.name != "ddpm":
-            raise ValueError(f"model.learn_sigma needs objective 'ddpm'; it is {self.objective.name!r}")
-        if getattr(self.model, "autoencoder", False) != isinstance(self.objective, Reconstruction):
+        if model.autoencoder != isinstance(objective, Reconstruction):
             raise ValueError(
-                f"objective is {self.objective.name!r} and the model {self.model.name!r}; 'reconstruction' goes "
-                "with an autoencoder, and an autoencoder with no other"
+                f"objective is {objective.name!r} and the model {model.name!r}; 'reconstruction' goes with an "
+                "autoencoder, and an autoencoder with no other"
             )
-        if isinstance(self.objective, Reconstruction):
-            self.objective.check(self.model.discriminator > 0)
-        if getattr(self.model, "learn_sigma", False) and getattr(self.objective, "zero_snr", False):
-            raise ValueError("model.learn_sigma is True; with objective.zero_snr it must be False")
-        for name in ("self_conditioning", "past", "low_resolution"):
-            if getattr(self.model, name, 0) and self.objective.name != "ddpm":
-                raise ValueError(f"model.{name} needs objective 'ddpm'; it is {self.objective.name!r}")
+        if isinstance(objective, Reconstruction):
+            objective.check_discriminator(model.discriminator > 0)
+        for name in model.only_ddpm():
+            if not isinstance(objective, DDPM):
+                raise ValueError(f"model.{name} needs objective 'ddpm'; it is {objective.name!r}")
+            if name == "learn_sigma" and objective.zero_snr:
+                raise ValueError("model.learn_sigma is True; with objective.zero_snr it must be False")
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:

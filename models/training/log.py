@@ -7,8 +7,9 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from ..data.media import write_png
@@ -16,8 +17,6 @@ from ..runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-from .trainer import Trainer
 
 
 class Losses:
@@ -47,25 +46,47 @@ class Losses:
         self._file.close()
 
 
-class Log:
-    """Losses and previews into the run's folder and TensorBoard; the progress bar."""
+class Step(NamedTuple):
+    """What a step of training returns. Loss and norm are still on the device."""
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
+    loss: Tensor
+    """Mean loss of the batch."""
+    norm: Tensor
+    """Norm of the gradient before clipping."""
+    rate: float
+    """Learning rate."""
+
+
+class Log:
+    """Losses and previews into the run's folder and TensorBoard; the progress bar.
+
+    Args:
+        folder: of the run.
+        start: the first step, 0-based.
+        steps: of the whole run.
+        every: steps from one entry to the next.
+    """
+
+    def __init__(self, folder: Path, start: int, steps: int, every: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.trainer, self.folder = trainer, folder
-        config = trainer.config
-        self.losses = Losses(folder / "losses.csv", trainer.step)
-        self.board: SummaryWriter = SummaryWriter(str(folder), purge_step=trainer.step or None)
-        self.bar = progress_bar(total=config.steps, initial=trainer.step, desc=folder.name, unit="step")
-        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
-        self.tokens = trainer.tokens
+        self.folder, self.every = folder, every
+        self.losses = Losses(folder / "losses.csv", start)
+        self.board: SummaryWriter = SummaryWriter(str(folder), purge_step=start or None)
+        self.bar = progress_bar(total=steps, initial=start, desc=folder.name, unit="step")
+        self.pending: list[tuple[int, Step]] = []
+        self.tokens = self.counted = 0
         self.since = time.perf_counter()
 
-    def add(self, loss: Tensor, norm: Tensor, rate: float) -> None:
-        self.pending.append((self.trainer.step - 1, loss, norm, rate))
+    def add(self, number: int, step: Step, tokens: int) -> None:
+        """Note a step by its 0-based number, and write the pending ones if they are enough.
+
+        ``tokens`` are those of all steps so far.
+        """
+        self.pending.append((number, step))
+        self.tokens = tokens
         self.bar.update()
-        if len(self.pending) >= self.trainer.config.log_every:
+        if len(self.pending) >= self.every:
             self.flush()
 
     def flush(self) -> None:
@@ -76,10 +97,10 @@ class Log:
         """
         if not self.pending:
             return
-        rows = [(step, loss.item(), norm.item(), rate) for step, loss, norm, rate in self.pending]
+        rows = [(number, step.loss.item(), step.norm.item(), step.rate) for number, step in self.pending]
         self.pending.clear()
-        speed = (self.trainer.tokens - self.tokens) / (time.perf_counter() - self.since)
-        self.tokens = self.trainer.tokens
+        speed = (self.tokens - self.counted) / (time.perf_counter() - self.since)
+        self.counted = self.tokens
         self.losses.write(rows)
         step, loss, norm, rate = rows[-1]
         for name, value in (("loss", loss), ("gradient norm", norm), ("learning rate", rate), ("tokens/s", speed)):
@@ -94,16 +115,17 @@ class Log:
                     f"step {step} has loss {loss} and gradient norm {norm}; lower the learning rate, or use fp32"
                 )
 
-    def preview(self) -> None:
-        sheet = self.trainer.preview()
-        path = self.folder / "previews" / f"step_{self.trainer.step:08d}.png"
+    def preview(self, step: int, sheet: np.ndarray) -> None:
+        """Write a contact sheet made after so many steps."""
+        path = self.folder / "previews" / f"step_{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         write_png(path, sheet)
-        self.board.add_image("samples", sheet, self.trainer.step, dataformats="HWC")
-        self.bar.write(f"step {self.trainer.step}: {path}")
+        self.board.add_image("samples", sheet, step, dataformats="HWC")
+        self.bar.write(f"step {step}: {path}")
         self.since = time.perf_counter()
 
     def close(self) -> None:
+        """Close the files."""
         self.bar.close()
         self.board.close()
         self.losses.close()

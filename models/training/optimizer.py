@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .config import TrainConfig
 
@@ -22,13 +22,18 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return optimizer.learning_rate * share
 
 
-def average(ema: list[Tensor], weights: list[Tensor], decay: float, step: int) -> None:
-    """``ema = decay * ema + (1 - decay) * weights`` in place, with less decay in the first steps."""
-    if ema:
-        torch._foreach_lerp_(ema, weights, 1 - min(decay, (1 + step) / (10 + step)))
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """``ema = decay * ema + (1 - decay) * model`` in place, with less decay in the first steps.
+
+    Of the parameters, and of the buffers that training changes and a state keeps, as a batch norm's statistics.
+    """
+    update = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    update(list(ema.parameters()), list(model.parameters()), step)
+    if statistics(ema):
+        update(statistics(ema), statistics(model), step)
 
 
 def statistics(model: nn.Module) -> list[Tensor]:
-    """The buffers that training changes and a state keeps, as a batch norm's."""
+    """The buffers that training changes and a state keeps."""
     kept = model.state_dict()
     return [buffer for name, buffer in model.named_buffers() if name in kept and buffer.is_floating_point()]

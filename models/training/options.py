@@ -45,8 +45,8 @@ def choose(config: TrainConfig, system: str | None, objective: str | None) -> Tr
             raise ValueError(f"model is {system!r}; it may be 'list' or one of {', '.join(SYSTEMS)}")
         settings, published = SYSTEMS[system]
         if objective not in (None, published.name):
-            taught = {"learn_sigma": False, "self_conditioning": 0.0, "past": 0.0, "low_resolution": False}
-            settings = dataclasses.replace(settings, **{k: v for k, v in taught.items() if hasattr(settings, k)})
+            off = {name: type(getattr(settings, name))() for name in settings.only_ddpm()}
+            settings = dataclasses.replace(settings, **off)
             published = OBJECTIVES[objective]()
         return dataclasses.replace(config, model=settings, objective=published)
     return config if objective is None else dataclasses.replace(config, objective=OBJECTIVES[objective]())

@@ -31,11 +31,12 @@ DIGITS = TrainConfig(
 )
 
 
+LATENT_DIT = DiTSettings(width=128, heads=4, patch=(1, 2, 2), qk_norm="rms")
 LATENT_DIGITS = dataclasses.replace(
     DIGITS,
     run="runs/digits-dit",
     data=DataConfig(source="runs/digits-walt-tokenizer-latents"),
-    model=dataclasses.replace(DIGITS.model, patch=(1, 2, 2)),
+    model=LATENT_DIT,
     objective=DDPM(prediction="velocity", zero_snr=True),
     steps=2500,
 )
@@ -48,7 +49,7 @@ PRESETS: dict[str, TrainConfig] = {
     "digits-latte": dataclasses.replace(
         LATENT_DIGITS,
         run="runs/digits-latte",
-        model=dataclasses.replace(LATENT_DIGITS.model, attention="factorized"),
+        model=dataclasses.replace(LATENT_DIT, attention="factorized"),
     ),
     "digits-stdit": dataclasses.replace(
         LATENT_DIGITS,
@@ -130,13 +131,18 @@ PRESETS: dict[str, TrainConfig] = {
 
 
 def preset(name: str) -> TrainConfig:
+    """A preset by name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     if name not in PRESETS:
         raise ValueError(f"preset is {name!r}; it may be one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 @dataclass(frozen=True)
-class Ahead:
+class Prerequisite:
     """What is made before a preset of latents can be trained."""
 
     autoencoder: str
@@ -147,9 +153,28 @@ class Ahead:
     """Of ``models.precompute`` over the digits, each with places and directions of its own."""
 
 
-AHEAD = {
+PREREQUISITES = {
     **dict.fromkeys(
-        ("digits-dit", "digits-latte", "digits-stdit", "digits-sit", "digits-walt"), Ahead("digits-walt-tokenizer")
+        ("digits-dit", "digits-latte", "digits-stdit", "digits-sit", "digits-walt"),
+        Prerequisite("digits-walt-tokenizer"),
     ),
-    "digits-cascade-b": Ahead("digits-cascade-a", small="digits-cascade-c"),
+    "digits-cascade-b": Prerequisite("digits-cascade-a", small="digits-cascade-c"),
 }
+
+# The systems that moving digits judge, by the preset that makes the frames.
+JUDGED = {
+    "W.A.L.T": "digits-walt",
+    "DiT": "digits-dit",
+    "Latte": "digits-latte",
+    "STDiT": "digits-stdit",
+    "SiT": "digits-sit",
+    "StableCascade with time": "digits-cascade-b",
+}
+
+
+def training_order(name: str) -> tuple[str, ...]:
+    """The preset and those before it, in the order of their training."""
+    if name not in PREREQUISITES:
+        return (name,)
+    needed = PREREQUISITES[name]
+    return (needed.autoencoder, *(() if needed.small is None else (needed.small,)), name)

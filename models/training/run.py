@@ -91,12 +91,13 @@ def _train(trainer: Trainer, folder: Path, *, fresh: bool) -> Path:
         return checkpoints.save(folder, trainer.checkpoint(), config.keep)
 
     path = save() if fresh else checkpoints.path_of(folder, trainer.step)
-    log = Log(trainer, folder)
+    log = Log(folder, trainer.step, config.steps, config.log_every)
     try:
         with stop_signals() as stop:
             trainer.model.train()
             while trainer.step < config.steps:
-                log.add(*trainer.train_step())
+                step = trainer.train_step()
+                log.add(trainer.step - 1, step, trainer.tokens)
                 last = trainer.step == config.steps
                 if last or stop or trainer.step % config.save_every == 0:
                     log.flush()
@@ -104,7 +105,7 @@ def _train(trainer: Trainer, folder: Path, *, fresh: bool) -> Path:
                 if stop and not last:
                     raise Stopped(stop[0], path)
                 if last or (config.preview.every and trainer.step % config.preview.every == 0):
-                    log.preview()
+                    log.preview(trainer.step, trainer.preview())
     finally:
         log.close()
     return path

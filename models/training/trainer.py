@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,20 +21,21 @@ from ..data.pixels import shrink, to_bytes
 from ..data.source import Source
 from ..data.text import TextEncoder, identify_text_encoder, refuse_another
 from ..data.wrappers import WithImages
-from ..denoisers.cascade import Cascade, Conditioned
 from ..denoisers.text import Text
+from ..objectives.reconstruction import Reconstruction
 from ..registry import build, config_from, configure
 from ..runtime.device import choose_device
 from ..runtime.plain import as_plain
-from ..sampling.clips import sample_clips
+from ..sampling.clips import ClipRequest, sample_clips
 from .config import TrainConfig
-from .optimizer import average, learning_rate, statistics
+from .log import Step
+from .optimizer import learning_rate, update_ema
 
 _log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """A run between two steps: model, optimizer, average, random generators, the loss's memory and place in the data.
+    """A run between two steps: model, optimizer, EMA, random generators, the loss's memory and place in the data.
 
     ``resume`` continues from a checkpoint. Raises ValueError for a configuration that does not fit together.
     """
@@ -45,7 +47,7 @@ class Trainer:
         self.data_digest: str | None = self.source.digest
         self.classes = list(self.source.classes)
         # What made the latents, if the clips are latents: their previews need it, so it must be there from the start.
-        self.encoder: dict[str, Any] | None = self.source.encoder
+        self.encoder: Mapping[str, Any] | None = self.source.encoder
         if self.encoder is None and config.encoder is not None:
             raise ValueError(f"encoder is {config.encoder!r}, but {data.source!r} has pixels, not latents")
         self.decode = None if self.encoder is None else Decoder(self.encoder, self.device, config.encoder)
@@ -64,7 +66,7 @@ class Trainer:
         built_from = configure(config.model, channels, frames, (height, width), len(self.classes), text_width)
         torch.manual_seed(config.seed)
         self.model = build(built_from).to(self.device)
-        self.told_low = self._told_low()
+        self.reads_low = self._reads_low()
         self.model.checkpointing = config.checkpointing
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -87,27 +89,27 @@ class Trainer:
         if config.compile:
             self.model.compile()
 
-    def _told_low(self) -> bool:
-        """Whether the model is told the small clips of the data; those that do not fit it are refused.
+    def _reads_low(self) -> bool:
+        """Whether batches have small clips for the model; those that do not fit it are refused.
 
-        Stage B trains without them too, on zeros, which stand for none.
+        A second stage that can do without is trained without them where the data has none.
         """
-        config = self.model.config
-        if not isinstance(self.model, Cascade) or config.low_shape is None:
+        small, data = self.model.small_clips, self.config.data.source
+        if small is None or small.of_input:
             return False
-        low = self.source.low_shape
-        data, (channels, frames) = self.config.data.source, config.low_shape[:2]
+        low, (channels, frames) = self.source.low_shape, small.shape[:2]
         if low is None:
             _log.warning(
-                "model.latent_channels is %d, but %s has no small clips, as models.precompute --low makes: the model "
-                "is trained without",
+                "model.%s is %d, but %s has no small clips, as models.precompute --low makes: the model is trained "
+                "without",
+                small.option,
                 channels,
                 data,
             )
             return False
         if low[:2] != (channels, frames):
             raise ValueError(
-                f"model.latent_channels is {channels}, but the small clips of {data!r} have {low[0]} channels and "
+                f"model.{small.option} is {channels}, but the small clips of {data!r} have {low[0]} channels and "
                 f"{low[1]} frames; it must be {channels} and {frames}"
             )
         return True
@@ -128,23 +130,24 @@ class Trainer:
         named = "data.buckets"
         if cells:
             named = f"data.source {config.data.source!r}, whose buckets are in cells of latents,"
-        if not hasattr(self.model, "any_size"):
+        if not self.model.takes_any_size:
             raise ValueError(f"{named} needs a model for inputs of any size; {config.model.name!r} has one size")
         self.model.any_size = True
-        for frames, *size in buckets:
+        for frames, height, width in buckets:
             try:
-                configure(config.model, self.source.shape[0], frames, tuple(size), len(self.classes))
+                configure(config.model, self.source.shape[0], frames, (height, width), len(self.classes))
             except ValueError as error:
-                raise ValueError(f"{named} has {(frames, *size)}, which the model cannot take: {error}") from error
+                message = f"{named} has {(frames, height, width)}, which the model cannot take: {error}"
+                raise ValueError(message) from error
         sources = self.source.split(config.data.buckets)
         sizes = []
         for source in sources:
             tokens = self._tokens(source.shape[1:])
-            size = config.batch_tokens // tokens // config.accumulation * config.accumulation
-            if not size:
+            count = config.batch_tokens // tokens // config.accumulation * config.accumulation
+            if not count:
                 needed = f"{config.accumulation} sample{'s' * (config.accumulation > 1)} of {tokens} tokens"
                 raise ValueError(f"batch_tokens is {config.batch_tokens}; bucket {source.shape[1:]} needs {needed}")
-            sizes.append(size)
+            sizes.append(count)
         return BucketBatches(sources, sizes, config.seed)
 
     def _tokens(self, size: tuple[int, ...]) -> int:
@@ -209,16 +212,15 @@ class Trainer:
             data_digest=self.data_digest,
         )
 
-    def train_step(self) -> tuple[Tensor, Tensor, float]:
-        """One optimizer step: mean loss of the batch, norm of the gradient before clipping, learning rate."""
+    def train_step(self) -> Step:
+        """One optimizer step."""
         config = self.config
         x, y, low = self.batches.batch(self.step)
         self.tokens += len(x) * self._tokens(x.shape[2:])
         x = x.to(self.device, non_blocking=True)
-        low = low.to(self.device, non_blocking=True) if low is not None and self.told_low else None
-        if len(self.model.config.input_size) == 2:
+        low = low.to(self.device, non_blocking=True) if low is not None and self.reads_low else None
+        if config.model.is_image:
             x = x.squeeze(2)
-            low = None if low is None else low.squeeze(2)
         labels: Tensor | Text | None = y if self.classes else None
         if self.text is not None:
             labels = self.text([self.captions[i] for i in y.flatten()])
@@ -227,9 +229,9 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(x.chunk(config.accumulation)):
             part_labels = None if labels is None else labels.chunk(config.accumulation)[i]
-            model = self.model if low is None else Conditioned(self.model, low.chunk(config.accumulation)[i])
+            part_low = None if low is None else low.chunk(config.accumulation)[i]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = self.objective.loss(model, part, part_labels, self.generator, self.memory)
+                loss = self.objective.loss(self.model, part, part_labels, self.generator, self.memory, part_low)
             loss = loss / config.accumulation
             loss.backward()
             total += loss.detach()
@@ -239,41 +241,37 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        average(list(self.ema.parameters()), list(self.model.parameters()), config.optimizer.ema, self.step)
-        average(statistics(self.ema), statistics(self.model), config.optimizer.ema, self.step)
+        update_ema(self.ema, self.model, config.optimizer.ema, self.step)
         self.step += 1
-        return total, norm, rate
+        return Step(total, norm, rate)
 
     def preview(self) -> Any:
         """A contact sheet of the averaged model's samples, uint8 ``[H, W, 3]``; does not disturb the training.
 
-        An objective with a ``preview`` of its own makes it from the first clips of the run, and a second stage that is
-        told small clips from those made small.
+        An autoencoder's are reconstructions of the first clips of the run; a second stage makes those large again.
         """
         preview = self.config.preview
-        own = getattr(self.objective, "preview", None)
-        if own is not None:
-            x = self._first().clips.to(self.device)
-            return contact_sheet(to_bytes(own(self.ema, x)).permute(0, 2, 3, 4, 1).cpu().numpy())
+        if isinstance(self.objective, Reconstruction):
+            pairs = self.objective.preview(self.ema, self._first().clips.to(self.device))
+            return contact_sheet(to_bytes(pairs).permute(0, 2, 3, 4, 1).cpu().numpy())
         labels, low = torch.arange(preview.count) % max(len(self.captions), 1), None
-        if self.told_low or getattr(self.model.config, "low_resolution", False):
+        small = self.model.small_clips
+        if small is not None and (self.reads_low or small.of_input):
             x, labels, low = self._first()
-            low = low if self.told_low else shrink(x, 2)
+            low = low if self.reads_low else shrink(x, 2)
         y: Tensor | Text | None = labels if self.classes else None
         if self.text is not None:
             y = self.text([self.captions[i] for i in labels])
-        clips = sample_clips(
-            self.ema,
-            self.objective,
-            preview.count,
-            y,
+        request = ClipRequest(
+            count=preview.count,
+            y=y,
             steps=preview.steps,
             guidance=preview.guidance,
             seed=self.config.seed,
             decode=self.decode,
             low=low,
         )
-        return contact_sheet(clips.numpy())
+        return contact_sheet(sample_clips(self.ema, self.objective, request).numpy())
 
     def _first(self) -> Batch:
         """As many of the first clips of the run as a preview has."""

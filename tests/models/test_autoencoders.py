@@ -1,4 +1,4 @@
-"""models/autoencoders.py with tiny autoencoders of diffusers, made here with random weights."""
+"""autoencoders/pretrained.py with tiny autoencoders of diffusers, made here with random weights."""
 
 from __future__ import annotations
 

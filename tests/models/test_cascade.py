@@ -1,4 +1,4 @@
-"""models/cascade.py against the stages written again on frames [B, C, H, W] with plain functions of torch."""
+"""denoisers/cascade.py against the stages written again on frames [B, C, H, W] with plain functions of torch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from conftest import DEVICE, KERNEL_BACKENDS
 from einops import rearrange, repeat
 from test_ops import Seen
-from torch import nn
 
 import minisora_kernels as mk
 from minisora_kernels.testing import assert_as_accurate
-from models.denoisers.cascade import Cascade, Conditioned
+from models.denoisers.cascade import Cascade
 from models.denoisers.cascade_config import SIZES, CascadeConfig, CascadeSettings, with_time
 from models.denoisers.cascade_layers import embed_r
 from models.denoisers.text import Text
 from models.objectives.logsnr import LogSNR
+from models.protocols import Denoiser
 from models.registry import SYSTEMS
-from models.sampling.sampler import sample
+from models.sampling.sampler import SampleRequest, sample
 
 STAGE_C = CascadeConfig(
     input_size=(3, 5, 7),
@@ -92,7 +92,7 @@ def inputs(config, dtype=torch.float32, batch=3, seed=1):
             normal(batch, 4, config.text_width), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0] * 4]).bool()[:batch]
         )
     if config.latent_channels:
-        given = {"latents": normal(batch, 6, *frames, 2, 3), "pixels": normal(batch, 3, *frames, 9, 4)}
+        given = {"low": normal(batch, 6, *frames, 2, 3), "pixels": normal(batch, 3, *frames, 9, 4)}
     return x, t, y, given
 
 
@@ -178,16 +178,16 @@ class Eager:
     def mapped(self, name, x):
         return ln(self.pointwise(f"{name}.2", F.gelu(self.pointwise(f"{name}.0", x))))
 
-    def __call__(self, x, t, y, latents=None, pixels=None):
+    def __call__(self, x, t, y, low=None, pixels=None):
         config, video = self.config, x.dim() == 5
         x = rearrange(x, "b c t h w -> (b t) c h w") if video else x
         weight, bias = self.weights("embedding")
         side = config.patch[-1]
         x = ln(F.conv2d(F.pixel_unshuffle(x, side), rearrange(weight, "d ... -> d (...) 1 1"), bias))
-        if latents is not None:
-            latents, pixels = (rearrange(part, "b c t h w -> (b t) c h w") for part in (latents, pixels))
+        if low is not None:
+            low, pixels = (rearrange(part, "b c t h w -> (b t) c h w") for part in (low, pixels))
             resize = {"size": x.shape[2:], "mode": "bilinear", "align_corners": True}
-            x = x + self.mapped("latent_mapper", F.interpolate(latents, **resize))
+            x = x + self.mapped("latent_mapper", F.interpolate(low, **resize))
             x = x + F.interpolate(self.mapped("pixel_mapper", pixels), **resize)
         # From the module itself: angles of up to 10^4 radians are not the same in another order of products.
         r = repeat(embed_r(t / 1000), "b c -> (b t) c", t=self.frames).to(x.dtype)
@@ -434,9 +434,9 @@ def test_dropped_conditions_are_null_conditions():
     config = replace(STAGE_B, latent_dropout=1.0)
     model = randomized(Cascade(config))
     x, t, y, given = inputs(config)
-    zero = torch.zeros_like(given["latents"])
-    assert torch.equal(model.train()(x, t, y, **given), model(x, t, y, latents=zero, pixels=given["pixels"]))
-    assert not torch.equal(model.eval()(x, t, y, **given), model(x, t, y, latents=zero, pixels=given["pixels"]))
+    zero = torch.zeros_like(given["low"])
+    assert torch.equal(model.train()(x, t, y, **given), model(x, t, y, low=zero, pixels=given["pixels"]))
+    assert not torch.equal(model.eval()(x, t, y, **given), model(x, t, y, low=zero, pixels=given["pixels"]))
 
 
 def test_padding_of_a_caption_has_no_influence():
@@ -466,40 +466,41 @@ def test_no_latents_are_zeros_of_any_size():
     x, t, y, given = inputs(STAGE_B, torch.float64)
     zeros = {name: torch.zeros_like(value) for name, value in given.items()}
     torch.testing.assert_close(model(x, t, y), model(x, t, y, **zeros))
-    assert not torch.allclose(model(x, t, y), model(x, t, y, latents=given["latents"]))
+    assert not torch.allclose(model(x, t, y), model(x, t, y, low=given["low"]))
     assert not torch.allclose(model(x, t, y), model(x, t, y, pixels=given["pixels"]))
     constant = torch.full((3, 6, 2, 1, 1), 0.3).double()
-    torch.testing.assert_close(
-        model(x, t, y, latents=constant), model(x, t, y, latents=constant.expand(-1, -1, -1, 4, 9))
-    )
+    torch.testing.assert_close(model(x, t, y, low=constant), model(x, t, y, low=constant.expand(-1, -1, -1, 4, 9)))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_stage_b_trains_and_samples_under_its_condition(guidance):
     config = replace(STAGE_B, num_classes=5)
     model = randomized(Cascade(config)).double()
-    x, t, _, given = inputs(config, torch.float64)
+    x, _, _, given = inputs(config, torch.float64)
     y = torch.tensor([0, 3, 4])
-    conditioned = Conditioned(model, **given)
-    assert torch.equal(conditioned(x, t, y), model(x, t, y, **given))
-    loss = LogSNR().loss(conditioned, x, y, torch.Generator().manual_seed(0))
+    seed = torch.Generator
+    loss = LogSNR().loss(lambda x, t, y: model(x, t, y, **given), x, y, seed().manual_seed(0))
     loss.backward()
+    # Of small clips alone, the objective tells the model.
+    told = LogSNR().loss(model, x, y, seed().manual_seed(0), low=given["low"])
+    assert torch.equal(told, LogSNR().loss(lambda *a: model(*a, low=given["low"]), x, y, seed().manual_seed(0)))
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
-    def first_step(model):
-        return sample(model, LogSNR(), x, y, solver="ddim", steps=1, guidance=guidance)
+    def first_step(model, **conditions):
+        request = SampleRequest(noise=x, y=y, solver="ddim", steps=1, guidance=guidance, conditions=conditions)
+        return sample(model, LogSNR(), request)
 
-    class Doubled(nn.Module):
+    class Doubled(Denoiser):
         null_class = 5
 
         def forward(self, x, t, y):
             parts = [model(x[:3], t[:3], y[:3], **given)]
             if len(x) == 6:
                 assert y[3:].tolist() == [5, 5, 5]
-                parts.append(model(x[3:], t[3:], y[3:], latents=None, pixels=given["pixels"]))
+                parts.append(model(x[3:], t[3:], y[3:], low=None, pixels=given["pixels"]))
             return torch.cat(parts)
 
-    torch.testing.assert_close(first_step(conditioned), first_step(Doubled()))
+    torch.testing.assert_close(first_step(model, **given), first_step(Doubled()))
 
 
 def test_attributes():
@@ -563,16 +564,16 @@ def test_forward_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             model(*arguments)
-    with pytest.raises(ValueError, match="latents were given to a model without latent_channels"):
-        model(x, t, y, latents=x)
+    with pytest.raises(ValueError, match="low was given to a model whose latent_channels is 0"):
+        model(x, t, y, low=x)
     x = inputs(CONFIGS["text"])[0]
     with pytest.raises(ValueError, match="num_classes = 0"):
         Cascade(CONFIGS["text"])(x, t, y)
     with pytest.raises(ValueError, match=r"they must be \[3, L, 10\]"):
         Cascade(CONFIGS["text"])(x, t, Text(text.states[..., :9], text.mask))
     x, t, y, given = inputs(STAGE_B)
-    with pytest.raises(ValueError, match=r"latents have shape .* it must be \[3, 6, 2, h, w\]"):
-        Cascade(STAGE_B)(x, t, y, latents=given["latents"][:, :, :1])
+    with pytest.raises(ValueError, match=r"low has shape .* it must be \[3, 6, 2, h, w\]"):
+        Cascade(STAGE_B)(x, t, y, low=given["low"][:, :, :1])
 
 
 def test_settings_without_changes_make_a_model():

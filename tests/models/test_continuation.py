@@ -14,7 +14,7 @@ from torch import nn
 from models.autoencoders.tokenizer import CausalTokenizer, TokenizerConfig
 from models.checkpoint import Checkpoint, load, save
 from models.data.config import DataConfig
-from models.data.media import read
+from models.data.media import read_samples
 from models.data.pixels import to_bytes, to_float
 from models.denoisers.dit import DiTSettings
 from models.denoisers.walt import WALT
@@ -22,10 +22,11 @@ from models.denoisers.walt_config import WALTConfig, WALTSettings
 from models.objectives.ddpm import DDPM
 from models.precompute import PrecomputeConfig
 from models.precompute import run as precompute
+from models.protocols import Denoiser
 from models.runtime.plain import as_plain
 from models.sample import SampleConfig, main, names_of, run
-from models.sampling.clips import sample_clips
-from models.sampling.sampler import sample
+from models.sampling.clips import ClipRequest, sample_clips
+from models.sampling.sampler import SampleRequest, sample
 from models.training.config import PreviewConfig, TrainConfig
 from models.training.run import train
 
@@ -49,7 +50,7 @@ def _no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-class Counts(nn.Module):
+class Counts(Denoiser):
     """Predicts clips whose level rises by one step of 8 bits a frame of pixels: from the class on, or from the past.
 
     ``stride`` frames are channels of one cell of time, but the first frame of a clip is one alone, in all channels.
@@ -60,6 +61,10 @@ class Counts(nn.Module):
         self.stride, self.weight = stride, nn.Parameter(torch.zeros(()))
         self.config = SimpleNamespace(channels=stride, input_size=(frames, 2, 3), past=0.5, known_frames=2)
         self.pasts = []
+
+    @property
+    def known_frames(self):
+        return self.config.known_frames
 
     def forward(self, x, t, y, past=None):
         self.pasts.append(past)
@@ -94,19 +99,19 @@ def test_the_film_counts_on(stride, frames, overlap):
     if stride == 1:
         options = STEPS
     for count in (0, 1, 3):
-        film = sample_clips(model, VELOCITY, 3, y, continuations=count, batch_size=2, **options)
+        film = sample_clips(model, VELOCITY, ClipRequest(count=3, y=y, continuations=count, batch_size=2, **options))
         length = frames + count * (frames - overlap)
         expected = y[:, None] + torch.arange(length)
         assert film.dtype == torch.uint8 and film.shape == (3, length, 2, 3, 1)
         assert torch.equal(film.long(), expected[..., None, None, None].expand_as(film))
     # From a film that is there, whatever its length; the class has no say then.
     start = film[:, : overlap + 1]
-    longer = sample_clips(model, VELOCITY, 3, y - 2, continuations=2, past=start, **options)
+    longer = sample_clips(model, VELOCITY, ClipRequest(count=3, y=y - 2, continuations=2, past=start, **options))
     assert longer.shape[1] == overlap + 1 + 2 * (frames - overlap) and torch.equal(longer, film[:, : longer.shape[1]])
     # A pixel that is off by one goes through the encoder and the model into all that follows.
     other = start.clone()
     other[1, -overlap:, 0, 2] += 1
-    changed = sample_clips(model, VELOCITY, 3, y, continuations=2, past=other, **options)
+    changed = sample_clips(model, VELOCITY, ClipRequest(count=3, y=y, continuations=2, past=other, **options))
     where = (changed.long() - longer.long()).amax((1, 4))
     assert where.tolist() == [[[0, 0, 0]] * 2, [[0, 0, 1], [0, 0, 0]], [[0, 0, 0]] * 2]
 
@@ -118,28 +123,31 @@ def test_a_continuation_is_sampled_from_noise_of_its_own_and_the_last_frames():
         nn.init.normal_(parameter, std=0.2)
     y = torch.tensor([0, 2])
     options = STEPS | {"guidance": 2.0}
-    film = sample_clips(model, VELOCITY, 2, y, continuations=2, **options)
+    film = sample_clips(model, VELOCITY, ClipRequest(count=2, y=y, continuations=2, **options))
     generator = torch.Generator().manual_seed(0)
     noises = [torch.randn((2, 3, 5, 8, 12), generator=generator) for _ in range(3)]
     pieces, past = [], None
     for noise in noises:
-        clip = sample(model, VELOCITY, noise, y, solver="ddim", steps=2, guidance=2.0, past=past)
+        clip = sample(model, VELOCITY, SampleRequest(noise=noise, y=y, solver="ddim", steps=2, guidance=2.0, past=past))
         clip = to_bytes(clip)
         pieces.append(clip if past is None else clip[:, :, 2:])
         past = clip[:, :, -2:].float() / 127.5 - 1
     assert torch.equal(film, torch.cat(pieces, dim=2).permute(0, 2, 3, 4, 1))
     for batch_size in (1, 2):
-        assert torch.equal(sample_clips(model, VELOCITY, 2, y, continuations=2, batch_size=batch_size, **options), film)
-    assert torch.equal(sample_clips(model, VELOCITY, 2, y, **options), film[:, :5])
+        assert torch.equal(
+            sample_clips(model, VELOCITY, ClipRequest(count=2, y=y, continuations=2, batch_size=batch_size, **options)),
+            film,
+        )
+    assert torch.equal(sample_clips(model, VELOCITY, ClipRequest(count=2, y=y, **options)), film[:, :5])
 
 
 def test_what_cannot_go_on_is_refused():
     model, y = Counts(), torch.tensor([3, 4])
-    film = sample_clips(model, VELOCITY, 2, y, **STEPS)
+    film = sample_clips(model, VELOCITY, ClipRequest(count=2, y=y, **STEPS))
 
     def start(message, model=model, **options):
         with pytest.raises(ValueError, match=re.escape(message)):
-            sample_clips(model, VELOCITY, 2, y, **STEPS, **options)
+            sample_clips(model, VELOCITY, ClipRequest(count=2, y=y, **STEPS, **options))
 
     start("continuations is -1; it must not be negative", continuations=-1)
     start("continuations is 0; it must be at least 1 with past", past=film)
@@ -191,27 +199,29 @@ def test_the_command_line_goes_on_from_its_own_file(tmp_path, capsys):
     options = [str(path), "--solver", "ddim", "--steps", "2"]
     main([*options, "--count", "3", "--continuations", "1", "--class", "cow", "ant", "--out", str(tmp_path / "a")])
     assert "3 clips of 8 frames" in capsys.readouterr().out
-    film, labels = read(tmp_path / "a/samples.npz")
+    film, labels = read_samples(tmp_path / "a/samples.npz")
     assert film.shape == (3, 8, 8, 12, 3) and labels.tolist() == ["cow", "ant", "cow"]
     again = [*options, "--continuations", "2", "--past", str(tmp_path / "a/samples.npz"), "--seed", "7"]
     main([*again, "--out", str(tmp_path / "b")])
     assert "classes: cow, ant, cow" in capsys.readouterr().out
-    longer, same = read(tmp_path / "b/samples.npz")
+    longer, same = read_samples(tmp_path / "b/samples.npz")
     assert longer.shape == (3, 14, 8, 12, 3) and (longer[:, :8] == film).all() and (same == labels).all()
     expected = sample_clips(
         load(path).build(),
         VELOCITY,
-        3,
-        torch.tensor([2, 0, 2]),
-        solver="ddim",
-        steps=2,
-        seed=7,
-        continuations=2,
-        past=torch.from_numpy(film),
+        ClipRequest(
+            count=3,
+            y=torch.tensor([2, 0, 2]),
+            solver="ddim",
+            steps=2,
+            seed=7,
+            continuations=2,
+            past=torch.from_numpy(film),
+        ),
     )
     assert (longer == expected.numpy()).all() and (longer[:, 8:] != longer[:, 7:8]).any()
     main([*again, "--count", "2", "--class", "bee", "--out", str(tmp_path / "c")])
-    fewer, labels = read(tmp_path / "c/samples.npz")
+    fewer, labels = read_samples(tmp_path / "c/samples.npz")
     assert fewer.shape == (2, 14, 8, 12, 3) and labels.tolist() == ["bee", "bee"] and (fewer[:, :8] == film[:2]).all()
 
 
@@ -327,11 +337,11 @@ def test_latents_of_a_causal_tokenizer_go_on_from_their_frames(tmp_path):
     )
     assert load(trained).config["input_size"] == [4, 8, 8]
     asked = SampleConfig(trained, tmp_path / "a", count=2, solver="ddim", steps=1)
-    first = read(run(asked)[3])[0]
-    film = read(run(replace(asked, out=tmp_path / "b", continuations=2))[3])[0]
+    first = read_samples(run(asked)[3])[0]
+    film = read_samples(run(replace(asked, out=tmp_path / "b", continuations=2))[3])[0]
     assert first.shape == (2, 7, 16, 16, 1) and film.shape == (2, 7 + 2 * 4, 16, 16, 1)
     assert (film[:, :7] == first).all()
-    longer = read(
+    longer = read_samples(
         run(replace(asked, out=tmp_path / "c", count=None, continuations=1, past=tmp_path / "b/samples.npz"))[3]
     )
     assert longer[0].shape == (2, 19, 16, 16, 1) and (longer[0][:, :15] == film).all()

@@ -1,4 +1,4 @@
-"""models/dit.py against a DiT written again from the formulas, with einops and plain modules, and Meta's names."""
+"""denoisers/dit.py against a DiT written again from the formulas, with einops and plain modules, and Meta's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""models/flow.py: paths, conversions and losses against the formulas, written again."""
+"""objectives/flow.py: paths, conversions and losses against the formulas, written again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""models/inflate.py: a video model with an image model's weights makes the image model's frames."""
+"""denoisers/inflate.py: a video model with an image model's weights makes the image model's frames."""
 
 from __future__ import annotations
 

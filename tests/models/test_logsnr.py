@@ -1,4 +1,4 @@
-"""models/logsnr.py and its plans against the formulas, and sampling of Gaussian data, whose noise has a closed form."""
+"""logsnr.py and its plans against the formulas; sampling of Gaussian data, whose noise has a closed form."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching
 from models.objectives.logsnr import LogSNR, logsnr, noise_level, scales
+from models.protocols import Denoiser
 from models.sampling.plans import logsnr_plan
-from models.sampling.predictor import rescaled
-from models.sampling.sampler import sample
+from models.sampling.predictor import rescale
+from models.sampling.sampler import SampleRequest, sample
 
 CPU = torch.device("cpu")
 MEAN, STD = 1.5, 0.4
@@ -45,7 +45,7 @@ class Recorder:
         return self.output
 
 
-class Gaussian(nn.Module):
+class Gaussian(Denoiser):
     """The optimal noise, or velocity, for data N(MEAN, STD^2) in every cell."""
 
     def __init__(self, prediction):
@@ -202,7 +202,7 @@ def test_ddim_follows_the_flow(prediction, shift):
     objective = LogSNR(prediction, sample_shift=shift)
     errors = []
     for steps in (100, 1000):
-        out = sample(Gaussian(prediction), objective, x, None, solver="ddim", steps=steps)
+        out = sample(Gaussian(prediction), objective, SampleRequest(noise=x, y=None, solver="ddim", steps=steps))
         errors.append((out - (MEAN + STD * x)).abs().max().item())
     assert errors[1] < 0.02 and errors[1] < errors[0] < 0.15
 
@@ -212,7 +212,11 @@ def test_ddim_follows_the_flow(prediction, shift):
 def test_ddpm_has_the_right_mean_and_variance(prediction, shift):
     x = torch.randn(1, 1, 20_000, generator=generator(), dtype=torch.float64)
     objective = LogSNR(prediction, sample_shift=shift)
-    out = sample(Gaussian(prediction), objective, x, None, solver="ddpm", steps=250, generator=generator(1))
+    out = sample(
+        Gaussian(prediction),
+        objective,
+        SampleRequest(noise=x, y=None, solver="ddpm", steps=250, generator=generator(1)),
+    )
     assert out.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert out.std().item() == pytest.approx(STD, rel=0.03)
     assert abs(torch.corrcoef(torch.stack((x.flatten(), out.flatten())))[0, 1]) < 0.05
@@ -222,14 +226,18 @@ def test_ddpm_has_the_right_mean_and_variance(prediction, shift):
 def test_step_by_step(solver):
     """Four steps against the equations, from the posterior of the forward process."""
 
-    class Model(nn.Module):
+    class Model(Denoiser):
         def forward(self, x, t, y):
             seen.append(t[0].item())
             return 0.3 * x.sin()
 
     seen, steps, shift = [], 4, 2.0
     x = torch.randn(2, 4, 8, generator=generator(), dtype=torch.float64)
-    out = sample(Model(), LogSNR(sample_shift=shift), x, None, solver=solver, steps=steps, generator=generator(1))
+    out = sample(
+        Model(),
+        LogSNR(sample_shift=shift),
+        SampleRequest(noise=x, y=None, solver=solver, steps=steps, generator=generator(1)),
+    )
     draws = generator(1)
     odds = [alpha(r).clip(1e-4, 0.9999) for r in (1, 0.75, 0.5, 0.25)]
     odds = [max(p / (1 - p) / shift**2, 1e-4 / 0.9999) for p in odds]
@@ -261,7 +269,7 @@ def test_plans_are_finite(shift, solver, steps):
         assert plan.coefficients[-1, 0, 3] == 0  # the last step adds no noise
 
 
-class Labelled(nn.Module):
+class Labelled(Denoiser):
     """Returns numbers that depend on the class only."""
 
     null_class = 3
@@ -281,8 +289,13 @@ def test_guidance_rescale(objective, channels):
     x = torch.randn(2, 4, 8, generator=generator(), dtype=torch.float64)
     solver = "euler" if objective.name == "flow" else "ddim"
     out = sample(
-        *(model, objective, x, y),
-        **{"solver": solver, "steps": 1, "guidance": 3.0, "guidance_channels": channels, "guidance_rescale": 0.7},
+        model,
+        objective,
+        SampleRequest(
+            noise=x,
+            y=y,
+            **{"solver": solver, "steps": 1, "guidance": 3.0, "guidance_channels": channels, "guidance_rescale": 0.7},
+        ),
     )
     cond, null = model.table[y], model.table[3]
     guided = null + 3 * (cond - null)
@@ -292,32 +305,36 @@ def test_guidance_rescale(objective, channels):
     for one, other in zip(guided, cond, strict=True):
         rows.append(0.7 * one * other.std() / one.std() + 0.3 * one)
 
-    class Fixed(nn.Module):
+    class Fixed(Denoiser):
         def forward(self, x, t, y):
             return torch.stack(rows)
 
-    torch.testing.assert_close(out, sample(Fixed(), objective, x, None, solver=solver, steps=1))
+    torch.testing.assert_close(out, sample(Fixed(), objective, SampleRequest(noise=x, y=None, solver=solver, steps=1)))
 
 
 def test_guidance_rescale_is_of_each_sample():
     cond, null = torch.randn(2, 3, 4, 5, generator=generator()).double().unbind(0)
-    both = rescaled(cond, null, 4.0, 0.7, 4, 4)
+    both = rescale(cond, null, 4.0, 0.7, 4, 4)
     cond[1] *= 100
-    torch.testing.assert_close(rescaled(cond, null, 4.0, 0.7, 4, 4)[0], both[0])
+    torch.testing.assert_close(rescale(cond, null, 4.0, 0.7, 4, 4)[0], both[0])
     # All of it: the spread of the prediction with classes.
-    torch.testing.assert_close(rescaled(cond, null, 4.0, 1.0, 4, 4).flatten(1).std(1), cond.flatten(1).std(1))
-    torch.testing.assert_close(rescaled(cond, null, 4.0, 0.0, 4, 4), null + 4 * (cond - null))
+    torch.testing.assert_close(rescale(cond, null, 4.0, 1.0, 4, 4).flatten(1).std(1), cond.flatten(1).std(1))
+    torch.testing.assert_close(rescale(cond, null, 4.0, 0.0, 4, 4), null + 4 * (cond - null))
 
 
 def test_guidance_rescale_leaves_a_learned_variance_alone():
     cond, null = torch.randn(2, 3, 8, 5, generator=generator()).double().unbind(0)
-    out = rescaled(cond, null, 4.0, 0.7, 4, 4)
+    out = rescale(cond, null, 4.0, 0.7, 4, 4)
     assert out.shape == cond.shape and torch.equal(out[:, 4:], cond[:, 4:])
-    assert rescaled(cond.bfloat16(), null.bfloat16(), 4.0, 0.7, 4, 4).dtype == torch.float32
+    assert rescale(cond.bfloat16(), null.bfloat16(), 4.0, 0.7, 4, 4).dtype == torch.float32
 
 
 def test_guidance_rescale_refuses():
     x, y = torch.zeros(2, 4, 8).double(), torch.tensor([0, 2])
     for value, guidance, message in ((1.5, 3.0, r"must be in \[0, 1\]"), (0.7, 1.0, "guidance is 1, which is none")):
         with pytest.raises(ValueError, match=f"guidance_rescale is {value}.*{message}"):
-            sample(*(Labelled(), LogSNR(), x, y), solver="ddim", steps=1, guidance=guidance, guidance_rescale=value)
+            sample(
+                Labelled(),
+                LogSNR(),
+                SampleRequest(noise=x, y=y, solver="ddim", steps=1, guidance=guidance, guidance_rescale=value),
+            )

@@ -1,4 +1,4 @@
-"""models/plan.py against the memory that real steps take."""
+"""plan.py against the memory that real steps take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from models.plan import GPUS, PlanConfig, main, needs, seconds
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SMALL = PlanConfig("latte-s/1x2x2", "rtx4090-24g", frames=4, size=(256, 256), classes=10)
 
 # In a process of its own: the most memory that a step needs beyond what was there before it, in bytes.
@@ -84,9 +84,9 @@ def test_states_are_shared_as_asked_and_the_work_grows_with_the_clip():
     weights = alone.memory["weights"]
     trained = alone.memory["gradients"]  # all but the positions
     assert trained == weights - 4 * 4 * 16 * 16 * 384
-    assert alone.memory == alone.memory | {"optimizer": 2 * trained, "average": weights}
+    assert alone.memory == alone.memory | {"optimizer": 2 * trained, "ema": weights}
     zero2 = needs(dataclasses.replace(SMALL, gpus=4, sharding="zero2"), training=True).memory
-    assert zero2 == alone.memory | {name: alone.memory[name] / 4 for name in ("gradients", "optimizer", "average")}
+    assert zero2 == alone.memory | {name: alone.memory[name] / 4 for name in ("gradients", "optimizer", "ema")}
     fsdp = needs(dataclasses.replace(SMALL, gpus=4, sharding="fsdp"), training=True).memory
     assert fsdp == zero2 | {"weights": weights / 4}
     longer = needs(dataclasses.replace(SMALL, frames=8), training=True)

@@ -282,7 +282,7 @@ def test_frames_are_enlarged_by_a_whole_number():
 
 
 def test_without_h264_the_encoder_is_mpeg4(tmp_path, monkeypatch):
-    monkeypatch.setattr("models.sample.av.codecs_available", {"mpeg4"})
+    monkeypatch.setattr("models.data.media.av.codecs_available", {"mpeg4"})
     write_mp4(tmp_path / "a.mp4", np.full((3, 32, 48, 3), 90, dtype=np.uint8), 8)
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert container.streams.video[0].codec_context.name == "mpeg4"

@@ -1,4 +1,4 @@
-"""models/samplers.py with models whose answer is known: for Gaussian data velocity and noise have a closed form."""
+"""sampling/sampler.py with models whose answer is known: for Gaussian data velocity and noise have a closed form."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 from models.denoisers.dit import DiT, DiTConfig
 from models.objectives.ddpm import ALL, DDPM
 from models.objectives.flow import FlowMatching
+from models.protocols import Denoiser
 from models.sampling.plans import count_steps, diffusion_plan
-from models.sampling.predictor import Graphed, Predictor
-from models.sampling.sampler import SOLVERS, sample
+from models.sampling.predictor import CudaGraphs, Predictor
+from models.sampling.sampler import SOLVERS, SampleRequest, sample
 
 MEAN, STD = 1.5, 0.4
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ DIFFUSIONS = [
 ]
 
 
-class Gaussian(nn.Module):
+class Gaussian(Denoiser):
     """The optimal velocity, or noise, for data N(MEAN, STD^2) in every cell."""
 
     def __init__(self, kind, objective=DDPM()):  # noqa: B008 - frozen
@@ -53,7 +54,7 @@ class Gaussian(nn.Module):
         return MEAN + t * STD**2 * centred - (1 - t) * centred
 
 
-class Labelled(nn.Module):
+class Labelled(Denoiser):
     """Returns a constant a channel for each class, so that guidance can be read off its output; keeps its inputs."""
 
     null_class = 3
@@ -74,7 +75,7 @@ def noise(batch=2, channels=4, cells=8, seed=0):
 
 def flow_error(solver, steps):
     x = noise()
-    out = sample(Gaussian("flow"), FlowMatching(), x, None, solver=solver, steps=steps)
+    out = sample(Gaussian("flow"), FlowMatching(), SampleRequest(noise=x, y=None, solver=solver, steps=steps))
     return (out - (MEAN + STD * x)).abs().max().item()
 
 
@@ -89,7 +90,7 @@ def test_flow_solvers_converge_at_their_order():
 def test_flow_times():
     for solver, expected in (("euler", [0, 250, 500, 750]), ("heun", [0, 250, 250, 500, 500, 750, 750, 1000])):
         model = Gaussian("flow")
-        sample(model, FlowMatching(), noise(), None, solver=solver, steps=4)
+        sample(model, FlowMatching(), SampleRequest(noise=noise(), y=None, solver=solver, steps=4))
         assert [t.tolist() for t in model.times] == [[e, e] for e in expected]
 
 
@@ -98,13 +99,13 @@ def test_flow_times():
 def test_flow_step_by_step(solver, prediction):
     """Three steps against the objective's own velocity."""
 
-    class Model(nn.Module):
+    class Model(Denoiser):
         def forward(self, x, t, y):
             return 0.3 * x.sin() + t.reshape(-1, 1, 1) / 2000
 
     model, objective, steps = Model(), FlowMatching(prediction=prediction), 3
     x = noise()
-    out = sample(model, objective, x, None, solver=solver, steps=steps)
+    out = sample(model, objective, SampleRequest(noise=x, y=None, solver=solver, steps=steps))
     for i in range(steps):
         v = objective.velocity(model, x, x.new_full((2,), i / steps), None)
         if solver == "heun":
@@ -117,7 +118,10 @@ def test_flow_step_by_step(solver, prediction):
 @pytest.mark.parametrize("objective", DIFFUSIONS, ids=str)
 def test_ddim_follows_the_flow_and_is_deterministic(objective, steps):
     x = noise()
-    runs = [sample(Gaussian("ddpm", objective), objective, x, None, solver="ddim", steps=steps) for _ in range(2)]
+    runs = [
+        sample(Gaussian("ddpm", objective), objective, SampleRequest(noise=x, y=None, solver="ddim", steps=steps))
+        for _ in range(2)
+    ]
     assert torch.equal(*runs)
     # At timestep 999 linear betas leave a little signal (alpha_bar = 4e-5), which bounds how well the map is met.
     torch.testing.assert_close(runs[0], MEAN + STD * x, rtol=0, atol=0.05 if steps == 100 else 0.02)
@@ -130,7 +134,11 @@ def test_ddpm_has_the_right_mean_and_variance(objective, steps):
         pytest.skip("starts at 990")
     x = noise(1, 1, 20_000)
     generator = torch.Generator().manual_seed(1)
-    out = sample(Gaussian("ddpm", objective), objective, x, None, solver="ddpm", steps=steps, generator=generator)
+    out = sample(
+        Gaussian("ddpm", objective),
+        objective,
+        SampleRequest(noise=x, y=None, solver="ddpm", steps=steps, generator=generator),
+    )
     assert out.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert out.std().item() == pytest.approx(STD, rel=0.02 if steps == 1000 else 0.06)
     # An ancestral sample forgets the noise that it started from.
@@ -145,7 +153,11 @@ def test_noise_and_velocity_of_one_model_give_the_same_samples(schedule, solver,
     for prediction in ("noise", "velocity"):
         objective = DDPM(schedule=schedule, prediction=prediction)
         model, generator = Gaussian("ddpm", objective), torch.Generator().manual_seed(1)
-        runs.append(sample(model, objective, noise(), None, solver=solver, steps=steps, generator=generator))
+        runs.append(
+            sample(
+                model, objective, SampleRequest(noise=noise(), y=None, solver=solver, steps=steps, generator=generator)
+            )
+        )
     torch.testing.assert_close(*runs, rtol=1e-8, atol=1e-8)
 
 
@@ -157,20 +169,30 @@ def test_zero_snr_starts_at_999_with_finite_steps(objective, solver):
         assert plan.times[0] == 999 and plan.coefficients.isfinite().all()
         assert len(plan.times) == count_steps(objective, steps)
     # The first step of one: x_0 is all that there is, and of pure noise it is the mean of the data.
-    out = sample(Gaussian("ddpm", objective), objective, noise(), None, solver=solver, steps=1)
+    out = sample(Gaussian("ddpm", objective), objective, SampleRequest(noise=noise(), y=None, solver=solver, steps=1))
     torch.testing.assert_close(out, torch.full_like(out, MEAN))
     for steps, start in (("ddim50", 980), ("10,1", 500)):
         with pytest.raises(ValueError, match=f"steps is '{steps}', which starts at timestep {start}; with zero_snr"):
-            sample(Gaussian("ddpm", objective), objective, noise(), None, solver=solver, steps=steps)
+            sample(
+                Gaussian("ddpm", objective), objective, SampleRequest(noise=noise(), y=None, solver=solver, steps=steps)
+            )
 
 
 def test_past_frames_and_guided_channels_are_checked():
     with pytest.raises(ValueError, match="past was given, but objective 'flow' teaches no model"):
-        sample(Gaussian("flow"), FlowMatching(), noise(), None, solver="euler", steps=1, past=noise())
+        sample(
+            Gaussian("flow"),
+            FlowMatching(),
+            SampleRequest(noise=noise(), y=None, solver="euler", steps=1, past=noise()),
+        )
     model, y = Labelled(), torch.tensor([0, 2])
     for channels in (0, 99):
         with pytest.raises(ValueError, match=f"guidance_channels is {channels}; it must be in 1.."):
-            sample(model, FlowMatching(), noise(), y, solver="euler", steps=1, guidance=2.0, guidance_channels=channels)
+            sample(
+                model,
+                FlowMatching(),
+                SampleRequest(noise=noise(), y=y, solver="euler", steps=1, guidance=2.0, guidance_channels=channels),
+            )
 
 
 def test_timesteps_of_respaced_samples():
@@ -180,7 +202,7 @@ def test_timesteps_of_respaced_samples():
         ("3", [999, 500, 0]),
     ):
         model = Gaussian("ddpm")
-        sample(model, DDPM(), noise(), None, solver="ddim", steps=steps)
+        sample(model, DDPM(), SampleRequest(noise=noise(), y=None, solver="ddim", steps=steps))
         assert [t.tolist() for t in model.times] == [[t, t] for t in expected]
 
 
@@ -188,7 +210,7 @@ def test_timesteps_of_respaced_samples():
 def test_ddpm_step_by_step(learned):
     """Five steps against the equations of Ho et al., written with the thinned chain's own alpha_bar."""
 
-    class Model(nn.Module):
+    class Model(Denoiser):
         def forward(self, x, t, y):
             seen.append(t.tolist())
             parts = [0.3 * x.sin()] + ([x.cos()] if learned else [])
@@ -196,7 +218,11 @@ def test_ddpm_step_by_step(learned):
 
     seen = []
     x = noise()
-    out = sample(Model(), DDPM(), x, None, solver="ddpm", steps=5, generator=torch.Generator().manual_seed(1))
+    out = sample(
+        Model(),
+        DDPM(),
+        SampleRequest(noise=x, y=None, solver="ddpm", steps=5, generator=torch.Generator().manual_seed(1)),
+    )
     kept = [0, 250, 500, 749, 999]
     assert seen == [[t, t] for t in reversed(kept)]
 
@@ -221,7 +247,7 @@ def test_ddpm_step_by_step(learned):
 @pytest.mark.parametrize("solver", SOLVERS["ddpm"])
 def test_few_diffusion_steps_stay_finite(solver, steps):
     model = Gaussian("ddpm")
-    out = sample(model, DDPM(), noise(), None, solver=solver, steps=steps)
+    out = sample(model, DDPM(), SampleRequest(noise=noise(), y=None, solver=solver, steps=steps))
     assert len(model.times) == steps and out.isfinite().all()
     assert (out.mean() - MEAN).abs() < 0.2
 
@@ -229,7 +255,11 @@ def test_few_diffusion_steps_stay_finite(solver, steps):
 @pytest.mark.parametrize("channels", [None, 3])
 def test_guidance_in_a_flow(channels):
     model, x, y = Labelled(), noise(), torch.tensor([0, 2])
-    out = sample(model, FlowMatching(), x, y, solver="euler", steps=1, guidance=2.5, guidance_channels=channels)
+    out = sample(
+        model,
+        FlowMatching(),
+        SampleRequest(noise=x, y=y, solver="euler", steps=1, guidance=2.5, guidance_channels=channels),
+    )
     cond, null = model.table[y], model.table[3]
     expected = null + 2.5 * (cond - null)
     if channels == 3:
@@ -241,12 +271,16 @@ def test_guidance_in_a_flow(channels):
 
 def test_channels_without_guidance_are_refused():
     with pytest.raises(ValueError, match="guidance_channels is 3, but guidance is 1"):
-        sample(Labelled(), FlowMatching(), noise(), torch.tensor([0, 2]), solver="euler", steps=1, guidance_channels=3)
+        sample(
+            Labelled(),
+            FlowMatching(),
+            SampleRequest(noise=noise(), y=torch.tensor([0, 2]), solver="euler", steps=1, guidance_channels=3),
+        )
 
 
 def test_no_guidance_calls_the_model_on_the_batch_itself():
     model, x, y = Labelled(), noise(), torch.tensor([0, 2])
-    out = sample(model, FlowMatching(), x, y, solver="euler", steps=1)
+    out = sample(model, FlowMatching(), SampleRequest(noise=x, y=y, solver="euler", steps=1))
     torch.testing.assert_close(out, x + model.table[y])
     assert len(model.calls) == 1 and model.calls[0][2].tolist() == [0, 2]
 
@@ -257,7 +291,7 @@ def test_the_learned_variance_is_not_guided():
         model.table = table
         generator = torch.Generator().manual_seed(1)
         arguments = {"solver": "ddpm", "steps": 3, "guidance": guidance, "generator": generator}
-        return sample(model, DDPM(), noise(), torch.tensor([0, 2]), **arguments)
+        return sample(model, DDPM(), SampleRequest(noise=noise(), y=torch.tensor([0, 2]), **arguments))
 
     table = Labelled(8).table
     # Equal noise predictions for every class: guidance changes nothing, unless it reached the variance.
@@ -279,7 +313,7 @@ def test_modulations_are_computed_for_many_steps_at_once(objective, solver, clas
     for parameter in dit.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
 
-    class Plain(nn.Module):
+    class Plain(Denoiser):
         """The same model, whose modulations nobody can ask for."""
 
         null_class = dit.null_class
@@ -298,7 +332,11 @@ def test_modulations_are_computed_for_many_steps_at_once(objective, solver, clas
     def run(model):
         calls.clear()
         generator = torch.Generator().manual_seed(1)
-        return sample(model, objective, x, y, solver=solver, steps=6, guidance=guidance, generator=generator)
+        return sample(
+            model,
+            objective,
+            SampleRequest(noise=x, y=y, solver=solver, steps=6, guidance=guidance, generator=generator),
+        )
 
     expected, times = run(Plain()), 12 if solver == "heun" else 6
     assert len(calls) == times
@@ -344,8 +382,8 @@ def recorded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
-    original = Graphed.__init__
-    monkeypatch.setattr(Graphed, "__init__", lambda self, f, device: original(self, f, torch.device("cuda")))
+    original = CudaGraphs.__init__
+    monkeypatch.setattr(CudaGraphs, "__init__", lambda self, f, device: original(self, f, torch.device("cuda")))
     return graphs
 
 
@@ -380,12 +418,17 @@ def test_graphs_replay_the_same_samples(objective, solver, captured, guidance, r
         x = torch.randn(2, 3, 2, 4, 4) if model is dit else torch.randn(2, 3, 8, dtype=torch.float64)
         results = [
             sample(
-                *(model, objective, x, y),
-                solver=solver,
-                steps=5,
-                guidance=guidance,
-                generator=torch.Generator().manual_seed(1),
-                cuda_graphs=graphs,
+                model,
+                objective,
+                SampleRequest(
+                    noise=x,
+                    y=y,
+                    solver=solver,
+                    steps=5,
+                    guidance=guidance,
+                    generator=torch.Generator().manual_seed(1),
+                    cuda_graphs=graphs,
+                ),
             )
             for graphs in (False, True)
         ]
@@ -393,7 +436,7 @@ def test_graphs_replay_the_same_samples(objective, solver, captured, guidance, r
 
 
 def test_a_result_of_a_graph_outlives_the_next_replay(recorded):
-    graphed = Graphed(lambda x, z: 2 * x if z is None else x + z, torch.device("cpu"))
+    graphed = CudaGraphs(lambda x, z: 2 * x if z is None else x + z, torch.device("cpu"))
     one, two = torch.ones(3), torch.arange(3.0)
     results = [graphed(one, None), graphed(two, None), graphed(one, two), graphed(two, two)]
     for result, expected in zip(results, (2 * one, 2 * two, one + two, 2 * two), strict=True):
@@ -403,7 +446,11 @@ def test_a_result_of_a_graph_outlives_the_next_replay(recorded):
 
 def test_graphs_need_a_cuda_device():
     with pytest.raises(ValueError, match="CUDA graphs need a CUDA device; this is cpu"):
-        sample(Gaussian("flow"), FlowMatching(), noise(), None, solver="euler", steps=2, cuda_graphs=True)
+        sample(
+            Gaussian("flow"),
+            FlowMatching(),
+            SampleRequest(noise=noise(), y=None, solver="euler", steps=2, cuda_graphs=True),
+        )
 
 
 def test_guidance_refuses_a_model_without_classes():
@@ -411,7 +458,7 @@ def test_guidance_refuses_a_model_without_classes():
     unconditional.null_class = None
     for model, y in ((unconditional, None), (unconditional, torch.tensor([0, 1])), (Labelled(), None)):
         with pytest.raises(ValueError, match=r"guidance is 2\.0"):
-            sample(model, FlowMatching(), noise(), y, solver="euler", steps=1, guidance=2.0)
+            sample(model, FlowMatching(), SampleRequest(noise=noise(), y=y, solver="euler", steps=1, guidance=2.0))
 
 
 @pytest.mark.parametrize(
@@ -420,7 +467,7 @@ def test_guidance_refuses_a_model_without_classes():
 )
 def test_refuses_a_solver_of_another_objective(objective, solver, right):
     with pytest.raises(ValueError, match=f"solver is '{solver}'; .*{right}"):
-        sample(Gaussian("flow"), objective, noise(), None, solver=solver, steps=2)
+        sample(Gaussian("flow"), objective, SampleRequest(noise=noise(), y=None, solver=solver, steps=2))
 
 
 @pytest.mark.parametrize(
@@ -429,7 +476,7 @@ def test_refuses_a_solver_of_another_objective(objective, solver, right):
 )
 def test_refuses_steps(objective, solver, steps):
     with pytest.raises(ValueError, match=f"steps is {steps!r}"):
-        sample(Gaussian(objective.name), objective, noise(), None, solver=solver, steps=steps)
+        sample(Gaussian(objective.name), objective, SampleRequest(noise=noise(), y=None, solver=solver, steps=steps))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -437,12 +484,12 @@ def test_mode_is_restored_and_nothing_is_recorded(training):
     model = Gaussian("flow").train(training)
     model.weight = nn.Parameter(torch.ones(()))
     model.register_forward_hook(lambda module, _, out: out * module.weight)
-    out = sample(model, FlowMatching(), noise(), None, solver="heun", steps=2)
+    out = sample(model, FlowMatching(), SampleRequest(noise=noise(), y=None, solver="heun", steps=2))
     assert model.modes == [False] * 4 and model.training is training and not out.requires_grad
 
     model.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        sample(model, FlowMatching(), noise(), None, solver="heun", steps=2)
+        sample(model, FlowMatching(), SampleRequest(noise=noise(), y=None, solver="heun", steps=2))
     assert model.training is training
 
 
@@ -456,7 +503,7 @@ def test_progress_wraps_the_steps(objective, solver):
             seen.append(i)
 
     model = Gaussian(objective.name)
-    sample(model, objective, noise(), None, solver=solver, steps=5, progress=progress)
+    sample(model, objective, SampleRequest(noise=noise(), y=None, solver=solver, steps=5, progress=progress))
     assert sorted(seen) == list(range(5)) and len(model.times) == 5
 
 
@@ -465,7 +512,9 @@ def test_ddpm_draws_from_the_generator_only():
 
     def run(seed):
         generator = torch.Generator().manual_seed(seed)
-        return sample(Gaussian("ddpm"), DDPM(), noise(), None, solver="ddpm", steps=4, generator=generator)
+        return sample(
+            Gaussian("ddpm"), DDPM(), SampleRequest(noise=noise(), y=None, solver="ddpm", steps=4, generator=generator)
+        )
 
     assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,4 +1,4 @@
-"""models/integrators.py on a mixture of two Gaussians, whose velocity, score and density are known at every time."""
+"""sampling/solvers.py on a mixture of two Gaussians, whose velocity, score and density are known at every time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 from models.denoisers.dit import DiT, DiTConfig
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching
-from models.sampling.sampler import log_likelihood, sample
+from models.protocols import Denoiser
+from models.sampling.sampler import SampleRequest, Solving, log_likelihood, sample
 from models.sampling.solvers import FLOW_SOLVERS, SDE_SOLVERS, TABLEAUX, SolverOptions, diffusion_strength, flow_plan
 
 PATHS = ("linear", "gvp", "vp")
@@ -84,7 +85,7 @@ def expectations(x, path, t, only=None):
     return (share * (MEANS + alpha * STDS**2 * centred)).sum(-1), (share * sigma * centred).sum(-1)
 
 
-class Mixture(nn.Module):
+class Mixture(Denoiser):
     """The exact prediction in every cell: of the mixture for class 2, which is also "none", else of one part."""
 
     null_class = 2
@@ -129,14 +130,16 @@ def run(
     return sample(
         model or Mixture(path, kind),
         FlowMatching(kind, path=path, sample_eps=eps),
-        x,
-        y,
-        solver=solver,
-        steps=None if solver == "dopri5" else steps,
-        guidance=guidance,
-        options=SolverOptions(**options),
-        reverse=reverse,
-        generator=torch.Generator().manual_seed(seed),
+        SampleRequest(
+            noise=x,
+            y=y,
+            solver=solver,
+            steps=None if solver == "dopri5" else steps,
+            guidance=guidance,
+            options=SolverOptions(**options),
+            reverse=reverse,
+            generator=torch.Generator().manual_seed(seed),
+        ),
     )
 
 
@@ -225,7 +228,7 @@ def test_an_sde_forgets_the_noise_that_it_began_with(solver, path):
         assert torch.corrcoef(torch.cat([part.flatten()[None] for part in pair]))[0, 1].abs() < 0.1
 
 
-class Bent(nn.Module):
+class Bent(Denoiser):
     """Nonlinear in x and t, and the exact answer to nothing."""
 
     def __init__(self):
@@ -270,11 +273,11 @@ def test_sde_step_by_step(solver, kind, form, last_step):
     options = SolverOptions(diffusion=form, diffusion_norm=norm, last_step=last_step, **size)
     objective, model, x = FlowMatching(kind, path=path), Bent(), gaussian(2, 3, 5)
     out = sample(
-        *(model, objective, x, None),
-        solver=solver,
-        steps=4,
-        options=options,
-        generator=torch.Generator().manual_seed(3),
+        model,
+        objective,
+        SampleRequest(
+            noise=x, y=None, solver=solver, steps=4, options=options, generator=torch.Generator().manual_seed(3)
+        ),
     )
     start = 1e-3 if path != "vp" and (form == "sbdm" or kind in ("score", "noise")) else 0.0
     end = 1 - 1e-3 if last_step == "skip" else 1 - 0.07
@@ -321,7 +324,7 @@ def test_sde_step_by_step(solver, kind, form, last_step):
 @pytest.mark.parametrize("solver", ["midpoint", "rk4"])
 def test_ode_step_by_step(solver, reverse, kind):
     objective, model, x = FlowMatching(kind, path="gvp"), Bent(), gaussian(2, 3, 5)
-    out = sample(model, objective, x, None, solver=solver, steps=3, reverse=reverse)
+    out = sample(model, objective, SampleRequest(noise=x, y=None, solver=solver, steps=3, reverse=reverse))
     first, last = objective.interval()
     start, h = (last, (first - last) / 3) if reverse else (first, (last - first) / 3)
 
@@ -383,28 +386,37 @@ def test_dopri5_does_not_look_beyond_the_ends_of_a_slow_flow(path, reverse):
     # With hardly any velocity the solver would like to begin with a step of many units of time.
     times = []
 
-    class Slow(nn.Module):
+    class Slow(Denoiser):
         def forward(self, x, t, y):
             times.extend(t.tolist())
             return 1e-3 * x
 
-    out = sample(Slow(), FlowMatching(path=path), gaussian(2, 1, 4), None, solver="dopri5", reverse=reverse)
+    out = sample(
+        Slow(),
+        FlowMatching(path=path),
+        SampleRequest(noise=gaussian(2, 1, 4), y=None, solver="dopri5", reverse=reverse),
+    )
     assert out.isfinite().all() and min(times) >= 0 and max(times) <= 1000
 
 
 @pytest.mark.parametrize("solver", FLOW_SOLVERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_samples_have_the_dtype_of_the_noise(solver, dtype):
-    class Model(nn.Module):
+    class Model(Denoiser):
         def forward(self, x, t, y):
             return 0.3 * x.float().sin() + (t / 2000).reshape(-1, 1, 1)
 
     def of(dtype):
         return sample(
-            *(Model(), FlowMatching(), gaussian(2, 3, 5).bfloat16().to(dtype), None),
-            solver=solver,
-            steps=None if solver == "dopri5" else 6,
-            options=SolverOptions(diffusion_norm=1e-8) if solver in SDE_SOLVERS else None,
+            Model(),
+            FlowMatching(),
+            SampleRequest(
+                noise=gaussian(2, 3, 5).bfloat16().to(dtype),
+                y=None,
+                solver=solver,
+                steps=None if solver == "dopri5" else 6,
+                options=SolverOptions(diffusion_norm=1e-08) if solver in SDE_SOLVERS else SolverOptions(),
+            ),
         )
 
     out = of(dtype)
@@ -415,12 +427,12 @@ def test_samples_have_the_dtype_of_the_noise(solver, dtype):
 
 
 def test_dopri5_gives_up_with_the_reason():
-    class Broken(nn.Module):
+    class Broken(Denoiser):
         def forward(self, x, t, y):
             return x / (t - 500).reshape(-1, 1, 1) ** 2 * 1e9
 
     with pytest.raises(ValueError, match=r"solver 'dopri5' gave up with rtol 0\.001 and atol 1e-06: "):
-        sample(Broken(), FlowMatching(), gaussian(2, 1, 4), None, solver="dopri5")
+        sample(Broken(), FlowMatching(), SampleRequest(noise=gaussian(2, 1, 4), y=None, solver="dopri5"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -432,13 +444,13 @@ def test_likelihood(path, kind):
     x = torch.tensor([[[-1.7, -1.4]], [[0.6, 0.2]], [[-0.5, 1.5]]], dtype=torch.float64)
     expected = density(x, path, objective.interval()[1]).log().sum((1, 2))
     options = SolverOptions(rtol=1e-6, atol=1e-7)
-    exact = log_likelihood(Mixture(path, kind), objective, x, None, exact=True, options=options)
+    exact = log_likelihood(Mixture(path, kind), objective, x, None, Solving(options=options), exact=True)
     # score and noise begin at alpha = 1e-3, VP at 0.007: N(0, I) is not quite the distribution there.
     torch.testing.assert_close(
         exact, expected, rtol=0, atol=2e-5 if path != "vp" and kind in ("velocity", "data") else 6e-3
     )
     # Cells that do not depend on each other have a diagonal Jacobian, for which one probe is exact.
-    estimate = log_likelihood(Mixture(path, kind), objective, x, None, options=options)
+    estimate = log_likelihood(Mixture(path, kind), objective, x, None, Solving(options=options))
     torch.testing.assert_close(estimate, exact, rtol=0, atol=1e-6)
 
 
@@ -455,11 +467,11 @@ def test_likelihood_estimate_is_unbiased_and_draws_once():
     objective, options = FlowMatching(), SolverOptions(rtol=1e-4, atol=1e-5)
     x = torch.tensor([[[-1.2, 0.3]]], dtype=torch.float64)
     expected = density(x @ Turned.turn, "linear", 1.0).log().sum()
-    exact = log_likelihood(Turned("linear"), objective, x, None, exact=True, options=options)
+    exact = log_likelihood(Turned("linear"), objective, x, None, Solving(options=options), exact=True)
     assert exact.item() == pytest.approx(expected.item(), abs=2e-3)
     generator, once = (torch.Generator().manual_seed(3) for _ in range(2))
     many = x.expand(400, 1, 2)
-    estimates = log_likelihood(Turned("linear"), objective, many, None, options=options, generator=generator)
+    estimates = log_likelihood(Turned("linear"), objective, many, None, Solving(options=options), generator=generator)
     # r^T J r has but two values for two cells.
     assert estimates.std() > 0.1
     assert abs(estimates.mean() - exact.item()) < 4 * estimates.std() / 20
@@ -470,11 +482,11 @@ def test_likelihood_estimate_is_unbiased_and_draws_once():
 def test_likelihood_of_a_guided_model_and_what_it_leaves():
     x, y = torch.tensor([[[-1.2]], [[0.3]]], dtype=torch.float64), torch.tensor([0, 1])
     model = Mixture("linear").train()
-    guided = log_likelihood(model, FlowMatching(), x, y, guidance=1.5, exact=True)
+    guided = log_likelihood(model, FlowMatching(), x, y, Solving(guidance=1.5), exact=True)
     combined = log_likelihood(Mixture("linear", guidance=1.5), FlowMatching(), x, y, exact=True)
     torch.testing.assert_close(guided, combined, rtol=0, atol=1e-4)
     assert model.training and not guided.requires_grad
-    parts = log_likelihood(model, FlowMatching(), x, y, exact=True, options=SolverOptions(rtol=1e-6))
+    parts = log_likelihood(model, FlowMatching(), x, y, Solving(options=SolverOptions(rtol=1e-06)), exact=True)
     expected = torch.distributions.Normal(MEANS, STDS).log_prob(x.flatten())
     torch.testing.assert_close(parts, expected, rtol=0, atol=1e-4)
 
@@ -489,7 +501,7 @@ def model_of_modulations():
     return dit.double()
 
 
-class Plain(nn.Module):
+class Plain(Denoiser):
     """A DiT whose modulations nobody can ask for."""
 
     def __init__(self, dit):
@@ -580,7 +592,11 @@ def test_options_refuse(options, message):
 def test_sample_refuses(objective, solver, arguments, message):
     steps = None if solver == "dopri5" else 4
     with pytest.raises(ValueError, match=message):
-        sample(Bent(), objective, gaussian(2, 3, 5), None, solver=solver, **({"steps": steps} | arguments))
+        sample(
+            Bent(),
+            objective,
+            SampleRequest(noise=gaussian(2, 3, 5), y=None, solver=solver, **({"steps": steps} | arguments)),
+        )
 
 
 def test_likelihood_refuses():
@@ -588,6 +604,6 @@ def test_likelihood_refuses():
     with pytest.raises(ValueError, match="objective is 'ddpm'; only 'flow' has the ODE"):
         log_likelihood(Bent(), DDPM(), x, None)
     with pytest.raises(ValueError, match="last_step is 'mean', but solver is 'dopri5'"):
-        log_likelihood(Bent(), FlowMatching(), x, None, options=SolverOptions(last_step="mean"))
+        log_likelihood(Bent(), FlowMatching(), x, None, Solving(options=SolverOptions(last_step="mean")))
     with pytest.raises(ValueError, match="guidance_channels is 2, but guidance is 1"):
-        log_likelihood(Bent(), FlowMatching(), x, None, guidance_channels=2)
+        log_likelihood(Bent(), FlowMatching(), x, None, Solving(guidance_channels=2))

@@ -1,4 +1,4 @@
-"""models/stdit.py against an STDiT written again from the formulas, its kernels against the reference, its text."""
+"""denoisers/stdit.py against an STDiT written again from the formulas, its kernels against the reference, its text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from models.denoisers.dit import DiT, DiTConfig
 from models.denoisers.stdit import STDiT, STDiTConfig
 from models.denoisers.text import Text
 from models.objectives.flow import FlowMatching
-from models.sampling.sampler import sample
+from models.sampling.sampler import SampleRequest, sample
 
 TEXT = STDiTConfig(
     input_size=(3, 6, 10), patch=(1, 2, 2), channels=4, width=48, depth=2, heads=3, text_width=20, class_dropout=0.0
@@ -281,7 +281,8 @@ def test_guidance_moves_away_from_the_null_condition(name):
     with torch.no_grad():
         with_y, without = model(x, t, y), model(x, t, null)
     plain, guided = (
-        sample(model, FlowMatching(), x, y, solver="euler", steps=1, guidance=guidance) for guidance in (1.0, 3.0)
+        sample(model, FlowMatching(), SampleRequest(noise=x, y=y, solver="euler", steps=1, guidance=guidance))
+        for guidance in (1.0, 3.0)
     )
     torch.testing.assert_close(plain, x + with_y)
     torch.testing.assert_close(guided, x + without + 3 * (with_y - without))
@@ -411,4 +412,4 @@ def test_forward_refuses():
     # A model that knows no text says what it wants.
     dit = DiT(DiTConfig(input_size=(3, 6, 10), patch=(1, 2, 2), channels=4, width=48, depth=1, heads=3, num_classes=5))
     with pytest.raises(ValueError, match=r"y is of shape \(3, 5, 20\); a model with 5 classes needs \[3\]"):
-        sample(dit, FlowMatching(), x, y, solver="euler", steps=1)
+        sample(dit, FlowMatching(), SampleRequest(noise=x, y=y, solver="euler", steps=1))

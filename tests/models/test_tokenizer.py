@@ -20,17 +20,15 @@ import minisora_kernels as mk
 from minisora_kernels.testing import assert_as_accurate
 from models import measure, plan, sample
 from models.autoencoders.discriminator import PatchDiscriminator
+from models.autoencoders.tiles import Tile, ramp, starts
 from models.autoencoders.tokenizer import (
     CausalConv,
     CausalTokenizer,
     FrameNorm,
-    Tile,
     TokenizerConfig,
     TokenizerSettings,
     Upsample,
     measure_latents,
-    ramp,
-    starts,
 )
 from models.autoencoders.vqgan import VQGAN, Block, VQGANConfig, VQGANSettings
 from models.checkpoint import load

@@ -1,4 +1,4 @@
-"""models/walt.py against its equations written again with dense masks, and what its conditions may and may not do."""
+"""walt.py against its equations written again with dense masks, and what its conditions may and may not do."""
 
 from __future__ import annotations
 
@@ -27,17 +27,19 @@ from models.data.open import open_source
 from models.denoisers.dit import SIZES, DiTSettings
 from models.denoisers.layers import TimestepEmbedder
 from models.denoisers.text import Text
-from models.denoisers.walt import WALT, augment, resize
+from models.denoisers.walt import WALT, augment
 from models.denoisers.walt_config import WALTConfig, WALTSettings
 from models.denoisers.walt_layers import relative_places
+from models.denoisers.walt_resize import resize
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching
 from models.objectives.logsnr import LogSNR
 from models.objectives.reconstruction import Reconstruction
 from models.precompute import PrecomputeConfig
+from models.protocols import Denoiser
 from models.registry import SYSTEMS, build, config_from
-from models.sampling.clips import sample_clips
-from models.sampling.sampler import sample
+from models.sampling.clips import ClipRequest, sample_clips
+from models.sampling.sampler import SampleRequest, sample
 from models.train import parse
 from models.training.config import OptimizerConfig, PreviewConfig, TrainConfig
 from models.training.run import train
@@ -547,12 +549,16 @@ def test_super_resolution_is_told_a_noisy_small_clip():
         assert not torch.allclose(model(x, t, y, **given | {name: given[name] + 1}), before)
 
 
-class Remembers(nn.Module):
+class Remembers(Denoiser):
     """Returns what tells the classes apart; keeps what it was given."""
 
     def __init__(self, config, null_class=3):
         super().__init__()
         self.config, self.null_class, self.calls = config, null_class, []
+
+    @property
+    def self_conditioning(self):
+        return self.config.self_conditioning > 0
 
     def forward(self, x, t, y=None, **given):
         self.calls.append((x, t, y, given))
@@ -562,35 +568,46 @@ class Remembers(nn.Module):
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_the_sampler_hands_on_its_last_estimate(guidance):
     model, noise, y = Remembers(CLASSES), random(2, 3, 5, 2, 2, seed=0), torch.tensor([0, 2])
-    sample(model, DDPM(), noise, y, solver="ddim", steps=3, guidance=guidance)
+    sample(model, DDPM(), SampleRequest(noise=noise, y=y, solver="ddim", steps=3, guidance=guidance))
     assert "previous" not in model.calls[0][3] and len(model.calls) == 3
     for (x, t, labels, _), (*_, given) in zip(model.calls, model.calls[1:], strict=False):
         prediction = 0.1 * x + 0.05 * labels.double().view(-1, 1, 1, 1, 1)
         assert torch.equal(given["previous"], DDPM().estimate(prediction, x, t))
     plain = Remembers(replace(CLASSES, self_conditioning=0.0))
-    sample(plain, DDPM(), noise, y, solver="ddim", steps=3, guidance=guidance)
+    sample(plain, DDPM(), SampleRequest(noise=noise, y=y, solver="ddim", steps=3, guidance=guidance))
     assert all(given == {} for *_, given in plain.calls)
     with pytest.raises(ValueError, match="cuda_graphs is True; a model with self-conditioning"):
-        sample(model, DDPM(), noise, y, solver="ddim", steps=3, cuda_graphs=True)
+        sample(model, DDPM(), SampleRequest(noise=noise, y=y, solver="ddim", steps=3, cuda_graphs=True))
 
 
 def test_the_sampler_is_told_past_frames_and_guides_by_them():
     noise, past = random(2, 3, 5, 2, 2, seed=0), random(2, 3, 2, 2, 2, seed=1)
     config = replace(CLASSES, self_conditioning=0.0)
     model = Remembers(config)
-    out = sample(model, DDPM(), noise, torch.tensor([0, 2]), solver="ddim", steps=2, past=past)
+    out = sample(model, DDPM(), SampleRequest(noise=noise, y=torch.tensor([0, 2]), solver="ddim", steps=2, past=past))
     assert torch.equal(out[:, :, :2], past) and not torch.equal(out[:, :, 2:], noise[:, :, 2:])
     assert all(torch.equal(given["past"], past) and "past_frames" not in given for *_, given in model.calls)
     for null_class, y, labels in ((3, torch.tensor([0, 2]), [0, 2, 3, 3]), (None, None, None)):
         model = Remembers(config, null_class)
-        sample(model, DDPM(), noise, y, solver="ddim", steps=2, past=past, guidance=2.0)
+        sample(model, DDPM(), SampleRequest(noise=noise, y=y, solver="ddim", steps=2, past=past, guidance=2.0))
         for _, _, seen, given in model.calls:
             assert (None if seen is None else seen.tolist()) == labels
             assert given["past_frames"].tolist() == [2, 2, 0, 0]
             assert torch.equal(given["past"], torch.cat((past, past)))
     model = Remembers(config)
     low, low_t = random(2, 3, 5, 1, 1, seed=2), torch.tensor([5, 6])
-    sample(model, DDPM(), noise, torch.tensor([0, 2]), solver="ddim", steps=1, low=low, low_t=low_t, guidance=3.0)
+    sample(
+        model,
+        DDPM(),
+        SampleRequest(
+            noise=noise,
+            y=torch.tensor([0, 2]),
+            solver="ddim",
+            steps=1,
+            conditions={"low": low, "low_t": low_t},
+            guidance=3.0,
+        ),
+    )
     assert model.calls[0][3]["low_t"].tolist() == [5, 6, 5, 6] and model.calls[0][3]["low"].shape[0] == 4
 
 
@@ -821,7 +838,9 @@ def test_small_clips_are_made_large(guidance):
     objective = DDPM(prediction="velocity", zero_snr=True)
     options = {"steps": 1, "solver": "ddim", "guidance": guidance, "decode": lambda x: x / 20}
     for level in (0, 300):
-        clips = sample_clips(model, objective, 3, y, seed=5, batch_size=2, low=low, low_noise=level, **options)
+        clips = sample_clips(
+            model, objective, ClipRequest(count=3, y=y, seed=5, batch_size=2, low=low, low_noise=level, **options)
+        )
         drawn = torch.Generator().manual_seed(5)
         noise = torch.randn(3, 3, 3, 8, 6, generator=drawn)
         alpha_bar = ALPHA_BARS[level]
@@ -834,7 +853,7 @@ def test_small_clips_are_made_large(guidance):
         assert 0 < expected.min() < expected.max() < 255 and expected.std() > 10
         assert (clips - expected.permute(0, 2, 3, 4, 1)).abs().max() <= 0.51
         low[1] = -low[1]
-        changed = sample_clips(model, objective, 3, y, seed=5, low=low, low_noise=level, **options)
+        changed = sample_clips(model, objective, ClipRequest(count=3, y=y, seed=5, low=low, low_noise=level, **options))
         assert [(changed[i] != clips[i]).float().mean().item() > 0.05 for i in range(3)] == [False, True, False]
     for options, reason in (
         ({"low": low, "low_noise": 301}, r"low_noise is 301; with this model it must be in 0\.\.300"),
@@ -843,9 +862,9 @@ def test_small_clips_are_made_large(guidance):
         ({}, "low was not given"),
     ):
         with pytest.raises(ValueError, match=reason):
-            sample_clips(model, objective, 3, y, seed=0, steps=1, **options)
+            sample_clips(model, objective, ClipRequest(count=3, y=y, seed=0, steps=1, **options))
     with pytest.raises(ValueError, match="low was given, but the model is no second stage"):
-        sample_clips(WALT(CLASSES), objective, 3, y, seed=0, steps=1, low=low)
+        sample_clips(WALT(CLASSES), objective, ClipRequest(count=3, y=y, seed=0, steps=1, low=low))
 
 
 def test_only_ddpm_draws_conditions(tiny):
@@ -973,7 +992,7 @@ def test_the_first_pass_leaves_no_weight_without_a_gradient():
 @pytest.mark.parametrize("objective", [FlowMatching(), LogSNR()])
 def test_objectives_that_tell_the_model_less_refuse_it(objective):
     config, _ = CASES["classes"]
-    with pytest.raises(ValueError, match=f"objective '{objective.name}' needs it to be 0"):
+    with pytest.raises(ValueError, match=r"model\.self_conditioning is 0\.9; only the objective 'ddpm' teaches it"):
         objective.loss(randomized(replace(config, self_conditioning=0.9)), torch.zeros(1), None)
     config = replace(CASES["super-resolution"][0], self_conditioning=0.0)
     with pytest.raises(ValueError, match=r"model.low_resolution is True; objective .* needs it to be False"):

@@ -23,6 +23,7 @@ from models.data.moving_digits import MovingDigits
 from models.data.open import open_source
 from models.data.videos import waste
 from models.denoisers.dit import DiT, DiTConfig, DiTSettings
+from models.protocols import BaseSettings, Denoiser
 from models.runtime.plain import as_plain, merge
 from models.train import parse
 from models.training.config import OptimizerConfig, PreviewConfig, TrainConfig, from_dict
@@ -270,20 +271,20 @@ def test_a_run_with_buckets_trains_and_previews(tmp_path):
 
 def test_the_speed_counts_the_tokens_of_every_bucket(tmp_path, monkeypatch):
     trainer = Trainer(merge(TINY, {"run": str(tmp_path)}))
-    log = Log(trainer, tmp_path)
+    log = Log(tmp_path, 0, 3, TINY.log_every)
     now = log.since
-    monkeypatch.setattr("models.train.time.perf_counter", lambda: now + 2)
+    monkeypatch.setattr("models.training.log.time.perf_counter", lambda: now + 2)
     logged = {}
     monkeypatch.setattr(log.board, "add_scalar", lambda name, value, step: logged.update({name: value}))
-    for _ in range(3):
-        log.add(*trainer.train_step())
+    for number in range(3):
+        log.add(number, trainer.train_step(), trainer.tokens)
     log.close()
     trainer.batches.close()
     assert logged["tokens/s"] == trainer.tokens / 2 and trainer.tokens > 0
 
 
 @dataclass(frozen=True)
-class OneSizeSettings:
+class OneSizeSettings(BaseSettings):
     name: ClassVar[str] = "one size"
 
 
@@ -294,7 +295,7 @@ class OneSizeConfig(OneSizeSettings):
     num_classes: int = 0
 
 
-class OneSize(nn.Module):
+class OneSize(Denoiser):
     def __init__(self, config):
         super().__init__()
         self.config, self.weight = config, nn.Parameter(torch.zeros(1))
@@ -318,7 +319,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=reason):
             Trainer(merge(TINY, changes))
-    monkeypatch.setitem(registry.FAMILIES, "one size", registry.Family(OneSizeSettings, OneSizeConfig, OneSize))
+    monkeypatch.setitem(registry.FAMILIES, "one size", registry.Family(OneSizeSettings, OneSizeConfig, OneSize, {}))
     with pytest.raises(ValueError, match="needs a model for inputs of any size; 'one size' has one size"):
         Trainer(replace(TINY, model=OneSizeSettings()))
 

@@ -20,7 +20,7 @@ from models.runtime.plain import as_plain
 from models.training.config import TrainConfig, from_dict
 
 DIT = DiTConfig(input_size=(2, 8, 8), patch=(1, 4, 4), channels=1, width=16, depth=1, heads=2, num_classes=3)
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def make(step: int) -> Checkpoint:
@@ -172,7 +172,7 @@ print(latest(folder)[0].name, *sorted(file.name for file in folder.iterdir()))
 
 
 def test_a_disk_that_takes_no_more_leaves_the_older_checkpoint(tmp_path):
-    script = LIMITED.format(tests=str(ROOT / "tests"), folder=str(tmp_path))
+    script = LIMITED.format(tests=str(ROOT / "tests/training"), folder=str(tmp_path))
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.splitlines()
@@ -207,7 +207,7 @@ for step in range(1, 100000):
 
 
 def test_kill_at_any_moment_leaves_the_newest_checkpoint(tmp_path):
-    script = KILLED.format(tests=str(ROOT / "tests"), folder=str(tmp_path))
+    script = KILLED.format(tests=str(ROOT / "tests/training"), folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     # Interrupt several saves of one process at arbitrary moments, looking at the folder while it stands still.

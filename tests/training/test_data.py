@@ -17,8 +17,9 @@ from models.data.media import write_gif, write_mp4, write_png
 from models.data.moving_digits import MovingDigits
 from models.data.open import open_source
 from models.data.pixels import to_bytes, to_float
+from models.data.source import Source
 from models.data.videos import VideoClips
-from models.data.wrappers import Reduced, WithImages
+from models.data.wrappers import ReducedClips, WithImages
 
 
 def film(count: int, height: int = 32, width: int = 48, level: int = 20) -> np.ndarray:
@@ -267,7 +268,7 @@ def test_reduced_clips_are_the_rounded_means_of_their_pixels(tmp_path):
     for source in ("digits", str(tmp_path)):
         whole = open_source(DataConfig(source, frames=2, size=(12, 18)))
         reduced = open_source(DataConfig(source, frames=2, size=(12, 18), reduce=3))
-        assert isinstance(reduced, Reduced) and reduced.shape == (*whole.shape[:2], 4, 6)
+        assert isinstance(reduced, ReducedClips) and reduced.shape == (*whole.shape[:2], 4, 6)
         assert reduced.classes == whole.classes and len(reduced) == len(whole)
         assert [item.path.name for item in reduced.items] == ["image.png"] * (2 * (source != "digits"))
         clip, label = whole.clip(1, np.random.default_rng(5))
@@ -277,9 +278,10 @@ def test_reduced_clips_are_the_rounded_means_of_their_pixels(tmp_path):
         assert small.dtype == np.uint8 and (small == (sums * 2 + 9) // 18).all() and same == label and small.std() > 9
     x, _, low = Batches(reduced, 2, seed=0, prefetch=0).batch(0)
     assert x.shape == (2, 3, 2, 4, 6) and low is None
-    for factor in (0, 5):
-        with pytest.raises(ValueError, match=rf"data.reduce is {factor}; it must be positive and divide data.size"):
-            open_source(DataConfig("digits", frames=2, size=(12, 18), reduce=factor))
+    with pytest.raises(ValueError, match=r"data\.reduce is 0; it must be at least 1"):
+        DataConfig("digits", frames=2, size=(12, 18), reduce=0)
+    with pytest.raises(ValueError, match=r"data\.reduce is 5; it must be positive and divide data\.size"):
+        open_source(DataConfig("digits", frames=2, size=(12, 18), reduce=5))
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
@@ -297,7 +299,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 
 def test_an_epoch_sees_every_item_once_and_the_next_one_differs():
-    class Numbers:
+    class Numbers(Source):
         classes = ()
         shape = (1, 1, 1, 1)
 
@@ -319,13 +321,13 @@ def test_an_epoch_sees_every_item_once_and_the_next_one_differs():
     assert not torch.equal(*draws)
 
 
-class Grid:
+class Grid(Source):
     """Clips of 1 x 1 pixels that say which they are: ten times the index plus the frame."""
 
-    classes = ("a", "b", "c", "d")
+    classes, shape = ("a", "b", "c", "d"), (1, 3, 1, 1)
 
     def __init__(self, dtype=np.uint8):
-        self.dtype, self.shape = dtype, (1, 3, 1, 1)
+        self.dtype = dtype
 
     def __len__(self):
         return 4

@@ -12,7 +12,6 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import ClassVar
 
 import av
@@ -21,6 +20,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from models.data.pixels import to_bytes
+from models.protocols import Autoencoder, BaseSettings, Denoiser
+from models.sampling.sampler import SampleRequest
 
 pytest.importorskip("safetensors")
 
@@ -50,7 +53,7 @@ from models.training.config import OptimizerConfig, PreviewConfig, TrainConfig
 from models.training.run import train
 from models.training.trainer import Trainer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
 DIGITS = DataConfig(frames=2, size=(12, 16))
 MODEL = DiTSettings(width=16, depth=2, heads=2, patch=(1, 4, 4))
@@ -95,7 +98,8 @@ def videos(folder: Path) -> DataConfig:
 
 
 @dataclass(frozen=True)
-class ShuffleSettings:
+class ShuffleSettings(BaseSettings):
+    autoencoder: ClassVar[bool] = True
     name: ClassVar[str] = "shuffle"
 
 
@@ -106,7 +110,7 @@ class ShuffleConfig(ShuffleSettings):
     num_classes: int = 0
 
 
-class Shuffle(nn.Module):
+class Shuffle(Autoencoder):
     """An autoencoder without loss: 2x2 pixels to channels, times a weight."""
 
     def __init__(self, config: ShuffleConfig) -> None:
@@ -122,7 +126,7 @@ class Shuffle(nn.Module):
 
 def autoencoder(folder: Path, monkeypatch, *, weight: float = 3.0) -> Path:
     """A checkpoint of it."""
-    family = registry.Family(ShuffleSettings, ShuffleConfig, Shuffle)
+    family = registry.Family(ShuffleSettings, ShuffleConfig, Shuffle, {})
     monkeypatch.setitem(registry.FAMILIES, "shuffle", family)
     config = ShuffleConfig(input_size=(2, 12, 16), channels=1)
     state = {"weight": torch.tensor(weight)}
@@ -517,7 +521,7 @@ def test_an_autoencoder_makes_the_latents_and_decodes_previews_and_samples(tmp_p
     decode = Shuffle.decode
     monkeypatch.setattr(Shuffle, "decode", lambda self, z: seen.append(decode(self, z)) or seen[-1])
     files = sample.run(SampleConfig(path, count=2, steps=1))
-    expected = sample.to_bytes(seen[0]).permute(0, 2, 3, 4, 1).numpy()
+    expected = to_bytes(seen[0]).permute(0, 2, 3, 4, 1).numpy()
     assert expected.shape == (2, 2, 12, 16, 1) and (np.load(files[3])["clips"] == expected).all()
 
 
@@ -554,7 +558,7 @@ def test_a_run_goes_on_with_an_autoencoder_that_has_moved(tmp_path, monkeypatch)
     # A checkpoint of before there was the option.
     before = {key: value for key, value in checkpoint.train.items() if key != "encoder"}
     with monkeypatch.context() as patch:
-        patch.setattr("models.train.checkpoints.latest", lambda folder: (folder, replace(checkpoint, train=before)))
+        patch.setattr("models.checkpoint.latest", lambda folder: (folder, replace(checkpoint, train=before)))
         assert parse([*resume, "--encoder", str(moved)])[0] == resumed
     train(resumed, checkpoint)
     assert (tmp_path / "run/losses.csv").read_text() == (tmp_path / "whole/losses.csv").read_text()
@@ -615,7 +619,7 @@ def test_an_autoencoder_of_diffusers_is_loaded_from_its_folder(tmp_path, monkeyp
         asked.append((name, device))
         return Shuffle(None)
 
-    monkeypatch.setitem(sys.modules, "models.autoencoders", SimpleNamespace(load_autoencoder=load_autoencoder))
+    monkeypatch.setattr("models.data.encoder.load_autoencoder", load_autoencoder)
     folder = tmp_path / "vae"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -821,9 +825,9 @@ def test_stage_b_is_told_the_small_clip_of_its_sample(tmp_path, monkeypatch, acc
     class Looks:
         name = "logsnr"
 
-        def loss(self, model, x, y, generator, memory):
-            seen.append((x, y, model.latents))
-            return model(x, torch.full((len(x),), 500.0), y).square().mean()
+        def loss(self, model, x, y, generator, memory, low):
+            seen.append((x, y, low))
+            return model(x, torch.full((len(x),), 500.0), y, low=low).square().mean()
 
     trainer.objective = Looks()
     for _ in range(2):
@@ -841,7 +845,7 @@ def test_stage_b_is_told_the_small_clip_of_its_sample(tmp_path, monkeypatch, acc
     forward = Cascade.forward
 
     def told(self, x, t, y=None, **given):
-        calls.append((y, given["latents"]))
+        calls.append((y, given["low"]))
         return forward(self, x, t, y, **given)
 
     monkeypatch.setattr(Cascade, "forward", told)
@@ -934,15 +938,17 @@ def test_stage_c_then_b_then_the_decoder(tmp_path, monkeypatch):
     model = checkpoints.load(second).build()
     told = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
-    class Doubled(nn.Module):
+    class Doubled(Denoiser):
         config, null_class = model.config, 10
 
         def forward(self, x, t, y):
             assert y.tolist() == [4, 7, 1, 10, 10, 10]
-            return torch.cat((model(x[:3], t[:3], y[:3], latents=told), model(x[3:], t[3:], y[3:])))
+            return torch.cat((model(x[:3], t[:3], y[:3], low=told), model(x[3:], t[3:], y[3:])))
 
     noise = torch.randn(3, 4, 2, 6, 8, generator=torch.Generator().manual_seed(0))
-    z = samplers.sample(Doubled(), LogSNR(), noise, torch.tensor([4, 7, 1]), solver="ddim", steps=2, guidance=2.0)
+    z = samplers.sample(
+        Doubled(), LogSNR(), SampleRequest(noise=noise, y=torch.tensor([4, 7, 1]), solver="ddim", steps=2, guidance=2.0)
+    )
     decoded = F.pixel_shuffle(z.transpose(1, 2), 2).transpose(1, 2).clamp(-1, 1)
     expected = (decoded + 1) * 127.5
     assert expected.std() > 10 and (expected.permute(0, 2, 3, 4, 1) - torch.from_numpy(large["clips"])).abs().max() < 1

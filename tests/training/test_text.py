@@ -1,4 +1,4 @@
-"""models/text.py with tiny T5 and CLIP encoders made here; captions from a CSV through the trainer to the sampler."""
+"""Tiny T5 and CLIP encoders made here; captions from a CSV through the trainer to the sampler."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from models.denoisers.text import Text, rows, with_null
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching
 from models.objectives.logsnr import LogSNR
+from models.protocols import Denoiser
 from models.registry import configure
 from models.runtime.plain import merge
 from models.sample import SampleConfig
@@ -239,7 +240,7 @@ def test_with_null():
 def test_predictor_doubles_text_for_guidance():
     calls = []
 
-    class Model(torch.nn.Module):
+    class Model(Denoiser):
         def forward(self, x, t, y):
             calls.append(y)
             return y.mask.sum(1)[:, None] + x
@@ -356,7 +357,7 @@ def test_the_text_encoder_of_a_run_may_move_but_not_change(tmp_path, folder, mon
     # A checkpoint of before encoders were recorded cannot tell: it goes on where it was, and samples with any.
     before = dataclasses.replace(checkpoint, text_encoder=None)
     with monkeypatch.context() as patch:
-        patch.setattr("models.train.checkpoints.latest", lambda folder: (folder, before))
+        patch.setattr("models.checkpoint.latest", lambda folder: (folder, before))
         with pytest.raises(ValueError, match="text cannot change in a resumed run"):
             parse([*resume, "--text.encoder", moved])
     trainer = Trainer(merge(resumed, {"text": {"encoder": other}}), before)
@@ -436,7 +437,7 @@ def test_a_batch_has_the_captions_of_its_clips(tmp_path, folder, monkeypatch):
     """Class names are the captions of data without captions."""
     seen = []
 
-    def loss(self, model, x, y, generator=None, memory=None):
+    def loss(self, model, x, y, generator=None, memory=None, low=None):
         seen.append((x, y))
         return model(x, torch.zeros(len(x)), y).square().mean()
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from models import digits
 from models.checkpoint import latest, load
@@ -31,14 +32,14 @@ from models.runtime.allocator import reuse_large_allocations
 from models.runtime.plain import as_plain, merge
 from models.train import main, parse
 from models.training.config import OptimizerConfig, PreviewConfig, TrainConfig, from_dict
-from models.training.optimizer import average, learning_rate
+from models.training.optimizer import learning_rate, update_ema
 from models.training.options import load as load_config
 from models.training.presets import PRESETS
 from models.training.presets import preset as load_preset
 from models.training.run import Stopped, train, train_or_continue
 from models.training.trainer import Trainer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TINY = TrainConfig(
     data=DataConfig(frames=2),
     model=DiTSettings(width=16, depth=2, heads=2, patch=(1, 8, 8), class_dropout=0.3),
@@ -331,7 +332,7 @@ def test_a_run_goes_on_with_data_that_has_moved(tmp_path, monkeypatch):
     # A checkpoint of before data had a digest cannot tell.
     with monkeypatch.context() as patch:
         before = dataclasses.replace(checkpoint, data_digest=None)
-        patch.setattr("models.train.checkpoints.latest", lambda folder: (folder, before))
+        patch.setattr("models.checkpoint.latest", lambda folder: (folder, before))
         with pytest.raises(ValueError, match="data cannot change in a resumed run"):
             parse(arguments)
     train(config, checkpoint)
@@ -415,7 +416,7 @@ def test_what_a_preset_of_latents_needs_is_trained_before_it(tmp_path, monkeypat
     short = {"steps": 1, "batch_size": 2, "save_every": 1, "preview": {"count": 1, "steps": 1, "guidance": 1.0}}
     monkeypatch.setattr(digits, "preset", lambda name: merge(load_preset(name), short))
     monkeypatch.setattr(digits, "train_classifier", functools.partial(digits.train_classifier, steps=1))
-    monkeypatch.setitem(digits.AHEAD, name, dataclasses.replace(digits.AHEAD[name], passes=1))
+    monkeypatch.setitem(digits.PREREQUISITES, name, dataclasses.replace(digits.PREREQUISITES[name], passes=1))
     config = digits.DigitsConfig(name, tmp_path, per_class=1, steps=1)
     result = digits.run(config)
     assert {path.parent.name for path in tmp_path.glob("*/step_00000001.pt")} == trained
@@ -440,7 +441,7 @@ def test_recognised_counts_frames():
     clips = torch.zeros(3, 2, 2, 5, 1, dtype=torch.uint8)
     for clip, frame, place in ((0, 0, 1), (0, 1, 1), (1, 0, 9), (1, 1, 3), (2, 0, 0), (2, 1, 4)):
         clips[clip, frame].view(-1)[place] = 255
-    assert digits.recognised(Brightest(), clips, torch.tensor([1, 9, 2])).mean() == pytest.approx(3 / 6)
+    assert digits.recognition_rates(Brightest(), clips, torch.tensor([1, 9, 2])).mean() == pytest.approx(3 / 6)
 
 
 def test_only_a_maker_of_digits_is_judged(tmp_path):
@@ -479,11 +480,16 @@ def test_learning_rate():
     assert learning_rate(merge(config, {"optimizer": {"schedule": "constant"}}), 11) == 1e-2
 
 
-def test_average():
+def test_the_ema_has_less_decay_in_the_first_steps_and_statistics_too():
     for step, decay in ((0, 0.1), (5, 0.4), (10_000, 0.9)):
-        ema = [torch.ones(3)]
-        average(ema, [torch.zeros(3)], 0.9, step)
-        torch.testing.assert_close(ema[0], torch.full((3,), decay))
+        ema, model = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        nn.init.zeros_(model.weight)
+        model.running_var.zero_()
+        model.num_batches_tracked += 7
+        update_ema(ema, model, 0.9, step)
+        for value in (ema.weight, ema.running_var):
+            torch.testing.assert_close(value, torch.full((3,), decay))
+        assert ema.num_batches_tracked == 0
 
 
 def test_compile_trains_the_same(tmp_path, monkeypatch):
@@ -586,7 +592,7 @@ def test_the_command_line_lists_and_chooses(capsys):
 
 def test_large_blocks_are_kept():
     script = (
-        "import resource, torch\nfrom models.allocator import reuse_large_allocations\n"
+        "import resource, torch\nfrom models.runtime.allocator import reuse_large_allocations\n"
         "done = reuse_large_allocations()\nx = torch.zeros(5 << 20)\n"
         "for _ in range(20): x.clone()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
