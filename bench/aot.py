@@ -33,13 +33,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.architectures import ARCHITECTURES, Architecture
-from bench.counters import ALLOCATIONS
 from bench.harness import DTYPES, Problem, tuple_of
 from bench.launches import LAUNCHES
 from bench.record import RESULTS, ROOT
 from bench.traffic import bytes_moved, named
 from minisora_kernels import backends, use_backend
 from minisora_kernels.__main__ import ops
+from minisora_kernels.counters import ALLOCATIONS
 
 RECORD = RESULTS / "aot.json"
 GROWTH = 1.1

@@ -10,10 +10,10 @@ from torch import Tensor
 import minisora_kernels as mk
 from bench.harness import FWD, Problem, Random, cases
 from bench.shapes import GUIDED_STEP, Latents
-from models.diffusion import DDPM, schedule, space_timesteps
-from models.flow import FlowMatching
-from models.integrators import flow_plan
-from models.samplers import diffusion_plan
+from models.objectives.ddpm import DDPM, schedule, space_timesteps
+from models.objectives.flow import FlowMatching
+from models.sampling.plans import diffusion_plan
+from models.sampling.solvers import flow_plan
 
 GUIDANCE, STEPS, STEP = 4.0, 50, 20
 

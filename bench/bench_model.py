@@ -18,10 +18,11 @@ from bench.harness import BOTH, FWD, Problem, Random, cases, on_backend, ours_on
 from bench.shapes import BLOCK, SAMPLING_RUN, SAMPLING_STEP, TRAINING_STEP, Model
 from bench.written import WrittenDiT
 from minisora_kernels import adaln, guided_step
-from models.dit import DiT
-from models.flow import FlowMatching
-from models.integrators import flow_plan
-from models.samplers import Predictor
+from models.denoisers.dit import DiT
+from models.denoisers.layers import Modulation
+from models.objectives.flow import FlowMatching
+from models.sampling.predictor import Predictor
+from models.sampling.solvers import flow_plan
 
 GUIDANCE, STEPS = 4.0, 50
 
@@ -41,7 +42,7 @@ class Blocks(nn.Module):
         modulations.append(self.norm(c).chunk(2, dim=-1))
         y = adaln(x, modulations[0][0], modulations[0][1])
         for block, own, (shift, scale, *_) in zip(self.blocks, modulations, modulations[1:], strict=False):
-            x, y = block(x, y, *own, shift, scale)
+            x, y = block(x, y, Modulation(*own), shift, scale)
         return x, y
 
 

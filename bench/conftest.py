@@ -14,7 +14,7 @@ from bench.clock import ceilings
 from bench.harness import Session
 from bench.report import report
 from minisora_kernels import backends
-from models.allocator import reuse_large_allocations
+from models.runtime.allocator import reuse_large_allocations
 
 # The benches time every kernel, whatever a record says of it.
 backends.VERIFIED = "0"

@@ -42,9 +42,10 @@ import torch
 from torch import Tensor
 
 from bench.clock import Clock
-from bench.counters import Counter, InductorBytes, saved_bytes
+from bench.counters import InductorBytes
 from bench.shapes import on_device
 from minisora_kernels import use_backend
+from minisora_kernels.counters import Counter, saved_bytes
 from minisora_kernels.testing import assert_as_accurate
 
 Call = Callable[[dict[str, Tensor]], Any]

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from models.cascade import SIZES as CASCADE
-from models.dit import SIZES, DiTConfig
+from models.denoisers.cascade_config import SIZES as CASCADE
+from models.denoisers.dit import SIZES, DiTConfig
 
 Triple = tuple[int, int, int]
 

@@ -34,29 +34,26 @@ from torch._inductor import config as inductor_config
 
 from bench import record
 from bench.clock import Clock
-from bench.counters import Counter
 from bench.harness import release_memory, summary
+from minisora_kernels.counters import Counter
 from models import checkpoint as checkpoints
 from models import digits
-from models.allocator import reuse_large_allocations
-from models.config import TrainConfig, from_dict, merge
-from models.latents import Decoder
-from models.sample import choose_backend
-from models.samplers import SOLVERS
-from models.train import RESUMABLE, Stopped, Trainer
+from models.data.encoder import Decoder
+from models.data.open import open_source
+from models.runtime.allocator import reuse_large_allocations
+from models.runtime.device import choose_backend
+from models.runtime.plain import merge
+from models.sampling.sampler import SOLVERS
+from models.training.config import RESUMABLE, TrainConfig, from_dict
+from models.training.presets import JUDGED, training_order
+from models.training.run import Stopped
+from models.training.trainer import Trainer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # The presets of each system in the order of their training; the last makes the frames that are judged.
-SYSTEMS = {
-    "W.A.L.T": ("digits-walt-tokenizer", "digits-walt"),
-    "DiT": ("digits-walt-tokenizer", "digits-dit"),
-    "Latte": ("digits-walt-tokenizer", "digits-latte"),
-    "STDiT": ("digits-walt-tokenizer", "digits-stdit"),
-    "SiT": ("digits-walt-tokenizer", "digits-sit"),
-    "StableCascade with time": ("digits-cascade-a", "digits-cascade-c", "digits-cascade-b"),
-}
+SYSTEMS = {system: training_order(preset) for system, preset in JUDGED.items()}
 BACKENDS = {"ours": "auto", "reference": "reference"}
 COLUMNS = {"eager": "reference", "compile": "reference", "ours": "auto"}
 ROUNDS = 9
@@ -76,13 +73,13 @@ def single_thread() -> None:
 
 def train(preset: str, runs: Path) -> dict[str, Path]:
     """The folders of the two runs of a preset, trained as far as that is still to be done."""
-    if preset in digits.AHEAD:
-        digits.encode(digits.AHEAD[preset], runs)  # before two processes do
+    if preset in digits.PREREQUISITES:
+        digits.encode(digits.PREREQUISITES[preset], runs)  # before two processes do
     with ProcessPoolExecutor(2, get_context("spawn"), single_thread) as pool:
         running = {name: pool.submit(digits.train, preset, runs, backend) for name, backend in BACKENDS.items()}
         folders = {name: run.result().parent for name, run in running.items()}
     for folder in folders.values():
-        refuse_another(digits.configured(preset, runs), folder)
+        refuse_another(digits.config_of(preset, runs), folder)
     return folders
 
 
@@ -192,9 +189,9 @@ def timed(config: TrainConfig) -> dict[str, Any]:
 
 def encoding(preset: str, runs: Path) -> float:
     """Seconds that the autoencoder takes for the clips of one step, which latents made beforehand save."""
-    config = digits.configured(preset, runs)
-    clips = digits.configured(digits.AHEAD[preset].autoencoder, runs).data.open()
-    source = config.data.open()
+    config = digits.config_of(preset, runs)
+    clips = open_source(digits.config_of(digits.PREREQUISITES[preset].autoencoder, runs).data)
+    source = open_source(config.data)
     batch = [clips.clip(i, np.random.default_rng(i))[0] for i in range(config.batch_size)]
     encode = Decoder(source.encoder, torch.device("cpu")).encode
     stacked = torch.from_numpy(np.stack(batch))
@@ -240,18 +237,18 @@ def run(runs: Path, wanted: Sequence[str]) -> Path:
             curves[preset] = {kind: losses(folder) for kind, folder in folders.items()}
             if name not in wanted:
                 continue
-            config = digits.configured(preset, runs)
+            config = digits.config_of(preset, runs)
             found["presets"][preset] = {
                 **own,
                 "steps": config.steps,
                 "loss": compared(**curves[preset]),
                 **timed(config),
             }
-            if preset in digits.AHEAD:
+            if preset in digits.PREREQUISITES:
                 found["presets"][preset]["encoding"] = encoding(preset, runs)
         if name not in wanted:
             continue
-        objective = digits.configured(presets[-1], runs).objective
+        objective = digits.config_of(presets[-1], runs).objective
         judged = digits.run(digits.DigitsConfig(presets[-1], runs))
         shutil.copy(runs / presets[-1] / "digits.png", path.with_name(f"systems-{presets[-1]}.png"))
         sampler = SOLVERS[objective.name][0]

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from models.dit import DiT, LabelEmbedder, TimestepEmbedder
+from models.denoisers.dit import DiT
+from models.denoisers.layers import LabelEmbedder, TimestepEmbedder
+from models.protocols import Denoiser
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ class Embedder(nn.Module):
         return rearrange(self.proj(x), "b d t h w -> b (t h w) d")
 
 
-class WrittenDiT(nn.Module):
+class WrittenDiT(Denoiser):
     """Takes the parameters of ``model``, a factorized, class-conditional DiT with a MLP of four times its width."""
 
     def __init__(self, model: DiT) -> None:
@@ -87,7 +89,7 @@ class WrittenDiT(nn.Module):
         self.config, self.null_class, self.out_channels = config, model.null_class, model.out_channels
         self.x_embedder = Embedder(config.channels, config.width, config.patch)
         self.t_embedder = TimestepEmbedder(config.width)
-        self.y_embedder = LabelEmbedder(config)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.width, config.class_dropout)
         self.pos_embed = nn.Parameter(torch.empty_like(model.pos_embed), requires_grad=False)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         patch_elements = model.final_layer.linear.out_features

@@ -11,18 +11,21 @@ import logging
 import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .registry import build, config_from
+from .runtime.files import sync_folder
 
 FORMAT = 2
-MAGIC = "minisora checkpoint"
 
+
+MAGIC = "minisora checkpoint"
 _log = logging.getLogger(__name__)
 
 
@@ -37,8 +40,8 @@ class Checkpoint:
     ``train`` and ``config`` are the run's and the model's configuration as JSON-able dictionaries, ``classes`` the
     class names, ``ema`` the averaged weights, ``rng`` the states of the random generators by name, ``memory`` what the
     objective's loss remembers. ``encoder`` says what made the latents that the model was trained on (see
-    ``latents.py``); None for pixels. ``text_encoder`` says what encoded the captions (see ``text.py``); None without
-    text. ``data_digest`` is that of the source (see ``data.py``); None for one that is not made of files.
+    ``data/encoder.py``); None for pixels. ``text_encoder`` says what encoded the captions (``data/text.py``); None
+    without text. ``data_digest`` is of the source (see ``data/source.py``); None for one that is not made of files.
     ``served`` says by op and regime which backend the automatic choice took.
     """
 
@@ -50,14 +53,14 @@ class Checkpoint:
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]
     rng: dict[str, Tensor]
-    encoder: dict[str, Any] | None = None
+    encoder: Mapping[str, Any] | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     text_encoder: dict[str, Any] | None = None
     data_digest: str | None = None
     served: dict[str, str] = field(default_factory=dict)
 
-    def build(self, *, ema: bool = True) -> nn.Module:
-        """The model with the averaged (or else the last) weights.
+    def build(self, *, ema: bool = True) -> Any:
+        """The model, a subclass of :class:`models.protocols.Model`, with the averaged (or else the last) weights.
 
         Raises:
             ValueError: weights that do not belong to the stored configuration.
@@ -112,17 +115,6 @@ def _write(content: dict[str, Any], file: BinaryIO) -> None:
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush the names in the folder to the disk, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def load(path: str | Path) -> Checkpoint:
     """Read a checkpoint, into the CPU's memory, without executing anything in it.
 
@@ -173,3 +165,8 @@ def latest(folder: str | Path) -> tuple[Path, Checkpoint]:
         except NotACheckpoint as reason:
             _log.warning("skipped: %s", reason)
     raise NotACheckpoint(f"{folder} holds no whole checkpoint (step_*.pt)")
+
+
+def open_checkpoint(path: Path) -> tuple[Path, Checkpoint]:
+    """A checkpoint file, or the newest one of a run's folder."""
+    return latest(path) if path.is_dir() else (path, load(path))

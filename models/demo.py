@@ -17,10 +17,11 @@ from pathlib import Path
 import tyro
 
 from . import sample
-from .allocator import reuse_large_allocations
-from .config import PRESETS, merge
-from .demo_page import write_page
-from .train import Stopped, train_or_continue
+from .data.page import write_page
+from .runtime.allocator import reuse_large_allocations
+from .runtime.plain import merge
+from .training.presets import PRESETS
+from .training.run import Stopped, train_or_continue
 
 LEARNED = "The model has learned clips of a few films by heart. These are new renderings of them, from noise."
 
@@ -56,7 +57,7 @@ def go_on(run: Path) -> list[tuple[str, str]]:
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     reuse_large_allocations()
-    config = tyro.cli(DemoConfig, prog="python -m models.demo", description=__doc__, args=arguments)
+    config = tyro.cli(DemoConfig, prog=f"python -m {__package__}.demo", description=__doc__, args=arguments)
     try:
         path = train_or_continue(merge(PRESETS["demo"], {"run": config.run}))
         files = {file.suffix: file for file in sample.run(sample.SampleConfig(path, count=6, steps=30, overwrite=True))}

@@ -1,8 +1,8 @@
 """``python -m models.digits``: train on moving digits, then count the generated frames that show the digit asked for.
 
-What makes latents needs more than one training, which :data:`AHEAD` lists: that of the autoencoder, and stage B of
-StableCascade that of stage C too, whose small clips it makes large. They are trained first, and samples go all the way:
-small clips, latents, frames.
+Presets of latents need other presets to be trained before them (:data:`models.training.presets.PREREQUISITES`): the
+autoencoder, and for stage B of StableCascade also stage C, whose small clips it makes large. These are trained first,
+and samples go all the way: small clips, latents, frames.
 
 A small convolutional network learns the ten digits from real frames. Its accuracy on frames of handwritten digits that
 neither it nor the diffusion model has seen says how far to trust its count on the generated ones. A digit moves by one
@@ -26,33 +26,21 @@ from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
 from . import measure, precompute
-from .allocator import reuse_large_allocations
 from .checkpoint import Checkpoint
-from .config import TrainConfig, from_dict, merge, preset
-from .data import LATENT_INDEX, Batches, MovingDigits, to_float
-from .latents import Decoder
-from .sample import choose_device, contact_sheet, progress_bar, sample_clips, write_png
-from .train import Stopped, train_or_continue
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """What is made before a preset of latents can be trained."""
-
-    autoencoder: str
-    """The preset whose latents they are."""
-    small: str | None = None
-    """The preset that makes the small clips under whose condition the latents are made."""
-    passes: int = 4
-    """Of ``models.precompute`` over the digits, each with places and directions of its own."""
-
-
-AHEAD = {
-    **dict.fromkeys(
-        ("digits-dit", "digits-latte", "digits-stdit", "digits-sit", "digits-walt"), Ahead("digits-walt-tokenizer")
-    ),
-    "digits-cascade-b": Ahead("digits-cascade-a", small="digits-cascade-c"),
-}
+from .data.batches import Batches
+from .data.encoder import Decoder
+from .data.latents import LATENT_INDEX
+from .data.media import contact_sheet, write_png
+from .data.moving_digits import MovingDigits
+from .data.pixels import to_float
+from .runtime.allocator import reuse_large_allocations
+from .runtime.device import choose_device
+from .runtime.plain import merge
+from .runtime.progress import progress_bar
+from .sampling.clips import ClipRequest, sample_clips
+from .training.config import TrainConfig, from_dict
+from .training.presets import PREREQUISITES, Prerequisite, preset
+from .training.run import Stopped, train_or_continue
 
 
 @dataclass(frozen=True)
@@ -60,7 +48,7 @@ class DigitsConfig:
     """Where, and how many clips to judge."""
 
     preset: str = "digits"
-    """What to train, on digits; see models.config."""
+    """What to train, on digits; see models.training.presets."""
     runs: Path = Path("runs")
     """Folder of the runs, each named after its preset; one that is there is continued, or only judged if its training
     is complete."""
@@ -113,7 +101,7 @@ def train_classifier(size: tuple[int, int], steps: int = 600, batch_size: int = 
 
 
 @torch.no_grad()
-def recognised(classifier: Classifier, clips: Tensor, labels: Tensor) -> Tensor:
+def recognition_rates(classifier: Classifier, clips: Tensor, labels: Tensor) -> Tensor:
     """Share of each clip's frames, uint8 ``clips [N, T, H, W, 1]``, that are classified as its label: ``[N]``."""
     frames = to_float(clips).flatten(0, 1).permute(0, 3, 1, 2)
     predicted = torch.cat([classifier(part).argmax(1) for part in frames.split(512)])
@@ -140,16 +128,16 @@ def held_out_clips(frames: int, size: tuple[int, int], seed: int = 0) -> tuple[T
     return clips.permute(0, 2, 3, 4, 1), torch.tensor([label for _, label in pairs])
 
 
-def configured(name: str, runs: Path, backend: str = "auto") -> TrainConfig:
+def config_of(name: str, runs: Path, backend: str = "auto") -> TrainConfig:
     """A preset whose run lies in ``runs``, beside what it needs; a ``backend`` that was asked for is in its name."""
     changes: dict[str, Any] = {"run": str(runs / (name if backend == "auto" else f"{name}-{backend}"))}
-    if name in AHEAD:
-        changes["data"] = {"source": str(latents_of(AHEAD[name], runs))}
+    if name in PREREQUISITES:
+        changes["data"] = {"source": str(latents_of(PREREQUISITES[name], runs))}
     return merge(preset(name), changes | {"backend": backend})
 
 
-def latents_of(ahead: Ahead, runs: Path) -> Path:
-    return runs / f"{ahead.autoencoder}-latents"
+def latents_of(needed: Prerequisite, runs: Path) -> Path:
+    return runs / f"{needed.autoencoder}-latents"
 
 
 def train(name: str, runs: Path, backend: str = "auto") -> Path:
@@ -157,20 +145,21 @@ def train(name: str, runs: Path, backend: str = "auto") -> Path:
 
     What it needs before is trained on the automatic backend, whatever ``backend`` is.
     """
-    if name in AHEAD:
-        encode(AHEAD[name], runs)
-    if name in AHEAD and AHEAD[name].small is not None:
-        train(AHEAD[name].small, runs)
-    return train_or_continue(configured(name, runs, backend))
+    if name in PREREQUISITES:
+        encode(PREREQUISITES[name], runs)
+    small = PREREQUISITES[name].small if name in PREREQUISITES else None
+    if small is not None:
+        train(small, runs)
+    return train_or_continue(config_of(name, runs, backend))
 
 
-def encode(ahead: Ahead, runs: Path) -> None:
+def encode(needed: Prerequisite, runs: Path) -> None:
     """Train the autoencoder and make its latents, if they are not there."""
-    folder = latents_of(ahead, runs)
-    path = train(ahead.autoencoder, runs)
+    folder = latents_of(needed, runs)
+    path = train(needed.autoencoder, runs)
     if (folder / LATENT_INDEX).is_file():
         return
-    trained = preset(ahead.autoencoder)
+    trained = preset(needed.autoencoder)
     if trained.model.name == "tokenizer":
         measure.run(measure.MeasureConfig(path))
     precompute.run(
@@ -178,9 +167,9 @@ def encode(ahead: Ahead, runs: Path) -> None:
             out=folder,
             encoder=str(path),
             data=trained.data,
-            passes=ahead.passes,
+            passes=needed.passes,
             normalize=trained.model.name != "tokenizer",  # whose latents are of unit scale once they are measured
-            low=0 if ahead.small is None else preset(ahead.small).data.reduce,
+            low=0 if needed.small is None else preset(needed.small).data.reduce,
         )
     )
 
@@ -194,22 +183,24 @@ def generate(config: DigitsConfig, checkpoint: Checkpoint, labels: Tensor, low: 
     return sample_clips(
         checkpoint.build().to(device),
         trained.objective,
-        len(labels),
-        labels,
-        steps=config.steps,
-        guidance=config.guidance,
-        seed=config.seed + (low is not None),  # another stage, other noise
-        batch_size=50,
-        progress=True,
-        decode=None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device),
-        low=low,
+        ClipRequest(
+            count=len(labels),
+            y=labels,
+            steps=config.steps,
+            guidance=config.guidance,
+            seed=config.seed + (low is not None),  # another stage, other noise
+            batch_size=50,
+            progress=True,
+            decode=None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device),
+            low=low,
+        ),
     )
 
 
 def judge(config: DigitsConfig, path: Path) -> dict[str, Any]:
     """Sample from the checkpoint, judge the frames, and write ``digits.json`` and ``digits.png`` beside it."""
     labels = torch.arange(10 * config.per_class) % 10
-    small, low = AHEAD[config.preset].small if config.preset in AHEAD else None, None
+    small, low = PREREQUISITES[config.preset].small if config.preset in PREREQUISITES else None, None
     if small is not None:
         clips = generate(config, checkpoints.latest(config.runs / small)[1], labels)
         low = to_float(clips).permute(0, 4, 1, 2, 3)
@@ -218,11 +209,11 @@ def judge(config: DigitsConfig, path: Path) -> dict[str, Any]:
     frames, height, width = clips.shape[1:4]
     classifier = train_classifier((height, width))
     real, real_labels = held_out_clips(frames, (height, width))
-    shares = recognised(classifier, clips, labels)
+    shares = recognition_rates(classifier, clips, labels)
     result = {
         "step": checkpoint.step,
         "real_frames": real.shape[0] * real.shape[1],
-        "real_recognised": recognised(classifier, real, real_labels).mean().item(),
+        "real_recognised": recognition_rates(classifier, real, real_labels).mean().item(),
         "real_moves": moves(real),
         "generated_frames": clips.shape[0] * clips.shape[1],
         "generated_recognised": shares.mean().item(),
@@ -239,8 +230,8 @@ def run(config: DigitsConfig) -> dict[str, Any]:
     chosen, folder = preset(config.preset), config.runs / config.preset
     if config.per_class < 1:
         raise ValueError(f"per_class is {config.per_class}; it must be at least 1")
-    digits = chosen.data.source == "digits" and chosen.data.reduce == 1 and not getattr(chosen.model, "autoencoder", 0)
-    if not digits and config.preset not in AHEAD:
+    digits = chosen.data.source == "digits" and chosen.data.reduce == 1 and not chosen.model.autoencoder
+    if not digits and config.preset not in PREREQUISITES:
         raise ValueError(f"preset is {config.preset!r}; it must be a model that makes digits")
     result = judge(config, train(config.preset, config.runs))
     print(
@@ -256,7 +247,7 @@ def run(config: DigitsConfig) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     reuse_large_allocations()
-    config = tyro.cli(DigitsConfig, prog="python -m models.digits", description=__doc__, args=arguments)
+    config = tyro.cli(DigitsConfig, prog=f"python -m {__package__}.digits", description=__doc__, args=arguments)
     try:
         run(config)
     except Stopped as stopped:

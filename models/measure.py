@@ -21,11 +21,19 @@ import tyro
 from torch import Tensor
 
 from . import checkpoint as checkpoints
-from .config import DataConfig, from_dict
-from .data import Batches, MovingDigits, Reduced, Source, to_bytes
-from .reconstruction import Reconstruction, psnr
-from .sample import choose_device, contact_sheet, open_checkpoint, write_png
-from .tokenizer import CausalTokenizer, measure_latents
+from .autoencoders.tokenizer import CausalTokenizer, measure_latents
+from .checkpoint import open_checkpoint
+from .data.batches import Batches
+from .data.config import DataConfig
+from .data.media import contact_sheet, write_png
+from .data.moving_digits import MovingDigits
+from .data.open import open_source
+from .data.pixels import to_bytes
+from .data.source import Source
+from .data.wrappers import ReducedClips
+from .objectives.reconstruction import Reconstruction, psnr
+from .runtime.device import choose_device
+from .training.config import from_dict
 
 
 @dataclass(frozen=True)
@@ -49,11 +57,11 @@ def _clips(source: Source, config: MeasureConfig, device: torch.device) -> list[
 
 def _sources(data: DataConfig) -> tuple[Source, Source]:
     """Training clips, and those to judge on."""
-    source = data.open()
+    source = open_source(data)
     if data.source != "digits":
         return source, source
     judged: Source = MovingDigits(frames=data.frames, size=data.size, stride=data.stride, held_out=True)
-    return source, judged if data.reduce == 1 else Reduced(judged, data.reduce)
+    return source, judged if data.reduce == 1 else ReducedClips(judged, data.reduce)
 
 
 @torch.no_grad()
@@ -92,7 +100,7 @@ def run(config: MeasureConfig) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
-    config = tyro.cli(MeasureConfig, prog="python -m models.measure", description=__doc__, args=arguments)
+    config = tyro.cli(MeasureConfig, prog=f"python -m {__package__}.measure", description=__doc__, args=arguments)
     try:
         result = run(config)
     except (ValueError, OSError) as error:

@@ -4,9 +4,9 @@
 
 Nothing is allocated: the model runs on fake tensors, which have shapes but no memory, forward and backward, while
 every tensor that an op makes is counted from its birth to its death. So activations are those that this code keeps,
-with its kernels, autocast and checkpointing, not a formula; tests/test_plan.py holds them against a real step.
+with its kernels, autocast and checkpointing, not a formula; tests/models/test_plan.py holds them against a real step.
 
-    training = weights + gradients + optimizer (two moments) + average, fp32, over the GPUs if sharded, + activations
+    training = weights + gradients + optimizer (two moments) + EMA, fp32, over the GPUs if sharded, + activations
     sampling = weights + activations of one guided step
     seconds  = FLOPs / (peak FLOP/s * utilization) + bytes moved by the ops / peak bytes/s
 
@@ -26,14 +26,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.counters import Counter
 from minisora_kernels import use_backend
+from minisora_kernels.counters import Counter
 
+from .protocols import Model
 from .registry import SYSTEMS, build, configure
 
 
@@ -74,7 +74,7 @@ class PlanConfig:
     """Clips of a GPU."""
     gpus: int = 1
     sharding: Literal["none", "zero2", "fsdp"] = "none"
-    """Over the GPUs: 'zero2' shards gradients, optimizer and average, 'fsdp' the weights too. On paper only, for
+    """Over the GPUs: 'zero2' shards gradients, optimizer and EMA, 'fsdp' the weights too. On paper only, for
     models.train runs on one GPU."""
     backend: Literal["reference", "kernels"] = "reference"
     """Plain PyTorch, as a CUDA device runs by itself until the kernels have been run on one, or our kernels."""
@@ -139,7 +139,7 @@ def available(config: PlanConfig) -> float:
     return GPUS[config.gpu].memory * (1 - config.reserve)
 
 
-def _model(config: PlanConfig) -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _model(config: PlanConfig) -> tuple[Model, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     time, space = config.compression
     if any(side % space for side in config.size):
         raise ValueError(f"size is {config.size}; it must be a multiple of compression {space}")
@@ -161,7 +161,8 @@ def _run(config: PlanConfig, *, training: bool, backend: str) -> tuple[list[int]
         model.train(training)
         model.checkpointing = config.checkpointing
         if not training:
-            x, t, y = (None if tensor is None else torch.cat((tensor, tensor)) for tensor in (x, t, y))
+            x, t = torch.cat((x, x)), torch.cat((t, t))
+            y = None if y is None else torch.cat((y, y))
         for parameter in model.parameters():
             if parameter.requires_grad:  # gradients are counted by themselves
                 parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
@@ -184,7 +185,7 @@ def needs(config: PlanConfig, *, training: bool) -> Needs:
     for name in ("frames", "batch_size", "gpus", "steps", "channels"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    if getattr(SYSTEMS[config.model].settings, "autoencoder", False):
+    if SYSTEMS[config.model].settings.autoencoder:
         raise ValueError(f"model is {config.model!r}, an autoencoder; it must be a model that denoises")
     for name, low, high in (("utilization", 0.01, 1.0), ("reserve", 0.0, 0.9)):
         if not low <= getattr(config, name) <= high:
@@ -203,15 +204,16 @@ def needs(config: PlanConfig, *, training: bool) -> Needs:
         "weights": weights / (config.gpus if config.sharding == "fsdp" else 1),
         "gradients": trained / sharded,
         "optimizer": 2 * trained / sharded,
-        "average": weights / sharded,
+        "ema": weights / sharded,
         "activations": activations,
     }
     return Needs(memory, flops, moved)
 
 
-def seconds(found: Needs, config: PlanConfig) -> float:
+def seconds(need: Needs, config: PlanConfig) -> float:
+    """Seconds that the FLOPs and the bytes take at the peaks of the GPU."""
     gpu = GPUS[config.gpu]
-    return found.flops / (gpu.flops * config.utilization) + found.moved / gpu.bandwidth
+    return need.flops / (gpu.flops * config.utilization) + need.moved / gpu.bandwidth
 
 
 def report(config: PlanConfig) -> str:
@@ -224,18 +226,18 @@ def report(config: PlanConfig) -> str:
         f"({gpu.source}); assumed: {config.utilization:.0%} of the FLOP/s, {config.reserve:.0%} of the memory reserved",
     ]
     for training in (True, False):
-        found = needs(config, training=training)
-        parts = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in found.memory.items())
-        fits = "fits" if found.total <= available(config) else "does NOT fit"
-        step = seconds(found, config)
+        need = needs(config, training=training)
+        parts = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in need.memory.items())
+        fits = "fits" if need.total <= available(config) else "does NOT fit"
+        step = seconds(need, config)
         lines.append(
-            f"{'training' if training else 'sampling'}: {found.total / 1e9:.2f} GB a GPU ({parts}) {fits} in "
+            f"{'training' if training else 'sampling'}: {need.total / 1e9:.2f} GB a GPU ({parts}) {fits} in "
             f"{available(config) / 1e9:.1f} GB"
         )
         if training:
             clips = config.batch_size * config.gpus / step
             lines.append(
-                f"  {found.flops / 1e12:.1f} TFLOP and {found.moved / 1e9:.0f} GB moved a step: {step:.2f} s, "
+                f"  {need.flops / 1e12:.1f} TFLOP and {need.moved / 1e9:.0f} GB moved a step: {step:.2f} s, "
                 f"{clips:.2f} clips/s"
             )
         else:
@@ -244,7 +246,7 @@ def report(config: PlanConfig) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = tyro.cli(PlanConfig, prog="python -m models.plan", description=__doc__, args=arguments)
+    config = tyro.cli(PlanConfig, prog=f"python -m {__package__}.plan", description=__doc__, args=arguments)
     try:
         print(report(config))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""``python -m models.precompute``: encode clips once, for training on latents (see ``latents.py``).
+"""``python -m models.precompute``: encode clips once, for training on latents (see ``data/latents.py``).
 
     python -m models.precompute --data.source videos --encoder runs/tokenizer --out latents
     python -m models.train --data.source latents --model.patch 1 2 2
@@ -18,29 +18,34 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import tyro
 from torch import Tensor
 
-from .allocator import reuse_large_allocations
-from .config import DataConfig, as_plain
-from .data import LATENT_INDEX, LATENT_PROGRESS, Source, bucket_seed, digest_of, shrink, to_float
-from .latents import (
+from .data.batches import bucket_seed
+from .data.config import DataConfig
+from .data.encoder import Encoder, identify, open_encoder
+from .data.files import digest_of
+from .data.latents import (
     DTYPES,
-    Encoder,
-    LatentClips,
+    LATENT_INDEX,
+    LATENT_PROGRESS,
     check_shard,
-    identify,
-    open_encoder,
     read_index,
     read_json,
     write_json,
     write_shard,
 )
-from .sample import choose_backend, choose_device, progress_bar
+from .data.open import open_source
+from .data.pixels import shrink, to_float
+from .data.source import Shape, Source
+from .runtime.allocator import reuse_large_allocations
+from .runtime.device import choose_backend, choose_device
+from .runtime.plain import as_plain
+from .runtime.progress import progress_bar
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +92,7 @@ class PrecomputeConfig:
             raise ValueError(f"data.images is {self.data.images}; training draws them, so it must be 0 here")
 
 
-def made_from(config: PrecomputeConfig, source: Source, encoder: dict[str, Any]) -> dict[str, Any]:
+def recipe_of(config: PrecomputeConfig, source: Source, encoder: dict[str, Any]) -> dict[str, Any]:
     """All that the latents depend on, as JSON returns it."""
     data = as_plain(config.data)
     for name in ("cache_megabytes", "images"):
@@ -97,12 +102,12 @@ def made_from(config: PrecomputeConfig, source: Source, encoder: dict[str, Any])
         "encoder": {key: encoder[key] for key in ("kind", "sha256")},  # the same one may be found elsewhere
         "data": data,
         "items": len(source),
-        "files": digest_of(getattr(source, "items", ())),
+        "files": digest_of(source.items),
         **{name: getattr(config, name) for name in names},
     }
 
 
-def shards_there(folder: Path, made: dict[str, Any]) -> list[dict[str, Any]]:
+def whole_shards(folder: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries of the shards that an interrupted run left whole, up to the first that is not.
 
     Raises:
@@ -116,7 +121,7 @@ def shards_there(folder: Path, made: dict[str, Any]) -> list[dict[str, Any]]:
             raise ValueError(f"{folder} holds other files, {sorted(foreign)[0]} for one; choose another --out")
         return []
     values = read_json(progress)
-    refuse_others(folder, values["made"], made)
+    refuse_other_recipe(folder, values["made"], recipe)
     whole = []
     for entry in values["shards"]:
         try:
@@ -128,11 +133,12 @@ def shards_there(folder: Path, made: dict[str, Any]) -> list[dict[str, Any]]:
     return whole
 
 
-def refuse_others(folder: Path, there: dict[str, Any], made: dict[str, Any]) -> None:
-    # A folder of before an option was there has its default.
-    there = {"low": 0, **there, "data": {**as_plain(DataConfig()), **there["data"]}}
-    changed = [key for key in made if key != "data" and there.get(key) != made[key]]
-    changed += [f"data.{key}" for key in made["data"] if there["data"][key] != made["data"][key]]
+def refuse_other_recipe(folder: Path, written: dict[str, Any], recipe: dict[str, Any]) -> None:
+    """Raises ValueError if the latents in the folder depend on other options."""
+    # Older folders lack newer options; those have their defaults.
+    written = {"low": 0, **written, "data": {**as_plain(DataConfig()), **written["data"]}}
+    changed = [key for key in recipe if key != "data" and written.get(key) != recipe[key]]
+    changed += [f"data.{key}" for key in recipe["data"] if written["data"][key] != recipe["data"][key]]
     if changed:
         raise ValueError(f"{folder} holds latents of other options: {', '.join(changed)} differ; choose another --out")
 
@@ -165,6 +171,41 @@ def encode_clips(
     return torch.cat(latents), torch.tensor(labels), torch.cat(low) if low else None
 
 
+def low_shape(config: PrecomputeConfig, source: Source) -> Shape | None:
+    """The shape of the small clips; None for none.
+
+    Raises:
+        ValueError: a factor that does not divide the clips.
+    """
+    if not config.low:
+        return None
+    channels, frames, height, width = source.shape
+    if height % config.low or width % config.low:
+        raise ValueError(f"low is {config.low}; it must divide the clips' height and width {(height, width)}")
+    return channels, frames, height // config.low, width // config.low
+
+
+class Part(NamedTuple):
+    """A bucket of the source, or all of it: its clips, their number over all passes, and the shape of the latents."""
+
+    source: Source
+    seed: int
+    clips: int
+    shape: Shape
+
+
+def parts_of(config: PrecomputeConfig, source: Source, encoder: Encoder) -> list[Part]:
+    """The source, or its buckets."""
+    parts = source.split(config.data.buckets) if config.data.buckets else [source]
+    seeds = [config.seed]
+    if config.data.buckets:
+        seeds = [bucket_seed(config.seed, number) for number in range(len(parts))]
+    return [
+        Part(part, seed, config.passes * len(part), encoder.shape(part.shape))
+        for part, seed in zip(parts, seeds, strict=True)
+    ]
+
+
 def run(config: PrecomputeConfig) -> Path:
     """Encode as configured; returns the index.
 
@@ -173,75 +214,85 @@ def run(config: PrecomputeConfig) -> Path:
         OSError: a file that could not be written.
     """
     data, folder = config.data, config.out
-    source = data.open()
-    if isinstance(source, LatentClips):
+    source = open_source(data)
+    if source.encoder is not None:
         raise ValueError(f"data source {data.source!r} holds latents already")
-    low_shape = None
-    if config.low:
-        channels, frames, height, width = source.shape
-        if height % config.low or width % config.low:
-            raise ValueError(f"low is {config.low}; it must divide the clips' height and width {(height, width)}")
-        low_shape = channels, frames, height // config.low, width // config.low
+    small = low_shape(config, source)
     record = identify(config.encoder)
-    made = made_from(config, source, record)
+    recipe = recipe_of(config, source, record)
     path = folder / LATENT_INDEX
     if path.is_file():
-        refuse_others(folder, read_index(folder)["made"], made)
+        refuse_other_recipe(folder, read_index(folder)["made"], recipe)
         (folder / LATENT_PROGRESS).unlink(missing_ok=True)
         print(f"{folder} is complete")
         return path
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out is {str(folder)!r}, which is a file; it must be a folder")
-    shards = shards_there(folder, made)
+    shards = whole_shards(folder, recipe)
     with choose_backend(config.backend):
         encoder = open_encoder(record, choose_device(config.device))
         shape = encoder.shape(source.shape)
-        parts, seeds, shapes = [source], [config.seed], [shape]
-        if data.buckets:
-            parts = source.split(data.buckets)
-            seeds = [bucket_seed(config.seed, number) for number in range(len(parts))]
-            shapes = [encoder.shape(part.shape) for part in parts]
-        counts = [config.passes * len(part) for part in parts]
-        starts = [(i, start) for i, count in enumerate(counts) for start in range(0, count, config.shard_clips)]
-        folder.mkdir(parents=True, exist_ok=True)
-        with progress_bar(total=sum(counts), desc=folder.name, unit="clip") as bar:
-            bar.update(sum(entry["count"] for entry in shards))
-            for number in range(len(shards), len(starts)):
-                i, start = starts[number]
-                stop = min(start + config.shard_clips, counts[i])
-                latents, labels, low = encode_clips(parts[i], encoder, start, stop, seeds[i], config)
-                exact = latents.double()
-                sums = {"sum": exact.sum((0, 2, 3, 4)).tolist(), "squares": exact.square().sum((0, 2, 3, 4)).tolist()}
-                shards.append(write_shard(folder, number, latents, labels, low) | sums)
-                write_json(folder / LATENT_PROGRESS, {"made": made, "shards": shards})
-                bar.update(len(latents))
-    mean, std = moments(shards, sum(count * math.prod(cells[1:]) for count, cells in zip(counts, shapes, strict=True)))
+        parts = parts_of(config, source, encoder)
+        write_shards(config, encoder, parts, recipe, shards)
+    mean, std = moments(shards, sum(part.clips * math.prod(part.shape[1:]) for part in parts))
     if config.normalize and min(std) == 0:
         raise ValueError(f"channel {std.index(0)} of the latents is constant; normalize cannot divide by its deviation")
-    buckets = []
-    for i, part in enumerate(parts):
-        names = [entry["name"] for entry, (bucket, _) in zip(shards, starts, strict=True) if bucket == i]
-        buckets.append({"pixels": part.shape, "shape": shapes[i], "shards": names})
-    write_json(
-        path,
-        {
-            "encoder": record,
-            "made": made,
-            "pixels": source.shape,
-            "shape": shape,
-            "low": low_shape and {"factor": config.low, "shape": low_shape},
-            "buckets": buckets if data.buckets else [],
-            "classes": source.classes,
-            "captions": getattr(source, "captions", ()),
-            "mean": mean,
-            "std": std,
-            "shards": [{key: entry[key] for key in ("name", "count", "bytes", "sha256")} for entry in shards],
-        },
-    )
+    index = {
+        "encoder": record,
+        "made": recipe,
+        "pixels": source.shape,
+        "shape": shape,
+        "low": small and {"factor": config.low, "shape": small},
+        "buckets": bucket_entries(config, parts, shards) if data.buckets else [],
+        "classes": source.classes,
+        "captions": source.captions,
+        "mean": mean,
+        "std": std,
+        "shards": [{key: entry[key] for key in ("name", "count", "bytes", "sha256")} for entry in shards],
+    }
+    write_json(path, index)
     (folder / LATENT_PROGRESS).unlink()
     for leftover in folder.glob("*.tmp"):
         leftover.unlink()
     return path
+
+
+def shard_starts(config: PrecomputeConfig, parts: list[Part]) -> list[tuple[int, int]]:
+    """Of each shard the number of its part, and its first clip there."""
+    return [(i, start) for i, part in enumerate(parts) for start in range(0, part.clips, config.shard_clips)]
+
+
+def write_shards(
+    config: PrecomputeConfig, encoder: Encoder, parts: list[Part], recipe: dict[str, Any], shards: list[dict[str, Any]]
+) -> None:
+    """Write the shards after those in ``shards``, and enter each there and in the list of the folder."""
+    folder, starts = config.out, shard_starts(config, parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    with progress_bar(total=sum(part.clips for part in parts), desc=folder.name, unit="clip") as bar:
+        bar.update(sum(entry["count"] for entry in shards))
+        for number in range(len(shards), len(starts)):
+            i, start = starts[number]
+            part = parts[i]
+            stop = min(start + config.shard_clips, part.clips)
+            latents, labels, low = encode_clips(part.source, encoder, start, stop, part.seed, config)
+            exact = latents.double()
+            sums = {"sum": exact.sum((0, 2, 3, 4)).tolist(), "squares": exact.square().sum((0, 2, 3, 4)).tolist()}
+            shards.append(write_shard(folder, number, latents, labels, low) | sums)
+            write_json(folder / LATENT_PROGRESS, {"made": recipe, "shards": shards})
+            bar.update(len(latents))
+
+
+def bucket_entries(config: PrecomputeConfig, parts: list[Part], shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The buckets' entries in the index."""
+    starts = shard_starts(config, parts)
+    return [
+        {
+            "pixels": part.source.shape,
+            "shape": part.shape,
+            "shards": [entry["name"] for entry, (bucket, _) in zip(shards, starts, strict=True) if bucket == i],
+        }
+        for i, part in enumerate(parts)
+    ]
 
 
 def moments(shards: list[dict[str, Any]], cells: int) -> tuple[list[float], list[float]]:
@@ -255,7 +306,9 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     reuse_large_allocations()
     try:
-        config = tyro.cli(PrecomputeConfig, prog="python -m models.precompute", description=__doc__, args=arguments)
+        config = tyro.cli(
+            PrecomputeConfig, prog=f"python -m {__package__}.precompute", description=__doc__, args=arguments
+        )
         path = run(config)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

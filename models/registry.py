@@ -3,83 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
-
-from . import cascade
-from .cascade import Cascade, CascadeConfig, CascadeSettings
-from .diffusion import DDPM
-from .dit import SIZES, DiT, DiTConfig, DiTSettings
-from .flow import FlowMatching
-from .logsnr import LogSNR
-from .reconstruction import Reconstruction
-from .stdit import STDiT, STDiTConfig, STDiTSettings
-from .tokenizer import CausalTokenizer, TokenizerConfig, TokenizerSettings
-from .vqgan import VQGAN, VQGANConfig, VQGANSettings
-from .walt import WALT, WALTConfig, WALTSettings
+from .autoencoders import tokenizer, vqgan
+from .autoencoders.tokenizer import CausalTokenizer, TokenizerConfig, TokenizerSettings
+from .autoencoders.vqgan import VQGAN, VQGANConfig, VQGANSettings
+from .denoisers import cascade, dit, stdit, walt
+from .denoisers.cascade import Cascade
+from .denoisers.cascade_config import CascadeConfig, CascadeSettings
+from .denoisers.dit import DiT, DiTConfig, DiTSettings
+from .denoisers.stdit import STDiT, STDiTConfig, STDiTSettings
+from .denoisers.walt import WALT
+from .denoisers.walt_config import WALTConfig, WALTSettings
+from .objectives.ddpm import DDPM
+from .objectives.flow import FlowMatching
+from .objectives.logsnr import LogSNR
+from .objectives.reconstruction import Reconstruction
+from .protocols import Model, System
 
 Settings = DiTSettings | STDiTSettings | WALTSettings | CascadeSettings | TokenizerSettings | VQGANSettings
 Config = DiTConfig | STDiTConfig | WALTConfig | CascadeConfig | TokenizerConfig | VQGANConfig
-Objective = FlowMatching | DDPM | LogSNR | Reconstruction
+NoiseObjective = FlowMatching | DDPM | LogSNR
+Objective = NoiseObjective | Reconstruction
 
 
 class Family(NamedTuple):
-    """The settings of a kind of model, all that it is built from, and the model."""
+    """The settings of a kind of model, all that it is built from, the model, and its named systems."""
 
     settings: type[Settings]
     config: type[Config]
-    model: type[nn.Module]
+    model: type[Model]
+    systems: Mapping[str, System]
 
 
 FAMILIES = {
-    DiTSettings.name: Family(DiTSettings, DiTConfig, DiT),
-    STDiTSettings.name: Family(STDiTSettings, STDiTConfig, STDiT),
-    WALTSettings.name: Family(WALTSettings, WALTConfig, WALT),
-    CascadeSettings.name: Family(CascadeSettings, CascadeConfig, Cascade),
-    TokenizerSettings.name: Family(TokenizerSettings, TokenizerConfig, CausalTokenizer),
-    VQGANSettings.name: Family(VQGANSettings, VQGANConfig, VQGAN),
+    family.settings.name: family
+    for family in (
+        Family(DiTSettings, DiTConfig, DiT, dit.systems()),
+        Family(STDiTSettings, STDiTConfig, STDiT, stdit.systems()),
+        Family(WALTSettings, WALTConfig, WALT, walt.systems()),
+        Family(CascadeSettings, CascadeConfig, Cascade, cascade.systems()),
+        Family(TokenizerSettings, TokenizerConfig, CausalTokenizer, tokenizer.systems()),
+        Family(VQGANSettings, VQGANConfig, VQGAN, vqgan.systems()),
+    )
 }
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (FlowMatching, DDPM, LogSNR, Reconstruction)}
-
-
-class System(NamedTuple):
-    """A named model with the objective that it was published with."""
-
-    settings: Settings
-    objective: Objective
-
-
-def _systems() -> dict[str, System]:
-    systems = {}
-    for size, shape in SIZES.items():
-        for patch in (2, 4, 8):
-            image = DiTSettings(patch=(patch, patch), **shape)
-            learned = dataclasses.replace(image, learn_sigma=True)
-            systems[f"dit-{size.lower()}/{patch}"] = System(learned, DDPM())
-            systems[f"sit-{size.lower()}/{patch}"] = System(image, FlowMatching())
-        for patch in ((1, 2, 2), (2, 2, 2)):
-            name = f"{size.lower()}/{'x'.join(map(str, patch))}"
-            for kind, attention in (("vdit", "joint"), ("latte", "factorized")):
-                video = DiTSettings(patch=patch, attention=attention, learn_sigma=True, **shape)
-                systems[f"{kind}-{name}"] = System(video, DDPM())
-        # Only XL was published; the others have DiT's shapes.
-        space_time = STDiTSettings(patch=(1, 2, 2), learn_sigma=True, **shape)
-        systems[f"stdit-{size.lower()}/1x2x2"] = System(space_time, DDPM())
-    velocity = DDPM(prediction="velocity", zero_snr=True)
-    for size in ("L", "XL"):
-        systems[f"walt-{size.lower()}"] = System(WALTSettings(**SIZES[size]), velocity)
-    systems["walt-tokenizer"] = System(TokenizerSettings(), Reconstruction())
-    systems["cascade-a"] = System(VQGANSettings(), Reconstruction(penalty_weight=1.0))
-    for name, shape in cascade.SIZES.items():
-        image = CascadeSettings(**shape)
-        objective = LogSNR(sample_shift=2.0 if name.startswith("c-") else 1.0)
-        systems[f"cascade-{name}"] = System(image, objective)
-        systems[f"cascade-{name}/video"] = System(cascade.with_time(image), objective)
-    return systems
-
-
-SYSTEMS = _systems()
+SYSTEMS = {name: system for family in FAMILIES.values() for name, system in family.systems.items()}
 
 
 def configure(
@@ -90,11 +60,10 @@ def configure(
     Raises:
         ValueError: settings that do not fit the data, by name.
     """
-    patch = getattr(settings, "patch", (1, 1, 1))
-    if len(patch) == 2 and frames != 1:
-        raise ValueError(f"model.patch is {patch}, that of an image model, but data.frames is {frames}, not 1")
+    if settings.is_image and frames != 1:
+        raise ValueError(f"model.patch is {settings.patch}, that of an image model, but data.frames is {frames}, not 1")
     values = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
-    values |= {"input_size": size if len(patch) == 2 else (frames, *size), "channels": channels}
+    values |= {"input_size": size if settings.is_image else (frames, *size), "channels": channels}
     config = FAMILIES[settings.name].config
     if text_width:
         if "text_width" not in {item.name for item in dataclasses.fields(config)}:
@@ -103,13 +72,13 @@ def configure(
     return config(**values, num_classes=num_classes)
 
 
-def build(config: Config) -> nn.Module:
-    """The model, with fresh weights."""
+def build(config: Config) -> Any:
+    """The model, a subclass of :class:`models.protocols.Model`, with fresh weights."""
     return FAMILIES[config.name].model(config)
 
 
 def config_from(values: dict[str, Any]) -> Config:
-    """A configuration from what ``config.as_plain`` and JSON made of it.
+    """A configuration from what ``runtime.plain.as_plain`` and JSON made of it.
 
     Raises:
         ValueError: of a model that this version does not have, or with values that do not fit.

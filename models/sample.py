@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import re
 import sys
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, NamedTuple
 
-import av
 import numpy as np
 import torch
 import tyro
-from av.filter import Graph
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from minisora_kernels import use_backend
-
-from . import checkpoint as checkpoints
-from .allocator import reuse_large_allocations
-from .cascade import Conditioned
-from .config import from_dict
-from .data import shrink, to_bytes, to_float
-from .integrators import SolverOptions
-from .latents import Decoder
-from .registry import Objective
-from .samplers import SOLVERS, count_steps, sample
-from .text import Text, TextEncoder, identify_text_encoder, refuse_another, rows
-from .verification import serving
-from .walt import WALT, augment
-
-SMALLEST_SIDE = 128
-FORMATS = ("mp4", "gif", "png", "npz")
+from .checkpoint import Checkpoint, open_checkpoint
+from .data.encoder import Decoder
+from .data.media import output_paths, read_samples, write_samples
+from .data.text import TextEncoder, identify_text_encoder, refuse_another
+from .denoisers.text import Text
+from .runtime.allocator import reuse_large_allocations
+from .runtime.device import choose_device
+from .runtime.verification import serving
+from .sampling.clips import ClipRequest, in_training_units, sample_clips
+from .sampling.solvers import SolverOptions
+from .training.config import TrainConfig, from_dict
 
 
 @dataclass(frozen=True)
@@ -107,48 +93,32 @@ class SampleConfig(SolverOptions):
     """'cpu', 'cuda' or 'cuda:1' and so on; 'auto' is CUDA if there is a device. CUDA was not run on a GPU."""
 
 
-def choose_device(name: str) -> torch.device:
-    """The device for ``--device``. A CUDA device is the current one of the process from now on, with TF32 products.
-
-    Raises:
-        ValueError: a device that is none of these, or not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
-    if match is None:
-        raise ValueError(f"device is {name!r}; it may be 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    if name != "cpu":
-        number = int(match[1] or 0)
-        if number >= torch.cuda.device_count():
-            raise ValueError(f"device is {name!r}; torch finds {torch.cuda.device_count()} CUDA devices")
-        torch.cuda.set_device(number)
-        torch.set_float32_matmul_precision("high")
-    return torch.device(name)
+# Options of the command that the request has under the same name.
+SAME_NAMES = (
+    "solver",
+    "guidance",
+    "guidance_channels",
+    "guidance_rescale",
+    "seed",
+    "batch_size",
+    "cuda_graphs",
+    "continuations",
+    "low_noise",
+)
 
 
-def choose_backend(name: str) -> contextlib.AbstractContextManager[None]:
-    """The context for ``--backend``; "auto" leaves the choice, and the environment variable, as they are."""
-    return contextlib.nullcontext() if name == "auto" else use_backend(name)
-
-
-def progress_bar(**options: Any) -> tqdm:
-    """A bar that moves on a terminal and adds a line to a log only now and then."""
-    return tqdm(mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True, **options)
-
-
-def class_ids(wanted: tuple[str, ...], classes: list[str], count: int) -> Tensor | None:
-    """Class ids ``[count]``, the wanted classes (all by default) in turn; None for a model without classes.
+def class_ids(names: tuple[str, ...], classes: list[str], count: int) -> Tensor | None:
+    """Class ids ``[count]``, the named classes (all by default) in turn; None for a model without classes.
 
     Raises:
         ValueError: a class that the model does not have.
     """
     if not classes:
-        if wanted:
-            raise ValueError(f"class {wanted[0]!r} was asked for; this model was trained without classes")
+        if names:
+            raise ValueError(f"class {names[0]!r} was asked for; this model was trained without classes")
         return None
     ids = []
-    for name in wanted:
+    for name in names:
         if name in classes:
             ids.append(classes.index(name))
         elif name.isdecimal() and int(name) < len(classes):
@@ -159,327 +129,15 @@ def class_ids(wanted: tuple[str, ...], classes: list[str], count: int) -> Tensor
     return torch.tensor([ids[i % len(ids)] for i in range(count)])
 
 
-def prompts(wanted: tuple[str, ...], count: int) -> list[str]:
+def prompts(captions: tuple[str, ...], count: int) -> list[str]:
     """The captions in turn, ``count`` of them.
 
     Raises:
         ValueError: there is none.
     """
-    if not wanted:
+    if not captions:
         raise ValueError("this model was trained with text; prompt must have a caption, '' for none")
-    return [wanted[i % len(wanted)] for i in range(count)]
-
-
-def sample_clips(
-    model: nn.Module,
-    objective: Objective,
-    count: int,
-    y: Tensor | Text | None,
-    *,
-    solver: str | None = None,
-    steps: int | str | None,
-    guidance: float = 1.0,
-    guidance_channels: int | None = None,
-    guidance_rescale: float = 0.0,
-    options: SolverOptions | None = None,
-    seed: int,
-    batch_size: int = 16,
-    progress: bool = False,
-    cuda_graphs: bool = False,
-    decode: Callable[[Tensor], Tensor] | None = None,
-    encode: Callable[[Tensor], Tensor] | None = None,
-    continuations: int = 0,
-    past: Tensor | None = None,
-    low: Tensor | None = None,
-    low_noise: int = 0,
-) -> Tensor:
-    """uint8 ``[count, T, H, W, C]`` from the model, ``batch_size`` clips at a time, on the model's device.
-
-    The clips depend on ``seed`` and ``count``, those of dopri5 and of solvers that draw noise on ``batch_size`` too.
-    The solver is by default the first of the objective. ``decode`` makes pixels ``[B, C, T, H, W]`` of the samples of
-    a model of latents, and ``encode`` latents of uint8 pixels.
-
-    With ``continuations`` the model, trained with past frames, goes on so often from the last frames of a clip, which
-    are encoded anew: W.A.L.T's tokenizer makes its two known latent frames of the last 5 frames. The result has them
-    once. ``past`` are clips to go on from, as they are returned here, in the place of sampled ones.
-
-    A second stage (``config.low_shape``) is told the small clips ``low [count, C, T, h, w]``: stage B of StableCascade
-    in [-1, 1] or none, W.A.L.T as its data is, with noise of level ``low_noise``, also drawn from ``seed``.
-
-    Raises:
-        ValueError: an objective without a sampler, that of autoencoders; a model that cannot go on, ``past`` of another
-            size, or ``low`` or ``low_noise`` that does not fit.
-    """
-    if objective.name not in SOLVERS:
-        raise ValueError(f"objective is {objective.name!r}; it may be one of {', '.join(SOLVERS)} to sample from noise")
-    if continuations < (past is not None):
-        wanted = "not be negative" if past is None else "be at least 1 with past"
-        raise ValueError(f"continuations is {continuations}; it must {wanted}")
-    if decode is not None and encode is None and continuations:
-        raise ValueError(f"encode is None; with decode and {continuations} continuations it must be given")
-    check_low(model, count, low, low_noise)
-    if low is not None and continuations:
-        raise ValueError(f"continuations is {continuations}; with low, which has no more frames, it must be 0")
-    decode, encode = decode or (lambda clip: clip), encode or to_float
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = (model.config.channels, *model.config.input_size)
-    noises = [
-        torch.randn((count, *shape), generator=generator, device=device) for _ in range(continuations + (past is None))
-    ]
-    low_t = None
-    if low is not None:
-        low = low.to(device)
-        if isinstance(model, WALT):
-            low_t = torch.full((count,), low_noise, device=device)
-            low = augment(low, low_t, generator)
-        elif len(shape) == 3:
-            low = low.squeeze(2)
-    overlap = _overlap(model, decode, count, continuations, past) if continuations else 0
-    films = []
-    starts = range(0, count, batch_size)
-    calls = len(noises) * (1 if steps is None else count_steps(objective, steps))
-    with progress_bar(total=len(starts) * calls, desc="sampling", disable=not progress) as bar:
-
-        def counted(steps: Iterable[int]) -> Iterator[int]:
-            for step in steps:
-                yield step
-                bar.update()
-
-        for start in starts:
-            part = slice(start, start + batch_size)
-            labels = None if y is None else rows(y, part).to(device)
-            told, given = model, {}
-            if low is not None and low_t is not None:
-                given = {"low": low[part], "low_t": low_t[part]}
-            elif low is not None:
-                told = Conditioned(model, low[part])
-            film = None if past is None else past[part].to(device).permute(0, 4, 1, 2, 3)
-            for noise in noises:
-                clip = sample(
-                    told,
-                    objective,
-                    noise[part],
-                    labels,
-                    solver=solver or SOLVERS[objective.name][0],
-                    steps=steps,
-                    guidance=guidance,
-                    guidance_channels=guidance_channels,
-                    guidance_rescale=guidance_rescale,
-                    options=options,
-                    generator=generator,
-                    progress=counted,
-                    cuda_graphs=cuda_graphs,
-                    past=None if film is None else encode(film[:, :, -overlap:]),
-                    **given,
-                )
-                frames = to_bytes(decode(clip if clip.dim() == 5 else clip.unsqueeze(2)))
-                film = frames if film is None else torch.cat((film, frames[:, :, overlap:]), dim=2)
-            films.append(film.cpu())
-    return torch.cat(films).permute(0, 2, 3, 4, 1).contiguous()
-
-
-def _overlap(
-    model: nn.Module, decode: Callable[[Tensor], Tensor], count: int, continuations: int, past: Tensor | None
-) -> int:
-    """How many frames of pixels a clip has in common with the one that it continues.
-
-    Raises:
-        ValueError: a model that was trained without past frames, or ``past`` that it cannot go on from.
-    """
-    known = getattr(model.config, "known_frames", 0)
-    if not known:
-        raise ValueError(f"continuations is {continuations}; the model was trained without past, so it must be 0")
-    _, height, width = model.config.input_size
-    latents = torch.zeros(1, model.config.channels, known, height, width, device=next(model.parameters()).device)
-    channels, frames, height, width = decode(latents).shape[1:]
-    if past is not None and (
-        past.dtype != torch.uint8
-        or past.dim() != 5
-        or past.shape[1] < frames
-        or (len(past), *past.shape[2:]) != (count, height, width, channels)
-    ):
-        raise ValueError(
-            f"past is {past.dtype} of shape {tuple(past.shape)}; it must be torch.uint8 "
-            f"[{count}, {frames} or more, {height}, {width}, {channels}]"
-        )
-    return frames
-
-
-def check_low(model: nn.Module, count: int, low: Tensor | None, low_noise: int) -> None:
-    """Raises ValueError unless the model takes such small clips, or none, and noise of that level in them.
-
-    Stage B of StableCascade does without, but W.A.L.T's super-resolution does not.
-    """
-    wanted = getattr(model.config, "low_shape", None)
-    if wanted is None and low is not None:
-        raise ValueError("low was given, but the model is no second stage, which makes small clips large")
-    if wanted is not None and low is None and isinstance(model, WALT):
-        raise ValueError("low was not given; the model is a second stage, which needs small clips to make large")
-    if low is not None:
-        shape = tuple(low.shape)
-        fits = len(shape) == 5 and all(w in (None, n) for n, w in zip(shape, (count, *wanted), strict=True))
-        if not fits:
-            sizes = ("any" if n is None else str(n) for n in (count, *wanted))
-            raise ValueError(f"low has shape {shape}; it must be [N, C, T, h, w] = [{', '.join(sizes)}]")
-    most = model.config.low_noise if low is not None and isinstance(model, WALT) else 0
-    if not 0 <= low_noise <= most:
-        raise ValueError(f"low_noise is {low_noise}; with this model it must be in 0..{most}")
-
-
-def small_latents(low: Tensor, model: WALT, decoder: Decoder, batch_size: int) -> Tensor:
-    """What W.A.L.T on latents is told of small clips uint8 ``[N, C, T, h, w]``: latents of half the height and width.
-
-    Pixels are repeated to twice the height and width and encoded, and of the latents 2 x 2 means taken, as training
-    takes them of the latents of the large clips.
-
-    Raises:
-        ValueError: clips that the encoder does not take, or whose latents are of another size than the model's.
-    """
-    channels, frames, height, width = low.shape[1:]
-    latents, wanted = decoder.encoder.shape((channels, frames, 2 * height, 2 * width)), model.config.input_size
-    if latents != (model.config.channels, *wanted):
-        raise ValueError(
-            f"low has shape {tuple(low.shape)}, of which the latents at twice the height and width are {latents}; they "
-            f"must be {(model.config.channels, *wanted)}"
-        )
-    large = low.repeat_interleave(2, -2).repeat_interleave(2, -1)
-    return torch.cat([shrink(decoder.encode(part), 2) for part in large.split(batch_size)])
-
-
-def enlarge(clips: np.ndarray) -> np.ndarray:
-    """Pixels repeated by a whole number so that the shorter side of ``[..., H, W, C]`` is 128 or more; RGB."""
-    factor = -(-SMALLEST_SIDE // min(clips.shape[-3:-1]))
-    clips = clips.repeat(factor, axis=-3).repeat(factor, axis=-2)
-    return clips.repeat(3, axis=-1) if clips.shape[-1] == 1 else clips
-
-
-def contact_sheet(clips: np.ndarray, gap: int = 4) -> np.ndarray:
-    """uint8 ``[N, T, H, W, C]`` as one RGB image: a row a sample, a column a frame."""
-    clips = enlarge(clips)
-    count, frames, height, width, _ = clips.shape
-    sheet = np.full((count * (height + gap) - gap, frames * (width + gap) - gap, 3), 255, dtype=np.uint8)
-    for i, clip in enumerate(clips):
-        for j, frame in enumerate(clip):
-            top, left = i * (height + gap), j * (width + gap)
-            sheet[top : top + height, left : left + width] = frame
-    return sheet
-
-
-def mosaic(clips: np.ndarray, gap: int = 4) -> np.ndarray:
-    """uint8 ``[N, T, H, W, C]`` as one RGB clip ``[T, H', W', 3]`` with the samples side by side, about square.
-
-    H' and W' are even, as H.264 wants them.
-    """
-    clips = enlarge(clips)
-    count, frames, height, width, _ = clips.shape
-    columns = min(count, max(1, round((count * height / width) ** 0.5)))
-    rows = -(-count // columns)
-    tall, wide = rows * (height + gap) - gap, columns * (width + gap) - gap
-    film = np.full((frames, tall + tall % 2, wide + wide % 2, 3), 255, dtype=np.uint8)
-    for i, clip in enumerate(clips):
-        top, left = (height + gap) * (i // columns), (width + gap) * (i % columns)
-        film[:, top : top + height, left : left + width] = clip
-    return film
-
-
-def write_png(path: Path, image: np.ndarray) -> None:
-    """RGB uint8 ``[H, W, 3]`` as a PNG file."""
-    encoder = av.CodecContext.create("png", "w")
-    encoder.height, encoder.width = image.shape[:2]
-    encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1)
-    packets = encoder.encode(av.VideoFrame.from_ndarray(image, format="rgb24")) + encoder.encode(None)
-    path.write_bytes(b"".join(bytes(packet) for packet in packets))
-
-
-def write_mp4(path: Path, film: np.ndarray, fps: int) -> None:
-    """RGB uint8 ``[T, H, W, 3]``, H and W even, as H.264, or as MPEG-4 where this FFmpeg has no H.264 encoder."""
-    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
-        stream.height, stream.width = film.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        if codec == "libx264":
-            stream.options = {"crf": "14"}
-        else:
-            stream.bit_rate = 8_000_000
-        for image in film:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode(None))
-
-
-def write_gif(path: Path, film: np.ndarray, fps: int) -> None:
-    """RGB uint8 ``[T, H, W, 3]`` as an endless GIF with a palette of its own."""
-    height, width = film.shape[1:3]
-    graph = Graph()
-    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=Fraction(1, fps))
-    split, palette = graph.add("split"), graph.add("palettegen")
-    use, sink = graph.add("paletteuse"), graph.add("buffersink")
-    source.link_to(split)
-    split.link_to(palette, 0, 0)
-    split.link_to(use, 1, 0)
-    palette.link_to(use, 0, 1)
-    use.link_to(sink)
-    graph.configure()
-    with av.open(str(path), "w", options={"loop": "0"}) as container:
-        stream = container.add_stream("gif", rate=fps)
-        stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
-        for number, image in enumerate(film):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, fps)
-            source.push(frame)
-        source.push(None)
-        for _ in film:
-            container.mux(stream.encode(sink.pull()))
-        container.mux(stream.encode(None))
-
-
-def write(
-    folder: Path, clips: np.ndarray, labels: Tensor | list[str] | None, classes: list[str], fps: int
-) -> list[Path]:
-    """The four files for uint8 clips ``[N, T, H, W, C]``.
-
-    The npz has ``clips`` and ``labels``, captions or class ids, and besides ids ``classes``, the names that they count.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    mp4, gif, png, npz = paths = output_paths(folder)
-    film = mosaic(clips)
-    write_mp4(mp4, film, fps)
-    write_gif(gif, film, fps)
-    write_png(png, contact_sheet(clips))
-    arrays = {} if labels is None else {"labels": np.asarray(labels)}
-    if classes:
-        arrays["classes"] = np.asarray(classes)
-    np.savez_compressed(npz, clips=clips, **arrays)
-    return paths
-
-
-def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """``clips`` and, where there are, ``labels`` of an npz that :func:`write` wrote.
-
-    Labels are captions or names of classes, or class ids of a file that has no ``classes``.
-
-    Raises:
-        ValueError: something else.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    try:
-        with np.load(path) as arrays:
-            clips, labels, classes = arrays["clips"], arrays.get("labels"), arrays.get("classes")
-    except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not an npz with clips: {error}") from error
-    if clips.dtype != np.uint8 or clips.ndim != 5:
-        raise ValueError(f"{path} has clips of {clips.dtype} {list(clips.shape)}; they must be uint8 [N, T, H, W, C]")
-    if labels is not None and labels.shape != clips.shape[:1]:
-        raise ValueError(f"{path} has labels of shape {list(labels.shape)}; it must be [{len(clips)}]")
-    if labels is None or classes is None:
-        return clips, labels
-    if classes.dtype.kind != "U" or classes.ndim != 1:
-        raise ValueError(f"{path} has classes of {classes.dtype} {list(classes.shape)}; they must be a list of names")
-    if labels.dtype.kind not in "iu" or not np.isin(labels, np.arange(len(classes))).all():
-        raise ValueError(f"{path} has labels {labels.tolist()}; with its classes they must be in 0..{len(classes) - 1}")
-    return clips, classes[labels]
+    return [captions[i % len(captions)] for i in range(count)]
 
 
 def names_of(labels: np.ndarray, classes: list[str]) -> tuple[str, ...]:
@@ -496,13 +154,80 @@ def names_of(labels: np.ndarray, classes: list[str]) -> tuple[str, ...]:
     return tuple(label if isinstance(label, str) else classes[label] for label in labels.tolist())
 
 
-def output_paths(folder: Path) -> list[Path]:
-    return [folder / f"samples.{suffix}" for suffix in FORMATS]
+class Start(NamedTuple):
+    """The clips of a file that sampling starts from, and their labels; without a file both are None."""
+
+    file: Path | None
+    clips: Tensor | None
+    labels: np.ndarray | None
+
+    def past(self, config: SampleConfig) -> Tensor | None:
+        """The clips to go on from, uint8 ``[N, T, H, W, C]``."""
+        return None if config.past is None else self.clips
+
+    def low(self, config: SampleConfig) -> Tensor | None:
+        """The small clips, uint8 ``[N, C, T, h, w]``."""
+        return None if config.low is None or self.clips is None else self.clips.permute(0, 4, 1, 2, 3)
 
 
-def open_checkpoint(path: Path) -> tuple[Path, checkpoints.Checkpoint]:
-    """A checkpoint file, or a run folder's newest one."""
-    return checkpoints.latest(path) if path.is_dir() else (path, checkpoints.load(path))
+def start_of(config: SampleConfig) -> tuple[Start, int]:
+    """What sampling starts from, and how many clips it makes.
+
+    Raises:
+        ValueError: two files, a file that cannot be read, or a count that does not fit it.
+    """
+    if config.past is not None and config.low is not None:
+        raise ValueError("past and low were given; a model goes on from clips or makes them large, not both")
+    file = config.past or config.low
+    clips, labels = (None, None) if file is None else read_samples(file)
+    count = (8 if clips is None else len(clips)) if config.count is None else config.count
+    for name, value in (("count", count), ("batch_size", config.batch_size), ("fps", config.fps)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if clips is not None and count > len(clips):
+        raise ValueError(f"count is {count}; {file} has {len(clips)} clips")
+    return Start(file, None if clips is None else torch.from_numpy(clips[:count]), labels), count
+
+
+class Conditions(NamedTuple):
+    """What the clips are of: class ids or captions, and what the model takes for them."""
+
+    labels: Tensor | list[str] | None
+    y: Tensor | Text | None
+
+
+def conditions_of(
+    config: SampleConfig, checkpoint: Checkpoint, train: TrainConfig, start: Start, count: int, device: torch.device
+) -> Conditions:
+    """The classes or captions of the command line, or else those of the file that sampling starts from.
+
+    Raises:
+        ValueError: a class or an option that does not fit the model, or a text encoder that is another one.
+    """
+    classes, captions = config.classes, config.prompt
+    if start.clips is not None and start.labels is None and checkpoint.classes and not classes:
+        raise ValueError(f"{start.file} has no labels; use --class")
+    if start.labels is not None and checkpoint.classes:
+        classes = classes or names_of(start.labels, checkpoint.classes)
+    if start.labels is not None and train.text.encoder is not None:
+        captions = captions or names_of(start.labels, [])
+    ids = class_ids(classes, checkpoint.classes, count)
+    if config.guidance != 1 and checkpoint.config.get("class_dropout") == 0:
+        raise ValueError(
+            f"guidance is {config.guidance}; it must be 1, for the model was trained with class_dropout 0, without a "
+            "null class"
+        )
+    if train.text.encoder is None:
+        if config.prompt or config.text_encoder:
+            option = "prompt" if config.prompt else "text_encoder"
+            raise ValueError(f"{option} is {getattr(config, option)!r}; this model was trained without text")
+        return Conditions(ids, ids)
+    texts = prompts(captions, count)
+    encoder = config.text_encoder or train.text.encoder
+    if checkpoint.text_encoder is not None:
+        refuse_another(identify_text_encoder(encoder), checkpoint.text_encoder)
+    encode = TextEncoder(**dataclasses.asdict(train.text) | {"encoder": encoder}, device=device)
+    return Conditions(texts, encode(texts))
 
 
 def run(config: SampleConfig) -> list[Path]:
@@ -512,54 +237,19 @@ def run(config: SampleConfig) -> list[Path]:
         ValueError: a file that is not a checkpoint or does not match, output that is there already, or an option that
             does not fit the model.
     """
-    if config.past is not None and config.low is not None:
-        raise ValueError("past and low were given; a model goes on from clips or makes them large, not both")
-    file = config.past or config.low
-    given, told = (None, None) if file is None else read(file)
-    count = (8 if given is None else len(given)) if config.count is None else config.count
-    for name, value in (("count", count), ("batch_size", config.batch_size), ("fps", config.fps)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    if given is not None and count > len(given):
-        raise ValueError(f"count is {count}; {file} has {len(given)} clips")
-    past = low = None
-    if given is not None:
-        clips = torch.from_numpy(given[:count])
-        past = clips if config.low is None else None
-        low = clips.permute(0, 4, 1, 2, 3) if config.low is not None else None
+    start, count = start_of(config)
     path, checkpoint = open_checkpoint(config.checkpoint)
     train = from_dict(checkpoint.train)
     folder = config.out or path.parent / "samples"
     present = [str(file) for file in output_paths(folder) if file.exists()]
     if present and not config.overwrite:
         raise ValueError(f"{', '.join(present)} exists already; use --overwrite or another --out")
-    wanted, captions = config.classes, config.prompt
-    if given is not None and told is None and checkpoint.classes and not wanted:
-        raise ValueError(f"{file} has no labels; use --class")
-    if told is not None and checkpoint.classes:
-        wanted = wanted or names_of(told, checkpoint.classes)
-    if told is not None and train.text.encoder is not None:
-        captions = captions or names_of(told, [])
-    labels = y = class_ids(wanted, checkpoint.classes, count)
-    if config.guidance != 1 and checkpoint.config.get("class_dropout") == 0:
-        raise ValueError(
-            f"guidance is {config.guidance}; it must be 1, for the model was trained with class_dropout 0, without a "
-            "null class"
-        )
     device = choose_device(config.device)
     if checkpoint.encoder is None and config.encoder is not None:
         raise ValueError(f"encoder is {config.encoder!r}, but {path} makes pixels, not latents")
+    labels, y = conditions_of(config, checkpoint, train, start, count, device)
     # Before the sampling, so that an encoder that is missing costs no time.
     decode = None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device, config.encoder)
-    if train.text.encoder is not None:
-        labels = prompts(captions, count)
-        encoder = config.text_encoder or train.text.encoder
-        if checkpoint.text_encoder is not None:
-            refuse_another(identify_text_encoder(encoder), checkpoint.text_encoder)
-        y = TextEncoder(**dataclasses.asdict(train.text) | {"encoder": encoder}, device=device)(labels)
-    elif config.prompt or config.text_encoder:
-        option = "prompt" if config.prompt else "text_encoder"
-        raise ValueError(f"{option} is {getattr(config, option)!r}; this model was trained without text")
     model = checkpoint.build(ema=not config.last_weights).to(device)
     if config.compile:
         model.compile()
@@ -567,33 +257,20 @@ def run(config: SampleConfig) -> list[Path]:
         serving(device, config.backend, config.verify),
         torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
     ):
-        if low is not None and decode is not None and isinstance(model, WALT) and model.config.low_resolution:
-            low = small_latents(low.to(device), model, decode, config.batch_size)
-        elif low is not None:
-            low = to_float(low)
-        clips = sample_clips(
-            model,
-            train.objective,
-            count,
-            y,
-            solver=config.solver,
+        request = ClipRequest(
+            count=count,
+            y=y,
             steps=50 if config.steps is None and config.solver != "dopri5" else config.steps,
-            guidance=config.guidance,
-            guidance_channels=config.guidance_channels,
-            guidance_rescale=config.guidance_rescale,
             options=config,
-            seed=config.seed,
-            batch_size=config.batch_size,
             progress=True,
-            cuda_graphs=config.cuda_graphs,
             decode=decode,
             encode=None if decode is None else decode.encode,
-            continuations=config.continuations,
-            past=past,
-            low=low,
-            low_noise=config.low_noise,
+            past=start.past(config),
+            low=in_training_units(start.low(config), model, decode, config.batch_size),
+            **{name: getattr(config, name) for name in SAME_NAMES},
         )
-    paths = write(folder, clips.numpy(), labels, checkpoint.classes, config.fps)
+        clips = sample_clips(model, train.objective, request)
+    paths = write_samples(folder, clips.numpy(), labels, checkpoint.classes, config.fps)
     print(f"{count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
     if isinstance(labels, list):
         print("prompts:", ", ".join(map(repr, labels)))
@@ -607,7 +284,7 @@ def run(config: SampleConfig) -> list[Path]:
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     reuse_large_allocations()
-    config = tyro.cli(SampleConfig, prog="python -m models.sample", description=__doc__, args=arguments)
+    config = tyro.cli(SampleConfig, prog=f"python -m {__package__}.sample", description=__doc__, args=arguments)
     try:
         run(config)
     except (ValueError, OSError) as error:

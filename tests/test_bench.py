@@ -18,12 +18,14 @@ from torch._subclasses import FakeTensorMode
 
 from bench import bench_adaln, bench_model, compare, docs, plots, record, report, shapes, systems
 from bench.clock import Clock
-from bench.counters import Counter, InductorBytes, saved_bytes
+from bench.counters import InductorBytes
 from bench.harness import BOTH, FWD, Problem, Session, on_backend
 from minisora_kernels import backends
-from models.config import merge, preset
-from models.dit import DiT
-from models.train import train
+from minisora_kernels.counters import Counter, saved_bytes
+from models.denoisers.dit import DiT
+from models.runtime.plain import merge
+from models.training.presets import preset
+from models.training.run import train
 
 ROOT = Path(__file__).parent.parent
 TINY = shapes.Tokens("tiny", 2, 12, 16)

@@ -22,7 +22,7 @@ from bench import systems
 from minisora_kernels import backends
 from minisora_kernels.__main__ import ops
 from minisora_kernels.testing import assert_as_accurate
-from models.config import PRESETS
+from models.training.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

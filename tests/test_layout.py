@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,7 @@ def test_the_public_names_are_the_ops_and_their_helpers():
         "automatic",
         "backends",
         "checks",
+        "counters",
         "forcing",
         "modulation",
         "ops",
@@ -65,12 +68,95 @@ def test_the_public_names_are_the_ops_and_their_helpers():
 
 
 def test_models_use_the_public_ops_only():
-    for path in (ROOT / "models").glob("*.py"):
+    public = r"\s*(import minisora_kernels( as mk)?|from minisora_kernels(\.counters)? import .*)"
+    paths = list((ROOT / "models").rglob("*.py"))
+    assert len(paths) > 30
+    for path in paths:
         for line in path.read_text().splitlines():
             if re.match(r"\s*(from|import) minisora_kernels", line):
-                assert re.fullmatch(r"\s*(import minisora_kernels( as mk)?|from minisora_kernels import .*)", line), (
-                    f"{path.name}: {line}"
-                )
+                assert re.fullmatch(public, line), f"{path.relative_to(ROOT)}: {line}"
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of models/, bench/ and tests/ that a file imports, anywhere in it, as dotted names from the root."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in ROOT.glob("*/**/*.py")}
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join((*base, *(node.module.split(".") if node.module else ())))
+            names |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in files else base for alias in node.names}
+    return {name for name in names if name.split(".")[0] in ("models", "minisora_models", "bench", "tests", "cases")}
+
+
+# From the lowest to the highest: a file imports from its own room and from lower ones.
+ROOMS = (
+    "runtime",
+    "protocols",
+    "objectives",
+    "denoisers",
+    "autoencoders",
+    "registry",
+    "checkpoint",
+    "data",
+    "sampling",
+    "training",
+)
+COMMANDS = ("train", "sample", "precompute", "measure", "plan", "digits", "demo")
+MODELS = sorted((ROOT / "models").rglob("*.py"))
+
+
+def room(module: str) -> int:
+    part = module.split(".")[1]
+    return ROOMS.index(part) if part in ROOMS else len(ROOMS)
+
+
+def test_models_has_these_rooms_and_commands_only():
+    there = {path.relative_to(ROOT / "models").with_suffix("").parts[0] for path in MODELS}
+    assert there == {*ROOMS, *COMMANDS, "__init__"}
+
+
+def test_models_imports_from_lower_rooms_only():
+    for path in MODELS:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for other in imported(path):
+            assert other.startswith("models."), f"{name} imports {other}"
+            assert room(other) <= room(name), f"{name} imports {other}, which is in a higher room"
+
+
+def test_only_the_commands_digits_and_demo_import_other_commands():
+    for path in MODELS:
+        if path.stem in ("digits", "demo"):
+            continue
+        commands = {name for name in imported(path) if room(name) == len(ROOMS)}
+        assert not commands, f"{path.relative_to(ROOT)} imports {commands}"
+
+
+def test_no_file_of_models_imports_itself_in_a_circle():
+    graph = {".".join(path.relative_to(ROOT).with_suffix("").parts): imported(path) for path in MODELS}
+    assert len(graph) > 30 and sum(map(len, graph.values())) > 100
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_models_imports_its_own_modules_by_relative_names():
+    """So that the folder works under both of its names, ``models`` and ``minisora_models``."""
+    for path in MODELS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            absolute = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            absolute += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in absolute if name.split(".")[0] in ("models", "minisora_models")], path
+
+
+def test_modules_are_imported_at_the_top_of_a_file_of_models():
+    """A function imports packages that may be missing, never a module of models: that would hide a circle."""
+    for path in MODELS:
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                inside = [n for n in ast.walk(function) if isinstance(n, ast.ImportFrom) and n.level]
+                assert not inside, f"{path.relative_to(ROOT)}: {function.name} imports {ast.unparse(inside[0])}"
 
 
 def test_environment_variables_are_read_in_one_place():

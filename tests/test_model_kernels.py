@@ -17,7 +17,7 @@ from torch import Tensor
 
 import minisora_kernels as mk
 from minisora_kernels.testing import assert_as_accurate
-from models.dit import DiT, DiTConfig
+from models.denoisers.dit import DiT, DiTConfig
 
 CONFIGS = {
     "joint": DiTConfig(

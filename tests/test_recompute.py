@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import minisora_kernels as mk
-from bench.counters import Counter, saved_bytes
 from minisora_kernels import backends
+from minisora_kernels.counters import Counter, saved_bytes
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="no CPU kernels")
 B, N, D = 2, 12, 16

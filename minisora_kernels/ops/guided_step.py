@@ -3,7 +3,7 @@
     g  = null + w (cond - null)              on the first channels; g = cond on the others, and without null
     x' = a x + b g + c exp(s (v - 1)) z      v: the channels of a learned variance, which follow cond's; else 1
 
-Solvers differ in the five coefficients (models/samplers.py has them) and in z:
+Solvers differ in the five coefficients (models/sampling/plans.py has them) and in z:
 
     Euler, DDIM          no z
     Heun, multistep      z is the state, or the prediction, of an earlier step

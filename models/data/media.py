@@ -1,0 +1,156 @@
+"""Clips as files: contact sheets as PNG, mosaics as MP4 and GIF, and the clips themselves as npz."""
+
+from __future__ import annotations
+
+import zipfile
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.filter import Graph
+from av.video.format import VideoFormat
+from torch import Tensor
+
+SMALLEST_SIDE = 128
+FORMATS = ("mp4", "gif", "png", "npz")
+
+
+def enlarge(clips: np.ndarray) -> np.ndarray:
+    """Pixels repeated by a whole number so that the shorter side of ``[..., H, W, C]`` is 128 or more; RGB."""
+    factor = -(-SMALLEST_SIDE // min(clips.shape[-3:-1]))
+    clips = clips.repeat(factor, axis=-3).repeat(factor, axis=-2)
+    return clips.repeat(3, axis=-1) if clips.shape[-1] == 1 else clips
+
+
+def contact_sheet(clips: np.ndarray, gap: int = 4) -> np.ndarray:
+    """uint8 ``[N, T, H, W, C]`` as one RGB image: a row a sample, a column a frame."""
+    clips = enlarge(clips)
+    count, frames, height, width, _ = clips.shape
+    sheet = np.full((count * (height + gap) - gap, frames * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for i, clip in enumerate(clips):
+        for j, frame in enumerate(clip):
+            top, left = i * (height + gap), j * (width + gap)
+            sheet[top : top + height, left : left + width] = frame
+    return sheet
+
+
+def mosaic(clips: np.ndarray, gap: int = 4) -> np.ndarray:
+    """uint8 ``[N, T, H, W, C]`` as one RGB clip ``[T, H', W', 3]`` with the samples side by side, about square.
+
+    H' and W' are even, as H.264 wants them.
+    """
+    clips = enlarge(clips)
+    count, frames, height, width, _ = clips.shape
+    columns = min(count, max(1, round((count * height / width) ** 0.5)))
+    rows = -(-count // columns)
+    tall, wide = rows * (height + gap) - gap, columns * (width + gap) - gap
+    film = np.full((frames, tall + tall % 2, wide + wide % 2, 3), 255, dtype=np.uint8)
+    for i, clip in enumerate(clips):
+        top, left = (height + gap) * (i // columns), (width + gap) * (i % columns)
+        film[:, top : top + height, left : left + width] = clip
+    return film
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """RGB uint8 ``[H, W, 3]`` as a PNG file."""
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width = image.shape[:2]
+    encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1)
+    packets = encoder.encode(av.VideoFrame.from_ndarray(image, format="rgb24")) + encoder.encode(None)
+    path.write_bytes(b"".join(bytes(packet) for packet in packets))
+
+
+def write_mp4(path: Path, film: np.ndarray, fps: int) -> None:
+    """RGB uint8 ``[T, H, W, 3]``, H and W even, as H.264, or as MPEG-4 where this FFmpeg has no H.264 encoder."""
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.height, stream.width = film.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        if codec == "libx264":
+            stream.options = {"crf": "14"}
+        else:
+            stream.bit_rate = 8_000_000
+        for image in film:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def write_gif(path: Path, film: np.ndarray, fps: int) -> None:
+    """RGB uint8 ``[T, H, W, 3]`` as an endless GIF with a palette of its own."""
+    height, width = film.shape[1:3]
+    graph = Graph()
+    source = graph.add_buffer(width=width, height=height, format=VideoFormat("rgb24"), time_base=Fraction(1, fps))
+    split, palette = graph.add("split"), graph.add("palettegen")
+    use, sink = graph.add("paletteuse"), graph.add("buffersink")
+    source.link_to(split)
+    split.link_to(palette, 0, 0)
+    split.link_to(use, 1, 0)
+    palette.link_to(use, 0, 1)
+    use.link_to(sink)
+    graph.configure()
+    with av.open(str(path), "w", options={"loop": "0"}) as container:
+        stream = container.add_stream("gif", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
+        for number, image in enumerate(film):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, fps)
+            source.push(frame)
+        source.push(None)
+        for _ in film:
+            container.mux(stream.encode(sink.pull()))
+        container.mux(stream.encode(None))
+
+
+def write_samples(
+    folder: Path, clips: np.ndarray, labels: Tensor | list[str] | None, classes: list[str], fps: int
+) -> list[Path]:
+    """The four files for uint8 clips ``[N, T, H, W, C]``.
+
+    The npz has ``clips`` and ``labels``, captions or class ids, and besides ids ``classes``, the names that they count.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mp4, gif, png, npz = paths = output_paths(folder)
+    film = mosaic(clips)
+    write_mp4(mp4, film, fps)
+    write_gif(gif, film, fps)
+    write_png(png, contact_sheet(clips))
+    arrays: dict[str, Any] = {} if labels is None else {"labels": np.asarray(labels)}
+    if classes:
+        arrays["classes"] = np.asarray(classes)
+    np.savez_compressed(npz, clips=clips, **arrays)
+    return paths
+
+
+def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """``clips`` and, where there are, ``labels`` of an npz that :func:`write_samples` wrote.
+
+    Labels are captions or names of classes, or class ids of a file that has no ``classes``.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        with np.load(path) as arrays:
+            clips, labels, classes = arrays["clips"], arrays.get("labels"), arrays.get("classes")
+    except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not an npz with clips: {error}") from error
+    if clips.dtype != np.uint8 or clips.ndim != 5:
+        raise ValueError(f"{path} has clips of {clips.dtype} {list(clips.shape)}; they must be uint8 [N, T, H, W, C]")
+    if labels is not None and labels.shape != clips.shape[:1]:
+        raise ValueError(f"{path} has labels of shape {list(labels.shape)}; it must be [{len(clips)}]")
+    if labels is None or classes is None:
+        return clips, labels
+    if classes.dtype.kind != "U" or classes.ndim != 1:
+        raise ValueError(f"{path} has classes of {classes.dtype} {list(classes.shape)}; they must be a list of names")
+    if labels.dtype.kind not in "iu" or not np.isin(labels, np.arange(len(classes))).all():
+        raise ValueError(f"{path} has labels {labels.tolist()}; with its classes they must be in 0..{len(classes) - 1}")
+    return clips, classes[labels]
+
+
+def output_paths(folder: Path) -> list[Path]:
+    return [folder / f"samples.{suffix}" for suffix in FORMATS]

@@ -1,0 +1,240 @@
+"""The blocks and levels of StableCascade's stages; the equations are in ``cascade.py``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minisora_kernels import Rope, grn, rope_3d, window_attention
+
+from ..objectives.common import at_least_float32
+from .cascade_config import CascadeConfig
+
+Condition = tuple[Tensor, "Tensor | None"]
+R_CHANNELS = 64
+
+
+def norm(x: Tensor) -> Tensor:
+    """LN: over the channels, without parameters."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def embed_r(r: Tensor) -> Tensor:
+    """``[B]`` in [0, 1] to ``[B, 64]``, fp32: sin, then cos, of ``10^4 r`` times ``10^4 ** (-i / 31)`` for i < 32.
+
+    DiT's has cos first, and divides i by 32.
+    """
+    half = R_CHANNELS // 2
+    places = torch.arange(half, device=r.device, dtype=torch.float32)
+    angles = r.float()[:, None] * 10_000 * torch.exp(places * (-math.log(10_000.0) / (half - 1)))
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def sites(x: Tensor) -> Tensor:
+    """``[B, C, T, H, W]`` or ``[B, C, H, W]`` as ``[B, T, H, W, C]``."""
+    return (x if x.dim() == 5 else x.unsqueeze(2)).movedim(1, -1)
+
+
+def resize_sites(x: Tensor, size: Sequence[int]) -> Tensor:
+    """``[B, T, H, W, C]`` to another height and width, bilinear, corner on corner; as it is if that is its size."""
+    if tuple(x.shape[2:4]) == tuple(size):
+        return x
+    frames = at_least_float32(x.flatten(0, 1).movedim(-1, 1))
+    frames = F.interpolate(frames, size, mode="bilinear", align_corners=True)
+    return frames.movedim(1, -1).unflatten(0, x.shape[:2]).to(x.dtype)
+
+
+class Channelwise(nn.Module):
+    """Linear, GELU, GRN, dropout, Linear: the second half of C, and all of F."""
+
+    def __init__(self, inputs: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.expand = nn.Linear(inputs, 4 * width)
+        self.grn_weight = nn.Parameter(torch.zeros(4 * width))
+        self.grn_bias = nn.Parameter(torch.zeros(4 * width))
+        self.dropout = nn.Dropout(dropout)
+        self.contract = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.expand(x).flatten(1, 3)
+        hidden = grn(hidden, self.grn_weight, self.grn_bias, groups=x.shape[1], activation="gelu")
+        return self.contract(self.dropout(hidden)).unflatten(1, x.shape[1:4])
+
+
+class ResBlock(nn.Module):
+    """C. With ``skip`` channels it reads the output of the level on the way down."""
+
+    def __init__(self, width: int, skip: int, dropout: float, temporal: bool) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.temporal = nn.Parameter(torch.zeros(3, width)) if temporal else None
+        self.channelwise = Channelwise(width + skip, width, dropout)
+
+    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        y = self.depthwise(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1).unflatten(0, x.shape[:2])
+        if self.temporal is not None:
+            past, present, future = self.temporal.to(y.dtype)
+            padded = F.pad(y, (0, 0, 0, 0, 0, 0, 1, 1))
+            y = y + past * padded[:, :-2] + present * y + future * padded[:, 2:]
+        y = norm(y)
+        if skip is not None:
+            y = torch.cat((y, skip.to(y.dtype)), dim=-1)
+        return x + self.channelwise(y)
+
+
+class TimestepBlock(nn.Module):
+    """T."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mapper = nn.Linear(R_CHANNELS, 2 * width)
+
+    def forward(self, x: Tensor, r: Tensor) -> Tensor:
+        a, b = self.mapper(r)[:, None, None, None].chunk(2, dim=-1)
+        return x * (1 + a) + b
+
+
+class SpatialAttention(nn.Module):
+    """A. Without conditioning tokens it is window attention over a frame."""
+
+    def __init__(self, width: int, heads: int, condition_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.condition = nn.Linear(condition_width, width) if condition_width else None
+
+    def forward(self, x: Tensor, condition: Condition | None) -> Tensor:
+        t, h, w, width = x.shape[1:]
+        qkv = self.qkv(norm(x).flatten(1, 3)).unflatten(-1, (3, self.heads, -1))
+        if condition is None or self.condition is None:
+            return x + self.proj(window_attention(qkv, (t, h, w), (1, h, w))).unflatten(1, (t, h, w))
+        tokens, mask = condition
+        mapped = self.condition(F.silu(tokens))
+        more = F.linear(mapped, self.qkv.weight[width:], self.qkv.bias[width:]).unflatten(-1, (2, self.heads, -1))
+        # All [B T, heads, tokens, head_dim]; every frame has the conditioning tokens of its sample.
+        q, k, v = qkv.unflatten(1, (t, h * w)).flatten(0, 1).permute(2, 0, 3, 1, 4)
+        more_k, more_v = more.permute(2, 0, 3, 1, 4).repeat_interleave(t, dim=1)
+        if mask is not None:
+            mask = F.pad(mask, (h * w, 0), value=True).repeat_interleave(t, dim=0)[:, None, None]
+        out = F.scaled_dot_product_attention(q, torch.cat((k, more_k), 2), torch.cat((v, more_v), 2), attn_mask=mask)
+        return x + self.proj(out.transpose(1, 2).reshape(x.shape))
+
+
+class FeedForward(nn.Module):
+    """F."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.channelwise = Channelwise(width, width, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.channelwise(norm(x))
+
+
+class TemporalAttention(nn.Module):
+    """V."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+        grid = x.shape[1:4]
+        qkv = self.qkv(norm(x).flatten(1, 3)).unflatten(-1, (3, self.heads, -1))
+        return x + self.proj(window_attention(qkv, grid, (grid[0], 1, 1), rope=rope)).unflatten(1, grid)
+
+
+class Resample(nn.Module):
+    """LN and Linear to the next level's width: of 2 x 2 sites to one on the way down, of one to 2 x 2 on the way up."""
+
+    def __init__(self, inputs: int, outputs: int, factor: int, *, up: bool) -> None:
+        super().__init__()
+        self.factor, self.up = factor, up
+        sites = factor**2
+        self.linear = nn.Linear(inputs, sites * outputs) if up else nn.Linear(sites * inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, factor = norm(x), self.factor
+        if factor == 1:
+            return self.linear(x)
+        if self.up:
+            x = self.linear(x).unflatten(-1, (factor, factor, -1)).transpose(3, 4)
+            return x.flatten(4, 5).flatten(2, 3)
+        h, w = (n // factor * factor for n in x.shape[2:4])
+        x = x[:, :, :h, :w].unflatten(3, (-1, factor)).unflatten(2, (-1, factor)).transpose(3, 4)
+        return self.linear(x.flatten(4))
+
+
+class Level(nn.Module):
+    """The blocks of one level of one of the two ways: ``groups`` of its letters, run ``repeats`` times."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: CascadeConfig, level: int, groups: int, repeats: int, skip: int) -> None:
+        super().__init__()
+        width, heads, dropout = config.widths[level], config.heads[level], config.dropout[level]
+        condition_width = config.condition_width if config.num_classes or config.text_width else 0
+
+        def block(letter: str, skip: int) -> nn.Module:
+            if letter == "C":
+                return ResBlock(width, skip, dropout, config.temporal_convolution)
+            if letter == "T":
+                return TimestepBlock(width)
+            if letter == "A":
+                return SpatialAttention(width, heads, condition_width)
+            return FeedForward(width, dropout) if letter == "F" else TemporalAttention(width, heads)
+
+        letters = config.levels[level]
+        self.groups = nn.ModuleList(
+            nn.ModuleDict({letter: block(letter, 0 if i else skip) for letter in letters}) for i in range(groups)
+        )
+        self.between = nn.ModuleList(nn.Linear(width, width) for _ in range(repeats - 1))
+        self.random = dropout > 0
+        if "V" in letters:
+            head_dim = width // heads
+            rope = rope_3d(config.grids[level], head_dim, split=(head_dim, 0, 0))
+            self.register_buffer("cos", rope.cos, persistent=False)
+            self.register_buffer("sin", rope.sin, persistent=False)
+
+    def forward(
+        self, x: Tensor, r: Tensor, condition: Condition | None, skip: Tensor | None, checkpointing: bool
+    ) -> Tensor:
+        for i in range(len(self.between) + 1):
+            if i:
+                x = self.between[i - 1](x).to(x.dtype)
+            for j in range(len(self.groups)):
+                arguments = (j, x, r, condition, None if j else skip)
+                if checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(self._group, *arguments, use_reentrant=False, preserve_rng_state=self.random)
+                else:
+                    x = self._group(*arguments)
+        return x
+
+    def _group(self, index: int, x: Tensor, r: Tensor, condition: Condition | None, skip: Tensor | None) -> Tensor:
+        for letter, block in cast(nn.ModuleDict, self.groups[index]).items():
+            if letter == "C":
+                x = block(x, skip)
+            elif letter == "T":
+                x = block(x, r)
+            elif letter == "A":
+                x = block(x, condition)
+            elif letter == "V":
+                x = block(x, Rope(self.cos, self.sin))
+            else:
+                x = block(x)
+        return x
+
+
+def mapper(inputs: int, width: int) -> nn.Sequential:
+    """Of latents or pixels, site by site."""
+    return nn.Sequential(nn.Linear(inputs, 4 * width), nn.GELU(), nn.Linear(4 * width, width))

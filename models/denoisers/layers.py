@@ -1,0 +1,177 @@
+"""Layers that several denoisers share: embedders, attention, the MLP, modulations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from minisora_kernels import (
+    gelu_mlp,
+    patch_embed,
+    window_attention,
+)
+
+Grid = tuple[int, int, int]
+
+
+def sincos(positions: Tensor, width: int) -> Tensor:
+    """``[..., width]``, float64: sin, then cos, of ``position * 10000 ** (-2 i / width)`` for i < width / 2."""
+    frequencies = 10_000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    angles = positions.double()[..., None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def grid_positions(grid: Grid, width: int, *, video: bool) -> Tensor:
+    """Fixed position embedding ``[1, N, width]``, fp32: of the place in the frame, plus, for video, of the frame.
+
+    The first half of a place's channels encodes the column and the second the row, as in Meta's DiT.
+    """
+    t, h, w = grid
+    column = sincos(torch.arange(w), width // 2).expand(h, w, -1)
+    row = sincos(torch.arange(h), width // 2)[:, None].expand(h, w, -1)
+    positions = torch.cat((column, row), dim=-1).expand(t, h, w, width)
+    if video:
+        positions = positions + sincos(torch.arange(t), width)[:, None, None]
+    return positions.reshape(1, t * h * w, width).float()
+
+
+class PatchEmbedder(nn.Module):
+    """Holds the convolution's parameters; the op reads them in place."""
+
+    def __init__(self, channels: int, width: int, patch: tuple[int, ...]) -> None:
+        super().__init__()
+        convolution: Any = nn.Conv3d if len(patch) == 3 else nn.Conv2d
+        self.proj = convolution(channels, width, patch, patch)
+
+    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
+        return patch_embed(x, self.proj.weight, self.proj.bias, pos)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid of 256 channels [cos | sin] with periods up to 10^4, in fp32, then Linear, SiLU, Linear."""
+
+    channels = 256
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    @staticmethod
+    def sinusoid(t: Tensor) -> Tensor:
+        """``[...]`` to ``[..., 256]``, fp32: cos, then sin, of ``t * 10000 ** (-i / 128)`` for i < 128."""
+        places = torch.arange(128, device=t.device, dtype=torch.float32)
+        angles = t.float()[..., None] * torch.exp(places * (-math.log(10_000.0) / 128))
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.mlp(self.sinusoid(t).to(dtype))
+
+
+def drop_labels(y: Tensor, null_class: int, share: float) -> Tensor:
+    """Classes of any shape, each replaced by the null class with probability ``share``."""
+    return torch.where(torch.rand(y.shape, device=y.device) < share, null_class, y) if share > 0 else y
+
+
+class LabelEmbedder(nn.Module):
+    """A table of classes; its last row is the null class, which replaces dropped labels in training."""
+
+    def __init__(self, num_classes: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.null_class = num_classes
+        self.dropout = dropout
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(drop_labels(y, self.null_class, self.dropout if self.training else 0.0))
+
+
+class Scale(nn.Module):
+    """Holds the weight of a norm, ``[width]``; the op that normalises reads it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside windows of the token grid.
+
+    Args:
+        width, heads: of the model.
+        grid: tokens per axis.
+        whole: for each axis of the grid, whether a window goes all along it; otherwise it is one token long.
+        qk_norm: the norm of queries and keys.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        grid: Grid,
+        whole: tuple[bool, bool, bool],
+        qk_norm: Literal["rms", "layer"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.grid, self.whole = grid, whole
+        self.heads, self.qk_norm = heads, qk_norm
+        head_dim = width // heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        if qk_norm is not None:
+            self.q_norm, self.k_norm = (Scale(head_dim) for _ in range(2))
+
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        grid = grid or self.grid
+        window = [n if whole else 1 for n, whole in zip(grid, self.whole, strict=True)]
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q_weight, k_weight = (None, None) if self.qk_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        return self.proj(
+            window_attention(qkv, grid, window, q_weight=q_weight, k_weight=k_weight, qk_norm=self.qk_norm)
+        )
+
+
+class MLP(nn.Module):
+    """Linear, tanh-GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+
+class Modulation(NamedTuple):
+    """Shift, scale and gate of the attention, then of the MLP: ``[B, D]``, or ``[B, T', D]`` with one per frame."""
+
+    shift_msa: Tensor
+    scale_msa: Tensor
+    gate_msa: Tensor
+    shift_mlp: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
+
+
+def modulation(width: int, count: int) -> nn.Sequential:
+    """``c`` to ``count`` vectors of ``width``; starts at zero."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
+
+
+def modulations_of(rows: Sequence[Tensor], width: int) -> tuple[list[Modulation], tuple[Tensor, Tensor]]:
+    """The modulation of each block, and shift and scale of the final layer, from ``[..., 6 D]`` and ``[..., 2 D]``."""
+    shift, scale = rows[-1].chunk(2, dim=-1)
+    return [Modulation(*row.split(width, dim=-1)) for row in rows[:-1]], (shift, scale)
+
+
+class FinalLayer(nn.Module):
+    """The last modulation and the Linear from a token to its patch."""
+
+    def __init__(self, width: int, patch: tuple[int, ...], out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, math.prod(patch) * out_channels)
+        self.adaLN_modulation = modulation(width, 2)

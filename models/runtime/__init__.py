@@ -1,0 +1,1 @@
+"""What the commands need of the machine and of Python: devices, packages, files, plain values."""

@@ -1,0 +1,35 @@
+"""Which device and which backend a command runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+import torch
+
+from minisora_kernels import use_backend
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for ``--device``. A CUDA device is the current one of the process from now on, with TF32 products.
+
+    Raises:
+        ValueError: a device that is none of these, or not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise ValueError(f"device is {name!r}; it may be 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if name != "cpu":
+        number = int(match[1] or 0)
+        if number >= torch.cuda.device_count():
+            raise ValueError(f"device is {name!r}; torch finds {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(number)
+        torch.set_float32_matmul_precision("high")
+    return torch.device(name)
+
+
+def choose_backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """The context for ``--backend``; "auto" leaves the choice, and the environment variable, as they are."""
+    return contextlib.nullcontext() if name == "auto" else use_backend(name)

@@ -1,0 +1,1 @@
+"""From noise to samples: solvers, predictions with guidance, and whole clips."""

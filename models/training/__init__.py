@@ -1,0 +1,1 @@
+"""Training runs: their configuration and presets, the steps, the log."""

@@ -1,0 +1,153 @@
+"""The typed configuration of a training run: defaults, presets, and YAML or JSON files."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..data.config import DataConfig, TextConfig
+from ..denoisers.dit import DiTSettings
+from ..objectives.ddpm import DDPM
+from ..objectives.flow import FlowMatching
+from ..objectives.reconstruction import Reconstruction
+from ..registry import Objective, Settings
+from ..runtime.plain import merge
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its learning rate over the steps, and the moving average of the weights."""
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup: int = 0
+    """Steps in which the learning rate rises linearly from near 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up; 'cosine' and 'linear' fall to 0 after the last step."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 for no clipping."""
+    ema: float = 0.9999
+    """Decay of the moving average; early steps use less, (1 + step) / (10 + step)."""
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Samples drawn while training."""
+
+    every: int = 0
+    """Steps from one preview to the next; there is always one at the end. 0 for that one only."""
+    count: int = 4
+    steps: int = 20
+    guidance: float = 1.0
+
+
+# The least values of numbers, by dotted name.
+LEAST = {
+    "text.max_length": 1,
+    "text.cache": 0,
+    "optimizer.warmup": 0,
+    "optimizer.clip": 0,
+    "preview.every": 0,
+    "preview.count": 1,
+    "preview.steps": 1,
+    "steps": 1,
+    "batch_size": 1,
+    "batch_tokens": 0,
+    "accumulation": 1,
+    "save_every": 1,
+    "keep": 1,
+    "log_every": 1,
+    "seed": 0,
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run."""
+
+    run: str = "runs/train"
+    """Folder of the run; must not exist."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: Settings = field(default_factory=DiTSettings)
+    text: TextConfig = field(default_factory=TextConfig)
+    objective: Objective = field(default_factory=FlowMatching)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    encoder: str | None = None
+    """Where the autoencoder of the latents is now; by default where it was when they were made."""
+    steps: int = 10_000
+    batch_size: int = 32
+    """Samples of one optimizer step; not used with buckets."""
+    batch_tokens: int = 0
+    """With buckets, data.buckets or those of latents: the most tokens of one optimizer step, whose samples are as many
+    as that allows."""
+    accumulation: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """'bf16': autocast; weights, their average and the optimizer stay fp32. On CUDA 'fp32' has TF32 products."""
+    checkpointing: bool = False
+    """Recompute the blocks in backward instead of keeping their activations."""
+    compile: bool = False
+    """torch.compile the model."""
+    backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
+    """Which kernels the ops run on; 'auto' takes those that are right and faster here, and goes on with them."""
+    verify: Literal["auto", "never"] = "auto"
+    """On CUDA 'auto' verifies the kernels first where that was not done, about a minute, with backend 'auto' only."""
+    device: str = "auto"
+    """'cpu', 'cuda' or 'cuda:1' and so on; 'auto' is CUDA if there is a device. CUDA was not run on a GPU."""
+    seed: int = 0
+    save_every: int = 1000
+    """Steps from one checkpoint to the next; there is always one at the start and at the end."""
+    keep: int = 2
+    """Newest checkpoints that stay."""
+    log_every: int = 10
+    """Steps from one log entry to the next."""
+
+    def __post_init__(self) -> None:
+        for path, least in LEAST.items():
+            value = functools.reduce(getattr, path.split("."), self)
+            if value < least:  # type: ignore[operator]
+                raise ValueError(f"{path} is {value}; it must be at least {least}")
+        if not self.optimizer.learning_rate > 0:
+            raise ValueError(f"optimizer.learning_rate is {self.optimizer.learning_rate}; it must be positive")
+        if not 0 <= self.optimizer.ema < 1:
+            raise ValueError(f"optimizer.ema is {self.optimizer.ema}; it must be in [0, 1)")
+        if self.data.buckets and self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens is {self.batch_tokens}; with data.buckets it must be at least 1")
+        if not self.batch_tokens and self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
+        self._check_model()
+
+    def _check_model(self) -> None:
+        """That the model fits the data and the objective."""
+        model, objective = self.model, self.objective
+        model.check_images(self.data.images, text=self.text.encoder is not None)
+        if self.preview.guidance != 1 and model.class_dropout == 0:
+            raise ValueError(
+                f"preview.guidance is {self.preview.guidance}; with model.class_dropout 0 it must be 1, for the null "
+                "class is never trained"
+            )
+        if model.autoencoder != isinstance(objective, Reconstruction):
+            raise ValueError(
+                f"objective is {objective.name!r} and the model {model.name!r}; 'reconstruction' goes with an "
+                "autoencoder, and an autoencoder with no other"
+            )
+        if isinstance(objective, Reconstruction):
+            objective.check_discriminator(model.discriminator > 0)
+        for name in model.only_ddpm():
+            if not isinstance(objective, DDPM):
+                raise ValueError(f"model.{name} needs objective 'ddpm'; it is {objective.name!r}")
+            if name == "learn_sigma" and objective.zero_snr:
+                raise ValueError("model.learn_sigma is True; with objective.zero_snr it must be False")
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """A configuration from what :func:`as_plain` and JSON made of it."""
+    return merge(TrainConfig(), values)
+
+
+# What a continuation may change: what does not touch the losses, but for the rounding of another backend or GPU, and
+# where the data and the text encoder are, if the checkpoint can tell that they are the same.
+RESUMABLE = {"encoder", "steps", "save_every", "keep", "log_every", "preview", "backend", "verify", "device"}

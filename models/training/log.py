@@ -1,0 +1,131 @@
+"""What a run writes while it trains: losses, previews, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ..data.media import write_png
+from ..runtime.progress import progress_bar
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Losses:
+    """``losses.csv``: a line ``step,loss,gradient_norm,learning_rate`` for every step, all digits kept."""
+
+    HEADER = ("step", "loss", "gradient_norm", "learning_rate")
+
+    def __init__(self, path: Path, start: int) -> None:
+        kept = []
+        if path.exists():
+            with open(path, newline="") as file:
+                # A line that the machine died on is incomplete; its step is after the checkpoint.
+                kept = [row for row in list(csv.reader(file))[1:] if len(row) == 4 and int(row[0]) < start]
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "w", newline="") as file:
+            csv.writer(file).writerows([self.HEADER, *kept])
+        os.replace(temporary, path)
+        self._file = open(path, "a", newline="")  # noqa: SIM115 - closed by close()
+        self._writer = csv.writer(self._file)
+
+    def write(self, rows: list[tuple[int, float, float, float]]) -> None:
+        self._writer.writerows(rows)
+        self._file.flush()
+        os.fsync(self._file.fileno())  # no checkpoint may outlive the lines of its steps
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Step(NamedTuple):
+    """What a step of training returns. Loss and norm are still on the device."""
+
+    loss: Tensor
+    """Mean loss of the batch."""
+    norm: Tensor
+    """Norm of the gradient before clipping."""
+    rate: float
+    """Learning rate."""
+
+
+class Log:
+    """Losses and previews into the run's folder and TensorBoard; the progress bar.
+
+    Args:
+        folder: of the run.
+        start: the first step, 0-based.
+        steps: of the whole run.
+        every: steps from one entry to the next.
+    """
+
+    def __init__(self, folder: Path, start: int, steps: int, every: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder, self.every = folder, every
+        self.losses = Losses(folder / "losses.csv", start)
+        self.board: SummaryWriter = SummaryWriter(str(folder), purge_step=start or None)
+        self.bar = progress_bar(total=steps, initial=start, desc=folder.name, unit="step")
+        self.pending: list[tuple[int, Step]] = []
+        self.tokens = self.counted = 0
+        self.since = time.perf_counter()
+
+    def add(self, number: int, step: Step, tokens: int) -> None:
+        """Note a step by its 0-based number, and write the pending ones if they are enough.
+
+        ``tokens`` are those of all steps so far.
+        """
+        self.pending.append((number, step))
+        self.tokens = tokens
+        self.bar.update()
+        if len(self.pending) >= self.every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending. Only here are losses read back from the device.
+
+        Raises:
+            ValueError: a loss that is not finite.
+        """
+        if not self.pending:
+            return
+        rows = [(number, step.loss.item(), step.norm.item(), step.rate) for number, step in self.pending]
+        self.pending.clear()
+        speed = (self.tokens - self.counted) / (time.perf_counter() - self.since)
+        self.counted = self.tokens
+        self.losses.write(rows)
+        step, loss, norm, rate = rows[-1]
+        for name, value in (("loss", loss), ("gradient norm", norm), ("learning rate", rate), ("tokens/s", speed)):
+            self.board.add_scalar(name, value, step)
+        self.bar.set_postfix_str(
+            f"loss {sum(row[1] for row in rows) / len(rows):.4f}, {speed:,.0f} tokens/s", refresh=False
+        )
+        self.since = time.perf_counter()
+        for step, loss, norm, _ in rows:
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise ValueError(
+                    f"step {step} has loss {loss} and gradient norm {norm}; lower the learning rate, or use fp32"
+                )
+
+    def preview(self, step: int, sheet: np.ndarray) -> None:
+        """Write a contact sheet made after so many steps."""
+        path = self.folder / "previews" / f"step_{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_png(path, sheet)
+        self.board.add_image("samples", sheet, step, dataformats="HWC")
+        self.bar.write(f"step {step}: {path}")
+        self.since = time.perf_counter()
+
+    def close(self) -> None:
+        """Close the files."""
+        self.bar.close()
+        self.board.close()
+        self.losses.close()

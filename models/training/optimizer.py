@@ -1,0 +1,39 @@
+"""The learning rate over the steps, and the exponential moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from .config import TrainConfig
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of 0-based ``step``: linear warm-up, then constant, or half a cosine or a line to 0 after the last step."""
+    optimizer = config.optimizer
+    if step < optimizer.warmup:
+        return optimizer.learning_rate * (step + 1) / (optimizer.warmup + 1)
+    if optimizer.schedule == "constant":
+        return optimizer.learning_rate
+    progress = (step - optimizer.warmup) / max(config.steps - optimizer.warmup, 1)
+    share = 1 - progress if optimizer.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return optimizer.learning_rate * share
+
+
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """``ema = decay * ema + (1 - decay) * model`` in place, with less decay in the first steps.
+
+    Of the parameters, and of the buffers that training changes and a state keeps, as a batch norm's statistics.
+    """
+    update = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    update(list(ema.parameters()), list(model.parameters()), step)
+    if statistics(ema):
+        update(statistics(ema), statistics(model), step)
+
+
+def statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that training changes and a state keeps."""
+    kept = model.state_dict()
+    return [buffer for name, buffer in model.named_buffers() if name in kept and buffer.is_floating_point()]

@@ -1,0 +1,282 @@
+"""A run between two steps."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minisora_kernels import automatic
+
+from ..checkpoint import Checkpoint
+from ..data.batches import Batch, Batches, BucketBatches, Prefetching
+from ..data.encoder import Decoder
+from ..data.media import contact_sheet
+from ..data.open import open_source
+from ..data.pixels import shrink, to_bytes
+from ..data.source import Source
+from ..data.text import TextEncoder, identify_text_encoder, refuse_another
+from ..data.wrappers import WithImages
+from ..denoisers.text import Text
+from ..objectives.reconstruction import Reconstruction
+from ..registry import build, config_from, configure
+from ..runtime.device import choose_device
+from ..runtime.plain import as_plain
+from ..sampling.clips import ClipRequest, sample_clips
+from .config import TrainConfig
+from .log import Step
+from .optimizer import learning_rate, update_ema
+
+_log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """A run between two steps: model, optimizer, EMA, random generators, the loss's memory and place in the data.
+
+    ``resume`` continues from a checkpoint. Raises ValueError for a configuration that does not fit together.
+    """
+
+    def __init__(self, config: TrainConfig, resume: Checkpoint | None = None) -> None:
+        self.config, self.device = config, choose_device(config.device)
+        data = config.data
+        self.source: Source = open_source(data)
+        self.data_digest: str | None = self.source.digest
+        self.classes = list(self.source.classes)
+        # What made the latents, if the clips are latents: their previews need it, so it must be there from the start.
+        self.encoder: Mapping[str, Any] | None = self.source.encoder
+        if self.encoder is None and config.encoder is not None:
+            raise ValueError(f"encoder is {config.encoder!r}, but {data.source!r} has pixels, not latents")
+        self.decode = None if self.encoder is None else Decoder(self.encoder, self.device, config.encoder)
+        captions = list(self.source.captions)
+        self.text, self.captions, text_width = None, captions or self.classes, 0
+        self.text_encoder: dict[str, Any] | None = None
+        if config.text.encoder is not None:
+            self.text = self._encoder()
+            self.text_encoder = identify_text_encoder(config.text.encoder)
+            self.classes, text_width = [], self.text.width
+        elif captions:
+            _log.warning("the captions of %s are not used: text.encoder is not given", data.source)
+        if config.preview.guidance != 1 and not self.classes and not text_width:
+            raise ValueError(f"preview.guidance is {config.preview.guidance}; without classes or text it must be 1")
+        channels, frames, height, width = self.source.shape
+        built_from = configure(config.model, channels, frames, (height, width), len(self.classes), text_width)
+        torch.manual_seed(config.seed)
+        self.model = build(built_from).to(self.device)
+        self.reads_low = self._reads_low()
+        self.model.checkpointing = config.checkpointing
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trained,
+            lr=config.optimizer.learning_rate,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.trained = trained
+        self.objective = config.objective
+        self.memory = self.objective.memory(self.device)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.batches = self._batches()
+        self.step = 0
+        self.tokens = 0
+        self.served = {} if resume is None else resume.served
+        if resume is not None:
+            self._restore(resume)
+        if config.compile:
+            self.model.compile()
+
+    def _reads_low(self) -> bool:
+        """Whether batches have small clips for the model; those that do not fit it are refused.
+
+        A second stage that can do without is trained without them where the data has none.
+        """
+        small, data = self.model.small_clips, self.config.data.source
+        if small is None or small.of_input:
+            return False
+        low, (channels, frames) = self.source.low_shape, small.shape[:2]
+        if low is None:
+            _log.warning(
+                "model.%s is %d, but %s has no small clips, as models.precompute --low makes: the model is trained "
+                "without",
+                small.option,
+                channels,
+                data,
+            )
+            return False
+        if low[:2] != (channels, frames):
+            raise ValueError(
+                f"model.{small.option} is {channels}, but the small clips of {data!r} have {low[0]} channels and "
+                f"{low[1]} frames; it must be {channels} and {frames}"
+            )
+        return True
+
+    def _batches(self) -> Prefetching:
+        """Batches of one size, or, with buckets, of as many samples of a bucket's size as ``batch_tokens`` allows."""
+        config = self.config
+        # Latents know the buckets that they were made with, in cells.
+        cells = self.source.buckets
+        buckets = cells or config.data.buckets
+        if not buckets:
+            if config.batch_tokens:
+                raise ValueError(f"batch_tokens is {config.batch_tokens}; it is for buckets only, use batch_size")
+            source = WithImages(self.source, config.data.images) if config.data.images else self.source
+            return Batches(source, config.batch_size, config.seed)
+        if not config.batch_tokens:
+            raise ValueError(f"batch_tokens is 0; {config.data.source} has buckets, so it must be at least 1")
+        named = "data.buckets"
+        if cells:
+            named = f"data.source {config.data.source!r}, whose buckets are in cells of latents,"
+        if not self.model.takes_any_size:
+            raise ValueError(f"{named} needs a model for inputs of any size; {config.model.name!r} has one size")
+        self.model.any_size = True
+        for frames, height, width in buckets:
+            try:
+                configure(config.model, self.source.shape[0], frames, (height, width), len(self.classes))
+            except ValueError as error:
+                message = f"{named} has {(frames, height, width)}, which the model cannot take: {error}"
+                raise ValueError(message) from error
+        sources = self.source.split(config.data.buckets)
+        sizes = []
+        for source in sources:
+            tokens = self._tokens(source.shape[1:])
+            count = config.batch_tokens // tokens // config.accumulation * config.accumulation
+            if not count:
+                needed = f"{config.accumulation} sample{'s' * (config.accumulation > 1)} of {tokens} tokens"
+                raise ValueError(f"batch_tokens is {config.batch_tokens}; bucket {source.shape[1:]} needs {needed}")
+            sizes.append(count)
+        return BucketBatches(sources, sizes, config.seed)
+
+    def _tokens(self, size: tuple[int, ...]) -> int:
+        """Tokens of a sample of this many cells per axis."""
+        return self.model.tokens_per_sample * math.prod(size) // math.prod(self.model.config.input_size)
+
+    def _encoder(self) -> TextEncoder:
+        if not self.captions:
+            text, data = self.config.text.encoder, self.config.data.source
+            raise ValueError(f"text.encoder is {text!r}, but {data} has neither captions nor classes")
+        return TextEncoder(**dataclasses.asdict(self.config.text), device=self.device)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        if saved.text_encoder is not None and self.text_encoder is not None:
+            refuse_another(self.text_encoder, saved.text_encoder)
+        built_from = as_plain(self.model.config)
+        # A file of before a field was there has its default.
+        was_built_from = as_plain(config_from(saved.config))
+        if was_built_from != built_from or saved.classes != self.classes:
+            changed = sorted(key for key in built_from if was_built_from.get(key) != built_from[key]) or ["classes"]
+            raise ValueError(f"the checkpoint does not match the data: {', '.join(changed)} differ")
+        # The file may have been moved since, so its path may differ.
+        if any((saved.encoder or {}).get(k) != (self.encoder or {}).get(k) for k in ("kind", "sha256", "mean", "std")):
+            raise ValueError(f"the checkpoint does not match the data: its encoder was {saved.encoder}")
+        if saved.data_digest not in (None, self.data_digest):
+            now, before = self.config.data.source, saved.train["data"]["source"]
+            raise ValueError(
+                f"data.source is {now!r}; in a resumed run it must hold files of the same names and sizes as "
+                f"{before!r} did"
+            )
+        was = "cuda" if "cuda" in saved.rng else "cpu"
+        if was != self.device.type:
+            raise ValueError(
+                f"the run drew random numbers on {was}, which {self.device.type} cannot continue; use --device {was}"
+            )
+        self.model.load_state_dict(saved.model)
+        self.ema.load_state_dict(saved.ema)
+        self.optimizer.load_state_dict(saved.optimizer)
+        torch.set_rng_state(saved.rng["torch"].cpu())
+        self.generator.set_state(saved.rng["objective"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved.rng["cuda"].cpu(), self.device)
+        self.memory = {name: value.to(self.device) for name, value in saved.memory.items()}
+        self.step = saved.step
+
+    def checkpoint(self) -> Checkpoint:
+        rng = {"torch": torch.get_rng_state(), "objective": self.generator.get_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return Checkpoint(
+            train=as_plain(self.config),
+            config=as_plain(self.model.config),
+            classes=self.classes,
+            step=self.step,
+            model=self.model.state_dict(),
+            ema=self.ema.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            rng=rng,
+            encoder=self.encoder,
+            memory=self.memory,
+            text_encoder=self.text_encoder,
+            data_digest=self.data_digest,
+            served=self.served | automatic.served(),
+        )
+
+    def train_step(self) -> Step:
+        """One optimizer step."""
+        config = self.config
+        x, y, low = self.batches.batch(self.step)
+        self.tokens += len(x) * self._tokens(x.shape[2:])
+        x = x.to(self.device, non_blocking=True)
+        low = low.to(self.device, non_blocking=True) if low is not None and self.reads_low else None
+        if config.model.is_image:
+            x = x.squeeze(2)
+        labels: Tensor | Text | None = y if self.classes else None
+        if self.text is not None:
+            labels = self.text([self.captions[i] for i in y.flatten()])
+            labels = Text(*(part.unflatten(0, y.shape) for part in labels))
+        labels = None if labels is None else labels.to(self.device, non_blocking=True)
+        total = torch.zeros((), device=self.device)
+        for i, part in enumerate(x.chunk(config.accumulation)):
+            part_labels = None if labels is None else labels.chunk(config.accumulation)[i]
+            part_low = None if low is None else low.chunk(config.accumulation)[i]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = self.objective.loss(self.model, part, part_labels, self.generator, self.memory, part_low)
+            loss = loss / config.accumulation
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.trained, config.optimizer.clip or math.inf, foreach=True)
+        rate = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        update_ema(self.ema, self.model, config.optimizer.ema, self.step)
+        self.step += 1
+        return Step(total, norm, rate)
+
+    def preview(self) -> Any:
+        """A contact sheet of the averaged model's samples, uint8 ``[H, W, 3]``; does not disturb the training.
+
+        An autoencoder's are reconstructions of the first clips of the run; a second stage makes those large again.
+        """
+        preview = self.config.preview
+        if isinstance(self.objective, Reconstruction):
+            pairs = self.objective.preview(self.ema, self._first().clips.to(self.device))
+            return contact_sheet(to_bytes(pairs).permute(0, 2, 3, 4, 1).cpu().numpy())
+        labels, low = torch.arange(preview.count) % max(len(self.captions), 1), None
+        small = self.model.small_clips
+        if small is not None and (self.reads_low or small.of_input):
+            x, labels, low = self._first()
+            low = low if self.reads_low else shrink(x, 2)
+        y: Tensor | Text | None = labels if self.classes else None
+        if self.text is not None:
+            y = self.text([self.captions[i] for i in labels])
+        request = ClipRequest(
+            count=preview.count,
+            y=y,
+            steps=preview.steps,
+            guidance=preview.guidance,
+            seed=self.config.seed,
+            decode=self.decode,
+            low=low,
+        )
+        return contact_sheet(sample_clips(self.ema, self.objective, request).numpy())
+
+    def _first(self) -> Batch:
+        """As many of the first clips of the run as a preview has."""
+        return Batches(self.source, self.config.preview.count, self.config.seed, prefetch=0).batch(0)

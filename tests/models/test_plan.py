@@ -1,0 +1,118 @@
+"""plan.py against the memory that real steps take."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.plan import GPUS, PlanConfig, main, needs, seconds
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = PlanConfig("latte-s/1x2x2", "rtx4090-24g", frames=4, size=(256, 256), classes=10)
+
+# In a process of its own: the most memory that a step needs beyond what was there before it, in bytes.
+STEP = """
+import json, sys
+import torch
+from minisora_kernels import use_backend
+from models import plan
+values = json.loads(sys.argv[1])
+config, training = plan.PlanConfig(**values["config"]), values["training"]
+torch.manual_seed(0)
+
+def step():
+    backend = "cpu" if config.backend == "kernels" else "reference"
+    with use_backend(backend):
+        return peak_of_a_step()
+
+def peak_of_a_step():
+    model, x, t, y = plan._model(config)
+    x.normal_(), t.uniform_(0, 1000)
+    model.train(training)
+    model.checkpointing = config.checkpointing
+    if not training:
+        x, t, y = torch.cat((x, x)), torch.cat((t, t)), torch.cat((y, y))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    with torch.profiler.profile(profile_memory=True) as profile, torch.set_grad_enabled(training):
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = model(x, t, y).square().mean()
+        if training:
+            loss.backward()
+    totals = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for size in totals:
+        now += size
+        peak = max(peak, now)
+    return peak
+
+print(step())
+"""
+
+
+def measured(config: PlanConfig, training: bool) -> int:
+    values = json.dumps({"config": dataclasses.asdict(config), "training": training})
+    done = subprocess.run([sys.executable, "-c", STEP, values], cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "training"),
+    [
+        ({}, True),
+        ({"backend": "kernels"}, True),
+        ({"backend": "kernels", "checkpointing": True}, True),
+        ({"precision": "fp32", "batch_size": 2}, True),
+        ({"model": "vdit-s/2x2x2", "frames": 8}, True),
+        ({"backend": "kernels"}, False),
+    ],
+)
+def test_activations_are_those_of_a_real_step(changes, training):
+    config = dataclasses.replace(SMALL, **changes)
+    expected = measured(config, training)
+    assert needs(config, training=training).memory["activations"] == pytest.approx(expected, rel=0.1)
+
+
+def test_states_are_shared_as_asked_and_the_work_grows_with_the_clip():
+    alone = needs(SMALL, training=True)
+    weights = alone.memory["weights"]
+    trained = alone.memory["gradients"]  # all but the positions
+    assert trained == weights - 4 * 4 * 16 * 16 * 384
+    assert alone.memory == alone.memory | {"optimizer": 2 * trained, "ema": weights}
+    zero2 = needs(dataclasses.replace(SMALL, gpus=4, sharding="zero2"), training=True).memory
+    assert zero2 == alone.memory | {name: alone.memory[name] / 4 for name in ("gradients", "optimizer", "ema")}
+    fsdp = needs(dataclasses.replace(SMALL, gpus=4, sharding="fsdp"), training=True).memory
+    assert fsdp == zero2 | {"weights": weights / 4}
+    longer = needs(dataclasses.replace(SMALL, frames=8), training=True)
+    assert 1.9 < longer.flops / alone.flops < 2.1 and seconds(longer, SMALL) > seconds(alone, SMALL)
+    assert needs(dataclasses.replace(SMALL, checkpointing=True), training=True).flops > 1.2 * alone.flops
+
+
+def test_the_program_says_whether_it_fits(capsys):
+    main(["--model", "latte-s/1x2x2", "--gpu", "rtx4090-24g", "--frames", "2"])
+    said = capsys.readouterr().out
+    assert "fits in 21.6 GB" in said and "assumed: 50% of the FLOP/s" in said and GPUS["rtx4090-24g"].source in said
+    main(["--model", "vdit-xl/1x2x2", "--gpu", "rtx4090-24g", "--frames", "2", "--batch-size", "64"])
+    assert "training" in (said := capsys.readouterr().out) and "does NOT fit" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"size": (250, 256)}, "must be a multiple of compression 8"),
+        ({"frames": 4, "compression": (4, 8)}, "must be 1 \\+ a multiple"),
+        ({"frames": 0}, "frames is 0; it must be at least 1"),
+        ({"sharding": "fsdp"}, "there is nothing to share"),
+        ({"utilization": 1.5}, "utilization is 1.5"),
+        ({"model": "dit-s/2"}, "that of an image model"),
+    ],
+)
+def test_bad_plans(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        needs(dataclasses.replace(SMALL, **changes), training=True)

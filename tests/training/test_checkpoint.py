@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.checkpoint import Checkpoint, NotACheckpoint, latest, load, path_of, save
+from models.denoisers.dit import DiT, DiTConfig
+from models.runtime.plain import as_plain
+from models.training.config import TrainConfig, from_dict
+
+DIT = DiTConfig(input_size=(2, 8, 8), patch=(1, 4, 4), channels=1, width=16, depth=1, heads=2, num_classes=3)
+ROOT = Path(__file__).parent.parent.parent
+
+
+def make(step: int) -> Checkpoint:
+    model = DiT(DIT)
+    return Checkpoint(
+        train=as_plain(TrainConfig(seed=step)),
+        config=as_plain(DIT),
+        classes=["a", "b", "c"],
+        step=step,
+        model=model.state_dict(),
+        ema={name: weight + 1 for name, weight in model.state_dict().items()},
+        optimizer=torch.optim.AdamW(model.parameters()).state_dict(),
+        rng={"torch": torch.get_rng_state()},
+    )
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    saved = make(7)
+    path = save(tmp_path, saved, keep=2)
+    read = load(path)
+    assert path == path_of(tmp_path, 7) and os.listdir(tmp_path) == [path.name]
+    for item in dataclasses.fields(Checkpoint):
+        if item.name in ("model", "ema", "rng"):
+            ours, theirs = getattr(saved, item.name), getattr(read, item.name)
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        else:
+            assert getattr(saved, item.name) == getattr(read, item.name)
+    assert from_dict(read.train) == TrainConfig(seed=7)
+    for ema, weights in ((True, saved.ema), (False, saved.model)):
+        built = read.build(ema=ema)
+        assert built.config == DIT and all(
+            torch.equal(value, weights[key]) for key, value in built.state_dict().items()
+        )
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3, 10):
+        save(tmp_path, make(step), keep=2)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["step_00000003.pt", "step_00000010.pt"]
+
+
+def test_a_broken_newer_file_does_not_push_out_whole_ones(tmp_path):
+    save(tmp_path, make(4), keep=1)
+    path_of(tmp_path, 8).write_bytes(b"broken")
+    save(tmp_path, make(6), keep=1)
+    assert latest(tmp_path)[0] == path_of(tmp_path, 6)
+
+
+def test_latest_skips_what_is_not_whole_and_names_it(tmp_path, caplog):
+    whole = [save(tmp_path, make(step), keep=9) for step in (1, 2, 3, 4)]
+    content = whole[3].read_bytes()
+    whole[3].write_bytes(content[: len(content) // 2])
+    whole[2].write_bytes(b"")
+    path_of(tmp_path, 5).with_suffix(".tmp").write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        path, checkpoint = latest(tmp_path)
+    assert path == whole[1] and checkpoint.step == 2
+    for name in ("step_00000003.pt", "step_00000004.pt", "step_00000005.tmp"):
+        assert name in caplog.text
+    with pytest.raises(NotACheckpoint, match="holds no whole checkpoint"):
+        latest(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98, 0.9999])
+def test_a_truncated_file_is_refused(tmp_path, share):
+    path = save(tmp_path, make(1), keep=1)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(NotACheckpoint, match="is not a whole checkpoint"):
+        load(path)
+
+
+class Malicious:
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self):
+        return os.remove, (str(self.victim),)
+
+
+@pytest.mark.parametrize("writer", [torch.save, pickle.dump])
+def test_code_in_a_checkpoint_is_not_executed(tmp_path, writer):
+    victim = tmp_path / "victim"
+    victim.touch()
+    path = path_of(tmp_path, 1)
+    with open(path, "wb") as file:
+        writer({"magic": "minisora checkpoint", "format": 1, "model": Malicious(victim)}, file)
+    with pytest.raises(NotACheckpoint, match="refused" if writer is torch.save else "not a whole checkpoint"):
+        load(path)
+    with pytest.raises(NotACheckpoint):
+        latest(tmp_path)
+    assert victim.exists()
+    with contextlib.suppress(RuntimeError):
+        torch.load(path, weights_only=False)
+    assert not victim.exists(), "the checkpoint of this test was harmless"
+
+
+def test_other_files_and_versions_are_refused_with_the_reason(tmp_path):
+    path = save(tmp_path, make(1), keep=1)
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"format": 99}, path)
+    with pytest.raises(ValueError, match="format version 99; this code reads version 2"):
+        load(path)
+    with pytest.raises(ValueError, match="format version 99"):
+        latest(tmp_path)
+    del content["ema"]
+    torch.save(content, path)
+    with pytest.raises(NotACheckpoint, match="lacks ema"):
+        load(path)
+    torch.save({"weight": torch.zeros(2)}, path)
+    with pytest.raises(NotACheckpoint, match="not a checkpoint of this trainer"):
+        load(path)
+    with pytest.raises(NotACheckpoint, match="is not a file"):
+        load(tmp_path)
+
+
+def test_weights_that_do_not_match_the_configuration_are_refused():
+    checkpoint = make(1)
+    for change in (
+        {"width": 32},
+        {"depth": 2},
+        {"learn_sigma": True},
+        {"num_classes": 0},
+        {"colour": 1},
+        {"width": 17},
+    ):
+        with pytest.raises(ValueError, match="do not match the stored model configuration"):
+            dataclasses.replace(checkpoint, config=checkpoint.config | change).build()
+
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_checkpoint import make
+from models.checkpoint import latest, save
+
+folder = Path({folder!r})
+save(folder, make(1), keep=1)
+size = (folder / "step_00000001.pt").stat().st_size
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+try:
+    save(folder, make(2), keep=1)
+except OSError as error:
+    print("refused:", error)
+print(latest(folder)[0].name, *sorted(file.name for file in folder.iterdir()))
+"""
+
+
+def test_a_disk_that_takes_no_more_leaves_the_older_checkpoint(tmp_path):
+    script = LIMITED.format(tests=str(ROOT / "tests/training"), folder=str(tmp_path))
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first.startswith("refused: checkpoint") and "step_00000002.pt was not written" in first
+    assert "File too large" in first
+    assert second == "step_00000001.pt step_00000001.pt"
+
+
+def test_an_interrupted_save_leaves_nothing_behind(tmp_path, monkeypatch):
+    save(tmp_path, make(1), keep=1)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("models.checkpoint.os.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, make(2), keep=1)
+    assert [file.name for file in tmp_path.iterdir()] == ["step_00000001.pt"]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_checkpoint import make
+from models.checkpoint import save
+
+for step in range(1, 100000):
+    save(Path({folder!r}), make(step), keep=2)
+    print(step, flush=True)
+"""
+
+
+def test_kill_at_any_moment_leaves_the_newest_checkpoint(tmp_path):
+    script = KILLED.format(tests=str(ROOT / "tests/training"), folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    # Interrupt several saves of one process at arbitrary moments, looking at the folder while it stands still.
+    steps = []
+    try:
+        process.stdout.readline()
+        for pause in (0.003, 0.01, 0.001, 0.02, 0.006, 0.013, 0.0, 0.004):
+            time.sleep(pause)
+            process.send_signal(signal.SIGSTOP)
+            steps.append(latest(tmp_path)[1].step)
+            process.send_signal(signal.SIGCONT)
+    finally:
+        process.kill()
+        reported = [int(line) for line in process.stdout]
+        process.wait()
+    final = latest(tmp_path)[1].step
+    assert final in (reported[-1], reported[-1] + 1)
+    assert steps == sorted(steps) and steps[0] >= 1 and final > steps[0]
