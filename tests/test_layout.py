@@ -159,6 +159,26 @@ def test_modules_are_imported_at_the_top_of_a_file_of_models():
                 assert not inside, f"{path.relative_to(ROOT)}: {function.name} imports {ast.unparse(inside[0])}"
 
 
+# Functions of models/ with more than 8 parameters; the reason stands beside each.
+MANY_PARAMETERS = {"data/videos.py: __init__"}
+
+
+def test_files_and_functions_of_models_are_short():
+    many = set()
+    for path in MODELS:
+        text, name = path.read_text(), path.relative_to(ROOT / "models").as_posix()
+        assert len(text.splitlines()) <= 450, name
+        for function in ast.walk(ast.parse(text)):
+            if isinstance(function, ast.FunctionDef):
+                assert function.end_lineno - function.lineno < 60, f"{name}: {function.name}"
+                names = [
+                    a.arg for a in (*function.args.args, *function.args.kwonlyargs) if a.arg not in ("self", "cls")
+                ]
+                if len(names) > 8:
+                    many.add(f"{name}: {function.name}")
+    assert many == MANY_PARAMETERS
+
+
 def test_environment_variables_are_read_in_one_place():
     readers = [
         path.name
