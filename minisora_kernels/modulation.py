@@ -8,7 +8,7 @@ from .checks import check_tensor, kernel_refusal
 
 # The widest token that Triton's kernels take: they keep one in the registers of a program, of 512 threads at most, and
 # a thread has room for 24 columns beside its sums. See triton/_rows.py.
-TRITON_WIDEST = 12288
+TRITON_WIDEST = 8192
 
 
 def triton_refusal(x: Tensor, **tensors: Tensor | None) -> str | None:

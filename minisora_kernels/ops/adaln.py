@@ -143,7 +143,7 @@ def adaln(
     Source: Peebles & Xie 2022 (arXiv 2212.09748).
 
     Args:
-        x: Tokens ``[B, N, D]``, any D (Triton: up to 12288); float16, bfloat16, float32, or
+        x: Tokens ``[B, N, D]``, any D (Triton: up to 8192); float16, bfloat16, float32, or
             float64 on the reference.
         shift: Offset after the norm: ``[B, D]`` has one row per sample; ``[B, R, D]`` has R rows, where R divides N:
             ``R = T`` is one row per frame, ``R = N`` one per token. Strided views are read in place. The dtype may

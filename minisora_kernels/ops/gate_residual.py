@@ -78,7 +78,7 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | Non
     Source: Peebles & Xie 2022 (arXiv 2212.09748).
 
     Args:
-        x: Tokens ``[B, N, D]``, any D (Triton: up to 12288); float16, bfloat16, float32, or
+        x: Tokens ``[B, N, D]``, any D (Triton: up to 8192); float16, bfloat16, float32, or
             float64 on the reference.
         branch: Output of the branch, ``[B, N, D]``; the dtype may differ from x's.
         gate: ``[B, D]`` has one row per sample; ``[B, R, D]`` has R rows, where R divides N. Strided views are read in

@@ -136,7 +136,7 @@ def gate_residual_adaln(
     Source: Peebles & Xie 2022 (arXiv 2212.09748).
 
     Args:
-        x: Tokens ``[B, N, D]``, any D (Triton: up to 12288); float16, bfloat16, float32, or
+        x: Tokens ``[B, N, D]``, any D (Triton: up to 8192); float16, bfloat16, float32, or
             float64 on the reference.
         branch: Output of the branch, ``[B, N, D]``. The dtype may differ from x's: an fp32 residual stream under bf16
             branches.
