@@ -1,9 +1,9 @@
 """Builds the optional libraries of kernels: csrc/cpu once per instruction set, csrc/cuda with nvcc.
 
 Neither is needed: without a compiler, or without nvcc, the package installs with the reference backend and
-`python -m minisora_kernels` tells what was not built and why. An instruction set that the compiler does not know is
-left out, and a CPU that has it runs the next less. No part of this file imports torch: its headers and libraries are
-found in the environment that is being installed into, or else in the build environment (see build_backend/backend.py).
+`python -m minisora_kernels` tells what was not built and why. The build skips variants that the compiler does not know;
+such CPUs use the next smaller one. No part of this file imports torch: its headers and libraries are found in the
+environment that is being installed into, or else in the build environment (see build_backend/backend.py).
 
 ninja compiles, in a folder that stays (build/native/<version of torch>, or --build-temp): what did not change since the
 last build is not compiled again, whichever way that build was started.

@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--save", metavar="NAME", help="write bench/results/<machine>/NAME.json and its plots")
     group.addoption("--results", type=Path, default=record.RESULTS, metavar="DIR", help="instead of bench/results")
-    group.addoption("--save-over", action="store_true", help="let --save replace a record that is there")
+    group.addoption("--save-over", action="store_true", help="let --save replace an existing record")
     group.addoption("--save-into", action="store_true", help="let --save replace those cases of it that this run times")
 
 

@@ -30,7 +30,7 @@ class InductorBytes:
         self._stack = ExitStack()
         self._stack.enter_context(inductor_config.patch(fx_graph_cache=False))
         self._stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
-        # It counts for its log only, whose lines nobody wants.
+        # It would count for a log that nothing reads.
         self._stack.callback(inductor_metrics_log.setLevel, inductor_metrics_log.level)
         inductor_metrics_log.setLevel(logging.INFO)
         self._stack.callback(inductor_metrics_log.removeFilter, _nothing)

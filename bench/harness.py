@@ -377,7 +377,7 @@ def release_memory() -> None:
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Most memory that torch held on the GPU during a call (not run on a GPU yet)."""
+    """Peak memory of torch on the GPU during a call."""
     torch.cuda.reset_peak_memory_stats()
     function()
     torch.cuda.synchronize()

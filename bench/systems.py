@@ -84,7 +84,7 @@ def train(preset: str, runs: Path) -> dict[str, Path]:
 
 
 def refuse_another(config: TrainConfig, folder: Path) -> None:
-    """Raises ValueError for a run, there before, of another configuration, but for what does not touch the losses."""
+    """Raise ValueError if the folder has a run whose configuration gives other losses."""
     trained = from_dict(checkpoints.latest(folder)[1].train)
     trained = dataclasses.replace(trained, data=dataclasses.replace(trained.data, source=config.data.source))
     free = {"run"} | RESUMABLE - {"steps"}
@@ -129,7 +129,7 @@ def randomize(model: torch.nn.Module) -> None:
 
 
 def timed(config: TrainConfig) -> dict[str, Any]:
-    """Steps of the trainer in turns: seconds of a step of each column, ratios, tokens/s, and the kernels that ran.
+    """Time steps of the trainer in turns: seconds per step and column, ratios, tokens per second, kernels that ran.
 
     Where compiled code refuses what PyTorch gives it, there is no such column, but the reason.
 
@@ -270,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
         choices=tuple(SYSTEMS),
         nargs="+",
         default=tuple(SYSTEMS),
-        help="judge and time these only; the record that is there keeps the others, each with its commit",
+        help="judge and time only these; the existing record keeps the others, each with its commit",
     )
     options = parser.parse_args(arguments)
     reuse_large_allocations()

@@ -114,7 +114,7 @@ def define(schema: str) -> None:
 
 
 def register_fake(name: str) -> Callable[[Callable], Callable]:
-    """Decorates what gives the shapes and dtypes of a raw op, for every backend."""
+    """Decorate the function that returns the shapes and dtypes of a raw op, for every backend."""
 
     def register(fake: Callable) -> Callable:
         for library in LIBRARIES:
@@ -164,7 +164,7 @@ def cpu_capability() -> str:
 
     torch's own environment variable ``ATEN_CPU_CAPABILITY`` (avx2, avx512) holds for the kernels too; what goes beyond
     AVX-512 (products and conversions of bfloat16, and their tiles if the system allows it) is used if it is not set.
-    In the place of one that the build left out stands the next less that it did not.
+    If the build skipped that variant, the best smaller one is used.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512" and "ATEN_CPU_CAPABILITY" not in os.environ and torch.cpu._is_avx512_bf16_supported():
@@ -199,7 +199,7 @@ _load_libraries()
 
 def unavailable(name: str) -> str | None:
     """Why the backend cannot be used on this machine at all, or None if it can."""
-    if name == "triton" and name not in _unavailable:  # asked when wanted: looking for a module takes time
+    if name == "triton" and name not in _unavailable:  # checked on first use: the search for a module takes time
         _unavailable[name] = None if importlib.util.find_spec(name) else "Triton is not installed"
     reason = _unavailable[_check_name(name, "name")]
     if DEVICES.get(name) == "cuda" and reason is None and not torch.cuda.is_available():
@@ -248,7 +248,7 @@ def _explicit(op: str, table: Table, device: torch.device, name: str, call: tupl
 
 
 def _check_built(op: str, name: str) -> None:
-    """A library that was built before the op was written is an error that says so."""
+    """Raise ImportError for a library that is older than the op."""
     if (op, name) in _built or name == "triton":
         return
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"minisora::{op}_fwd", name.upper()):
@@ -257,7 +257,7 @@ def _check_built(op: str, name: str) -> None:
 
 
 class _NoContext:
-    """What an ``autograd.Function`` writes its context to where there will be no backward."""
+    """A context for an ``autograd.Function`` without a backward: it drops what it gets."""
 
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
         pass

@@ -6,7 +6,7 @@ and samples go all the way: small clips, latents, frames.
 
 A small convolutional network learns the ten digits from real frames. Its accuracy on frames of handwritten digits that
 neither it nor the diffusion model has seen says how far to trust its count on the generated ones. A digit moves by one
-pixel a frame on either axis; from how many frames to the next its centre does so says whether the motion was learned.
+pixel a frame on either axis; the share of frame pairs where the centre moves so measures the motion.
 """
 
 from __future__ import annotations
@@ -45,19 +45,20 @@ from .training.run import Stopped, train_or_continue
 
 @dataclass(frozen=True)
 class DigitsConfig:
-    """Where, and how many clips to judge."""
+    """The runs and the clips to judge."""
 
     preset: str = "digits"
-    """What to train, on digits; see models.training.presets."""
+    """Preset of digits to train; see `python -m models.train --help`."""
     runs: Path = Path("runs")
-    """Folder of the runs, each named after its preset; one that is there is continued, or only judged if its training
-    is complete."""
+    """Folder of the runs, each named after its preset. An interrupted run continues; a complete one is only judged."""
     per_class: int = 20
-    """Clips of every digit."""
+    """Number of clips per digit."""
     steps: int = 30
-    """Steps of the default solver of the objective."""
+    """Steps of the objective's default solver."""
     guidance: float = 3.0
+    """Scale of classifier-free guidance; 1 is none."""
     seed: int = 1
+    """Seed of the noise."""
 
 
 class Classifier(nn.Module):

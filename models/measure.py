@@ -1,7 +1,7 @@
 """``python -m models.measure RUN``: what an autoencoder's reconstructions are worth, and the scale of its latents.
 
 Prints the peak signal-to-noise ratio of reconstructed clips, mean and least, and writes a picture of some beside the
-checkpoint. The digits are held-out ones; of other data the clips are those of the training, cut anew. A tokenizer's
+checkpoint. Digits are judged on held-out data, other sources on new crops of the training clips. A tokenizer's
 latents are measured on the training clips, and their mean and deviation by channel are written into the checkpoint,
 where ``encode`` and ``decode`` normalise with them; do this before anything is trained on its latents. A VQGAN keeps
 the ``scale`` of its configuration: mean and deviation of a channel are what its batch norm has learned, and
@@ -38,16 +38,18 @@ from .training.config import from_dict
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """Which autoencoder, and on how many clips."""
+    """The autoencoder and the clips of a measurement."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint, or a run's folder for its newest whole checkpoint."""
+    """Checkpoint, or folder of a run for its newest complete checkpoint."""
     batches: int = 16
-    """Batches for each of the two measurements."""
+    """Number of batches for each of the two measurements."""
     batch_size: int = 16
+    """Clips per batch."""
     seed: int = 1
+    """Seed of the crops and starts."""
     device: str = "auto"
-    """'cpu', 'cuda' or 'cuda:1' and so on; 'auto' is CUDA if there is a device. CUDA was not run on a GPU."""
+    """Device: 'cpu', 'cuda', 'cuda:1' and so on. 'auto' is CUDA if there is a device, else the CPU."""
 
 
 def _clips(source: Source, config: MeasureConfig, device: torch.device) -> list[Tensor]:

@@ -57,36 +57,41 @@ GPUS = {
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What would run where."""
+    """The model, the clip and the GPUs of a plan."""
 
     model: Literal[tuple(SYSTEMS)]  # type: ignore[valid-type]
-    """Name of a system; `python -m models.train --model list` says more of them."""
+    """Name of a system; `python -m models.train --model list` describes them."""
     gpu: Literal[tuple(GPUS)]  # type: ignore[valid-type]
+    """GPU whose memory and published peaks are used."""
     frames: int = 16
+    """Frames per clip."""
     size: tuple[int, int] = (256, 256)
     """Height and width in pixels."""
     compression: tuple[int, int] = (1, 8)
-    """Frames and pixels a side to one of the latents; 1 1 for a model of pixels."""
+    """Frames per latent frame, and pixels per latent cell on each side; `1 1` for a model of pixels."""
     channels: int = 4
-    """Of the latents."""
+    """Channels of the latents."""
     classes: int = 1000
+    """Number of classes."""
     batch_size: int = 1
-    """Clips of a GPU."""
+    """Clips per GPU."""
     gpus: int = 1
+    """Number of GPUs."""
     sharding: Literal["none", "zero2", "fsdp"] = "none"
-    """Over the GPUs: 'zero2' shards gradients, optimizer and EMA, 'fsdp' the weights too. On paper only, for
+    """What the GPUs share: 'zero2' shards gradients, optimizer and EMA; 'fsdp' also the weights. An estimate only:
     models.train runs on one GPU."""
     backend: Literal["reference", "kernels"] = "reference"
-    """Plain PyTorch, as a CUDA device runs by itself until the kernels have been run on one, or our kernels."""
+    """Plain PyTorch, or the kernels."""
     checkpointing: bool = False
     """Recompute the blocks in the backward."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of the activations."""
     steps: int = 50
-    """Of sampling; each calls the model on a doubled batch, for guidance."""
+    """Steps of sampling. Each calls the model on a doubled batch, for guidance."""
     utilization: float = 0.5
-    """Share of the peak FLOP/s that matrix products reach; assumed, not measured."""
+    """Share of the peak FLOP/s that matrix products reach: an assumption, not a measurement."""
     reserve: float = 0.1
-    """Share of the GPU's memory for CUDA, its libraries and fragmentation; assumed, not measured."""
+    """Share of the GPU's memory for CUDA, its libraries and fragmentation: an assumption, not a measurement."""
 
 
 class Alive(TorchDispatchMode):

@@ -52,32 +52,32 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PrecomputeConfig:
-    """What to encode, and how."""
+    """Options of encoding."""
 
     out: Path
-    """Folder for the latents; one of an interrupted run of the same options is continued."""
+    """Folder for the latents. An interrupted run with the same options continues."""
     encoder: str
-    """'pixels' (no encoder: the pixels themselves), a checkpoint of an autoencoder or its run's folder, or a folder of
-    a diffusers autoencoder."""
+    """A checkpoint of an autoencoder or the folder of its run, a folder of a diffusers autoencoder, or 'pixels' for no
+    encoder."""
     data: DataConfig = field(default_factory=DataConfig)
     low: int = 0
-    """Keep each clip besides, smaller by so much in height and width, for stage B of StableCascade; 0 for none."""
+    """Factor of a small copy of each clip, kept for stage B of StableCascade; 0 keeps none."""
     passes: int = 1
-    """How often the source is gone through; each pass has crops and starts of its own."""
+    """Number of passes over the source, each with crops and starts of its own."""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """Of the latents on the disk; the encoder runs in fp32."""
+    """Precision of the stored latents; the encoder runs in fp32."""
     normalize: bool = False
-    """Train on latents of mean 0 and deviation 1 in each channel instead of as the encoder gives them."""
+    """Give each channel mean 0 and standard deviation 1 for training."""
     shard_clips: int = 256
-    """Clips of one file."""
+    """Clips per file."""
     batch_size: int = 16
-    """Clips encoded at a time."""
+    """Clips per call of the encoder."""
     seed: int = 0
-    """Of the crops and starts, as the seed of models.train."""
+    """Seed of the crops and starts, as in models.train."""
     backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
-    """Which kernels the ops run on."""
+    """Kernels of the ops; 'auto' takes the verified ones of the device."""
     device: str = "auto"
-    """'cpu', 'cuda' or 'cuda:1' and so on; 'auto' is CUDA if there is a device. CUDA was not run on a GPU."""
+    """Device: 'cpu', 'cuda', 'cuda:1' and so on. 'auto' is CUDA if there is a device, else the CPU."""
 
     def __post_init__(self) -> None:
         for name in ("passes", "shard_clips", "batch_size"):

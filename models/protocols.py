@@ -23,7 +23,7 @@ class SmallClips(NamedTuple):
     """The 2 x 2 means of the model's own input, which training makes from it; else clips of their own, which training
     reads from the data."""
     required: bool
-    """Whether the model cannot do without."""
+    """Whether the model needs them."""
     option: str
     """The setting that the clips follow, for messages."""
     most_noise: int = 0
@@ -35,7 +35,7 @@ class BaseSettings:
 
     name: ClassVar[str]
     autoencoder: ClassVar[bool] = False
-    """Whether it is an autoencoder, which no noise is made a clip with."""
+    """Whether the model is an autoencoder, which does not sample clips from noise."""
     needs_ddpm: ClassVar[tuple[str, ...]] = ()
     """Options that only the objective 'ddpm' teaches."""
     class_dropout: float = 1.0

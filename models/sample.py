@@ -29,68 +29,69 @@ from .training.config import TrainConfig, from_dict
 
 @dataclass(frozen=True)
 class SampleConfig(SolverOptions):
-    """What to sample, and how."""
+    """Options of sampling."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint, or a run's folder for its newest whole checkpoint."""
+    """Checkpoint, or folder of a run for its newest complete checkpoint."""
     out: Path | None = None
     """Folder for the files; by default `samples` beside the checkpoint."""
     count: int | None = None
     """Number of clips; by default 8, or as many as `low` or `past` has."""
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
-    """Names or ids of the classes, dealt to the clips in turn; by default all, or those of `low` or `past`."""
+    """Names or ids of classes, assigned to the clips in turn; by default all, or those of `low` or `past`."""
     prompt: tuple[str, ...] = ()
-    """Captions, dealt to the clips in turn, for a model that was trained with text; '' is none. By default those of
-    `low` or `past`."""
+    """Captions, assigned to the clips in turn, for a model with text; '' is no caption. By default those of `low` or
+    `past`."""
     low: Path | None = None
-    """For a second stage: samples.npz of the first, the small clips that it makes large. W.A.L.T on latents encodes
-    them first; StableCascade's goes without as well."""
+    """Small clips for a second stage: the first stage's samples.npz. W.A.L.T on latents encodes them first;
+    StableCascade also samples without them."""
     low_noise: int = 0
-    """W.A.L.T: the level of the noise that the small clips get, at most model.low_noise of the training."""
+    """Level of the noise in the small clips, W.A.L.T only; at most `model.low_noise` of the training."""
     text_encoder: str | None = None
-    """The text encoder of the training, if it is elsewhere now."""
+    """New place of the text encoder, if it has moved since the training."""
     steps: int | str | None = None
-    """Steps of the solver, by default 50; dopri5 takes what its tolerances need. Of a diffusion also 'ddim50'
-    (timesteps 0, 20, ... 980) or '10,15,20' (of each third)."""
+    """Steps of the solver, by default 50; dopri5 chooses its own. A diffusion also takes 'ddim50' (timesteps 0, 20, ...
+    980) or '10,15,20' (steps in each third)."""
     solver: (
         Literal["euler", "heun", "midpoint", "rk4", "dopri5", "euler_maruyama", "heun_sde", "ddpm", "ddim"] | None
     ) = None
-    """For a flow its ODE by euler (default), heun, midpoint, rk4 or dopri5, or its SDE by euler_maruyama or heun_sde.
-    For a diffusion ddpm (default) or ddim."""
+    """Solver. A flow's ODE: euler (default), heun, midpoint, rk4, dopri5; its SDE: euler_maruyama, heun_sde. A
+    diffusion: ddpm (default), ddim."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is none."""
     guidance_channels: int | None = None
-    """Guide the first so many channels only; by default all."""
+    """Number of leading channels to guide; by default all."""
     guidance_rescale: float = 0.0
-    """Share of the guided prediction that gets the spread of the one with classes; StableCascade takes 0.7."""
+    """Share of the guided prediction that gets the standard deviation of the conditional one; StableCascade uses
+    0.7."""
     seed: int = 0
+    """Seed of the noise."""
     batch_size: int = 16
-    """Clips made at a time."""
+    """Clips per call of the model."""
     last_weights: bool = False
-    """The last weights instead of their moving average."""
+    """Use the last weights instead of their EMA."""
     encoder: str | None = None
-    """Where the autoencoder of a model of latents is now; by default where it was when they were made."""
+    """New place of the autoencoder of a model of latents, if it has moved since."""
     fps: int = 8
-    """Frames a second of mp4 and GIF."""
+    """Frames per second of mp4 and GIF."""
     continuations: int = 0
-    """How often to go on from the last frames of a clip, with a model that was trained with `past`."""
+    """Number of times to extend each clip from its last frames; needs a model that was trained with `past`."""
     past: Path | None = None
-    """An npz as it is written here, to go on from its clips instead of from sampled ones, with their classes or
-    captions if none are given."""
+    """An npz of earlier samples. Its clips are extended, with their classes or captions unless others are named."""
     overwrite: bool = False
-    """Replace files that are there."""
+    """Replace existing files."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """'bf16': autocast. On CUDA 'fp32' has TF32 products."""
+    """'bf16' is autocast. On CUDA 'fp32' uses TF32 products."""
     compile: bool = False
-    """torch.compile the model."""
+    """Compile the model with torch.compile."""
     cuda_graphs: bool = False
-    """Replay the steps as CUDA graphs; CUDA only. Not run on a GPU."""
+    """Replay the steps as CUDA graphs; CUDA only."""
     backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
-    """Which kernels the ops run on; 'auto' takes those that are right and faster here."""
+    """Kernels of the ops; 'auto' takes the verified ones of the device."""
     verify: Literal["auto", "never"] = "auto"
     """On CUDA 'auto' verifies the kernels first where that was not done, about a minute, with backend 'auto' only."""
     device: str = "auto"
-    """'cpu', 'cuda' or 'cuda:1' and so on; 'auto' is CUDA if there is a device. CUDA was not run on a GPU."""
+    """Device: 'cpu', 'cuda', 'cuda:1' and so on. 'auto' is CUDA if there is a device, else the CPU."""
 
 
 # Options of the command that the request has under the same name.

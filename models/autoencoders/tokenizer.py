@@ -58,16 +58,17 @@ class TokenizerSettings(BaseSettings):
     width: int = 128
     """Channels of the first level."""
     multipliers: tuple[int, ...] = (1, 2, 2, 4)
-    """Of the width, a level each; H and W are halved from each level to the next."""
+    """Factors of the width, one per level. Height and width halve from each level to the next."""
     temporal_strides: tuple[int, ...] = (1, 2, 2)
-    """From each level to the next, 2 to halve T as well, else 1; one less than the levels."""
+    """One number between each level and the next: 2 halves the frames, 1 keeps them."""
     res_blocks: int = 2
-    """Residual blocks of a level."""
+    """Number of residual blocks per level."""
     groups: int = 32
-    """Of group norm; must divide the width of every level."""
+    """Number of groups of the group norm; it must divide the width of every level."""
     latent_channels: int = 8
+    """Channels of the latents."""
     variational: bool = True
-    """A diagonal normal posterior, sampled in training; else the latents are plain numbers and the penalty 0."""
+    """Sample the latents from a diagonal normal in training. Otherwise they are plain numbers, and the penalty is 0."""
     discriminator: int = 0
     """Width of the discriminator of an adversarial objective; 0 for none."""
 

@@ -56,13 +56,14 @@ class VQGANSettings(BaseSettings):
     autoencoder: ClassVar[bool] = True
 
     width: int = 384
-    """Channels of the lower level; half of it in the upper one."""
+    """Channels of the lower level; the upper level has half of them."""
     blocks: int = 12
-    """Blocks of the decoder's lower level; there is one in every other place."""
+    """Number of blocks in the decoder's lower level; every other place has one."""
     latent_channels: int = 4
     codes: int = 8192
     scale: float = 0.43
-    """What latents are divided by; StableCascade's, and not measured (models.precompute has `normalize`)."""
+    """Divisor of the latents. The default is StableCascade's and was not measured; see `normalize` of
+    models.precompute."""
     discriminator: int = 0
     """Width of the discriminator of an adversarial objective; 0 for none."""
 

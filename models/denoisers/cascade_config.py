@@ -88,36 +88,36 @@ class CascadeSettings(BaseSettings):
     widths: tuple[int, ...] = (64, 64)
     """C of each level, a multiple of its heads."""
     heads: tuple[int, ...] = (4, 4)
-    """Of A and V; of no meaning for a level without."""
+    """Attention heads per level; ignored where a level has neither A nor V."""
     levels: tuple[str, ...] = ("CTAV", "CTAV")
     """Block letters of C, T, A, F and V, each at most once, C first."""
     down: tuple[int, ...] = (1, 2)
-    """How often a level's letters are repeated on the way down."""
+    """Number of repetitions of a level's letters on the way down."""
     up: tuple[int, ...] = (2, 1)
-    """The same on the way up, from the deepest level."""
+    """Number of repetitions of a level's letters on the way up, from the deepest level."""
     repeats: tuple[int, ...] = (1, 1)
-    """How often the blocks of a level are run on the way up, from the deepest level."""
+    """Number of times that the blocks of a level run on the way up, from the deepest level."""
     patch: tuple[int, ...] = (1, 1, 1)
     """(1, p, p), or (p, p) for an image model, which needs data.frames = 1."""
     downsample: bool = False
     """Halve height and width from level to level, as stage B does."""
     temporal_convolution: bool = False
-    """A depthwise convolution over three frames in C, after that over the frame; starts at 0."""
+    """Add a depthwise convolution over three frames to C, after the one over the frame; it starts at 0."""
     condition_width: int = 64
     """Channels of the conditioning tokens."""
     condition_tokens: int = 4
-    """Tokens of a class."""
+    """Number of tokens per class."""
     class_dropout: float = 0.1
-    """Share of labels or captions that training replaces by the null class or an empty caption, for guidance."""
+    """Share of labels or captions that training replaces by the null class or an empty caption; guidance needs it."""
     latent_channels: int = 0
-    """Channels of what stage C makes and stage B is told, in training `--low` of models.precompute; 0 for none. The
-    published 16 are features of an EfficientNet, which models.precompute does not make."""
+    """Channels of the clips that condition stage B, `--low` of models.precompute in training; 0 for none. The published
+    16 are features of an EfficientNet, which models.precompute does not compute."""
     latent_dropout: float = 0.1
-    """Share of samples whose latents training replaces by 0, which is what stands for none."""
+    """Share of samples whose condition training replaces by zeros, which mean none."""
     pixel_channels: int = 0
-    """Channels of a picture that stage B may be given besides; 0 for none."""
+    """Channels of an optional picture that also conditions stage B; 0 for none."""
     dropout: tuple[float, ...] = (0.1, 0.1)
-    """Inside C and F."""
+    """Dropout inside C and F."""
 
     @property
     def is_image(self) -> bool:

@@ -80,17 +80,19 @@ class DiTSettings(BaseSettings):
     width: int = 192
     """D, a multiple of 4 and of heads."""
     depth: int = 6
+    """Number of blocks."""
     heads: int = 3
+    """Number of attention heads."""
     patch: tuple[int, ...] = (1, 4, 4)
-    """Frames, rows and columns of a token; two numbers make an image model, which needs data.frames = 1."""
+    """Frames, rows and columns per token. Two numbers make an image model, which needs data.frames = 1."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over the width."""
     attention: Literal["joint", "factorized"] = "joint"
-    """Over all tokens, or over space and over time in turns."""
+    """Attention over all tokens, or over space and over time in turns."""
     class_dropout: float = 0.1
-    """Share of labels that training replaces by the null class, so that guidance is possible."""
+    """Share of labels that training replaces by the null class; guidance needs it."""
     learn_sigma: bool = False
-    """Learn the variance too, in as many channels again; objective 'ddpm' only."""
+    """Also learn the variance, in as many extra channels; objective 'ddpm' only."""
     qk_norm: Literal["rms", "layer"] | None = None
     """Norm of queries and keys over head_dim, with a learned weight."""
 

@@ -80,16 +80,16 @@ class STDiTSettings(BaseSettings):
     width: int = 192
     """D, a multiple of 4 and of heads."""
     depth: int = 4
-    """Blocks, each with attention over space, over time and to the text."""
+    """Number of blocks, each with attention over space, over time and to the text."""
     heads: int = 3
     patch: tuple[int, int, int] = (1, 4, 4)
-    """Frames, rows and columns of a token."""
+    """Frames, rows and columns per token."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over the width."""
     class_dropout: float = 0.1
-    """Share of captions or labels that training replaces by the null one, so that guidance is possible."""
+    """Share of captions or labels that training replaces by the null one; guidance needs it."""
     learn_sigma: bool = False
-    """Learn the variance too, in as many channels again; objective 'ddpm' only."""
+    """Also learn the variance, in as many extra channels; objective 'ddpm' only."""
     qk_norm: Literal["rms", "layer"] | None = None
     """Norm of queries and keys over head_dim, with a learned weight, in space and in time."""
 

@@ -24,27 +24,28 @@ class WALTSettings(BaseSettings):
     depth: int = 6
     heads: int = 3
     patch: tuple[int, int, int] = (1, 1, 1)
-    """Frames (always 1), rows and columns of a token."""
+    """Frames (always 1), rows and columns per token."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over the width."""
     spatial_window: tuple[int, int] = (16, 16)
-    """Rows and columns of tokens that attend to each other in even layers; the whole axis where it is shorter."""
+    """Rows and columns of a window in even layers; a shorter axis is one window."""
     spatiotemporal_window: tuple[int, int, int] = (5, 8, 8)
-    """Frames, rows and columns of tokens in odd layers."""
+    """Frames, rows and columns of a window in odd layers."""
     lora_rank: int = 2
-    """r: by what matrix of rank r the modulation of a layer differs from that of the first."""
+    """Rank r of the matrix by which a layer's modulation differs from the first layer's."""
     cross_attention: Literal["all", "spatial"] = "all"
-    """Layers that see the text; with data.images only 'spatial'."""
+    """Layers that read the text; with data.images only 'spatial'."""
     class_dropout: float = 0.1
-    """Share of labels or captions that training leaves out, so that guidance is possible."""
+    """Share of labels or captions that training drops; guidance needs it."""
     self_conditioning: float = 0.9
-    """Share of training samples with an estimate of the data to go by; 0 for a model without. Objective 'ddpm' only."""
+    """Share of training samples that get an estimate of the data; 0 turns self-conditioning off. Objective 'ddpm'
+    only."""
     past: float = 0.0
-    """Share of training samples with their first frames to go by; 0 for a model without. Objective 'ddpm' only."""
+    """Share of training samples that get their first frames; 0 turns frame prediction off. Objective 'ddpm' only."""
     low_resolution: bool = False
-    """A 2x super-resolution stage, which is told the clip at half the height and width. Objective 'ddpm' only."""
+    """Make a 2x super-resolution stage: the clip at half the height and width is an input. Objective 'ddpm' only."""
     low_noise: int = 200
-    """The highest level of noise that training adds to the small clip, below 1000; with low_resolution only."""
+    """Highest level of the noise that training adds to the small clip, below 1000; with low_resolution only."""
 
     def check_images(self, images: int, *, text: bool) -> None:
         if images and text and self.cross_attention != "spatial":

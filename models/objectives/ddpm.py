@@ -148,14 +148,14 @@ class DDPM:
     name: ClassVar[str] = "ddpm"
 
     schedule: Literal["linear", "squared_cosine"] = "linear"
-    """How the signal falls from timestep 0 to 999: 'linear' betas, or as the square of a cosine."""
+    """Fall of the signal from timestep 0 to 999: 'linear' betas, or the square of a cosine."""
     zero_snr: bool = False
-    """No signal at all is left at timestep 999, as at the start of sampling. Needs prediction 'velocity'."""
+    """Leave no signal at timestep 999, where sampling starts. Needs prediction 'velocity'."""
     prediction: Literal["noise", "velocity"] = "noise"
-    """What the model predicts."""
+    """Output of the model."""
     timesteps: Literal["uniform", "loss_aware"] = "uniform"
-    """How training draws t: evenly, or in proportion to the root mean square of the last 10 losses of a timestep, once
-    all have 10; such a draw is weighted by 1 / (1000 p(t)), so that the expected loss is the same."""
+    """Distribution of t in training: uniform, or 'loss_aware': in proportion to the root mean square of the last 10
+    losses of a timestep, once all have 10. The weight 1 / (1000 p(t)) then keeps the expected loss."""
 
     def __post_init__(self) -> None:
         for name, allowed in (

@@ -112,20 +112,22 @@ class FlowMatching:
     name: ClassVar[str] = "flow"
 
     prediction: Prediction = "velocity"
-    """What the model predicts."""
+    """Output of the model."""
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
-    """How training draws t: evenly on [0, 1], or as the sigmoid of a normal, with more of the middle of the path."""
+    """Distribution of t in training: uniform on [0, 1], or the sigmoid of a normal, which favours the middle of the
+    path."""
     logit_mean: float = 0.0
-    """Of the normal behind 'logit_normal'; negative is towards the noise."""
+    """Mean of the normal behind 'logit_normal'; negative values favour noise."""
     logit_std: float = 1.0
+    """Standard deviation of the normal behind 'logit_normal'."""
     path: PathName = "linear"
-    """How noise and data are mixed: on a line, on a circle ('gvp'), or as the variance-preserving diffusion does."""
+    """Mix of noise and data: on a line, on a circle ('gvp'), or as in the variance-preserving diffusion ('vp')."""
     weight: Literal["none", "velocity", "likelihood"] = "none"
-    """Of the loss of score and noise, by t: that of the velocity's error, or of a bound of the likelihood."""
+    """Weight over t of the loss of score and noise: that of the velocity's error, or of a bound of the likelihood."""
     train_eps: float | None = None
-    """Distance of training's times from the ends; by default as the table says."""
+    """Distance of training's times from the ends of [0, 1]; the default depends on path and prediction."""
     sample_eps: float | None = None
-    """The same for sampling."""
+    """Distance of sampling's times from the ends of [0, 1]; the default depends on path and prediction."""
 
     def __post_init__(self) -> None:
         for name, allowed in (

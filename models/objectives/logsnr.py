@@ -71,13 +71,13 @@ class LogSNR:
     name: ClassVar[str] = "logsnr"
 
     prediction: Literal["noise", "velocity"] = "noise"
-    """What the model predicts; v = a e - b x."""
+    """Output of the model; v = a e - b x."""
     weight: Literal["p2", "adaptive", "min_snr", "none"] = "p2"
-    """Of a sample's loss, by its logSNR."""
+    """Weight of a sample's loss, as a function of its logSNR."""
     shift: float = 1.0
-    """Of the logSNR in training: it is lower by 2 log(shift)."""
+    """Shift of the logSNR in training: it is lower by 2 log(shift)."""
     sample_shift: float = 1.0
-    """The same in sampling; StableCascade samples stage C with 2 and stage B with 1."""
+    """Shift of the logSNR in sampling. StableCascade samples stage C with 2 and stage B with 1."""
 
     def __post_init__(self) -> None:
         if self.prediction not in ("noise", "velocity"):

@@ -83,14 +83,16 @@ class Reconstruction:
     name: ClassVar[str] = "reconstruction"
 
     pixels: Literal["l1", "l2"] = "l1"
-    """Absolute or squared error of a pixel."""
+    """Absolute or squared error per pixel."""
     laplacian_weight: float = 1.0
     penalty_weight: float = 1e-4
-    """Of the model's penalty: the KL divergence of a tokenizer, the codebook loss of a VQGAN (published with 1)."""
+    """Weight of the model's penalty: the KL divergence of a tokenizer, or the codebook loss of a VQGAN (published with
+    1)."""
     adversarial_weight: float = 0.0
-    """Of the discriminator's gradient for the autoencoder; positive if and only if the model has a discriminator."""
+    """Weight of the discriminator's gradient for the autoencoder; positive if and only if the model has a
+    discriminator."""
     adversarial_start: int = 0
-    """Calls of the loss before the discriminator joins; a step of the trainer has as many as its accumulation."""
+    """Calls of the loss before the discriminator joins; a training step has as many calls as `accumulation`."""
 
     def __post_init__(self) -> None:
         if self.pixels not in ("l1", "l2"):

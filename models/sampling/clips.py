@@ -37,7 +37,7 @@ class ClipRequest(Solving):
     y: Tensor | Text | None = None
     """Classes ``[count]``, captions, or None for an unconditional model."""
     seed: int
-    """Of all noise."""
+    """Seed of all noise."""
     batch_size: int = 16
     """Clips per call of the model."""
     progress: bool = False
@@ -47,9 +47,9 @@ class ClipRequest(Solving):
     encode: Callable[[Tensor], Tensor] | None = None
     """Latents of uint8 pixels."""
     continuations: int = 0
-    """How often to go on from the last frames of a clip, with a model that was trained with past frames."""
+    """Number of times to extend each clip from its last frames; needs a model trained with past frames."""
     past: Tensor | None = None
-    """Clips to go on from instead of sampled ones, uint8 ``[count, T, H, W, C]``."""
+    """Clips to extend, instead of sampled ones: uint8 ``[count, T, H, W, C]``."""
     low: Tensor | None = None
     """For a second stage, the small clips ``[count, C, T, h, w]`` in the units of its training."""
     low_noise: int = 0

@@ -42,8 +42,8 @@ class Solving:
     (two calls a step). For DDPM and LogSNR "ddpm" (ancestral) or "ddim" (deterministic, eta = 0; Song et al. 2020,
     arXiv 2010.02502). By default the first of the objective."""
     steps: int | str | None = None
-    """How many; for DDPM that many evenly spaced ones of the 1000 timesteps, or those of "ddimN" or of sections such as
-    "10,15,20" (:func:`models.objectives.ddpm.space_timesteps`). None for "dopri5" alone."""
+    """Number of steps. DDPM takes so many evenly spaced ones of its 1000 timesteps, or those of "ddimN" or of sections
+    such as "10,15,20". None only for "dopri5"."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is none and costs half."""
     guidance_channels: int | None = None
@@ -52,7 +52,7 @@ class Solving:
     """Share of the guided prediction that :func:`models.sampling.predictor.rescale` gives the spread of the one with
     classes; it is computed in PyTorch, not by the op."""
     options: SolverOptions = field(default_factory=SolverOptions)
-    """Of the SDE solvers and of "dopri5"."""
+    """Options of the SDE solvers and of "dopri5"."""
     cuda_graphs: bool = False
     """Replay the steps as CUDA graphs; the capture takes four calls. Not run on a GPU."""
 
@@ -104,7 +104,7 @@ class SampleRequest(Solving):
     reverse: bool = False
     """Solve the ODE from data to noise."""
     generator: torch.Generator | None = None
-    """Of the noise that "ddpm" and the SDE solvers add at each step."""
+    """Generator of the noise that "ddpm" and the SDE solvers add at each step."""
     progress: Progress | None = None
     """Wraps the iterable of steps, as tqdm does."""
     past: Tensor | None = None

@@ -64,14 +64,14 @@ class SolverOptions:
     """
 
     diffusion: Diffusion | None = None
-    """SDE: w(t), the strength of the noise; by default 'sigma'."""
+    """SDE: form of w(t), the strength of the noise; by default 'sigma'."""
     diffusion_norm: float | None = None
     """SDE: factor of w; by default 1."""
     last_step: LastStep | None = None
-    """SDE: the step to t = 1, which adds no noise: along the drift ('mean', the default) or the velocity ('euler'), to
-    the predicted data ('tweedie'); 'skip' ends without. It comes after the others, with a call of its own."""
+    """SDE: last step to t = 1, which adds no noise. It follows the drift ('mean', the default) or the velocity
+    ('euler'), or goes to the predicted data ('tweedie'); 'skip' leaves it out. It is an extra call of the model."""
     last_step_size: float | None = None
-    """SDE: length of that step; by default 0.04."""
+    """SDE: length of the last step; by default 0.04."""
     rtol: float | None = None
     """dopri5: relative tolerance; by default 1e-3."""
     atol: float | None = None

@@ -20,16 +20,19 @@ class OptimizerConfig:
     """AdamW, its learning rate over the steps, and the moving average of the weights."""
 
     learning_rate: float = 1e-4
+    """Largest learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and the second moment."""
     weight_decay: float = 0.0
+    """Weight decay of AdamW."""
     warmup: int = 0
-    """Steps in which the learning rate rises linearly from near 0."""
+    """Number of steps in which the learning rate rises linearly from near 0."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """After the warm-up; 'cosine' and 'linear' fall to 0 after the last step."""
+    """Learning rate after the warm-up; 'cosine' and 'linear' reach 0 after the last step."""
     clip: float = 1.0
-    """Largest norm of the gradient; 0 for no clipping."""
+    """Largest norm of the gradient; 0 turns clipping off."""
     ema: float = 0.9999
-    """Decay of the moving average; early steps use less, (1 + step) / (10 + step)."""
+    """Decay of the EMA of the weights; early steps use the smaller (1 + step) / (10 + step)."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,13 @@ class PreviewConfig:
     """Samples drawn while training."""
 
     every: int = 0
-    """Steps from one preview to the next; there is always one at the end. 0 for that one only."""
+    """Steps between previews; 0 makes only the one at the end."""
     count: int = 4
+    """Number of clips."""
     steps: int = 20
+    """Steps of the objective's default solver."""
     guidance: float = 1.0
+    """Scale of classifier-free guidance; 1 is none."""
 
 
 # The least values of numbers, by dotted name.
@@ -68,7 +74,7 @@ class TrainConfig:
     """One run."""
 
     run: str = "runs/train"
-    """Folder of the run; must not exist."""
+    """Folder of the run; it must not exist."""
     data: DataConfig = field(default_factory=DataConfig)
     model: Settings = field(default_factory=DiTSettings)
     text: TextConfig = field(default_factory=TextConfig)
@@ -76,34 +82,35 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     encoder: str | None = None
-    """Where the autoencoder of the latents is now; by default where it was when they were made."""
+    """New place of the autoencoder of the latents, if it has moved since."""
     steps: int = 10_000
+    """Number of optimizer steps."""
     batch_size: int = 32
-    """Samples of one optimizer step; not used with buckets."""
+    """Samples per optimizer step; ignored with buckets."""
     batch_tokens: int = 0
-    """With buckets, data.buckets or those of latents: the most tokens of one optimizer step, whose samples are as many
-    as that allows."""
+    """Most tokens per optimizer step, with buckets only; they set the number of samples."""
     accumulation: int = 1
-    """Parts that a batch is computed in, one after the other, to save memory."""
+    """Number of parts of a batch, computed one after the other to save memory."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """'bf16': autocast; weights, their average and the optimizer stay fp32. On CUDA 'fp32' has TF32 products."""
+    """'bf16' is autocast; weights, EMA and optimizer stay fp32. On CUDA 'fp32' uses TF32 products."""
     checkpointing: bool = False
-    """Recompute the blocks in backward instead of keeping their activations."""
+    """Recompute the blocks in the backward instead of saving their activations."""
     compile: bool = False
-    """torch.compile the model."""
+    """Compile the model with torch.compile."""
     backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
-    """Which kernels the ops run on; 'auto' takes those that are right and faster here, and goes on with them."""
+    """Kernels of the ops; 'auto' takes the verified ones of the device."""
     verify: Literal["auto", "never"] = "auto"
     """On CUDA 'auto' verifies the kernels first where that was not done, about a minute, with backend 'auto' only."""
     device: str = "auto"
-    """'cpu', 'cuda' or 'cuda:1' and so on; 'auto' is CUDA if there is a device. CUDA was not run on a GPU."""
+    """Device: 'cpu', 'cuda', 'cuda:1' and so on. 'auto' is CUDA if there is a device, else the CPU."""
     seed: int = 0
+    """Seed of the weights, the data and the noise."""
     save_every: int = 1000
-    """Steps from one checkpoint to the next; there is always one at the start and at the end."""
+    """Steps between checkpoints; there is always one at the start and one at the end."""
     keep: int = 2
-    """Newest checkpoints that stay."""
+    """Number of newest checkpoints to keep."""
     log_every: int = 10
-    """Steps from one log entry to the next."""
+    """Steps between log entries."""
 
     def __post_init__(self) -> None:
         for path, least in LEAST.items():

@@ -30,7 +30,7 @@ def load(path: str | Path) -> TrainConfig:
 def choose(config: TrainConfig, system: str | None, objective: str | None) -> TrainConfig:
     """``config`` with the model and the objective of a named system, then with the objective of that name.
 
-    With another objective than it was published with, a system is without what only that one teaches.
+    Another objective turns off the options that only the published one trains.
 
     Raises:
         ValueError: no such system.

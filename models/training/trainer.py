@@ -167,7 +167,7 @@ class Trainer:
         if saved.text_encoder is not None and self.text_encoder is not None:
             refuse_another(self.text_encoder, saved.text_encoder)
         built_from = as_plain(self.model.config)
-        # A file of before a field was there has its default.
+        # Older files lack newer fields; those get their defaults.
         was_built_from = as_plain(config_from(saved.config))
         if was_built_from != built_from or saved.classes != self.classes:
             changed = sorted(key for key in built_from if was_built_from.get(key) != built_from[key]) or ["classes"]
@@ -278,5 +278,5 @@ class Trainer:
         return contact_sheet(sample_clips(self.ema, self.objective, request).numpy())
 
     def _first(self) -> Batch:
-        """As many of the first clips of the run as a preview has."""
+        """The first clips of the run, as many as a preview shows."""
         return Batches(self.source, self.config.preview.count, self.config.seed, prefetch=0).batch(0)
