@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from bench import shapes
-from bench.counters import Counter, raw_ops
+from bench.counters import raw_ops
 from bench.harness import DTYPES, tuple_of
 from minisora_kernels import backends, use_backend
+from minisora_kernels.counters import Counter
 
 WINDOWS = shapes.Windows("packed", (5, 2, 3), (5, 1, 1), 3, 24)
 # By op: sizes that no tile, vector or warp divides.
