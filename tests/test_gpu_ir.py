@@ -46,8 +46,8 @@ FURTHER = [
         ("several-to-a-tile", 1, (3, 5, 4), (2, 3, 3), 2, 8, "layer", 2, "half", True),
         ("two-blocks", 1, (66, 1, 1), (66, 1, 1), 2, 8, "rms", 1, "interleaved", False),
         ("two-blocks-cut-off", 1, (1, 9, 10), (1, 8, 9), 1, 8, "layer", 2, "half", True),
-        ("two-blocks-plain", 1, (66, 1, 1), (66, 1, 1), 1, 8, None, None, None, True),
-        ("wide-heads", 1, (66, 1, 1), (66, 1, 1), 1, 136, None, None, None, False),
+        ("two-blocks-plain", 1, (66, 1, 1), (66, 1, 1), 1, 72, None, None, None, True),
+        ("filled-heads", 1, (5, 1, 2), (5, 1, 1), 1, 32, "layer", 1, "half", False),
         ("odd-heads", 1, (5, 1, 2), (5, 1, 1), 3, 72, "rms", 1, "interleaved", False),
     )
 ]
@@ -199,9 +199,9 @@ def branches(path: Path) -> dict[int, str]:
         found[first.lineno] = function.name
         for node in ast.walk(function):
             if isinstance(node, ast.If) and "_UPCAST" not in ast.unparse(node.test):
-                for part in (node.body, node.orelse):
+                for part, word in ((node.body, "where"), (node.orelse, "unless")):
                     if part:
-                        found[part[0].lineno] = f"{function.name}, where {ast.unparse(node.test)}"
+                        found[part[0].lineno] = f"{function.name}, {word} {ast.unparse(node.test)}"
     return found
 
 
