@@ -10,6 +10,9 @@ import) runs or raises the reason. An automatic choice takes the first backend o
 the op, does not refuse the call, and is right and faster here by the record of ``python -m minisora_kernels verify``
 (see ``verify/record.py``; ``MINISORA_VERIFIED=PATH`` names another record, ``MINISORA_VERIFIED=0`` takes none). Each
 refusal is logged once at INFO level. Records are read when an op first asks for one, never at import.
+
+For tests, ``TRITON_INTERPRET=1`` or ``MINISORA_EXECUTE_IR=1`` has Triton's kernels executed on CPU tensors (see
+:data:`EXECUTOR`).
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ Table = Mapping[str, Refusal]
 LIBRARIES = [torch.library.Library(name, "DEF") for name in ("minisora", "minisora_triton")]
 
 # What executes Triton's kernels: the "device"; or on CPU tensors, slowly, for tests, Triton's "interpreter", or a tool
-# that executes the "ir" its compiler makes (ttsem, in a session that the tests open: MINISORA_EXECUTE_IR=1).
+# that executes the "ir" its compiler makes (ttsem, in a session that the tests open).
 EXECUTOR = (
     "interpreter"
     if os.environ.get("TRITON_INTERPRET", "0") == "1"

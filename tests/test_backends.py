@@ -315,3 +315,25 @@ def test_the_library_of_the_capability_is_loaded_and_computes(wanted, supported)
     capability, *libraries = done.stdout.split()
     assert wanted is None or capability == wanted.upper()
     assert [name for name in libraries if "cpu" in name] == [f"_{backends.VARIANTS[capability]}.so"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "executor", "upcast"),
+    [
+        ({}, ("device", "cuda"), False),
+        ({"TRITON_INTERPRET": "1"}, ("interpreter", "cpu"), True),
+        ({"MINISORA_EXECUTE_IR": "1"}, ("ir", "cpu"), False),
+    ],
+)
+def test_who_executes_tritons_kernels(variables: dict[str, str], executor: tuple[str, str], upcast: bool):
+    """The interpreter alone takes the branches that mend its flaws."""
+    pytest.importorskip("triton")
+    code = (
+        "from minisora_kernels import backends; from minisora_kernels.triton import _common; "
+        "print(backends.EXECUTOR, backends.DEVICES['triton'], _common._UPCAST.value)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MINISORA_EXECUTE_IR")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment | variables, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [*executor, str(upcast)]
