@@ -9,8 +9,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1; platform_system == "Linux" and platform_machine == "x86_64"
 OLDEST := 3.6.0
 NEWEST := 3.9.0
-# What is fetched once for all checkouts.
-CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minisora_kernels
+# What is fetched once for all checkouts, by the Python that it is for.
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minisora_kernels/$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
 BIN := $(VENV)/bin
 
 # What compilers say is in here; what failed, in the last lines of the build and in build_record.json.
@@ -24,7 +24,7 @@ INSTALL = $(BIN)/pip install --quiet --no-build-isolation -e
 .PHONY: demo digits systems test test-slow bench bench-quick docs docs-serve docs-check lint types format
 .PHONY: check-gpu-code clean
 
-$(VENV)/.torch:
+$(VENV)/.torch: Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet '$(TORCH)'
 	$(BIN)/pip install --quiet 'setuptools>=77' ninja
@@ -118,10 +118,11 @@ check-gpu-code: $(CACHE)/triton-$(OLDEST)/.installed $(CACHE)/triton-$(NEWEST)/.
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target gpu-interpreted gpu-interpreted-oldest gpu-approximate
 	$(MAKE) --no-print-directory gpu-compiled
 
+# Another checkout may be making the same: each makes its own, and the first to be done names it.
+KEEP = touch $(@D).$$$$/.installed && { mv -nT $(@D).$$$$ $(@D); rm -rf $(@D).$$$$; }
+
 $(CACHE)/triton-%/.installed: | $(VENV)/.installed
-	rm -rf $(@D)
-	$(BIN)/pip install --quiet --no-deps --target $(@D) triton==$* 'numpy$(if $(filter 3.6.%,$*),<2.4)'
-	@touch $@
+	$(BIN)/pip install --quiet --no-deps --target $(@D).$$$$ triton==$* 'numpy$(if $(filter 3.6.%,$*),<2.4)' && $(KEEP)
 
 # .venv with another Triton.
 ON_OLDEST := PYTHONPATH=$(CACHE)/triton-$(OLDEST)
@@ -140,8 +141,8 @@ gpu-approximate:
 	MINISORA_APPROXIMATE=1 $(ON_NEWEST) $(INTERPRETED) tests/test_approximate.py tests/test_ops.py -k 'approximate or values_and_gradients and float32'
 
 gpu-compiled:
-	$(ON_OLDEST) $(BIN)/python -m bench.aot --quick --architectures sm_80 sm_90
-	$(ON_NEWEST) $(BIN)/python -m bench.aot --quick --architectures sm_80 sm_90
+	$(ON_OLDEST) $(BIN)/python -m bench.aot --quick --architectures sm_90
+	$(ON_NEWEST) $(BIN)/python -m bench.aot --quick --architectures sm_90
 	$(BIN)/python -m pytest tests/test_aot.py
 	MINISORA_OLDEST_HEADERS=$$($(BIN)/python tests/oldest_torch.py $(CACHE)) $(BIN)/python -m pytest tests/test_cuda_build.py
 
@@ -154,9 +155,7 @@ IR_TOOLS := $(CACHE)/ir-triton-3.8.0-ttsem-0.1.0
 IR_PYTEST := MINISORA_EXECUTE_IR=1 OMP_NUM_THREADS=1 PYTHONPATH=$(IR_TOOLS) $(BIN)/python -m pytest
 
 $(IR_TOOLS)/.installed: | $(VENV)/.installed
-	rm -rf $(IR_TOOLS)
-	$(BIN)/pip install --quiet --no-deps --ignore-requires-python --target $(IR_TOOLS) triton==3.8.0 ttsem==0.1.0
-	@touch $@
+	$(BIN)/pip install --quiet --no-deps --ignore-requires-python --target $(@D).$$$$ triton==3.8.0 ttsem==0.1.0 && $(KEEP)
 
 check-gpu-ir: $(VENV)/.installed $(IR_TOOLS)/.installed
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target gpu-ir-cases gpu-ir-passes

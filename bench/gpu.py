@@ -215,12 +215,12 @@ def provenance(dry: bool) -> dict[str, Any]:
 
 
 def kept(path: Path, here: dict[str, Any]) -> dict[str, Any] | None:
-    """What a finished step left, if it is whole and of this commit, without changes, and this machine."""
+    """What a step that passed left, if it is whole and of this commit, without changes, and this machine."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    whole = isinstance(found, dict) and isinstance(found.get("status"), int) and not found.get("dirty")
+    whole = isinstance(found, dict) and found.get("status") == 0 and not found.get("dirty")
     same = whole and all(found.get(what) == value for what, value in here.items())
     return found if same else None
 
