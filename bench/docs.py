@@ -265,9 +265,34 @@ def inductor(results: Path) -> list[str]:
     ]
 
 
+def host(results: Path) -> list[str]:
+    """What a call costs the host, with the launchers of an earlier commit beside it."""
+    record = json.loads((results / "host.json").read_text())
+    before = record["before"]
+    rows = []
+    for name, directions in record["calls"].items():
+        for direction, call in directions.items():
+            old = before["calls"].get(name, {}).get(direction)
+            cells = (
+                ("-", "-", "-") if old is None else (f"{old['us']:.0f}", str(old["launches"]), f"{old['ratio']:.1f}")
+            )
+            now = (f"{call['us']:.0f}", str(call["launches"]), f"{call['ratio']:.1f}")
+            rows.append((f"`{name.split()[0]}` {' '.join(name.split()[1:])}".strip(), direction, *cells, *now))
+    header = ("op", "direction", "us before", "launches", "in bare launches", "us now", "launches", "in bare launches")
+    return [
+        "",
+        f"`python -m bench.host_time`, {record['cpu']}, Triton {record['triton']}; now: commit {record['commit']}, "
+        f"before: commit {before['commit']}. A bare Triton launch takes {record['bare']:.1f} us. "
+        "Thread CPU time over a driver that does nothing; **not run on a GPU**.",
+        "",
+        *markdown(header, rows),
+        "",
+    ]
+
+
 TABLES: dict[str, Callable[..., list[str]]] = {
     function.__name__: function
-    for function in (records, models, ops, saved, moved, plots, systems, steps, digits, compiled, plans, inductor)
+    for function in (records, models, ops, saved, moved, plots, systems, steps, digits, compiled, plans, inductor, host)
 }
 # The table that shows a record, by the name of its file.
 SHOWN_BY = {
@@ -277,6 +302,7 @@ SHOWN_BY = {
     "aot.json": "compiled",
     "plans.json": "plans",
     "inductor.json": "inductor",
+    "host.json": "host",
 }
 
 

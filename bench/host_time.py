@@ -33,7 +33,7 @@ import torch
 from bench import shapes
 from bench.counters import raw_ops
 from bench.harness import BOTH, FWD, Problem, tuple_of
-from bench.record import RESULTS, machine, rounded
+from bench.record import RESULTS, commit, machine, rounded
 from minisora_kernels import backends, use_backend
 
 RECORD = RESULTS / "host.json"
@@ -205,7 +205,7 @@ def head() -> dict[str, Any]:
     import triton
 
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    return {"cpu": machine(torch.device("cpu"))["cpu"], **versions}
+    return {"commit": commit(), "cpu": machine(torch.device("cpu"))["cpu"], **versions}
 
 
 def complaints(new: dict[str, Any], old: dict[str, Any]) -> dict[str, list[str]]:
@@ -266,12 +266,20 @@ def table(found: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", action="store_true", help=f"write {RECORD.name} anew")
+    parser.add_argument(
+        "--before", type=Path, metavar="FILE", help="with --save: a record of an earlier commit, made on this machine"
+    )
     options = parser.parse_args()
+    if options.before is not None and not options.save:
+        parser.error("--before is for --save")
+    before = None if options.before is None else json.loads(options.before.read_text())
     torch.set_num_threads(1)
     with stubbed() as stub:
         if options.save:
             found = {**head(), **measured(stub, list(CALLS_OF), rounds=3 * ROUNDS)}
             print("\n".join(table(found)))
+            if before is not None:
+                found["before"] = {key: before[key] for key in ("commit", "triton", "bare", "calls")}
             temporary = RECORD.with_suffix(".part")
             temporary.write_text(json.dumps(rounded(found), indent=1) + "\n")
             temporary.replace(RECORD)

@@ -73,12 +73,17 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"slug": re.sub(r"[^a-z0-9]+", "-", name).strip("-"), **found}
 
 
+def commit() -> str:
+    """The commit of the checkout, in short."""
+    return _git("rev-parse", "--short", "HEAD")
+
+
 def head(device: torch.device, allocator: str) -> dict[str, Any]:
     """Of any record: when, which code, and on what."""
     return {
         "format": FORMAT,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "machine": machine(device),
         "versions": {
