@@ -5,9 +5,9 @@ compiled instead, for each of :data:`ARCHITECTURES`, and what became of it is re
 memory, and the share of a multiprocessor's warps that fit. ``--save`` writes the record anew; without it a kernel that
 grew by more than 10% is an error. It says nothing about speed.
 
-Every architecture gets the named shapes of the benches; :data:`WHOLLY` some also the calls of bench/launches.py, which
-reach all that a launcher can choose. ``--quick`` compiles the latter alone, in one dtype each: for the Tritons whose
-record this is not.
+One architecture, :data:`WHOLLY`, gets all: the named shapes of the benches, and the calls of bench/launches.py, which
+reach all that a launcher can choose. The others get the quick shapes of the benches. ``--quick`` compiles the calls of
+bench/launches.py alone, in one dtype each: for the Tritons whose record this is not.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -43,9 +44,8 @@ from minisora_kernels.counters import ALLOCATIONS
 
 RECORD = RESULTS / "aot.json"
 GROWTH = 1.1
-# The others get what the benches launch. Of 362 kernels four had other registers on sm_86 than on sm_89, none had other
-# spills or shared memory.
-WHOLLY = ("sm_90",)
+# Of 362 kernels four had other registers on sm_86 than on sm_89, none had other spills or shared memory.
+WHOLLY = "sm_90"
 # Bound by their products, windows of more than 32 tokens and float32 without tensor cores may spill a little; all
 # others are bound by memory and must not.
 COMPUTE_BOUND = re.compile(r"window_attention \w+ (forward|backward|dbias)_kernel|patch_embed float32")
@@ -124,11 +124,12 @@ def set_target(architecture: Architecture) -> None:
     driver.set_active(Driver())
 
 
-def benched(op: str) -> Iterator[tuple[str, str, Problem]]:
-    """Name, dtype and problem of the benches' shapes; the quick ones in float16 too."""
+def benched(op: str, every: bool = True) -> Iterator[tuple[str, str, Problem]]:
+    """Name, dtype and problem of the benches' shapes, or of the quick ones alone; the quick ones in float16 too."""
     bench = importlib.import_module(f"bench.bench_{op}")
     (mark,) = (m for m in getattr(bench, f"test_{op}").pytestmark if m.name == "parametrize")
-    for shape in dict.fromkeys(param.values[0] for param in mark.args[1]):
+    shapes = dict.fromkeys(param.values[0] for param in mark.args[1])
+    for shape in shapes if every else filter(lambda shape: shape.quick, shapes):
         for dtype in (*shape.dtypes, *(("float16",) if shape.quick else ())):
             yield shape.name, dtype, bench.problem(shape, PRECISIONS[dtype], torch.device("meta"))
 
@@ -211,8 +212,9 @@ def kernels_of(architecture: Architecture, brief: bool = False) -> dict[str, dic
         label, call = f"{op} {dtype}", name
 
     with patch.object(JITFunction, "run", compile_only):
-        traffic = launch_all(quick if brief else benched, begin)
-        if architecture.name in WHOLLY and not brief:
+        whole = architecture.name == WHOLLY
+        traffic = launch_all(quick if brief else partial(benched, every=whole), begin)
+        if whole and not brief:
             launch_all(small, begin)
     return {"kernels": found, "traffic": traffic}
 
@@ -261,7 +263,7 @@ def everything(names: Sequence[str] = tuple(ARCHITECTURES), brief: bool = False)
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
-    longest_first = sorted(names, key=lambda name: name not in WHOLLY)
+    longest_first = sorted(names, key=lambda name: name != WHOLLY)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(longest_first, pool.map(of, longest_first), strict=True))
     kernels = {name: found[name]["kernels"] for name in names}
