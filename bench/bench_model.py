@@ -14,17 +14,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bench.harness import BOTH, FWD, Problem, Random, cases, on_backend, ours_on
-from bench.shapes import BLOCK, SAMPLING_RUN, SAMPLING_STEP, TRAINING_STEP, Model
+from bench.harness.session import BOTH, FWD, Problem, Random, cases, on_backend, ours_on
+from bench.harness.shapes import LONG, Model, Triple, latents
 from bench.written import WrittenDiT
 from minisora_kernels import adaln, guided_step
-from models.denoisers.dit import DiT
+from models.denoisers.dit import SIZES, DiT, DiTConfig
 from models.denoisers.layers import Modulation
 from models.objectives.flow import FlowMatching
 from models.sampling.predictor import Predictor
 from models.sampling.solvers import flow_plan
 
 GUIDANCE, STEPS = 4.0, 50
+
+
+def model_shape(size: str, clip: Triple, depth: int | None = None, **options) -> Model:
+    settings: dict = {**SIZES[size], **({} if depth is None else {"depth": depth})}
+    config = DiTConfig(
+        input_size=latents(*clip),
+        patch=(1, 2, 2),
+        channels=4,
+        attention="factorized",
+        num_classes=10,
+        class_dropout=0.0,
+        **settings,
+    )
+    return Model(f"factorized {size}/2 {'x'.join(map(str, clip))} b1", config, **options)
+
+
+BLOCK = (model_shape("XL", (16, 256, 256), quick=True, depth=2, dtypes=LONG),)
+TRAINING_STEP = (
+    model_shape("B", (16, 256, 256), dtypes=LONG),
+    model_shape("S", (16, 256, 256), dtypes=LONG),
+    model_shape("S", (8, 256, 256), dtypes=("float32",)),
+)
+SAMPLING_STEP = TRAINING_STEP[:2]  # in float32 a sampling run does
+# A short clip: the shorter, the more of a step goes into what does not depend on the tokens.
+SAMPLING_RUN = (model_shape("XL", (1, 256, 256), depth=2),)
 
 
 class Blocks(nn.Module):

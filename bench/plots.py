@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 from PIL import Image
 
-from bench.report import best_eager
+from bench.harness.report import best_eager
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

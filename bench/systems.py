@@ -32,9 +32,9 @@ import numpy as np
 import torch
 from torch._inductor import config as inductor_config
 
-from bench import record
-from bench.clock import Clock
-from bench.harness import release_memory, summary
+from bench.harness import record
+from bench.harness.clock import Clock
+from bench.harness.session import release_memory, summary
 from minisora_kernels.counters import Counter
 from models import checkpoint as checkpoints
 from models import digits

@@ -11,7 +11,8 @@ import sys
 
 import pytest
 
-from bench import aot, branches
+from bench import aot
+from bench.gpu import branches
 from minisora_kernels import backends
 
 pytestmark = [
@@ -34,7 +35,7 @@ def test_the_record_is_of_the_triton_that_torch_requires():
 
 def test_every_kernel_and_every_branch_is_compiled():
     """Translated in a process of its own, for Triton keeps one target a process."""
-    done = subprocess.run([sys.executable, "-m", "bench.branches"], cwd=aot.ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "bench.gpu.branches"], cwd=aot.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

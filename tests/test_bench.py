@@ -16,11 +16,14 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from bench import bench_adaln, bench_model, compare, docs, plots, record, report, shapes, systems
-from bench.clock import Clock
-from bench.counters import InductorBytes
-from bench.harness import BOTH, FWD, Problem, Session, on_backend
+from bench import bench_model, compare, docs, plots, systems
+from bench.harness import record, report, shapes
+from bench.harness.clock import Clock
+from bench.harness.counters import InductorBytes
+from bench.harness.session import BOTH, FWD, Problem, Session, on_backend
+from bench.ops import bench_adaln, bench_of, bench_window_attention
 from minisora_kernels import backends
+from minisora_kernels.__main__ import ops
 from minisora_kernels.counters import Counter, saved_bytes
 from models.denoisers.dit import DiT
 from models.runtime.plain import merge
@@ -176,8 +179,7 @@ def test_the_clock_gives_seconds_of_one_call():
 
 def all_cases() -> list[tuple]:
     found = []
-    for path in sorted((ROOT / "bench").glob("bench_*.py")):
-        module = __import__(f"bench.{path.stem}", fromlist=["_"])
+    for module in (bench_model, *map(bench_of, ops())):
         for name, function in vars(module).items():
             if name.startswith("test_"):
                 (mark,) = function.pytestmark
@@ -205,14 +207,14 @@ def test_every_shape_fits_its_op():
 def test_the_issues_shapes_are_there():
     modulated = {(s.batch, s.count, s.width, s.rows) for s in shapes.MODULATED}
     assert {(2, 4096, 1152, 1), (2, 1024, 384, 1), (1, 16384, 1152, 1), (2, 4096, 1152, 16)} <= modulated
-    temporal = {(s.grid[0], s.grid[1] * s.grid[2], s.head_dim, s.norm_and_rope) for s in shapes.WINDOW_ATTENTION}
+    temporal = {(s.grid[0], s.grid[1] * s.grid[2], s.head_dim, s.norm_and_rope) for s in bench_window_attention.SHAPES}
     wanted = {(t, s, d, n) for t in (16, 32) for s in (256, 1024) for d in (72, 64) for n in (False, True)}
     assert wanted <= temporal
     assert (1, 19200, 1152) in {(s.batch, s.count, s.width) for s in shapes.MODULATED}  # 480p
 
 
 def tiny_model() -> shapes.Model:
-    model = shapes._model("S", (2, 64, 64), depth=2)
+    model = bench_model.model_shape("S", (2, 64, 64), depth=2)
     config = dict(vars(model.config), width=32, heads=2)
     return shapes.Model("tiny", type(model.config)(**config))
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from test_bench import synthetic
 
-from bench import clock, report, shapes
-from bench.clock import Clock
-from bench.harness import Session
+from bench.bench_model import BLOCK
+from bench.harness import clock, report, shapes
+from bench.harness.clock import Clock
+from bench.harness.session import Session
+from bench.ops import bench_of
+from minisora_kernels.__main__ import ops
 
 HOST, DEVICE, FLUSH = 50e-6, 10e-6, 65e-6  # of a call, and of the write that empties the cache
 HZ = 2e9
@@ -95,14 +100,10 @@ def test_a_call_that_waits_is_timed_as_it_is(gpu: GPU):
     assert gpu.spins[-2:] == [0, 0]
 
 
-def all_shapes() -> list:
-    tables = (shapes.MODULATED, shapes.WINDOW_ATTENTION, shapes.PATCH_EMBED, shapes.UNPATCHIFY)
-    return [shape for table in (*tables, shapes.GELU_MLP, shapes.GRN, shapes.GUIDED_STEP) for shape in table]
-
-
 def test_shapes_on_a_gpu_move_enough_and_have_names_of_their_own():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for shape in all_shapes():
+    tables = [bench_of(op).SHAPES for op in ops()]
+    for shape in itertools.chain(*tables):
         assert shapes.on_device(shape, cpu) is shape
         there = shapes.on_device(shape, cuda)
         moved = 2 * shapes.elements(there)
@@ -111,10 +112,10 @@ def test_shapes_on_a_gpu_move_enough_and_have_names_of_their_own():
         assert shapes.on_device(there, cuda) == there
     (per_frame,) = {shapes.on_device(s, cuda).name for s in shapes.MODULATED if "per frame" in s.name}
     assert per_frame == "XL/2 16x256x256 b16 per frame"
-    for table in (shapes.MODULATED, shapes.WINDOW_ATTENTION, shapes.PATCH_EMBED, shapes.UNPATCHIFY):
+    for table in tables:
         names = [shapes.on_device(shape, cuda).name for shape in table]
         assert len(set(names)) == len(names)
-    assert shapes.on_device(shapes.BLOCK[0], cuda) is shapes.BLOCK[0]
+    assert shapes.on_device(BLOCK[0], cuda) is BLOCK[0]
 
 
 def test_the_harness_and_the_report_have_the_hosts_time(gpu: GPU):

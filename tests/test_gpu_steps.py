@@ -1,4 +1,4 @@
-"""The steps of bench/gpu.py without a GPU: what they leave, when they run again, what they exit with."""
+"""The steps of bench/gpu/steps.py without a GPU: what they leave, when they run again, what they exit with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu, sanitized
+from bench.gpu import sanitized
+from bench.gpu import steps as gpu
 from minisora_kernels.__main__ import ops
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""Every access of every element of the tensors in bench/traffic.py, counted in the interpreter."""
+"""Every access of every element of the tensors in bench/gpu/traffic.py, counted in the interpreter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from test_ops import outputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.traffic import named, passes, table
+from bench.gpu.traffic import named, passes, table
 from minisora_kernels import backends
 
 pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="needs TRITON_INTERPRET=1: see make check-gpu-code")

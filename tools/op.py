@@ -56,7 +56,7 @@ def main() -> int:
     if passed:
         native = Step("tests", [*PYTEST, f"tests/test_{op}.py", *tests])
         passed = (interpreted is None or interpreted.passes()) and passed  # before the bench, which wants a core
-        bench = Step("quick bench", [*PYTEST, f"bench/bench_{op}.py", "--benchmark-only", "--quick"])
+        bench = Step("quick bench", [*PYTEST, f"bench/ops/bench_{op}.py", "--benchmark-only", "--quick"])
         passed = bench.passes() and passed
         passed = native.passes() and passed
     elif interpreted is not None:

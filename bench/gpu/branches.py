@@ -1,7 +1,7 @@
-"""Which kernels and branches the ahead-of-time compilation misses: ``python -m bench.branches`` prints them.
+"""Which kernels and branches the ahead-of-time compilation misses: ``python -m bench.gpu.branches`` prints them.
 
 A branch on a constant is decided while Triton translates a kernel, so code behind it is compiled only if some launch
-has that constant. Here the launches of bench/launches.py are translated, no further, with a note of what each
+has that constant. Here the launches of bench/gpu/launches.py are translated, no further, with a note of what each
 ``if`` of a kernel or helper was. One that was never true, or never false, is code that nothing
 has compiled.
 """
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from bench.aot import launch_all, quick, set_target
-from bench.architectures import ARCHITECTURES
+from bench.gpu.architectures import ARCHITECTURES
 from minisora_kernels import backends
 
 KERNELS = Path(backends.__file__).parent / "triton"

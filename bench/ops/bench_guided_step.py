@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import minisora_kernels as mk
-from bench.harness import FWD, Problem, Random, cases
-from bench.shapes import GUIDED_STEP, Latents
+from bench.gpu.traffic import Traffic
+from bench.harness.session import FWD, Problem, Random, cases
+from bench.harness.shapes import Latents, Triple, latents
 from models.objectives.ddpm import DDPM, schedule, space_timesteps
 from models.objectives.flow import FlowMatching
 from models.sampling.plans import diffusion_plan
@@ -21,6 +22,20 @@ EULER = flow_plan(FlowMatching(), "euler", STEPS, GUIDANCE).coefficients[STEP, 0
 ANCESTRAL = diffusion_plan(DDPM(), "ddpm", STEPS, GUIDANCE).coefficients[STEP, 0].tolist()
 KEPT = schedule(space_timesteps(STEPS), torch.device("cpu"), torch.float64)
 TABLES = [table[STEPS - 1 - STEP].item() for table in KEPT]
+
+
+def _latents(clip: Triple, ancestral: bool, batch: int, **options) -> Latents:
+    name = f"{'ddpm' if ancestral else 'euler'} {'x'.join(map(str, clip))} b{batch}"
+    return Latents(name, latents(*clip), ancestral, batch, **options)
+
+
+SHAPES = tuple(
+    _latents((16, side, side), ancestral, 4, quick=side == 256) for ancestral in (False, True) for side in (256, 512)
+)
+
+TRAFFIC = {
+    "guided_step_fwd": Traffic({"x": 1, "cond": 1, "null": 1}, {"y": 1}),
+}
 
 
 def problem(shape: Latents, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -50,6 +65,6 @@ def problem(shape: Latents, dtype: torch.dtype, device: torch.device) -> Problem
     return Problem(inputs, lambda t: mk.guided_step(**t), list(inputs), ("as written", written))
 
 
-@cases(GUIDED_STEP, [FWD])
+@cases(SHAPES, [FWD])
 def test_guided_step(bench, shape: Latents, dtype: str, direction: str):
     bench("guided_step", problem, shape, dtype, direction)

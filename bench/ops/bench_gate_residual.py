@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 
 import minisora_kernels as mk
-from bench.harness import Problem, Random, cases
-from bench.shapes import GATE_RESIDUAL, Tokens
+from bench.gpu.traffic import Traffic
+from bench.harness.session import Problem, Random, cases
+from bench.harness.shapes import MODULATED, Tokens
+
+SHAPES = MODULATED[:2]
+
+TRAFFIC = {
+    "gate_residual_fwd": Traffic({"x": 1, "branch": 1}, {"y": 1}),
+    "gate_residual_bwd": Traffic({"dy": 1, "branch": 1}, {"dbranch": 1}),
+}
 
 
 def problem(shape: Tokens, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -19,6 +27,6 @@ def problem(shape: Tokens, dtype: torch.dtype, device: torch.device) -> Problem:
     return Problem(inputs, lambda t: mk.gate_residual(**t), unread=["x"], aliased=["x"])
 
 
-@cases(GATE_RESIDUAL)
+@cases(SHAPES)
 def test_gate_residual(bench, shape: Tokens, dtype: str, direction: str):
     bench("gate_residual", problem, shape, dtype, direction)

@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 
 import minisora_kernels as mk
-from bench.harness import Problem, Random, cases
-from bench.shapes import MODULATED, Tokens
+from bench.gpu.traffic import Traffic
+from bench.harness.session import Problem, Random, cases
+from bench.harness.shapes import MODULATED, Tokens
+
+SHAPES = MODULATED
+
+TRAFFIC = {
+    "adaln_fwd": Traffic({"x": 1}, {"y": 1, "mean": 1, "rstd": 1}),
+    "adaln_bwd": Traffic({"dy": 1, "x": 1}, {"dx": 1}),
+}
 
 
 def problem(shape: Tokens, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -19,6 +27,6 @@ def problem(shape: Tokens, dtype: torch.dtype, device: torch.device) -> Problem:
     return Problem(inputs, lambda t: mk.adaln(**t))
 
 
-@cases(MODULATED)
+@cases(SHAPES)
 def test_adaln(bench, shape: Tokens, dtype: str, direction: str):
     bench("adaln", problem, shape, dtype, direction)

@@ -19,7 +19,7 @@ import minisora_kernels
 from minisora_kernels import backends
 
 FORMAT = 1
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # A virtual machine that gives freed memory back to its host: fresh memory may then cost a fault there as well.

@@ -7,8 +7,20 @@ from math import prod
 import torch
 
 import minisora_kernels as mk
-from bench.harness import Problem, Random, cases
-from bench.shapes import UNPATCHIFY, Patches
+from bench.gpu.traffic import Traffic
+from bench.harness.session import Problem, Random, cases
+from bench.harness.shapes import Patches, latents, video_patches
+
+SHAPES = tuple(
+    video_patches(channels, latents(16, side, side), (1, 2, 2), quick=(channels, side) == (8, 256))
+    for channels in (4, 8)  # 8: with a learned variance
+    for side in (256, 512)
+)
+
+TRAFFIC = {
+    "unpatchify_fwd": Traffic({"tokens": 1}, {"video": 1}),
+    "unpatchify_bwd": Traffic({"dvideo": 1}, {"dtokens": 1}),
+}
 
 
 def problem(shape: Patches, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -20,6 +32,6 @@ def problem(shape: Patches, dtype: torch.dtype, device: torch.device) -> Problem
     )
 
 
-@cases(UNPATCHIFY)
+@cases(SHAPES)
 def test_unpatchify(bench, shape: Patches, dtype: str, direction: str):
     bench("unpatchify", problem, shape, dtype, direction)

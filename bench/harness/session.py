@@ -21,8 +21,8 @@ The compilation of a case takes 1 to 9 seconds for an op and up to a minute for 
 is why the models are few and only ops are timed as ``ours in compile``.
 
 A round times one sample of each column, in rotated order; short calls are repeated within a sample. Ratios are taken
-per round. On a GPU shapes are larger (``on_device`` of bench/shapes.py), these times are the device's alone, and the
-host's are a part of the record for themselves: see bench/clock.py. A call takes the longer of the two.
+per round. On a GPU shapes are larger (``on_device`` of bench/harness/shapes.py). These times are the device's alone;
+the host's are a part of the record for themselves: see bench/harness/clock.py. A call takes the longer of the two.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.clock import Clock
-from bench.counters import InductorBytes
-from bench.shapes import on_device
+from bench.harness.clock import Clock
+from bench.harness.counters import InductorBytes
+from bench.harness.shapes import on_device
 from minisora_kernels import use_backend
 from minisora_kernels.counters import Counter, saved_bytes
 from minisora_kernels.testing import assert_as_accurate

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import minisora_kernels as mk
-from bench.harness import Problem
+from bench.harness.session import Problem
 from minisora_kernels.modulation import TRITON_WIDEST
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

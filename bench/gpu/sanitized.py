@@ -1,21 +1,21 @@
-"""Every Triton kernel's op once, forward and backward, on odd shapes: ``python -m bench.sanitized``.
+"""Every Triton kernel's op once, forward and backward, on odd shapes: ``python -m bench.gpu.sanitized``.
 
-What bench/gpu.py runs under compute-sanitizer: short, without pytest. Whether values are right is for the tests; here
-they must be finite, and every raw op must have run. On a GPU; with ``TRITON_INTERPRET=1`` on the CPU.
+What bench/gpu/steps.py runs under compute-sanitizer: short, without pytest. Whether values are right is for the tests;
+here they must be finite, and every raw op must have run. On a GPU; with ``TRITON_INTERPRET=1`` on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from typing import Any
 
 import torch
 
-from bench import shapes
-from bench.counters import raw_ops
-from bench.harness import DTYPES, tuple_of
+from bench.harness import shapes
+from bench.harness.counters import raw_ops
+from bench.harness.session import DTYPES, tuple_of
+from bench.ops import bench_of
 from minisora_kernels import backends, use_backend
 from minisora_kernels.counters import Counter
 
@@ -49,7 +49,7 @@ def run(op: str, shape: Any, dtype: str, device: torch.device) -> None:
     Raises:
         FloatingPointError: a result that is not finite.
     """
-    problem = importlib.import_module(f"bench.bench_{op}").problem(shape, DTYPES[dtype], device)
+    problem = bench_of(op).problem(shape, DTYPES[dtype], device)
     names = list(problem.inputs) if problem.wanted else []
     for name in names:
         problem.inputs[name].requires_grad_()

@@ -2,7 +2,7 @@
 
     tests       the tests of ops, of kernels and of models with kernels, on all cores
     verify      ``python -m minisora_kernels verify``: right and faster, and the record that the automatic choice reads
-    sanitizer   bench/sanitized.py under compute-sanitizer (it comes with the CUDA toolkit): memcheck, then racecheck
+    sanitizer   bench/gpu/sanitized.py under compute-sanitizer, of the CUDA toolkit: memcheck, then racecheck
     quick       the benches of ``--quick``: device time and host time, against eager PyTorch and torch.compile
     op:NAME     all benches of that op; of window_attention one kind of windows: op:window_attention:temporal
 
@@ -36,8 +36,8 @@ from typing import Any
 
 import torch
 
-from bench import record
-from bench.sanitized import ODD
+from bench.gpu.sanitized import ODD
+from bench.harness import record
 
 TESTS = ("tests/test_ops.py", "tests/test_grn.py", "tests/test_model_kernels.py")
 WINDOWS = ("temporal", "spatial", "joint", "W.A.L.T")
@@ -133,7 +133,7 @@ def verify(step: Step) -> Result:
 
 def sanitizer(step: Step) -> Result:
     """The ops are compiled first, each in a process of its own, so that the tools meet warm caches."""
-    script = [sys.executable, "-m", "bench.sanitized"]
+    script = [sys.executable, "-m", "bench.gpu.sanitized"]
     if step.dry:
         return step.run(*script, "--only", "unpatchify", TRITON_INTERPRET="1"), {}
     tool = shutil.which("compute-sanitizer")
@@ -158,7 +158,8 @@ def of_op(step: Step) -> Result:
     expression = kind[0] if kind else ""
     if step.dry:
         expression = "4x16x32x32 and bfloat16 and not bwd"
-    return benches(step, "default", [f"bench/bench_{op}.py"], expression)
+    file = "bench/bench_model.py" if op == MODELS else f"bench/ops/bench_{op}.py"
+    return benches(step, "default", [file], expression)
 
 
 def benches(step: Step, name: str, arguments: Sequence[str], expression: str) -> Result:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.record import roofline
+from bench.harness.record import roofline
 
 NO_RATIO = "-"
 # The ceilings of a quiet machine change by less from the start to the end of a run.
