@@ -43,7 +43,7 @@ def test_every_op_has_a_bench():
 @pytest.mark.parametrize("op", ops())
 def test_every_op_is_public_and_tested(op: str):
     assert callable(getattr(mk, op))
-    assert (ROOT / "tests" / f"test_{op}.py").exists()
+    assert (ROOT / "tests" / "ops" / f"test_{op}.py").exists()
     assert op in {case.op for case in CASES} and op in {case.op for case in checked()}
 
 

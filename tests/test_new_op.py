@@ -20,7 +20,7 @@ FILES = {
     "minisora_kernels/ops/made_up_2.py",
     "minisora_kernels/triton/made_up_2.py",
     "minisora_kernels/verify/cases_made_up_2.py",
-    "tests/test_made_up_2.py",
+    "tests/ops/test_made_up_2.py",
 }
 
 
@@ -104,11 +104,11 @@ def test_the_op_passes_the_checks_of_every_op(checkout):
     run("setup.py", "build_ext", "--inplace")
     available = "from minisora_kernels import backends; print(backends.unavailable('cpu'))"
     if run("-c", available).strip() == "None":
-        assert "[made_up_2-tokens" in run(*pytest_, "tests/test_ops.py", f"tests/test_{OP}.py", "--op", OP)
+        assert "[made_up_2-tokens" in run(*pytest_, "tests/ops/test_ops.py", f"tests/ops/test_{OP}.py", "--op", OP)
     else:
         assert shutil.which("c++") is None, "the kernel was not built"
     pytest.importorskip("triton")
-    tests = ("tests/test_ops.py", "tests/test_triton_traffic.py", "--op", OP)
+    tests = ("tests/ops/test_ops.py", "tests/ops/test_triton_traffic.py", "--op", OP)
     assert "made_up_2 tokens" in run(*pytest_, *tests, TRITON_INTERPRET="1")
     pytest.importorskip("pytest_benchmark")
     run(*pytest_, f"bench/ops/bench_{OP}.py", "--benchmark-disable", "--quick")

@@ -16,7 +16,7 @@ FILES = {
     "triton.py": "minisora_kernels/triton/{op}.py",
     "bench.py": "bench/ops/bench_{op}.py",
     "cases.py": "minisora_kernels/verify/cases_{op}.py",
-    "test.py": "tests/test_{op}.py",
+    "test.py": "tests/ops/test_{op}.py",
 }
 
 

@@ -2,8 +2,8 @@
 
 The benches' shapes are what models run most; these are the rest: every form of a window, every width of a head, rows
 of parameters of every kind, widths that no chunk divides, dtypes that meet. `bench.aot` compiles both. The tensors are
-"meta" ones, for only shapes, strides and dtypes count. tests/test_aot.py finds kernels, and branches of constants in
-them, that none of these calls compiles.
+"meta" ones, for only shapes, strides and dtypes count. tests/bench/test_aot.py finds kernels, and branches of constants
+in them, that none of these calls compiles.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ import torch
 from bench.gpu.sanitized import ODD
 from bench.harness import record
 
-TESTS = ("tests/test_ops.py", "tests/test_grn.py", "tests/test_model_kernels.py")
+TESTS = ("tests/ops/test_ops.py", "tests/ops/test_grn.py", "tests/models/test_model_kernels.py")
 WINDOWS = ("temporal", "spatial", "joint", "W.A.L.T")
 MODELS = "model"
 LIMIT = 300  # seconds of a step
@@ -96,11 +96,13 @@ Result = tuple[int, dict[str, Any]]
 
 
 def tests(step: Step) -> Result:
-    files = sorted(str(path.relative_to(record.ROOT)) for path in (record.ROOT / "tests").glob("test_triton*.py"))
+    files = sorted(
+        str(path.relative_to(record.ROOT)) for path in (record.ROOT / "tests" / "ops").glob("test_triton*.py")
+    )
     xml = step.out / f"{step.stem}.xml"
     options = ["-q", f"--junitxml={xml}", *step.parallel(step.cores)]
     if step.dry:
-        chosen = ["tests/test_ops.py", "-k", "unpatchify and values and float32"]
+        chosen = ["tests/ops/test_ops.py", "-k", "unpatchify and values and float32"]
         status = step.run(sys.executable, "-m", "pytest", *options, *chosen, TRITON_INTERPRET="1")
     else:
         status = step.run(sys.executable, "-m", "pytest", *options, *TESTS, *files)

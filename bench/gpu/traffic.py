@@ -1,7 +1,7 @@
 """How often a Triton kernel reads and writes every element of the large tensors, by construction.
 
 Keys are raw ops; ``read`` and ``written`` say how often an element of a tensor passes, on average. What is small beside
-them (rows of modulation, weights, rotary tables) is left out, and stays in the caches. tests/test_triton_traffic.py
+them (rows of modulation, weights, rotary tables) is left out, and stays in the caches. tests/ops/test_triton_traffic.py
 counts the accesses of every element in the interpreter and holds the table against them. The rows of an op are in its
 bench, as ``TRAFFIC``.
 """

@@ -24,7 +24,7 @@ from test_window_attention import RAGGED, leaves
 from minisora_kernels import backends, patch_embed, rope_3d, window_attention
 from minisora_kernels.testing import assert_as_accurate
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CXX = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
 MISSING = backends.unavailable("cpu") or (shutil.which(CXX[0]) is None and "no C++ compiler was found")
 MISSING = MISSING or (not torch.cpu._is_avx512_bf16_supported() and "this CPU has no avx512_bf16") or ""
@@ -46,7 +46,7 @@ def libraries(tmp_path_factory):
     with mock.patch("setuptools.setup"):
         flags = runpy.run_path(str(ROOT / "setup.py"))["VARIANTS"]["cpu_avx512_bf16"]
     common = [*CXX, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-w", *flags, "-include"]
-    common += [str(ROOT / "tests" / "amx_emulation.h"), f"-I{torch_folder / 'include'}"]
+    common += [str(Path(__file__).parent / "amx_emulation.h"), f"-I{torch_folder / 'include'}"]
     compilations = []
     for name, (ops, (file, old, new)) in LIBRARIES.items():
         sources = shutil.copytree(ROOT / "csrc" / "cpu", folder / name)

@@ -1,6 +1,6 @@
 """Prints Triton's intermediate code of the kernels that multiply; needs no GPU.
 
-    python tests/triton_ttir.py LENGTH [PRECISION]
+    python tests/ops/triton_ttir.py LENGTH [PRECISION]
 
 window_attention for windows of LENGTH tokens; with a PRECISION, as ``torch.set_float32_matmul_precision`` takes it, in
 float32, and patch_embed too.

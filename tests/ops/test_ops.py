@@ -8,10 +8,9 @@ import inspect
 import pytest
 import torch
 from cases import CASES, Case, drawn
-from conftest import DEVICE, KERNEL_BACKENDS
+from conftest import DEVICE, KERNEL_BACKENDS, Seen
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import minisora_kernels as mk
@@ -24,22 +23,6 @@ ONE_CASE = [next(case for case in CASES if case.op == op) for op in OPS]
 DIFFERENTIABLE = [case for case in ONE_CASE if case.differentiable]
 
 pytestmark = pytest.mark.skipif(not KERNEL_BACKENDS, reason="no kernel backend is available: see the header")
-
-
-class Seen(TorchDispatchMode):
-    """The raw ops of ours that ran, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace.startswith("minisora"):
-            self.calls.append((func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def names(self) -> set[str]:
-        return {func._schema.name.split("::")[1] for func, _, _ in self.calls}
 
 
 def outputs(result) -> tuple[Tensor, ...]:

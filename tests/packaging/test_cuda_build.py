@@ -25,8 +25,9 @@ from minisora_kernels import backends, checks
 from minisora_kernels.ops import adaln
 from minisora_kernels.testing import assert_as_accurate
 
-ROOT = Path(__file__).parent.parent
-# Headers of the oldest torch that pyproject.toml allows; tests/oldest_torch.py fetches them for make check-gpu-code.
+ROOT = Path(__file__).parents[2]
+# Headers of the oldest torch that pyproject.toml allows; tests/packaging/oldest_torch.py fetches them for
+# make check-gpu-code.
 OLDEST = os.environ.get("MINISORA_OLDEST_HEADERS")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")

@@ -14,7 +14,7 @@ import pytest
 
 from minisora_kernels import backends
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
     pytest.mark.skipif(backends.INTERPRETED, reason="the interpreter launches nothing"),

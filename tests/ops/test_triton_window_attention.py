@@ -272,7 +272,7 @@ def test_offsets_of_rows_are_64_bit(length, tmp_path):
     """In the intermediate code, a tensor of 32-bit offsets is added to a pointer only where it is made of constants."""
     script = Path(__file__).parent / "triton_ttir.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    environment["PYTHONPATH"] = str(script.parents[1])
+    environment["PYTHONPATH"] = str(script.parents[2])
     done = subprocess.run(
         [sys.executable, str(script), str(length)], env=environment, capture_output=True, text=True, check=True
     )

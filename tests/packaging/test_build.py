@@ -21,7 +21,7 @@ import torch
 
 from minisora_kernels import backends
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "build_backend"))
 
 import backend as build_backend  # noqa: E402

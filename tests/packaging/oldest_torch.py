@@ -1,4 +1,4 @@
-"""Fetches the headers of the oldest torch that pyproject.toml allows: ``python tests/oldest_torch.py FOLDER``.
+"""Fetches the headers of the oldest torch in pyproject.toml's range: ``python tests/packaging/oldest_torch.py FOLDER``.
 
 Prints where they are; they are fetched once. They come from the wheel for Windows: an eighth of Linux's in size, and
 its headers are the same but for what no kernel includes.
@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 INCLUDE = "torch/include/"
 
 

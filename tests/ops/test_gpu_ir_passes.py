@@ -2,7 +2,7 @@
 
 A launch is compiled for an architecture with the module before every pass printed, down to the conversion to LLVM:
 layouts, tensor cores, shared memory and pipelines are in it. ttsem executes each on what the launch was given, and what
-it leaves must be what the launch left, which tests/test_gpu_ir.py judges.
+it leaves must be what the launch left, which tests/ops/test_gpu_ir.py judges.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// AMX's tiles in C++, for tests/test_amx.py: included before a source that uses the intrinsics, it replaces them. As Intel's manual
+// AMX's tiles in C++, for tests/ops/test_amx.py: included before a source that uses the intrinsics, it replaces them. As Intel's manual
 // describes them; where an instruction would fault, a std::runtime_error.
 #pragma once
 

@@ -24,7 +24,7 @@ from minisora_kernels.verify import command, record, right
 from minisora_kernels.verify.cases import checked, regimes
 from minisora_kernels.verify.record import Entry, Key, Record
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 QUICK = ("--quick", "--tokens", "32", "--device", "cpu")
 

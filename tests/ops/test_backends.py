@@ -24,7 +24,7 @@ from minisora_kernels import automatic, backends, forcing
 from minisora_kernels.verify import record
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def table(**refusals: str | None) -> dict:

@@ -1,4 +1,4 @@
-"""Triton's kernels in its interpreter: what tests/test_ops.py does not ask of every backend."""
+"""Triton's kernels in its interpreter: what tests/ops/test_ops.py does not ask of every backend."""
 
 from __future__ import annotations
 

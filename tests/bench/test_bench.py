@@ -30,7 +30,7 @@ from models.runtime.plain import merge
 from models.training.presets import preset
 from models.training.run import train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = shapes.Tokens("tiny", 2, 12, 16)
 needs_kernels = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="no CPU kernels")
 

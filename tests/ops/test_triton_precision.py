@@ -74,7 +74,7 @@ def test_a_change_between_calls_asks_for_other_kernels(length: int, dtype: torch
 def test_the_setting_reaches_every_product(setting: str, wanted: str, tmp_path):
     script = Path(__file__).parent / "triton_ttir.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    environment["PYTHONPATH"] = str(script.parents[1])
+    environment["PYTHONPATH"] = str(script.parents[2])
     command = [sys.executable, str(script), "16", setting]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     products = [line for line in done.stdout.splitlines() if " tt.dot " in line]

@@ -13,7 +13,7 @@ from cases import drawn
 from minisora_kernels import proofs
 from minisora_kernels.__main__ import main, ops, table_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -28,8 +28,10 @@ def run_by_ci() -> set[str]:
 
 
 def executed_as_ir(op: str) -> bool:
-    """A case small enough for tests/test_gpu_ir.py, which checks itself that it reaches every kernel and branch."""
-    limit = int(re.search(r"^SMALL = ([\d_]+)", (ROOT / "tests" / "test_gpu_ir.py").read_text(), re.MULTILINE)[1])
+    """A case small enough for tests/ops/test_gpu_ir.py, which checks itself that it reaches every kernel and branch."""
+    limit = int(
+        re.search(r"^SMALL = ([\d_]+)", (ROOT / "tests" / "ops" / "test_gpu_ir.py").read_text(), re.MULTILINE)[1]
+    )
     sizes = (max(t.numel() for t in case.tensors.values()) for case in drawn(0).values() if case.op == op)
     return any(0 < size <= limit for size in sizes)
 
@@ -68,8 +70,8 @@ def test_the_words_of_triton_are_true(op: str):
 @pytest.mark.parametrize("op", [op for op in ops() if "cuda" in table_of(op)])
 def test_the_words_of_cuda_are_true(op: str):
     words = proofs.PROOFS["cuda"]
-    text = (ROOT / "tests" / "test_cuda_build.py").read_text()
-    assert "tests/test_cuda_build.py" in commands("check-gpu-code")
+    text = (ROOT / "tests" / "packaging" / "test_cuda_build.py").read_text()
+    assert "tests/packaging/test_cuda_build.py" in commands("check-gpu-code")
     assert ("emulated" in words) == bool(re.search(rf"ops import .*\b{op}\b", text))
     assert ("run" in words) == run_on_a_gpu(op, "cuda")
 

@@ -11,7 +11,7 @@ import pytest
 
 from minisora_kernels import backends
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:

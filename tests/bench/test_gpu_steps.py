@@ -15,7 +15,7 @@ from bench.gpu import sanitized
 from bench.gpu import steps as gpu
 from minisora_kernels.__main__ import ops
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import DEVICE, KERNEL_BACKENDS
-from test_ops import Seen
+from conftest import DEVICE, KERNEL_BACKENDS, Seen
 from torch import Tensor
 
 import minisora_kernels as mk
