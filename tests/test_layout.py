@@ -91,6 +91,17 @@ def imported(path: Path) -> set[str]:
     return {name for name in names if name.split(".")[0] in ("models", "minisora_models", "bench", "tests", "cases")}
 
 
+def test_bench_imports_nothing_of_tests():
+    paths = list((ROOT / "bench").rglob("*.py"))
+    assert len(paths) > 30
+    modules = {"tests", *(path.stem for path in (ROOT / "tests").rglob("*.py"))} - {"__init__"}
+    for path in paths:
+        tree = list(ast.walk(ast.parse(path.read_text())))
+        names = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in tree if isinstance(node, ast.ImportFrom) and node.module}
+        assert not modules & {name.split(".")[0] for name in names}, path.relative_to(ROOT)
+
+
 # From the lowest to the highest: a file imports from its own room and from lower ones.
 ROOMS = (
     "runtime",
