@@ -228,7 +228,7 @@ def resources(compiled: Any, architecture: Architecture) -> dict[str, Any]:
     if not architecture.nvidia:
         text = compiled.asm["amdgcn"]
         registers, stack = (
-            int(re.search(rf"\.{word}:\s+(\d+)", text)[1]) for word in ("vgpr_count", "private_segment_fixed_size")
+            int(re.findall(rf"\.{word}:\s+(\d+)", text)[0]) for word in ("vgpr_count", "private_segment_fixed_size")
         )
         return {"warps": warps, "registers": registers, "spilled": stack, "shared": shared}
     from triton.knobs import nvidia
@@ -239,7 +239,7 @@ def resources(compiled: Any, architecture: Architecture) -> dict[str, Any]:
         text = subprocess.run(
             [nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    registers, stack, local = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (int(re.findall(rf"{word}:(\d+)", text)[0]) for word in ("REG", "STACK", "LOCAL"))
     return {
         "warps": warps,
         "registers": registers,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,8 @@ class Blocks(nn.Module):
 
     def __init__(self, model: DiT | WrittenDiT) -> None:
         super().__init__()
-        self.blocks, self.norm = model.blocks, model.final_layer.adaLN_modulation
+        self.blocks: Any = model.blocks
+        self.norm = model.final_layer.adaLN_modulation
         self.written = [model] if isinstance(model, WrittenDiT) else []  # a list: not one more path to the parameters
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +87,7 @@ class TrainingStep(nn.Module):
 class Sampling(nn.Module):
     """Guided Euler steps of 50 at the times ``t``; ``together``: how many have their modulations computed at once."""
 
-    def __init__(self, model: nn.Module, together: int | None = None) -> None:
+    def __init__(self, model: DiT | WrittenDiT, together: int | None = None) -> None:
         super().__init__()
         self.model, self.together = model, together
         plan = flow_plan(FlowMatching(), "euler", STEPS, GUIDANCE)
@@ -110,9 +112,7 @@ def build(shape: Model, dtype: torch.dtype, device: torch.device) -> DiT:
     return model.to(device, dtype)
 
 
-def problem_of(
-    step: Callable[[nn.Module], nn.Module], model: DiT, data: dict[str, Tensor], constants: list[str]
-) -> Problem:
+def problem_of(step: Callable[[Any], nn.Module], model: DiT, data: dict[str, Tensor], constants: list[str]) -> Problem:
     """``step`` of the model and of the one as written, as functions of data and parameters."""
 
     def call_of(module: nn.Module):

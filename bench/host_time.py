@@ -183,7 +183,9 @@ def measured(stub: ctypes.CDLL, names: list[str], rounds: int = ROUNDS) -> dict[
     launches = ctypes.c_long.in_dll(stub, "stub_launches")
     functions = {(name, direction): call_of(name, direction) for name in names for direction in directions_of(name)}
     bare = bare_launch()
-    counts, times, bare_times = {}, {key: [] for key in functions}, []
+    counts: dict[tuple[str, str], int] = {}
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in functions}
+    bare_times: list[float] = []
     for key, function in functions.items():
         function()  # compiles
         before = launches.value

@@ -155,7 +155,7 @@ def pretend() -> None:
         for name, answer in answers.items():
             if hasattr(place, name):
                 setattr(place, name, staticmethod(lambda *_, answer=answer, **__: answer))
-    torch._C._cuda_getCurrentRawStream = lambda _: 0  # type: ignore[attr-defined]
+    torch._C._cuda_getCurrentRawStream = lambda device: 0
     torch.version.cuda = "12.8"
     driver.set_active(Driver())
 
@@ -198,6 +198,7 @@ def generate(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> 
         node.kwargs = {name: moved(value) for name, value in node.kwargs.items()}
     graph.recompile()
     mode = detect_fake_mode(inputs)
+    assert mode is not None
     with mode:
         inputs = [moved(value) for value in inputs]
     with torch.no_grad():
@@ -221,7 +222,7 @@ def compiled(problem: Problem, call: Callable[..., Any]) -> dict[str, dict[str, 
 
     found: dict[str, dict[str, int]] = {}
 
-    def inner(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
+    def inner(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
         again = copy.deepcopy(graph)
         found["backward" if options.get("is_backward") else "forward"] = generate(graph, inputs, **options)
 

@@ -193,6 +193,7 @@ def encoding(preset: str, runs: Path) -> float:
     clips = open_source(digits.config_of(digits.PREREQUISITES[preset].autoencoder, runs).data)
     source = open_source(config.data)
     batch = [clips.clip(i, np.random.default_rng(i))[0] for i in range(config.batch_size)]
+    assert source.encoder is not None, f"{preset} trains on no latents"
     encode = Decoder(source.encoder, torch.device("cpu")).encode
     stacked = torch.from_numpy(np.stack(batch))
     clock = Clock(torch.device("cpu"))

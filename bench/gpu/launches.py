@@ -139,8 +139,8 @@ def _window(
         tensors["bias"] = meta(dtype, heads, prod(window), prod(window))
     rope = None
     if style.halves is not None:
-        angles = [meta(F32, prod(grid), head_dim // 2) for _ in range(2)]
-        rope = mk.Rope(*angles, not style.halves)
+        cos, sin = (meta(F32, prod(grid), head_dim // 2) for _ in range(2))
+        rope = mk.Rope(cos, sin, not style.halves)
     return Problem(tensors, lambda t: mk.window_attention(grid=grid, window=window, qk_norm=style.norm, rope=rope, **t))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -81,14 +82,14 @@ def ceilings(clock: Clock) -> dict[str, dict[str, float]]:
     for megabytes in COPY_MEGABYTES:
         source = torch.ones(megabytes * 250_000, device=clock.device)
         target = torch.empty_like(source)
-        best = _median(clock, lambda source=source, target=target: target.copy_(source), max(1, 40 // megabytes))
+        best = _median(clock, partial(target.copy_, source), max(1, 40 // megabytes))
         copy[str(megabytes)] = 2 * source.nbytes / best / 1e9
     m, k, n = MATMUL
     for name in ("float32", "bfloat16"):
         dtype = getattr(torch, name)
         a, b = torch.ones(m, k, device=clock.device, dtype=dtype), torch.ones(k, n, device=clock.device, dtype=dtype)
         out = torch.empty(m, n, device=clock.device, dtype=dtype)
-        matmul[name] = 2 * m * k * n / _median(clock, lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 1) / 1e9
+        matmul[name] = 2 * m * k * n / _median(clock, partial(torch.mm, a, b, out=out), 1) / 1e9
     return {"copy": copy, "matmul": matmul}
 
 

@@ -35,6 +35,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ from minisora_kernels import use_backend
 from minisora_kernels.counters import Counter, saved_bytes
 from minisora_kernels.testing import assert_as_accurate
 
-Call = Callable[[dict[str, Tensor]], Any]
+Call = Callable[[dict[str, Any]], Any]  # of tensors by name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FWD, BOTH = "fwd", "fwd+bwd"
@@ -303,7 +304,7 @@ class Session:
             leaves = list(problem.inputs.values())
             record["moved"] = moved
             record["saved"] = {
-                name: saved_bytes(lambda call=call: call(problem.inputs), leaves)
+                name: saved_bytes(partial(call, problem.inputs), leaves)
                 for name, call in calls.items()
                 if name != "ours in compile"
             }
@@ -335,11 +336,12 @@ class Session:
             torch.autograd.grad(tuple_of(call(inputs)), wanted, oracle.upstream)
 
         run = both if direction == BOTH else forward
-        return {name: lambda call=call: run(call) for name, call in calls.items()}
+        return {name: partial(run, call) for name, call in calls.items()}
 
     def sample(self, benchmark: Any, functions: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
         """Seconds a call, by column and round; pytest-benchmark's own statistics are those of samples of ``ours``."""
-        clock, samples = self.clock, {name: [] for name in functions}
+        clock = self.clock
+        samples: dict[str, list[float]] = {name: [] for name in functions}
         ours = clock(functions["ours"])
         calls, rounds = dict.fromkeys(functions, 1), self.fewest_rounds if ours < LONG_SECONDS else 3
         if ours * rounds < self.seconds:  # else there is no time for more
@@ -386,7 +388,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
-    first, median, third = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"median": median, "q1": first, "q3": third}
 
 

@@ -149,7 +149,7 @@ def problem(shape: Windows, dtype: torch.dtype, device: torch.device) -> Problem
         length = shape.window[0] * shape.window[1] * shape.window[2]
         inputs["bias"] = random(shape.heads, length, length)
 
-    def call(tensors: dict[str, Tensor]) -> Tensor:
+    def call(tensors: dict[str, Any]) -> Tensor:
         return mk.window_attention(grid=shape.grid, window=shape.window, qk_norm=norm, rope=rope, **tensors)
 
     def sdpa(tensors: dict[str, Tensor]) -> Tensor:
