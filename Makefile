@@ -71,10 +71,10 @@ systems: $(VENV)/.installed
 
 test: $(VENV)/.installed native
 	$(BIN)/python -m minisora_kernels
-	$(BIN)/python -m pytest tests -m 'not slow' --ignore tests/test_aot.py --ignore tests/test_cuda_build.py
+	$(BIN)/python -m pytest tests -m 'not slow' --ignore tests/bench/test_aot.py --ignore tests/packaging/test_cuda_build.py
 
 test-slow: $(VENV)/.installed native
-	$(BIN)/python -m pytest tests -m slow --ignore tests/test_aot.py --ignore tests/test_cuda_build.py
+	$(BIN)/python -m pytest tests -m slow --ignore tests/bench/test_aot.py --ignore tests/packaging/test_cuda_build.py
 
 # What the kernels are worth on this machine, against eager PyTorch and torch.compile: under 25 minutes on two cores
 # with a warm compiler cache.
@@ -130,21 +130,21 @@ ON_NEWEST := PYTHONPATH=$(CACHE)/triton-$(NEWEST)
 INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 gpu-interpreted:
-	$(ON_NEWEST) $(INTERPRETED) tests/test_ops.py tests/test_model_kernels.py tests/test_grn.py tests/test_approximate.py tests/test_triton*.py
+	$(ON_NEWEST) $(INTERPRETED) tests/ops/test_ops.py tests/models/test_model_kernels.py tests/ops/test_grn.py tests/ops/test_approximate.py tests/ops/test_triton*.py
 
 # Every case of every op, forward and backward.
 gpu-interpreted-oldest:
-	$(ON_OLDEST) $(INTERPRETED) tests/test_ops.py -k 'values_and_gradients and not float16 or compiles'
+	$(ON_OLDEST) $(INTERPRETED) tests/ops/test_ops.py -k 'values_and_gradients and not float16 or compiles'
 
 # In float32, where the errors of single instructions are not lost in rounding.
 gpu-approximate:
-	MINISORA_APPROXIMATE=1 $(ON_NEWEST) $(INTERPRETED) tests/test_approximate.py tests/test_ops.py -k 'approximate or values_and_gradients and float32'
+	MINISORA_APPROXIMATE=1 $(ON_NEWEST) $(INTERPRETED) tests/ops/test_approximate.py tests/ops/test_ops.py -k 'approximate or values_and_gradients and float32'
 
 gpu-compiled:
 	$(ON_OLDEST) $(BIN)/python -m bench.aot --quick --architectures sm_90
 	$(ON_NEWEST) $(BIN)/python -m bench.aot --quick --architectures sm_90
-	$(BIN)/python -m pytest tests/test_aot.py
-	MINISORA_OLDEST_HEADERS=$$($(BIN)/python tests/oldest_torch.py $(CACHE)) $(BIN)/python -m pytest tests/test_cuda_build.py
+	$(BIN)/python -m pytest tests/bench/test_aot.py
+	MINISORA_OLDEST_HEADERS=$$($(BIN)/python tests/packaging/oldest_torch.py $(CACHE)) $(BIN)/python -m pytest tests/packaging/test_cuda_build.py
 
 # Triton's kernels as Triton compiles them, executed on CPU tensors by ttsem, and Triton's passes one by one: two processes
 # for a few minutes. `IR=` runs the large cases too. ttsem 0.1.0 knows the code of Triton 3.8; its metadata asks for a
@@ -161,10 +161,10 @@ check-gpu-ir: $(VENV)/.installed $(IR_TOOLS)/.installed
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target gpu-ir-cases gpu-ir-passes
 
 gpu-ir-cases:
-	$(IR_PYTEST) tests/test_gpu_ir.py $(IR)
+	$(IR_PYTEST) tests/ops/test_gpu_ir.py $(IR)
 
 gpu-ir-passes:
-	$(IR_PYTEST) tests/test_gpu_ir_passes.py
+	$(IR_PYTEST) tests/ops/test_gpu_ir_passes.py
 
 clean:
 	rm -rf $(VENV) build minisora_kernels/*.so minisora_kernels/build_record.json

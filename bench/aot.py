@@ -5,9 +5,9 @@ compiled instead, for each of :data:`ARCHITECTURES`, and what became of it is re
 memory, and the share of a multiprocessor's warps that fit. ``--save`` writes the record anew; without it a kernel that
 grew by more than 10% is an error. It says nothing about speed.
 
-One architecture, :data:`WHOLLY`, gets all: the named shapes of the benches, and the calls of bench/launches.py, which
+One architecture, :data:`WHOLLY`, gets all: the named shapes of the benches, and the calls of bench/gpu/launches.py, which
 reach all that a launcher can choose. The others get the quick shapes of the benches. ``--quick`` compiles the calls of
-bench/launches.py alone, in one dtype each: for the Tritons whose record this is not.
+bench/gpu/launches.py alone, in one dtype each: for the Tritons whose record this is not.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.architectures import ARCHITECTURES, Architecture
-from bench.harness import DTYPES, Problem, tuple_of
-from bench.launches import LAUNCHES
-from bench.record import RESULTS, ROOT
-from bench.traffic import bytes_moved, named
+from bench.gpu.architectures import ARCHITECTURES, Architecture
+from bench.gpu.launches import LAUNCHES
+from bench.gpu.traffic import bytes_moved, named
+from bench.harness.record import RESULTS, ROOT
+from bench.harness.session import DTYPES, Problem, tuple_of
+from bench.ops import bench_of
 from minisora_kernels import backends, use_backend
 from minisora_kernels.__main__ import ops
 from minisora_kernels.counters import ALLOCATIONS
@@ -126,23 +127,21 @@ def set_target(architecture: Architecture) -> None:
 
 def benched(op: str, every: bool = True) -> Iterator[tuple[str, str, Problem]]:
     """Name, dtype and problem of the benches' shapes, or of the quick ones alone; the quick ones in float16 too."""
-    bench = importlib.import_module(f"bench.bench_{op}")
-    (mark,) = (m for m in getattr(bench, f"test_{op}").pytestmark if m.name == "parametrize")
-    shapes = dict.fromkeys(param.values[0] for param in mark.args[1])
-    for shape in shapes if every else filter(lambda shape: shape.quick, shapes):
+    bench = bench_of(op)
+    for shape in bench.SHAPES if every else filter(lambda shape: shape.quick, bench.SHAPES):
         for dtype in (*shape.dtypes, *(("float16",) if shape.quick else ())):
             yield shape.name, dtype, bench.problem(shape, PRECISIONS[dtype], torch.device("meta"))
 
 
 def small(op: str) -> Iterator[tuple[str, str, Problem]]:
-    """The same of the calls of bench/launches.py."""
+    """The same of the calls of bench/gpu/launches.py."""
     for call in LAUNCHES[op]:
         for dtype in call.dtypes:
             yield call.name, dtype, call.problem(PRECISIONS[dtype])
 
 
 def quick(op: str) -> Iterator[tuple[str, str, Problem]]:
-    """The same, each in one dtype: enough for every branch of every kernel, see bench/branches.py."""
+    """The same, each in one dtype: enough for every branch of every kernel, see bench/gpu/branches.py."""
     for call in LAUNCHES[op]:
         yield call.name, call.dtypes[-1], call.problem(PRECISIONS[call.dtypes[-1]])
 
@@ -157,7 +156,7 @@ def launch(problem: Problem) -> None:
 def launch_all(
     problems: Callable[[str], Iterable[tuple[str, str, Problem]]], begin: Callable[[str, str, str], None]
 ) -> dict[str, dict[str, int]]:
-    """Launches them for every op, ``begin(op, name, dtype)`` first; the bytes that each moves, by bench/traffic.py."""
+    """Launches them for every op, ``begin(op, name, dtype)`` first; the bytes each moves, by bench/gpu/traffic.py."""
     from minisora_kernels.triton import _window_library
 
     traffic = {}
@@ -183,7 +182,7 @@ def kernels_of(architecture: Architecture, brief: bool = False) -> dict[str, dic
 
     Returns:
         ``kernels``: by op, dtype, kernel and the first call that launches it, what became of it; ``traffic``: by op,
-        call and dtype, bytes of a forward and a backward (see bench/traffic.py).
+        call and dtype, bytes of a forward and a backward (see bench/gpu/traffic.py).
     """
     from triton.runtime.jit import JITFunction
 
@@ -230,7 +229,7 @@ def resources(compiled: Any, architecture: Architecture) -> dict[str, Any]:
     if not architecture.nvidia:
         text = compiled.asm["amdgcn"]
         registers, stack = (
-            int(re.search(rf"\.{word}:\s+(\d+)", text)[1]) for word in ("vgpr_count", "private_segment_fixed_size")
+            int(re.findall(rf"\.{word}:\s+(\d+)", text)[0]) for word in ("vgpr_count", "private_segment_fixed_size")
         )
         return {"warps": warps, "registers": registers, "spilled": stack, "shared": shared}
     from triton.knobs import nvidia
@@ -241,7 +240,7 @@ def resources(compiled: Any, architecture: Architecture) -> dict[str, Any]:
         text = subprocess.run(
             [nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    registers, stack, local = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (int(re.findall(rf"{word}:(\d+)", text)[0]) for word in ("REG", "STACK", "LOCAL"))
     return {
         "warps": warps,
         "registers": registers,
@@ -322,7 +321,9 @@ def main() -> int:
         "--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES, metavar="NAME"
     )
     parser.add_argument("--alone", choices=ARCHITECTURES, metavar="NAME", help="print what is of one alone, as JSON")
-    parser.add_argument("--quick", action="store_true", help="the calls of bench/launches.py alone, in one dtype each")
+    parser.add_argument(
+        "--quick", action="store_true", help="only the calls of bench/gpu/launches.py, each in one dtype"
+    )
     options = parser.parse_args()
     if options.alone:
         print(json.dumps(kernels_of(ARCHITECTURES[options.alone], options.quick)))

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bench.harness import BOTH, FWD, Problem, Random, cases, on_backend, ours_on
-from bench.shapes import BLOCK, SAMPLING_RUN, SAMPLING_STEP, TRAINING_STEP, Model
+from bench.harness.session import BOTH, FWD, Problem, Random, cases, on_backend, ours_on
+from bench.harness.shapes import LONG, Model, Triple, latents
 from bench.written import WrittenDiT
 from minisora_kernels import adaln, guided_step
-from models.denoisers.dit import DiT
+from models.denoisers.dit import SIZES, DiT, DiTConfig
 from models.denoisers.layers import Modulation
 from models.objectives.flow import FlowMatching
 from models.sampling.predictor import Predictor
@@ -27,12 +28,38 @@ from models.sampling.solvers import flow_plan
 GUIDANCE, STEPS = 4.0, 50
 
 
+def model_shape(size: str, clip: Triple, depth: int | None = None, **options) -> Model:
+    settings: dict = {**SIZES[size], **({} if depth is None else {"depth": depth})}
+    config = DiTConfig(
+        input_size=latents(*clip),
+        patch=(1, 2, 2),
+        channels=4,
+        attention="factorized",
+        num_classes=10,
+        class_dropout=0.0,
+        **settings,
+    )
+    return Model(f"factorized {size}/2 {'x'.join(map(str, clip))} b1", config, **options)
+
+
+BLOCK = (model_shape("XL", (16, 256, 256), quick=True, depth=2, dtypes=LONG),)
+TRAINING_STEP = (
+    model_shape("B", (16, 256, 256), dtypes=LONG),
+    model_shape("S", (16, 256, 256), dtypes=LONG),
+    model_shape("S", (8, 256, 256), dtypes=("float32",)),
+)
+SAMPLING_STEP = TRAINING_STEP[:2]  # in float32 a sampling run does
+# A short clip: the shorter, the more of a step goes into what does not depend on the tokens.
+SAMPLING_RUN = (model_shape("XL", (1, 256, 256), depth=2),)
+
+
 class Blocks(nn.Module):
     """The blocks of a DiT and the norm that reads them: tokens and condition to tokens and normalised tokens."""
 
     def __init__(self, model: DiT | WrittenDiT) -> None:
         super().__init__()
-        self.blocks, self.norm = model.blocks, model.final_layer.adaLN_modulation
+        self.blocks: Any = model.blocks
+        self.norm = model.final_layer.adaLN_modulation
         self.written = [model] if isinstance(model, WrittenDiT) else []  # a list: not one more path to the parameters
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +87,7 @@ class TrainingStep(nn.Module):
 class Sampling(nn.Module):
     """Guided Euler steps of 50 at the times ``t``; ``together``: how many have their modulations computed at once."""
 
-    def __init__(self, model: nn.Module, together: int | None = None) -> None:
+    def __init__(self, model: DiT | WrittenDiT, together: int | None = None) -> None:
         super().__init__()
         self.model, self.together = model, together
         plan = flow_plan(FlowMatching(), "euler", STEPS, GUIDANCE)
@@ -85,9 +112,7 @@ def build(shape: Model, dtype: torch.dtype, device: torch.device) -> DiT:
     return model.to(device, dtype)
 
 
-def problem_of(
-    step: Callable[[nn.Module], nn.Module], model: DiT, data: dict[str, Tensor], constants: list[str]
-) -> Problem:
+def problem_of(step: Callable[[Any], nn.Module], model: DiT, data: dict[str, Tensor], constants: list[str]) -> Problem:
     """``step`` of the model and of the one as written, as functions of data and parameters."""
 
     def call_of(module: nn.Module):

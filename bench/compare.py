@@ -12,8 +12,8 @@ import argparse
 import sys
 from typing import Any
 
-from bench.record import key, load
-from bench.report import about, aligned, milliseconds, ratio
+from bench.harness.record import key, load
+from bench.harness.report import about, aligned, milliseconds, ratio
 
 THRESHOLD = 0.1
 

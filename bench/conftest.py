@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import record
-from bench.clock import ceilings
-from bench.harness import Session
-from bench.report import report
+from bench.harness import record
+from bench.harness.clock import ceilings
+from bench.harness.report import report
+from bench.harness.session import Session
 from minisora_kernels import backends
 from models.runtime.allocator import reuse_large_allocations
 

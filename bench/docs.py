@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import plots as drawing
-from bench.record import RESULTS, ROOT, key, load
-from bench.report import NO_RATIO, about, counted, markdown, milliseconds, of_roofline, ratio
+from bench.harness.record import RESULTS, ROOT, key, load
+from bench.harness.report import NO_RATIO, about, counted, markdown, milliseconds, of_roofline, ratio
 
 MARKERS = re.compile(r"(<!-- table: (?P<words>[^>]*?) -->\n)(?P<content>.*?)(<!-- /table -->)", re.DOTALL)
 PICTURE = "docs/images/training-step.png"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib
 import json
 import os
 import platform
@@ -30,10 +29,11 @@ from unittest.mock import patch
 
 import torch
 
-from bench import shapes
-from bench.counters import raw_ops
-from bench.harness import BOTH, FWD, Problem, tuple_of
-from bench.record import RESULTS, commit, machine, rounded
+from bench.harness import shapes
+from bench.harness.counters import raw_ops
+from bench.harness.record import RESULTS, commit, machine, rounded
+from bench.harness.session import BOTH, FWD, Problem, tuple_of
+from bench.ops import bench_of
 from minisora_kernels import backends, use_backend
 
 RECORD = RESULTS / "host.json"
@@ -145,7 +145,7 @@ def bare_launch() -> Callable[[], Any]:
 
 def problem_of(name: str) -> Problem:
     op, shape = CALLS_OF[name]
-    return importlib.import_module(f"bench.bench_{op}").problem(shape, torch.bfloat16, torch.device("cpu"))
+    return bench_of(op).problem(shape, torch.bfloat16, torch.device("cpu"))
 
 
 def call_of(name: str, direction: str) -> Callable[[], Any]:
@@ -183,7 +183,9 @@ def measured(stub: ctypes.CDLL, names: list[str], rounds: int = ROUNDS) -> dict[
     launches = ctypes.c_long.in_dll(stub, "stub_launches")
     functions = {(name, direction): call_of(name, direction) for name in names for direction in directions_of(name)}
     bare = bare_launch()
-    counts, times, bare_times = {}, {key: [] for key in functions}, []
+    counts: dict[tuple[str, str], int] = {}
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in functions}
+    bare_times: list[float] = []
     for key, function in functions.items():
         function()  # compiles
         before = launches.value

@@ -2,7 +2,7 @@
 
 Dynamo and autograd trace plain PyTorch on tensors without memory; Inductor then generates the code for a device with
 the properties of an H100, and nothing runs. Its bytes are its own count: every tensor that a kernel or a library call
-reads or writes, once per kernel. Ours are those of bench/traffic.py. Both go to ``bench/results/inductor.json`` in
+reads or writes, once per kernel. Ours are those of bench/gpu/traffic.py. Both go to ``bench/results/inductor.json`` in
 units of one activation: the tokens in bfloat16. It says nothing about time, which follows from bytes only for kernels
 that reach a GPU's bandwidth.
 """
@@ -24,11 +24,17 @@ import torch
 from torch import Tensor
 
 import minisora_kernels as mk
-from bench import bench_adaln, bench_gate_residual, bench_gate_residual_adaln, bench_patch_embed, bench_window_attention
 from bench.aot import on_meta_tensors
-from bench.harness import Problem, tuple_of
-from bench.record import RESULTS, head, rounded
-from bench.shapes import Patches, Tokens, Windows
+from bench.harness.record import RESULTS, head, rounded
+from bench.harness.session import Problem, tuple_of
+from bench.harness.shapes import Patches, Tokens, Windows
+from bench.ops import (
+    bench_adaln,
+    bench_gate_residual,
+    bench_gate_residual_adaln,
+    bench_patch_embed,
+    bench_window_attention,
+)
 
 RECORD = RESULTS / "inductor.json"
 DTYPE = torch.bfloat16
@@ -149,7 +155,7 @@ def pretend() -> None:
         for name, answer in answers.items():
             if hasattr(place, name):
                 setattr(place, name, staticmethod(lambda *_, answer=answer, **__: answer))
-    torch._C._cuda_getCurrentRawStream = lambda _: 0  # type: ignore[attr-defined]
+    torch._C._cuda_getCurrentRawStream = lambda device: 0
     torch.version.cuda = "12.8"
     driver.set_active(Driver())
 
@@ -192,6 +198,7 @@ def generate(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> 
         node.kwargs = {name: moved(value) for name, value in node.kwargs.items()}
     graph.recompile()
     mode = detect_fake_mode(inputs)
+    assert mode is not None
     with mode:
         inputs = [moved(value) for value in inputs]
     with torch.no_grad():
@@ -215,7 +222,7 @@ def compiled(problem: Problem, call: Callable[..., Any]) -> dict[str, dict[str, 
 
     found: dict[str, dict[str, int]] = {}
 
-    def inner(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
+    def inner(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
         again = copy.deepcopy(graph)
         found["backward" if options.get("is_backward") else "forward"] = generate(graph, inputs, **options)
 

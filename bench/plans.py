@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import record
+from bench.harness import record
 from models.plan import PlanConfig, available, needs, seconds
 
 PATH = record.RESULTS / "plans.json"

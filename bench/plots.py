@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 from PIL import Image
 
-from bench.report import best_eager
+from bench.harness.report import best_eager
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -83,9 +83,9 @@ def roofline(record: dict[str, Any], path: Path) -> None:
     low, high = left.get_xlim()
     intensity = [max(low, 0.5) * (high / max(low, 0.5)) ** (i / 100) for i in range(101)]
     slow, fast = min(copies.values()), max(copies.values())
-    for dtype, style in (("float32", "-"), ("bfloat16", "--")):
+    for dtype, line in (("float32", "-"), ("bfloat16", "--")):
         roof = [min(top[dtype], fast * x) for x in intensity]
-        left.plot(intensity, roof, "k", ls=style, lw=1, label=f"copy in cache, {dtype} product")
+        left.plot(intensity, roof, "k", ls=line, lw=1, label=f"copy in cache, {dtype} product")
     left.plot(intensity, [min(max(top.values()), slow * x) for x in intensity], "grey", ls=":", label="slowest copy")
     left.set(xscale="log", yscale="log", xlabel="FLOPs of matrix products per byte that must move", ylabel="GFLOP/s")
     left.legend(loc="lower right", fontsize=8)

@@ -32,9 +32,9 @@ import numpy as np
 import torch
 from torch._inductor import config as inductor_config
 
-from bench import record
-from bench.clock import Clock
-from bench.harness import release_memory, summary
+from bench.harness import record
+from bench.harness.clock import Clock
+from bench.harness.session import release_memory, summary
 from minisora_kernels.counters import Counter
 from models import checkpoint as checkpoints
 from models import digits
@@ -193,6 +193,7 @@ def encoding(preset: str, runs: Path) -> float:
     clips = open_source(digits.config_of(digits.PREREQUISITES[preset].autoencoder, runs).data)
     source = open_source(config.data)
     batch = [clips.clip(i, np.random.default_rng(i))[0] for i in range(config.batch_size)]
+    assert source.encoder is not None, f"{preset} trains on no latents"
     encode = Decoder(source.encoder, torch.device("cpu")).encode
     stacked = torch.from_numpy(np.stack(batch))
     clock = Clock(torch.device("cpu"))

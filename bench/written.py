@@ -72,7 +72,7 @@ class FinalLayer(nn.Module):
 
 
 class Embedder(nn.Module):
-    def __init__(self, channels: int, width: int, patch: tuple[int, ...]) -> None:
+    def __init__(self, channels: int, width: int, patch: tuple[int, int, int]) -> None:
         super().__init__()
         self.proj = nn.Conv3d(channels, width, patch, patch)
 

@@ -160,6 +160,6 @@ def drawn(draw: int) -> dict[str, Case]:
 
 CASES = list(drawn(0).values())
 # Triton's interpreter takes milliseconds for a program: the longest are for the chunks and threads of a CPU.
-# tests/test_triton.py has the widths of models on few tokens.
+# tests/ops/test_triton.py has the widths of models on few tokens.
 if backends.INTERPRETED:
     CASES = [case for case in CASES if max(tensor.numel() for tensor in case.tensors.values()) <= 50_000]

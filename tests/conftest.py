@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import approximate
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisora_kernels import backends
 
@@ -48,6 +49,22 @@ if "triton" in KERNEL_BACKENDS and backends.INTERPRETED:
 
     if os.environ.get("MINISORA_APPROXIMATE") == "1":
         approximate.install()
+
+
+class Seen(TorchDispatchMode):
+    """The raw ops of ours that ran, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace.startswith("minisora"):
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def names(self) -> set[str]:
+        return {func._schema.name.split("::")[1] for func, _, _ in self.calls}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -104,6 +104,7 @@ def flags_of(module: str) -> str:
     """The ``--help`` of a command; the trainer's for each kind of model that the pages train."""
     kinds = [["--model", name] for name in ("walt-l", "stdit-s/1x2x2")] if module == "models.train" else []
     output = io.StringIO()
+    module += ".__main__" if (ROOT / module.replace(".", "/")).is_dir() else ""
     for kind in (*kinds, []):
         with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
             importlib.import_module(module).main([*kind, "--help"])

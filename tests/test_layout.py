@@ -37,14 +37,13 @@ def test_an_op_claims_a_backend_if_and_only_if_its_file_is_there(op: str):
 
 
 def test_every_op_has_a_bench():
-    benches = {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")}
-    assert benches == {*ops(), "model"}
+    assert {path.stem.removeprefix("bench_") for path in (ROOT / "bench" / "ops").glob("bench_*.py")} == set(ops())
 
 
 @pytest.mark.parametrize("op", ops())
 def test_every_op_is_public_and_tested(op: str):
     assert callable(getattr(mk, op))
-    assert (ROOT / "tests" / f"test_{op}.py").exists()
+    assert (ROOT / "tests" / "ops" / f"test_{op}.py").exists()
     assert op in {case.op for case in CASES} and op in {case.op for case in checked()}
 
 
@@ -90,6 +89,17 @@ def imported(path: Path) -> set[str]:
             base = ".".join((*base, *(node.module.split(".") if node.module else ())))
             names |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in files else base for alias in node.names}
     return {name for name in names if name.split(".")[0] in ("models", "minisora_models", "bench", "tests", "cases")}
+
+
+def test_bench_imports_nothing_of_tests():
+    paths = list((ROOT / "bench").rglob("*.py"))
+    assert len(paths) > 30
+    modules = {"tests", *(path.stem for path in (ROOT / "tests").rglob("*.py"))} - {"__init__"}
+    for path in paths:
+        tree = list(ast.walk(ast.parse(path.read_text())))
+        names = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in tree if isinstance(node, ast.ImportFrom) and node.module}
+        assert not modules & {name.split(".")[0] for name in names}, path.relative_to(ROOT)
 
 
 # From the lowest to the highest: a file imports from its own room and from lower ones.

@@ -15,12 +15,12 @@ ROOT = Path(__file__).parent.parent
 OP = "made_up_2"
 FOLDERS = ("minisora_kernels", "csrc", "models", "bench", "tests", "tools")
 FILES = {
-    "bench/bench_made_up_2.py",
+    "bench/ops/bench_made_up_2.py",
     "csrc/cpu/made_up_2.cpp",
     "minisora_kernels/ops/made_up_2.py",
     "minisora_kernels/triton/made_up_2.py",
-    "tests/cases_made_up_2.py",
-    "tests/test_made_up_2.py",
+    "minisora_kernels/verify/cases_made_up_2.py",
+    "tests/ops/test_made_up_2.py",
 }
 
 
@@ -72,7 +72,7 @@ def test_it_writes_the_files_of_an_op_and_one_line(checkout):
     [
         ("adaln", "which is in use: minisora_kernels/ops/adaln.py, csrc/cpu/adaln.cpp"),
         ("rope_3d", "which is in use: minisora_kernels/__init__.py"),
-        ("model", "which is in use: bench/bench_model.py"),
+        ("triton", "which is in use: tests/ops/test_triton.py"),
         ("Scale", "it may be words in lower case"),
         ("../x", "it may be words in lower case"),
         ("", "it may be words in lower case"),
@@ -104,11 +104,11 @@ def test_the_op_passes_the_checks_of_every_op(checkout):
     run("setup.py", "build_ext", "--inplace")
     available = "from minisora_kernels import backends; print(backends.unavailable('cpu'))"
     if run("-c", available).strip() == "None":
-        assert "[made_up_2-tokens" in run(*pytest_, "tests/test_ops.py", f"tests/test_{OP}.py", "--op", OP)
+        assert "[made_up_2-tokens" in run(*pytest_, "tests/ops/test_ops.py", f"tests/ops/test_{OP}.py", "--op", OP)
     else:
         assert shutil.which("c++") is None, "the kernel was not built"
     pytest.importorskip("triton")
-    tests = ("tests/test_ops.py", "tests/test_triton_traffic.py", "--op", OP)
+    tests = ("tests/ops/test_ops.py", "tests/ops/test_triton_traffic.py", "--op", OP)
     assert "made_up_2 tokens" in run(*pytest_, *tests, TRITON_INTERPRET="1")
     pytest.importorskip("pytest_benchmark")
-    run(*pytest_, f"bench/bench_{OP}.py", "--benchmark-disable", "--quick")
+    run(*pytest_, f"bench/ops/bench_{OP}.py", "--benchmark-disable", "--quick")

@@ -14,9 +14,9 @@ FILES = {
     "op.py": "minisora_kernels/ops/{op}.py",
     "cpu.cpp": "csrc/cpu/{op}.cpp",
     "triton.py": "minisora_kernels/triton/{op}.py",
-    "bench.py": "bench/bench_{op}.py",
+    "bench.py": "bench/ops/bench_{op}.py",
     "cases.py": "minisora_kernels/verify/cases_{op}.py",
-    "test.py": "tests/test_{op}.py",
+    "test.py": "tests/ops/test_{op}.py",
 }
 
 

@@ -41,7 +41,7 @@ def main() -> int:
         print(f"usage: make op OP=name; name may be {', '.join(ops)}", file=sys.stderr)
         return 2
     op = sys.argv[1]
-    tests = ["tests/test_ops.py", "--op", op]
+    tests = ["tests/ops/test_ops.py", "--op", op]
     interpreted = None
     if importlib.util.find_spec("triton") is None:
         print("Triton is not installed: nothing runs in its interpreter")
@@ -54,9 +54,9 @@ def main() -> int:
     passed = Step("build", build, MINISORA_CPU="native").passes()
     passed = passed and subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
     if passed:
-        native = Step("tests", [*PYTEST, f"tests/test_{op}.py", *tests])
+        native = Step("tests", [*PYTEST, f"tests/ops/test_{op}.py", *tests])
         passed = (interpreted is None or interpreted.passes()) and passed  # before the bench, which wants a core
-        bench = Step("quick bench", [*PYTEST, f"bench/bench_{op}.py", "--benchmark-only", "--quick"])
+        bench = Step("quick bench", [*PYTEST, f"bench/ops/bench_{op}.py", "--benchmark-only", "--quick"])
         passed = bench.passes() and passed
         passed = native.passes() and passed
     elif interpreted is not None:

@@ -1,7 +1,7 @@
 // adaln: equation and derivation in minisora_kernels/ops/adaln.py.
 //
-// The sizes chosen below are not measured. tests/test_cuda_build.py compiles this file, and runs it on a CPU with every
-// CUDA thread emulated.
+// The sizes chosen below are not measured. tests/packaging/test_cuda_build.py compiles this file, and runs it on a CPU
+// with every CUDA thread emulated.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -10,9 +10,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, KERNEL_BACKENDS
+from conftest import DEVICE, KERNEL_BACKENDS, Seen
 from einops import rearrange
-from test_ops import Seen
 
 import minisora_kernels as mk
 from minisora_kernels.testing import assert_as_accurate

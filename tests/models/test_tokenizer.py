@@ -11,8 +11,7 @@ import av
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, KERNEL_BACKENDS
-from test_ops import Seen
+from conftest import DEVICE, KERNEL_BACKENDS, Seen
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 

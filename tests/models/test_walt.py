@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, KERNEL_BACKENDS
-from test_ops import Seen
+from conftest import DEVICE, KERNEL_BACKENDS, Seen
 from torch import nn
 
 import minisora_kernels as mk

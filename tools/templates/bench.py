@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 import minisora_kernels as mk
-from bench.harness import Problem, Random, cases
-from bench.shapes import GATE_RESIDUAL, Tokens
-from bench.traffic import Traffic
+from bench.gpu.traffic import Traffic
+from bench.harness.session import Problem, Random, cases
+from bench.harness.shapes import MODULATED, Tokens
 
-SHAPES = GATE_RESIDUAL
+SHAPES = MODULATED[:2]
 
 # How often an element of a large tensor passes: once.
 TRAFFIC = {

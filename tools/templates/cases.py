@@ -1,4 +1,4 @@
-"""Cases of new_op: batches, odd lengths, nothing at all. ``verify`` and tests/test_ops.py run each on every backend."""
+"""Cases of new_op: batches, odd lengths, nothing at all. ``verify`` and tests/ops/test_ops.py run them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""new_op: the equation written out, and one test per error. tests/test_ops.py has what holds for every op."""
+"""new_op: the equation written out, and one test per error. tests/ops/test_ops.py has what holds for every op."""
 
 from __future__ import annotations
 

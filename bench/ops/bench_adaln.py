@@ -1,0 +1,32 @@
+"""``adaln``: LayerNorm, then scale and shift by rows."""
+
+from __future__ import annotations
+
+import torch
+
+import minisora_kernels as mk
+from bench.gpu.traffic import Traffic
+from bench.harness.session import Problem, Random, cases
+from bench.harness.shapes import MODULATED, Tokens
+
+SHAPES = MODULATED
+
+TRAFFIC = {
+    "adaln_fwd": Traffic({"x": 1}, {"y": 1, "mean": 1, "rstd": 1}),
+    "adaln_bwd": Traffic({"dy": 1, "x": 1}, {"dx": 1}),
+}
+
+
+def problem(shape: Tokens, dtype: torch.dtype, device: torch.device) -> Problem:
+    random = Random(dtype, device)
+    inputs = {
+        "x": random(shape.batch, shape.count, shape.width),
+        "shift": random(shape.batch, shape.rows, shape.width),
+        "scale": random(shape.batch, shape.rows, shape.width),
+    }
+    return Problem(inputs, lambda t: mk.adaln(**t))
+
+
+@cases(SHAPES)
+def test_adaln(bench, shape: Tokens, dtype: str, direction: str):
+    bench("adaln", problem, shape, dtype, direction)

@@ -1,0 +1,39 @@
+"""``gelu_mlp``: Linear, tanh-GELU, Linear, four times as wide in the middle."""
+
+from __future__ import annotations
+
+import torch
+
+import minisora_kernels as mk
+from bench.gpu.traffic import Traffic
+from bench.harness.session import Problem, Random, cases
+from bench.harness.shapes import LONG, Tokens, model_tokens
+
+SHAPES = (
+    model_tokens("S", (16, 256, 256), 1),
+    model_tokens("B", (16, 256, 256), 1, quick=True),
+    model_tokens("XL", (16, 256, 256), 1, dtypes=LONG),
+)
+
+TRAFFIC = {
+    # Around torch's matrix products: h and a, and da, which becomes dh in place.
+    "gelu_mlp_fwd": Traffic({"h": 1}, {}),
+    "gelu_mlp_bwd": Traffic({"h": 1, "dh": 1}, {"a": 1, "dh": 1}),
+}
+
+
+def problem(shape: Tokens, dtype: torch.dtype, device: torch.device) -> Problem:
+    random, width, hidden = Random(dtype, device), shape.width, 4 * shape.width
+    inputs = {
+        "x": random(shape.batch, shape.count, width),
+        "w1": random(hidden, width, scale=width**-0.5),
+        "b1": random(hidden),
+        "w2": random(width, hidden, scale=hidden**-0.5),
+        "b2": random(width),
+    }
+    return Problem(inputs, lambda t: mk.gelu_mlp(**t), unread=["b1", "b2"])
+
+
+@cases(SHAPES)
+def test_gelu_mlp(bench, shape: Tokens, dtype: str, direction: str):
+    bench("gelu_mlp", problem, shape, dtype, direction)
