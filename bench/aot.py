@@ -6,8 +6,8 @@ memory, and the share of a multiprocessor's warps that fit. ``--save`` writes th
 grew by more than 10% is an error. It says nothing about speed.
 
 One architecture, :data:`WHOLLY`, gets all: the named shapes of the benches, and the calls of bench/gpu/launches.py,
-which reach all that a launcher can choose. The others get the quick shapes of the benches. ``--quick`` compiles the calls
-of bench/gpu/launches.py alone, in one dtype each: for the Tritons whose record this is not.
+which reach all that a launcher can choose. The others get the quick shapes of the benches. ``--quick`` compiles the
+calls of bench/gpu/launches.py alone, in one dtype each: for the Tritons whose record this is not.
 """
 
 from __future__ import annotations

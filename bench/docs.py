@@ -42,8 +42,11 @@ Cases = dict[tuple, dict[str, Any]]
 
 
 def _records(results: Path, machine: str) -> list[dict[str, Any]]:
-    """``default.json`` and ``reuse.json`` of a machine, those of them that exist."""
-    return [load(path) for path in (results / machine / f"{name}.json" for name in NAMES) if path.exists()]
+    """``default.json`` and ``reuse.json`` of a machine, those of them that exist; FileNotFoundError without any."""
+    paths = [path for path in (results / machine / f"{name}.json" for name in NAMES) if path.exists()]
+    if not paths:
+        raise FileNotFoundError(f"{results / machine} has no {' and no '.join(f'{name}.json' for name in NAMES)}")
+    return [load(path) for path in paths]
 
 
 def _cases(records: list[dict[str, Any]]) -> list[Cases]:

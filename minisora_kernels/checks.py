@@ -64,10 +64,13 @@ def _uncovered(index: int) -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result
 def architecture_refusal(index: int | None) -> str | None:
     """Why the CUDA library has no code for the GPU of that index, or None if it has; None too for no GPU."""
     return None if index is None else _uncovered(index)
+
+
+# A constant while torch.compile traces: what assume_constant_result does, whose own import of Dynamo takes seconds.
+setattr(architecture_refusal, "_dynamo_marked_constant", True)  # noqa: B010 - no attribute that mypy knows
 
 
 def gradient_refusal(**tensors: Tensor | None) -> str | None:

@@ -1,7 +1,7 @@
 """How the kernels for GPUs were proven before a release: ``python -m minisora_kernels`` shows it.
 
-A word stands only where the tests of every change do it (tests/test_proofs.py). None of them is a proof on *this* GPU:
-that is ``python -m minisora_kernels verify``.
+A word stands only where the tests of every change do it (tests/ops/test_proofs.py). None of them is a proof on *this*
+GPU: that is ``python -m minisora_kernels verify``.
 """
 
 from __future__ import annotations

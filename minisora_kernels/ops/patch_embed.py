@@ -42,7 +42,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None
 
 # The longest patch, in elements, that the kernel multiplies. Torch multiplies longer ones, after a gather: it blocks
 # large products better. Up to this length the kernel keeps pace, stores no patches, and its bits do not depend on the
-# number of threads (bench/bench_patch_embed.py times both).
+# number of threads (bench/ops/bench_patch_embed.py times both).
 LONGEST_PATCH = 64
 # Where the CPU multiplies bfloat16, the forward alone stays ahead for longer: it stores no patches and adds bias and
 # positions to the product.

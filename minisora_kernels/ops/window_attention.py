@@ -276,7 +276,7 @@ SHORT = 32
 DETAILS = (("short plain", "short norm", "short bias"), ("long plain", "long norm", "long bias"))
 
 # Torch's scaled_dot_product_attention is not a route: it needs a copy of most windows, and separate passes for norms
-# and rotations. bench/bench_window_attention.py times it on long windows.
+# and rotations. bench/ops/bench_window_attention.py times it on long windows.
 ROUTES = (
     "cpu: one kernel for all windows. On CPUs with AVX-512 bfloat16 or AMX it multiplies bfloat16 as it is, elsewhere "
     "in float32. triton: windows of up to 32 tokens take one pass each way, and short ones share a program. Longer "

@@ -58,7 +58,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a @ b``, fp32 sums; fp32 operands as ``precision_of`` says.
 
     The interpreter of Triton 3.9 multiplies the bit patterns of bfloat16 operands. There they are widened first, which
-    is exact: a product of two bfloat16 fits in fp32. tests/test_triton.py shows the flaw, and fails when it is gone.
+    is exact: a product of two bfloat16 fits in fp32. tests/ops/test_triton.py shows the flaw, and fails when it is
+    gone.
     """
     if _UPCAST:
         a = a.to(tl.float32)
