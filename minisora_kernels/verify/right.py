@@ -169,12 +169,12 @@ def check(case: Case, dtype: torch.dtype, backend: str) -> float:
         for name, value in kernel.items():
             assert same_bits(value, again[name]), f"{name}: other bits {what}"
     if device.type == "cuda":
-        _check_capture(case, dtype, backend)
+        check_capture(case, dtype, backend)
     return worst
 
 
-def _check_capture(case: Case, dtype: torch.dtype, backend: str) -> None:
-    """A captured call, replayed on new inputs, has the bits of a call."""
+def check_capture(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """A captured call, replayed on new inputs, has the bits of a call. Not run on a GPU yet."""
     static, other = case.leaves(dtype), case.leaves(dtype)
     stream = torch.cuda.Stream(case.device)
     stream.wait_stream(torch.cuda.current_stream(case.device))
@@ -184,7 +184,8 @@ def _check_capture(case: Case, dtype: torch.dtype, backend: str) -> None:
     torch.cuda.current_stream(case.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     gradients: dict[str, Tensor] = {}
-    with torch.cuda.graph(graph):
+    # torch's own stream for captures is of the device that was current at the first one, which may be another.
+    with torch.cuda.device(case.device), torch.cuda.graph(graph, stream=stream):
         outputs = tuple_of(case.call(static, backend=backend))
         ones = [torch.ones_like(value) for value in outputs]
         wanted = [name for name, leaf in static.items() if leaf.requires_grad]
@@ -196,7 +197,8 @@ def _check_capture(case: Case, dtype: torch.dtype, backend: str) -> None:
             if leaf.dim() and not case.has_nan:
                 leaf.copy_(leaf.flip(0))
             static[name].copy_(leaf)
-    graph.replay()
+    with torch.cuda.device(case.device):
+        graph.replay()
     expected = tuple_of(case.call(other, backend=backend))
     for i, (value, captured) in enumerate(zip(expected, outputs, strict=True)):
         assert same_bits(value.detach(), captured.detach()), f"output {i}: other bits in a captured graph"
