@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -406,6 +407,71 @@ def test_a_record_that_cannot_be_read_or_written_is_no_crash(tmp_path, monkeypat
     with pytest.warns(UserWarning, match="is not used"):
         assert record.find(CPU) is None
     record.find.cache_clear()
+
+
+UNREADABLE = """
+import ctypes, os, warnings
+from pathlib import Path
+home = Path(os.environ["XDG_CACHE_HOME"])
+if os.getuid() == 0:  # root may search every folder, until it gives its capabilities away
+    ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+try:
+    (home / "minisora_kernels").exists()
+    raise SystemExit("the folder may be searched")
+except PermissionError:
+    pass
+import torch, minisora_kernels as mk
+from minisora_kernels import automatic
+from minisora_kernels.__main__ import main
+x, gate = torch.randn(1, 4, 8), torch.randn(1, 8)
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    mk.gate_residual(x, x, gate)
+    mk.adaln(x, gate, gate)
+print([str(w.message) for w in told if "minisora" in str(w.message)])
+print(automatic.served())
+raise SystemExit(main(["verify", "--op", "unpatchify", "--quick", "--tokens", "32", "--device", "cpu", *OPTIONS]))
+"""
+
+
+@needs_cpu
+@pytest.mark.parametrize("options", [[], ["--missing-only"]])
+def test_a_home_that_may_not_be_searched_is_no_crash(options, tmp_path):
+    """As HOME=/root under another user's id, which is common in containers."""
+    home = tmp_path / "home"
+    home.mkdir(0)
+    code = UNREADABLE.replace("*OPTIONS", ", ".join(map(repr, options)))
+    try:
+        printed = end(start(code=code, XDG_CACHE_HOME=str(home)))
+    finally:
+        home.chmod(0o700)
+    assert printed.count("is not used: [Errno 13] Permission denied") == 1, printed
+    assert "'gate_residual float32 forward': 'cpu', 'adaln float32 forward': 'cpu'" in printed
+    assert "the record is not written: [Errno 13] Permission denied" in printed
+
+
+def test_a_file_system_without_locks_is_no_crash(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    asked = []
+
+    def no_locks(*arguments):
+        asked.append(arguments)
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with record.locked(tmp_path / "record.json"):
+        pass
+    assert asked
+    with pytest.raises(OSError, match="of the block"), record.locked(tmp_path / "record.json"):
+        raise OSError("of the block")
+
+
+def test_a_named_record_that_is_not_there_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "VERIFIED", str(tmp_path / "none.json"))
+    automatic.forget()
+    with pytest.warns(UserWarning, match="none.json is not used"):
+        assert record.find(CPU) is None
+    automatic.forget()
 
 
 def test_the_digest_changes_with_the_sources(tmp_path, monkeypatch):

@@ -229,7 +229,7 @@ def verify(options: argparse.Namespace) -> tuple[Record, Path | None]:
     path = options.out or record.own_path(device)
     started = time.perf_counter()
     with record.locked(path) if path is not None else contextlib.nullcontext():
-        if options.missing_only and path is not None and path.exists():
+        if options.missing_only and path is not None:
             with contextlib.suppress(record.NotARecord, OSError):
                 there = record.load(path, record.key(device))
                 if there.covers(options.precision):
@@ -255,7 +255,7 @@ def verify(options: argparse.Namespace) -> tuple[Record, Path | None]:
             "seconds": round(time.perf_counter() - started, 1),
         }
         new = Record(record.key(device), made, ())
-        if path is not None and path.exists():
+        if path is not None:
             with contextlib.suppress(record.NotARecord, OSError):
                 new = record.load(path, new.key)
         new = new.merged(entries, made)

@@ -323,18 +323,15 @@ def save(record: Record, path: Path) -> None:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One process at a time for this record, where the folder can be written and the system has such locks."""
-    try:
-        import fcntl
+    with contextlib.ExitStack() as opened:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(f"{path}.lock", "w")  # noqa: SIM115 - closed below; a process that dies leaves no lock
-    except (ImportError, OSError):
-        yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        for leftover in path.parent.glob(f"{path.name}.*.tmp"):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context(open(f"{path}.lock", "w"))  # a process that dies leaves no lock
+            fcntl.flock(file, fcntl.LOCK_EX)
+            for leftover in path.parent.glob(f"{path.name}.*.tmp"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
         yield
 
 
@@ -370,7 +367,7 @@ def find(device: torch.device) -> tuple[Record, Path] | None:
     wanted, own = key(device), own_path(device)
     named = backends.VERIFIED is not None
     places: list[tuple[Path, Key | None]] = []
-    if own is not None and (named or own.exists()):
+    if own is not None:
         places.append((own, wanted))
     shipped = None if named else _shipped(wanted)
     if shipped is not None:
@@ -382,7 +379,8 @@ def find(device: torch.device) -> tuple[Record, Path] | None:
                 raise NotARecord(f"it is of a {record.key.kind} device")
             return record, path
         except (NotARecord, OSError) as error:
-            warnings.warn(f"minisora_kernels: the record {path} is not used: {error}", stacklevel=2)
+            if named or not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                warnings.warn(f"minisora_kernels: the record {path} is not used: {error}", stacklevel=2)
     return None
 
 
