@@ -25,24 +25,28 @@ _warned: set[str] = set()
 def regime(device: torch.device, dtype: torch.dtype, both: bool, detail: str) -> str:
     """What a record tells apart for an op: dtype, direction, and what the op adds, as "bfloat16 forward short norm".
 
-    On a GPU float32 is "tf32" where torch's products are allowed to use it, at the first call.
+    On a GPU float32 is "tf32" while torch's products may use it.
     """
-    name = str(dtype).removeprefix("torch.")
-    if device.type != "cpu" and name == "float32" and torch.get_float32_matmul_precision() != "highest":
-        name = "tf32"
+    name = single(device) if dtype == torch.float32 else str(dtype).removeprefix("torch.")
     return f"{name} forward{'+backward' if both else ''} {detail}".rstrip()
+
+
+def single(device: torch.device) -> str:
+    """What a record calls float32 on this device now: "float32" or "tf32"."""
+    return "tf32" if device.type == "cuda" and backends.tf32() else "float32"
 
 
 class _Order:
     """The backends that an automatic choice tries in a regime, and the one that served the last call."""
 
-    __slots__ = ("names", "served")
+    __slots__ = ("label", "names", "served")
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names, self.served = names, ""
+    def __init__(self, label: str, names: tuple[str, ...]) -> None:
+        self.label, self.names, self.served = label, names, ""
 
 
-_orders: dict[tuple, _Order] = {}
+# By what a call has; within torch.compile by the label alone.
+_orders: dict[tuple | str, _Order] = {}
 _kept: dict[str, str] = {}
 
 
@@ -54,15 +58,20 @@ def choose(op: str, table: backends.Table, device: torch.device, call: tuple, de
             if tensor is not None and tensor.requires_grad:
                 both = True
                 break
+    dtype = call[0].dtype
     if torch.compiler.is_compiling():
-        for name in _order_in_compile(op, tuple(table), device.type, device.index, call[0].dtype, both, detail):
+        label, *names = _order_in_compile(op, tuple(table), device.type, device.index, dtype, both, detail)
+        for name in names:
             if table[name](*call) is None:
-                return name
+                return _served_in_compile(label, name)
         raise RuntimeError(f"{op}: no backend serves this call on {device.type}")
-    key = (op, device, call[0].dtype, both, detail)
+    # The setting may change between two calls.
+    tf32 = dtype is torch.float32 and device.type == "cuda" and backends.tf32()
+    key = (op, device, dtype, both, detail, tf32)
     order = _orders.get(key)
     if order is None:
-        order = _orders[key] = _Order(_order(op, tuple(table), device, regime(*key[1:])))
+        kind = regime(device, dtype, both, detail)
+        order = _orders[key] = _Order(_label(op, kind, False), _order(op, tuple(table), device, kind))
     for name in order.names:
         reason = table[name](*call)
         if reason is None:
@@ -76,15 +85,23 @@ def choose(op: str, table: backends.Table, device: torch.device, call: tuple, de
 def _order_in_compile(
     op: str, has: tuple[str, ...], kind: str, index: int | None, dtype: torch.dtype, both: bool, detail: str
 ) -> tuple[str, ...]:  # plain values, which Dynamo can hand over
+    """The label of the choice, then the backends that it tries."""
     device = torch.device(kind, index) if index is not None else torch.device(kind)
-    order = _Order(_order(op, has, device, regime(device, dtype, both, detail), compiling=True))
-    order.served = order.names[0]
-    _orders["compile", op, device, dtype, both, detail] = order
-    return order.names
+    found = regime(device, dtype, both, detail)
+    label = _label(op, found, True)
+    order = _orders[label] = _Order(label, _order(op, has, device, found, compiling=True))
+    return label, *order.names
+
+
+def _served_in_compile(label: str, name: str) -> str:
+    """Notes what a call that is traced takes, and returns it."""
+    _orders[label].served = name
+    return name
 
 
 # What torch.compiler.assume_constant_result does; its own import of Dynamo would take seconds here.
-setattr(_order_in_compile, "_dynamo_marked_constant", True)  # noqa: B010 - no attribute that mypy knows
+for _function in (_order_in_compile, _served_in_compile):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010 - no attribute that mypy knows
 
 
 def _order(
@@ -103,7 +120,7 @@ def _order(
             refused[name] = verdict
             _log_once(op, name, verdict[1])
     told = [(name, reason) for name, (status, reason) in refused.items() if status in ("not verified", "not here")]
-    if told and allowed == ["reference"]:
+    if told and len(told) == len(refused) and allowed == ["reference"]:  # no record has judged a kernel
         name, reason = min(told, key=lambda pair: refused[pair[0]][0] != "not verified")
         _warn_once(device.type, f"minisora_kernels runs plain PyTorch instead of {name} kernels: {reason}")
     if kept in allowed:
@@ -135,11 +152,7 @@ def _label(op: str, regime: str, compiling: bool) -> str:
 
 def served() -> dict[str, str]:
     """By op and regime the backend that an automatic choice last took; since :func:`keep`, in whose block a run is."""
-    return {
-        _label(key[-5], regime(*key[-4:]), len(key) == 6): order.served
-        for key, order in list(_orders.items())
-        if order.served
-    }
+    return {order.label: order.served for order in list(_orders.values()) if order.served}
 
 
 def would_serve(label: str, device: torch.device) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -174,11 +187,11 @@ def keep(stored: Mapping[str, str]) -> Iterator[None]:
 
 
 def has_record(device: torch.device) -> bool:
-    """Whether there is a record of this device, with float32 products as torch makes them now."""
+    """Whether there is a record of all ops on this device, with float32 products as torch makes them now."""
     from .verify import record
 
     found = record.find(device)
-    return found is not None and found[0].covers(torch.get_float32_matmul_precision())
+    return found is not None and found[0].covers(single(device))
 
 
 def forget() -> None:

@@ -101,6 +101,15 @@ def launcher(name: str) -> Callable:
     return getattr(importlib.import_module(f"{__package__}.triton.{op}"), name)
 
 
+def tf32() -> bool:
+    """Whether float32 products on a GPU may be TF32: those of torch, and so those of the kernels.
+
+    ``torch.get_float32_matmul_precision()`` raises once a setting was made by its newer name. This is what
+    ``torch.backends.cuda.matmul.fp32_precision`` reads, in a tenth of its time, which every call pays.
+    """
+    return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" and torch.version.hip is None
+
+
 def define(schema: str) -> None:
     """Define a raw op for every backend. Triton's is imported when it is first called."""
     for library in LIBRARIES:

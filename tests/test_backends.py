@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,55 @@ def test_automatic_choice_skips_a_refusal_and_logs_it_once(all_available, caplog
         for _ in range(3):
             assert backends.choose("op", refusing, CPU, None, torch.zeros(1)) == "reference"
     assert [record.message for record in caplog.records] == ["op: not the cpu backend: head_dim 12 is odd"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "missing", "told"),
+    [
+        (("slower here", "slower here: 1.20"), "no CUDA library", None),
+        (("wrong here", "wrong here: nan"), "no CUDA library", None),
+        (("not verified", "not verified on X"), "no CUDA library", "instead of triton kernels: not verified on X"),
+        (None, "no CUDA library", None),
+    ],
+)
+def test_plain_pytorch_is_warned_of_unless_a_record_has_judged(monkeypatch, unasked, verdict, missing, told):
+    monkeypatch.setattr(backends, "unavailable", lambda name: missing if name == "cuda" else None)
+    monkeypatch.setattr(record, "refusal", lambda *regime: verdict)
+    tables = table(reference=None, cuda=None, triton=None)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        automatic.choose("op", tables, torch.device("cuda"), (torch.zeros(1),), "")
+    assert [str(item.message).partition("PyTorch ")[2] for item in found] == ([told] if told else [])
+
+
+@pytest.fixture
+def precision():
+    """Sets the precision of float32 products by its newer name, with which torch's older getter raises."""
+
+    def set_to(value):
+        torch.backends.cuda.matmul.fp32_precision = value
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield set_to
+    torch.set_float32_matmul_precision("highest")
+    set_to(before)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_the_precision_of_float32_products_is_asked_at_every_call(monkeypatch, unasked, precision, both):
+    asked = []
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    monkeypatch.setattr(record, "refusal", lambda name, op, device, regime, compiling: asked.append(regime) or None)
+    tables, cuda = table(reference=None, triton=None), torch.device("cuda")
+    x = torch.zeros(1, requires_grad=both)
+    for value in ("tf32", "ieee", "tf32", "ieee"):
+        precision(value)
+        assert automatic.choose("op", tables, cuda, (x,), "") == "triton"
+        automatic.choose("op", tables, cuda, (x.bfloat16(),), "")
+        automatic.choose("op", tables | {"cpu": lambda *call: None}, CPU, (x,), "")
+    rest = "forward+backward" if both else "forward"
+    assert sorted(set(asked)) == [f"{name} {rest}" for name in ("bfloat16", "float32", "tf32")]
+    assert {f"op {name} {rest}" for name in ("bfloat16", "float32", "tf32")} == automatic.served().keys()
 
 
 def test_explicit_choice_raises_the_reason(all_available):

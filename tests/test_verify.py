@@ -552,6 +552,37 @@ def test_within_compile_the_choice_is_by_the_time_of_compile(holds):
 
 
 @needs_cpu
+def test_within_compile_what_refuses_a_call_has_not_served_it(holds):
+    holds()
+    x, weight = torch.randn(1, 4, 8), torch.randn(8, 8)
+    torch._dynamo.reset()
+    with automatic.keep({}):
+        for approximate in ("none", "tanh"):
+            call = torch.compile(
+                lambda x, approximate=approximate: mk.gelu_mlp(x, weight, None, weight, None, approximate=approximate),
+                fullgraph=True,
+                backend="eager",
+            )
+            torch.testing.assert_close(
+                call(x), mk.gelu_mlp(x, weight, None, weight, None, approximate=approximate, backend="reference")
+            )
+            within = automatic.served()["gelu_mlp float32 forward compiled"]
+            assert within == ("reference" if approximate == "none" else "cpu")
+
+
+def test_a_record_covers_a_precision_once_it_has_every_op_in_it():
+    ops = sorted({op for op, _, _ in regimes()})
+    whole = Record(KEY, {}, tuple(entry("triton", op, "tf32 forward") for op in ops))
+    assert whole.covers("tf32") and not whole.covers("float32")
+    for op in ops:
+        part = replace(whole, entries=tuple(item for item in whole.entries if item.op != op))
+        assert not part.covers("tf32")
+    half = Record(KEY, {}, tuple(entry("triton", op, "bfloat16 forward") for op in ops))
+    assert not half.covers("tf32") and not half.covers("float32")
+    assert whole.merged([entry("triton", op, "float32 forward") for op in ops], {}).covers("float32")
+
+
+@needs_cpu
 def test_windows_and_patches_have_regimes_of_their_own(holds):
     holds()
     qkv = torch.randn(1, 72, 3, 1, 8)

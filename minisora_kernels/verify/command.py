@@ -226,13 +226,14 @@ def verify(options: argparse.Namespace) -> tuple[Record, Path | None]:
         reasons = {name: backends.unavailable(name) for name in backends.PREFERENCE.get(device.type, ())}
         said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
         raise ValueError(f"no kernels are here for {device}" + (f" ({said})" if said else ""))
+    single = "tf32" if device.type == "cuda" and options.precision != "highest" else "float32"
     path = options.out or record.own_path(device)
     started = time.perf_counter()
     with record.locked(path) if path is not None else contextlib.nullcontext():
         if options.missing_only and path is not None:
             with contextlib.suppress(record.NotARecord, OSError):
                 there = record.load(path, record.key(device))
-                if there.covers(options.precision):
+                if there.covers(single):
                     return there, path
         entries: list[Entry] = []
         for backend in names:
@@ -241,7 +242,6 @@ def verify(options: argparse.Namespace) -> tuple[Record, Path | None]:
                 continue
             phase_right(backend, ops, options, found)
             phase_faster(backend, ops, options, found)
-            single = "tf32" if device.type == "cuda" and options.precision != "highest" else "float32"
             entries += found.entries(backend, ops, single)
         if not entries:
             raise ValueError(f"{', '.join(options.op)} has no kernel for {device}")

@@ -151,10 +151,12 @@ class Record:
     def by_regime(self) -> dict[tuple[str, str, str], Entry]:
         return {(entry.backend, entry.op, entry.regime): entry for entry in self.entries}
 
-    def covers(self, precision: str) -> bool:
-        """Whether it says anything of float32 products of this precision, which only GPUs tell apart."""
-        names = {entry.regime.partition(" ")[0] for entry in self.entries}
-        return precision == "highest" or self.key.kind != "cuda" or "tf32" in names
+    def covers(self, single: str) -> bool:
+        """Whether it says something of every op with float32 as ``single`` ("float32" or "tf32") names it."""
+        from .cases import regimes
+
+        there = {entry.op for entry in self.entries if entry.regime.partition(" ")[0] == single}
+        return there.issuperset(op for op, _, _ in regimes())
 
     def merged(self, entries: list[Entry], made: dict[str, Any]) -> Record:
         """With these entries in place of those of the same backend, op and regime."""

@@ -24,7 +24,7 @@ def verify_first(device: torch.device, mode: str) -> None:
         return
     _log.warning("the kernels are verified on %s first, about a minute; --verify never goes without", device)
     command = [sys.executable, "-m", "minisora_kernels", "verify", "--quick", "--missing-only"]
-    command += ["--device", str(device), "--precision", torch.get_float32_matmul_precision()]
+    command += ["--device", str(device), "--precision", "high" if backends.tf32() else "highest"]
     done = subprocess.run(command)
     if done.returncode:
         _log.warning("verify ended with status %d; what is not verified is served by plain PyTorch", done.returncode)

@@ -49,9 +49,19 @@ def commands(monkeypatch):
     return ran, commands_status
 
 
-def test_a_gpu_without_a_record_is_verified_before_the_run(commands, caplog):
+@pytest.fixture
+def restored():
+    """The precision of float32 products afterwards."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(("setting", "precision"), [("ieee", "highest"), ("tf32", "high")])
+def test_a_gpu_without_a_record_is_verified_before_the_run(commands, caplog, setting, precision, restored):
     ran, status = commands
-    precision = torch.get_float32_matmul_precision()
+    torch.backends.cuda.matmul.fp32_precision = setting  # with which torch's older getter raises
     with verification.serving(GPU, "auto", "auto"):
         pass
     (command,) = ran
