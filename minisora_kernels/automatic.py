@@ -39,14 +39,15 @@ def single(device: torch.device) -> str:
 class _Order:
     """The backends that an automatic choice tries in a regime, and the one that served the last call."""
 
-    __slots__ = ("label", "names", "served")
+    __slots__ = ("names", "served", "tf32")
 
-    def __init__(self, label: str, names: tuple[str, ...]) -> None:
-        self.label, self.names, self.served = label, names, ""
+    def __init__(self, names: tuple[str, ...], tf32: bool | None = None) -> None:
+        # tf32: what float32 products could use then, on a GPU; None where that says nothing
+        self.names, self.served, self.tf32 = names, "", tf32
 
 
-# By what a call has; within torch.compile by the label alone.
-_orders: dict[tuple | str, _Order] = {}
+_orders: dict[tuple[str, torch.device], _Order] = {}  # by label and device
+_of_calls: dict[tuple, _Order] = {}  # the same by what a call has, to find one in less time
 _kept: dict[str, str] = {}
 
 
@@ -63,15 +64,12 @@ def choose(op: str, table: backends.Table, device: torch.device, call: tuple, de
         label, *names = _order_in_compile(op, tuple(table), device.type, device.index, dtype, both, detail)
         for name in names:
             if table[name](*call) is None:
-                return _served_in_compile(label, name)
+                return _served_in_compile(label, device.type, device.index, name)
         raise RuntimeError(f"{op}: no backend serves this call on {device.type}")
-    # The setting may change between two calls.
-    tf32 = dtype is torch.float32 and device.type == "cuda" and backends.tf32()
-    key = (op, device, dtype, both, detail, tf32)
-    order = _orders.get(key)
-    if order is None:
-        kind = regime(device, dtype, both, detail)
-        order = _orders[key] = _Order(_label(op, kind, False), _order(op, tuple(table), device, kind))
+    key = (op, device, dtype, both, detail)
+    order = _of_calls.get(key)
+    if order is None or (order.tf32 is not None and order.tf32 != backends.tf32()):
+        order = _of_calls[key] = _order_of_call(*key, tuple(table))
     for name in order.names:
         reason = table[name](*call)
         if reason is None:
@@ -82,21 +80,36 @@ def choose(op: str, table: backends.Table, device: torch.device, call: tuple, de
     raise RuntimeError(f"{op}: no backend serves this call on {device.type}")
 
 
+def _order_of_call(
+    op: str, device: torch.device, dtype: torch.dtype, both: bool, detail: str, has: tuple[str, ...]
+) -> _Order:
+    found = regime(device, dtype, both, detail)
+    key = _label(op, found, False), device
+    if key not in _orders:
+        tf32 = backends.tf32() if device.type == "cuda" and dtype == torch.float32 else None
+        _orders[key] = _Order(_order(op, has, device, found), tf32)
+    return _orders[key]
+
+
 def _order_in_compile(
     op: str, has: tuple[str, ...], kind: str, index: int | None, dtype: torch.dtype, both: bool, detail: str
 ) -> tuple[str, ...]:  # plain values, which Dynamo can hand over
     """The label of the choice, then the backends that it tries."""
-    device = torch.device(kind, index) if index is not None else torch.device(kind)
+    device = _device(kind, index)
     found = regime(device, dtype, both, detail)
     label = _label(op, found, True)
-    order = _orders[label] = _Order(label, _order(op, has, device, found, compiling=True))
+    order = _orders[label, device] = _Order(_order(op, has, device, found, compiling=True))
     return label, *order.names
 
 
-def _served_in_compile(label: str, name: str) -> str:
+def _served_in_compile(label: str, kind: str, index: int | None, name: str) -> str:
     """Notes what a call that is traced takes, and returns it."""
-    _orders[label].served = name
+    _orders[label, _device(kind, index)].served = name
     return name
+
+
+def _device(kind: str, index: int | None) -> torch.device:
+    return torch.device(kind, index) if index is not None else torch.device(kind)
 
 
 # What torch.compiler.assume_constant_result does; its own import of Dynamo would take seconds here.
@@ -152,7 +165,7 @@ def _label(op: str, regime: str, compiling: bool) -> str:
 
 def served() -> dict[str, str]:
     """By op and regime the backend that an automatic choice last took; since :func:`keep`, in whose block a run is."""
-    return {order.label: order.served for order in list(_orders.values()) if order.served}
+    return {label: order.served for (label, _), order in list(_orders.items()) if order.served}
 
 
 def would_serve(label: str, device: torch.device) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -178,12 +191,12 @@ def keep(stored: Mapping[str, str]) -> Iterator[None]:
     """
     global _kept
     previous, _kept = _kept, dict(stored)
-    _orders.clear()
+    _forget_orders()
     try:
         yield
     finally:
         _kept = previous
-        _orders.clear()
+        _forget_orders()
 
 
 def has_record(device: torch.device) -> bool:
@@ -198,8 +211,13 @@ def forget() -> None:
     """Read the record anew at the next call of an op. What is compiled stays as it is."""
     from .verify import record
 
-    _orders.clear()
+    _forget_orders()
     record.find.cache_clear()
+
+
+def _forget_orders() -> None:
+    _orders.clear()
+    _of_calls.clear()
 
 
 def _log_once(op: str, name: str, reason: str) -> None:

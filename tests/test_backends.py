@@ -38,6 +38,7 @@ def unasked(monkeypatch):
     monkeypatch.setattr(automatic, "_logged", set())
     monkeypatch.setattr(automatic, "_warned", set())
     monkeypatch.setattr(automatic, "_orders", {})
+    monkeypatch.setattr(automatic, "_of_calls", {})
 
 
 @pytest.fixture
