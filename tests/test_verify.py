@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -317,7 +319,7 @@ def test_every_kind_of_fault_is_found(fault, monkeypatch):
 # ---- the record
 
 
-KEY = Key("cuda", "NVIDIA H200", "cc9.0", "2.11.0+cu130", "3.6.0", "ab" * 32)
+KEY = Key("cuda", "NVIDIA H200", "cc9.0", "2.11.0+cu130", "3.6.0", "none", "ab" * 32)
 
 
 def damaged(change) -> bytes:
@@ -340,7 +342,10 @@ def damaged(change) -> bytes:
         (damaged(lambda raw: raw.update(format=2)), "its format is 2"),
         (damaged(lambda raw: raw.update(format=True)), "its format is True"),
         (damaged(lambda raw: raw.update(more=1)), "the fields of a record"),
-        (damaged(lambda raw: raw["key"].update(device="NVIDIA A100")), "device 'NVIDIA A100' instead of 'NVIDIA H200'"),
+        (
+            damaged(lambda raw: raw["key"].update(device="NVIDIA A100")),
+            "made on device 'NVIDIA A100'; this is device 'NVIDIA H200'",
+        ),
         (damaged(lambda raw: raw["key"].update(digest="cd" * 32)), "digest"),
         (damaged(lambda raw: raw["key"].update(triton=None)), "its key is not whole"),
         (damaged(lambda raw: raw.update(entries={})), "its entries are not whole"),
@@ -393,7 +398,7 @@ def test_a_record_comes_back_as_it_was(tmp_path):
     )
     record.save(whole, path)
     assert record.load(path, KEY) == whole and path.stat().st_mode & 0o777 == 0o644
-    assert path.name.startswith("cuda-nvidia_h200-cc9.0-torch2.11.0+cu130-triton3.6.0-abab")
+    assert path.name.startswith("cuda-nvidia_h200-cc9.0-torch2.11.0+cu130-triton3.6.0-flash_none-abab")
     assert str(KEY) == "NVIDIA H200 with torch 2.11.0, Triton 3.6.0"
 
 
@@ -474,13 +479,40 @@ def test_a_named_record_that_is_not_there_is_warned_of(tmp_path, monkeypatch):
     automatic.forget()
 
 
+def test_a_record_is_of_what_serves_long_windows(monkeypatch, tmp_path):
+    installed = {"triton": "3.6.0"}
+
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    properties = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    keys = [record.key(torch.device("cuda", 0))]
+    for name, number in (("flash-attn", "2.8.3"), ("flash-attn", "2.9.0"), ("flash-attn-4", "4.0.0")):
+        installed[name] = number
+        keys.append(record.key(torch.device("cuda", 0)))
+    assert [found.flash_attn for found in keys] == [
+        "none",
+        "flash-attn 2.8.3",
+        "flash-attn 2.9.0",
+        "flash-attn 2.9.0, flash-attn-4 4.0.0",
+    ]
+    assert len({found.file_name for found in keys}) == 4 and str(keys[1]).endswith("Triton 3.6.0, flash-attn 2.8.3")
+    record.save(Record(keys[0], {}, ()), tmp_path / "record.json")
+    with pytest.raises(record.NotARecord, match=r"on flash_attn 'none'; this is flash_attn 'flash-attn 2"):
+        record.load(tmp_path / "record.json", keys[1])
+
+
 def test_the_digest_changes_with_the_sources(tmp_path, monkeypatch):
     shutil.copytree(
         ROOT / "minisora_kernels", tmp_path / "package", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
     monkeypatch.setattr(record, "PACKAGE", tmp_path / "package")
     digests = []
-    for name in ("ops/grn.py", "triton/_rows.py", "README", "modulation.py"):
+    for name in ("ops/grn.py", "triton/_rows.py", "README", "modulation.py", "backends.py"):
         record.digest.cache_clear()
         digests.append(record.digest("cuda"))
         with open(tmp_path / "package" / name, "a") as file:
@@ -489,7 +521,7 @@ def test_the_digest_changes_with_the_sources(tmp_path, monkeypatch):
     digests.append(record.digest("cuda"))
     record.digest.cache_clear()
     changed = [one != other for one, other in itertools.pairwise(digests)]
-    assert changed == [True, True, False, True]
+    assert changed == [True, True, False, True, True]
 
 
 # ---- the choice

@@ -1,8 +1,9 @@
 """What :mod:`minisora_kernels.verify` measured on a device, as a file that is trusted only if it is whole and of here.
 
-A record is JSON. Its name and its key say what it holds for: device, capability, torch, Triton, and the digest of the
-kernels' sources. Another torch, another GPU or another source finds no record. It lies in the user's cache folder;
-records of this project's machines come with the package, and those of CPUs hold for every CPU that has none of its own.
+A record is JSON. Its name and its key say what it holds for: device, capability, torch, Triton, flash-attn, and the
+digest of the kernels' sources. Another torch, another GPU or another source finds no record. It lies in the user's
+cache folder; records of this project's machines come with the package, and those of CPUs hold for every CPU that has
+none of its own.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ DTYPES = ("float32", "tf32", "bfloat16", "float16")
 COLUMNS = ("ours", "eager", "compile")
 # What a file says of an entry beside its fields, for who reads it; it must follow from them.
 DERIVED = ("use", "why", "use_in_compile", "why_in_compile")
+# flash-attn 2, 3 and 4, by the names under which they are installed.
+FLASH = ("flash-attn", "flashattn-hopper", "flash-attn-3", "flash-attn-4")
 PACKAGE = Path(__file__).parent.parent
 SHIPPED = Path(__file__).parent / "records"
 
@@ -53,11 +56,13 @@ class Key:
     capability: str
     torch: str
     triton: str
+    flash_attn: str
     digest: str
 
     def __str__(self) -> str:
         triton = "" if self.kind == "cpu" else f", Triton {self.triton}"
-        return f"{self.device} with torch {self.torch.split('+')[0]}{triton}"
+        flash = "" if self.flash_attn == "none" else f", {self.flash_attn}"
+        return f"{self.device} with torch {self.torch.split('+')[0]}{triton}{flash}"
 
     @property
     def file_name(self) -> str:
@@ -67,6 +72,7 @@ class Key:
             self.capability,
             f"torch{self.torch}",
             f"triton{self.triton}",
+            f"flash-{self.flash_attn}",
             self.digest[:16],
         )
         return "-".join(re.sub(r"[^a-z0-9.+]+", "_", part.lower()).strip("_") for part in parts) + ".json"
@@ -164,17 +170,26 @@ class Record:
         return Record(self.key, made, tuple((self.by_regime | new).values()))
 
 
-def _triton_version() -> str:
-    for name in ("triton", "pytorch-triton"):
+def _version(*names: str) -> str:
+    """Of the first of these packages that is installed."""
+    for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return "none"
 
 
+def _flash_attn() -> str:
+    """What may serve long windows; see triton/_window_library.py."""
+    found = ((name, _version(name)) for name in FLASH)
+    return ", ".join(f"{name} {version}" for name, version in found if version != "none") or "none"
+
+
 @functools.cache
 def digest(kind: str) -> str:
     """Of what decides how a kernel computes: the sources of ops and of Triton's kernels, and the compiled library."""
-    paths = [*(PACKAGE / "ops").glob("*.py"), PACKAGE / "modulation.py", PACKAGE / "checks.py"]
+    paths = [PACKAGE / f"{name}.py" for name in ("backends", "checks", "modulation")] + [
+        *(PACKAGE / "ops").glob("*.py")
+    ]
     if kind == "cpu":
         paths += PACKAGE.glob(f"_{backends.VARIANTS.get(backends.cpu_capability(), 'cpu')}.*so")
     else:
@@ -196,13 +211,14 @@ def cpu_name() -> str:
 
 def key(device: torch.device) -> Key:
     """Of this device with this torch, Triton and these kernels. Needs the device."""
+    version, triton = torch.__version__, _version("triton", "pytorch-triton")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         capability = f"cc{properties.major}.{properties.minor}"
-        return Key("cuda", properties.name, capability, torch.__version__, _triton_version(), digest("cuda"))
+        return Key("cuda", properties.name, capability, version, triton, _flash_attn(), digest("cuda"))
     if backends.DEVICES["triton"] == "cpu":
-        return Key("interpreted", cpu_name(), "interpreter", torch.__version__, _triton_version(), digest("triton"))
-    return Key("cpu", cpu_name(), backends.cpu_capability(), torch.__version__, "none", digest("cpu"))
+        return Key("interpreted", cpu_name(), "interpreter", version, triton, "none", digest("triton"))
+    return Key("cpu", cpu_name(), backends.cpu_capability(), version, "none", "none", digest("cpu"))
 
 
 # ---- files
@@ -287,8 +303,8 @@ def load(path: Path, expected: Key | None = None) -> Record:
     found = Key(**raw["key"])
     if expected is not None and found != expected:
         other = [name for name in sorted(names) if getattr(found, name) != getattr(expected, name)]
-        said = ", ".join(f"{name} {getattr(found, name)!r} instead of {getattr(expected, name)!r}" for name in other)
-        raise NotARecord(f"it is of {said}")
+        made, here = (", ".join(f"{name} {getattr(of, name)!r}" for name in other) for of in (found, expected))
+        raise NotARecord(f"it was made on {made}; this is {here}")
     record = Record(found, raw["made"], tuple(_entry(entry) for entry in raw["entries"]))
     if len(record.by_regime) != len(record.entries):
         raise NotARecord("it has two entries of one regime")
