@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import importlib.metadata
 import itertools
@@ -243,15 +244,100 @@ def test_what_cannot_be_verified_is_an_error(monkeypatch, capsys):
     assert "no kernels are here for cpu (" in capsys.readouterr().err
 
 
-def test_a_worker_that_hangs_is_ended(monkeypatch, tmp_path):
-    package = tmp_path / "hangs.py"
-    package.write_text('import time\nprint(\'{"kind": "case", "case": "adaln-x"}\', flush=True)\ntime.sleep(60)\n')
+@pytest.fixture
+def worker(monkeypatch, tmp_path):
+    """``worker(code)``: what runs in place of a worker, after it has begun a case."""
+
+    def write(code: str) -> None:
+        (tmp_path / "right.py").write_text('print(\'{"kind": "case", "case": "adaln-x"}\', flush=True)\n' + code)
+
     monkeypatch.setattr(command, "__package__", "")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(command, "START", command.START.replace("sys.argv.pop(1), run", "sys.argv.pop(1)[1:], run"))
+    return write
+
+
+def test_a_worker_that_hangs_is_ended(worker):
+    worker("import time\ntime.sleep(60)\n")
     begun = time.perf_counter()
-    done = command.work("hangs", [], lambda case: None, limit=3)
+    done = command.work("right", [], lambda case: None, limit=3)
     assert done.ended == "took longer than 3 s in adaln-x" and time.perf_counter() - begun < 30
+    assert done.outside and done.undecided
+
+
+RESULT = 'print(\'{"kind": "result", "dtype": "float32", "KEY": VALUE}\', flush=True)\n'
+DONE = 'print(\'{"kind": "done"}\', flush=True)\n'
+LACK = RESULT.replace("KEY", "undecided").replace("VALUE", '"x: CUDA out of memory"')
+KILLED = "import os\nos.kill(os.getpid(), 9)\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "status", "said"),
+    [
+        (LACK + DONE, LACK + DONE, "undecided", "x: CUDA out of memory"),
+        (LACK + DONE, RESULT.replace("KEY", "error").replace("VALUE", "0.5") + DONE, "not timed", ""),
+        (
+            LACK + DONE,
+            RESULT.replace("KEY", "wrong").replace("VALUE", '"x: output 0"') + DONE,
+            "wrong here",
+            "x: outpu",
+        ),
+        (KILLED, KILLED, "undecided", "ended with signal 9 in adaln-x"),
+        (KILLED.replace("9", "11"), "1 / 0", "wrong here", "ended with signal 11 in adaln-x"),
+    ],
+)
+def test_what_lacks_time_or_memory_is_tried_once_more_and_is_not_wrong(first, second, status, said, worker, tmp_path):
+    place = tmp_path / "tries"
+    worker(
+        f"import pathlib\nplace = pathlib.Path({str(place)!r})\n"
+        "first = not place.exists()\nwith place.open('a') as file:\n    file.write('x')\n"
+        f"exec({first!r} if first else {second!r})\n"
+    )
+    options = argparse.Namespace(quick=True, jobs=2, device=CPU, precision="highest", tokens=None)
+    found = command.Found()
+    command.phase_right("cpu", ["adaln"], options, found)
+    assert place.read_text() == ("x" if "11" in first else "xx")
+    item = next(item for item in found.entries("cpu", ["adaln"], "float32") if item.regime == "float32 forward")
+    assert item.status == item.status_in_compile == status and item.wrong.startswith(said)
+    assert item.right is {"undecided": None, "wrong here": False}.get(status, True)
+    record.save(Record(KEY, {}, (item,)), tmp_path / "record.json")
+    assert record.load(tmp_path / "record.json").entries == (item,)
+
+
+def test_an_undecided_kernel_serves_on_a_cpu_and_not_on_a_gpu(monkeypatch):
+    for backend, wanted in (("cpu", None), ("triton", ("undecided", "undecided: took longer than 300 s"))):
+        item = replace(entry(backend, wrong="took longer than 300 s", ratio=None), right=None)
+        found = Record(KEY, {}, (item,)), Path("record.json")
+        monkeypatch.setattr(record, "find", lambda device, found=found: found)
+        for compiling in (False, True):
+            assert record.refusal(backend, "adaln", CPU, "float32 forward", compiling) == wanted
+
+
+@pytest.mark.parametrize(
+    ("error", "lacking"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (AssertionError("output 0: error 3"), False),
+    ],
+)
+def test_a_lack_of_memory_is_told_from_a_fault(error, lacking, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["right", "--op", "adaln", "--device", "cpu", "--backend", "cpu", "--quick"])
+    monkeypatch.setattr(right, "selected", lambda *_: [(checked()[0], torch.float32)])
+
+    def check(*_):
+        raise error
+
+    monkeypatch.setattr(right, "check", check)
+    for name in ("set_float32_matmul_precision", "set_num_threads", "use_deterministic_algorithms"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: None)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    right.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[1])
+    assert ("undecided" in result, "wrong" in result) == (lacking, not lacking)
 
 
 # ---- right

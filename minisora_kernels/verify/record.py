@@ -82,16 +82,16 @@ class Key:
 class Entry:
     """Of one backend, op and regime (:func:`minisora_kernels.automatic.regime`).
 
-    ``error``: the worst error over its bound, at most 1 where ``right``; None if it did not come to that, and ``wrong``
-    says what happened. ``times``: per column ``[device, host]`` in microseconds per call, host None on a CPU.
-    ``ratio``: median and third quartile of our time over eager's, ``compile_ratio`` over torch.compile's; None: not
-    timed. ``timed``: the dtype of the times.
+    ``right``: None where time or memory did not suffice to say. ``error``: the worst error over its bound, at most 1
+    where ``right``; None if it did not come to that. ``wrong`` says what happened where it is not right. ``times``: per
+    column ``[device, host]`` in microseconds per call, host None on a CPU. ``ratio``: median and third quartile of our
+    time over eager's, ``compile_ratio`` over torch.compile's; None: not timed. ``timed``: the dtype of the times.
     """
 
     backend: str
     op: str
     regime: str
-    right: bool
+    right: bool | None
     error: float | None
     wrong: str
     timed: str
@@ -101,21 +101,20 @@ class Entry:
 
     @property
     def status(self) -> str:
-        """ "used", "slower here", "wrong here" or "not timed"."""
-        if not self.right:
-            return "wrong here"
-        if self.ratio is None:
-            return "not timed"
-        return "used" if _faster(self.ratio) else "slower here"
+        """ "used", "slower here", "wrong here", "undecided" or "not timed"."""
+        return self._status(self.ratio)
 
     @property
     def status_in_compile(self) -> str:
         """The same beside what torch.compile makes of plain PyTorch."""
+        return self._status(self.compile_ratio)
+
+    def _status(self, ratio: list[float] | None) -> str:
         if not self.right:
-            return "wrong here"
-        if self.compile_ratio is None:
+            return "undecided" if self.right is None else "wrong here"
+        if ratio is None:
             return "not timed"
-        return "used" if _faster(self.compile_ratio) else "slower here"
+        return "used" if _faster(ratio) else "slower here"
 
     @property
     def use(self) -> bool:
@@ -128,16 +127,16 @@ class Entry:
     @property
     def why(self) -> str:
         """The status with its figures."""
-        if self.status == "wrong here":
-            return f"wrong here: {self.wrong}"
+        if not self.right:
+            return f"{self.status}: {self.wrong}"
         if self.ratio is None:
             return f"not timed: run `{COMMAND}` again"
         return f"{self.status}: {self.ratio[0]:.2f} of plain PyTorch's time ({self.regime})"
 
     @property
     def why_in_compile(self) -> str:
-        if self.status_in_compile == "wrong here":
-            return f"wrong here: {self.wrong}"
+        if not self.right:
+            return f"{self.status}: {self.wrong}"
         if self.compile_ratio is None:
             return f"not timed beside torch.compile: run `{COMMAND}` without --quick"
         return f"{self.status_in_compile}: {self.compile_ratio[0]:.2f} of torch.compile's time ({self.regime})"
@@ -238,7 +237,8 @@ def _entry(raw: Any) -> Entry:
     if not isinstance(raw, dict) or raw.keys() != names | set(DERIVED):
         raise NotARecord("an entry lacks a field or has one too many")
     text = [raw[name] for name in ("backend", "op", "regime", "wrong", "timed")]
-    if not all(_is(value, str) and len(value) <= 4000 for value in text) or not _is(raw["right"], bool):
+    right = raw["right"] is None or _is(raw["right"], bool)
+    if not all(_is(value, str) and len(value) <= 4000 for value in text) or not right:
         raise NotARecord("an entry has a field of another type")
     where = f"{raw['op']} {raw['regime']}"
     if raw["backend"] not in backends.BACKENDS[1:]:
@@ -412,7 +412,7 @@ def refusal(backend: str, op: str, device: torch.device, regime: str, compiling:
     status = "not timed" if entry is None else entry.status_in_compile if compiling else entry.status
     if status == "used":
         return None
-    if status == "not timed" and backend == "cpu":
+    if status in ("not timed", "undecided") and backend == "cpu":
         return None if entry is None or not compiling else _eager(entry)
     if entry is None:
         what = f" for {regime}" if found is not None else ""
@@ -423,4 +423,4 @@ def refusal(backend: str, op: str, device: torch.device, regime: str, compiling:
 
 def _eager(entry: Entry) -> tuple[str, str] | None:
     """Of a C++ kernel that was not timed beside torch.compile: what holds outside."""
-    return None if entry.status in ("used", "not timed") else (entry.status, entry.why)
+    return None if entry.status in ("used", "not timed", "undecided") else (entry.status, entry.why)

@@ -208,6 +208,12 @@ def check_capture(case: Case, dtype: torch.dtype, backend: str) -> None:
             assert same_bits(value, gradients[name]), f"gradient of {name}: other bits in a captured graph"
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether there was too little memory, on the device or on the host."""
+    said = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
+
+
 def say(kind: str, **fields: Any) -> None:
     """A line for the process that started this one: a case that begins, its result, or that all is done."""
     print(json.dumps({"kind": kind, **fields}), flush=True)
@@ -249,8 +255,9 @@ def main() -> None:
             line["error"] = check(case, dtype, options.backend)
         except Refused as reason:
             line["refused"] = str(reason)
-        except Exception as error:  # whatever it is, it is the kernel's
-            line["wrong"] = f"{case.name}: {error or type(error).__name__}"
+        except Exception as error:
+            # But for a lack of memory, which may be other processes', it is the kernel's fault.
+            line["undecided" if lacks_memory(error) else "wrong"] = f"{case.name}: {str(error) or type(error).__name__}"
         say("result", **line)
     say("done")
 
