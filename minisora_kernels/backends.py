@@ -214,8 +214,11 @@ def unavailable(name: str) -> str | None:
     if name == "triton" and name not in _unavailable:  # checked on first use: the search for a module takes time
         _unavailable[name] = None if importlib.util.find_spec(name) else "Triton is not installed"
     reason = _unavailable[_check_name(name, "name")]
-    if DEVICES.get(name) == "cuda" and reason is None and not torch.cuda.is_available():
-        return "torch finds no CUDA device"
+    if DEVICES.get(name) == "cuda" and reason is None:
+        if torch.version.hip is not None:  # torch calls these GPUs "cuda" too
+            return "not run on AMD GPUs"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
     return reason
 
 

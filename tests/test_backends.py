@@ -114,6 +114,49 @@ def test_the_precision_of_float32_products_is_asked_at_every_call(monkeypatch, u
     assert {f"op {name} {rest}" for name in ("bfloat16", "float32", "tf32")} == automatic.served().keys()
 
 
+def test_on_an_amd_gpu_no_kernel_of_ours_serves(monkeypatch, unasked):
+    """torch calls these GPUs "cuda"."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "DEVICES", {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"})
+    monkeypatch.setitem(backends._unavailable, "triton", None)
+    tables, cuda, x = table(reference=None, triton=None), torch.device("cuda"), torch.zeros(1)
+    with pytest.warns(UserWarning, match="plain PyTorch instead of triton kernels: not run on AMD GPUs"):
+        assert backends.choose("op", tables, cuda, None, x) == "reference"
+    with pytest.raises(RuntimeError, match="'triton' is not available: not run on AMD GPUs"):
+        backends.choose("op", tables, cuda, "triton", x)
+    monkeypatch.setattr(backends, "DEVICES", {"cpu": "cpu", "cuda": "cuda", "triton": "cpu"})  # interpreted
+    assert backends.unavailable("triton") is None
+
+
+@pytest.mark.parametrize("amd", [False, True])
+def test_on_an_amd_gpu_every_launch_goes_through_triton(monkeypatch, amd):
+    """Its compiler looks at more than addresses and numbers: a kernel that is compiled may not fit the next call."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    from minisora_kernels.triton import _launch
+
+    calls = []
+
+    class Kernel(jit.JITFunction):
+        def __init__(self):
+            pass
+
+        def __getitem__(self, grid):
+            def through_triton(*arguments, **options):
+                calls.append("triton")
+                return {(2, 1, 1): lambda *arguments: calls.append("direct")}
+
+            return through_triton
+
+    monkeypatch.setattr(_launch, "_LAUNCH", jit.JITFunction.run)
+    monkeypatch.setattr(_launch, "_DIRECT", not amd)
+    launch, aligned = _launch.Launch(Kernel(), (2,), 7), torch.zeros(64)
+    aligned = aligned[-aligned.data_ptr() % 64 // 4 :]
+    for tensor in (aligned, aligned, aligned[1:], None):
+        launch(tensor)
+    assert calls == (["triton"] * 4 if amd else ["triton", "direct", "triton", "direct"])
+
+
 def test_explicit_choice_raises_the_reason(all_available):
     with pytest.raises(ValueError, match="op: backend 'cpu' cannot serve this call: head_dim 12 is odd"):
         backends.choose("op", table(reference=None, cpu="head_dim 12 is odd"), CPU, "cpu")
