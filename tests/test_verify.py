@@ -25,7 +25,7 @@ from conftest import KERNEL_BACKENDS
 import minisora_kernels as mk
 from minisora_kernels import automatic, backends
 from minisora_kernels.verify import command, record, right
-from minisora_kernels.verify.cases import checked, regimes
+from minisora_kernels.verify.cases import MODULATED, checked, regimes
 from minisora_kernels.verify.record import Entry, Key, Record
 
 ROOT = Path(__file__).parent.parent
@@ -354,11 +354,65 @@ def test_a_write_beyond_a_result_or_an_input_is_found():
     guarded.check()
     assert not torch.ones(2).new_empty(2).storage_offset()  # no longer in force
     y.as_strided((1,), (1,), y.storage_offset() + 4).fill_(0)
-    with pytest.raises(AssertionError, match="a result or a buffer: memory behind it was written to"):
+    with pytest.raises(AssertionError, match="wrote past the end of a result or a buffer"):
         guarded.check()
     x.as_strided((1,), (1,), x.storage_offset() - 1).fill_(0)
-    with pytest.raises(AssertionError, match="x: memory before it was written to"):
+    with pytest.raises(AssertionError, match="wrote before the start of x"):
         guarded.check()
+
+
+@needs_cpu
+@pytest.mark.parametrize("memory_format", [torch.preserve_format, torch.contiguous_format])
+@pytest.mark.parametrize(
+    "like",
+    [torch.ones(4, 6).t(), torch.ones(3, 8).chunk(2, -1)[1], torch.ones(3, 1, 4).expand(3, 5, 4), torch.ones(0, 3)],
+)
+def test_guarded_results_have_the_strides_that_torch_gives_them(like, memory_format):
+    guarded = right.Guarded()
+    wanted = torch.empty_like(like, memory_format=memory_format)
+    with guarded.allocations(CPU):
+        found = torch.empty_like(like, memory_format=memory_format)
+    assert found.stride() == wanted.stride() and found.shape == like.shape and found.isnan().all()
+    assert found.storage_offset() == right.MARGIN
+    guarded.check()
+    found.fill_(1)
+    guarded.check()
+
+
+@needs_cpu
+def test_a_write_between_the_rows_of_an_input_is_found():
+    guarded = right.Guarded()
+    x = guarded.empty("shift", (2, 3), torch.float32, CPU, (12, 1), 1)
+    assert x.data_ptr() % 16 == 4 and x.stride() == (12, 1)
+    x.fill_(1)
+    guarded.check()
+    x.as_strided((1,), (1,), x.storage_offset() + 3).fill_(0)
+    with pytest.raises(AssertionError, match="wrote between the rows of shift"):
+        guarded.check()
+
+
+@needs_cpu
+def test_kernels_get_the_layouts_that_models_give(monkeypatch):
+    laid = [case for case in checked() if case.layout]
+    ops = {op for op, _, _ in regimes()}
+    assert {case.op for case in laid if case.layout == "offset"} == ops
+    assert {case.op for case in laid if case.layout == "chunked"} == set(MODULATED)
+    for case in laid:
+        given = []
+
+        def call(t, backend, call=case.call, given=given):
+            given.append((backend, t))
+            return call(t, backend=backend)
+
+        assert right.check(replace(case, call=call), torch.float32, "cpu") <= 1
+        for backend, tensors in given:
+            if backend != "cpu":
+                continue
+            for name, tensor in tensors.items():
+                if case.layout == "offset":
+                    assert tensor.data_ptr() % 16 and tensor.is_contiguous(), f"{case} {name}"
+                elif name in ("shift", "scale", "gate"):
+                    assert not tensor.is_contiguous() and tensor.stride(-1) == 1, f"{case} {name}"
 
 
 @needs_cpu
