@@ -331,8 +331,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="check float32 and bfloat16 only, time more roughly, and leave torch.compile out: inside it plain PyTorch "
-        "serves on GPUs then. Meant to take under a minute on 8 cores, all of it under three minutes",
+        help="check float32 and bfloat16 only, time more roughly, and leave torch.compile out. Until a full verify, "
+        "plain PyTorch serves inside torch.compile on GPUs. Should take a minute or two; not measured on a GPU",
     )
     parser.add_argument(
         "--op", nargs="+", metavar="OP", help="only these ops; the record keeps the others (default: all)"

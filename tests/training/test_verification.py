@@ -67,7 +67,7 @@ def test_a_gpu_without_a_record_is_verified_before_the_run(commands, caplog, set
     (command,) = ran
     assert command[:4] == [sys.executable, "-m", "minisora_kernels", "verify"]
     assert command[4:] == ["--quick", "--missing-only", "--device", "cuda:1", "--precision", precision]
-    assert "verified on cuda:1 first, about a minute; --verify never goes without" in caplog.text
+    assert "verified on cuda:1 first. This takes a minute or two. Use `--verify never` to skip it." in caplog.text
     status[0] = 1
     with verification.serving(GPU, "auto", "auto"):
         pass
