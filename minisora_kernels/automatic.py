@@ -25,24 +25,29 @@ _warned: set[str] = set()
 def regime(device: torch.device, dtype: torch.dtype, both: bool, detail: str) -> str:
     """What a record tells apart for an op: dtype, direction, and what the op adds, as "bfloat16 forward short norm".
 
-    On a GPU float32 is "tf32" where torch's products are allowed to use it, at the first call.
+    On a GPU float32 is "tf32" while torch's products may use it.
     """
-    name = str(dtype).removeprefix("torch.")
-    if device.type != "cpu" and name == "float32" and torch.get_float32_matmul_precision() != "highest":
-        name = "tf32"
+    name = single(device) if dtype == torch.float32 else str(dtype).removeprefix("torch.")
     return f"{name} forward{'+backward' if both else ''} {detail}".rstrip()
+
+
+def single(device: torch.device) -> str:
+    """What a record calls float32 on this device now: "float32" or "tf32"."""
+    return "tf32" if device.type == "cuda" and backends.tf32() else "float32"
 
 
 class _Order:
     """The backends that an automatic choice tries in a regime, and the one that served the last call."""
 
-    __slots__ = ("names", "served")
+    __slots__ = ("names", "served", "tf32")
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names, self.served = names, ""
+    def __init__(self, names: tuple[str, ...], tf32: bool | None = None) -> None:
+        # tf32: what float32 products could use then, on a GPU; None where that says nothing
+        self.names, self.served, self.tf32 = names, "", tf32
 
 
-_orders: dict[tuple, _Order] = {}
+_orders: dict[tuple[str, torch.device], _Order] = {}  # by label and device
+_of_calls: dict[tuple, _Order] = {}  # the same by what a call has, to find one in less time
 _kept: dict[str, str] = {}
 
 
@@ -54,15 +59,17 @@ def choose(op: str, table: backends.Table, device: torch.device, call: tuple, de
             if tensor is not None and tensor.requires_grad:
                 both = True
                 break
+    dtype = call[0].dtype
     if torch.compiler.is_compiling():
-        for name in _order_in_compile(op, tuple(table), device.type, device.index, call[0].dtype, both, detail):
+        label, *names = _order_in_compile(op, tuple(table), device.type, device.index, dtype, both, detail)
+        for name in names:
             if table[name](*call) is None:
-                return name
+                return _served_in_compile(label, device.type, device.index, name)
         raise RuntimeError(f"{op}: no backend serves this call on {device.type}")
-    key = (op, device, call[0].dtype, both, detail)
-    order = _orders.get(key)
-    if order is None:
-        order = _orders[key] = _Order(_order(op, tuple(table), device, regime(*key[1:])))
+    key = (op, device, dtype, both, detail)
+    order = _of_calls.get(key)
+    if order is None or (order.tf32 is not None and order.tf32 != backends.tf32()):
+        order = _of_calls[key] = _order_of_call(*key, tuple(table))
     for name in order.names:
         reason = table[name](*call)
         if reason is None:
@@ -73,18 +80,41 @@ def choose(op: str, table: backends.Table, device: torch.device, call: tuple, de
     raise RuntimeError(f"{op}: no backend serves this call on {device.type}")
 
 
+def _order_of_call(
+    op: str, device: torch.device, dtype: torch.dtype, both: bool, detail: str, has: tuple[str, ...]
+) -> _Order:
+    found = regime(device, dtype, both, detail)
+    key = _label(op, found, False), device
+    if key not in _orders:
+        tf32 = backends.tf32() if device.type == "cuda" and dtype == torch.float32 else None
+        _orders[key] = _Order(_order(op, has, device, found), tf32)
+    return _orders[key]
+
+
 def _order_in_compile(
     op: str, has: tuple[str, ...], kind: str, index: int | None, dtype: torch.dtype, both: bool, detail: str
 ) -> tuple[str, ...]:  # plain values, which Dynamo can hand over
-    device = torch.device(kind, index) if index is not None else torch.device(kind)
-    order = _Order(_order(op, has, device, regime(device, dtype, both, detail), compiling=True))
-    order.served = order.names[0]
-    _orders["compile", op, device, dtype, both, detail] = order
-    return order.names
+    """The label of the choice, then the backends that it tries."""
+    device = _device(kind, index)
+    found = regime(device, dtype, both, detail)
+    label = _label(op, found, True)
+    order = _orders[label, device] = _Order(_order(op, has, device, found, compiling=True))
+    return label, *order.names
+
+
+def _served_in_compile(label: str, kind: str, index: int | None, name: str) -> str:
+    """Notes what a call that is traced takes, and returns it."""
+    _orders[label, _device(kind, index)].served = name
+    return name
+
+
+def _device(kind: str, index: int | None) -> torch.device:
+    return torch.device(kind, index) if index is not None else torch.device(kind)
 
 
 # What torch.compiler.assume_constant_result does; its own import of Dynamo would take seconds here.
-setattr(_order_in_compile, "_dynamo_marked_constant", True)  # noqa: B010 - no attribute that mypy knows
+for _function in (_order_in_compile, _served_in_compile):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010 - no attribute that mypy knows
 
 
 def _order(
@@ -103,7 +133,7 @@ def _order(
             refused[name] = verdict
             _log_once(op, name, verdict[1])
     told = [(name, reason) for name, (status, reason) in refused.items() if status in ("not verified", "not here")]
-    if told and allowed == ["reference"]:
+    if told and len(told) == len(refused) and allowed == ["reference"]:  # no record has judged a kernel
         name, reason = min(told, key=lambda pair: refused[pair[0]][0] != "not verified")
         _warn_once(device.type, f"minisora_kernels runs plain PyTorch instead of {name} kernels: {reason}")
     if kept in allowed:
@@ -135,11 +165,7 @@ def _label(op: str, regime: str, compiling: bool) -> str:
 
 def served() -> dict[str, str]:
     """By op and regime the backend that an automatic choice last took; since :func:`keep`, in whose block a run is."""
-    return {
-        _label(key[-5], regime(*key[-4:]), len(key) == 6): order.served
-        for key, order in list(_orders.items())
-        if order.served
-    }
+    return {label: order.served for (label, _), order in list(_orders.items()) if order.served}
 
 
 def would_serve(label: str, device: torch.device) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -165,28 +191,33 @@ def keep(stored: Mapping[str, str]) -> Iterator[None]:
     """
     global _kept
     previous, _kept = _kept, dict(stored)
-    _orders.clear()
+    _forget_orders()
     try:
         yield
     finally:
         _kept = previous
-        _orders.clear()
+        _forget_orders()
 
 
 def has_record(device: torch.device) -> bool:
-    """Whether there is a record of this device, with float32 products as torch makes them now."""
+    """Whether there is a record of all ops on this device, with float32 products as torch makes them now."""
     from .verify import record
 
     found = record.find(device)
-    return found is not None and found[0].covers(torch.get_float32_matmul_precision())
+    return found is not None and found[0].covers(single(device))
 
 
 def forget() -> None:
     """Read the record anew at the next call of an op. What is compiled stays as it is."""
     from .verify import record
 
-    _orders.clear()
+    _forget_orders()
     record.find.cache_clear()
+
+
+def _forget_orders() -> None:
+    _orders.clear()
+    _of_calls.clear()
 
 
 def _log_once(op: str, name: str, reason: str) -> None:

@@ -101,6 +101,15 @@ def launcher(name: str) -> Callable:
     return getattr(importlib.import_module(f"{__package__}.triton.{op}"), name)
 
 
+def tf32() -> bool:
+    """Whether float32 products on a GPU may be TF32: those of torch, and so those of the kernels.
+
+    ``torch.get_float32_matmul_precision()`` raises once a setting was made by its newer name. This is what
+    ``torch.backends.cuda.matmul.fp32_precision`` reads, in a tenth of its time, which every call pays.
+    """
+    return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" and torch.version.hip is None
+
+
 def define(schema: str) -> None:
     """Define a raw op for every backend. Triton's is imported when it is first called."""
     for library in LIBRARIES:
@@ -205,8 +214,11 @@ def unavailable(name: str) -> str | None:
     if name == "triton" and name not in _unavailable:  # checked on first use: the search for a module takes time
         _unavailable[name] = None if importlib.util.find_spec(name) else "Triton is not installed"
     reason = _unavailable[_check_name(name, "name")]
-    if DEVICES.get(name) == "cuda" and reason is None and not torch.cuda.is_available():
-        return "torch finds no CUDA device"
+    if DEVICES.get(name) == "cuda" and reason is None:
+        if torch.version.hip is not None:  # torch calls these GPUs "cuda" too
+            return "not run on AMD GPUs"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
     return reason
 
 

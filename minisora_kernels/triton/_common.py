@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backends import INTERPRETED
+from ..backends import INTERPRETED, tf32
 
 _UPCAST = tl.constexpr(INTERPRETED)
 
@@ -47,10 +47,8 @@ constants = cache(Constants)
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How kernels multiply: float32 as TF32 where torch lets cuBLAS, with ``set_float32_matmul_precision`` or else."""
-    # get_float32_matmul_precision() raises once a setting was made by its newer name, which this reads.
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
-    return "tf32" if tf32 else "ieee"
+    """How kernels multiply: float32 as TF32 where torch lets cuBLAS."""
+    return "tf32" if dtype == torch.float32 and tf32() else "ieee"
 
 
 @triton.jit

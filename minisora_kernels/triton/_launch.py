@@ -24,6 +24,7 @@ FUSED = {"enable_fp_fusion": True}
 
 # Triton's own; another function may stand in its place already when this file is imported.
 _LAUNCH = JITFunction.run if JITFunction.run.__module__ == JITFunction.__module__ else None
+_DIRECT = torch.version.hip is None
 _plans: list[Any] = []
 
 
@@ -89,7 +90,8 @@ class Launch:
     The first launch goes through Triton, which compiles the kernel for the dtypes, for what it sees in the numbers, and
     for addresses that are multiples of 16 or not. With the next only the addresses may differ, so they go straight to
     the compiled kernel, on whatever stream is current. Through Triton goes what is not aligned, what is interpreted,
-    and every launch while another function stands in the place of Triton's (bench/aot.py only compiles).
+    and every launch while another function stands in the place of Triton's (bench/aot.py only compiles), or for AMD,
+    where the size of a tensor's memory, too, decides what Triton compiles.
     """
 
     __slots__ = ("_direct", "_grid", "_kernel", "_numbers", "_options")
@@ -100,7 +102,7 @@ class Launch:
         self._direct: Callable[..., Any] | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        if JITFunction.run is not _LAUNCH or not isinstance(self._kernel, JITFunction):
+        if JITFunction.run is not _LAUNCH or not _DIRECT or not isinstance(self._kernel, JITFunction):
             self._kernel[self._grid](*tensors, *self._numbers, **self._options)
             return
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

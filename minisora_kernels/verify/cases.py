@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ class Case:
     any_threads: bool = True
     # Where the masters have NaN: the results that depend on them are NaN, and no others.
     has_nan: bool = False
+    # What models give: "chunked" are shift, scale and gate as views of one tensor, as modulation has them; "offset" are
+    # addresses that are not multiples of 16 bytes.
+    layout: Literal["", "chunked", "offset"] = ""
     device: str = "cpu"
 
     def __str__(self) -> str:
@@ -51,12 +54,23 @@ class Case:
 
     def leaves(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The inputs in ``dtype``, rounded; leaves that require gradients, but for the constants."""
-        return {
-            name: master.to(self.device, self.dtypes.get(name, dtype))
-            .detach()
-            .requires_grad_(name not in self.constants)
-            for name, master in self.tensors.items()
+        rounded = {
+            name: master.to(self.device, self.dtypes.get(name, dtype)).detach() for name, master in self.tensors.items()
         }
+        return {name: leaf.requires_grad_(name not in self.constants) for name, leaf in self.laid(rounded).items()}
+
+    def laid(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the same values in the case's layout."""
+        if self.layout == "offset":
+            return {
+                name: torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+                for name, tensor in tensors.items()
+            }
+        if self.layout == "chunked":
+            names = [name for name in ("shift", "scale", "gate") if name in tensors]
+            whole = torch.cat([tensors[name] for name in names for _ in range(2)], -1)
+            return tensors | dict(zip(names, whole.chunk(2 * len(names), -1)[::2], strict=True))
+        return tensors
 
 
 def random_tensors(seed: int) -> Random:
@@ -251,6 +265,9 @@ def checked() -> list[Case]:
         *modulated(random, "float32-stream", 2, 65, 48, 1, 1, False, "layer", {"x": single}),
         *(case for case in modulated(random, "a-clip", 1, 16384, 8, 1, 1, True) if case.op != "gate_residual"),
         next(modulated(random, "per-token", 2, 19, 24, 19, 19, False, "rms")),
+        *(replace(case, layout="chunked") for case in modulated(random, "chunked", 2, 18, 96, 1, 1)),
+        *(replace(case, layout="chunked") for case in modulated(random, "chunked-frames", 2, 18, 24, 3, 3, True)),
+        *(replace(case, layout="offset") for case in modulated(random, "offset", 2, 17, 96, 1, 1, True)),
     ]
     random = random_tensors(1)
     nan = window_attention(random, "packed-beside-nan", 2, (5, 2, 3), (5, 1, 1), 2, 8)
@@ -269,6 +286,8 @@ def checked() -> list[Case]:
         window_attention(random, "320-bias", 1, (5, 8, 8), (5, 8, 8), 2, 72, None, None, None, True),
         window_attention(random, "600", 1, (6, 10, 10), (6, 10, 10), 1, 64, "rms", 1, "half"),
         window_attention(random, "wide-heads", 1, (2, 9, 9), (2, 9, 9), 1, 128),
+        replace(window_attention(random, "offset", 1, (4, 3, 4), (4, 1, 1), 2, 16, "rms", 1, "half"), layout="offset"),
+        replace(window_attention(random, "offset-long", 1, (2, 9, 9), (2, 9, 9), 1, 64), layout="offset"),
     ]
     random = random_tensors(2)
     cases += [
@@ -276,23 +295,27 @@ def checked() -> list[Case]:
         patch_embed(random, "tubelets", 3, 4, (4, 6, 6), (2, 2, 2), 40),
         patch_embed(random, "pixels", 1, 3, (1, 32, 64), (1, 16, 16), 48, True, False),
         patch_embed(random, "odd", 2, 1, (5, 3, 7), (1, 1, 1), 1, False, False),
+        replace(patch_embed(random, "offset", 1, 4, (2, 8, 8), (1, 2, 2), 24), layout="offset"),
     ]
     random = random_tensors(3)
     cases += [
         unpatchify(random, "video", 2, (3, 2, 5), (2, 2, 2), 4),
         unpatchify(random, "odd", 1, (5, 1, 7), (1, 4, 4), 1),
+        replace(unpatchify(random, "offset", 1, (3, 2, 5), (1, 2, 2), 4), layout="offset"),
     ]
     random = random_tensors(4)
     cases += [
         gelu_mlp(random, "tokens", (2, 17, 32), 128, 32),
         gelu_mlp(random, "odd-widths", (2, 17, 24), 90, 7),
         gelu_mlp(random, "no-bias", (3, 5, 8), 33, 7, False),
+        replace(gelu_mlp(random, "offset", (2, 17, 32), 64, 32), layout="offset"),
     ]
     random, half = random_tensors(5), torch.bfloat16
     cases += [
         guided_step(random, "euler", (2, 4, 3, 6, 10)),
         guided_step(random, "ddpm-learned", (3, 4, 3, 6, 5), 3, True, True, True, True),
         guided_step(random, "a-clip", (2, 4, 16, 16, 17), 3, True, True, True, True),
+        replace(guided_step(random, "offset", (2, 4, 3, 6, 10)), layout="offset"),
         guided_step(random, "bf16-state", (2, 4, 3, 8, 8), None, True, True, True, True, {"x": half, "z": half}),
     ]
     random = random_tensors(6)
@@ -301,6 +324,7 @@ def checked() -> list[Case]:
         grn(random, "odd", 3, 35, 77, 5, "gelu"),
         grn(random, "sites-over-chunks", 2, 2 * 150, 33, 2, "gelu"),
         grn(random, "wide", 1, 2 * 9, 2048, 2),
+        replace(grn(random, "offset", 2, 3 * 20, 24, 3), layout="offset"),
         grn(random, "float32-stream", 2, 30, 48, 2, None, {"x": single, "bias": single}),
     ]
     return cases + [case for file in files_of_ops() for case in file.cases()]

@@ -49,7 +49,7 @@ class Clock:
                 function()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self._kept.append(function())  # its memory is the graph's
         return graph.replay
 

@@ -1,8 +1,9 @@
 """What :mod:`minisora_kernels.verify` measured on a device, as a file that is trusted only if it is whole and of here.
 
-A record is JSON. Its name and its key say what it holds for: device, capability, torch, Triton, and the digest of the
-kernels' sources. Another torch, another GPU or another source finds no record. It lies in the user's cache folder;
-records of this project's machines come with the package, and those of CPUs hold for every CPU that has none of its own.
+A record is JSON. Its name and its key say what it holds for: device, capability, torch, Triton, flash-attn, and the
+digest of the kernels' sources. Another torch, another GPU or another source finds no record. It lies in the user's
+cache folder; records of this project's machines come with the package, and those of CPUs hold for every CPU that has
+none of its own.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ DTYPES = ("float32", "tf32", "bfloat16", "float16")
 COLUMNS = ("ours", "eager", "compile")
 # What a file says of an entry beside its fields, for who reads it; it must follow from them.
 DERIVED = ("use", "why", "use_in_compile", "why_in_compile")
+# flash-attn 2, 3 and 4, by the names under which they are installed.
+FLASH = ("flash-attn", "flashattn-hopper", "flash-attn-3", "flash-attn-4")
 PACKAGE = Path(__file__).parent.parent
 SHIPPED = Path(__file__).parent / "records"
 
@@ -53,11 +56,13 @@ class Key:
     capability: str
     torch: str
     triton: str
+    flash_attn: str
     digest: str
 
     def __str__(self) -> str:
         triton = "" if self.kind == "cpu" else f", Triton {self.triton}"
-        return f"{self.device} with torch {self.torch.split('+')[0]}{triton}"
+        flash = "" if self.flash_attn == "none" else f", {self.flash_attn}"
+        return f"{self.device} with torch {self.torch.split('+')[0]}{triton}{flash}"
 
     @property
     def file_name(self) -> str:
@@ -67,6 +72,7 @@ class Key:
             self.capability,
             f"torch{self.torch}",
             f"triton{self.triton}",
+            f"flash-{self.flash_attn}",
             self.digest[:16],
         )
         return "-".join(re.sub(r"[^a-z0-9.+]+", "_", part.lower()).strip("_") for part in parts) + ".json"
@@ -76,16 +82,16 @@ class Key:
 class Entry:
     """Of one backend, op and regime (:func:`minisora_kernels.automatic.regime`).
 
-    ``error``: the worst error over its bound, at most 1 where ``right``; None if it did not come to that, and ``wrong``
-    says what happened. ``times``: per column ``[device, host]`` in microseconds per call, host None on a CPU.
-    ``ratio``: median and third quartile of our time over eager's, ``compile_ratio`` over torch.compile's; None: not
-    timed. ``timed``: the dtype of the times.
+    ``right``: None where time or memory did not suffice to say. ``error``: the worst error over its bound, at most 1
+    where ``right``; None if it did not come to that. ``wrong`` says what happened where it is not right. ``times``: per
+    column ``[device, host]`` in microseconds per call, host None on a CPU. ``ratio``: median and third quartile of our
+    time over eager's, ``compile_ratio`` over torch.compile's; None: not timed. ``timed``: the dtype of the times.
     """
 
     backend: str
     op: str
     regime: str
-    right: bool
+    right: bool | None
     error: float | None
     wrong: str
     timed: str
@@ -95,21 +101,20 @@ class Entry:
 
     @property
     def status(self) -> str:
-        """ "used", "slower here", "wrong here" or "not timed"."""
-        if not self.right:
-            return "wrong here"
-        if self.ratio is None:
-            return "not timed"
-        return "used" if _faster(self.ratio) else "slower here"
+        """ "used", "slower here", "wrong here", "undecided" or "not timed"."""
+        return self._status(self.ratio)
 
     @property
     def status_in_compile(self) -> str:
         """The same beside what torch.compile makes of plain PyTorch."""
+        return self._status(self.compile_ratio)
+
+    def _status(self, ratio: list[float] | None) -> str:
         if not self.right:
-            return "wrong here"
-        if self.compile_ratio is None:
+            return "undecided" if self.right is None else "wrong here"
+        if ratio is None:
             return "not timed"
-        return "used" if _faster(self.compile_ratio) else "slower here"
+        return "used" if _faster(ratio) else "slower here"
 
     @property
     def use(self) -> bool:
@@ -122,16 +127,16 @@ class Entry:
     @property
     def why(self) -> str:
         """The status with its figures."""
-        if self.status == "wrong here":
-            return f"wrong here: {self.wrong}"
+        if not self.right:
+            return f"{self.status}: {self.wrong}"
         if self.ratio is None:
             return f"not timed: run `{COMMAND}` again"
         return f"{self.status}: {self.ratio[0]:.2f} of plain PyTorch's time ({self.regime})"
 
     @property
     def why_in_compile(self) -> str:
-        if self.status_in_compile == "wrong here":
-            return f"wrong here: {self.wrong}"
+        if not self.right:
+            return f"{self.status}: {self.wrong}"
         if self.compile_ratio is None:
             return f"not timed beside torch.compile: run `{COMMAND}` without --quick"
         return f"{self.status_in_compile}: {self.compile_ratio[0]:.2f} of torch.compile's time ({self.regime})"
@@ -151,10 +156,12 @@ class Record:
     def by_regime(self) -> dict[tuple[str, str, str], Entry]:
         return {(entry.backend, entry.op, entry.regime): entry for entry in self.entries}
 
-    def covers(self, precision: str) -> bool:
-        """Whether it says anything of float32 products of this precision, which only GPUs tell apart."""
-        names = {entry.regime.partition(" ")[0] for entry in self.entries}
-        return precision == "highest" or self.key.kind != "cuda" or "tf32" in names
+    def covers(self, single: str) -> bool:
+        """Whether it says something of every op with float32 as ``single`` ("float32" or "tf32") names it."""
+        from .cases import regimes
+
+        there = {entry.op for entry in self.entries if entry.regime.partition(" ")[0] == single}
+        return there.issuperset(op for op, _, _ in regimes())
 
     def merged(self, entries: list[Entry], made: dict[str, Any]) -> Record:
         """With these entries in place of those of the same backend, op and regime."""
@@ -162,17 +169,26 @@ class Record:
         return Record(self.key, made, tuple((self.by_regime | new).values()))
 
 
-def _triton_version() -> str:
-    for name in ("triton", "pytorch-triton"):
+def _version(*names: str) -> str:
+    """Of the first of these packages that is installed."""
+    for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return "none"
 
 
+def _flash_attn() -> str:
+    """What may serve long windows; see triton/_window_library.py."""
+    found = ((name, _version(name)) for name in FLASH)
+    return ", ".join(f"{name} {version}" for name, version in found if version != "none") or "none"
+
+
 @functools.cache
 def digest(kind: str) -> str:
     """Of what decides how a kernel computes: the sources of ops and of Triton's kernels, and the compiled library."""
-    paths = [*(PACKAGE / "ops").glob("*.py"), PACKAGE / "modulation.py", PACKAGE / "checks.py"]
+    paths = [PACKAGE / f"{name}.py" for name in ("backends", "checks", "modulation")] + [
+        *(PACKAGE / "ops").glob("*.py")
+    ]
     if kind == "cpu":
         paths += PACKAGE.glob(f"_{backends.VARIANTS.get(backends.cpu_capability(), 'cpu')}.*so")
     else:
@@ -194,13 +210,14 @@ def cpu_name() -> str:
 
 def key(device: torch.device) -> Key:
     """Of this device with this torch, Triton and these kernels. Needs the device."""
+    version, triton = torch.__version__, _version("triton", "pytorch-triton")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         capability = f"cc{properties.major}.{properties.minor}"
-        return Key("cuda", properties.name, capability, torch.__version__, _triton_version(), digest("cuda"))
+        return Key("cuda", properties.name, capability, version, triton, _flash_attn(), digest("cuda"))
     if backends.DEVICES["triton"] == "cpu":
-        return Key("interpreted", cpu_name(), "interpreter", torch.__version__, _triton_version(), digest("triton"))
-    return Key("cpu", cpu_name(), backends.cpu_capability(), torch.__version__, "none", digest("cpu"))
+        return Key("interpreted", cpu_name(), "interpreter", version, triton, "none", digest("triton"))
+    return Key("cpu", cpu_name(), backends.cpu_capability(), version, "none", "none", digest("cpu"))
 
 
 # ---- files
@@ -220,7 +237,8 @@ def _entry(raw: Any) -> Entry:
     if not isinstance(raw, dict) or raw.keys() != names | set(DERIVED):
         raise NotARecord("an entry lacks a field or has one too many")
     text = [raw[name] for name in ("backend", "op", "regime", "wrong", "timed")]
-    if not all(_is(value, str) and len(value) <= 4000 for value in text) or not _is(raw["right"], bool):
+    right = raw["right"] is None or _is(raw["right"], bool)
+    if not all(_is(value, str) and len(value) <= 4000 for value in text) or not right:
         raise NotARecord("an entry has a field of another type")
     where = f"{raw['op']} {raw['regime']}"
     if raw["backend"] not in backends.BACKENDS[1:]:
@@ -285,8 +303,8 @@ def load(path: Path, expected: Key | None = None) -> Record:
     found = Key(**raw["key"])
     if expected is not None and found != expected:
         other = [name for name in sorted(names) if getattr(found, name) != getattr(expected, name)]
-        said = ", ".join(f"{name} {getattr(found, name)!r} instead of {getattr(expected, name)!r}" for name in other)
-        raise NotARecord(f"it is of {said}")
+        made, here = (", ".join(f"{name} {getattr(of, name)!r}" for name in other) for of in (found, expected))
+        raise NotARecord(f"it was made on {made}; this is {here}")
     record = Record(found, raw["made"], tuple(_entry(entry) for entry in raw["entries"]))
     if len(record.by_regime) != len(record.entries):
         raise NotARecord("it has two entries of one regime")
@@ -323,18 +341,15 @@ def save(record: Record, path: Path) -> None:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One process at a time for this record, where the folder can be written and the system has such locks."""
-    try:
-        import fcntl
+    with contextlib.ExitStack() as opened:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(f"{path}.lock", "w")  # noqa: SIM115 - closed below; a process that dies leaves no lock
-    except (ImportError, OSError):
-        yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        for leftover in path.parent.glob(f"{path.name}.*.tmp"):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context(open(f"{path}.lock", "w"))  # a process that dies leaves no lock
+            fcntl.flock(file, fcntl.LOCK_EX)
+            for leftover in path.parent.glob(f"{path.name}.*.tmp"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
         yield
 
 
@@ -370,7 +385,7 @@ def find(device: torch.device) -> tuple[Record, Path] | None:
     wanted, own = key(device), own_path(device)
     named = backends.VERIFIED is not None
     places: list[tuple[Path, Key | None]] = []
-    if own is not None and (named or own.exists()):
+    if own is not None:
         places.append((own, wanted))
     shipped = None if named else _shipped(wanted)
     if shipped is not None:
@@ -382,7 +397,8 @@ def find(device: torch.device) -> tuple[Record, Path] | None:
                 raise NotARecord(f"it is of a {record.key.kind} device")
             return record, path
         except (NotARecord, OSError) as error:
-            warnings.warn(f"minisora_kernels: the record {path} is not used: {error}", stacklevel=2)
+            if named or not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                warnings.warn(f"minisora_kernels: the record {path} is not used: {error}", stacklevel=2)
     return None
 
 
@@ -396,7 +412,7 @@ def refusal(backend: str, op: str, device: torch.device, regime: str, compiling:
     status = "not timed" if entry is None else entry.status_in_compile if compiling else entry.status
     if status == "used":
         return None
-    if status == "not timed" and backend == "cpu":
+    if status in ("not timed", "undecided") and backend == "cpu":
         return None if entry is None or not compiling else _eager(entry)
     if entry is None:
         what = f" for {regime}" if found is not None else ""
@@ -407,4 +423,4 @@ def refusal(backend: str, op: str, device: torch.device, regime: str, compiling:
 
 def _eager(entry: Entry) -> tuple[str, str] | None:
     """Of a C++ kernel that was not timed beside torch.compile: what holds outside."""
-    return None if entry.status in ("used", "not timed") else (entry.status, entry.why)
+    return None if entry.status in ("used", "not timed", "undecided") else (entry.status, entry.why)

@@ -33,25 +33,43 @@ class Refused(Exception):
 
 
 class Guarded:
-    """Tensors within larger buffers full of NaN. :meth:`check` says which margin was written to."""
+    """Tensors within larger buffers full of NaN. :meth:`check` finds what was written to a buffer beside its tensor."""
 
     def __init__(self) -> None:
-        self._buffers: list[tuple[str, Tensor, Tensor]] = []
+        self._buffers: list[tuple[str, Tensor, Tensor, Tensor]] = []
 
-    def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        count = 1
-        for size in shape:
-            count *= size
-        buffer = torch.empty_strided((count + 2 * MARGIN,), (1,), dtype=dtype, device=device)
+    def empty(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        strides: Sequence[int] | None = None,
+        offset: int = 0,
+    ) -> Tensor:
+        """By default contiguous. Its first element lies ``offset`` elements behind a multiple of 16 bytes."""
+        strides = torch.empty(shape, device="meta").stride() if strides is None else strides
+        count = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if 0 not in shape else 0
+        buffer = torch.empty_strided((count + offset + 2 * MARGIN,), (1,), dtype=dtype, device=device)
         buffer.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max)
-        self._buffers.append((name, buffer, buffer.clone()))
-        return buffer[MARGIN : MARGIN + count].view(tuple(shape))
+        place = tuple(shape), tuple(strides), MARGIN + offset
+        own = torch.zeros(buffer.shape, dtype=torch.bool, device=device)
+        own.as_strided(*place).fill_(True)
+        self._buffers.append((name, buffer, buffer.clone(), own))
+        return buffer.as_strided(*place)
 
     def check(self) -> None:
-        for name, buffer, before in self._buffers:
-            for side, part in (("before", slice(0, MARGIN)), ("behind", slice(-MARGIN, None))):
-                if not same_bits(buffer[part], before[part]):
-                    raise AssertionError(f"{name}: memory {side} it was written to")
+        for name, buffer, before, own in self._buffers:
+            old, new = (tensor.view(torch.uint8).view(len(own), -1) for tensor in (before, buffer))
+            (changed,) = torch.where((old != new).any(-1) & ~own)
+            if len(changed):
+                (inside,) = torch.where(own)
+                where = "between the rows of"
+                if not len(inside) or changed[-1] > inside[-1]:
+                    where = "past the end of"
+                elif changed[0] < inside[0]:
+                    where = "before the start of"
+                raise AssertionError(f"the kernel wrote {where} {name}")
 
     @contextlib.contextmanager
     def allocations(self, device: torch.device) -> Iterator[None]:
@@ -66,10 +84,10 @@ class Guarded:
         def empty_like(
             like: Tensor, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None
         ) -> Tensor:
-            if not like.is_contiguous():
-                dtype, device = dtype or like.dtype, device or like.device
-                return torch.empty_strided(like.size(), like.stride(), dtype=dtype, device=device)
-            return new_empty(like, like.shape, dtype, layout, device)
+            model = torch.empty_strided(like.size(), like.stride(), device="meta")
+            strides = torch.empty_like(model, memory_format=memory_format or torch.preserve_format).stride()
+            what, dtype, device = "a result or a buffer", dtype or like.dtype, device or like.device
+            return self.empty(what, like.shape, dtype, device, strides)
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that aten has these already
@@ -139,7 +157,8 @@ def check(case: Case, dtype: torch.dtype, backend: str) -> float:
     leaves = case.leaves(dtype)
     inside = {}
     for name, leaf in leaves.items():
-        inside[name] = guarded.empty(name, leaf.shape, leaf.dtype, device).copy_(leaf.detach())
+        inside[name] = guarded.empty(name, leaf.shape, leaf.dtype, device, leaf.stride(), leaf.storage_offset() % 2)
+        inside[name].copy_(leaf.detach())
         inside[name].requires_grad_(leaf.requires_grad)
     try:
         with guarded.allocations(device):
@@ -169,12 +188,12 @@ def check(case: Case, dtype: torch.dtype, backend: str) -> float:
         for name, value in kernel.items():
             assert same_bits(value, again[name]), f"{name}: other bits {what}"
     if device.type == "cuda":
-        _check_capture(case, dtype, backend)
+        check_capture(case, dtype, backend)
     return worst
 
 
-def _check_capture(case: Case, dtype: torch.dtype, backend: str) -> None:
-    """A captured call, replayed on new inputs, has the bits of a call."""
+def check_capture(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """A captured call, replayed on new inputs, has the bits of a call. Not run on a GPU yet."""
     static, other = case.leaves(dtype), case.leaves(dtype)
     stream = torch.cuda.Stream(case.device)
     stream.wait_stream(torch.cuda.current_stream(case.device))
@@ -184,7 +203,8 @@ def _check_capture(case: Case, dtype: torch.dtype, backend: str) -> None:
     torch.cuda.current_stream(case.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     gradients: dict[str, Tensor] = {}
-    with torch.cuda.graph(graph):
+    # torch's own stream for captures is of the device that was current at the first one, which may be another.
+    with torch.cuda.device(case.device), torch.cuda.graph(graph, stream=stream):
         outputs = tuple_of(case.call(static, backend=backend))
         ones = [torch.ones_like(value) for value in outputs]
         wanted = [name for name, leaf in static.items() if leaf.requires_grad]
@@ -196,7 +216,8 @@ def _check_capture(case: Case, dtype: torch.dtype, backend: str) -> None:
             if leaf.dim() and not case.has_nan:
                 leaf.copy_(leaf.flip(0))
             static[name].copy_(leaf)
-    graph.replay()
+    with torch.cuda.device(case.device):
+        graph.replay()
     expected = tuple_of(case.call(other, backend=backend))
     for i, (value, captured) in enumerate(zip(expected, outputs, strict=True)):
         assert same_bits(value.detach(), captured.detach()), f"output {i}: other bits in a captured graph"
@@ -204,6 +225,12 @@ def _check_capture(case: Case, dtype: torch.dtype, backend: str) -> None:
         found = torch.autograd.grad(expected, [other[name] for name in wanted], [torch.ones_like(v) for v in expected])
         for name, value in zip(wanted, found, strict=True):
             assert same_bits(value, gradients[name]), f"gradient of {name}: other bits in a captured graph"
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether there was too little memory, on the device or on the host."""
+    said = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
 
 
 def say(kind: str, **fields: Any) -> None:
@@ -247,8 +274,9 @@ def main() -> None:
             line["error"] = check(case, dtype, options.backend)
         except Refused as reason:
             line["refused"] = str(reason)
-        except Exception as error:  # whatever it is, it is the kernel's
-            line["wrong"] = f"{case.name}: {error or type(error).__name__}"
+        except Exception as error:
+            # But for a lack of memory, which may be other processes', it is the kernel's fault.
+            line["undecided" if lacks_memory(error) else "wrong"] = f"{case.name}: {str(error) or type(error).__name__}"
         say("result", **line)
     say("done")
 

@@ -16,15 +16,17 @@ _log = logging.getLogger(__name__)
 
 
 def verify_first(device: torch.device, mode: str) -> None:
-    """On a GPU without a record run ``python -m minisora_kernels verify --quick``, about a minute; not if "never".
+    """On a GPU without a record run ``python -m minisora_kernels verify --quick``; not if "never".
 
     If that fails plain PyTorch serves, as without it.
     """
     if mode == "never" or device.type != "cuda" or backends.VERIFIED == "0" or automatic.has_record(device):
         return
-    _log.warning("the kernels are verified on %s first, about a minute; --verify never goes without", device)
+    _log.warning(
+        "The kernels are verified on %s first. This takes a minute or two. Use `--verify never` to skip it.", device
+    )
     command = [sys.executable, "-m", "minisora_kernels", "verify", "--quick", "--missing-only"]
-    command += ["--device", str(device), "--precision", torch.get_float32_matmul_precision()]
+    command += ["--device", str(device), "--precision", "high" if backends.tf32() else "highest"]
     done = subprocess.run(command)
     if done.returncode:
         _log.warning("verify ended with status %d; what is not verified is served by plain PyTorch", done.returncode)

@@ -100,7 +100,7 @@ class TrainConfig:
     backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
     """Kernels of the ops; 'auto' takes the verified ones of the device."""
     verify: Literal["auto", "never"] = "auto"
-    """On CUDA 'auto' verifies the kernels first where that was not done, about a minute, with backend 'auto' only."""
+    """On CUDA 'auto' verifies the kernels first where that was not done, with backend 'auto' only."""
     device: str = "auto"
     """Device: 'cpu', 'cuda', 'cuda:1' and so on. 'auto' is CUDA if there is a device, else the CPU."""
     seed: int = 0

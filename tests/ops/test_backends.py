@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def unasked(monkeypatch):
     monkeypatch.setattr(automatic, "_logged", set())
     monkeypatch.setattr(automatic, "_warned", set())
     monkeypatch.setattr(automatic, "_orders", {})
+    monkeypatch.setattr(automatic, "_of_calls", {})
 
 
 @pytest.fixture
@@ -61,6 +63,98 @@ def test_automatic_choice_skips_a_refusal_and_logs_it_once(all_available, caplog
         for _ in range(3):
             assert backends.choose("op", refusing, CPU, None, torch.zeros(1)) == "reference"
     assert [record.message for record in caplog.records] == ["op: not the cpu backend: head_dim 12 is odd"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "missing", "told"),
+    [
+        (("slower here", "slower here: 1.20"), "no CUDA library", None),
+        (("wrong here", "wrong here: nan"), "no CUDA library", None),
+        (("not verified", "not verified on X"), "no CUDA library", "instead of triton kernels: not verified on X"),
+        (None, "no CUDA library", None),
+    ],
+)
+def test_plain_pytorch_is_warned_of_unless_a_record_has_judged(monkeypatch, unasked, verdict, missing, told):
+    monkeypatch.setattr(backends, "unavailable", lambda name: missing if name == "cuda" else None)
+    monkeypatch.setattr(record, "refusal", lambda *regime: verdict)
+    tables = table(reference=None, cuda=None, triton=None)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        automatic.choose("op", tables, torch.device("cuda"), (torch.zeros(1),), "")
+    assert [str(item.message).partition("PyTorch ")[2] for item in found] == ([told] if told else [])
+
+
+@pytest.fixture
+def precision():
+    """Sets the precision of float32 products by its newer name, with which torch's older getter raises."""
+
+    def set_to(value):
+        torch.backends.cuda.matmul.fp32_precision = value
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield set_to
+    torch.set_float32_matmul_precision("highest")
+    set_to(before)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_the_precision_of_float32_products_is_asked_at_every_call(monkeypatch, unasked, precision, both):
+    asked = []
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    monkeypatch.setattr(record, "refusal", lambda name, op, device, regime, compiling: asked.append(regime) or None)
+    tables, cuda = table(reference=None, triton=None), torch.device("cuda")
+    x = torch.zeros(1, requires_grad=both)
+    for value in ("tf32", "ieee", "tf32", "ieee"):
+        precision(value)
+        assert automatic.choose("op", tables, cuda, (x,), "") == "triton"
+        automatic.choose("op", tables, cuda, (x.bfloat16(),), "")
+        automatic.choose("op", tables | {"cpu": lambda *call: None}, CPU, (x,), "")
+    rest = "forward+backward" if both else "forward"
+    assert sorted(set(asked)) == [f"{name} {rest}" for name in ("bfloat16", "float32", "tf32")]
+    assert {f"op {name} {rest}" for name in ("bfloat16", "float32", "tf32")} == automatic.served().keys()
+
+
+def test_on_an_amd_gpu_no_kernel_of_ours_serves(monkeypatch, unasked):
+    """torch calls these GPUs "cuda"."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "DEVICES", {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"})
+    monkeypatch.setitem(backends._unavailable, "triton", None)
+    tables, cuda, x = table(reference=None, triton=None), torch.device("cuda"), torch.zeros(1)
+    with pytest.warns(UserWarning, match="plain PyTorch instead of triton kernels: not run on AMD GPUs"):
+        assert backends.choose("op", tables, cuda, None, x) == "reference"
+    with pytest.raises(RuntimeError, match="'triton' is not available: not run on AMD GPUs"):
+        backends.choose("op", tables, cuda, "triton", x)
+    monkeypatch.setattr(backends, "DEVICES", {"cpu": "cpu", "cuda": "cuda", "triton": "cpu"})  # interpreted
+    assert backends.unavailable("triton") is None
+
+
+@pytest.mark.parametrize("amd", [False, True])
+def test_on_an_amd_gpu_every_launch_goes_through_triton(monkeypatch, amd):
+    """Its compiler looks at more than addresses and numbers: a kernel that is compiled may not fit the next call."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    from minisora_kernels.triton import _launch
+
+    calls = []
+
+    class Kernel(jit.JITFunction):
+        def __init__(self):
+            pass
+
+        def __getitem__(self, grid):
+            def through_triton(*arguments, **options):
+                calls.append("triton")
+                return {(2, 1, 1): lambda *arguments: calls.append("direct")}
+
+            return through_triton
+
+    monkeypatch.setattr(_launch, "_LAUNCH", jit.JITFunction.run)
+    monkeypatch.setattr(_launch, "_DIRECT", not amd)
+    launch, aligned = _launch.Launch(Kernel(), (2,), 7), torch.zeros(64)
+    aligned = aligned[-aligned.data_ptr() % 64 // 4 :]
+    for tensor in (aligned, aligned, aligned[1:], None):
+        launch(tensor)
+    assert calls == (["triton"] * 4 if amd else ["triton", "direct", "triton", "direct"])
 
 
 def test_explicit_choice_raises_the_reason(all_available):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
+import importlib.metadata
 import itertools
 import json
 import os
@@ -10,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +25,7 @@ from conftest import KERNEL_BACKENDS
 import minisora_kernels as mk
 from minisora_kernels import automatic, backends
 from minisora_kernels.verify import command, record, right
-from minisora_kernels.verify.cases import checked, regimes
+from minisora_kernels.verify.cases import MODULATED, checked, regimes
 from minisora_kernels.verify.record import Entry, Key, Record
 
 ROOT = Path(__file__).parents[2]
@@ -240,15 +244,100 @@ def test_what_cannot_be_verified_is_an_error(monkeypatch, capsys):
     assert "no kernels are here for cpu (" in capsys.readouterr().err
 
 
-def test_a_worker_that_hangs_is_ended(monkeypatch, tmp_path):
-    package = tmp_path / "hangs.py"
-    package.write_text('import time\nprint(\'{"kind": "case", "case": "adaln-x"}\', flush=True)\ntime.sleep(60)\n')
+@pytest.fixture
+def worker(monkeypatch, tmp_path):
+    """``worker(code)``: what runs in place of a worker, after it has begun a case."""
+
+    def write(code: str) -> None:
+        (tmp_path / "right.py").write_text('print(\'{"kind": "case", "case": "adaln-x"}\', flush=True)\n' + code)
+
     monkeypatch.setattr(command, "__package__", "")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(command, "START", command.START.replace("sys.argv.pop(1), run", "sys.argv.pop(1)[1:], run"))
+    return write
+
+
+def test_a_worker_that_hangs_is_ended(worker):
+    worker("import time\ntime.sleep(60)\n")
     begun = time.perf_counter()
-    done = command.work("hangs", [], lambda case: None, limit=3)
+    done = command.work("right", [], lambda case: None, limit=3)
     assert done.ended == "took longer than 3 s in adaln-x" and time.perf_counter() - begun < 30
+    assert done.outside and done.undecided
+
+
+RESULT = 'print(\'{"kind": "result", "dtype": "float32", "KEY": VALUE}\', flush=True)\n'
+DONE = 'print(\'{"kind": "done"}\', flush=True)\n'
+LACK = RESULT.replace("KEY", "undecided").replace("VALUE", '"x: CUDA out of memory"')
+KILLED = "import os\nos.kill(os.getpid(), 9)\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "status", "said"),
+    [
+        (LACK + DONE, LACK + DONE, "undecided", "x: CUDA out of memory"),
+        (LACK + DONE, RESULT.replace("KEY", "error").replace("VALUE", "0.5") + DONE, "not timed", ""),
+        (
+            LACK + DONE,
+            RESULT.replace("KEY", "wrong").replace("VALUE", '"x: output 0"') + DONE,
+            "wrong here",
+            "x: outpu",
+        ),
+        (KILLED, KILLED, "undecided", "ended with signal 9 in adaln-x"),
+        (KILLED.replace("9", "11"), "1 / 0", "wrong here", "ended with signal 11 in adaln-x"),
+    ],
+)
+def test_what_lacks_time_or_memory_is_tried_once_more_and_is_not_wrong(first, second, status, said, worker, tmp_path):
+    place = tmp_path / "tries"
+    worker(
+        f"import pathlib\nplace = pathlib.Path({str(place)!r})\n"
+        "first = not place.exists()\nwith place.open('a') as file:\n    file.write('x')\n"
+        f"exec({first!r} if first else {second!r})\n"
+    )
+    options = argparse.Namespace(quick=True, jobs=2, device=CPU, precision="highest", tokens=None)
+    found = command.Found()
+    command.phase_right("cpu", ["adaln"], options, found)
+    assert place.read_text() == ("x" if "11" in first else "xx")
+    item = next(item for item in found.entries("cpu", ["adaln"], "float32") if item.regime == "float32 forward")
+    assert item.status == item.status_in_compile == status and item.wrong.startswith(said)
+    assert item.right is {"undecided": None, "wrong here": False}.get(status, True)
+    record.save(Record(KEY, {}, (item,)), tmp_path / "record.json")
+    assert record.load(tmp_path / "record.json").entries == (item,)
+
+
+def test_an_undecided_kernel_serves_on_a_cpu_and_not_on_a_gpu(monkeypatch):
+    for backend, wanted in (("cpu", None), ("triton", ("undecided", "undecided: took longer than 300 s"))):
+        item = replace(entry(backend, wrong="took longer than 300 s", ratio=None), right=None)
+        found = Record(KEY, {}, (item,)), Path("record.json")
+        monkeypatch.setattr(record, "find", lambda device, found=found: found)
+        for compiling in (False, True):
+            assert record.refusal(backend, "adaln", CPU, "float32 forward", compiling) == wanted
+
+
+@pytest.mark.parametrize(
+    ("error", "lacking"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (AssertionError("output 0: error 3"), False),
+    ],
+)
+def test_a_lack_of_memory_is_told_from_a_fault(error, lacking, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["right", "--op", "adaln", "--device", "cpu", "--backend", "cpu", "--quick"])
+    monkeypatch.setattr(right, "selected", lambda *_: [(checked()[0], torch.float32)])
+
+    def check(*_):
+        raise error
+
+    monkeypatch.setattr(right, "check", check)
+    for name in ("set_float32_matmul_precision", "set_num_threads", "use_deterministic_algorithms"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: None)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    right.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[1])
+    assert ("undecided" in result, "wrong" in result) == (lacking, not lacking)
 
 
 # ---- right
@@ -265,11 +354,65 @@ def test_a_write_beyond_a_result_or_an_input_is_found():
     guarded.check()
     assert not torch.ones(2).new_empty(2).storage_offset()  # no longer in force
     y.as_strided((1,), (1,), y.storage_offset() + 4).fill_(0)
-    with pytest.raises(AssertionError, match="a result or a buffer: memory behind it was written to"):
+    with pytest.raises(AssertionError, match="wrote past the end of a result or a buffer"):
         guarded.check()
     x.as_strided((1,), (1,), x.storage_offset() - 1).fill_(0)
-    with pytest.raises(AssertionError, match="x: memory before it was written to"):
+    with pytest.raises(AssertionError, match="wrote before the start of x"):
         guarded.check()
+
+
+@needs_cpu
+@pytest.mark.parametrize("memory_format", [torch.preserve_format, torch.contiguous_format])
+@pytest.mark.parametrize(
+    "like",
+    [torch.ones(4, 6).t(), torch.ones(3, 8).chunk(2, -1)[1], torch.ones(3, 1, 4).expand(3, 5, 4), torch.ones(0, 3)],
+)
+def test_guarded_results_have_the_strides_that_torch_gives_them(like, memory_format):
+    guarded = right.Guarded()
+    wanted = torch.empty_like(like, memory_format=memory_format)
+    with guarded.allocations(CPU):
+        found = torch.empty_like(like, memory_format=memory_format)
+    assert found.stride() == wanted.stride() and found.shape == like.shape and found.isnan().all()
+    assert found.storage_offset() == right.MARGIN
+    guarded.check()
+    found.fill_(1)
+    guarded.check()
+
+
+@needs_cpu
+def test_a_write_between_the_rows_of_an_input_is_found():
+    guarded = right.Guarded()
+    x = guarded.empty("shift", (2, 3), torch.float32, CPU, (12, 1), 1)
+    assert x.data_ptr() % 16 == 4 and x.stride() == (12, 1)
+    x.fill_(1)
+    guarded.check()
+    x.as_strided((1,), (1,), x.storage_offset() + 3).fill_(0)
+    with pytest.raises(AssertionError, match="wrote between the rows of shift"):
+        guarded.check()
+
+
+@needs_cpu
+def test_kernels_get_the_layouts_that_models_give(monkeypatch):
+    laid = [case for case in checked() if case.layout]
+    ops = {op for op, _, _ in regimes()}
+    assert {case.op for case in laid if case.layout == "offset"} == ops
+    assert {case.op for case in laid if case.layout == "chunked"} == set(MODULATED)
+    for case in laid:
+        given = []
+
+        def call(t, backend, call=case.call, given=given):
+            given.append((backend, t))
+            return call(t, backend=backend)
+
+        assert right.check(replace(case, call=call), torch.float32, "cpu") <= 1
+        for backend, tensors in given:
+            if backend != "cpu":
+                continue
+            for name, tensor in tensors.items():
+                if case.layout == "offset":
+                    assert tensor.data_ptr() % 16 and tensor.is_contiguous(), f"{case} {name}"
+                elif name in ("shift", "scale", "gate"):
+                    assert not tensor.is_contiguous() and tensor.stride(-1) == 1, f"{case} {name}"
 
 
 @needs_cpu
@@ -316,7 +459,7 @@ def test_every_kind_of_fault_is_found(fault, monkeypatch):
 # ---- the record
 
 
-KEY = Key("cuda", "NVIDIA H200", "cc9.0", "2.11.0+cu130", "3.6.0", "ab" * 32)
+KEY = Key("cuda", "NVIDIA H200", "cc9.0", "2.11.0+cu130", "3.6.0", "none", "ab" * 32)
 
 
 def damaged(change) -> bytes:
@@ -339,7 +482,10 @@ def damaged(change) -> bytes:
         (damaged(lambda raw: raw.update(format=2)), "its format is 2"),
         (damaged(lambda raw: raw.update(format=True)), "its format is True"),
         (damaged(lambda raw: raw.update(more=1)), "the fields of a record"),
-        (damaged(lambda raw: raw["key"].update(device="NVIDIA A100")), "device 'NVIDIA A100' instead of 'NVIDIA H200'"),
+        (
+            damaged(lambda raw: raw["key"].update(device="NVIDIA A100")),
+            "made on device 'NVIDIA A100'; this is device 'NVIDIA H200'",
+        ),
         (damaged(lambda raw: raw["key"].update(digest="cd" * 32)), "digest"),
         (damaged(lambda raw: raw["key"].update(triton=None)), "its key is not whole"),
         (damaged(lambda raw: raw.update(entries={})), "its entries are not whole"),
@@ -392,7 +538,7 @@ def test_a_record_comes_back_as_it_was(tmp_path):
     )
     record.save(whole, path)
     assert record.load(path, KEY) == whole and path.stat().st_mode & 0o777 == 0o644
-    assert path.name.startswith("cuda-nvidia_h200-cc9.0-torch2.11.0+cu130-triton3.6.0-abab")
+    assert path.name.startswith("cuda-nvidia_h200-cc9.0-torch2.11.0+cu130-triton3.6.0-flash_none-abab")
     assert str(KEY) == "NVIDIA H200 with torch 2.11.0, Triton 3.6.0"
 
 
@@ -408,13 +554,105 @@ def test_a_record_that_cannot_be_read_or_written_is_no_crash(tmp_path, monkeypat
     record.find.cache_clear()
 
 
+UNREADABLE = """
+import ctypes, os, warnings
+from pathlib import Path
+home = Path(os.environ["XDG_CACHE_HOME"])
+if os.getuid() == 0:  # root may search every folder, until it gives its capabilities away
+    ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+try:
+    (home / "minisora_kernels").exists()
+    raise SystemExit("the folder may be searched")
+except PermissionError:
+    pass
+import torch, minisora_kernels as mk
+from minisora_kernels import automatic
+from minisora_kernels.__main__ import main
+x, gate = torch.randn(1, 4, 8), torch.randn(1, 8)
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    mk.gate_residual(x, x, gate)
+    mk.adaln(x, gate, gate)
+print([str(w.message) for w in told if "minisora" in str(w.message)])
+print(automatic.served())
+raise SystemExit(main(["verify", "--op", "unpatchify", "--quick", "--tokens", "32", "--device", "cpu", *OPTIONS]))
+"""
+
+
+@needs_cpu
+@pytest.mark.parametrize("options", [[], ["--missing-only"]])
+def test_a_home_that_may_not_be_searched_is_no_crash(options, tmp_path):
+    """As HOME=/root under another user's id, which is common in containers."""
+    home = tmp_path / "home"
+    home.mkdir(0)
+    code = UNREADABLE.replace("*OPTIONS", ", ".join(map(repr, options)))
+    try:
+        printed = end(start(code=code, XDG_CACHE_HOME=str(home)))
+    finally:
+        home.chmod(0o700)
+    assert printed.count("is not used: [Errno 13] Permission denied") == 1, printed
+    assert "'gate_residual float32 forward': 'cpu', 'adaln float32 forward': 'cpu'" in printed
+    assert "the record is not written: [Errno 13] Permission denied" in printed
+
+
+def test_a_file_system_without_locks_is_no_crash(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    asked = []
+
+    def no_locks(*arguments):
+        asked.append(arguments)
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with record.locked(tmp_path / "record.json"):
+        pass
+    assert asked
+    with pytest.raises(OSError, match="of the block"), record.locked(tmp_path / "record.json"):
+        raise OSError("of the block")
+
+
+def test_a_named_record_that_is_not_there_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "VERIFIED", str(tmp_path / "none.json"))
+    automatic.forget()
+    with pytest.warns(UserWarning, match="none.json is not used"):
+        assert record.find(CPU) is None
+    automatic.forget()
+
+
+def test_a_record_is_of_what_serves_long_windows(monkeypatch, tmp_path):
+    installed = {"triton": "3.6.0"}
+
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    properties = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    keys = [record.key(torch.device("cuda", 0))]
+    for name, number in (("flash-attn", "2.8.3"), ("flash-attn", "2.9.0"), ("flash-attn-4", "4.0.0")):
+        installed[name] = number
+        keys.append(record.key(torch.device("cuda", 0)))
+    assert [found.flash_attn for found in keys] == [
+        "none",
+        "flash-attn 2.8.3",
+        "flash-attn 2.9.0",
+        "flash-attn 2.9.0, flash-attn-4 4.0.0",
+    ]
+    assert len({found.file_name for found in keys}) == 4 and str(keys[1]).endswith("Triton 3.6.0, flash-attn 2.8.3")
+    record.save(Record(keys[0], {}, ()), tmp_path / "record.json")
+    with pytest.raises(record.NotARecord, match=r"on flash_attn 'none'; this is flash_attn 'flash-attn 2"):
+        record.load(tmp_path / "record.json", keys[1])
+
+
 def test_the_digest_changes_with_the_sources(tmp_path, monkeypatch):
     shutil.copytree(
         ROOT / "minisora_kernels", tmp_path / "package", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
     monkeypatch.setattr(record, "PACKAGE", tmp_path / "package")
     digests = []
-    for name in ("ops/grn.py", "triton/_rows.py", "README", "modulation.py"):
+    for name in ("ops/grn.py", "triton/_rows.py", "README", "modulation.py", "backends.py"):
         record.digest.cache_clear()
         digests.append(record.digest("cuda"))
         with open(tmp_path / "package" / name, "a") as file:
@@ -423,7 +661,7 @@ def test_the_digest_changes_with_the_sources(tmp_path, monkeypatch):
     digests.append(record.digest("cuda"))
     record.digest.cache_clear()
     changed = [one != other for one, other in itertools.pairwise(digests)]
-    assert changed == [True, True, False, True]
+    assert changed == [True, True, False, True, True]
 
 
 # ---- the choice
@@ -483,6 +721,37 @@ def test_within_compile_the_choice_is_by_the_time_of_compile(holds):
         "grn float32 forward compiled": "reference",
         "unpatchify float32 forward compiled": "cpu",
     }
+
+
+@needs_cpu
+def test_within_compile_what_refuses_a_call_has_not_served_it(holds):
+    holds()
+    x, weight = torch.randn(1, 4, 8), torch.randn(8, 8)
+    torch._dynamo.reset()
+    with automatic.keep({}):
+        for approximate in ("none", "tanh"):
+            call = torch.compile(
+                lambda x, approximate=approximate: mk.gelu_mlp(x, weight, None, weight, None, approximate=approximate),
+                fullgraph=True,
+                backend="eager",
+            )
+            torch.testing.assert_close(
+                call(x), mk.gelu_mlp(x, weight, None, weight, None, approximate=approximate, backend="reference")
+            )
+            within = automatic.served()["gelu_mlp float32 forward compiled"]
+            assert within == ("reference" if approximate == "none" else "cpu")
+
+
+def test_a_record_covers_a_precision_once_it_has_every_op_in_it():
+    ops = sorted({op for op, _, _ in regimes()})
+    whole = Record(KEY, {}, tuple(entry("triton", op, "tf32 forward") for op in ops))
+    assert whole.covers("tf32") and not whole.covers("float32")
+    for op in ops:
+        part = replace(whole, entries=tuple(item for item in whole.entries if item.op != op))
+        assert not part.covers("tf32")
+    half = Record(KEY, {}, tuple(entry("triton", op, "bfloat16 forward") for op in ops))
+    assert not half.covers("tf32") and not half.covers("float32")
+    assert whole.merged([entry("triton", op, "float32 forward") for op in ops], {}).covers("float32")
 
 
 @needs_cpu

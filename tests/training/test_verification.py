@@ -49,15 +49,25 @@ def commands(monkeypatch):
     return ran, commands_status
 
 
-def test_a_gpu_without_a_record_is_verified_before_the_run(commands, caplog):
+@pytest.fixture
+def restored():
+    """The precision of float32 products afterwards."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(("setting", "precision"), [("ieee", "highest"), ("tf32", "high")])
+def test_a_gpu_without_a_record_is_verified_before_the_run(commands, caplog, setting, precision, restored):
     ran, status = commands
-    precision = torch.get_float32_matmul_precision()
+    torch.backends.cuda.matmul.fp32_precision = setting  # with which torch's older getter raises
     with verification.serving(GPU, "auto", "auto"):
         pass
     (command,) = ran
     assert command[:4] == [sys.executable, "-m", "minisora_kernels", "verify"]
     assert command[4:] == ["--quick", "--missing-only", "--device", "cuda:1", "--precision", precision]
-    assert "verified on cuda:1 first, about a minute; --verify never goes without" in caplog.text
+    assert "verified on cuda:1 first. This takes a minute or two. Use `--verify never` to skip it." in caplog.text
     status[0] = 1
     with verification.serving(GPU, "auto", "auto"):
         pass
