@@ -157,7 +157,9 @@ def check(case: Case, dtype: torch.dtype, backend: str) -> float:
     leaves = case.leaves(dtype)
     inside = {}
     for name, leaf in leaves.items():
-        inside[name] = guarded.empty(name, leaf.shape, leaf.dtype, device, leaf.stride(), leaf.storage_offset() % 2)
+        inside[name] = guarded.empty(
+            name, leaf.shape, leaf.dtype, device, leaf.stride(), int(leaf.storage_offset()) % 2
+        )
         inside[name].copy_(leaf.detach())
         inside[name].requires_grad_(leaf.requires_grad)
     try:
