@@ -57,9 +57,10 @@ def test_all_run_and_the_first_failure_is_the_exit_status(steps, tmp_path, capsy
         lambda path: path.unlink(),
         lambda path: path.write_text(path.read_text().replace('"abc"', '"another"')),
         lambda path: path.write_text(path.read_text().replace('"dirty": false', '"dirty": true')),
+        lambda path: path.write_text(path.read_text().replace('"status": 0', '"status": 124')),
         lambda path: path.write_text("[]"),
     ],
-    ids=("cut off", "not there", "of another commit", "of changed files", "not a step"),
+    ids=("cut off", "not there", "of another commit", "of changed files", "out of time", "not a step"),
 )
 def test_what_is_not_whole_runs_again(spoil, steps, tmp_path):
     assert main(tmp_path, "--step", "quick") == main(tmp_path, "--step", "quick") == 0 and steps == ["quick"]
@@ -101,6 +102,7 @@ def dry_run(out: Path, *names: str) -> dict[str, dict]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.slow
 def test_the_steps_of_right_and_wrong_go_their_way(tmp_path):
     found = dry_run(tmp_path, "tests", "sanitizer")
     assert found["tests"]["results"]["passed"] > 0 and found["tests"]["results"]["failed"] == []
@@ -108,11 +110,13 @@ def test_the_steps_of_right_and_wrong_go_their_way(tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("minisora_kernels.verify") is None, reason="there is no verify yet")
+@pytest.mark.slow
 def test_the_step_of_verify_leaves_its_record(tmp_path):
     found = dry_run(tmp_path, "verify")
     assert found["verify"]["results"]["verified"]
 
 
+@pytest.mark.slow
 def test_the_steps_of_benches_leave_their_records(tmp_path):
     found = dry_run(tmp_path, "quick", "op:unpatchify")
     for name in ("quick", "op:unpatchify"):

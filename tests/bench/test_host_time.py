@@ -185,6 +185,7 @@ def test_noise_does_not_stay_and_slowness_does():
     assert wrong == ["adaln fwd+bwd: 26.0 bare launches, the record has 20.0"]
 
 
+@pytest.mark.slow
 def test_no_op_launches_more_or_takes_longer_than_the_record_says():
     """Measures them all: half a minute."""
     done = subprocess.run(

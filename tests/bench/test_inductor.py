@@ -22,6 +22,7 @@ def test_the_record_has_every_row():
     assert list(RECORD["rows"]) == list(inductor.ROWS)
 
 
+@pytest.mark.slow
 def test_rows_made_again_are_those_of_the_record():
     """A minute of generating code, in a process of its own: there torch is told of a GPU."""
     if RECORD["versions"]["torch"].split("+")[0] != torch.__version__.split("+")[0]:

@@ -30,6 +30,7 @@ def cache(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_leave_one_whole_record_of_both(cache, monkeypatch):
     (path,) = (cache / "minisora_kernels" / "verified").glob("*.json")
     assert not list(path.parent.glob("*.tmp"))
@@ -60,6 +61,7 @@ def test_the_table_shows_what_becomes_of_every_kernel(cache, monkeypatch, capsys
     assert "guided_step          bfloat16 forward " in printed and "us per call" in printed
 
 
+@pytest.mark.slow
 def test_kill_in_the_middle_leaves_the_old_record_and_no_lock(cache, tmp_path):
     folder = tmp_path / "cache"
     shutil.copytree(cache, folder)
@@ -95,6 +97,7 @@ PLANTED = {
 
 
 @needs_cpu
+@pytest.mark.slow
 def test_wrong_slow_and_crashing_kernels_are_named_and_not_used_and_a_home_may_be_read_only(tmp_path):
     root = tmp_path / "tree"
     shutil.copytree(ROOT / "minisora_kernels", root / "minisora_kernels", ignore=shutil.ignore_patterns("__pycache__"))
@@ -128,6 +131,7 @@ print(automatic.served())
 """
 
 
+@pytest.mark.slow
 def test_with_the_interpreter_in_place_of_a_gpu(tmp_path):
     pytest.importorskip("triton")
     variables = {"TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(tmp_path)}
