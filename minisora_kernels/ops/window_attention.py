@@ -396,7 +396,7 @@ def window_attention(
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     qkv = qkv.to(compute_dtype(qkv))
     kind = 2 if bias is not None else 1 if qk_norm is not None or rope is not None else 0
-    detail = DETAILS[window[0] * window[1] * window[2] > SHORT][kind]
+    detail = (DETAILS[1] if window[0] * window[1] * window[2] > SHORT else DETAILS[0])[kind]
     call = (qkv, q_weight, k_weight, bias)
     chosen = backends.choose("window_attention", BACKENDS, qkv.device, backend, *call, detail=detail)
     if chosen == "reference":

@@ -47,7 +47,8 @@ def test_all_run_and_the_first_failure_is_the_exit_status(steps, tmp_path, capsy
     assert not list(tmp_path.glob("*.part"))
     capsys.readouterr()
     assert main(tmp_path, "--step", "quick", "sanitizer") == 4
-    assert "quick: done before" in capsys.readouterr().out and len(steps) == 4 + len(gpu.op_steps())
+    # What failed is tried again.
+    assert "quick: done before" in capsys.readouterr().out and steps[4 + len(gpu.op_steps()) :] == ["sanitizer"]
 
 
 @pytest.mark.parametrize(

@@ -526,9 +526,9 @@ def test_modulations_ahead_are_those_of_the_times(solver, guidance):
 def test_likelihood_of_a_dit():
     dit, x, y = model_of_modulations(), gaussian(2, 1, 1, 2, 4), torch.tensor([2, 1])
     options = SolverOptions(rtol=1e-4, atol=1e-4)
-    arguments = dict(guidance=2.0, options=options)
-    exact = log_likelihood(dit, FlowMatching(), x, y, exact=True, **arguments)
-    plain = log_likelihood(Plain(dit), FlowMatching(), x, y, exact=True, **arguments)
+    request = Solving(guidance=2.0, options=options)
+    exact = log_likelihood(dit, FlowMatching(), x, y, request, exact=True)
+    plain = log_likelihood(Plain(dit), FlowMatching(), x, y, request, exact=True)
     torch.testing.assert_close(exact, plain, rtol=1e-5, atol=1e-4)
     assert all(parameter.grad is None for parameter in dit.parameters())
 

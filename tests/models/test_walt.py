@@ -360,12 +360,12 @@ def test_a_fresh_model_is_adaln_zero_with_one_modulation():
     assert model.lora_up.count_nonzero() == 0 and model.lora_down.count_nonzero() == model.lora_down.numel()
     # Whatever A_1 becomes, every layer has it until B leaves zero.
     nn.init.normal_(model.adaLN_modulation[1].weight)
-    *layers, _ = model._modulations(model._condition(t, y, None, 2, 0), None)
+    layers, _ = model._modulations(model._condition(t, y, None, 2, 0), None)
     assert len(layers) == config.depth
     for layer in layers[1:]:
         assert all(torch.equal(one, other) for one, other in zip(layers[0], layer, strict=True))
     nn.init.normal_(model.lora_up)
-    *layers, _ = model._modulations(model._condition(t, y, None, 2, 0), None)
+    layers, _ = model._modulations(model._condition(t, y, None, 2, 0), None)
     assert not any(torch.equal(one, other) for one, other in zip(*layers[1:], strict=True))
 
 
