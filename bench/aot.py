@@ -52,7 +52,19 @@ WHOLLY = "sm_90"
 COMPUTE_BOUND = re.compile(r"window_attention \w+ (forward|backward|dbias)_kernel|patch_embed float32")
 # Those that should not and do: what matches a whole name, architecture first, by at most so many bytes a thread, with
 # the reason beside it.
-SPILLING: dict[str, int] = {}
+SPILLING: dict[str, int] = {
+    # ptxas prefers another block on the multiprocessor to the last registers.
+    r"sm_\d+ window_attention float32 short_backward_kernel: .*": 40,
+    r"sm_120 gate_residual bfloat16 _bwd: .*": 8,
+    # A token of 8192 channels, or four parameters of a token: the columns of a thread and their sums do not fit.
+    r"sm_90 (adaln|gate_residual_adaln) \w+ _bwd: (D 8192|affine per token)": 128,
+    # Several windows in a tile, or heads of 96 and 128: rows, their norm and three products are alive at once.
+    r"sm_90 window_attention bfloat16 short_backward_kernel: (temporal 5|edges|temporal 16 head_dim 96|temporal 24) .*": 48,
+    # The same with a layer norm, or rotated by halves: the means, and both halves of a row, are alive besides.
+    r"sm_90 window_attention bfloat16 short_backward_kernel: .*(layer|halves).*": 448,
+    # Around flash-attn a program holds q, k and their gradients of 64 tokens.
+    r"sm_90 window_attention bfloat16 finish_kernel: .*head_dim 128.*": 272,
+}
 # "tf32" is float32 whose products may be rounded, as torch.set_float32_matmul_precision("high") has it.
 PRECISIONS = {**DTYPES, "float16": torch.float16, "tf32": torch.float32}
 
