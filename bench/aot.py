@@ -59,7 +59,7 @@ SPILLING: dict[str, int] = {
     # A token of 8192 channels, or four parameters of a token: the columns of a thread and their sums do not fit.
     r"sm_90 (adaln|gate_residual_adaln) \w+ _bwd: (D 8192|affine per token)": 128,
     # Several windows in a tile, or heads of 96 and 128: rows, their norm and three products are alive at once.
-    r"sm_90 window_attention bfloat16 short_backward_kernel: (temporal 5|edges|temporal 16 head_dim 96|temporal 24) .*": 48,
+    r"sm_90 window_attention bfloat16 short_backward_kernel: (temporal (5|16|24)|edges) .*": 48,
     # The same with a layer norm, or rotated by halves: the means, and both halves of a row, are alive besides.
     r"sm_90 window_attention bfloat16 short_backward_kernel: .*(layer|halves).*": 448,
     # Around flash-attn a program holds q, k and their gradients of 64 tokens.
