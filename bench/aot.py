@@ -285,13 +285,14 @@ def everything(names: Sequence[str] = tuple(ARCHITECTURES), brief: bool = False)
 def complaints(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
     """What is wrong with the kernels of ``new``: errors, spills, too much shared memory, growth beyond ``old``.
 
-    Growth is that of the same compiler: with another Triton only errors, spills and limits count.
+    Spills and growth are those of one compiler: with another Triton only errors and limits count.
     """
     found = []
     for name, kernels in new["kernels"].items():
         architecture, record = ARCHITECTURES[name], old["kernels"].get(name, {})
         for kernel, values in kernels.items():
-            found += [f"{name} {kernel}: {text}" for text in _wrong(f"{name} {kernel}", values, architecture)]
+            wrong = _wrong(f"{name} {kernel}", values, architecture, new["triton"] == old["triton"])
+            found += [f"{name} {kernel}: {text}" for text in wrong]
             if new["triton"] != old["triton"] or "error" in values:
                 continue
             if kernel not in record:
@@ -306,13 +307,13 @@ def complaints(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
     return found
 
 
-def _wrong(name: str, values: dict[str, Any], architecture: Architecture) -> list[str]:
-    """What is wrong with one kernel, whatever the record says."""
+def _wrong(name: str, values: dict[str, Any], architecture: Architecture, same_triton: bool) -> list[str]:
+    """What is wrong with one kernel, whatever the record says; spills count for the Triton of the record alone."""
     if "error" in values:
         return [f"does not compile: {values['error']}"]
     found = []
     allowed = max((most for pattern, most in SPILLING.items() if re.fullmatch(pattern, name)), default=0)
-    may_spill = not architecture.nvidia or COMPUTE_BOUND.match(name.split(" ", 1)[1])
+    may_spill = not same_triton or not architecture.nvidia or COMPUTE_BOUND.match(name.split(" ", 1)[1])
     if values["spilled"] > allowed and not may_spill:
         found.append(f"spills {values['spilled']} bytes a thread")
     if values["shared"] > architecture.shared_per_block:
