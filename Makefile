@@ -20,7 +20,7 @@ BUILD = mkdir -p build/native && $(BIN)/python setup.py --quiet build_ext --inpl
 INSTALL = $(BIN)/pip install --quiet --no-build-isolation -e
 
 .PHONY: dev op new-op native
-.PHONY: gpu-interpreted gpu-interpreted-oldest gpu-approximate gpu-compiled
+.PHONY: gpu-interpreted gpu-interpreted-oldest gpu-approximate gpu-compiled gpu-compiled-oldest gpu-compiled-newest
 .PHONY: demo digits systems test test-slow bench bench-quick docs docs-serve docs-check lint types format
 .PHONY: check-gpu-code clean
 
@@ -116,6 +116,7 @@ format: $(VENV)/.installed
 # is emulated, and csrc is compiled against the headers of the oldest torch too. Triton keeps what it has compiled.
 check-gpu-code: $(CACHE)/triton-$(OLDEST)/.installed $(CACHE)/triton-$(NEWEST)/.installed
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target gpu-interpreted gpu-interpreted-oldest gpu-approximate
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target gpu-compiled-oldest gpu-compiled-newest
 	$(MAKE) --no-print-directory gpu-compiled
 
 # Another checkout may be making the same: each makes its own, and the first to be done names it.
@@ -140,9 +141,13 @@ gpu-interpreted-oldest:
 gpu-approximate:
 	MINISORA_APPROXIMATE=1 $(ON_NEWEST) $(INTERPRETED) tests/ops/test_approximate.py tests/ops/test_ops.py -k 'approximate or values_and_gradients and float32'
 
-gpu-compiled:
+gpu-compiled-oldest:
 	$(ON_OLDEST) $(BIN)/python -m bench.aot --quick --architectures sm_90
+
+gpu-compiled-newest:
 	$(ON_NEWEST) $(BIN)/python -m bench.aot --quick --architectures sm_90
+
+gpu-compiled:
 	$(BIN)/python -m pytest tests/bench/test_aot.py
 	MINISORA_OLDEST_HEADERS=$$($(BIN)/python tests/packaging/oldest_torch.py $(CACHE)) $(BIN)/python -m pytest tests/packaging/test_cuda_build.py
 
