@@ -115,7 +115,7 @@ format: $(VENV)/.installed
 # with the errors of a GPU's approximate instructions; they are compiled by the oldest, the newest and TRITON. csrc/cuda
 # is emulated, and csrc is compiled against the headers of the oldest torch too. Triton keeps what it has compiled.
 check-gpu-code: $(CACHE)/triton-$(OLDEST)/.installed $(CACHE)/triton-$(NEWEST)/.installed
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=target gpu-interpreted gpu-interpreted-oldest gpu-approximate
+	$(MAKE) --no-print-directory gpu-interpreted gpu-interpreted-oldest gpu-approximate
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target gpu-compiled-oldest gpu-compiled-newest
 	$(MAKE) --no-print-directory gpu-compiled
 
@@ -128,7 +128,7 @@ $(CACHE)/triton-%/.installed: | $(VENV)/.installed
 # .venv with another Triton.
 ON_OLDEST := PYTHONPATH=$(CACHE)/triton-$(OLDEST)
 ON_NEWEST := PYTHONPATH=$(CACHE)/triton-$(NEWEST)
-INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2
 
 gpu-interpreted:
 	$(ON_NEWEST) $(INTERPRETED) tests/ops/test_ops.py tests/models/test_model_kernels.py tests/ops/test_grn.py tests/ops/test_approximate.py tests/ops/test_triton*.py
