@@ -5,9 +5,9 @@ compiled instead, for each of :data:`ARCHITECTURES`, and what became of it is re
 memory, and the share of a multiprocessor's warps that fit. ``--save`` writes the record anew; without it a kernel that
 grew by more than 10% is an error. It says nothing about speed.
 
-One architecture, :data:`WHOLLY`, gets all: the named shapes of the benches, and the calls of bench/gpu/launches.py,
-which reach all that a launcher can choose. The others get the quick shapes of the benches. ``--quick`` compiles the
-calls of bench/gpu/launches.py alone, in one dtype each: for the Tritons whose record this is not.
+One architecture, :data:`WHOLLY`, gets all: the shapes of the benches, and their ``LAUNCHES``, which reach all that a
+launcher can choose. The others get the quick shapes. ``--quick`` compiles the ``LAUNCHES`` alone, in one dtype, for
+Tritons whose record this is not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu.architectures import ARCHITECTURES, Architecture
-from bench.gpu.launches import LAUNCHES
 from bench.gpu.traffic import bytes_moved, named
 from bench.harness.record import RESULTS, ROOT
 from bench.harness.session import DTYPES, Problem, tuple_of
@@ -146,15 +145,15 @@ def benched(op: str, every: bool = True) -> Iterator[tuple[str, str, Problem]]:
 
 
 def small(op: str) -> Iterator[tuple[str, str, Problem]]:
-    """The same of the calls of bench/gpu/launches.py."""
-    for call in LAUNCHES[op]:
+    """The same of the ``LAUNCHES`` of the benches."""
+    for call in bench_of(op).LAUNCHES:
         for dtype in call.dtypes:
             yield call.name, dtype, call.problem(PRECISIONS[dtype])
 
 
 def quick(op: str) -> Iterator[tuple[str, str, Problem]]:
     """The same, each in one dtype: enough for every branch of every kernel, see bench/gpu/branches.py."""
-    for call in LAUNCHES[op]:
+    for call in bench_of(op).LAUNCHES:
         yield call.name, call.dtypes[-1], call.problem(PRECISIONS[call.dtypes[-1]])
 
 
@@ -173,7 +172,7 @@ def launch_all(
 
     traffic = {}
     with on_meta_tensors() as moved:
-        for op in LAUNCHES:
+        for op in ops():
             for name, dtype, problem in problems(op):
                 begin(op, name, dtype)
                 moved.clear()
@@ -334,9 +333,7 @@ def main() -> int:
         "--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES, metavar="NAME"
     )
     parser.add_argument("--alone", choices=ARCHITECTURES, metavar="NAME", help="print what is of one alone, as JSON")
-    parser.add_argument(
-        "--quick", action="store_true", help="only the calls of bench/gpu/launches.py, each in one dtype"
-    )
+    parser.add_argument("--quick", action="store_true", help="only the LAUNCHES of the benches, each in one dtype")
     options = parser.parse_args()
     if options.alone:
         print(json.dumps(kernels_of(ARCHITECTURES[options.alone], options.quick)))

@@ -22,19 +22,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-from bench.harness import shapes
 from bench.harness.counters import raw_ops
 from bench.harness.record import RESULTS, commit, machine, rounded
 from bench.harness.session import BOTH, FWD, Problem, tuple_of
 from bench.ops import bench_of
 from minisora_kernels import backends, use_backend
+from minisora_kernels.__main__ import ops
 
 RECORD = RESULTS / "host.json"
 SOURCE = Path(__file__).with_name("stub_driver.c")
@@ -42,24 +42,11 @@ GROWTH = 1.25
 CALLS, ROUNDS, TRIES = 100, 9, 4
 TARGET = ("cuda", 90, 32)  # what the stub says it is
 
-SMALL = shapes.Tokens("small", 1, 32, 64)
-WINDOWS = shapes.Windows("small", (16, 2, 2), (16, 1, 1), 4, 16)
-PATCHES = shapes.Patches("small", 4, (2, 8, 8), (1, 2, 2), width=64)
-# By name: the op, and a small shape of its bench.
-CALLS_OF: dict[str, tuple[str, Any]] = {
-    "adaln": ("adaln", SMALL),
-    "gate_residual": ("gate_residual", SMALL),
-    "gate_residual_adaln": ("gate_residual_adaln", SMALL),
-    "gelu_mlp": ("gelu_mlp", SMALL),
-    "grn": ("grn", shapes.Responses("small", 2, 4, 64, "gelu")),
-    "guided_step": ("guided_step", shapes.Latents("small", (2, 8, 8), True, 1)),
-    "patch_embed": ("patch_embed", PATCHES),
-    "unpatchify": ("unpatchify", PATCHES),
-    "window_attention short": ("window_attention", WINDOWS),
-    "window_attention short norm+rope": ("window_attention", replace(WINDOWS, norm_and_rope=True)),
-    "window_attention short bias": ("window_attention", replace(WINDOWS, bias=True)),
-    "window_attention long": ("window_attention", replace(WINDOWS, grid=(16, 4, 4), window=(16, 4, 4))),
-}
+
+@cache
+def shapes() -> dict[str, tuple[str, Any]]:
+    """By name: the op, and a small shape of its bench."""
+    return {f"{op} {shape.name}".strip(): (op, shape) for op in ops() for shape in bench_of(op).HOST}
 
 
 def build_stub(folder: Path) -> Path:
@@ -144,7 +131,7 @@ def bare_launch() -> Callable[[], Any]:
 
 
 def problem_of(name: str) -> Problem:
-    op, shape = CALLS_OF[name]
+    op, shape = shapes()[name]
     return bench_of(op).problem(shape, torch.bfloat16, torch.device("cpu"))
 
 
@@ -246,7 +233,7 @@ def least_of(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 def checked(measure: Callable[[list[str]], dict[str, Any]], old: dict[str, Any]) -> list[str]:
     """What is wrong after up to :data:`TRIES` measurements of what seemed slower: noise does not stay."""
-    new = measure(list(CALLS_OF))
+    new = measure(list(shapes()))
     found = complaints(new, old)
     for _ in range(TRIES - 1):
         if not found:
@@ -278,7 +265,7 @@ def main() -> int:
     torch.set_num_threads(1)
     with stubbed() as stub:
         if options.save:
-            found = {**head(), **measured(stub, list(CALLS_OF), rounds=3 * ROUNDS)}
+            found = {**head(), **measured(stub, list(shapes()), rounds=3 * ROUNDS)}
             print("\n".join(table(found)))
             if before is not None:
                 found["before"] = {key: before[key] for key in ("commit", "triton", "bare", "calls")}

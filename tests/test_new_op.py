@@ -19,7 +19,7 @@ FILES = {
     "csrc/cpu/made_up_2.cpp",
     "minisora_kernels/ops/made_up_2.py",
     "minisora_kernels/triton/made_up_2.py",
-    "minisora_kernels/verify/cases_made_up_2.py",
+    "minisora_kernels/verify/cases/made_up_2.py",
     "tests/ops/test_made_up_2.py",
 }
 

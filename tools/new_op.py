@@ -15,7 +15,7 @@ FILES = {
     "cpu.cpp": "csrc/cpu/{op}.cpp",
     "triton.py": "minisora_kernels/triton/{op}.py",
     "bench.py": "bench/ops/bench_{op}.py",
-    "cases.py": "minisora_kernels/verify/cases_{op}.py",
+    "cases.py": "minisora_kernels/verify/cases/{op}.py",
     "test.py": "tests/ops/test_{op}.py",
 }
 

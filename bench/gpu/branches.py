@@ -1,9 +1,8 @@
 """Which kernels and branches the ahead-of-time compilation misses: ``python -m bench.gpu.branches`` prints them.
 
 A branch on a constant is decided while Triton translates a kernel, so code behind it is compiled only if some launch
-has that constant. Here the launches of bench/gpu/launches.py are translated, no further, with a note of what each
-``if`` of a kernel or helper was. One that was never true, or never false, is code that nothing
-has compiled.
+has that constant. Here the ``LAUNCHES`` of the benches are translated, no further, with a note of what each ``if`` of a
+kernel or helper was. One that was never true, or never false, is code that nothing has compiled.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu.sanitized import ODD
 from bench.harness import record
+from minisora_kernels.__main__ import ops
 
 TESTS = ("tests/ops/test_ops.py", "tests/ops/test_grn.py", "tests/models/test_model_kernels.py")
 WINDOWS = ("temporal", "spatial", "joint", "W.A.L.T")
@@ -142,8 +142,8 @@ def sanitizer(step: Step) -> Result:
     if tool is None:
         return NOT_THERE, {"why": "compute-sanitizer is not on PATH; it comes with the CUDA toolkit"}
     with ThreadPoolExecutor(step.cores) as pool:
-        statuses = list(pool.map(lambda op: step.run(*script, "--only", op, log=f"-{op}"), ODD))
-    found = dict(zip(ODD, statuses, strict=True))
+        statuses = list(pool.map(lambda op: step.run(*script, "--only", op, log=f"-{op}"), ops()))
+    found = dict(zip(ops(), statuses, strict=True))
     for check in ("memcheck", "racecheck"):
         # It sees no access out of bounds that lands in what torch's allocator holds for itself.
         command = [tool, "--tool", check, "--error-exitcode", "1", *script]
@@ -200,7 +200,7 @@ STEPS: dict[str, Callable[[Step], Result]] = {"tests": tests, "verify": verify, 
 
 def op_steps() -> list[str]:
     names = []
-    for op in [*ODD, MODELS]:
+    for op in [*ops(), MODELS]:
         names += [f"op:{op}:{kind}" for kind in WINDOWS] if op == "window_attention" else [f"op:{op}"]
     return names
 

@@ -9,6 +9,8 @@ from bench.gpu.traffic import Traffic
 from bench.harness.session import Problem, Random, cases
 from bench.harness.shapes import MODULATED, Tokens
 
+from .modulated import modulated
+
 SHAPES = MODULATED
 
 TRAFFIC = {
@@ -22,6 +24,13 @@ def problem(shape: Tokens, dtype: torch.dtype, device: torch.device) -> Problem:
     inputs = {name: random(shape.batch, shape.count, shape.width) for name in ("x", "branch")}
     inputs |= {name: random(shape.batch, shape.rows, shape.width) for name in ("gate", "shift", "scale")}
     return Problem(inputs, lambda t: mk.gate_residual_adaln(**t))
+
+
+# Small and odd: what the sanitizer runs.
+ODD = (Tokens("rows", 2, 21, 100, 3), Tokens("a row a token", 1, 11, 37, 11))
+# Small: what a call of them costs the host.
+HOST = (Tokens("", 1, 32, 64),)
+LAUNCHES = tuple(modulated("gate_residual_adaln"))
 
 
 @cases(SHAPES)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 
 import minisora_kernels as mk
+from bench.gpu.launches import Launch, meta
 from bench.gpu.traffic import Traffic
 from bench.harness.session import Problem, Random, cases
 from bench.harness.shapes import LONG, Tokens, model_tokens
@@ -32,6 +36,27 @@ def problem(shape: Tokens, dtype: torch.dtype, device: torch.device) -> Problem:
         "b2": random(width),
     }
     return Problem(inputs, lambda t: mk.gelu_mlp(**t), unread=["b1", "b2"])
+
+
+def _mlp(width: int, biased: bool, dtype: torch.dtype) -> Problem:
+    shapes: dict[str, tuple[int, ...]] = {"x": (256, width), "w1": (4 * width, width), "w2": (width, 4 * width)}
+    if biased:
+        shapes |= {"b1": (4 * width,), "b2": (width,)}
+    tensors = {name: meta(dtype, *shape) for name, shape in shapes.items()}
+    return Problem(tensors, lambda t: mk.gelu_mlp(t["x"], t["w1"], t.get("b1"), t["w2"], t.get("b2")))
+
+
+def launches() -> Iterator[Launch]:
+    for width in (7, 384, 1024, 1152, 3072):
+        yield Launch(f"D {width}", partial(_mlp, width, True))
+    yield Launch("no bias", partial(_mlp, 384, False), ("bfloat16", "float32"))  # the last is what --quick takes
+
+
+# Small and odd: what the sanitizer runs.
+ODD = (Tokens("odd", 2, 21, 67),)
+# Small: what a call of them costs the host.
+HOST = (Tokens("", 1, 32, 64),)
+LAUNCHES = tuple(launches())
 
 
 @cases(SHAPES)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import minisora_kernels as mk
+from bench.gpu.launches import HALF, Launch, meta
 from bench.gpu.traffic import Traffic
 from bench.harness.session import Problem, Random, cases
 from bench.harness.shapes import Responses
@@ -57,6 +61,27 @@ def problem(shape: Responses, dtype: torch.dtype, device: torch.device) -> Probl
         written=("as written", written),
         unread=["bias"],
     )
+
+
+def _grn(width: int, activation: str | None, dtypes: dict[str, torch.dtype], dtype: torch.dtype) -> Problem:
+    shapes = {"x": (2, 4 * 96, width), "weight": (width,), "bias": (width,)}
+    tensors = {name: meta(dtypes.get(name, dtype), *shape) for name, shape in shapes.items()}
+    return Problem(tensors, lambda t: mk.grn(**t, groups=4, activation=activation))
+
+
+def launches() -> Iterator[Launch]:
+    for activation in (None, "gelu"):
+        for width in (7, 512, 2048, 6144, 8192):
+            yield Launch(f"C {width} {activation}", partial(_grn, width, activation, {}))
+        for name in ("weight", "x"):
+            yield Launch(f"fp32 {name} {activation}", partial(_grn, 512, activation, {name: torch.float32}), HALF)
+
+
+# Small and odd: what the sanitizer runs.
+ODD = (Responses("gelu", 3, 5, 100, "gelu"), Responses("plain", 2, 9, 37, None))
+# Small: what a call of them costs the host.
+HOST = (Responses("", 2, 4, 64, "gelu"),)
+LAUNCHES = tuple(launches())
 
 
 @cases(SHAPES)

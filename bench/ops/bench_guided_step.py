@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import minisora_kernels as mk
+from bench.gpu.launches import HALF, Launch, meta
 from bench.gpu.traffic import Traffic
 from bench.harness.session import FWD, Problem, Random, cases
 from bench.harness.shapes import Latents, Triple, latents
@@ -63,6 +66,35 @@ def problem(shape: Latents, dtype: torch.dtype, device: torch.device) -> Problem
         return mean + (0.5 * log_variance).exp() * t["z"]
 
     return Problem(inputs, lambda t: mk.guided_step(**t), list(inputs), ("as written", written))
+
+
+def _step(learned: bool, guided: bool, noisy: bool, dtypes: dict[str, torch.dtype], dtype: torch.dtype) -> Problem:
+    shape, predicted = (2, 4, 8, 16, 16), (2, 8 if learned else 4, 8, 16, 16)
+    shapes: dict[str, tuple[int, ...]] = {"x": shape, "cond": predicted, "coefficients": (2, 5)}
+    shapes |= {"null": predicted} if guided else {}
+    shapes |= {"z": shape} if noisy else {}
+    tensors = {name: meta(dtypes.get(name, dtype), *sizes) for name, sizes in shapes.items()}
+    return Problem(tensors, lambda t: mk.guided_step(**t), constants=tuple(tensors))
+
+
+def launches() -> Iterator[Launch]:
+    single = {"coefficients": torch.float32}
+    for learned in (False, True):
+        for guided in (False, True):
+            for noisy in (False, True):
+                words = {"learned": learned, "guided": guided, "z": noisy}
+                name = ", ".join(word for word, there in words.items() if there) or "plain"
+                yield Launch(name, partial(_step, learned, guided, noisy, single))
+    yield Launch(
+        "fp32 state", partial(_step, True, True, True, single | {"x": torch.float32, "z": torch.float32}), HALF
+    )
+
+
+# Small and odd: what the sanitizer runs.
+ODD = (Latents("euler", (3, 5, 7), False, 2), Latents("ddpm", (3, 5, 7), True, 2))
+# Small: what a call of them costs the host.
+HOST = (Latents("", (2, 8, 8), True, 1),)
+LAUNCHES = tuple(launches())
 
 
 @cases(SHAPES, [FWD])

@@ -6,6 +6,8 @@ made contiguous within its time, for everything downstream pays for that otherwi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -14,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minisora_kernels as mk
+from bench.gpu.launches import TF32, Launch, meta
 from bench.gpu.traffic import Traffic
 from bench.harness.session import Problem, Random, cases
-from bench.harness.shapes import Patches, latents, video_patches
+from bench.harness.shapes import Patches, Triple, latents, video_patches
 
 SHAPES = (
     *(
@@ -69,6 +72,50 @@ def problem(shape: Patches, dtype: torch.dtype, device: torch.device) -> Problem
         return (y.flatten(2).transpose(1, 2) + t["pos"]).contiguous()
 
     return Problem(inputs, lambda t: mk.patch_embed(**t), ["x"], ("Conv3d", conv3d), unread=["bias", "pos"])
+
+
+def _patches(
+    channels: int, patch: Triple, width: int, biased: bool, placed: bool, dtype: torch.dtype, batch: int = 2
+) -> Problem:
+    count = (2, 8, 8)
+    size = [n * p for n, p in zip(count, patch, strict=True)]
+    tensors = {"x": meta(dtype, batch, channels, *size), "weight": meta(dtype, width, channels, *patch)}
+    if biased:
+        tensors["bias"] = meta(dtype, width)
+    if placed:
+        tensors["pos"] = meta(dtype, prod(count), width)
+    return Problem(tensors, lambda t: mk.patch_embed(**t))
+
+
+def launches() -> Iterator[Launch]:
+    # elements of a patch: 1, 16, 32, 64, 128 (on either side of a short one), 768; odd ones
+    for channels, patch in (
+        (1, (1, 1, 1)),
+        (4, (1, 2, 2)),
+        (4, (2, 2, 2)),
+        (16, (1, 2, 2)),
+        (16, (2, 2, 2)),
+        (3, (1, 16, 16)),
+        (3, (1, 14, 14)),
+    ):
+        yield Launch(f"C {channels} {patch}", partial(_patches, channels, patch, 1152, True, True))
+    for biased, placed in ((True, False), (False, True), (False, False)):
+        name = f"{'bias' if biased else 'no bias'}, {'pos' if placed else 'no pos'}"
+        yield Launch(name, partial(_patches, 4, (1, 2, 2), 1152, biased, placed))
+        yield Launch(f"{name}, pixels", partial(_patches, 3, (1, 16, 16), 1152, biased, placed))
+    for patch in ((1, 2, 2), (1, 16, 16)):
+        yield Launch(f"C 4 {patch} tf32", partial(_patches, 4, patch, 1152, True, True), TF32)
+    yield Launch("D 33", partial(_patches, 4, (1, 2, 2), 33, True, True))
+
+
+# Small and odd: what the sanitizer runs.
+ODD = (
+    Patches("latents", 3, (3, 6, 10), (1, 2, 2), width=40, batch=2),
+    Patches("pixels", 3, (2, 48, 32), (1, 16, 16), width=40),
+)
+# Small: what a call of them costs the host.
+HOST = (Patches("", 4, (2, 8, 8), (1, 2, 2), width=64),)
+LAUNCHES = tuple(launches())
 
 
 @cases(SHAPES)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from math import prod
 
 import torch
 
 import minisora_kernels as mk
+from bench.gpu.launches import Launch, meta
 from bench.gpu.traffic import Traffic
 from bench.harness.session import Problem, Random, cases
-from bench.harness.shapes import Patches, latents, video_patches
+from bench.harness.shapes import Patches, Triple, latents, video_patches
 
 SHAPES = tuple(
     video_patches(channels, latents(16, side, side), (1, 2, 2), quick=(channels, side) == (8, 256))
@@ -30,6 +33,26 @@ def problem(shape: Patches, dtype: torch.dtype, device: torch.device) -> Problem
         lambda t: mk.unpatchify(t["tokens"], shape.grid, shape.patch, shape.channels),
         unread=["tokens"],
     )
+
+
+def _tokens(channels: int, patch: Triple, dtype: torch.dtype) -> Problem:
+    grid = (4, 8, 8)
+    tensors = {"tokens": meta(dtype, 2, prod(grid), prod(patch) * channels)}
+    return Problem(tensors, lambda t: mk.unpatchify(t["tokens"], grid, patch, channels))
+
+
+def launches() -> Iterator[Launch]:
+    for channels in (1, 3, 4, 8, 16, 32, 96):
+        yield Launch(f"C {channels}", partial(_tokens, channels, (1, 2, 2)))
+    for patch in ((1, 1, 1), (2, 2, 2), (1, 16, 16)):
+        yield Launch(f"patch {patch}", partial(_tokens, 3, patch))
+
+
+# Small and odd: what the sanitizer runs.
+ODD = (Patches("odd", 5, (3, 6, 10), (1, 2, 2), batch=2),)
+# Small: what a call of them costs the host.
+HOST = (Patches("", 4, (2, 8, 8), (1, 2, 2), width=64),)
+LAUNCHES = tuple(launches())
 
 
 @cases(SHAPES)

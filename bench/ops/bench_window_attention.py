@@ -8,6 +8,10 @@ its forward can be faster than the reference.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minisora_kernels as mk
+from bench.gpu.launches import BOTH, HALF, TF32, Launch, meta
 from bench.gpu.traffic import Traffic
 from bench.harness.session import Problem, Random, cases
 from bench.harness.shapes import DTYPES, LONG, Triple, Windows
@@ -164,6 +169,115 @@ def problem(shape: Windows, dtype: torch.dtype, device: torch.device) -> Problem
 
     written = ("SDPA", sdpa) if shape.temporal else None
     return Problem(inputs, call, written=written, slow_backward=h * w > 256)
+
+
+@dataclass(frozen=True)
+class Style:
+    """``weights``: dimensions of the norm's weights, 0 for none; ``halves``: rotary pairing, None for no rotation."""
+
+    norm: str | None = None
+    weights: int = 0
+    halves: bool | None = None
+    bias: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.norm, {1: "weight", 2: "weight a head"}.get(self.weights), "bias" if self.bias else None]
+        parts.append(None if self.halves is None else "halves" if self.halves else "pairs")
+        return " ".join(part for part in parts if part) or "plain"
+
+
+PLAIN, BIASED = Style(), Style(bias=True)
+FULL = Style("rms", 1, halves=False)
+STYLES = (
+    PLAIN,
+    BIASED,
+    FULL,
+    Style("rms", 1, halves=True),
+    Style("rms", 2, halves=False),
+    Style("layer", 2, halves=True, bias=True),
+    Style("layer", 1),
+    Style("rms"),
+    Style(halves=False),
+    Style(halves=True),
+)
+# One for each tile of a short window: of 16 places with several windows or one, of 32, of 64.
+SHORT = (5, 16, 24, 48)
+SIDES = (64, 72, 96, 128)
+
+
+def _window(
+    grid: Triple, window: Triple, head_dim: int, style: Style, dtype: torch.dtype, heads: int = 16, batch: int = 2
+) -> Problem:
+    tensors = {"qkv": meta(dtype, batch, prod(grid), 3, heads, head_dim)}
+    if style.weights:
+        shape = (head_dim,) if style.weights == 1 else (heads, head_dim)
+        tensors |= {name: meta(dtype, *shape) for name in ("q_weight", "k_weight")}
+    if style.bias:
+        tensors["bias"] = meta(dtype, heads, prod(window), prod(window))
+    rope = None
+    if style.halves is not None:
+        cos, sin = (meta(torch.float32, prod(grid), head_dim // 2) for _ in range(2))
+        rope = mk.Rope(cos, sin, not style.halves)
+    return Problem(tensors, lambda t: mk.window_attention(grid=grid, window=window, qk_norm=style.norm, rope=rope, **t))
+
+
+def _launch(kind: str, grid: Triple, window: Triple, side: int, style: Style, dtypes: tuple[str, ...]) -> Launch:
+    return Launch(f"{kind} head_dim {side} {style}", partial(_window, grid, window, side, style), dtypes)
+
+
+def launches() -> Iterator[Launch]:
+    def temporal(length: int, side: int, style: Style, dtypes: tuple[str, ...] = HALF) -> Launch:
+        return _launch(f"temporal {length}", (length, 4, 4), (length, 1, 1), side, style, dtypes)
+
+    def spatial(length: int, side: int, style: Style, dtypes: tuple[str, ...] = HALF) -> Launch:
+        return _launch(f"spatial {length}", (4, 1, length), (1, 1, length), side, style, dtypes)
+
+    for side in SIDES:
+        for style in (PLAIN, BIASED, FULL):
+            for length in SHORT:
+                yield temporal(length, side, style, BOTH if side == 72 else HALF)
+            yield spatial(256, side, style, BOTH if side in (72, 128) else HALF)
+    for style in STYLES:
+        for length in (5, 48):
+            yield temporal(length, 64, style)
+        yield spatial(256, 64, style)
+        if not style.bias:
+            yield spatial(1024, 64, style)  # norm and rotation in a pass of their own, and flash-attn's route
+    for side in SIDES[1:]:
+        yield spatial(1024, side, FULL)
+    for style in (BIASED, Style("rms", 1, halves=False, bias=True)):
+        yield spatial(1024, 64, style)
+    yield temporal(16, 72, Style("layer", 1))  # whose padding must stay zero
+    yield spatial(1024, 64, FULL, ("float32",))
+    yield temporal(6, 8, FULL, BOTH)  # the narrowest head
+    for style in (PLAIN, FULL):
+        for length in (5, 16, 32):
+            yield temporal(length, 64, style, TF32)
+        for side in (64, 128):
+            yield spatial(256, side, style, TF32)
+    # On several axes, and at an edge that cuts windows.
+    for style in (PLAIN, BIASED, FULL):
+        yield _launch("edges 2x3x4", (5, 7, 6), (2, 3, 4), 64, style, HALF)
+        yield _launch("W.A.L.T 5x8x8", (5, 16, 16), (5, 8, 8), 64, style, HALF)
+        yield _launch("joint 4x16x16", (4, 16, 16), (4, 16, 16), 64, style, HALF)
+
+
+# Small and odd: what the sanitizer runs.
+ODD = (
+    Windows("packed", (5, 2, 3), (5, 1, 1), 3, 24),
+    Windows("norm and rope", (19, 2, 2), (19, 1, 1), 3, 24, norm_and_rope=True),
+    Windows("edge windows, bias", (5, 5, 5), (2, 3, 4), 2, 24, bias=True),
+    Windows("long", (3, 5, 5), (3, 5, 5), 2, 24, norm_and_rope=True),
+    Windows("long, bias", (3, 6, 5), (3, 5, 5), 2, 24, bias=True),
+)
+# Small: what a call of them costs the host.
+HOST = (
+    Windows("short", (16, 2, 2), (16, 1, 1), 4, 16),
+    Windows("short norm+rope", (16, 2, 2), (16, 1, 1), 4, 16, norm_and_rope=True),
+    Windows("short bias", (16, 2, 2), (16, 1, 1), 4, 16, bias=True),
+    Windows("long", (16, 4, 4), (16, 4, 4), 4, 16),
+)
+LAUNCHES = tuple(launches())
 
 
 @cases(SHAPES)

@@ -180,7 +180,7 @@ def test_noise_does_not_stay_and_slowness_does():
         return once
 
     assert host_time.checked(measure(40.0, 26.0, 21.0), RECORD) == []
-    assert measured == [list(host_time.CALLS_OF), ["adaln"], ["adaln"]]
+    assert measured == [list(host_time.shapes()), ["adaln"], ["adaln"]]
     wrong = host_time.checked(measure(40.0, 26.0, 30.0, 27.0), RECORD)
     assert wrong == ["adaln fwd+bwd: 26.0 bare launches, the record has 20.0"]
 
@@ -199,6 +199,6 @@ def test_the_record_has_every_op():
     from minisora_kernels.__main__ import ops
 
     record = json.loads(host_time.RECORD.read_text())
-    assert set(record["calls"]) == set(host_time.CALLS_OF)
-    assert {host_time.CALLS_OF[name][0] for name in record["calls"]} == set(ops())
+    assert set(record["calls"]) == set(host_time.shapes())
+    assert {host_time.shapes()[name][0] for name in record["calls"]} == set(ops())
     assert host_time.complaints(record, record) == {}

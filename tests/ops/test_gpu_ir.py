@@ -17,8 +17,9 @@ from cases import CASES
 from test_ops import judge
 
 from minisora_kernels import backends
-from minisora_kernels.verify import cases as build
-from minisora_kernels.verify.cases import Case
+from minisora_kernels.verify.cases import Case, random_tensors
+from minisora_kernels.verify.cases.modulated import modulated
+from minisora_kernels.verify.cases.window_attention import window_attention
 
 if backends.EXECUTOR != "ir":
     pytest.skip("run by make check-gpu-ir", allow_module_level=True)
@@ -38,9 +39,9 @@ KERNELS = Path(backends.__file__).parent / "triton"
 SMALL = 11_000
 
 
-# Kernels and branches that no small case of tests/cases.py reaches.
+# Kernels and branches that no small case of tests/cases reaches.
 FURTHER = [
-    build.window_attention(build.random_tensors(0), *row)
+    window_attention(random_tensors(0), *row)
     for row in (
         # name, B, grid, window, heads, head_dim, norm, weights, rotary, bias
         ("several-to-a-tile", 1, (3, 5, 4), (2, 3, 3), 2, 8, "layer", 2, "half", True),
@@ -51,7 +52,7 @@ FURTHER = [
         ("odd-heads", 1, (5, 1, 2), (5, 1, 1), 3, 72, "rms", 1, "interleaved", False),
     )
 ]
-FURTHER += build.modulated(build.random_tensors(1), "widest", 1, 2, 5120, 1, 1, True)
+FURTHER += modulated(random_tensors(1), "widest", 1, 2, 5120, 1, 1, True)
 EXECUTED = [case for case in CASES if max(t.numel() for t in case.tensors.values()) <= SMALL] + FURTHER
 
 

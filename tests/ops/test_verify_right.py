@@ -11,7 +11,8 @@ import torch
 from verify_parts import CPU, needs_cpu
 
 from minisora_kernels.verify import right
-from minisora_kernels.verify.cases import MODULATED, checked, regimes
+from minisora_kernels.verify.cases import checked, regimes
+from minisora_kernels.verify.cases.modulated import MODULATED
 
 
 @needs_cpu

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import minisora_kernels as mk
 
-from .cases import Case, Random, random_tensors
+from . import Case, Random, random_tensors
 
 
 def _case(random: Random, name: str, *shape: int) -> Case:

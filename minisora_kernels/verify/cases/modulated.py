@@ -1,0 +1,81 @@
+"""Cases of adaln, gate_residual and gate_residual_adaln, which take the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+import minisora_kernels as mk
+
+from . import Case, Random, random_tensors, width_of
+
+MODULATED = {
+    "adaln": ("x", "shift", "scale", "weight", "bias"),
+    "gate_residual": ("x", "branch", "gate"),
+    "gate_residual_adaln": ("x", "branch", "gate", "shift", "scale", "weight", "bias"),
+}
+
+
+def modulated(
+    random: Random,
+    name: str,
+    batch: int,
+    tokens: int,
+    width: int,
+    gate_rows: int,
+    rows: int,
+    affine: bool = False,
+    norm: str = "layer",
+    dtypes: dict[str, torch.dtype] | None = None,
+) -> Iterator[Case]:  # one argument a column of the tables
+    """The same tokens ``[batch, tokens, width]`` through adaln, gate_residual and gate_residual_adaln."""
+    tensors = {
+        "x": random(batch, tokens, width) * 2 + 0.5,
+        "branch": random(batch, tokens, width),
+        "gate": random(batch, gate_rows, width),
+        "shift": random(batch, rows, width),
+        "scale": random(batch, rows, width),
+    }
+    if affine:
+        tensors["weight"] = random(width) + 1
+        if norm == "layer":
+            tensors["bias"] = random(width)
+    for op, names in MODULATED.items():
+        options = {} if op == "gate_residual" else {"norm": norm}
+        yield Case(
+            op,
+            name,
+            {key: value for key, value in tensors.items() if key in names},
+            lambda t, op=op, options=options, **kwargs: getattr(mk, op)(**t, **options, **kwargs),
+            {key: value for key, value in (dtypes or {}).items() if key in names},
+        )
+
+
+def cases() -> list[Case]:
+    """What :mod:`..right` checks: every kernel and every branch of its launcher, on as few numbers as show it."""
+    random = random_tensors(0)
+    return [
+        *modulated(random, "per-sample", 2, 17, 96, 1, 1),
+        *modulated(random, "mixed-rows", 1, 12, 16, 6, 4, True),
+        *modulated(random, "odd-width", 3, 257, 7, 1, 1, True),
+        *modulated(random, "model-width", 2, 70, 1152, 1, 1),
+        *modulated(random, "float32-stream", 2, 65, 48, 1, 1, False, "layer", {"x": torch.float32}),
+        *(case for case in modulated(random, "a-clip", 1, 16384, 8, 1, 1, True) if case.op != "gate_residual"),
+        next(modulated(random, "per-token", 2, 19, 24, 19, 19, False, "rms")),
+        *(replace(case, layout="chunked") for case in modulated(random, "chunked", 2, 18, 96, 1, 1)),
+        *(replace(case, layout="chunked") for case in modulated(random, "chunked-frames", 2, 18, 24, 3, 3, True)),
+        *(replace(case, layout="offset") for case in modulated(random, "offset", 2, 17, 96, 1, 1, True)),
+    ]
+
+
+def timed(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """What :mod:`..faster` times, on about so many tokens."""
+
+    def of_tokens(op: str) -> Case:
+        return next(case for case in modulated(random, "", 2, tokens // 2, width_of(tokens), 1, 1) if case.op == op)
+
+    for op in MODULATED:
+        yield op, partial(of_tokens, op)

@@ -1,0 +1,37 @@
+"""More cases of modulated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from minisora_kernels.verify.cases import Case, random_tensors
+from minisora_kernels.verify.cases.modulated import modulated
+
+
+def cases(draw: int) -> Iterator[Case]:
+    """The same shapes with other numbers for every ``draw``."""
+    random = random_tensors(100 * draw)
+    # name, B, N, D, rows of gate, rows of shift and scale, affine, norm, dtypes
+    table: list[tuple] = [
+        ("per-sample", 2, 17, 96, 1, 1, False, "layer", {}),
+        ("one-token", 3, 1, 8, 1, 1, False, "layer", {}),
+        ("per-frame", 2, 4 * 33, 40, 4, 4, False, "layer", {}),
+        ("per-token", 2, 19, 24, 19, 19, False, "rms", {}),
+        ("mixed-rows", 2, 12, 16, 1, 4, False, "layer", {}),
+        ("lcm-rows", 1, 12, 16, 6, 4, True, "layer", {}),
+        ("odd-width", 3, 257, 7, 1, 1, True, "layer", {}),
+        ("width-one", 2, 5, 1, 1, 1, False, "rms", {}),
+        ("long", 1, 1590, 72, 1, 1, True, "layer", {}),
+        ("a-clip", 1, 16384, 8, 1, 1, True, "layer", {}),
+        ("a-clip-of-mixed-rows", 1, 8192, 8, 1, 8192, False, "layer", {}),
+        ("rows-over-chunks", 2, 3 * 100, 33, 3, 3, True, "rms", {}),
+        ("model-width", 2, 70, 1152, 1, 1, False, "layer", {}),
+        ("fp32-modulation", 2, 65, 48, 1, 1, True, "layer", dict.fromkeys(("shift", "scale", "gate"), torch.float32)),
+        ("fp32-stream", 2, 65, 48, 1, 1, False, "layer", {"x": torch.float32}),
+        ("empty-batch", 0, 5, 16, 1, 1, True, "layer", {}),
+        ("no-tokens", 2, 0, 16, 1, 1, True, "layer", {}),
+    ]
+    for row in table:
+        yield from modulated(random, *row)
