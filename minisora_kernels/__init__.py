@@ -15,4 +15,4 @@ from .ops.window_attention import rope_3d as rope_3d
 from .ops.window_attention import window_attention as window_attention
 from .recompute import recompute_adaln as recompute_adaln
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
