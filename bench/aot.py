@@ -165,14 +165,20 @@ def launch(problem: Problem) -> None:
 
 
 def launch_all(
-    problems: Callable[[str], Iterable[tuple[str, str, Problem]]], begin: Callable[[str, str, str], None]
+    problems: Callable[[str], Iterable[tuple[str, str, Problem]]],
+    begin: Callable[[str, str, str], None],
+    of: Sequence[str] | None = None,
 ) -> dict[str, dict[str, int]]:
-    """Launches them for every op, ``begin(op, name, dtype)`` first; the bytes each moves, by bench/gpu/traffic.py."""
+    """Launches them for every op, or for those of ``of``; ``begin(op, name, dtype)`` goes first.
+
+    Returns:
+        The bytes that each moves, by bench/gpu/traffic.py.
+    """
     from minisora_kernels.triton import _window_library
 
     traffic = {}
     with on_meta_tensors() as moved:
-        for op in ops():
+        for op in ops() if of is None else of:
             for name, dtype, problem in problems(op):
                 begin(op, name, dtype)
                 moved.clear()
@@ -188,8 +194,10 @@ def launch_all(
     return traffic
 
 
-def kernels_of(architecture: Architecture, brief: bool = False) -> dict[str, dict[str, dict[str, Any]]]:
-    """What would be launched there, and the bytes that the benches move; ``brief``: see ``--quick``.
+def kernels_of(
+    architecture: Architecture, brief: bool = False, of: Sequence[str] | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """What would be launched there, and the bytes that the benches move; ``brief``: see ``--quick``; ``of``: these ops.
 
     Returns:
         ``kernels``: by op, dtype, kernel and the first call that launches it, what became of it; ``traffic``: by op,
@@ -223,9 +231,9 @@ def kernels_of(architecture: Architecture, brief: bool = False) -> dict[str, dic
 
     with patch.object(JITFunction, "run", compile_only):
         whole = architecture.name == WHOLLY
-        traffic = launch_all(quick if brief else partial(benched, every=whole), begin)
+        traffic = launch_all(quick if brief else partial(benched, every=whole), begin, of)
         if whole and not brief:
-            launch_all(small, begin)
+            launch_all(small, begin, of)
     return {"kernels": found, "traffic": traffic}
 
 
@@ -262,23 +270,40 @@ def resources(compiled: Any, architecture: Architecture) -> dict[str, Any]:
 
 
 def everything(names: Sequence[str] = tuple(ARCHITECTURES), brief: bool = False) -> dict[str, Any]:
-    """The record: :func:`kernels_of` every architecture, in a process each, for Triton keeps one target a process."""
+    """The record: :func:`kernels_of` every architecture, in a process each, for Triton keeps one target a process.
+
+    What gets the most kernels is two processes, one for window_attention alone: half of the time is its own.
+    """
     import triton
 
-    def of(name: str) -> dict[str, dict[str, dict[str, Any]]]:
-        command = [sys.executable, "-m", "bench.aot", "--alone", name, *(["--quick"] if brief else [])]
+    parts = [["window_attention"], [op for op in ops() if op != "window_attention"]]
+    longest_first = sorted(names, key=lambda name: name != WHOLLY)
+    tasks = [(name, part) for name in longest_first for part in (parts if name == WHOLLY else [ops()])]
+
+    def of(task: tuple[str, list[str]]) -> dict[str, dict[str, dict[str, Any]]]:
+        name, part = task
+        command = [sys.executable, "-m", "bench.aot", "--alone", name, *part, *(["--quick"] if brief else [])]
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         if ARCHITECTURES[name].nvidia:  # all that is read of a kernel; the rest would fill the disk
             environment["TRITON_STORE_BINARY_ONLY"] = "1"
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
-    longest_first = sorted(names, key=lambda name: name != WHOLLY)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(longest_first, pool.map(of, longest_first), strict=True))
-    kernels = {name: found[name]["kernels"] for name in names}
-    traffic = next(iter(found.values()))["traffic"]
-    return {"triton": triton.__version__, "torch": torch.__version__, "kernels": kernels, "traffic": traffic}
+        found = list(zip(tasks, pool.map(of, tasks), strict=True))
+
+    def joined(of_name: str, what: str) -> dict[str, Any]:
+        """In the order of the ops, however they were shared out."""
+        values = {key: value for (name, _), part in found if name == of_name for key, value in part[what].items()}
+        return dict(sorted(values.items(), key=lambda pair: ops().index(pair[0].split(" ")[0])))
+
+    kernels = {name: joined(name, "kernels") for name in names}
+    return {
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "kernels": kernels,
+        "traffic": joined(longest_first[0], "traffic"),
+    }
 
 
 def complaints(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
@@ -332,11 +357,14 @@ def main() -> int:
     parser.add_argument(
         "--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES, metavar="NAME"
     )
-    parser.add_argument("--alone", choices=ARCHITECTURES, metavar="NAME", help="print what is of one alone, as JSON")
+    parser.add_argument(
+        "--alone", nargs="+", metavar=("NAME", "OP"), help="print what is of one and these ops, as JSON"
+    )
     parser.add_argument("--quick", action="store_true", help="only the LAUNCHES of the benches, each in one dtype")
     options = parser.parse_args()
     if options.alone:
-        print(json.dumps(kernels_of(ARCHITECTURES[options.alone], options.quick)))
+        name, *of = options.alone
+        print(json.dumps(kernels_of(ARCHITECTURES[name], options.quick, of)))
         return 0
     if options.save and (options.quick or options.architectures != list(ARCHITECTURES)):
         parser.error("--save is for the whole record, without --quick and --architectures")
