@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 import subprocess
+import sys
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +17,8 @@ import pytest
 
 from models.data.files import Item
 from models.data.films import read_film
-from models.data.videos import VideoClips
+from models.data.frames import Undecodable
+from models.data.videos import Kept, VideoClips
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the program ffmpeg is not installed")
 SIZE = (16, 32)
@@ -235,3 +240,106 @@ def test_a_damaged_film_is_the_same_from_the_cache_and_not_and_is_named(tmp_path
     for seed in range(40):
         clips = [part.clip(0, np.random.default_rng(seed))[0] for part in (cached, sought)]
         assert (clips[0] == clips[1]).all()
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("fps", [12.5, 30])
+@pytest.mark.parametrize("make", [edit_list, late, slow_at_the_end, no_duration, mpeg_ts])
+def test_films_are_brought_to_one_rate_as_ffmpeg_does(tmp_path, make, fps):
+    """A frame is what is on the screen at its moment: FFmpeg's filter fps, where it rounds times up."""
+    path = make(tmp_path)
+    shown = shown_by_ffmpeg(path, "-vf", f"fps={fps}:round=up")
+    ours = all_frames(path, fps=fps)
+    assert abs(len(ours) - len(shown)) <= 1 and ours[: len(shown)] == shown[: len(ours)]
+    for seed in range(4):
+        cached, sought = source(path, True, fps=fps, stride=2), source(path, False, fps=fps, stride=2)
+        assert clip_numbers(cached, seed) == clip_numbers(sought, seed)
+
+
+def test_films_of_several_rates_are_named_once_unless_they_are_brought_to_one(tmp_path, caplog):
+    for name, step in (("a", 1), ("b", 2), ("c", 1), ("d", 4)):
+        write(tmp_path / f"{name}.mp4", list(range(0, 20 * step, step)))
+    items = [Item(path, 0) for path in sorted(tmp_path.iterdir())]
+
+    def warnings(**options) -> list[str]:
+        caplog.clear()
+        clips = VideoClips(items, (), "test", **({"frames": 4, "size": SIZE} | options))
+        for index in range(8):
+            clips.clip(index % 4, np.random.default_rng(0))
+        return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+    assert warnings() == [
+        f"{tmp_path}/b.mp4 has 12.5 frames per second, {tmp_path}/a.mp4 has 25: "
+        "their clips show unequal spans of time; --data.fps brings all to one rate"
+    ]
+    assert warnings(fps=25) == warnings(frames=1) == []
+    items = items[::2]
+    assert warnings() == []
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "webm"])
+def test_memory_stays_within_the_cache(tmp_path, suffix):
+    """A film of 3.9 MB that says how long it is, or does not; a cache that holds half of it, or two smaller ones."""
+    options = {"muxer": {"live": "1"}, "codec": "libvpx"} if suffix == "webm" else {}
+    long = write(tmp_path / f"long.{suffix}", list(range(160)), **options)
+    short = [write(tmp_path / f"{number}.mp4", list(range(40))) for number in range(4)]
+    items = [Item(path, 0) for path in (long, *short)]
+    clips = VideoClips(items, (), "test", frames=4, size=(64, 128), cache_bytes=2 << 20)
+    tracemalloc.start()
+    for seed in range(20):
+        clips.clip(seed % 5, np.random.default_rng(seed))
+        assert clips._cache.held == sum(frames.nbytes for frames in clips._cache.values.values()) <= 2 << 20
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert list(clips._cache.values) == short[2:]
+    # What is kept, a clip and its copy (0.2 MB) and the file's buffer.
+    assert (1 << 20) < peak < (2 << 20) + (1 << 19)
+
+
+def test_a_full_cache_takes_one_more_in_constant_time():
+    kept = Kept(10_000 * 100)
+    for number in range(10_000):
+        kept.put(Path(str(number)), np.empty(100, np.uint8))
+    calls: list[object] = []
+    sys.setprofile(lambda *event: calls.append(event))
+    kept.put(Path("more"), np.empty(100, np.uint8))
+    sys.setprofile(None)
+    assert len(kept.values) == 10_000 and kept.held == kept.limit and len(calls) < 100
+    assert kept.get(Path("0")) is None and kept.get(Path("more")) is not None
+
+
+def test_a_film_without_a_frame_is_refused_by_name(tmp_path):
+    for name, data in (("empty.mp4", b""), ("text.mp4", b"no video")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(Undecodable):
+            read_film(tmp_path / name)
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(Undecodable, match="no video stream"):
+        read_film(tmp_path / "sound.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(Undecodable, match="not a regular file"):
+        read_film(tmp_path / "pipe.mp4")
+
+
+@pytest.mark.parametrize(
+    "text", ["ffconcat version 1.0\nfile other.mp4\n", "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.mp4\n"]
+)
+def test_a_file_opens_no_other_file(tmp_path, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "other.mp4", list(range(20)))
+    for suffix in ("mp4", "m3u8"):
+        (tmp_path / f"list.{suffix}").write_text(text)
+        with pytest.raises(Undecodable):
+            read_film(tmp_path / f"list.{suffix}")
+
+
+def test_a_name_is_a_file_whatever_it_looks_like(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a:b").mkdir()
+    for name in ("a:b/x.mp4", "concat:other.mp4|other.mp4", "f%03d.mp4", "-i.mp4"):
+        assert all_frames(write(tmp_path / "other.mp4", list(range(20))).rename(name)) == list(range(20))
