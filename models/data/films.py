@@ -201,21 +201,19 @@ def read_film(path: Path) -> Film:
         base, ratio = opened.stream.time_base, opened.stream.sample_aspect_ratio
         rate = opened.stream.average_rate or Fraction(25)
         packets = _read_packets(opened)
-    first, times, keys = packets.first, packets.times, packets.keys
+    first, times, keys, timed = packets.first, packets.times, packets.keys, packets.timed
     end = max(packets.ends, default=0)
     if first is None or not packets.exact:
-        times, first = _decode_times(path)
-        if packets.timed:  # a player shows no frame that comes after its time
-            latest = [-math.inf, *itertools.accumulate(times, max)]
-            times = [time for time, before in zip(times, latest, strict=False) if time > before]
-        else:
+        times, first, rising = _decode_times(path)
+        timed = timed and rising
+        if not timed:
             times, keys, base, end = list(range(len(times))), [], 1 / rate, len(times)
     check(first, ratio)
     pts = np.sort(np.array(times, dtype=np.int64))
     if end <= pts[-1]:  # no duration: the last frame lasts as long as the others do on average
         end = int(pts[-1]) + (round((pts[-1] - pts[0]) / (len(pts) - 1)) if len(pts) > 1 else 1)
     starts = np.array(sorted(keys), dtype=np.int64).reshape(-1, 2)
-    return Film(pts, end, base, starts, packets.timed, *upright_size(first, ratio))
+    return Film(pts, end, base, starts, timed, *upright_size(first, ratio))
 
 
 def _read_packets(opened: _Opened) -> _Packets:
@@ -246,17 +244,18 @@ def _read_packets(opened: _Opened) -> _Packets:
     return _Packets(times, ends, keys, first, timed=True, exact=exact and len(set(times)) == len(times))
 
 
-def _decode_times(path: Path) -> tuple[list[Any], av.VideoFrame]:
-    """The times of the frames that can be decoded, and the first of them."""
+def _decode_times(path: Path) -> tuple[list[Any], av.VideoFrame, bool]:
+    """The times of the frames that can be decoded, the first of them, and whether the times rise."""
     times: list[Any] = []
-    first = None
+    first, rising = None, True
     with _open(path, "SLICE") as opened:
         for frame in opened.frames():
             first = first or frame
+            rising = rising and frame.pts is not None and (not times or times[-1] < frame.pts)
             times.append(frame.pts)
     if first is None:
         raise Undecodable("it holds no frame that can be decoded")
-    return times, first
+    return times, first, rising
 
 
 def read_frames(path: Path, film: Film, numbers: np.ndarray, convert: Convert, out: np.ndarray) -> bool:
