@@ -37,8 +37,8 @@ class Film:
         pts: int64 ``[n]``, when each is shown, in units of ``base`` seconds; rising.
         end: when the last one ends.
         base: the unit of time.
-        keys: int64 ``[k, 2]``, pts and dts of the packets that a decoder can begin with; none if it must begin with the
-            file.
+        keys: int64 ``[k, 4]``, pts, dts, size and place in the file of the packets that a decoder can begin with; none
+            if it must begin with the file.
         timed: False for a file without sound times: ``pts`` then counts the frames.
         height, width: of a frame, upright and of square pixels.
     """
@@ -74,17 +74,18 @@ class Film:
         times = numbers / (fps * float(self.base)) + 0.5
         return np.maximum(np.searchsorted(self.pts - self.pts[0], times, side="right") - 1, 0)
 
-    def starts(self, pts: int) -> list[int | None]:
-        """Where to begin for the frame of a time, the best first: the dts of a key, or None for the file's start."""
+    def starts(self, pts: int) -> list[Any]:
+        """Where to begin for the frame of a time, the best first: a row of ``keys``, or None for the file's start."""
         last = int(np.searchsorted(self.keys[:, 0], pts, side="right")) - 1
-        return [*(int(self.keys[last - back, 1]) for back in BACK if last - back > 0), None]
+        return [*(self.keys[last - back].tolist() for back in BACK if last - back > 0), None]
 
 
 class _Opened:
     """An open file.
 
     Attributes:
-        whole: whether all could be decoded so far.
+        whole: whether all could be decoded so far, and is where it was when the file was read first.
+        sought: the row of :attr:`Film.keys` that was sought.
         lost: whether a packet could not, and no key came since.
         key: the time of the last key after such a packet; what is shown before it may be made of what is lost.
         doubtful: times of frames that may be made of what is lost.
@@ -93,14 +94,16 @@ class _Opened:
     def __init__(self, container: Any, stream: Any, decoder: Any) -> None:
         self.container, self.stream, self.decoder = container, stream, decoder
         self.whole, self.lost = True, False
+        self.sought: list[int] | None = None
         self.key: int | None = None
         self.doubtful: set[int | None] = set()
 
-    def seek(self, start: int | None) -> bool:
-        """Go to a dts, or stay at the start for None; False where the file cannot be sought."""
+    def seek(self, key: list[int] | None) -> bool:
+        """Go to a row of :attr:`Film.keys`, or stay at the start for None; False where the file cannot be sought."""
         try:
-            if start is not None:
-                self.container.seek(start, stream=self.stream)
+            if key is not None:
+                self.container.seek(key[1], stream=self.stream)
+                self.sought = key
         except FFmpegError:
             return False
         return True
@@ -108,7 +111,11 @@ class _Opened:
     def packets(self) -> Iterator[Any]:
         """The packets of the stream; a file that is cut ends where it cannot be read on."""
         try:
-            yield from (packet for packet in self.container.demux(self.stream) if packet.size)
+            for packet in self.container.demux(self.stream):
+                if self.sought and packet.pts == self.sought[0]:
+                    self.whole = self.whole and self.sought == _key(packet)
+                if packet.size:
+                    yield packet
         except FFmpegError:
             return
 
@@ -146,7 +153,7 @@ class _Packets(NamedTuple):
 
     times: list[Any]
     ends: list[int]
-    keys: list[tuple[int, int]]
+    keys: list[list[int]]
     first: av.VideoFrame | None
     timed: bool
     exact: bool
@@ -212,14 +219,14 @@ def read_film(path: Path) -> Film:
     pts = np.sort(np.array(times, dtype=np.int64))
     if end <= pts[-1]:  # no duration: the last frame lasts as long as the others do on average
         end = int(pts[-1]) + (round((pts[-1] - pts[0]) / (len(pts) - 1)) if len(pts) > 1 else 1)
-    starts = np.array(sorted(keys), dtype=np.int64).reshape(-1, 2)
+    starts = np.array(sorted(keys), dtype=np.int64).reshape(-1, 4)
     return Film(pts, end, base, starts, timed, *upright_size(first, ratio))
 
 
 def _read_packets(opened: _Opened) -> _Packets:
     times: list[int] = []
     ends: list[int] = []
-    keys: list[tuple[int, int]] = []
+    keys: list[list[int]] = []
     found: list[Any] = []
     first, latest, exact = None, -math.inf, True
     hides = opened.stream.codec_context.name == "vp8"
@@ -236,12 +243,17 @@ def _read_packets(opened: _Opened) -> _Packets:
             return _Packets([], [], [], first, timed=False, exact=False)
         latest = packet.dts or latest
         if packet.is_keyframe:
-            keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
+            keys.append(_key(packet))
         # A packet of VP8 says in a bit of its first byte whether it is shown.
         if not packet.is_discard and not (hides and not bytes(packet)[0] & 16):
             times.append(packet.pts)
             ends.append(packet.pts + (packet.duration or 0))
     return _Packets(times, ends, keys, first, timed=True, exact=exact and len(set(times)) == len(times))
+
+
+def _key(packet: Any) -> list[int]:
+    """A row of :attr:`Film.keys`."""
+    return [packet.pts, packet.pts if packet.dts is None else packet.dts, packet.size, packet.pos or 0]
 
 
 def _decode_times(path: Path) -> tuple[list[Any], av.VideoFrame, bool]:
