@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
+import av.error
 import numpy as np
 from av.error import FFmpegError
 from av.stream import Disposition
@@ -133,6 +134,8 @@ class _Opened:
         if packet is not None and self.lost and packet.is_keyframe:
             self.lost, self.key = False, packet.pts or 0
         try:
+            if packet is not None and self._is_cut(packet):
+                raise av.error.InvalidDataError(0, "a part of the packet is missing")
             frames = self.decoder.decode(packet)
         except FFmpegError:
             self.whole, self.lost, frames = False, True, []
@@ -141,6 +144,19 @@ class _Opened:
         sound = [f for f in frames if not f.is_corrupt and not (self.doubtful and f.pts in self.doubtful)]
         self.whole = self.whole and len(sound) == len(frames)
         return sound
+
+    def _is_cut(self, packet: Any) -> bool:
+        """Whether its end is missing, which FFmpeg fills with what memory holds: as the container knows, or as the last
+        bytes of a JPEG picture (the marker EOI comes after the last SOS) or of a frame of a GIF (0, and a semicolon at
+        the end of the file) tell."""
+        kind = self.stream.codec_context.name
+        if kind == "mjpeg" and self.container.format.name in ("image2", "jpeg_pipe"):
+            data = bytes(packet)
+            return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+        if kind == "gif":
+            data = bytes(packet)
+            return not data.endswith(b"\0") and b"\0;" not in data[-1024:]
+        return bool(packet.is_corrupt)
 
 
 class _Packets(NamedTuple):

@@ -179,16 +179,20 @@ def test_a_very_long_picture_is_cut_before_it_is_resized(tmp_path, shape):
         assert all((frame == frame[0, 0]).all() for frame in frames) and frames[1][0, 0].tolist() == middle
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}])
-def test_a_jpeg_that_is_cut_is_skipped_by_name(tmp_path, caplog, options):
+PICTURES: dict[str, dict] = {name: {} for name in ("jpg", "gif", "png", "bmp", "tiff", "webp")}
+PICTURES["jpeg"] = {"progressive": True}
+
+
+@pytest.mark.parametrize("suffix", PICTURES)
+def test_a_picture_that_is_cut_is_skipped_by_name(tmp_path, caplog, suffix):
     noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    PIL.Image.fromarray(noise).save(tmp_path / "a.jpg", **options)
-    data = (tmp_path / "a.jpg").read_bytes()
+    PIL.Image.fromarray(noise).save(tmp_path / f"a.{suffix}", **PICTURES[suffix])
+    data = (tmp_path / f"a.{suffix}").read_bytes()
     for number, ending in enumerate((b"", b"a maker's own data" * 9)):
-        (tmp_path / f"{number}.jpg").write_bytes(data + ending)
-        assert frame_of(tmp_path / f"{number}.jpg", (64, 96)).std() > 50
-    for share in (0.3, 0.6, 0.9):
-        path = tmp_path / f"{share}.jpg"
+        (tmp_path / f"{number}.{suffix}").write_bytes(data + ending)
+        assert frame_of(tmp_path / f"{number}.{suffix}", (64, 96)).std() > 50
+    for share in (0.3, 0.6, 0.9, 0.98):
+        path = tmp_path / f"{share}.{suffix}"
         path.write_bytes(data[: int(share * len(data))])
         with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="none of its 1 files"):
             frame_of(path, (64, 96))
