@@ -224,6 +224,7 @@ def read_film(path: Path) -> Film:
         base, ratio = opened.stream.time_base, opened.stream.sample_aspect_ratio
         rate = opened.stream.average_rate or Fraction(25)
         packets = _read_packets(opened)
+        check(int(opened.stream.codec_context.color_trc), ratio)
     first, times, keys, timed = packets.first, packets.times, packets.keys, packets.timed
     end = max(packets.ends, default=0)
     if first is None or not packets.exact:
@@ -231,7 +232,6 @@ def read_film(path: Path) -> Film:
         timed = timed and rising
         if not timed:
             times, keys, base, end = list(range(len(times))), [], 1 / rate, len(times)
-    check(first, ratio)
     pts = np.sort(np.array(times, dtype=np.int64))
     if end <= pts[-1]:  # no duration: the last frame lasts as long as the others do on average
         end = int(pts[-1]) + (round((pts[-1] - pts[0]) / (len(pts) - 1)) if len(pts) > 1 else 1)

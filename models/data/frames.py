@@ -26,15 +26,20 @@ class Undecodable(Exception):
     """A file without a video frame that can be decoded."""
 
 
-def check(frame: av.VideoFrame, ratio: Fraction | None) -> None:
+def check(transfer: int, ratio: Fraction | None) -> None:
     """Refuse what would be shown wrongly.
+
+    Args:
+        transfer: the number of the transfer function in H.273.
+        ratio: the width of a pixel over its height.
 
     Raises:
         Undecodable: colours of high dynamic range, or pixels of an absurd shape.
     """
-    if int(frame.color_trc) in HDR:
-        kind = HDR[int(frame.color_trc)]
-        raise Undecodable(f"its colours are HDR ({kind}), which are not mapped to ordinary ones; convert it first")
+    if transfer in HDR:
+        raise Undecodable(
+            f"its colours are HDR ({HDR[transfer]}), which are not mapped to ordinary ones; convert it first"
+        )
     if ratio and not 1 / MOST_OBLONG <= ratio <= MOST_OBLONG:
         raise Undecodable(f"its pixels are {ratio.numerator}:{ratio.denominator}; at most {MOST_OBLONG}:1 is read")
 
