@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import stat
@@ -67,13 +68,23 @@ class Film:
             return len(self.pts)
         return max(1, round(float((self.end - int(self.pts[0])) * self.base) * fps))
 
+    def _moments(self, fps: float) -> np.ndarray:
+        """The first of the frames at ``fps`` at which each of its own is on the screen."""
+        # Times are rounded to the unit, so a frame may be late by half of it.
+        times = self.pts - self.pts[0] - 0.5
+        return np.maximum(np.ceil(times * (fps * float(self.base))), 0).astype(np.int64)
+
     def shown(self, fps: float, numbers: np.ndarray) -> np.ndarray:
         """Which frame of its own is on the screen at each of ``numbers`` of the frames at ``fps``."""
         if not fps or len(self.pts) == 1:
             return numbers
-        # Times are rounded to the unit, so a frame may be late by half of it.
-        times = numbers / (fps * float(self.base)) + 0.5
-        return np.maximum(np.searchsorted(self.pts - self.pts[0], times, side="right") - 1, 0)
+        return np.searchsorted(self._moments(fps), numbers, side="right") - 1
+
+    def used(self, fps: float) -> np.ndarray:
+        """The numbers of its own frames that are on the screen at any of those at ``fps``."""
+        if not fps or len(self.pts) == 1:
+            return np.arange(len(self.pts))
+        return np.flatnonzero(np.diff(self._moments(fps), append=self.count(fps)) > 0)
 
     def starts(self, pts: int) -> list[Any]:
         """Where to begin for the frame of a time, the best first: a row of ``keys``, or None for the file's start."""
@@ -85,6 +96,7 @@ class _Opened:
     """An open file.
 
     Attributes:
+        ratio: the width of a pixel over its height.
         whole: whether all could be decoded so far, and is where it was when the file was read first.
         sought: the row of :attr:`Film.keys` that was sought.
         lost: whether a packet could not, and no key came since.
@@ -94,6 +106,7 @@ class _Opened:
 
     def __init__(self, container: Any, stream: Any, decoder: Any) -> None:
         self.container, self.stream, self.decoder = container, stream, decoder
+        self.ratio: Fraction | None = stream.sample_aspect_ratio
         self.whole, self.lost = True, False
         self.sought: list[int] | None = None
         self.key: int | None = None
@@ -117,8 +130,8 @@ class _Opened:
                     self.whole = self.whole and self.sought == _key(packet)
                 if packet.size:
                     yield packet
-        except FFmpegError:
-            return
+        except FFmpegError as error:
+            _raise_memory(error)
 
     def frames(self) -> Iterator[av.VideoFrame]:
         """The sound frames from here on, in the order in which they are shown."""
@@ -137,7 +150,8 @@ class _Opened:
             if packet is not None and self._is_cut(packet):
                 raise av.error.InvalidDataError(0, "a part of the packet is missing")
             frames = self.decoder.decode(packet)
-        except FFmpegError:
+        except FFmpegError as error:
+            _raise_memory(error)
             self.whole, self.lost, frames = False, True, []
         if packet is not None and (self.lost or (self.key is not None and (packet.pts or 0) < self.key)):
             self.doubtful.add(packet.pts)
@@ -162,17 +176,23 @@ class _Opened:
 class _Packets(NamedTuple):
     """What the packets say.
 
-    ``times`` and ``ends`` are of those that are shown; ``keys`` as in :class:`Film`; ``first`` is the first frame that
-    was decoded; ``timed``: all have times, and never go back; ``exact``: those that were decoded were frames of those
-    times.
+    ``times`` and ``ends`` are of those that are shown; ``keys`` as in :class:`Film`; ``size`` is that of the first
+    frame, None if none was decoded; ``timed``: all have times, and never go back; ``exact``: those that were decoded
+    were frames of those times.
     """
 
     times: list[Any]
     ends: list[int]
     keys: list[list[int]]
-    first: av.VideoFrame | None
+    size: tuple[int, int] | None
     timed: bool
     exact: bool
+
+
+def _raise_memory(error: Exception) -> None:
+    """Raise MemoryError if that is what it is: it says nothing about the file."""
+    if getattr(error, "errno", None) == errno.ENOMEM:
+        raise MemoryError(str(error)) from error
 
 
 @contextmanager
@@ -195,6 +215,7 @@ def _open(path: Path, threads: str = "AUTO") -> Iterator[_Opened]:
                     raise Undecodable("it has no video stream")
                 yield _Opened(container, streams[0], _decoder(streams[0], threads))
     except (FFmpegError, OSError, ValueError, IndexError) as error:
+        _raise_memory(error)
         raise Undecodable(error or type(error).__name__) from error
 
 
@@ -221,14 +242,13 @@ def read_film(path: Path) -> Film:
         Undecodable: it has no frame, or one of a kind that is refused.
     """
     with _open(path) as opened:
-        base, ratio = opened.stream.time_base, opened.stream.sample_aspect_ratio
-        rate = opened.stream.average_rate or Fraction(25)
+        base, rate = opened.stream.time_base, opened.stream.average_rate or Fraction(25)
         packets = _read_packets(opened)
-        check(int(opened.stream.codec_context.color_trc), ratio)
-    first, times, keys, timed = packets.first, packets.times, packets.keys, packets.timed
+        check(int(opened.stream.codec_context.color_trc), opened.ratio)
+    size, times, keys, timed = packets.size, packets.times, packets.keys, packets.timed
     end = max(packets.ends, default=0)
-    if first is None or not packets.exact:
-        times, first, rising = _decode_times(path)
+    if size is None or not packets.exact:
+        times, size, rising = _decode_times(path)
         timed = timed and rising
         if not timed:
             times, keys, base, end = list(range(len(times))), [], 1 / rate, len(times)
@@ -236,7 +256,7 @@ def read_film(path: Path) -> Film:
     if end <= pts[-1]:  # no duration: the last frame lasts as long as the others do on average
         end = int(pts[-1]) + (round((pts[-1] - pts[0]) / (len(pts) - 1)) if len(pts) > 1 else 1)
     starts = np.array(sorted(keys), dtype=np.int64).reshape(-1, 4)
-    return Film(pts, end, base, starts, timed, *upright_size(first, ratio))
+    return Film(pts, end, base, starts, timed, *size)
 
 
 def _read_packets(opened: _Opened) -> _Packets:
@@ -244,27 +264,27 @@ def _read_packets(opened: _Opened) -> _Packets:
     ends: list[int] = []
     keys: list[list[int]] = []
     found: list[Any] = []
-    first, latest, exact = None, -math.inf, True
+    size, latest, exact = None, -math.inf, True
     hides = opened.stream.codec_context.name == "vp8"
     for number, packet in enumerate(itertools.chain(opened.packets(), [None])):
         if number <= CHECKED:
             for frame in opened.decode(packet if number < CHECKED else None):
-                first = first or frame
+                size = size or upright_size(frame, opened.ratio)
                 found.append(frame.pts)
             if number == CHECKED or packet is None:
                 exact = sorted(times) == found
         if packet is None:
             break
-        if packet.pts is None or (packet.dts or latest) < latest:
-            return _Packets([], [], [], first, timed=False, exact=False)
-        latest = packet.dts or latest
+        before, latest = latest, latest if packet.dts is None else packet.dts
+        if packet.pts is None or latest < before:
+            return _Packets([], [], [], size, timed=False, exact=False)
         if packet.is_keyframe:
             keys.append(_key(packet))
         # A packet of VP8 says in a bit of its first byte whether it is shown.
         if not packet.is_discard and not (hides and not bytes(packet)[0] & 16):
             times.append(packet.pts)
             ends.append(packet.pts + (packet.duration or 0))
-    return _Packets(times, ends, keys, first, timed=True, exact=exact and len(set(times)) == len(times))
+    return _Packets(times, ends, keys, size, timed=True, exact=exact and len(set(times)) == len(times))
 
 
 def _key(packet: Any) -> list[int]:
@@ -272,22 +292,22 @@ def _key(packet: Any) -> list[int]:
     return [packet.pts, packet.pts if packet.dts is None else packet.dts, packet.size, packet.pos or 0]
 
 
-def _decode_times(path: Path) -> tuple[list[Any], av.VideoFrame, bool]:
-    """The times of the frames that can be decoded, the first of them, and whether the times rise."""
+def _decode_times(path: Path) -> tuple[list[Any], tuple[int, int], bool]:
+    """The times of the frames that can be decoded, the size of the first, and whether the times rise."""
     times: list[Any] = []
-    first, rising = None, True
+    size, rising = None, True
     with _open(path, "SLICE") as opened:
         for frame in opened.frames():
-            first = first or frame
+            size = size or upright_size(frame, opened.ratio)
             rising = rising and frame.pts is not None and (not times or times[-1] < frame.pts)
             times.append(frame.pts)
-    if first is None:
+    if size is None:
         raise Undecodable("it holds no frame that can be decoded")
-    return times, first, rising
+    return times, size, rising
 
 
 def read_frames(path: Path, film: Film, numbers: np.ndarray, convert: Convert, out: np.ndarray) -> bool:
-    """Write ``convert`` of the frames of ``numbers``, which rise, into ``out``; return whether all could be decoded.
+    """Write ``convert`` of the frames of ``numbers``, which rise, into ``out``; return whether all is sound.
 
     In the place of one that cannot be decoded the one before it is held.
 
@@ -303,7 +323,7 @@ def read_frames(path: Path, film: Film, numbers: np.ndarray, convert: Convert, o
         filled = _fill(opened, film, wanted, convert, out)
     if filled is None:
         raise Undecodable("it holds no frame that can be decoded")
-    return filled == len(wanted)
+    return filled == len(wanted) and opened.whole
 
 
 def _fill(opened: _Opened, film: Film, wanted: np.ndarray, convert: Convert, out: np.ndarray) -> int | None:

@@ -163,7 +163,7 @@ class VideoClips(Source):
             used, order = np.unique(numbers, return_inverse=True)
             return self._decode(path, film, used, self.size, lambda f: window_to_rgb(f, share, at, self.size))[order]
         frames = self._cache.get(path)
-        used = np.unique(film.shown(self.fps, np.arange(film.count(self.fps))) if self._fits(film) else numbers)
+        used = film.used(self.fps) if self._fits(film) else np.unique(numbers)
         if frames is None:
             if self._fits(film):
                 self._cache.make_room(len(used) * height * width * 3)
@@ -174,17 +174,15 @@ class VideoClips(Source):
         return frames[np.searchsorted(used, numbers), top : top + self.size[0], left : left + self.size[1]]
 
     def _fits(self, film: Film) -> bool:
-        shown = len(film.pts) if not self.fps else min(len(film.pts), film.count(self.fps))
-        return shown * math.prod(_cover(film, self.size)) * 3 <= self.cache_bytes
+        return len(film.used(self.fps)) * math.prod(_cover(film, self.size)) * 3 <= self.cache_bytes
 
     def _decode(
         self, path: Path, film: Film, numbers: np.ndarray, size: tuple[int, int], convert: Convert
     ) -> np.ndarray:
         frames = np.empty((len(numbers), *size, 3), dtype=np.uint8)
         if not read_frames(path, film, numbers, convert, frames):
-            self._known.once(
-                logging.WARNING, path, "%s is damaged: where a frame cannot be decoded, the one before it is held"
-            )
+            message = "%s is damaged: a frame that cannot be decoded is left out, or the one before it is held"
+            self._known.once(logging.WARNING, path, message)
         return frames
 
     def _indices(self, path: Path, place: float, count: int) -> np.ndarray:

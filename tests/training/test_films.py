@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -15,8 +16,9 @@ import av
 import numpy as np
 import pytest
 
+from models.data import films
 from models.data.files import Item
-from models.data.films import read_film
+from models.data.films import Film, read_film
 from models.data.frames import Undecodable
 from models.data.videos import Kept, VideoClips
 
@@ -345,3 +347,28 @@ def test_a_name_is_a_file_whatever_it_looks_like(tmp_path, monkeypatch):
     Path("a:b").mkdir()
     for name in ("a:b/x.mp4", "concat:other.mp4|other.mp4", "f%03d.mp4", "-i.mp4"):
         assert all_frames(write(tmp_path / "other.mp4", list(range(20))).rename(name)) == list(range(20))
+
+
+@pytest.mark.parametrize("place", ["open", "decode"])
+def test_too_little_memory_is_not_taken_for_damage(tmp_path, monkeypatch, place):
+    path = write(tmp_path / "a.mp4", list(range(20)))
+
+    def fail(*arguments, **options):
+        raise av.error.FFmpegError(errno.ENOMEM, "Cannot allocate memory")
+
+    class Decoder:
+        decode = fail
+
+    if place == "open":
+        monkeypatch.setattr(av, "open", fail)
+    else:
+        monkeypatch.setattr(films, "_decoder", lambda *arguments: Decoder())
+    with pytest.raises(MemoryError, match="Cannot allocate memory"):
+        source(path, True).clip(0, np.random.default_rng(0))
+
+
+def test_a_frame_of_an_absurd_time_takes_no_memory():
+    pts = np.array([0, 1, 2, 1 << 62])
+    film = Film(pts, (1 << 62) + (1 << 40), Fraction(1, 1000), np.empty((0, 4), np.int64), True, 32, 64)
+    assert film.used(30).tolist() == [0, 2, 3] and film.count(30) > 1 << 56
+    assert film.shown(30, np.array([0, 1, 10**15, film.count(30) - 1])).tolist() == [0, 2, 2, 3]
