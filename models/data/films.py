@@ -216,7 +216,7 @@ def _open(path: Path, threads: str = "AUTO") -> Iterator[_Opened]:
                 yield _Opened(container, streams[0], _decoder(streams[0], threads))
     except (FFmpegError, OSError, ValueError, IndexError) as error:
         _raise_memory(error)
-        raise Undecodable(error or type(error).__name__) from error
+        raise Undecodable(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
 def _decoder(stream: Any, threads: str) -> Any:
