@@ -150,7 +150,7 @@ def _read_rows(table: Path) -> tuple[str, list[tuple[Path, str]]]:
     """The name of the second column, and the rows: a path, and what is in that column."""
     text = _read_text(table)
     # A space after a comma belongs to the comma if it does so in the header.
-    spaced = ", " in text.partition("\n")[0]
+    spaced = any(", " in line for line in text.splitlines()[:1])
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=spaced)
     rows: list[tuple[Path, str]] = []
     try:
