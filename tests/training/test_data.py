@@ -130,7 +130,7 @@ def test_a_file_is_decoded_once_while_it_fits(tmp_path):
     source.clip(1, rng)
     (tmp_path / "b.mp4").unlink()
     source.clip(1, rng)
-    assert list(source._cache) == [tmp_path / "b.mp4"]
+    assert list(source._cache.values) == [tmp_path / "b.mp4"]
 
 
 def test_an_unreadable_file_is_named_once_and_skipped(tmp_path, caplog):

@@ -348,7 +348,8 @@ def test_options_that_the_latents_do_not_have_are_refused(tmp_path):
     for same in ({}, {"frames": 2, "size": (12, 16)}):
         options = {"frames": 8, "size": (16, 16)} | same
         assert open_source(DataConfig(source, **options)).shape == (1, 2, 12, 16)
-    for name, value, made in (("size", (32, 32), r"\[12, 16\]"), ("stride", 2, "1"), ("crop", "center", "random")):
+    others = (("size", (32, 32), r"\[12, 16\]"), ("stride", 2, "1"), ("fps", 8.0, "0.0"), ("crop", "center", "random"))
+    for name, value, made in others:
         with pytest.raises(ValueError, match=f"data.{name} is .*; the latents in .* were made with {made}"):
             open_source(DataConfig(source, **({"frames": 8, "size": (16, 16)} | {name: value})))
     with pytest.raises(
