@@ -55,6 +55,7 @@ def test_the_public_names_are_the_ops_and_their_helpers():
         "checks",
         "commands",
         "counters",
+        "derivatives",
         "forcing",
         "modulation",
         "ops",
