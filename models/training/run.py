@@ -101,7 +101,7 @@ def _train(trainer: Trainer, folder: Path, *, fresh: bool) -> Path:
             trainer.model.train()
             while trainer.step < config.steps:
                 step = trainer.train_step()
-                log.add(trainer.step - 1, step, trainer.tokens)
+                log.add(trainer.step - 1, step, trainer.tokens, trainer.batches.waited)
                 last = trainer.step == config.steps
                 if last or stop or trainer.step % config.save_every == 0:
                     log.flush()

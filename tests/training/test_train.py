@@ -211,7 +211,13 @@ def test_what_a_run_leaves(tmp_path):
             # Two samples of two frames of 16x16, eight times as large, 4 pixels apart.
             assert (frame.height, frame.width) == (2 * 128 + 4, 2 * 128 + 4)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    assert set(events.Tags()["scalars"]) == {"loss", "gradient norm", "learning rate", "tokens/s"}
+    assert set(events.Tags()["scalars"]) == {
+        "loss",
+        "gradient norm",
+        "learning rate",
+        "tokens/s",
+        "seconds of waiting for data",
+    }
     assert [event.step for event in events.Images("samples")] == [4, 8]
     logged = {event.step: event.value for event in events.Scalars("loss")}
     for row in rows(tmp_path / "run")[1:]:
