@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import backends
 
@@ -27,7 +28,7 @@ def check_tensor(op: str, name: str, tensor: object, like: Tensor | None = None,
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise TypeError(f"{op}: {name} must be a dense tensor, got {_layout(tensor)}")
-    if not torch.compiler.is_compiling() and tensor._is_zerotensor():
+    if not is_compiling() and tensor._is_zerotensor():
         raise TypeError(f"{op}: {name} must be a dense tensor, got torch's zero tensor, which has no memory")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; it may be float16, bfloat16, float32 or float64")
@@ -68,6 +69,8 @@ def whole(op: str, name: str, value: Any) -> Any:
     Raises:
         TypeError: it is none.
     """
+    if type(value) is int:
+        return value
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value
     try:
@@ -88,7 +91,10 @@ def sizes(op: str, name: str, value: Any) -> tuple[int, ...]:
         items = tuple(value)
     except TypeError:
         raise TypeError(f"{op}: {name} is {value!r}; it must be a sequence of whole numbers") from None
-    return tuple([whole(op, name, item) for item in items])
+    for item in items:
+        if type(item) is not int:
+            return tuple([whole(op, name, item) for item in items])
+    return items
 
 
 def kernel_refusal(**tensors: Tensor | None) -> str | None:
@@ -139,7 +145,7 @@ setattr(architecture_refusal, "_dynamo_marked_constant", True)  # noqa: B010 - n
 
 def gradient_refusal(**tensors: Tensor | None) -> str | None:
     """Return why a kernel without a backward cannot take these tensors, or None if it can."""
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if not is_compiling() and forward_ad._current_level >= 0:
         return "it has no forward mode AD"
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():

@@ -80,7 +80,7 @@ def check_norm(op: str, norm: str, bias: Tensor | None) -> None:
 def identity(tensor: Tensor | None) -> tuple | None:
     """What tells whether another tensor is the same numbers; None where that cannot be told, as of fake tensors."""
     try:
-        return None if tensor is None else (tensor.data_ptr(), tensor._version, tensor.shape)
+        return None if tensor is None else (tensor.data_ptr(), tensor._version, tensor.numel(), tensor.stride(0))
     except RuntimeError:
         return None
 

@@ -20,6 +20,8 @@ def _check_origin(y: Tensor, given: tuple[Any, ...]) -> None:
     made_of = origin(y)
     if made_of is None:
         raise ValueError("recompute_adaln: y is not what adaln or gate_residual_adaln returned with gradients enabled")
+    if made_of == given:
+        return
     for name, one, other in zip(("x", "shift", "scale", "weight", "bias", "norm", "eps"), made_of, given, strict=True):
         if one != other:
             said = f" {other!r}, not {one!r}" if name in ("norm", "eps") else " another"
@@ -75,7 +77,7 @@ def recompute_adaln(
     if y.shape != x.shape:
         raise ValueError(f"recompute_adaln: y has shape {tuple(y.shape)}, x {tuple(x.shape)}; y must be adaln of x")
     eps = number("recompute_adaln", "eps", eps, 0)
-    given = (*map(identity, (x, shift, scale, weight, bias)), norm, eps)
+    named = x, shift, scale, weight, bias
     shift, scale = rows("recompute_adaln", "shift", shift, x), rows("recompute_adaln", "scale", scale, x)
     backend = backends.choose("adaln", adaln.BACKENDS, x.device, None, x, shift, scale, weight, bias)
     wider = y.element_size() > x.element_size()
@@ -86,7 +88,7 @@ def recompute_adaln(
         raise ValueError(
             "recompute_adaln: y is a part of another tensor; it must be what adaln or gate_residual_adaln returned"
         )
-    _check_origin(y, given)
+    _check_origin(y, (*map(identity, named), norm, eps))
     storage, dtype, device, version = y.untyped_storage()._cdata, y.dtype, y.device.type, y._version
     made_of = tuple(None if tensor is None else tensor.detach() for tensor in (x, shift, scale, weight, bias))
     versions = [tensor._version for tensor in made_of if tensor is not None]
