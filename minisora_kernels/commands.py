@@ -19,7 +19,7 @@ HELP = f"{TRACEBACK} shows where an error comes from."
 # How torch says without a class of its own that memory or the numbers for its size do not suffice.
 _OF_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|size calculation overflowed"
-    r"|multiplication overflow|array is too big|maximum allowed dimension",
+    r"|multiplication overflow|array is too big|maximum allowed dimension|failed to map segment",
     re.IGNORECASE,
 )
 _ASKED = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))|unable to allocate ([\d.]+ \w+)", re.IGNORECASE)
@@ -31,7 +31,7 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, (RuntimeError, ValueError)) and _OF_MEMORY.search(str(error)) is not None
+    return isinstance(error, (RuntimeError, ValueError, ImportError)) and _OF_MEMORY.search(str(error)) is not None
 
 
 def message_of(error: BaseException) -> str:

@@ -162,6 +162,7 @@ def _unchecked(**changes: float) -> TrainConfig:
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
                      "tried to allocate 400000000000 bytes. Error code 12 (Cannot allocate memory)"),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
+        ImportError("libx.so: failed to map segment from shared object"),
     ],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
