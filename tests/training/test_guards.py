@@ -120,29 +120,25 @@ def test_a_clip_does_not_depend_on_its_batch(family):
     assert all((clips[0].int() - other.int()).abs().max() <= 1 for other in clips[1:])
 
 
-def tensor_bytes() -> int:
-    """Bytes of all tensors that are alive; each storage counts once."""
+def storages() -> dict[int, torch.UntypedStorage]:
+    """The memory of all tensors that are alive, by its place."""
     gc.collect()
-    storages = {}
-    for item in gc.get_objects():
-        if isinstance(item, torch.Tensor):
-            storage = item.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
+    found = [item.untyped_storage() for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
+    return {storage._cdata: storage for storage in found}
 
 
 def test_a_trainer_that_goes_on_holds_as_much_as_one_that_was_not_stopped(tmp_path):
     held = []
     path = train(merge(TINY, {"run": str(tmp_path / "run"), "steps": 2}))
     for resume in (False, True):
-        before = tensor_bytes()
+        before = storages()  # which stay alive, so that no place is taken again
         trainer = Trainer(merge(TINY, {"run": str(tmp_path / "run")}), load(path) if resume else None)
         for _ in range(2):
             trainer.train_step()
         trainer.batches.close()
         trainer.batches._ahead.clear()
-        held.append(tensor_bytes() - before)
-        del trainer
+        held.append(sum(storage.nbytes() for place, storage in storages().items() if place not in before))
+        del trainer, before
     assert held[0] > 100_000 and abs(held[1] - held[0]) < 2_000, held
 
 
