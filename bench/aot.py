@@ -40,6 +40,7 @@ from bench.harness.session import DTYPES, Problem, tuple_of
 from bench.ops import bench_of
 from minisora_kernels import backends, use_backend
 from minisora_kernels.__main__ import ops
+from minisora_kernels.commands import command
 from minisora_kernels.counters import ALLOCATIONS
 
 RECORD = RESULTS / "aot.json"
@@ -351,7 +352,8 @@ def written(record: dict[str, Any]) -> str:
     return re.sub(r"\{\s+([^{}]*?)\s+\}", lambda m: "{" + re.sub(r"\s*\n\s*", " ", m[1]) + "}", text) + "\n"
 
 
-def main() -> int:
+@command(failed=2)
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", action="store_true", help=f"write {RECORD.name} anew")
     parser.add_argument(
@@ -361,7 +363,7 @@ def main() -> int:
         "--alone", nargs="+", metavar=("NAME", "OP"), help="print what is of one and these ops, as JSON"
     )
     parser.add_argument("--quick", action="store_true", help="only the LAUNCHES of the benches, each in one dtype")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.alone:
         name, *of = options.alone
         print(json.dumps(kernels_of(ARCHITECTURES[name], options.quick, of)))

@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.harness.record import key, load
 from bench.harness.report import about, aligned, milliseconds, ratio
+from minisora_kernels.commands import command
 
 THRESHOLD = 0.1
 
@@ -63,7 +64,8 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = THRESHO
     return lines, "slower" in verdicts.values()
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command(failed=2)
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -72,13 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--any-machine", action="store_true", help="compare records of different machines or settings")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="smallest change that counts (default 0.1)")
     options = parser.parse_args(arguments)
-    try:
-        old, new = load(options.old), load(options.new)
-        if not options.any_machine:
-            check_comparable(old, new)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    old, new = load(options.old), load(options.new)
+    if not options.any_machine:
+        check_comparable(old, new)
     lines, slower = compare(old, new, options.threshold)
     print("\n".join(lines))
     return int(slower)

@@ -25,6 +25,7 @@ from typing import Any
 from bench import plots as drawing
 from bench.harness.record import RESULTS, ROOT, key, load
 from bench.harness.report import NO_RATIO, about, counted, markdown, milliseconds, of_roofline, ratio
+from minisora_kernels.commands import command
 
 MARKERS = re.compile(r"(<!-- table: (?P<words>[^>]*?) -->\n)(?P<content>.*?)(<!-- /table -->)", re.DOTALL)
 PICTURE = "docs/images/training-step.png"
@@ -367,21 +368,18 @@ def pictures(root: Path, results: Path, *, check: bool) -> list[str]:
     return stale
 
 
-def main(arguments: list[str] | None = None, *, root: Path = ROOT) -> int:
+@command(failed=2)
+def main(arguments: list[str], *, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.docs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit with status 1 if a page differs")
     options = parser.parse_args(arguments)
     results = root / RESULTS.relative_to(ROOT)
-    try:
-        texts = {page: filled(page, results) for page in pages(root)}
-        if missing := list(unshown(list(texts.values()), results)):
-            raise ValueError(f"no page has the marker {', '.join(missing)}; add it to a page of docs/benchmarks")
-        stale = pictures(root, results, check=options.check)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    texts = {page: filled(page, results) for page in pages(root)}
+    if missing := list(unshown(list(texts.values()), results)):
+        raise ValueError(f"no page has the marker {', '.join(missing)}; add it to a page of docs/benchmarks")
+    stale = pictures(root, results, check=options.check)
     changed = [page for page, text in texts.items() if page.read_text() != text]
     if not options.check:
         for page in changed:

@@ -35,6 +35,7 @@ from bench.harness.session import BOTH, FWD, Problem, tuple_of
 from bench.ops import bench_of
 from minisora_kernels import backends, use_backend
 from minisora_kernels.__main__ import ops
+from minisora_kernels.commands import command
 
 RECORD = RESULTS / "host.json"
 SOURCE = Path(__file__).with_name("stub_driver.c")
@@ -252,13 +253,14 @@ def table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main() -> int:
+@command(failed=2)
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", action="store_true", help=f"write {RECORD.name} anew")
     parser.add_argument(
         "--before", type=Path, metavar="FILE", help="with --save: a record of an earlier commit, made on this machine"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.before is not None and not options.save:
         parser.error("--before is for --save")
     before = None if options.before is None else json.loads(options.before.read_text())

@@ -35,6 +35,7 @@ from bench.ops import (
     bench_patch_embed,
     bench_window_attention,
 )
+from minisora_kernels.commands import command
 
 RECORD = RESULTS / "inductor.json"
 DTYPE = torch.bfloat16
@@ -289,10 +290,11 @@ def measure(row: Row) -> dict[str, Any]:
     return rounded({"form": form, **parts})
 
 
-def main() -> int:
+@command(failed=2)
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--row", action="append", choices=ROWS, help="print these rows alone, as JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     made = head(torch.device("cpu"), "default")
     pretend()
     with (

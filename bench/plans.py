@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bench.harness import record
+from minisora_kernels.commands import command
 from models.plan import PlanConfig, available, needs, seconds
 
 PATH = record.RESULTS / "plans.json"
@@ -59,7 +60,8 @@ def row(config: PlanConfig) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
+@command()
+def main(_: list[str]) -> None:
     plans = []
     for config in configs():
         plans.append(row(config))

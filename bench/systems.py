@@ -35,6 +35,7 @@ from torch._inductor import config as inductor_config
 from bench.harness import record
 from bench.harness.clock import Clock
 from bench.harness.session import release_memory, summary
+from minisora_kernels.commands import command
 from minisora_kernels.counters import Counter
 from models import checkpoint as checkpoints
 from models import digits
@@ -261,7 +262,8 @@ def run(runs: Path, wanted: Sequence[str]) -> Path:
     return path
 
 
-def main(arguments: list[str] | None = None) -> None:
+@command()
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.systems", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -279,8 +281,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(run(options.runs, options.system))
     except Stopped as stopped:
         sys.exit(f"{stopped}\nrun the same command again to go on")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

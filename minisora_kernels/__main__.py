@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from . import __version__, backends, proofs
+from .commands import HELP
+from .commands import command as reports_errors
 from .verify import command, record
 from .verify.cases import regimes
 
@@ -94,8 +96,9 @@ def show() -> None:
             print(f"\nrecord {found[1]}, of {found[0].key}:\n" + "\n".join(command.table(found[0])))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m minisora_kernels", description=__doc__)
+@reports_errors(failed=2)
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m minisora_kernels", description=__doc__, epilog=HELP)
     commands = parser.add_subparsers(dest="command", metavar="verify")
     verify = commands.add_parser(
         "verify",

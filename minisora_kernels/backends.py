@@ -246,6 +246,13 @@ def choose(
     else:
         name = _explicit(op, table, device, explicit, call)
     if name != "reference" and not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            if explicit is not None:
+                raise ValueError(
+                    f"{op}: backend {name!r} cannot serve this call: it is inside a transform of torch.func, for which "
+                    "the kernels have no rules; use 'reference'"
+                )
+            return "reference"
         _check_built(op, name)
     return name
 

@@ -3,28 +3,98 @@
 from __future__ import annotations
 
 import functools
+import math
+import numbers
+import operator
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import backends
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNEL_FLOATS = FLOATS[:3]
+# Of numbers that a trace leaves open.
+SYMBOLS = (torch.SymInt, torch.SymFloat)
 
 
 def check_tensor(op: str, name: str, tensor: object, like: Tensor | None = None, like_name: str = "x") -> None:
-    """Raise unless ``tensor`` is a floating-point tensor, and on the device of ``like`` if there is one."""
+    """Raise unless ``tensor`` is a dense floating-point tensor, and on the device of ``like`` if there is one."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {_layout(tensor)}")
+    if not is_compiling() and tensor._is_zerotensor():
+        raise TypeError(f"{op}: {name} must be a dense tensor, got torch's zero tensor, which has no memory")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; it may be float16, bfloat16, float32 or float64")
-    if like is not None and tensor.device != like.device:
+    if like is not None and not (tensor.is_cpu and like.is_cpu) and tensor.device != like.device:
         raise ValueError(
             f"{op}: {name} is on {tensor.device}, {like_name} is on {like.device}; they must be on one device"
         )
+
+
+def _layout(tensor: Tensor) -> str:
+    return "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
+
+
+def number(op: str, name: str, value: Any, least: float = -math.inf) -> Any:
+    """``value``, a finite number that is at least ``least``.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not finite, or less.
+    """
+    if isinstance(value, SYMBOLS):
+        return value
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{op}: {name} is {value!r}; it must be a number")
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ValueError(f"{op}: {name} is too large for a float; it must be finite") from None
+    if not least <= value < math.inf or value == -math.inf:  # NaN too
+        raise ValueError(f"{op}: {name} is {value}; it must be finite{'' if least < 0 else f' and at least {least}'}")
+    return value
+
+
+def whole(op: str, name: str, value: Any) -> Any:
+    """``value``, a whole number.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    try:
+        if isinstance(value, (bool, Tensor)):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} is {value!r}; it must be a whole number") from None
+
+
+def sizes(op: str, name: str, value: Any) -> tuple[int, ...]:
+    """``value``, some whole numbers.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    try:
+        items = tuple(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} is {value!r}; it must be a sequence of whole numbers") from None
+    for item in items:
+        if type(item) is not int:
+            return tuple([whole(op, name, item) for item in items])
+    return items
 
 
 def kernel_refusal(**tensors: Tensor | None) -> str | None:
@@ -75,7 +145,7 @@ setattr(architecture_refusal, "_dynamo_marked_constant", True)  # noqa: B010 - n
 
 def gradient_refusal(**tensors: Tensor | None) -> str | None:
     """Return why a kernel without a backward cannot take these tensors, or None if it can."""
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if not is_compiling() and forward_ad._current_level >= 0:
         return "it has no forward mode AD"
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
@@ -89,4 +159,21 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def linear_dtype(op: str, x: Tensor, **parameters: Tensor | None) -> torch.dtype:
+    """The dtype of a Linear, of weights that it multiplies with x.
+
+    Raises:
+        TypeError: a parameter of another dtype than x, outside autocast, which would cast it.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.dtype != x.dtype:
+            raise TypeError(
+                f"{op}: {name} has dtype {parameter.dtype}, x has {x.dtype}; outside autocast they must be the same"
+            )
     return x.dtype

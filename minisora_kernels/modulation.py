@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .checks import check_tensor, kernel_refusal
@@ -9,6 +12,9 @@ from .checks import check_tensor, kernel_refusal
 # The widest token that Triton's kernels take: they keep one in the registers of a program, of 512 threads at most, and
 # a thread has room for 24 columns beside its sums. See triton/_rows.py.
 TRITON_WIDEST = 8192
+
+# The attribute of a result of a norm.
+MADE_OF = "_minisora_made_of"
 
 
 def triton_refusal(x: Tensor, **tensors: Tensor | None) -> str | None:
@@ -69,3 +75,22 @@ def check_norm(op: str, norm: str, bias: Tensor | None) -> None:
         raise ValueError(f"{op}: norm is {norm!r}; it may be 'layer' or 'rms'")
     if norm == "rms" and bias is not None:
         raise ValueError(f"{op}: bias must be None with norm='rms', because an RMS norm has no bias")
+
+
+def identity(tensor: Tensor | None) -> tuple | None:
+    """What tells whether another tensor is the same numbers; None where that cannot be told, as of fake tensors."""
+    try:
+        return None if tensor is None else (tensor.data_ptr(), tensor._version, tensor.numel(), tensor.stride(0))
+    except RuntimeError:
+        return None
+
+
+def remember(y: Tensor, made_of: tuple[Tensor | None, ...], norm: str, eps: float) -> None:
+    """Note on ``y`` what a norm made it of, as the caller named it, for :func:`.recompute_adaln`."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        setattr(y, MADE_OF, (*map(identity, made_of), norm, eps))
+
+
+def origin(y: Tensor) -> tuple[Any, ...] | None:
+    """What :func:`remember` noted: x, shift, scale, weight and bias by their :func:`identity`, norm and eps."""
+    return getattr(y, MADE_OF, None)

@@ -11,8 +11,21 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import backends
-from .modulation import rows
+from .checks import number
+from .modulation import identity, origin, rows
 from .ops import adaln
+
+
+def _check_origin(y: Tensor, given: tuple[Any, ...]) -> None:
+    made_of = origin(y)
+    if made_of is None:
+        raise ValueError("recompute_adaln: y is not what adaln or gate_residual_adaln returned with gradients enabled")
+    if made_of == given:
+        return
+    for name, one, other in zip(("x", "shift", "scale", "weight", "bias", "norm", "eps"), made_of, given, strict=True):
+        if one != other:
+            said = f" {other!r}, not {one!r}" if name in ("norm", "eps") else " another"
+            raise ValueError(f"recompute_adaln: y was made of other arguments than these: {name} is{said}")
 
 
 @contextmanager
@@ -50,7 +63,7 @@ def recompute_adaln(
         eps: The op's argument.
 
     Raises:
-        ValueError: y has another shape than x, or is a part of another tensor.
+        ValueError: y has another shape than x, is a part of another tensor, or was made of other arguments.
         RuntimeError: The backward finds that an argument has changed in place since the forward.
 
     Examples:
@@ -63,6 +76,8 @@ def recompute_adaln(
     """
     if y.shape != x.shape:
         raise ValueError(f"recompute_adaln: y has shape {tuple(y.shape)}, x {tuple(x.shape)}; y must be adaln of x")
+    eps = number("recompute_adaln", "eps", eps, 0)
+    named = x, shift, scale, weight, bias
     shift, scale = rows("recompute_adaln", "shift", shift, x), rows("recompute_adaln", "scale", scale, x)
     backend = backends.choose("adaln", adaln.BACKENDS, x.device, None, x, shift, scale, weight, bias)
     wider = y.element_size() > x.element_size()
@@ -73,6 +88,7 @@ def recompute_adaln(
         raise ValueError(
             "recompute_adaln: y is a part of another tensor; it must be what adaln or gate_residual_adaln returned"
         )
+    _check_origin(y, (*map(identity, named), norm, eps))
     storage, dtype, device, version = y.untyped_storage()._cdata, y.dtype, y.device.type, y._version
     made_of = tuple(None if tensor is None else tensor.detach() for tensor in (x, shift, scale, weight, bias))
     versions = [tensor._version for tensor in made_of if tensor is not None]

@@ -14,11 +14,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+from minisora_kernels.commands import command
 
 from . import sample
 from .data.page import write_page
 from .runtime.allocator import reuse_large_allocations
+from .runtime.arguments import read
 from .runtime.plain import merge
 from .training.presets import PRESETS
 from .training.run import Stopped, train_or_continue
@@ -54,10 +55,11 @@ def go_on(run: Path) -> list[tuple[str, str]]:
     ]
 
 
-def main(arguments: list[str] | None = None) -> None:
+@command()
+def main(arguments: list[str]) -> None:
     logging.basicConfig(format="%(message)s")
     reuse_large_allocations()
-    config = tyro.cli(DemoConfig, prog=f"python -m {__package__}.demo", description=__doc__, args=arguments)
+    config = read(DemoConfig, f"python -m {__package__}.demo", __doc__, arguments)
     try:
         path = train_or_continue(merge(PRESETS["demo"], {"run": config.run}))
         files = {file.suffix: file for file in sample.run(sample.SampleConfig(path, count=6, steps=30, overwrite=True))}
@@ -65,8 +67,6 @@ def main(arguments: list[str] | None = None) -> None:
     except Stopped as stopped:
         print(f"{stopped}\nrun the same command again to go on", file=sys.stderr)
         sys.exit(stopped.status)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(f"{LEARNED}\nOpen {page.resolve()} in a browser: the clips, the losses, and the commands to go on.")
 
 

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
+
+from minisora_kernels.commands import command
 
 from . import checkpoint as checkpoints
 from . import measure, precompute
@@ -34,6 +35,7 @@ from .data.media import contact_sheet, write_png
 from .data.moving_digits import MovingDigits
 from .data.pixels import to_float
 from .runtime.allocator import reuse_large_allocations
+from .runtime.arguments import read
 from .runtime.device import choose_device
 from .runtime.plain import merge
 from .runtime.progress import progress_bar
@@ -229,8 +231,9 @@ def judge(config: DigitsConfig, path: Path) -> dict[str, Any]:
 def run(config: DigitsConfig) -> dict[str, Any]:
     """Train the preset, or go on with what is in the run's folder, then judge."""
     chosen, folder = preset(config.preset), config.runs / config.preset
-    if config.per_class < 1:
-        raise ValueError(f"per_class is {config.per_class}; it must be at least 1")
+    for name in ("per_class", "steps"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     digits = chosen.data.source == "digits" and chosen.data.reduce == 1 and not chosen.model.autoencoder
     if not digits and config.preset not in PREREQUISITES:
         raise ValueError(f"preset is {config.preset!r}; it must be a model that makes digits")
@@ -245,17 +248,15 @@ def run(config: DigitsConfig) -> dict[str, Any]:
     return result
 
 
-def main(arguments: list[str] | None = None) -> None:
+@command()
+def main(arguments: list[str]) -> None:
     logging.basicConfig(format="%(message)s")
     reuse_large_allocations()
-    config = tyro.cli(DigitsConfig, prog=f"python -m {__package__}.digits", description=__doc__, args=arguments)
     try:
-        run(config)
+        run(read(DigitsConfig, f"python -m {__package__}.digits", __doc__, arguments))
     except Stopped as stopped:
         print(f"{stopped}\nrun the same command again to go on", file=sys.stderr)
         sys.exit(stopped.status)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

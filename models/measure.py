@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
 from torch import Tensor
+
+from minisora_kernels.commands import command
 
 from . import checkpoint as checkpoints
 from .autoencoders.tokenizer import CausalTokenizer, measure_latents
@@ -32,6 +33,7 @@ from .data.pixels import to_bytes
 from .data.source import Source
 from .data.wrappers import ReducedClips
 from .objectives.reconstruction import Reconstruction, psnr
+from .runtime.arguments import read
 from .runtime.device import choose_device
 from .training.config import from_dict
 
@@ -77,6 +79,8 @@ def run(config: MeasureConfig) -> dict[str, float]:
     for name in ("batches", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    if config.seed < 0:
+        raise ValueError(f"seed is {config.seed}; it must be at least 0")
     path, checkpoint = open_checkpoint(config.checkpoint)
     trained = from_dict(checkpoint.train)
     if not isinstance(trained.objective, Reconstruction):
@@ -100,13 +104,11 @@ def run(config: MeasureConfig) -> dict[str, float]:
     return {"psnr": ratios.mean().item(), "least psnr": ratios.min().item()}
 
 
-def main(arguments: list[str] | None = None) -> None:
+@command()
+def main(arguments: list[str]) -> None:
     logging.basicConfig(format="%(message)s")
-    config = tyro.cli(MeasureConfig, prog=f"python -m {__package__}.measure", description=__doc__, args=arguments)
-    try:
-        result = run(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    config = read(MeasureConfig, f"python -m {__package__}.measure", __doc__, arguments)
+    result = run(config)
     clips = config.batches * config.batch_size
     print(f"PSNR of {clips} clips: {result['psnr']:.2f} dB, at least {result['least psnr']:.2f} dB")
 

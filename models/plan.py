@@ -19,22 +19,22 @@ FSDP gathers for a block, and that GPUs wait for each other.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minisora_kernels import use_backend
+from minisora_kernels.commands import command
 from minisora_kernels.counters import Counter
 
 from .protocols import Model
 from .registry import SYSTEMS, build, configure
+from .runtime.arguments import read
 
 
 class GPU(NamedTuple):
@@ -190,6 +190,11 @@ def needs(config: PlanConfig, *, training: bool) -> Needs:
     for name in ("frames", "batch_size", "gpus", "steps", "channels"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    for name in ("size", "compression"):
+        if min(getattr(config, name)) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; both numbers must be at least 1")
+    if config.classes < 0:
+        raise ValueError(f"classes is {config.classes}; it must be at least 0")
     if SYSTEMS[config.model].settings.autoencoder:
         raise ValueError(f"model is {config.model!r}, an autoencoder; it must be a model that denoises")
     for name, low, high in (("utilization", 0.01, 1.0), ("reserve", 0.0, 0.9)):
@@ -250,12 +255,9 @@ def report(config: PlanConfig) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    config = tyro.cli(PlanConfig, prog=f"python -m {__package__}.plan", description=__doc__, args=arguments)
-    try:
-        print(report(config))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+@command()
+def main(arguments: list[str]) -> None:
+    print(report(read(PlanConfig, f"python -m {__package__}.plan", __doc__, arguments)))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
+
+from minisora_kernels.commands import command
 
 from .data.batches import bucket_seed
 from .data.config import DataConfig
@@ -43,7 +44,8 @@ from .data.open import open_source
 from .data.pixels import shrink, to_float
 from .data.source import Shape, Source
 from .runtime.allocator import reuse_large_allocations
-from .runtime.device import choose_backend, choose_device
+from .runtime.arguments import read
+from .runtime.device import check_backend, choose_backend, choose_device
 from .runtime.plain import as_plain
 from .runtime.progress import progress_bar
 
@@ -229,8 +231,10 @@ def run(config: PrecomputeConfig) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out is {str(folder)!r}, which is a file; it must be a folder")
     shards = whole_shards(folder, recipe)
+    device = choose_device(config.device)
+    check_backend(config.backend, device)
     with choose_backend(config.backend):
-        encoder = open_encoder(record, choose_device(config.device))
+        encoder = open_encoder(record, device)
         shape = encoder.shape(source.shape)
         parts = parts_of(config, source, encoder)
         write_shards(config, encoder, parts, recipe, shards)
@@ -302,19 +306,15 @@ def moments(shards: list[dict[str, Any]], cells: int) -> tuple[list[float], list
     return mean, [max(total / cells - m * m, 0.0) ** 0.5 for total, m in zip(totals[1], mean, strict=True)]
 
 
-def main(arguments: list[str] | None = None) -> None:
+@command()
+def main(arguments: list[str]) -> None:
     logging.basicConfig(format="%(message)s")
     reuse_large_allocations()
     try:
-        config = tyro.cli(
-            PrecomputeConfig, prog=f"python -m {__package__}.precompute", description=__doc__, args=arguments
-        )
-        path = run(config)
+        path = run(read(PrecomputeConfig, f"python -m {__package__}.precompute", __doc__, arguments))
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     index = read_index(path.parent)
     count = sum(entry["count"] for entry in index["shards"])
     size = sum(entry["bytes"] for entry in index["shards"])

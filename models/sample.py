@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -14,13 +13,16 @@ import torch
 import tyro
 from torch import Tensor
 
+from minisora_kernels.commands import command
+
 from .checkpoint import Checkpoint, open_checkpoint
 from .data.encoder import Decoder
 from .data.media import output_paths, read_samples, write_samples
 from .data.text import TextEncoder, identify_text_encoder, refuse_another
 from .denoisers.text import Text
 from .runtime.allocator import reuse_large_allocations
-from .runtime.device import choose_device
+from .runtime.arguments import read
+from .runtime.device import check_backend, choose_device
 from .runtime.verification import serving
 from .sampling.clips import ClipRequest, in_training_units, sample_clips
 from .sampling.solvers import SolverOptions
@@ -246,6 +248,7 @@ def run(config: SampleConfig) -> list[Path]:
     if present and not config.overwrite:
         raise ValueError(f"{', '.join(present)} exists already; use --overwrite or another --out")
     device = choose_device(config.device)
+    check_backend(config.backend, device)
     if checkpoint.encoder is None and config.encoder is not None:
         raise ValueError(f"encoder is {config.encoder!r}, but {path} makes pixels, not latents")
     labels, y = conditions_of(config, checkpoint, train, start, count, device)
@@ -282,14 +285,11 @@ def run(config: SampleConfig) -> list[Path]:
     return paths
 
 
-def main(arguments: list[str] | None = None) -> None:
+@command()
+def main(arguments: list[str]) -> None:
     logging.basicConfig(format="%(message)s")
     reuse_large_allocations()
-    config = tyro.cli(SampleConfig, prog=f"python -m {__package__}.sample", description=__doc__, args=arguments)
-    try:
-        run(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run(read(SampleConfig, f"python -m {__package__}.sample", __doc__, arguments))
 
 
 if __name__ == "__main__":

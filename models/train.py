@@ -21,10 +21,13 @@ import sys
 
 import tyro
 
+from minisora_kernels.commands import command
+
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
 from .registry import OBJECTIVES
 from .runtime.allocator import reuse_large_allocations
+from .runtime.arguments import read
 from .training.config import RESUMABLE, TrainConfig, from_dict
 from .training.options import choose, load, start_parser
 from .training.presets import preset
@@ -59,12 +62,12 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
         f"('list' shows them) and an objective with --objective {{{','.join(OBJECTIVES)}}}; the options below change "
         "it."
     )
-    config = tyro.cli(
+    config = read(
         tyro.conf.AvoidSubcommands[TrainConfig],
-        prog=f"python -m {__package__}.train",
-        description=description,
+        f"python -m {__package__}.train",
+        description,
+        rest,
         default=default,
-        args=rest,
     )
     if resume is not None:
         moved = default
@@ -82,17 +85,16 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
     return config, resume
 
 
-def main(arguments: list[str] | None = None) -> None:
+@command()
+def main(arguments: list[str]) -> None:
     logging.basicConfig(format="%(message)s")
     reuse_large_allocations()
     try:
-        config, resume = parse(sys.argv[1:] if arguments is None else arguments)
+        config, resume = parse(arguments)
         path = train(config, resume)
     except Stopped as stopped:
         print(f"{stopped}\ncontinue with: python -m {__package__}.train --resume RUN", file=sys.stderr)
         sys.exit(stopped.status)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     follows = "measure" if config.model.autoencoder else "sample"
     print(f"trained: {path}\n{follows} with: python -m {__package__}.{follows} {path.parent}")
 

@@ -53,7 +53,9 @@ def test_the_public_names_are_the_ops_and_their_helpers():
         "automatic",
         "backends",
         "checks",
+        "commands",
         "counters",
+        "derivatives",
         "forcing",
         "modulation",
         "ops",
@@ -67,7 +69,7 @@ def test_the_public_names_are_the_ops_and_their_helpers():
 
 
 def test_models_use_the_public_ops_only():
-    public = r"\s*(import minisora_kernels( as mk)?|from minisora_kernels(\.counters)? import .*)"
+    public = r"\s*(import minisora_kernels( as mk)?|from minisora_kernels(\.commands|\.counters)? import .*)"
     paths = list((ROOT / "models").rglob("*.py"))
     assert len(paths) > 30
     for path in paths:

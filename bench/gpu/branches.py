@@ -19,6 +19,7 @@ from unittest.mock import patch
 from bench.aot import launch_all, quick, set_target
 from bench.gpu.architectures import ARCHITECTURES
 from minisora_kernels import backends
+from minisora_kernels.commands import command
 
 KERNELS = Path(backends.__file__).parent / "triton"
 INTERPRETED = "_UPCAST"  # names what is compiled for the interpreter alone
@@ -109,7 +110,8 @@ def missing(was: dict[Place, set[bool]], launched: set[str]) -> list[str]:
     return found
 
 
-def main() -> int:
+@command(failed=2)
+def main(_: list[str]) -> int:
     found = missing(*translate())
     print("\n".join(found) or "every kernel is compiled, with every branch of its constants both ways")
     return bool(found)

@@ -17,6 +17,7 @@ from bench.harness.session import DTYPES, tuple_of
 from bench.ops import bench_of
 from minisora_kernels import backends, use_backend
 from minisora_kernels.__main__ import ops
+from minisora_kernels.commands import command
 from minisora_kernels.counters import Counter
 
 
@@ -39,10 +40,11 @@ def run(op: str, shape: Any, dtype: str, device: torch.device) -> None:
             raise FloatingPointError(f"{op} {shape.name} {dtype}: result {place} is not finite")
 
 
-def main() -> int:
+@command(failed=2)
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=ops(), help="one op alone")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not backends.INTERPRETED and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; without one this runs with TRITON_INTERPRET=1")
     device = torch.device("cpu" if backends.INTERPRETED else "cuda")

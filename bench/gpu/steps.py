@@ -38,6 +38,7 @@ import torch
 
 from bench.harness import record
 from minisora_kernels.__main__ import ops
+from minisora_kernels.commands import command
 
 TESTS = ("tests/ops/test_ops.py", "tests/ops/test_grn.py", "tests/models/test_model_kernels.py")
 WINDOWS = ("temporal", "spatial", "joint", "W.A.L.T")
@@ -243,7 +244,8 @@ def perform(step: Step, here: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command(failed=2)
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--step", nargs="+", type=step_name, default=[*STEPS, *op_steps()], metavar="NAME")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import architecture_refusal, compute_dtype, kernel_refusal
-from ..modulation import affine, broadcast, check_norm, check_tokens, rows, triton_refusal
+from ..checks import architecture_refusal, compute_dtype, kernel_refusal, number
+from ..derivatives import once
+from ..modulation import affine, broadcast, check_norm, check_tokens, remember, rows, triton_refusal
 
 
 def reference(
@@ -86,14 +86,13 @@ def _affine_gradient(parameter: Tensor | None, x: Tensor) -> Tensor:
 class _AdaLN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, shift, scale, weight, bias, rms, eps, out_dtype, backend):
-        x = x.contiguous()
         ctx.rms, ctx.backend = rms, backend
         y, mean, rstd = kernels(ctx.backend).adaln_fwd(x, shift, scale, weight, bias, rms, eps, out_dtype)
         ctx.save_for_backward(x, shift, scale, weight, bias, mean, rstd)
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Any):
         x, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
         dx, dshift, dscale, dweight, dbias = kernels(ctx.backend).adaln_bwd(
@@ -160,7 +159,7 @@ def adaln(
 
     Raises:
         ValueError: A shape, device or option does not fit, or the chosen backend refuses the call.
-        TypeError: An argument is not a floating-point tensor.
+        TypeError: An argument is not a dense floating-point tensor, or an option not a number.
         RuntimeError: The chosen backend is not available.
 
     Examples:
@@ -171,9 +170,15 @@ def adaln(
     """
     check_tokens("adaln", "x", x)
     check_norm("adaln", norm, bias)
+    eps = number("adaln", "eps", eps, 0)
+    made_of = (x, shift, scale, weight, bias)
     shift, scale = rows("adaln", "shift", shift, x), rows("adaln", "scale", scale, x)
     weight, bias = affine("adaln", "weight", weight, x), affine("adaln", "bias", bias, x)
     chosen = backends.choose("adaln", BACKENDS, x.device, backend, x, shift, scale, weight, bias)
     if chosen == "reference":
-        return reference(x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
-    return backends.apply(_AdaLN, x, shift, scale, weight, bias, norm == "rms", eps, compute_dtype(x), chosen)
+        y = reference(x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
+    else:
+        options = (norm == "rms", eps, compute_dtype(x), chosen)
+        y = backends.apply(_AdaLN, x.contiguous(), shift, scale, weight, bias, *options)
+    remember(y, made_of, norm, eps)
+    return y

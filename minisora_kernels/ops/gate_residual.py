@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import define, kernels, register_fake
 from ..checks import kernel_refusal
+from ..derivatives import once
 from ..modulation import broadcast, check_tokens, rows, triton_refusal
 
 
@@ -46,13 +46,12 @@ def _(dy, branch, gate):
 class _GateResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, branch, gate, backend):
-        branch = branch.contiguous()
         ctx.backend = backend
         ctx.save_for_backward(branch, gate)
-        return kernels(ctx.backend).gate_residual_fwd(x.contiguous(), branch, gate)
+        return kernels(ctx.backend).gate_residual_fwd(x, branch, gate)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Any):
         dy = gradients[0].contiguous()
         dbranch, dgate = kernels(ctx.backend).gate_residual_bwd(dy, *ctx.saved_tensors)
@@ -90,7 +89,7 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | Non
 
     Raises:
         ValueError: A shape or device does not fit, or the chosen backend refuses the call.
-        TypeError: An argument is not a floating-point tensor.
+        TypeError: An argument is not a dense floating-point tensor, or an option not a number.
         RuntimeError: The chosen backend is not available.
 
     Examples:
@@ -104,4 +103,4 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | Non
     chosen = backends.choose("gate_residual", BACKENDS, x.device, backend, x, branch, gate)
     if chosen == "reference":
         return reference(x, branch, gate)
-    return backends.apply(_GateResidual, x, branch, gate, chosen)
+    return backends.apply(_GateResidual, x.contiguous(), branch.contiguous(), gate, chosen)

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import compute_dtype, kernel_refusal
-from ..modulation import affine, check_norm, check_tokens, rows, triton_refusal
+from ..checks import compute_dtype, kernel_refusal, number
+from ..derivatives import once
+from ..modulation import affine, check_norm, check_tokens, remember, rows, triton_refusal
 from . import adaln, gate_residual
 
 
@@ -84,16 +84,15 @@ def _(dresidual, dy, residual, branch, gate, shift, scale, weight, bias, mean, r
 class _GateResidualAdaLN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, backend):
-        branch = branch.contiguous()
         ctx.rms, ctx.backend = rms, backend
         residual, y, mean, rstd = kernels(ctx.backend).gate_residual_adaln_fwd(
-            x.contiguous(), branch, gate, shift, scale, weight, bias, rms, eps, out_dtype
+            x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype
         )
         ctx.save_for_backward(residual, branch, gate, shift, scale, weight, bias, mean, rstd)
         return residual, y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Any):
         residual, branch, gate, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
         dresidual, dy = (gradient.contiguous() for gradient in gradients)
@@ -155,7 +154,7 @@ def gate_residual_adaln(
 
     Raises:
         ValueError: A shape, device or option does not fit, or the chosen backend refuses the call.
-        TypeError: An argument is not a floating-point tensor.
+        TypeError: An argument is not a dense floating-point tensor, or an option not a number.
         RuntimeError: The chosen backend is not available.
 
     Examples:
@@ -169,10 +168,16 @@ def gate_residual_adaln(
     check_tokens(op, "x", x)
     check_tokens(op, "branch", branch, like=x)
     check_norm(op, norm, bias)
+    eps = number(op, "eps", eps, 0)
+    made_of = (shift, scale, weight, bias)
     gate, shift, scale = rows(op, "gate", gate, x), rows(op, "shift", shift, x), rows(op, "scale", scale, x)
     weight, bias = affine(op, "weight", weight, x), affine(op, "bias", bias, x)
     chosen = backends.choose(op, BACKENDS, x.device, backend, x, branch, gate, shift, scale, weight, bias)
     if chosen == "reference":
-        return reference(x, branch, gate, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
-    options = (norm == "rms", eps, output_dtype(x, branch), chosen)
-    return backends.apply(_GateResidualAdaLN, x, branch, gate, shift, scale, weight, bias, *options)
+        residual, y = reference(x, branch, gate, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
+    else:
+        options = (norm == "rms", eps, output_dtype(x, branch), chosen)
+        tokens = x.contiguous(), branch.contiguous()
+        residual, y = backends.apply(_GateResidualAdaLN, *tokens, gate, shift, scale, weight, bias, *options)
+    remember(y, (residual, *made_of), norm, eps)
+    return residual, y

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import check_tensor, compute_dtype, kernel_refusal
+from ..checks import check_tensor, kernel_refusal, linear_dtype
+from ..derivatives import once
 
 
 def reference(
@@ -57,7 +57,7 @@ class _GeluMLP(torch.autograd.Function):
         return y.view(*x.shape[:-1], w2.shape[0])
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Any):
         x, w1, w2, h = ctx.saved_tensors
         need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
@@ -120,7 +120,8 @@ def gelu_mlp(
 
     Raises:
         ValueError: A shape, device or option does not fit, or the chosen backend refuses the call.
-        TypeError: An argument is not a floating-point tensor.
+        TypeError: An argument is not a dense floating-point tensor, or a weight is of another dtype than x
+            outside autocast.
         RuntimeError: The chosen backend is not available.
 
     Examples:
@@ -146,7 +147,7 @@ def gelu_mlp(
     for name, b, w in (("b1", b1, w1), ("b2", b2, w2)):
         if b is not None and tuple(b.shape) != (w.shape[0],):
             raise ValueError(f"{op}: {name} has shape {tuple(b.shape)}; it must be [{w.shape[0]}]")
-    dtype = compute_dtype(x)
+    dtype = linear_dtype(op, x, w1=w1, b1=b1, w2=w2, b2=b2)
     x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
     b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
     table = BACKENDS if approximate == "tanh" else EXACT

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import check_tensor, compute_dtype, kernel_refusal
+from ..checks import check_tensor, compute_dtype, kernel_refusal, number, whole
+from ..derivatives import once
 from ..modulation import check_tokens
 
 
@@ -70,14 +70,13 @@ def _(dy, x, weight, bias, norms, gelu, eps):
 class _GRN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, gelu, eps, out_dtype, backend):
-        x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
         ctx.gelu, ctx.eps, ctx.backend = gelu, eps, backend
         y, norms = kernels(backend).grn_fwd(x, weight, bias, gelu, eps, out_dtype)
         ctx.save_for_backward(x, weight, bias, norms)
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Any):
         dy = gradients[0].contiguous()
         return *kernels(ctx.backend).grn_bwd(dy, *ctx.saved_tensors, ctx.gelu, ctx.eps), *(None,) * 4
@@ -123,7 +122,7 @@ def grn(
 
     Raises:
         ValueError: A shape, device or option does not fit, or the chosen backend refuses the call.
-        TypeError: An argument is not a floating-point tensor.
+        TypeError: An argument is not a dense floating-point tensor, or an option not a number.
         RuntimeError: The chosen backend is not available.
 
     Examples:
@@ -137,6 +136,7 @@ def grn(
         check_tensor("grn", name, parameter, x)
         if tuple(parameter.shape) != (width,):
             raise ValueError(f"grn: {name} has shape {tuple(parameter.shape)}; it must be [C] with C = {width}")
+    eps, groups = number("grn", "eps", eps), whole("grn", "groups", groups)
     if not eps > 0:
         raise ValueError(f"grn: eps is {eps}; it must be positive, because a frame may be all zeros")
     if activation not in (None, "gelu"):
@@ -148,5 +148,6 @@ def grn(
     if chosen == "reference":
         y = reference(frames, weight, bias, gelu=activation == "gelu", eps=eps)
     else:
-        y = backends.apply(_GRN, frames, weight, bias, activation == "gelu", eps, compute_dtype(x), chosen)
+        tensors = frames.contiguous(), weight.contiguous(), bias.contiguous()
+        y = backends.apply(_GRN, *tensors, activation == "gelu", eps, compute_dtype(x), chosen)
     return y.view(x.shape)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import check_tensor, gradient_refusal, kernel_refusal
+from ..checks import check_tensor, gradient_refusal, kernel_refusal, number, whole
 
 
 class Coefficients(NamedTuple):
@@ -47,7 +47,14 @@ class Coefficients(NamedTuple):
 
     def packed(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """``[5]``, or ``[B, 5]`` where a coefficient has a value per sample."""
-        parts = [torch.as_tensor(value, dtype=dtype, device=device) for value in self]
+        parts = [
+            torch.as_tensor(
+                value if isinstance(value, Tensor) else number("guided_step", f"coefficients.{name}", value),
+                dtype=dtype,
+                device=device,
+            )
+            for name, value in zip(self._fields, self, strict=True)
+        ]
         return torch.stack(torch.broadcast_tensors(*parts), dim=-1)
 
 
@@ -122,7 +129,7 @@ def guided_step(
     Raises:
         ValueError: A shape, device or option does not fit, or the chosen backend refuses the call. A kernel refuses
             tensors that require a gradient, unless inside ``torch.no_grad()``.
-        TypeError: An argument is not a floating-point tensor.
+        TypeError: An argument is not a dense floating-point tensor, or an option not a number.
         RuntimeError: The chosen backend is not available.
 
     Examples:
@@ -159,11 +166,10 @@ def guided_step(
             f"guided_step: coefficients have shape {tuple(coefficients.shape)}; they may be [5] or [B, 5] with B = "
             f"{batch}"
         )
-    if channels is None:
-        channels = count
-    elif null is None:
+    if channels is not None and null is None:
         raise ValueError(f"guided_step: channels is {channels}, but there is no null to guide with")
-    elif not 1 <= channels <= count:
+    channels = count if channels is None else whole("guided_step", "channels", channels)
+    if not 1 <= channels <= max(count, 1):
         raise ValueError(f"guided_step: channels is {channels}; it may be 1..{count}, or None for all")
     coefficients = coefficients.contiguous().expand(batch, 5)
     chosen = backends.choose("guided_step", BACKENDS, x.device, backend, x, cond, null, z, coefficients)

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import check_tensor, compute_dtype, kernel_refusal
+from ..checks import check_tensor, kernel_refusal, linear_dtype
+from ..derivatives import once
 
 
 def patches(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -106,22 +106,19 @@ class _PatchEmbed(torch.autograd.Function):
         return kernels(ctx.backend).patch_embed_fwd(x, weight, bias, pos)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Any):
         x, weight = ctx.saved_tensors
         need_x, _, need_bias, need_pos = ctx.needs_input_grad[:4]
-        # With one sample, the gradient of the positions is dy itself: no copy.
-        summed = need_pos and len(x) != 1
         dx, dweight, dbias, dpos = kernels(ctx.backend).patch_embed_bwd(
             gradients[0].contiguous(),
             x,
             weight,
             ctx.dtypes[0] if need_bias else None,
-            ctx.dtypes[1] if summed else None,
+            ctx.dtypes[1] if need_pos else None,
             need_x,
         )
-        dpos = dpos if summed else gradients[0][0] if need_pos else None
-        return dx if need_x else None, dweight, dbias if need_bias else None, dpos, None
+        return dx if need_x else None, dweight, dbias if need_bias else None, dpos if need_pos else None, None
 
 
 class _LongPatchEmbed(torch.autograd.Function):
@@ -140,7 +137,7 @@ class _LongPatchEmbed(torch.autograd.Function):
         return y if pos is None else y.add_(pos)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Any):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, need_pos = ctx.needs_input_grad[:4]
@@ -153,9 +150,7 @@ class _LongPatchEmbed(torch.autograd.Function):
         if need_weight:
             dweight = (dy.t() @ kernels(ctx.backend).patch_embed_gather(x, *patch)).view(weight.shape)
         dbias = dy.sum(0) if need_bias else None
-        dpos = None
-        if need_pos:
-            dpos = gradients[0].sum(0, dtype=ctx.pos_dtype) if len(x) != 1 else gradients[0][0]
+        dpos = gradients[0].sum(0, dtype=ctx.pos_dtype) if need_pos else None
         return dx, dweight, dbias, dpos, None
 
 
@@ -232,7 +227,8 @@ def patch_embed(
     Raises:
         ValueError: A shape or device does not fit, the patch does not divide the size of x, or the chosen backend
             refuses the call.
-        TypeError: An argument is not a floating-point tensor.
+        TypeError: An argument is not a dense floating-point tensor, or weight or bias is of another dtype than
+            x outside autocast.
         RuntimeError: The chosen backend is not available.
 
     Examples:
@@ -241,7 +237,7 @@ def patch_embed(
         torch.Size([2, 48, 64])
     """
     x, weight, pos = _check(x, weight, bias, pos)
-    dtype = compute_dtype(x)
+    dtype = linear_dtype("patch_embed", x, weight=weight, bias=bias)
     x, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     detail = "short" if weight[0].numel() <= LONGEST_PATCH else "long"

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import kernel_refusal
+from ..checks import kernel_refusal, sizes, whole
+from ..derivatives import once
 from ..modulation import check_tokens
 
 
@@ -50,10 +50,10 @@ class _Unpatchify(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens, grid, patch, channels, backend):
         ctx.patch, ctx.backend = patch, backend
-        return kernels(ctx.backend).unpatchify_fwd(tokens.contiguous(), *grid, *patch, channels)
+        return kernels(ctx.backend).unpatchify_fwd(tokens, *grid, *patch, channels)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Any):
         return kernels(ctx.backend).unpatchify_bwd(gradients[0], *ctx.patch), *(None,) * 4
 
@@ -87,7 +87,7 @@ def unpatchify(
 
     Raises:
         ValueError: A shape or option does not fit, or the chosen backend refuses the call.
-        TypeError: An argument is not a floating-point tensor.
+        TypeError: An argument is not a dense floating-point tensor, or an option not a number.
         RuntimeError: The chosen backend is not available.
 
     Examples:
@@ -95,6 +95,8 @@ def unpatchify(
         torch.Size([2, 8, 3, 8, 8])
     """
     check_tokens("unpatchify", "tokens", tokens)
+    grid, patch = sizes("unpatchify", "grid", grid), sizes("unpatchify", "patch", patch)
+    channels = whole("unpatchify", "channels", channels)
     if len(grid) not in (2, 3) or len(grid) != len(patch) or any(n < 1 for n in (*grid, *patch)):
         raise ValueError(
             f"unpatchify: grid is {tuple(grid)} and patch is {tuple(patch)}; both must be (T, H, W) or both (H, W), "
@@ -114,5 +116,5 @@ def unpatchify(
     if chosen == "reference":
         video = reference(tokens, grid3, patch3, channels)
     else:
-        video = backends.apply(_Unpatchify, tokens, grid3, patch3, channels, chosen)
+        video = backends.apply(_Unpatchify, tokens.contiguous(), grid3, patch3, channels, chosen)
     return video.squeeze(2) if len(grid) == 2 else video

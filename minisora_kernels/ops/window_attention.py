@@ -33,11 +33,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import check_tensor, compute_dtype, kernel_refusal
+from ..checks import check_tensor, compute_dtype, kernel_refusal, number, sizes, whole
+from ..derivatives import once
 
 Grid = tuple[int, int, int]
 
@@ -87,11 +87,20 @@ def rope_3d(
         >>> rope_3d((4, 6, 10), 64).cos.shape
         torch.Size([240, 32])
     """
+    grid, head_dim = sizes("rope_3d", "grid", grid), whole("rope_3d", "head_dim", head_dim)
+    theta = number("rope_3d", "theta", theta)
+    if len(grid) != 3 or min(grid) < 1:
+        raise ValueError(f"rope_3d: grid is {grid}; it must be three positive numbers (T, H, W)")
+    if theta <= 0:
+        raise ValueError(f"rope_3d: theta is {theta}; it must be positive")
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"rope_3d: interleaved is {interleaved!r}; it must be True or False")
     if head_dim % 2 or head_dim <= 0:
         raise ValueError(f"rope_3d: head_dim is {head_dim}; it must be even and positive")
     if split is None:
         third = head_dim // 6 * 2
         split = (head_dim - 2 * third, third, third)
+    split = sizes("rope_3d", "split", split)
     if len(split) != 3 or sum(split) != head_dim or any(s < 0 or s % 2 for s in split):
         raise ValueError(f"rope_3d: split is {tuple(split)}; it must be three even numbers with sum {head_dim}")
     places = torch.meshgrid(*(torch.arange(n, device=device, dtype=torch.float64) for n in grid), indexing="ij")
@@ -223,9 +232,6 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv, q_weight, k_weight, bias, cos, sin, sizes, norm, interleaved, scale, eps, backend):
         ctx.backend = backend
-        qkv, q_weight, k_weight, bias, cos, sin = (
-            None if tensor is None else tensor.contiguous() for tensor in (qkv, q_weight, k_weight, bias, cos, sin)
-        )
         options = (q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps)
         out, softmax = kernels(ctx.backend).window_attention_fwd(qkv, *sizes, *options)
         ctx.save_for_backward(qkv, out, softmax, q_weight, k_weight, cos, sin, bias)
@@ -233,7 +239,7 @@ class _WindowAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Any):
         qkv, out, softmax, q_weight, k_weight, cos, sin, bias = ctx.saved_tensors
         sizes, norm, interleaved, scale, eps = ctx.constants
@@ -291,6 +297,7 @@ def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[3] < 1 or qkv.shape[4] < 1:
         raise ValueError(f"{op}: qkv must be [B, N, 3, heads, head_dim], got shape {tuple(qkv.shape)}")
     _, tokens, _, heads, head_dim = qkv.shape
+    grid, window = sizes(op, "grid", grid), sizes(op, "window", window)
     for name, value in (("grid", grid), ("window", window)):
         if len(value) != 3 or any(n < 1 for n in value):
             raise ValueError(f"{op}: {name} is {tuple(value)}; it must be three positive numbers (T, H, W)")
@@ -318,6 +325,8 @@ def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[
     if rope is not None:
         if not isinstance(rope, Rope):
             raise TypeError(f"{op}: rope must be a Rope(cos, sin, interleaved), got {type(rope).__name__}")
+        if not isinstance(rope.interleaved, bool):
+            raise TypeError(f"{op}: rope.interleaved is {rope.interleaved!r}; it must be True or False")
         if head_dim % 2:
             raise ValueError(f"{op}: rope needs an even head_dim, got {head_dim}")
         for name, angles in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
@@ -382,7 +391,7 @@ def window_attention(
 
     Raises:
         ValueError: A shape, device or option does not fit, or the chosen backend refuses the call.
-        TypeError: An argument is not a floating-point tensor.
+        TypeError: An argument is not a dense floating-point tensor, or an option not a number.
         RuntimeError: The chosen backend is not available.
 
     Examples:
@@ -393,7 +402,8 @@ def window_attention(
         torch.Size([2, 240, 128])
     """
     grid, window = _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    scale = qkv.shape[-1] ** -0.5 if scale is None else number("window_attention", "scale", scale)
+    eps = number("window_attention", "eps", eps, 0)
     qkv = qkv.to(compute_dtype(qkv))
     kind = 2 if bias is not None else 1 if qk_norm is not None or rope is not None else 0
     detail = (DETAILS[1] if window[0] * window[1] * window[2] > SHORT else DETAILS[0])[kind]
@@ -416,14 +426,10 @@ def window_attention(
     cos, sin, interleaved = None, None, True
     if rope is not None:
         cos, sin, interleaved = rope.cos.float(), rope.sin.float(), rope.interleaved
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in (qkv, q_weight, k_weight, bias, cos, sin)]
     return backends.apply(
         _WindowAttention,
-        qkv,
-        q_weight,
-        k_weight,
-        bias,
-        cos,
-        sin,
+        *tensors,
         (*grid, *window),
         NORMS[qk_norm],
         interleaved,

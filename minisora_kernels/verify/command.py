@@ -367,21 +367,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """The exit status: 1 if a kernel is wrong, 2 if nothing could be verified."""
-    try:
-        ops = sorted({op for op, _, _ in regimes()})
-        unknown = [op for op in options.op or () if op not in ops]
-        if unknown:
-            raise ValueError(f"op is {unknown[0]!r}; it may be one of {', '.join(ops)}")
-        for name in ("jobs", "tokens"):
-            value = getattr(options, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        options.device = device_of(options.device)
-        found, path = verify(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """The exit status: 1 if a kernel is wrong. Raises ValueError if nothing could be verified."""
+    ops = sorted({op for op, _, _ in regimes()})
+    unknown = [op for op in options.op or () if op not in ops]
+    if unknown:
+        raise ValueError(f"op is {unknown[0]!r}; it may be one of {', '.join(ops)}")
+    for name in ("jobs", "tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    options.device = device_of(options.device)
+    found, path = verify(options)
     print(f"{found.key}\n" + "\n".join(table(found)))
     if path is not None:
         print(f"\nrecord: {path}")

@@ -19,6 +19,7 @@ Source: Rombach et al. 2021 (arXiv 2112.10752); Wan 2025 (arXiv 2503.20314); Cog
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,11 @@ def load_autoencoder(
         raise ValueError(f"autoencoder {str(name)!r} is a {found}; it may be one of {', '.join(KINDS)}")
     try:
         model, loading = getattr(diffusers, found).from_pretrained(str(name), output_loading_info=True, **options)
+    except pickle.UnpicklingError as error:
+        # torch's own message goes on to advise loading the file unsafely.
+        raise ValueError(
+            f"autoencoder {str(name)!r} is refused: it holds more than tensors and plain values"
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"autoencoder {str(name)!r} cannot be loaded: {error}") from error
     if loading["missing_keys"]:

@@ -6,6 +6,7 @@ What is in a batch never depends on what was read before, so a resumed run sees 
 from __future__ import annotations
 
 import functools
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,15 +29,26 @@ class Batch(NamedTuple):
 
 
 class Prefetching(ABC):
-    """Batches by step; those of the ``prefetch`` steps after the one that is asked for are made ahead by a thread."""
+    """Batches by step; those of the ``prefetch`` steps after the one that is asked for are made ahead by a thread.
+
+    ``waited`` is how many seconds :meth:`batch` took in all.
+    """
 
     def __init__(self, prefetch: int) -> None:
         self.prefetch = prefetch
+        self.waited = 0.0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
         self._ahead: dict[int, Future[Batch]] = {}
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step."""
+        start = time.perf_counter()
+        try:
+            return self._batch(step)
+        finally:
+            self.waited += time.perf_counter() - start
+
+    def _batch(self, step: int) -> Batch:
         if self._pool is None:
             return self.make(step)
         for wanted in range(step, step + self.prefetch + 1):

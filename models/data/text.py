@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -120,6 +121,11 @@ class TextEncoder:
             self.model, loading = getattr(transformers, MODELS[config.model_type]).from_pretrained(
                 encoder, local_files_only=True, output_loading_info=True
             )
+        except pickle.UnpicklingError as error:
+            # torch's own message goes on to advise loading the file unsafely.
+            raise ValueError(
+                f"text encoder {encoder!r} is refused: it holds more than tensors and plain values"
+            ) from error
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(f"text encoder {encoder!r} cannot be loaded: {error}") from error
         if loading["missing_keys"]:

@@ -52,7 +52,7 @@ from minisora_kernels import (
     unpatchify,
 )
 
-from ..objectives.common import alpha_bars, expand, gaussian
+from ..objectives.common import alpha_bars, at, expand, gaussian
 from ..objectives.ddpm import DDPM
 from ..protocols import Denoiser, SmallClips, System
 from .dit import SIZES
@@ -400,8 +400,8 @@ def augment(low: Tensor, low_t: Tensor, generator: torch.Generator | None = None
     """
     if tuple(low_t.shape) != (len(low),):
         raise ValueError(f"low_t has shape {tuple(low_t.shape)}; it must be [{len(low)}]")
-    alpha_bar = expand(alpha_bars("linear", False).to(low.device)[low_t].to(low.dtype), low)
-    return alpha_bar.sqrt() * low + (1 - alpha_bar).sqrt() * gaussian(low, generator)
+    alpha_bar = alpha_bars("linear", False).to(low.device)
+    return at(alpha_bar.sqrt(), low_t, low) * low + at((1 - alpha_bar).sqrt(), low_t, low) * gaussian(low, generator)
 
 
 def systems() -> dict[str, System]:

@@ -26,6 +26,11 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *(1,) * (like.dim() - 1))
 
 
+def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """The entries ``t [B]`` of a float64 table, rounded once to the dtype of ``like``, to broadcast over it."""
+    return expand(table[t].to(like.dtype), like)
+
+
 def conditions_of(
     model: Model,
     x: Tensor,

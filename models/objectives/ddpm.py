@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .common import TIMESTEPS, Model, alpha_bars, at_least_float32, conditions_of, expand, gaussian
+from .common import TIMESTEPS, Model, alpha_bars, at, at_least_float32, conditions_of, expand, gaussian
 
 # Of the loss-aware timesteps: losses remembered of each, and the share of the draws that stays even.
 HISTORY = 10
@@ -202,7 +202,7 @@ class DDPM:
                 ``memory``.
         """
         x = at_least_float32(x)
-        tables = self.tables(ALL, x.device, x.dtype)
+        tables = self.tables(ALL, x.device, torch.float64)
         if self.timesteps == "loss_aware":
             if not memory:
                 raise ValueError(f"memory is {memory}; with timesteps 'loss_aware' it must be what memory() returned")
@@ -211,8 +211,7 @@ class DDPM:
         else:
             t = torch.randint(TIMESTEPS, (x.shape[0],), generator=generator, device=x.device)
         noise = gaussian(x, generator)
-        alpha_bar = expand(tables.alpha_bar[t], x)
-        signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        signal, sigma = at(tables.alpha_bar.sqrt(), t, x), at((1 - tables.alpha_bar).sqrt(), t, x)
         x_t = signal * x + sigma * noise
 
         def estimate(**conditions: Tensor) -> Tensor:
@@ -223,7 +222,7 @@ class DDPM:
         target = noise if self.prediction == "noise" else signal * noise - sigma * x
         losses = (prediction - target).square().flatten(1).mean(1)
         if fraction is not None:
-            of_x, of_prediction = (expand(weight[t], x) for weight in self.weights(tables)[0])
+            of_x, of_prediction = (at(weight, t, x) for weight in self.weights(tables)[0])
             denoised = of_x * x_t + of_prediction * prediction.detach()
             losses = losses + self.variational_bound(tables, x, x_t, t, denoised, fraction)
         if self.timesteps == "loss_aware" and memory:
@@ -237,7 +236,8 @@ class DDPM:
         From the noise it is bounded by 4, for data of about unit scale: at timestep 999 an error counts 157-fold.
         """
         prediction, _ = self.split(prediction.to(x.dtype), x)
-        of_x, of_prediction = (expand(w[t], x) for w in self.weights(self.tables(ALL, x.device, x.dtype))[0])
+        tables = self.tables(ALL, x.device, torch.float64)
+        of_x, of_prediction = (at(weight, t, x) for weight in self.weights(tables)[0])
         x_0 = of_x * x + of_prediction * prediction
         return x_0 if self.prediction == "velocity" else x_0.clamp(-4, 4)
 
@@ -288,10 +288,10 @@ class DDPM:
 
         The variance is ``beta^f * posterior_variance^(1 - f)`` with the learned fraction f.
         """
-        of_x0, of_x = expand(tables.posterior_x0_weight[t], x_t), expand(tables.posterior_x_weight[t], x_t)
+        of_x0, of_x = at(tables.posterior_x0_weight, t, x_t), at(tables.posterior_x_weight, t, x_t)
         true_mean, mean = of_x0 * x_0 + of_x * x_t, of_x0 * denoised + of_x * x_t
-        true_log_variance = expand(tables.posterior_log_variance[t], x_t)
-        log_variance = fraction * expand(tables.beta[t].log(), x_t) + (1 - fraction) * true_log_variance
+        true_log_variance = at(tables.posterior_log_variance, t, x_t)
+        log_variance = fraction * at(tables.beta.log(), t, x_t) + (1 - fraction) * true_log_variance
         divergence = 0.5 * (
             log_variance
             - true_log_variance

@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from minisora_kernels import use_backend
+from minisora_kernels import backends, use_backend
 
 
 def choose_device(name: str) -> torch.device:
@@ -28,6 +28,20 @@ def choose_device(name: str) -> torch.device:
         torch.cuda.set_device(number)
         torch.set_float32_matmul_precision("high")
     return torch.device(name)
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    """Raises ValueError where the ``--backend``, or else the environment, names one that is not here for the device."""
+    source = "backend"
+    if name == "auto" and backends.FORCED is not None:
+        source, name = "the environment variable MINISORA_BACKEND", backends.FORCED
+    if name == "auto":
+        return
+    reason = backends.unavailable(name)
+    if reason is None and backends.DEVICES.get(name, device.type) != device.type:
+        reason = f"it does not run on device {device.type!r}"
+    if reason is not None:
+        raise ValueError(f"{source} is {name!r}, which cannot serve here: {reason}; 'auto' takes what can")
 
 
 def choose_backend(name: str) -> contextlib.AbstractContextManager[None]:

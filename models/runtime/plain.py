@@ -39,7 +39,7 @@ def _merge_part(part: Any, kinds: list[Any], value: Any, name: str) -> Any:
     if "" not in named:
         wanted = changes.get("name", wanted)
         changes = {key: item for key, item in changes.items() if key != "name"}
-        if wanted not in named:
+        if not isinstance(wanted, str) or wanted not in named:
             raise ValueError(f"{name} is {wanted!r}; it may be one of {', '.join(named)}")
     return merge(part if wanted == getattr(part, "name", "") else named[wanted](), changes, f"{name}.")
 

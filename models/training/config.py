@@ -55,6 +55,7 @@ LEAST = {
     "text.cache": 0,
     "optimizer.warmup": 0,
     "optimizer.clip": 0,
+    "optimizer.weight_decay": 0,
     "preview.every": 0,
     "preview.count": 1,
     "preview.steps": 1,
@@ -119,6 +120,8 @@ class TrainConfig:
                 raise ValueError(f"{path} is {value}; it must be at least {least}")
         if not self.optimizer.learning_rate > 0:
             raise ValueError(f"optimizer.learning_rate is {self.optimizer.learning_rate}; it must be positive")
+        if not all(0 <= beta < 1 for beta in self.optimizer.betas):
+            raise ValueError(f"optimizer.betas is {self.optimizer.betas}; both must be in [0, 1)")
         if not 0 <= self.optimizer.ema < 1:
             raise ValueError(f"optimizer.ema is {self.optimizer.ema}; it must be in [0, 1)")
         if self.data.buckets and self.batch_tokens < 1:

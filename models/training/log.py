@@ -76,15 +76,16 @@ class Log:
         self.bar = progress_bar(total=steps, initial=start, desc=folder.name, unit="step")
         self.pending: list[tuple[int, Step]] = []
         self.tokens = self.counted = 0
+        self.waited = self.waited_before = 0.0
         self.since = time.perf_counter()
 
-    def add(self, number: int, step: Step, tokens: int) -> None:
+    def add(self, number: int, step: Step, tokens: int, waited: float = 0.0) -> None:
         """Note a step by its 0-based number, and write the pending ones if they are enough.
 
-        ``tokens`` are those of all steps so far.
+        ``tokens`` are those of all steps so far, ``waited`` the seconds that they waited for data.
         """
         self.pending.append((number, step))
-        self.tokens = tokens
+        self.tokens, self.waited = tokens, waited
         self.bar.update()
         if len(self.pending) >= self.every:
             self.flush()
@@ -100,14 +101,21 @@ class Log:
         rows = [(number, step.loss.item(), step.norm.item(), step.rate) for number, step in self.pending]
         self.pending.clear()
         speed = (self.tokens - self.counted) / (time.perf_counter() - self.since)
-        self.counted = self.tokens
+        wait = (self.waited - self.waited_before) / len(rows)
+        self.counted, self.waited_before = self.tokens, self.waited
         self.losses.write(rows)
         step, loss, norm, rate = rows[-1]
-        for name, value in (("loss", loss), ("gradient norm", norm), ("learning rate", rate), ("tokens/s", speed)):
+        values = {
+            "loss": loss,
+            "gradient norm": norm,
+            "learning rate": rate,
+            "tokens/s": speed,
+            "seconds of waiting for data": wait,
+        }
+        for name, value in values.items():
             self.board.add_scalar(name, value, step)
-        self.bar.set_postfix_str(
-            f"loss {sum(row[1] for row in rows) / len(rows):.4f}, {speed:,.0f} tokens/s", refresh=False
-        )
+        mean = sum(row[1] for row in rows) / len(rows)
+        self.bar.set_postfix_str(f"loss {mean:.4f}, {speed:,.0f} tokens/s, {wait:.3f} s a step for data", refresh=False)
         self.since = time.perf_counter()
         for step, loss, norm, _ in rows:
             if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -14,17 +14,25 @@ from .presets import PRESETS, preset
 
 
 def load(path: str | Path) -> TrainConfig:
-    """A YAML or JSON file; what it does not name has its default. It may name a ``preset`` to start from."""
+    """A YAML or JSON file; what it does not name has its default. It may name a ``preset`` to start from.
+
+    Raises:
+        ValueError: a file that is neither, or a key or value that the configuration does not have.
+    """
     import yaml
 
-    text = Path(path).read_text(encoding="utf-8")
+    content = Path(path).read_bytes()
     try:
+        text = content.decode()
         values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # a date that is none is a ValueError
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{str(path)!r} holds {type(values).__name__}; it must hold a mapping")
-    return merge(preset(values.pop("preset")) if "preset" in values else TrainConfig(), values)
+    try:
+        return merge(preset(values.pop("preset")) if "preset" in values else TrainConfig(), values)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
 
 
 def choose(config: TrainConfig, system: str | None, objective: str | None) -> TrainConfig:

@@ -136,7 +136,7 @@ def preset(name: str) -> TrainConfig:
     Raises:
         ValueError: there is none of that name.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset is {name!r}; it may be one of {', '.join(PRESETS)}")
     return PRESETS[name]
 

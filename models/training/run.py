@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import checkpoint as checkpoints
 from ..checkpoint import Checkpoint
-from ..runtime.device import choose_device
+from ..runtime.device import check_backend, choose_device
 from ..runtime.plain import as_plain
 from ..runtime.verification import serving
 from .config import TrainConfig, from_dict
@@ -72,7 +72,9 @@ def train(config: TrainConfig, resume: Checkpoint | None = None) -> Path:
     if resume is None and folder.exists():
         raise ValueError(f"{folder} exists already; continue it with --resume {folder}, or choose another --run")
     stored = {} if resume is None else resume.served
-    with serving(choose_device(config.device), config.backend, config.verify, stored):
+    device = choose_device(config.device)
+    check_backend(config.backend, device)
+    with serving(device, config.backend, config.verify, stored):
         trainer = Trainer(config, resume)
         try:
             return _train(trainer, folder, fresh=resume is None)
@@ -99,7 +101,7 @@ def _train(trainer: Trainer, folder: Path, *, fresh: bool) -> Path:
             trainer.model.train()
             while trainer.step < config.steps:
                 step = trainer.train_step()
-                log.add(trainer.step - 1, step, trainer.tokens)
+                log.add(trainer.step - 1, step, trainer.tokens, trainer.batches.waited)
                 last = trainer.step == config.steps
                 if last or stop or trainer.step % config.save_every == 0:
                     log.flush()

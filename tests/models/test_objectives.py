@@ -137,6 +137,28 @@ def test_ddpm_loss_without_variance():
     torch.testing.assert_close(loss, (model.output - noise).square().mean())
 
 
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])
+def test_the_numbers_of_a_timestep_are_rounded_once(prediction):
+    """At timestep 0 the float32 of alpha_bar has lost a quarter of the digits of 1 - alpha_bar."""
+    objective, seen = DDPM(prediction=prediction), []
+
+    def model(x, t, _):
+        seen.append((x, t))
+        return torch.zeros_like(x)
+
+    x = torch.zeros(30_000, 1)
+    objective.loss(model, x, None, generator())
+    (x_t, t), again = seen[0], generator()
+    assert torch.equal(torch.randint(1000, (len(x),), generator=again), t) and (t == 0).any()
+    noise = torch.randn(x.shape, generator=again)
+    exact = (1 - torch.from_numpy(ALPHA_BARS)[t]).sqrt()[:, None]
+    assert ((x_t.double() / noise.double() - exact) / exact).abs().max() < 2**-22
+    # The data that the prediction points at, of x = 0, at timestep 0.
+    first = objective.estimate(torch.ones(1, 1), torch.zeros(1, 1), torch.tensor([0])).double()
+    right = -math.sqrt(1 / ALPHA_BARS[0] - 1) if prediction == "noise" else -exact[t == 0][0].item()
+    assert abs(first.item() / right - 1) < 2**-23
+
+
 def test_ddpm_draws_all_timesteps_evenly():
     seen = []
 

@@ -134,3 +134,46 @@ def test_what_it_cannot_make_again_is_kept_or_refused():
         mk.recompute_adaln(whole[:B], x, shift, scale),
     ):
         pass
+
+
+def test_arguments_that_did_not_make_y_are_refused_by_name():
+    x, branch, gate, shift, scale, weight = leaves()
+    given = {"norm": "rms", "eps": 1e-3, "weight": torch.rand(D)}
+    made = x, mk.adaln(x, shift, scale, **given)
+    fused = mk.gate_residual_adaln(x, branch, gate, shift, scale, **given)
+    for stream, y in (made, fused):
+        with mk.recompute_adaln(y, stream, shift, scale, **given):
+            F.linear(y, weight)
+        others = {
+            "eps": {"eps": 1e-6},
+            "norm": {"norm": "layer"},
+            "weight": {"weight": None},
+            "x": {"x": stream.detach().clone()},
+            "shift": {"shift": scale, "scale": shift},
+            "scale": {"scale": scale.detach() + 1},
+        }
+        for name, other in others.items():
+            arguments = {"x": stream, "shift": shift, "scale": scale, **given, **other}
+            with (
+                pytest.raises(ValueError, match=f"recompute_adaln: y was made of other arguments.*: {name} is"),
+                mk.recompute_adaln(y, **arguments),
+            ):
+                pass
+    with (
+        pytest.raises(ValueError, match=r"eps is 1e-06, not 0\.001"),
+        mk.recompute_adaln(made[1], x, shift, scale, **given | {"eps": 1e-6}),
+    ):
+        pass
+
+
+def test_what_no_norm_made_and_what_changed_before_the_block_is_refused():
+    x, _, _, shift, scale, _ = leaves()
+    with pytest.raises(ValueError, match="y is not what adaln"), mk.recompute_adaln(x + 1, x, shift, scale):
+        pass
+    stream = x.detach().clone()
+    y = mk.adaln(stream, shift, scale)
+    stream.mul_(2)
+    with pytest.raises(ValueError, match="x is another"), mk.recompute_adaln(y, stream, shift, scale):
+        pass
+    with mk.recompute_adaln(mk.adaln(x, shift, scale), x.view(x.shape), shift[:], scale[:]):  # the same numbers
+        pass

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -165,6 +166,26 @@ def test_the_pooled_output_of_clip_is_one_token(folder):
     assert encoder.length == 1 and y.shape == (3, 1, 16) and y.mask.tolist() == [[True], [False], [True]]
     # It is the state of the end token.
     torch.testing.assert_close(y.states[0, 0], whole(["a red square"]).states[0, 4])
+
+
+class Foreign:
+    """What a pickle would run when it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("made-by-the-pickle",)
+
+
+@needs_transformers
+def test_a_foreign_pickle_is_refused_in_one_line(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(save_encoder(folder, "t5"), tmp_path / "t5")
+    (tmp_path / "t5/model.safetensors").unlink()
+    torch.save({"shared.weight": Foreign()}, tmp_path / "t5/pytorch_model.bin")
+    with pytest.raises(
+        ValueError, match=r"text encoder 't5' (is refused: it holds more than tensors|cannot be loaded)"
+    ):
+        TextEncoder("t5")
+    assert not (tmp_path / "made-by-the-pickle").exists()
 
 
 @needs_transformers

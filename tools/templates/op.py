@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import check_tensor, kernel_refusal
+from ..checks import check_tensor, kernel_refusal, number
+from ..derivatives import once
 
 
 def reference(x: Tensor, scale: float) -> Tensor:
@@ -45,10 +45,10 @@ class _NewOp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, scale, backend):
         ctx.scale, ctx.backend = scale, backend
-        return kernels(backend).new_op_fwd(x.contiguous(), scale)
+        return kernels(backend).new_op_fwd(x, scale)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Any):
         return kernels(ctx.backend).new_op_bwd(gradients[0].contiguous(), ctx.scale), None, None
 
@@ -75,9 +75,8 @@ def new_op(x: Tensor, scale: float, *, backend: str | None = None) -> Tensor:
         ValueError, TypeError, RuntimeError: as for :func:`minisora_kernels.adaln`.
     """
     check_tensor("new_op", "x", x)
-    if not isinstance(scale, (int, float)):
-        raise TypeError(f"new_op: scale is {scale!r}; it must be a number")
+    scale = number("new_op", "scale", scale)
     chosen = backends.choose("new_op", BACKENDS, x.device, backend, x)
     if chosen == "reference":
         return reference(x, scale)
-    return backends.apply(_NewOp, x, float(scale), chosen)
+    return backends.apply(_NewOp, x.contiguous(), scale, chosen)
