@@ -188,7 +188,8 @@ class Trainer:
             )
         self.model.load_state_dict(saved.model)
         self.ema.load_state_dict(saved.ema)
-        self.optimizer.load_state_dict(saved.optimizer)
+        # A copy, for the checkpoint's tensors are mapped from a file, in small pages.
+        self.optimizer.load_state_dict(copy.deepcopy(saved.optimizer))
         torch.set_rng_state(saved.rng["torch"].cpu())
         self.generator.set_state(saved.rng["objective"].cpu())
         if self.device.type == "cuda":
