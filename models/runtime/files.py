@@ -44,7 +44,7 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:

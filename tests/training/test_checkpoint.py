@@ -115,7 +115,7 @@ def test_damage_anywhere_is_seen_and_the_newest_whole_one_is_taken(tmp_path, cap
     content = path.read_bytes()
     for place, copy in damaged(content, 0):
         path.write_bytes(copy)
-        with pytest.raises(NotACheckpoint, match="step_00000002.pt is not a whole checkpoint"):
+        with pytest.raises(NotACheckpoint, match=r"step_00000002\.pt is not a whole checkpoint"):
             pytest.fail(f"byte {place} of {len(content)}: {load(path).step}")
     caplog.clear()
     assert latest(tmp_path)[0] == older
