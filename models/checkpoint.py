@@ -33,10 +33,10 @@ FORMAT = 2
 
 
 MAGIC = "minisora checkpoint"
-# The archive's comment; the name of the checksum is also in the content, so that a lost comment is noticed.
-CHECKSUM = "sums"
-COMMENT = b"minisora " + CHECKSUM.encode() + b" %s\n"
+# The comment at the end of the archive, and the record of a zip archive before it, which ends with its length.
+COMMENT = b"minisora sums %s\n"
 COMMENT_SIZE = len(COMMENT % bytes(64))
+END, END_SIZE = b"PK\5\6", 22
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|cannot allocate memory|out of memory", re.IGNORECASE)
 _log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         OSError: it could not be written; nothing of it is left, and older checkpoints are untouched.
     """
     path = path_of(folder, checkpoint.step)
-    content = {"magic": MAGIC, "format": FORMAT, "checksum": CHECKSUM}
+    content = {"magic": MAGIC, "format": FORMAT}
     content.update((item.name, getattr(checkpoint, item.name)) for item in fields(checkpoint))
     try:
         with whole_file(path, "w+b") as file:
@@ -143,7 +143,6 @@ def _write(content: dict[str, Any], file: IO[bytes]) -> None:
     except RuntimeError as error:
         # torch reports a failed write as an inconsistent position; the cause is the exception that it met meanwhile.
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-    # A zip archive ends with the length of its comment.
     file.seek(-2, os.SEEK_END)
     if file.read(2) != bytes(2):
         raise RuntimeError(f"torch {torch.__version__} ended the archive with a comment of its own")
@@ -157,15 +156,19 @@ def _has_checksum(path: Path) -> bool:
     """Whether the file has a checksum, which is then the right one.
 
     Raises:
-        NotACheckpoint: a checksum of another content.
+        NotACheckpoint: a checksum of another content, or a part of one.
         OSError: a file that cannot be read.
     """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size - COMMENT_SIZE
-            file.seek(max(size, 0))
-            comment = file.read()
-            if size < 0 or not comment.startswith(COMMENT.partition(b"%")[0]):
+            file.seek(max(size - END_SIZE, 0))
+            end = file.read()
+            comment = end[-COMMENT_SIZE:]
+            if not comment.startswith(COMMENT.partition(b"%")[0]):
+                place = end.rfind(END)
+                if place >= 0 and any(end[place + END_SIZE - 2 : place + END_SIZE]):
+                    raise NotACheckpoint(f"{path} is not a whole checkpoint: it has lost its checksum")
                 return False
             right = comment == COMMENT % checksum(file, size).encode()
     except OSError as error:
@@ -197,8 +200,6 @@ def load(path: str | Path) -> Checkpoint:
             f"not enough memory to read {path}, which takes {path.stat().st_size / 2**20:,.0f} MiB; no damage was found"
         ) from error
     _check_fields(path, content)
-    if not checked and "checksum" in content:
-        raise NotACheckpoint(f"{path} is not a whole checkpoint: it has lost its checksum")
     if not checked:
         _log.warning("%s has no checksum, as older versions wrote it: some damage to it would not be seen", path)
     names = {item.name for item in fields(Checkpoint)}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .data.encoder import Decoder
-from .data.media import output_paths, read_samples, write_samples
+from .data.media import read_samples, refuse_present, write_samples
 from .data.text import TextEncoder, identify_text_encoder, refuse_another
 from .denoisers.text import Text
 from .runtime.allocator import reuse_large_allocations
@@ -242,9 +242,8 @@ def run(config: SampleConfig) -> list[Path]:
     path, checkpoint = open_checkpoint(config.checkpoint)
     train = from_dict(checkpoint.train)
     folder = config.out or path.parent / "samples"
-    present = [str(file) for file in output_paths(folder) if file.exists()]
-    if present and not config.overwrite:
-        raise ValueError(f"{', '.join(present)} exists already; use --overwrite or another --out")
+    if not config.overwrite:
+        refuse_present(folder)
     device = choose_device(config.device)
     if checkpoint.encoder is None and config.encoder is not None:
         raise ValueError(f"encoder is {config.encoder!r}, but {path} makes pixels, not latents")
@@ -271,7 +270,7 @@ def run(config: SampleConfig) -> list[Path]:
             **{name: getattr(config, name) for name in SAME_NAMES},
         )
         clips = sample_clips(model, train.objective, request)
-    paths = write_samples(folder, clips.numpy(), labels, checkpoint.classes, config.fps)
+    paths = write_samples(folder, clips.numpy(), labels, checkpoint.classes, config.fps, overwrite=config.overwrite)
     print(f"{count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
     if isinstance(labels, list):
         print("prompts:", ", ".join(map(repr, labels)))

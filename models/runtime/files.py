@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 # Bytes that are read at a time.
 BLOCK = 1 << 20
+_log = logging.getLogger(__name__)
 
 
 def sync_folder(folder: Path) -> None:
@@ -56,6 +58,31 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is whole under its name at any time, and on the disk when this returns."""
     with whole_file(path) as file:
         file.write(content)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder is this process's own in the block, as far as others ask; nothing is left of the lock after a kill.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"{folder} is in use: another process writes there") from None
+        except OSError as error:
+            _log.warning("%s cannot be locked (%s): no other process may write there", folder, error.strerror)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def checksum(file: IO[bytes], size: int) -> str:

@@ -86,13 +86,13 @@ def test_latest_skips_what_is_not_whole_and_names_it(tmp_path, caplog):
         latest(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.98, 0.9999])
-def test_a_truncated_file_is_refused(tmp_path, share):
+def test_a_truncated_file_is_refused(tmp_path):
     path = save(tmp_path, make(1), keep=1)
     content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(NotACheckpoint, match="is not a whole checkpoint"):
-        load(path)
+    for size in (*(int(len(content) * share) for share in (0.02, 0.5, 0.98)), *range(len(content) - 120, len(content))):
+        path.write_bytes(content[:size])
+        with pytest.raises(NotACheckpoint, match="is not a whole checkpoint"):
+            load(path)
 
 
 def damaged(content: bytes, seed: int):
@@ -126,18 +126,12 @@ def test_damage_anywhere_is_seen_and_the_newest_whole_one_is_taken(tmp_path, cap
 
 def test_a_checkpoint_of_before_there_was_a_checksum(tmp_path, caplog):
     path = save(tmp_path, make(1), keep=1)
-    content = torch.load(path, weights_only=True)
-    del content["checksum"]
-    torch.save(content, path)
+    torch.save(torch.load(path, weights_only=True), path)
     assert load(path).step == 1 and "has no checksum" in caplog.text
     file = bytearray(path.read_bytes())
     file[len(file) // 2] ^= 1  # in a tensor, whose own sum torch wrote
     path.write_bytes(file)
     with pytest.raises(NotACheckpoint, match="not a whole checkpoint"):
-        load(path)
-    # One that was written again by other means, and lost the sum.
-    torch.save(content | {"checksum": "sums"}, path)
-    with pytest.raises(NotACheckpoint, match="has lost its checksum"):
         load(path)
 
 
