@@ -131,7 +131,7 @@ class _Saves:
         try:
             log.flush()
             self.save()
-            _log.warning("saved %s before the run ends", self.path)
+            _log.warning("saved %s; once the cause is gone, go on with --resume %s", self.path, self.folder)
         except Exception as error:
             _log.warning("the steps since the last checkpoint are lost: %s", error)
 

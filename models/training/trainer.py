@@ -192,8 +192,7 @@ class Trainer:
             )
         self.model.load_state_dict(saved.model)
         self.ema.load_state_dict(saved.ema)
-        # A copy, for the checkpoint's tensors are mapped from a file, in small pages.
-        self.optimizer.load_state_dict(copy.deepcopy(saved.optimizer))
+        self.optimizer.load_state_dict(saved.optimizer)
         self._set_generators(saved.rng)
         self.memory = {name: value.to(self.device) for name, value in saved.memory.items()}
         self.step = saved.step

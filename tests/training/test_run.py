@@ -171,7 +171,10 @@ def test_an_error_saves_first_and_the_run_goes_on_with_the_same_bits(tmp_path, m
         with pytest.raises(type(error)):
             train(config)
     path, checkpoint = latest(tmp_path / "run")
-    assert checkpoint.step == 6 and f"saved {path} before the run ends" in caplog.text
+    assert (
+        checkpoint.step == 6
+        and f"saved {path}; once the cause is gone, go on with --resume {path.parent}" in caplog.text
+    )
     assert len(rows(tmp_path / "run")) == 7
     assert same(load(train(*parse(["--resume", str(tmp_path / "run")]))), whole)
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
