@@ -82,6 +82,7 @@ class Checkpoint:
 
         Raises:
             ValueError: weights that do not belong to the stored configuration.
+            NotEnoughMemory: as it says.
         """
         weights = self.ema if ema else self.model
         try:
@@ -91,6 +92,9 @@ class Checkpoint:
             weights = {name: value.to(kinds.get(name, value.dtype)) for name, value in weights.items()}
             model.load_state_dict(weights, assign=True)
         except (RuntimeError, TypeError, ValueError) as error:
+            if NO_MEMORY.search(str(error)):
+                size = sum(value.nbytes for value in weights.values()) / 2**20
+                raise NotEnoughMemory(f"not enough memory for the model, whose weights take {size:,.0f} MiB") from error
             raise ValueError(f"the weights do not match the stored model configuration: {error}") from error
         return model
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.checkpoint import Checkpoint, NotACheckpoint, latest, load, path_of, save
+from models.checkpoint import Checkpoint, NotACheckpoint, NotEnoughMemory, latest, load, path_of, save
 from models.denoisers.dit import DiT, DiTConfig
 from models.runtime.plain import as_plain
 from models.training.config import TrainConfig, from_dict
@@ -194,6 +194,15 @@ def test_what_is_not_read_takes_no_memory(tmp_path):
     with torch.no_grad():
         next(built.parameters()).zero_()
     load(path)
+
+
+def test_a_model_that_memory_does_not_hold_is_not_said_to_be_another(monkeypatch):
+    def full(config):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4194304 bytes")
+
+    monkeypatch.setattr("models.checkpoint.build", full)
+    with pytest.raises(NotEnoughMemory, match="not enough memory for the model, whose weights take 0 MiB"):
+        make(1).build()
 
 
 def resident() -> int:
