@@ -2,35 +2,51 @@
 
 A file is written under a temporary name in its folder, flushed to the disk, and renamed: under its final name it is
 always whole. It is a ``torch.save`` archive of tensors, numbers, strings, lists and dictionaries, which is all that
-``torch.load(weights_only=True)`` accepts.
+``torch.load(weights_only=True)`` accepts. The archive's comment is a checksum of every byte before it
+(:func:`models.runtime.files.checksum`), which :func:`load` compares: torch reads an archive without a look at its sums.
+
+Tensors are mapped from the file, so that what nobody reads, as the optimizer in sampling, takes no memory.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import pickle
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import UnionType
+from typing import IO, Any, Union, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .registry import build, config_from
-from .runtime.files import sync_folder
+from .runtime.files import checksum, whole_file
 
 FORMAT = 2
 
 
 MAGIC = "minisora checkpoint"
+# The comment at the end of the archive, and the record of a zip archive before it, which ends with its length.
+COMMENT = b"minisora sums %s\n"
+COMMENT_SIZE = len(COMMENT % bytes(64))
+END, END_SIZE = b"PK\5\6", 22
+NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|cannot allocate memory|out of memory", re.IGNORECASE)
 _log = logging.getLogger(__name__)
 
 
 class NotACheckpoint(ValueError):
     """A file that is not a whole checkpoint of this project."""
+
+
+class NotEnoughMemory(OSError):
+    """A checkpoint that may well be whole, but that memory does not hold."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +78,41 @@ class Checkpoint:
     def build(self, *, ema: bool = True) -> Any:
         """The model, a subclass of :class:`models.protocols.Model`, with the averaged (or else the last) weights.
 
+        Its parameters are the tensors of this checkpoint, not copies.
+
         Raises:
             ValueError: weights that do not belong to the stored configuration.
+            NotEnoughMemory: as it says.
         """
+        weights = self.ema if ema else self.model
         try:
-            model = build(config_from(self.config))
-            model.load_state_dict(self.ema if ema else self.model)
+            with _uninitialised():
+                model = build(config_from(self.config))
+            kinds = {name: value.dtype for name, value in model.state_dict().items()}
+            weights = {name: value.to(kinds.get(name, value.dtype)) for name, value in weights.items()}
+            model.load_state_dict(weights, assign=True)
         except (RuntimeError, TypeError, ValueError) as error:
+            if NO_MEMORY.search(str(error)):
+                size = sum(value.nbytes for value in weights.values()) / 2**20
+                raise NotEnoughMemory(f"not enough memory for the model, whose weights take {size:,.0f} MiB") from error
             raise ValueError(f"the weights do not match the stored model configuration: {error}") from error
         return model
+
+
+@contextlib.contextmanager
+def _uninitialised() -> Iterator[None]:
+    """Modules that are built in this block have parameters that nothing was written to, so that they take no memory.
+
+    Source: ``no_init_weights`` of transformers. On the meta device ``normal_`` alone imports 150 MiB of torch.
+    """
+    functions = {name: value for name, value in vars(nn.init).items() if re.fullmatch(r"[a-z]\w*_", name)}
+    for name in functions:
+        setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+    try:
+        yield
+    finally:
+        for name, value in functions.items():
+            setattr(nn.init, name, value)
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -84,21 +126,13 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         OSError: it could not be written; nothing of it is left, and older checkpoints are untouched.
     """
     path = path_of(folder, checkpoint.step)
-    temporary = path.with_suffix(".tmp")
     content = {"magic": MAGIC, "format": FORMAT}
     content.update((item.name, getattr(checkpoint, item.name)) for item in fields(checkpoint))
     try:
-        with open(temporary, "wb") as file:
+        with whole_file(path, "w+b") as file:
             _write(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(folder)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, Exception):
-            raise OSError(f"checkpoint {path} was not written: {error}") from error
-        raise
+    except Exception as error:
+        raise OSError(f"checkpoint {path} was not written: {error}") from error
     for leftover in folder.glob("step_*.tmp"):
         leftover.unlink(missing_ok=True)
     # A file of a later step is a broken one that this run has resumed before; it must not count as the newest.
@@ -107,35 +141,100 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return path
 
 
-def _write(content: dict[str, Any], file: BinaryIO) -> None:
+def _write(content: dict[str, Any], file: IO[bytes]) -> None:
     try:
         torch.save(content, file)
     except RuntimeError as error:
         # torch reports a failed write as an inconsistent position; the cause is the exception that it met meanwhile.
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    file.seek(-2, os.SEEK_END)
+    if file.read(2) != bytes(2):
+        raise RuntimeError(f"torch {torch.__version__} ended the archive with a comment of its own")
+    file.seek(-2, os.SEEK_END)
+    file.write(COMMENT_SIZE.to_bytes(2, "little"))
+    size = file.tell()
+    file.write(COMMENT % checksum(file, size).encode())
+
+
+def _has_checksum(path: Path) -> bool:
+    """Whether the file has a checksum, which is then the right one.
+
+    Raises:
+        NotACheckpoint: a checksum of another content, or a part of one.
+        OSError: a file that cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size - COMMENT_SIZE
+            file.seek(max(size - END_SIZE, 0))
+            end = file.read()
+            comment = end[-COMMENT_SIZE:]
+            if not comment.startswith(COMMENT.partition(b"%")[0]):
+                place = end.rfind(END)
+                if place >= 0 and any(end[place + END_SIZE - 2 : place + END_SIZE]):
+                    raise NotACheckpoint(f"{path} is not a whole checkpoint: it has lost its checksum")
+                return False
+            right = comment == COMMENT % checksum(file, size).encode()
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+    if not right:
+        raise NotACheckpoint(f"{path} is not a whole checkpoint: its checksum is not that of its content")
+    return True
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Read a checkpoint, into the CPU's memory, without executing anything in it.
+    """Read a checkpoint without executing anything in it. Its tensors are mapped from the file, copied when written to.
 
     Raises:
-        NotACheckpoint: not a file, not whole, or not a checkpoint.
+        NotACheckpoint: not a file, not whole, damaged, or not a checkpoint.
         ValueError: a checkpoint of another format version.
+        NotEnoughMemory: of a file that may well be whole.
+        OSError: a file that cannot be read.
     """
     path = Path(path)
     if not path.is_file():
         raise NotACheckpoint(f"{path} is not a file")
+    try:
+        checked = _has_checksum(path)
+        content = _content(path, checked)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+            raise
+        raise NotEnoughMemory(
+            f"not enough memory to read {path}, which takes {path.stat().st_size / 2**20:,.0f} MiB; no damage was found"
+        ) from error
+    _check_fields(path, content)
+    if not checked:
+        _log.warning("%s has no checksum, as older versions wrote it: some damage to it would not be seen", path)
+    names = {item.name for item in fields(Checkpoint)}
+    return Checkpoint(**{name: value for name, value in content.items() if name in names})
+
+
+def _content(path: Path, checked: bool) -> Any:
+    """What ``torch.save`` wrote; ``checked`` files have the right checksum, so that no error of torch means damage."""
     if not zipfile.is_zipfile(path):
         raise NotACheckpoint(f"{path} is not a whole checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not checked:
+            # torch wrote the sum of every part, and does not look at it.
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         # torch's own message goes on to advise loading the file unsafely.
         raise NotACheckpoint(f"{path} is refused: it holds more than tensors and plain values") from error
     except (OSError, MemoryError):
         raise  # the file may well be whole: going back to an older one would lose work
     except Exception as error:
+        if checked or NO_MEMORY.search(str(error)):
+            raise
         raise NotACheckpoint(f"{path} is not a whole checkpoint: {error or type(error).__name__}") from error
+
+
+def _check_fields(path: Path, content: Any) -> None:
+    """Raises ValueError unless this is a checkpoint of this version whose fields have the types of the class."""
     if not isinstance(content, dict) or content.get("magic") != MAGIC:
         raise NotACheckpoint(f"{path} is not a checkpoint of this trainer")
     if content.get("format") != FORMAT:
@@ -145,8 +244,24 @@ def load(path: str | Path) -> Checkpoint:
     missing = sorted(set(required) - content.keys())
     if missing:
         raise NotACheckpoint(f"{path} lacks {', '.join(missing)}")
-    names = {item.name for item in fields(Checkpoint)}
-    return Checkpoint(**{name: value for name, value in content.items() if name in names})
+    for name, hint in get_type_hints(Checkpoint).items():
+        if name in content and not _is(content[name], hint):
+            raise NotACheckpoint(f"{path} has {name} of type {type(content[name]).__name__}; it must be {hint}")
+    if content["step"] < 0:
+        raise NotACheckpoint(f"{path} has step {content['step']}; it must be at least 0")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of a field, and the values of a dictionary or a list theirs."""
+    if hint is Any:
+        return True
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is(value, option) for option in inner)
+    if not isinstance(value, origin or hint) or isinstance(value, bool):
+        return False
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return all(_is(part, inner[-1]) for part in parts)
 
 
 def latest(folder: str | Path) -> tuple[Path, Checkpoint]:

@@ -37,6 +37,7 @@ from .data.pixels import to_float
 from .runtime.allocator import reuse_large_allocations
 from .runtime.arguments import read
 from .runtime.device import choose_device
+from .runtime.files import write_whole
 from .runtime.plain import merge
 from .runtime.progress import progress_bar
 from .sampling.clips import ClipRequest, sample_clips
@@ -223,7 +224,7 @@ def judge(config: DigitsConfig, path: Path) -> dict[str, Any]:
         "generated_recognised_by_class": [shares[labels == digit].mean().item() for digit in range(10)],
         "generated_moves": moves(clips),
     }
-    (path.parent / "digits.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(path.parent / "digits.json", (json.dumps(result, indent=2) + "\n").encode())
     write_png(path.parent / "digits.png", contact_sheet(clips[:10].numpy()))
     return result
 

@@ -35,6 +35,7 @@ from .data.wrappers import ReducedClips
 from .objectives.reconstruction import Reconstruction, psnr
 from .runtime.arguments import read
 from .runtime.device import choose_device
+from .runtime.files import locked
 from .training.config import from_dict
 
 
@@ -100,7 +101,8 @@ def run(config: MeasureConfig) -> dict[str, float]:
         measure_latents(model, _clips(training, config, device))
         measured = {name: getattr(model, name).cpu() for name in ("latent_mean", "latent_std")}
         changed = dataclasses.replace(checkpoint, model=checkpoint.model | measured, ema=checkpoint.ema | measured)
-        checkpoints.save(path.parent, changed, trained.keep)
+        with locked(path.parent):
+            checkpoints.save(path.parent, changed, trained.keep)
     return {"psnr": ratios.mean().item(), "least psnr": ratios.min().item()}
 
 

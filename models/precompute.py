@@ -30,16 +30,8 @@ from .data.batches import bucket_seed
 from .data.config import DataConfig
 from .data.encoder import Encoder, identify, open_encoder
 from .data.files import digest_of
-from .data.latents import (
-    DTYPES,
-    LATENT_INDEX,
-    LATENT_PROGRESS,
-    check_shard,
-    read_index,
-    read_json,
-    write_json,
-    write_shard,
-)
+from .data.index import read_json, write_json
+from .data.latents import DTYPES, LATENT_INDEX, LATENT_PROGRESS, check_shard, read_index, write_shard
 from .data.open import open_source
 from .data.pixels import shrink, to_float
 from .data.source import Shape, Source
@@ -122,7 +114,7 @@ def whole_shards(folder: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
         if foreign:
             raise ValueError(f"{folder} holds other files, {sorted(foreign)[0]} for one; choose another --out")
         return []
-    values = read_json(progress)
+    values = read_json(progress, whole=False)
     refuse_other_recipe(folder, values["made"], recipe)
     whole = []
     for entry in values["shards"]:

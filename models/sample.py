@@ -17,7 +17,7 @@ from minisora_kernels.commands import command
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .data.encoder import Decoder
-from .data.media import output_paths, read_samples, write_samples
+from .data.media import read_samples, refuse_present, write_samples
 from .data.text import TextEncoder, identify_text_encoder, refuse_another
 from .denoisers.text import Text
 from .runtime.allocator import reuse_large_allocations
@@ -244,9 +244,8 @@ def run(config: SampleConfig) -> list[Path]:
     path, checkpoint = open_checkpoint(config.checkpoint)
     train = from_dict(checkpoint.train)
     folder = config.out or path.parent / "samples"
-    present = [str(file) for file in output_paths(folder) if file.exists()]
-    if present and not config.overwrite:
-        raise ValueError(f"{', '.join(present)} exists already; use --overwrite or another --out")
+    if not config.overwrite:
+        refuse_present(folder)
     device = choose_device(config.device)
     check_backend(config.backend, device)
     if checkpoint.encoder is None and config.encoder is not None:
@@ -274,7 +273,7 @@ def run(config: SampleConfig) -> list[Path]:
             **{name: getattr(config, name) for name in SAME_NAMES},
         )
         clips = sample_clips(model, train.objective, request)
-    paths = write_samples(folder, clips.numpy(), labels, checkpoint.classes, config.fps)
+    paths = write_samples(folder, clips.numpy(), labels, checkpoint.classes, config.fps, overwrite=config.overwrite)
     print(f"{count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
     if isinstance(labels, list):
         print("prompts:", ", ".join(map(repr, labels)))

@@ -5,19 +5,23 @@
     python -m models.train --resume runs/digits
 
 A run's folder gets ``config.json``, checkpoints ``step_*.pt``, ``losses.csv``, ``previews/*.png`` and TensorBoard's
-``events.*``. A folder that is there already is never written to, except by ``--resume``, which goes on from its newest
-whole checkpoint with the same losses, bit for bit, as the run that was not stopped (on the same machine, with the same
-number of threads). Data, the autoencoder of latents or a text encoder that have moved since are named anew with
-``--data.source``, ``--encoder`` and ``--text.encoder``.
+``events.*``. A folder that is there already is never written to, unless a run ended in it before its first checkpoint,
+or by ``--resume``. That goes on from its newest whole checkpoint, or from a checkpoint file, with the same losses, bit
+for bit, as the run that was not stopped (on the same machine, with the same number of threads). Data, the autoencoder
+of latents or a text encoder that have moved since are named anew with ``--data.source``, ``--encoder`` and
+``--text.encoder``.
 
-SIGTERM and Ctrl-C end the step in hand, save, and leave with status 128 + signal; a second one leaves at once.
+SIGTERM, SIGHUP (a terminal that closes) and Ctrl-C end the step in hand, save, and leave with status 128 + signal; a
+second one leaves at once. An error saves as well, where the state of the last whole step is there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 import sys
+from pathlib import Path
 
 import tyro
 
@@ -31,7 +35,7 @@ from .runtime.arguments import read
 from .training.config import RESUMABLE, TrainConfig, from_dict
 from .training.options import choose, load, start_parser
 from .training.presets import preset
-from .training.run import Stopped, train
+from .training.run import Stopped, is_unsaved, train
 
 _log = logging.getLogger(__name__)
 
@@ -46,10 +50,13 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
     resume = None
     default = TrainConfig()
     if start.resume is not None:
-        path, resume = checkpoints.latest(start.resume)
+        given = Path(start.resume)
+        if given.is_dir() and is_unsaved(given):
+            raise ValueError(f"{given} holds no whole checkpoint: start it again with the command that began it")
+        path, resume = (given, checkpoints.load(given)) if given.is_file() else checkpoints.latest(given)
         print(f"resuming from {path}")
         # The folder may have been moved since.
-        default = dataclasses.replace(from_dict(resume.train), run=start.resume)
+        default = dataclasses.replace(from_dict(resume.train), run=str(given.parent if given.is_file() else given))
     elif start.config is not None:
         default = load(start.config)
     elif start.preset is not None:
@@ -93,7 +100,8 @@ def main(arguments: list[str]) -> None:
         config, resume = parse(arguments)
         path = train(config, resume)
     except Stopped as stopped:
-        print(f"{stopped}\ncontinue with: python -m {__package__}.train --resume RUN", file=sys.stderr)
+        run = shlex.quote(str(stopped.path.parent))
+        print(f"{stopped}\ncontinue with: python -m {__package__}.train --resume {run}", file=sys.stderr)
         sys.exit(stopped.status)
     follows = "measure" if config.model.autoencoder else "sample"
     print(f"trained: {path}\n{follows} with: python -m {__package__}.{follows} {path.parent}")

@@ -6,9 +6,10 @@ for the :class:`Launch` of every kernel, allocates, and calls them with the tens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, reduce
 from operator import or_
+from types import CodeType
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
@@ -84,6 +85,29 @@ def empty_gradient(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
+def give_key(kernel: Any) -> None:
+    """Give a kernel its key in Triton's cache of compiled kernels, after the helpers that it calls.
+
+    Triton leaves the constants of a helper out of its caller's key if the helper has no key yet. The key would then
+    depend on what ran before, and another process would compile the kernel again.
+    """
+    if not isinstance(kernel, JITFunction) or kernel.hash is not None:
+        return
+    for name in _names(kernel.fn.__code__):
+        helper = kernel.fn.__globals__.get(name)
+        if helper is not kernel:
+            give_key(helper)
+    _ = kernel.cache_key
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The names that code looks up, in its comprehensions too."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
 class Launch:
     """A kernel, its grid, and all of its arguments but the tensors, which come first; for one device.
 
@@ -97,6 +121,7 @@ class Launch:
     __slots__ = ("_direct", "_grid", "_kernel", "_numbers", "_options")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: Any, **options: int) -> None:
+        give_key(kernel)
         self._kernel, self._grid, self._numbers = kernel, grid, numbers
         self._options = {**FUSED, **options}
         self._direct: Callable[..., Any] | None = None

@@ -7,7 +7,7 @@ costs more than a small model's step, so ``models.precompute`` runs it once. The
                                    clips themselves in [-1, 1], smaller in height and width by a factor
     index.json                     format, encoder (kind, path, sha256), what it was made from, shape, factor and shape
                                    of low, classes or captions (labels are their numbers), mean and std of each
-                                   channel, and of each shard: name, clips, bytes, sha256
+                                   channel, of each shard name, clips, bytes, sha256, and the index's own sha256
 
 With ``data.buckets`` a shard is of one of them, and the index names the pixels, the shape of the latents and the shards
 of each; its own pixels and shape are then those of ``data.frames`` and ``data.size``, which previews and samples have.
@@ -23,7 +23,6 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,38 +36,12 @@ from ..runtime.packages import package
 from ..runtime.plain import as_plain
 from .checksums import sha256_of
 from .config import DataConfig
+from .index import read_json
 from .source import Bucket, Shape, Source
-
-FORMAT = 1
-
-
-MAGIC = "minisora latents"
-
 
 # Options of the data that the latents keep.
 SAME_OPTIONS = ("frames", "size", "reduce", "stride", "fps", "crop", "positions")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    write_whole(path, (json.dumps({"magic": MAGIC, "format": FORMAT, **values}, indent=1) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What :func:`write_json` wrote.
-
-    Raises:
-        ValueError: something else, or another format version.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict) or values.get("magic") != MAGIC:
-        raise ValueError(f"{path} was not written by models.precompute")
-    if values.get("format") != FORMAT:
-        raise ValueError(f"{path} has format version {values.get('format')}; this code reads version {FORMAT}")
-    return values
 
 
 def write_shard(
@@ -117,7 +90,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / LATENT_INDEX
     if not path.is_file() and (folder / LATENT_PROGRESS).is_file():
         raise ValueError(f"latents in {folder} are not finished; go on with the same command of models.precompute")
-    index = read_json(path)
+    index = read_json(path, whole=True)
     for entry in index["shards"]:
         check_shard(folder, entry, whole=False)
     return index
@@ -234,7 +207,14 @@ class LatentClips(Source):
             check_shard(self.folder, entry, whole=True)
             self._checked.add(number)
         file = package("safetensors.torch").safe_open(self.folder / entry["name"], framework="pt")
-        return _Shard(file, file.get_tensor("labels"))
+        labels, names = file.get_tensor("labels"), self.captions or self.classes
+        bucket = next((part for part in self.index.get("buckets", ()) if entry["name"] in part["shards"]), self.index)
+        stored, wanted = file.get_slice("latents").get_shape(), [entry["count"], *bucket["shape"]]
+        if stored != wanted:
+            raise ValueError(f"latents {self.folder / entry['name']} are {stored}; by the index they must be {wanted}")
+        if names and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+            raise ValueError(f"latents {self.folder / entry['name']} have labels that the index does not name")
+        return _Shard(file, labels)
 
 
 # A folder with one of these, by models.precompute, is a source of latents: the second while it is being written.

@@ -1,7 +1,14 @@
-"""Clips as files: contact sheets as PNG, mosaics as MP4 and GIF, and the clips themselves as npz."""
+"""Clips as files: contact sheets as PNG, mosaics as MP4 and GIF, and the clips themselves as npz.
+
+A file is encoded in memory and has its name only when it is whole.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import os
 import zipfile
 from fractions import Fraction
 from pathlib import Path
@@ -11,10 +18,18 @@ import av
 import numpy as np
 from av.filter import Graph
 from av.video.format import VideoFormat
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from torch import Tensor
 
+from ..runtime.files import locked, whole_file, write_whole
+
 SMALLEST_SIDE = 128
+# FFmpeg's number of the matrix, of the primaries and of the transfer curve.
+BT709 = 1
+# A frame of a GIF lasts hundredths of a second, and viewers take fewer than two for ten.
+FASTEST_GIF = 50
 FORMATS = ("mp4", "gif", "png", "npz")
+_log = logging.getLogger(__name__)
 
 
 def enlarge(clips: np.ndarray) -> np.ndarray:
@@ -55,31 +70,60 @@ def mosaic(clips: np.ndarray, gap: int = 4) -> np.ndarray:
 
 def write_png(path: Path, image: np.ndarray) -> None:
     """RGB uint8 ``[H, W, 3]`` as a PNG file."""
+    write_whole(path, _png(image))
+
+
+def _png(image: np.ndarray) -> bytes:
     encoder = av.CodecContext.create("png", "w")
     encoder.height, encoder.width = image.shape[:2]
     encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1)
     packets = encoder.encode(av.VideoFrame.from_ndarray(image, format="rgb24")) + encoder.encode(None)
-    path.write_bytes(b"".join(bytes(packet) for packet in packets))
+    return b"".join(bytes(packet) for packet in packets)
 
 
 def write_mp4(path: Path, film: np.ndarray, fps: int) -> None:
-    """RGB uint8 ``[T, H, W, 3]``, H and W even, as H.264, or as MPEG-4 where this FFmpeg has no H.264 encoder."""
+    """RGB uint8 ``[T, H, W, 3]``, H and W even, as H.264, or as MPEG-4 where this FFmpeg has no H.264 encoder.
+
+    Colours are those of BT.709 in limited range, and the file says so.
+    """
+    write_whole(path, _mp4(film, fps))
+
+
+def _mp4(film: np.ndarray, fps: int) -> bytes:
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    with av.open(str(path), "w") as container:
+    content = io.BytesIO()
+    with av.open(content, "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=fps)
         stream.height, stream.width = film.shape[1:3]
         stream.pix_fmt = "yuv420p"
+        colours = stream.codec_context
+        colours.colorspace = colours.color_primaries = colours.color_trc = BT709
+        colours.color_range = ColorRange.MPEG
         if codec == "libx264":
             stream.options = {"crf": "14"}
         else:
             stream.bit_rate = 8_000_000
         for image in film:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            # The mean of four pixels is the chroma of all of them; the default, bicubic, rings by 4 levels at edges.
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=Interpolation.AREA,
+            )
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    return content.getvalue()
 
 
 def write_gif(path: Path, film: np.ndarray, fps: int) -> None:
     """RGB uint8 ``[T, H, W, 3]`` as an endless GIF with a palette of its own."""
+    write_whole(path, _gif(film, fps))
+
+
+def _gif(film: np.ndarray, fps: int) -> bytes:
+    if fps > FASTEST_GIF:
+        _log.warning("fps is %d; a GIF of more than %d is played at 10 by most viewers", fps, FASTEST_GIF)
     height, width = film.shape[1:3]
     graph = Graph()
     source = graph.add_buffer(width=width, height=height, format=VideoFormat("rgb24"), time_base=Fraction(1, fps))
@@ -91,7 +135,8 @@ def write_gif(path: Path, film: np.ndarray, fps: int) -> None:
     palette.link_to(use, 0, 1)
     use.link_to(sink)
     graph.configure()
-    with av.open(str(path), "w", options={"loop": "0"}) as container:
+    content = io.BytesIO()
+    with av.open(content, "w", format="gif", options={"loop": "0"}) as container:
         stream = container.add_stream("gif", rate=fps)
         stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
         for number, image in enumerate(film):
@@ -102,26 +147,51 @@ def write_gif(path: Path, film: np.ndarray, fps: int) -> None:
         for _ in film:
             container.mux(stream.encode(sink.pull()))
         container.mux(stream.encode(None))
+    return content.getvalue()
 
 
 def write_samples(
-    folder: Path, clips: np.ndarray, labels: Tensor | list[str] | None, classes: list[str], fps: int
+    folder: Path,
+    clips: np.ndarray,
+    labels: Tensor | list[str] | None,
+    classes: list[str],
+    fps: int,
+    *,
+    overwrite: bool = True,
 ) -> list[Path]:
-    """The four files for uint8 clips ``[N, T, H, W, C]``.
+    """The four files for uint8 clips ``[N, T, H, W, C]``: all of them, or none if one cannot be written.
 
     The npz has ``clips`` and ``labels``, captions or class ids, and besides ids ``classes``, the names that they count.
+
+    Raises:
+        ValueError: files that are there already, without ``overwrite``.
+        OSError: a file that cannot be written, or another process that writes there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    mp4, gif, png, npz = paths = output_paths(folder)
+    paths = output_paths(folder)
     film = mosaic(clips)
-    write_mp4(mp4, film, fps)
-    write_gif(gif, film, fps)
-    write_png(png, contact_sheet(clips))
+    contents = [_mp4(film, fps), _gif(film, fps), _png(contact_sheet(clips))]
     arrays: dict[str, Any] = {} if labels is None else {"labels": np.asarray(labels)}
     if classes:
         arrays["classes"] = np.asarray(classes)
-    np.savez_compressed(npz, clips=clips, **arrays)
+    with locked(folder), contextlib.ExitStack() as stack:
+        if not overwrite:
+            refuse_present(folder)
+        files = [stack.enter_context(whole_file(path)) for path in paths]
+        for file, content in zip(files[:3], contents, strict=True):
+            file.write(content)
+        np.savez_compressed(files[3], clips=clips, **arrays)
+        for file in files:  # before the first has its name
+            file.flush()
+            os.fsync(file.fileno())
     return paths
+
+
+def refuse_present(folder: Path) -> None:
+    """Raises ValueError if one of the four files is there."""
+    present = [str(file) for file in output_paths(folder) if file.exists()]
+    if present:
+        raise ValueError(f"{', '.join(present)} exists already; use --overwrite or another --out")
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray | None]:

@@ -6,8 +6,9 @@ import base64
 import csv
 import html
 import math
-import os
 from pathlib import Path
+
+from ..runtime.files import write_whole
 
 # Size of the plot of the losses, and the room for its labels, in pixels.
 WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 640, 240, 56, 32, 12
@@ -51,11 +52,10 @@ def read_losses(path: Path) -> list[float]:
     Raises:
         ValueError: The file has no column ``loss`` or no step.
     """
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
     try:
-        losses = [float(row["loss"]) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
+        with open(path, newline="", encoding="utf-8") as file:
+            losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} is not the losses.csv of a run: {error!r}") from error
     if not losses:
         raise ValueError(f"{path} has no step")
@@ -143,7 +143,5 @@ def write_page(run: Path, gif: Path, png: Path, text: str, commands: list[tuple[
         commands="\n".join(f"<p>{html.escape(what)}</p><pre>{html.escape(line)}</pre>" for what, line in commands),
     )
     path = run / "index.html"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, page.encode())
     return path

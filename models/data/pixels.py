@@ -17,5 +17,11 @@ def to_float(clips: Tensor) -> Tensor:
 
 
 def to_bytes(clips: Tensor) -> Tensor:
-    """Float -1..1 to uint8 0..255, clamped and rounded."""
+    """Float -1..1 to uint8 0..255, clamped and rounded.
+
+    Raises:
+        ValueError: a value that is not finite, which would be black.
+    """
+    if not (finite := clips.isfinite()).all():
+        raise ValueError(f"{int((~finite).sum())} of {clips.numel()} values of the clips are not finite")
     return ((clips.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
+import math
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,8 @@ from torch import Tensor
 from ..denoisers.text import Text
 from ..runtime.packages import package
 from .checksums import describe, sha256_of_files
+
+_log = logging.getLogger(__name__)
 
 # What transformers loads of an encoder's folder besides config.json; of the weights, the first that are there.
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model")
@@ -138,6 +142,7 @@ class TextEncoder:
         self.device, self.max_length, self.pooled = device, max_length, pooled
         self.width: int = self.model.config.hidden_size
         self.length = 1 if pooled else max_length
+        self._cut = 0
         self._states = functools.lru_cache(maxsize=cache)(self._encode)
 
     def __call__(self, captions: Sequence[str]) -> Text:
@@ -161,7 +166,22 @@ class TextEncoder:
     def _encode(self, caption: str) -> Tensor:
         """``[n, E]`` of the caption's n tokens, on the CPU."""
         tokens = self.tokenizer([caption], truncation=True, max_length=self.max_length, return_tensors="pt")
+        if tokens.input_ids.shape[1] == self.max_length:
+            self._say_if_cut(caption)
         # The training's autocast is none of the encoder's business, which may have run before.
         with torch.autocast(torch.device(self.device).type, enabled=False):
             output = self.model(tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device))
         return (output.pooler_output if self.pooled else output.last_hidden_state[0]).cpu()
+
+    def _say_if_cut(self, caption: str) -> None:
+        length = len(self.tokenizer(caption, verbose=False).input_ids)
+        if length > self.max_length:
+            self._cut += 1
+            if math.log10(self._cut).is_integer():  # the 1st, 10th, 100th, ...
+                _log.warning(
+                    "caption %r has %d tokens and is cut to the %d of max_length; captions cut so far: %d",
+                    caption if len(caption) <= 80 else f"{caption[:77]}...",
+                    length,
+                    self.max_length,
+                    self._cut,
+                )

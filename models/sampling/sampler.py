@@ -23,7 +23,7 @@ from ..registry import NoiseObjective, Objective
 from . import solvers
 from .plans import count_steps, diffusion_plan, logsnr_plan
 from .predictor import CudaGraphs, Predictor, rescale
-from .solvers import FLOW_SOLVERS, Plan, Progress, SolverOptions, Update
+from .solvers import FLOW_SOLVERS, NotFinite, Plan, Progress, SolverOptions, Update
 
 SOLVERS = {"flow": FLOW_SOLVERS, "ddpm": ("ddpm", "ddim"), "logsnr": ("ddpm", "ddim")}
 
@@ -128,6 +128,7 @@ def sample(model: Denoiser, objective: Objective, request: SampleRequest) -> Ten
     Raises:
         ValueError: a request that does not fit the objective or the model, CUDA graphs on a CPU or with
             self-conditioning.
+        NotFinite: samples that are not finite; names the step, and what may be the cause.
     """
     noise, past, guidance = request.noise, request.past, request.guidance
     solver = request.solver_for(objective)
@@ -147,17 +148,41 @@ def sample(model: Denoiser, objective: Objective, request: SampleRequest) -> Ten
     update = updater(predict, objective, request)
     if request.cuda_graphs:
         update = CudaGraphs(update, noise.device)
-    with evaluating(model):
-        if solver == "dopri5" and isinstance(objective, FlowMatching):
-            start, end = reversed(objective.interval()) if request.reverse else objective.interval()
-            velocity = solvers.velocity_of(objective, update, predict.conditions, guidance)
-            x = noise
-            for _ in (request.progress or iter)(range(1)):
-                x = solvers.dopri5(velocity, at_least_float32(noise), start, end, request.options)
-            return x.to(noise.dtype)
-        plan = plan_of(objective, solver, request)
-        x = solvers.follow(plan, update, predict.conditions, noise, request.generator, request.progress)
-        return x if past is None else torch.cat((past.to(x.dtype), x[:, :, past.shape[2] :]), dim=2)
+    try:
+        with evaluating(model):
+            x = _solve(objective, solver, request, update, predict)
+    except NotFinite as error:
+        raise NotFinite(f"{error}; {_cause(model, request)}") from None
+    return x if past is None else torch.cat((past.to(x.dtype), x[:, :, past.shape[2] :]), dim=2)
+
+
+def _solve(
+    objective: NoiseObjective, solver: str, request: SampleRequest, update: Update, predict: Predictor
+) -> Tensor:
+    noise, guidance = request.noise, request.guidance
+    if solver == "dopri5" and isinstance(objective, FlowMatching):
+        start, end = reversed(objective.interval()) if request.reverse else objective.interval()
+        velocity = solvers.velocity_of(objective, update, predict.conditions, guidance)
+        x = noise
+        for _ in (request.progress or iter)(range(1)):
+            x = solvers.dopri5(velocity, at_least_float32(noise), start, end, request.options)
+        return x.to(noise.dtype)
+    plan = plan_of(objective, solver, request)
+    return solvers.follow(plan, update, predict.conditions, noise, request.generator, request.progress)
+
+
+def _cause(model: nn.Module, request: SampleRequest) -> str:
+    """Why samples may not be finite, in words."""
+    wrong = [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
+    if wrong:
+        return f"weights of the model are not finite: {', '.join(wrong[:3])}{' and others' if len(wrong) > 3 else ''}"
+    told = {"past": request.past, **request.conditions}
+    for name, value in told.items():
+        if value is not None and not value.isfinite().all():
+            return f"{name} is not finite"
+    if request.guidance != 1:
+        return f"guidance is {request.guidance}; try one nearer to 1"
+    return "the weights are finite; try more steps, a larger tolerance, or precision 'fp32'"
 
 
 def updater(predict: Predictor, objective: NoiseObjective, request: Solving, backend: str | None = None) -> Update:

@@ -55,6 +55,14 @@ DEFAULTS = {
 }
 
 
+# Far beyond any pixel or latent.
+LARGEST = 1e6
+
+
+class NotFinite(ValueError):
+    """Samples that are not finite or larger than ``LARGEST``, or that no solver reaches."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SolverOptions:
     """What some solvers of a flow may be told. None is the default, and the only value for the other solvers.
@@ -241,6 +249,9 @@ def follow(
     Args:
         update: ``(x, condition, row, z)`` to the x that the row of coefficients makes of the model's prediction.
         conditions: the condition for each of the model's timesteps, in turn.
+
+    Raises:
+        NotFinite: by step.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     times, coefficients = plan.times.flatten(), plan.coefficients.to(x.device, dtype)
@@ -248,6 +259,7 @@ def follow(
         times = torch.cat((times, plan.last[0][None]))
     condition = conditions(times.to(x.device, dtype if times.is_floating_point() else None))
     kicks = None if plan.kicks is None else plan.kicks.to(x.device, x.dtype)
+    finite = [(x.abs() < LARGEST).all()]
     for i in (progress or iter)(range(len(coefficients))):
         if kicks is not None:
             x = x + kicks[i] * gaussian(x, generator)
@@ -257,8 +269,16 @@ def follow(
             z = gaussian(x, generator) if draw else _earlier(states)
             states.append(update(states[-1], next(condition), row, z))
         x = states[-1]
+        finite.append((x.abs() < LARGEST).all())
     if plan.last is not None:
         x = update(x, next(condition), plan.last[1].to(x.device, dtype), None)
+        finite.append((x.abs() < LARGEST).all())
+    # Only now are they read from the device.
+    if not all(found := torch.stack(finite).tolist()):
+        step = found.index(False)
+        size = x.abs().max().item()
+        what = f"are {size:g} in size" if math.isfinite(size) else "are not finite"
+        raise NotFinite(f"the samples {what}, and wrong since step {step} of {len(found) - 1}")
     return x
 
 
@@ -286,7 +306,7 @@ def dopri5(function: Callable[[Tensor, Any], Any], state: Any, start: float, end
     tolerance, on each other.
 
     Raises:
-        ValueError: no step is small enough, or the state is not finite.
+        NotFinite: no step is small enough, which is so where the state is not finite.
     """
     from torchdiffeq import odeint
 
@@ -297,7 +317,7 @@ def dopri5(function: Callable[[Tensor, Any], Any], state: Any, start: float, end
         # Without step_t it would step over the end and interpolate.
         found = odeint(function, state, times, rtol=rtol, atol=atol, method="dopri5", options={"step_t": times[1:]})
     except AssertionError as error:
-        raise ValueError(f"solver 'dopri5' gave up with rtol {rtol} and atol {atol}: {error}") from error
+        raise NotFinite(f"solver 'dopri5' gave up with rtol {rtol} and atol {atol}: {error}") from error
     return tuple(part[-1] for part in found) if isinstance(state, tuple) else found[-1]
 
 

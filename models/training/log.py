@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import math
+import io
+import logging
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from ..data.media import write_png
+from ..runtime.files import write_whole
 from ..runtime.progress import progress_bar
+from .board import Board
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+_log = logging.getLogger(__name__)
 
 
 class Losses:
@@ -25,15 +28,21 @@ class Losses:
     HEADER = ("step", "loss", "gradient_norm", "learning_rate")
 
     def __init__(self, path: Path, start: int) -> None:
-        kept = []
+        kept: dict[int, list[str]] = {}
         if path.exists():
-            with open(path, newline="") as file:
-                # A line that the machine died on is incomplete; its step is after the checkpoint.
-                kept = [row for row in list(csv.reader(file))[1:] if len(row) == 4 and int(row[0]) < start]
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "w", newline="") as file:
-            csv.writer(file).writerows([self.HEADER, *kept])
-        os.replace(temporary, path)
+            # A line that the machine died on is incomplete; its step is after the checkpoint.
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                row = line.split(",")
+                with contextlib.suppress(ValueError):
+                    step, *_ = int(row[0]), *map(float, row[1:])
+                    if len(row) == len(self.HEADER) and step < start:
+                        kept[step] = row
+        missing = sorted(set(range(start)) - kept.keys())
+        if missing:
+            _log.warning("%s has no line that can be read of %d steps, first of %d", path, len(missing), missing[0])
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([self.HEADER, *(kept[step] for step in sorted(kept))])
+        write_whole(path, text.getvalue().encode())
         self._file = open(path, "a", newline="")  # noqa: SIM115 - closed by close()
         self._writer = csv.writer(self._file)
 
@@ -68,11 +77,9 @@ class Log:
     """
 
     def __init__(self, folder: Path, start: int, steps: int, every: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.folder, self.every = folder, every
         self.losses = Losses(folder / "losses.csv", start)
-        self.board: SummaryWriter = SummaryWriter(str(folder), purge_step=start or None)
+        self.board = Board(folder, start)
         self.bar = progress_bar(total=steps, initial=start, desc=folder.name, unit="step")
         self.pending: list[tuple[int, Step]] = []
         self.tokens = self.counted = 0
@@ -91,11 +98,7 @@ class Log:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending. Only here are losses read back from the device.
-
-        Raises:
-            ValueError: a loss that is not finite.
-        """
+        """Write what is pending."""
         if not self.pending:
             return
         rows = [(number, step.loss.item(), step.norm.item(), step.rate) for number, step in self.pending]
@@ -114,21 +117,18 @@ class Log:
         }
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
+        self.board.flush()
         mean = sum(row[1] for row in rows) / len(rows)
         self.bar.set_postfix_str(f"loss {mean:.4f}, {speed:,.0f} tokens/s, {wait:.3f} s a step for data", refresh=False)
         self.since = time.perf_counter()
-        for step, loss, norm, _ in rows:
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise ValueError(
-                    f"step {step} has loss {loss} and gradient norm {norm}; lower the learning rate, or use fp32"
-                )
 
     def preview(self, step: int, sheet: np.ndarray) -> None:
         """Write a contact sheet made after so many steps."""
         path = self.folder / "previews" / f"step_{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         write_png(path, sheet)
-        self.board.add_image("samples", sheet, step, dataformats="HWC")
+        self.board.add_image("samples", sheet, step)
+        self.board.flush()
         self.bar.write(f"step {step}: {path}")
         self.since = time.perf_counter()
 

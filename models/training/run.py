@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 from .. import checkpoint as checkpoints
 from ..checkpoint import Checkpoint
 from ..runtime.device import check_backend, choose_device
+from ..runtime.files import locked, write_whole
 from ..runtime.plain import as_plain
 from ..runtime.verification import serving
+from ..sampling.solvers import NotFinite
 from .config import TrainConfig, from_dict
 from .log import Log
 from .trainer import Trainer
 
 _log = logging.getLogger(__name__)
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stopped(Exception):
@@ -36,7 +40,10 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list to which the first SIGTERM or SIGINT is appended; the second has its usual effect."""
+    """A list to which the first SIGTERM, SIGINT or SIGHUP is appended; the second has its usual effect.
+
+    SIGHUP, by which a terminal says that it closes, stays ignored where nohup ignores it.
+    """
     received: list[int] = []
     previous: dict[int, Any] = {}
 
@@ -49,7 +56,9 @@ def stop_signals() -> Iterator[list[int]]:
         restore()
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
+            if number not in (signal.SIGTERM, signal.SIGINT) and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             previous[number] = signal.signal(number, receive)
     except ValueError:
         _log.info("not the main thread: signals do not stop this run")
@@ -59,42 +68,86 @@ def stop_signals() -> Iterator[list[int]]:
         restore()
 
 
+def is_unsaved(folder: Path) -> bool:
+    """Whether a folder has no more than what a run leaves that ended before its first checkpoint, or nothing."""
+    for file in folder.iterdir():
+        if file.name == "config.json":
+            # Older versions may have left a part of it.
+            content, start = file.read_bytes(), b'{\n  "run": '
+            if not content.startswith(start) and not start.startswith(content):
+                return False
+        elif not re.fullmatch(r"config\.json\.tmp|step_\d+(\.pt)?\.tmp", file.name):
+            return False
+    return True
+
+
 def train(config: TrainConfig, resume: Checkpoint | None = None) -> Path:
     """Train to ``config.steps``; returns the last checkpoint.
 
     Raises:
         ValueError: a configuration that does not fit together, a run folder that is there already, or a loss that is
             not finite.
-        OSError: a checkpoint that could not be written.
-        Stopped: SIGTERM or Ctrl-C.
+        OSError: a checkpoint that could not be written, or a run folder that another process writes to.
+        Stopped: SIGTERM, SIGHUP or Ctrl-C.
     """
     folder = Path(config.run)
-    if resume is None and folder.exists():
-        raise ValueError(f"{folder} exists already; continue it with --resume {folder}, or choose another --run")
     stored = {} if resume is None else resume.served
-    device = choose_device(config.device)
-    check_backend(config.backend, device)
-    with serving(device, config.backend, config.verify, stored):
-        trainer = Trainer(config, resume)
+    with contextlib.ExitStack() as lock:
+        if folder.exists():
+            if not folder.is_dir():
+                raise ValueError(f"run is {config.run!r}, which is a file; it must be a folder")
+            lock.enter_context(locked(folder))
+            if resume is None and not is_unsaved(folder):
+                go_on = f"continue it with --resume {folder}, or " if any(folder.glob("step_*.pt")) else ""
+                raise ValueError(f"{folder} exists already; {go_on}choose another --run")
+        device = choose_device(config.device)
+        check_backend(config.backend, device)
+        with serving(device, config.backend, config.verify, stored):
+            trainer = Trainer(config, resume)
+            try:
+                # The first batch proves that there is data before anything is written.
+                trainer.batches.batch(trainer.step)
+                if not folder.exists():
+                    folder.mkdir(parents=True)
+                    lock.enter_context(locked(folder))
+                return _train(trainer, folder, fresh=resume is None)
+            finally:
+                trainer.batches.close()
+
+
+class _Saves:
+    """The checkpoints of a run that trains."""
+
+    def __init__(self, trainer: Trainer, folder: Path) -> None:
+        self.trainer, self.folder = trainer, folder
+        self.path = checkpoints.path_of(folder, trainer.step)
+
+    def save(self) -> None:
+        self.path = checkpoints.path_of(self.folder, self.trainer.step)  # so that a failure is not tried once more
+        checkpoints.save(self.folder, self.trainer.checkpoint(), self.trainer.config.keep)
+
+    def rescue(self, log: Log) -> None:
+        """Save the steps since the last checkpoint, for an error ends the run; the error itself is the caller's."""
+        if not self.trainer.sound or self.path == checkpoints.path_of(self.folder, self.trainer.step):
+            return
         try:
-            return _train(trainer, folder, fresh=resume is None)
-        finally:
-            trainer.batches.close()
+            log.flush()
+            self.save()
+            _log.warning("saved %s; once the cause is gone, go on with --resume %s", self.path, self.folder)
+        except Exception as error:
+            _log.warning("the steps since the last checkpoint are lost: %s", error)
 
 
 def _train(trainer: Trainer, folder: Path, *, fresh: bool) -> Path:
     config = trainer.config
     if not fresh and trainer.step >= config.steps:
         raise ValueError(f"{folder} is complete, at step {trainer.step} of {config.steps}")
-    # The first batch proves that there is data before anything is written.
-    trainer.batches.batch(trainer.step)
-    folder.mkdir(parents=True, exist_ok=not fresh)
-    (folder / "config.json").write_text(json.dumps(as_plain(config), indent=2) + "\n")
-
-    def save() -> Path:
-        return checkpoints.save(folder, trainer.checkpoint(), config.keep)
-
-    path = save() if fresh else checkpoints.path_of(folder, trainer.step)
+    write_whole(folder / "config.json", (json.dumps(as_plain(config), indent=2) + "\n").encode())
+    saves = _Saves(trainer, folder)
+    if fresh:
+        saves.save()
+    else:
+        set_aside(folder, trainer.step)
     log = Log(folder, trainer.step, config.steps, config.log_every)
     try:
         with stop_signals() as stop:
@@ -105,20 +158,40 @@ def _train(trainer: Trainer, folder: Path, *, fresh: bool) -> Path:
                 last = trainer.step == config.steps
                 if last or stop or trainer.step % config.save_every == 0:
                     log.flush()
-                    path = save()
+                    saves.save()
                 if stop and not last:
-                    raise Stopped(stop[0], path)
+                    raise Stopped(stop[0], saves.path)
                 if last or (config.preview.every and trainer.step % config.preview.every == 0):
-                    log.preview(trainer.step, trainer.preview())
+                    _preview(trainer, log)
+    except Exception:
+        saves.rescue(log)
+        raise
     finally:
         log.close()
-    return path
+    return saves.path
+
+
+def _preview(trainer: Trainer, log: Log) -> None:
+    try:
+        sheet = trainer.preview()
+    except NotFinite as error:  # of an average that has learned little yet, or of too much guidance
+        _log.warning("no preview after step %d: %s", trainer.step, error)
+    else:
+        log.preview(trainer.step, sheet)
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename the checkpoints of later steps, for the run goes on from an earlier one, or they are not whole."""
+    for file in folder.glob("step_*.pt"):
+        if file.name > checkpoints.path_of(folder, step).name:
+            _log.warning("%s is of a later step; it is set aside as %s.aside", file, file.name)
+            file.rename(file.with_name(f"{file.name}.aside"))
 
 
 def train_or_continue(config: TrainConfig) -> Path:
     """The last checkpoint of the run, trained as far as that is still to be done; what is in its folder is kept."""
     folder = Path(config.run)
-    if not folder.exists():
+    if not folder.exists() or is_unsaved(folder):
         return train(config)
     path, checkpoint = checkpoints.latest(folder)
     started = dataclasses.replace(from_dict(checkpoint.train), run=config.run)

@@ -68,6 +68,9 @@ class Trainer:
         built_from = configure(config.model, channels, frames, (height, width), len(self.classes), text_width)
         torch.manual_seed(config.seed)
         self.model = build(built_from).to(self.device)
+        # What a checkpoint has and a forward may change, as the statistics of a batch norm.
+        kept = self.model.state_dict().keys()
+        self.buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
         self.reads_low = self._reads_low()
         self.model.checkpointing = config.checkpointing
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -86,6 +89,7 @@ class Trainer:
         self.batches = self._batches()
         self.step = 0
         self.tokens = 0
+        self.sound = True  # False while a step changes the weights
         self.served = {} if resume is None else resume.served
         if resume is not None:
             self._restore(resume)
@@ -189,17 +193,11 @@ class Trainer:
         self.model.load_state_dict(saved.model)
         self.ema.load_state_dict(saved.ema)
         self.optimizer.load_state_dict(saved.optimizer)
-        torch.set_rng_state(saved.rng["torch"].cpu())
-        self.generator.set_state(saved.rng["objective"].cpu())
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(saved.rng["cuda"].cpu(), self.device)
+        self._set_generators(saved.rng)
         self.memory = {name: value.to(self.device) for name, value in saved.memory.items()}
         self.step = saved.step
 
     def checkpoint(self) -> Checkpoint:
-        rng = {"torch": torch.get_rng_state(), "objective": self.generator.get_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
         return Checkpoint(
             train=as_plain(self.config),
             config=as_plain(self.model.config),
@@ -208,7 +206,7 @@ class Trainer:
             model=self.model.state_dict(),
             ema=self.ema.state_dict(),
             optimizer=self.optimizer.state_dict(),
-            rng=rng,
+            rng=self._generators(),
             encoder=self.encoder,
             memory=self.memory,
             text_encoder=self.text_encoder,
@@ -217,10 +215,37 @@ class Trainer:
         )
 
     def train_step(self) -> Step:
-        """One optimizer step."""
+        """One optimizer step. After an error the state is that before the step, but for one while ``sound`` is False.
+
+        Raises:
+            ValueError: a loss or a gradient that is not finite, or data that cannot be read.
+        """
+        generators, memory, buffers = self._generators(), self._copies(self.memory), self._copies(self.buffers)
+        try:
+            loss, norm = self._gradients()
+        except BaseException:
+            self.optimizer.zero_grad()
+            self._set_generators(generators)
+            self.memory = memory
+            for name, buffer in self.buffers.items():
+                buffer.copy_(buffers[name])
+            raise
+        self.sound = False
+        rate = learning_rate(self.config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        update_ema(self.ema, self.model, self.config.optimizer.ema, self.step)
+        self.step += 1
+        self.sound = True
+        return Step(loss, norm, rate)
+
+    def _gradients(self) -> tuple[Tensor, Tensor]:
+        """The loss of the next batch and the norm of its gradient, which is clipped."""
         config = self.config
         x, y, low = self.batches.batch(self.step)
-        self.tokens += len(x) * self._tokens(x.shape[2:])
+        tokens = len(x) * self._tokens(x.shape[2:])
         x = x.to(self.device, non_blocking=True)
         low = low.to(self.device, non_blocking=True) if low is not None and self.reads_low else None
         if config.model.is_image:
@@ -240,14 +265,31 @@ class Trainer:
             loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.trained, config.optimizer.clip or math.inf, foreach=True)
-        rate = learning_rate(config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        update_ema(self.ema, self.model, config.optimizer.ema, self.step)
-        self.step += 1
-        return Step(total, norm, rate)
+        # Read back before the update, for it would spoil weights and average; GradScaler waits here as well.
+        if not math.isfinite(total.item()) or not math.isfinite(norm.item()):
+            raise ValueError(
+                f"step {self.step} has loss {total.item()} and gradient norm {norm.item()}; lower the learning rate, "
+                "or use fp32"
+            )
+        self.tokens += tokens
+        return total, norm
+
+    @staticmethod
+    def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def _generators(self) -> dict[str, Tensor]:
+        """The states of the random generators."""
+        states = {"torch": torch.get_rng_state(), "objective": self.generator.get_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def _set_generators(self, states: Mapping[str, Tensor]) -> None:
+        torch.set_rng_state(states["torch"].cpu())
+        self.generator.set_state(states["objective"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"].cpu(), self.device)
 
     def preview(self) -> Any:
         """A contact sheet of the averaged model's samples, uint8 ``[H, W, 3]``; does not disturb the training.

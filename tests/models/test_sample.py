@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import itertools
+import math
+import os
 import re
 from pathlib import Path
 
@@ -11,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from models.checkpoint import Checkpoint, save
-from models.data.media import contact_sheet, enlarge, mosaic, write_mp4
+from models.checkpoint import Checkpoint, load, save
+from models.data.media import contact_sheet, enlarge, mosaic, write_mp4, write_samples
+from models.data.pixels import to_bytes
 from models.denoisers.dit import DiT, DiTConfig
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching
 from models.runtime.device import choose_device
+from models.runtime.files import locked
 from models.runtime.plain import as_plain
 from models.sample import SampleConfig, class_ids, main, run
 from models.training.config import TrainConfig
@@ -234,6 +239,127 @@ def test_output_is_not_overwritten_unless_asked(tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["samples.gif"]
     run(dataclasses.replace(config, overwrite=True))
     assert len(frames(tmp_path / "out/samples.gif")) == 3
+
+
+@pytest.mark.parametrize("fatal", range(8))
+def test_a_full_disk_leaves_nothing_to_clean_up(tmp_path, monkeypatch, fatal):
+    """Whichever flush fails, the file is named, no file is there under its name, and the same command works again."""
+    config = SampleConfig(make(tmp_path / "run"), count=1, steps=1)
+    calls, flush = itertools.count(), os.fsync
+
+    def full(descriptor):
+        if next(calls) == fatal:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        if fatal < 4:  # the four are flushed before the first has its name
+            with pytest.raises(OSError, match=r"No space left on device: '.*samples/samples\.(mp4|gif|png|npz)'"):
+                run(config)
+            assert not list((tmp_path / "run/samples").iterdir())
+    assert sorted(file.name for file in run(config)) == sorted(FILES)
+    assert len(list((tmp_path / "run/samples").iterdir())) == 4
+
+
+@pytest.mark.parametrize("fatal", range(4))
+def test_a_kill_leaves_no_file_that_is_not_whole(tmp_path, monkeypatch, fatal):
+    class Killed(BaseException):
+        pass
+
+    config = SampleConfig(make(tmp_path / "run"), count=1, steps=1)
+    whole = {path.name: path.read_bytes() for path in run(dataclasses.replace(config, out=tmp_path / "whole"))}
+    calls, replace = itertools.count(), os.replace
+
+    def kill(source, target):
+        if next(calls) == fatal:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", kill)
+        with pytest.raises(Killed):
+            run(config)
+    for path in (tmp_path / "run/samples").glob("samples.???"):
+        assert path.suffix == ".npz" or path.read_bytes() == whole[path.name]
+    run(dataclasses.replace(config, overwrite=True))
+    assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == sorted(FILES)
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path):
+    pixels = np.zeros((1, 2, 16, 16, 3), np.uint8)
+    with locked(tmp_path), pytest.raises(BlockingIOError, match="is in use: another process writes there"):
+        write_samples(tmp_path, pixels, None, [], 8)
+    write_samples(tmp_path, pixels, None, [], 8)
+    # Another process has written since this one looked.
+    with pytest.raises(ValueError, match="exists already; use --overwrite"):
+        write_samples(tmp_path, pixels, None, [], 8, overwrite=False)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dopri5", "euler_maruyama"])
+@pytest.mark.parametrize(
+    ("value", "options", "cause"),
+    [
+        (math.nan, {}, "weights of the model are not finite: blocks.0"),
+        (math.inf, {}, "weights of the model are not finite: blocks.0"),
+        (None, {"guidance": 1e30}, r"guidance is 1e\+30"),
+    ],
+)
+def test_what_is_not_finite_is_an_error_with_its_step_and_cause(tmp_path, solver, value, options, cause):
+    path = make(tmp_path / "run")
+    checkpoint = load(path)
+    if value is not None:
+        name = next(name for name in checkpoint.ema if name.startswith("blocks.0") and name.endswith("weight"))
+        checkpoint.ema[name][0] = value
+        save(path.parent, checkpoint, keep=1)
+    steps = None if solver == "dopri5" else 3
+    where = "'dopri5' gave up" if solver == "dopri5" else r"(not finite|in size), and wrong since step 1 of [34]"
+    with pytest.raises(ValueError, match=rf"{where}.*; {cause}"):
+        run(SampleConfig(path, count=1, steps=steps, solver=solver, **options))
+    assert not (tmp_path / "run/samples").exists()
+
+
+def test_a_diffusion_that_is_not_finite(tmp_path):
+    path = make(tmp_path / "run", train=TrainConfig(objective=DDPM()))
+    checkpoint = load(path)
+    next(iter(checkpoint.ema.values())).fill_(math.nan)
+    save(path.parent, checkpoint, keep=1)
+    with pytest.raises(
+        ValueError, match=r"not finite, and wrong since step 1 of 4; weights of the model are not finite"
+    ):
+        run(SampleConfig(path, count=1, steps=4))
+
+
+def test_latents_that_decode_to_what_is_not_finite_are_no_black_clip():
+    with pytest.raises(ValueError, match="2 of 6 values of the clips are not finite"):
+        to_bytes(torch.tensor([0.0, math.nan, math.inf, 1, -1, 5]))
+
+
+@pytest.mark.parametrize("encoder", ["libx264", "mpeg4"])
+def test_a_film_has_its_colours_in_a_decoder_that_takes_bt709(tmp_path, monkeypatch, encoder):
+    """Y'CbCr to R'G'B' as BT.709-6 defines it, in limited range."""
+    monkeypatch.setattr("models.data.media.av.codecs_available", {encoder})
+    colours = np.random.default_rng(0).integers(0, 256, (60, 3))
+    colours = np.concatenate((colours, [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]])).astype(np.uint8)
+    image = colours.reshape(8, 8, 1, 3).repeat(256, 2).reshape(8, 8, 16, 16, 3).swapaxes(1, 2).reshape(128, 128, 3)
+    write_mp4(tmp_path / "a.mp4", np.stack([image] * 3), 8)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        context = container.streams.video[0].codec_context
+        tags = (context.colorspace, context.color_range, context.color_primaries, context.color_trc)
+        planes = next(container.decode(video=0)).to_ndarray().astype(float)
+    assert tags == (1, 1, 1, 1)
+    y = (planes[:128] - 16) / 219
+    u, v = ((part.repeat(2, 0).repeat(2, 1) - 128) / 224 for part in planes[128:].reshape(2, 64, 64))
+    red, blue = y + 1.5748 * v, y + 1.8556 * u
+    green = (y - 0.2126 * red - 0.0722 * blue) / 0.7152
+    shown = (np.stack((red, green, blue), -1) * 255).clip(0, 255).round()
+    assert abs(shown - image).max() <= 2
+
+
+@pytest.mark.parametrize(("fps", "said"), [(50, False), (51, True), (100, True)])
+def test_a_frame_rate_that_viewers_of_a_gif_do_not_play_is_said(tmp_path, caplog, fps, said):
+    write_samples(tmp_path, np.zeros((1, 2, 16, 16, 3), np.uint8), None, [], fps)
+    assert (f"fps is {fps}; a GIF of more than 50" in caplog.text) == said
 
 
 def test_what_does_not_match_is_refused_with_the_reason(tmp_path):

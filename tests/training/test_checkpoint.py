@@ -5,6 +5,8 @@ import dataclasses
 import logging
 import os
 import pickle
+import random
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.checkpoint import Checkpoint, NotACheckpoint, latest, load, path_of, save
+from models.checkpoint import Checkpoint, NotACheckpoint, NotEnoughMemory, latest, load, path_of, save
 from models.denoisers.dit import DiT, DiTConfig
 from models.runtime.plain import as_plain
 from models.training.config import TrainConfig, from_dict
@@ -84,13 +86,127 @@ def test_latest_skips_what_is_not_whole_and_names_it(tmp_path, caplog):
         latest(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.98, 0.9999])
-def test_a_truncated_file_is_refused(tmp_path, share):
+def test_a_truncated_file_is_refused(tmp_path):
     path = save(tmp_path, make(1), keep=1)
     content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(NotACheckpoint, match="is not a whole checkpoint"):
+    for size in (*(int(len(content) * share) for share in (0.02, 0.5, 0.98)), *range(len(content) - 120, len(content))):
+        path.write_bytes(content[:size])
+        with pytest.raises(NotACheckpoint, match="is not a whole checkpoint"):
+            load(path)
+
+
+def damaged(content: bytes, seed: int):
+    """Copies of a file with one byte changed, in each part of it, or with a page of zeros."""
+    rng = random.Random(seed)
+    ends = [*range(100), *range(len(content) - 100, len(content))]
+    for place in [*ends, *(rng.randrange(len(content)) for _ in range(100))]:
+        copy = bytearray(content)
+        copy[place] ^= rng.randrange(1, 256)
+        yield place, copy
+    for place in (rng.randrange(len(content) - 4096) for _ in range(20)):
+        copy = bytearray(content)
+        copy[place : place + 4096] = bytes(4096)
+        if copy != content:
+            yield place, copy
+
+
+def test_damage_anywhere_is_seen_and_the_newest_whole_one_is_taken(tmp_path, caplog):
+    older, path = (save(tmp_path, make(step), keep=9) for step in (1, 2))
+    content = path.read_bytes()
+    for place, copy in damaged(content, 0):
+        path.write_bytes(copy)
+        with pytest.raises(NotACheckpoint, match=r"step_00000002\.pt is not a whole checkpoint"):
+            pytest.fail(f"byte {place} of {len(content)}: {load(path).step}")
+    caplog.clear()
+    assert latest(tmp_path)[0] == older
+    assert [record.getMessage().partition(" is not")[0] for record in caplog.records] == [f"skipped: {path}"]
+    path.write_bytes(content)
+    assert latest(tmp_path)[0] == path
+
+
+def test_a_checkpoint_of_before_there_was_a_checksum(tmp_path, caplog):
+    path = save(tmp_path, make(1), keep=1)
+    torch.save(torch.load(path, weights_only=True), path)
+    assert load(path).step == 1 and "has no checksum" in caplog.text
+    file = bytearray(path.read_bytes())
+    file[len(file) // 2] ^= 1  # in a tensor, whose own sum torch wrote
+    path.write_bytes(file)
+    with pytest.raises(NotACheckpoint, match="not a whole checkpoint"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": "7"}, {"step": -1}, {"step": True}, {"classes": [1]}, {"model": []}, {"ema": {"a": 1}}, {"encoder": 3}],
+)
+def test_a_field_of_another_type_is_named(tmp_path, change):
+    path = save(tmp_path, dataclasses.replace(make(1), **change) if change != {"step": "7"} else make(1), keep=1)
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    with pytest.raises(NotACheckpoint, match=f"has {next(iter(change))} "):
+        load(path)
+
+
+MEMORY = """
+import resource, sys
+from models.checkpoint import NotEnoughMemory, latest
+
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    print(latest(sys.argv[1])[1].step)
+except NotEnoughMemory as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is of Linux")
+def test_too_little_memory_is_not_taken_for_damage(tmp_path):
+    save(tmp_path, make(1), keep=9)
+    large = dataclasses.replace(make(2), memory={"large": torch.zeros(48 << 18)})
+    path = save(tmp_path, large, keep=9)
+    found = []
+    for limit in (0, 8 << 20, 40 << 20, 400 << 20):
+        command = [sys.executable, "-c", MEMORY, str(tmp_path), str(limit)]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0 and not result.stderr, result.stderr
+        found.append(result.stdout.strip())
+    assert found[:3] == [f"not enough memory to read {path}, which takes 48 MiB; no damage was found"] * 3
+    assert found[3] == "2"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the memory in use is read from /proc")
+def test_what_is_not_read_takes_no_memory(tmp_path):
+    """Weights are mapped: neither the optimizer nor the last weights are read, and the averaged ones not copied."""
+    model = DiT(dataclasses.replace(DIT, width=256, depth=12))
+    weights = model.state_dict()
+    size = sum(weight.nbytes for weight in weights.values())
+    state = {"state": {}, "param_groups": [], "moments": {name: torch.ones_like(w) for name, w in weights.items()}}
+    config = as_plain(model.config)
+    path = save(tmp_path, dataclasses.replace(make(1), config=config, model=weights, ema=weights, optimizer=state), 1)
+    torch.manual_seed(0)
+    before, started = resident(), torch.get_rng_state()
+    built = load(path).build()
+    assert torch.equal(torch.get_rng_state(), started)
+    total = sum(parameter.double().sum() for parameter in built.parameters())
+    assert resident() - before < 1.5 * size
+    assert total == sum(weights[name].double().sum() for name, _ in built.named_parameters())
+    # What is written to a mapped tensor does not reach the file.
+    with torch.no_grad():
+        next(built.parameters()).zero_()
+    load(path)
+
+
+def test_a_model_that_memory_does_not_hold_is_not_said_to_be_another(monkeypatch):
+    def full(config):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4194304 bytes")
+
+    monkeypatch.setattr("models.checkpoint.build", full)
+    with pytest.raises(NotEnoughMemory, match="not enough memory for the model, whose weights take 0 MiB"):
+        make(1).build()
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 class Malicious:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -318,6 +319,70 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path):
             open_source(DataConfig(str(tmp_path / "z"), frames=2, size=(12, 16)))
 
 
+def changes(value, path=()):
+    """A JSON value without one of its parts, or with another in its place, and what was changed: all ways of a few."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield (*path, key), {name: item for name, item in value.items() if name != key}
+            for where, other in changes(part, (*path, key)):
+                yield where, {**value, key: other}
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        yield path, value[1:]
+        for where, other in changes(value[0], (*path, 0)):
+            yield where, [other, *value[1:]]
+    else:
+        others = [None, -1, 1.5, "x", True, [], {}, [float("nan")], 10**9, [0, 1, 2, 3]]
+        yield from ((path, other) for other in others if other != value or type(other) is not type(value))
+
+
+# What may be changed by itself without a contradiction in the index, if its checksum is taken away as well.
+FREE = {
+    "path",
+    "seed",
+    "shard_clips",
+    "batch_size",
+    "files",
+    "data",
+    "pixels",
+    "bytes",
+    "sha256",
+    "classes",
+    "captions",
+}
+
+
+def test_every_field_of_an_index_is_checked(tmp_path, caplog):
+    path = run(pixels(tmp_path / "z", low=2, normalize=True))
+    content = path.read_bytes()
+    index = json.loads(content)
+    rng = random.Random(0)
+    for _ in range(100):
+        copy = bytearray(content)
+        copy[rng.randrange(len(copy))] ^= rng.randrange(1, 256)
+        path.write_bytes(copy)
+        with pytest.raises(ValueError, match=r"z/index\.json (is damaged|was not written|has format)"):
+            pytest.fail(str(read_index(path.parent)))
+    accepted = set()
+    for where, changed in changes(index):
+        # With the checksum of before, and without, as an older version wrote it.
+        for values in (changed, {key: value for key, value in changed.items() if key != "sha256"}):
+            path.write_text(json.dumps(values, indent=1) + "\n")
+            try:
+                LatentClips(path.parent).clip(0, np.random.default_rng(0))
+            except ValueError as error:
+                assert "z/" in str(error) or "\n" not in str(error)
+            else:
+                assert "sha256" not in values
+                accepted.add(where)
+    # Without the field it has its default; a number of another value may be right.
+    optional = {("low",), ("buckets",), ("made", "low"), ("sha256",)}
+    wrong = {where for where in accepted - optional if where[-1] not in FREE and where[:2] != ("made", "data")}
+    assert not wrong
+    path.write_text(json.dumps({key: value for key, value in index.items() if key != "sha256"}))
+    caplog.clear()
+    assert len(LatentClips(path.parent)) == 22 and "has no checksum" in caplog.text
+
+
 def test_training_on_stored_pixels_is_training_on_the_source(tmp_path):
     data = videos(tmp_path / "videos")
     run(pixels(tmp_path / "z", data=data, shard_clips=2))
@@ -477,7 +542,7 @@ def test_an_interrupted_run_goes_on_in_the_same_bucket(tmp_path, monkeypatch):
 def test_a_folder_of_before_there_were_buckets_is_read(tmp_path, capsys):
     path = run(pixels(tmp_path / "z"))
     index = json.loads(path.read_text())
-    del index["buckets"], index["made"]["data"]["buckets"]
+    del index["buckets"], index["made"]["data"]["buckets"], index["sha256"]
     path.write_text(json.dumps(index))
     assert LatentClips(tmp_path / "z").buckets == [] and len(LatentClips(tmp_path / "z")) == 22
     options = "--encoder pixels --precision fp32 --shard-clips 8 --batch-size 3 --data.frames 2 --data.size 12 16"
@@ -753,7 +818,7 @@ def test_small_clips_of_a_bucket_are_those_of_its_clips(tmp_path):
     index = read_index(path.parent)
     names, size = [entry["name"] for entry in index["shards"]], {"pixels": index["pixels"], "shape": index["shape"]}
     index["buckets"] = [{**size, "shards": names[:1]}, {**size, "shards": names[1:]}]
-    index["made"]["data"]["buckets"] = [[2, 12, 16], [2, 12, 16]]
+    index["made"]["data"]["buckets"] = [[2, 12, 16], [2, 16, 12]]
     path.write_text(json.dumps(index))
     for part, count in zip(LatentClips(path.parent).split(), (8, 14), strict=True):
         x, _, low = Batches(part, count, 0, prefetch=0).batch(0)
@@ -802,7 +867,7 @@ def test_a_folder_of_before_there_were_small_clips_is_read_and_continued(tmp_pat
     path = tmp_path / "z" / ("index.json" if finished else "index.partial.json")
     values = json.loads(path.read_text())
     values.pop("low", None)
-    del values["made"]["low"], values["made"]["data"]["reduce"]
+    del values["sha256"], values["made"]["low"], values["made"]["data"]["reduce"]
     path.write_text(json.dumps(values))
     before = (tmp_path / "z/shard_00001.safetensors").stat().st_mtime_ns
     for changes, differs in (({"low": 2}, "low"), ({"data": replace(DIGITS, reduce=2)}, "data.reduce")):

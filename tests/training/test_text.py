@@ -159,6 +159,17 @@ def test_an_encoder_is_frozen_and_encodes_a_caption_once(folder, monkeypatch):
 
 
 @needs_transformers
+@needs_transformers
+def test_captions_that_are_cut_are_said(folder, caplog):
+    encoder = TextEncoder(save_encoder(folder, "t5"), max_length=4)
+    encoder(["a cat", ""])
+    assert not caplog.text
+    encoder([f"a small brown dog and {i}" for i in range(12)])
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == 2 and found[0].startswith("caption 'a small brown dog and 0' has ")
+    assert "cut to the 4 of max_length; captions cut so far: 1" in found[0] and found[1].endswith("so far: 10")
+
+
 def test_the_pooled_output_of_clip_is_one_token(folder):
     whole = TextEncoder(save_encoder(folder, "clip"), max_length=8)
     encoder = TextEncoder(save_encoder(folder, "clip"), max_length=8, pooled=True)
