@@ -167,7 +167,8 @@ def test_the_memory_of_a_loader_is_flat_over_200_epochs(tmp_path):
     finally:
         tracemalloc.stop()
         batches.close()
-    assert traced[1] - traced[0] < 50_000, traced
+    # One clip a batch would be 1.8 MB. What else in the process remembers something takes a tenth of it.
+    assert traced[1] - traced[0] < 400_000, traced
     assert pages[1] - pages[0] < 8 << 20, pages
 
 
