@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 from graphlib import TopologicalSorter
@@ -78,10 +79,17 @@ def test_models_use_the_public_ops_only():
                 assert re.fullmatch(public, line), f"{path.relative_to(ROOT)}: {line}"
 
 
+@functools.cache
+def dotted_names() -> frozenset[str]:
+    """Dotted names, from the root, of all files of Python in models/, bench/ and tests/."""
+    paths = (path for room in ("models", "bench", "tests") for path in (ROOT / room).rglob("*.py"))
+    return frozenset(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths)
+
+
 def imported(path: Path) -> set[str]:
     """The modules of models/, bench/ and tests/ that a file imports, anywhere in it, as dotted names from the root."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    files = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in ROOT.glob("*/**/*.py")}
+    files = dotted_names()
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
