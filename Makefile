@@ -71,7 +71,7 @@ systems: $(VENV)/.installed
 
 test: $(VENV)/.installed native
 	$(BIN)/python -m minisora_kernels
-	$(BIN)/python -m pytest tests -m 'not slow' --numprocesses 2 --ignore tests/bench/test_aot.py --ignore tests/packaging/test_cuda_build.py
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -m 'not slow' --numprocesses 2 --ignore tests/bench/test_aot.py --ignore tests/packaging/test_cuda_build.py
 
 test-slow: $(VENV)/.installed native
 	$(BIN)/python -m pytest tests -m slow --ignore tests/bench/test_aot.py --ignore tests/packaging/test_cuda_build.py

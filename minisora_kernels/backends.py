@@ -81,8 +81,14 @@ def _check_name(name: str, source: str) -> str:
 
 # What the process was told to run on.
 FORCED: str | None = os.environ.get("MINISORA_BACKEND") or None
-if FORCED is not None:
-    _check_name(FORCED, "the environment variable MINISORA_BACKEND")
+# What is wrong with the environment. It is raised by the first call, so that a command can say it in one line.
+broken: Exception | None = None
+
+
+def check_environment() -> None:
+    """Raise ValueError for an unknown MINISORA_BACKEND, ImportError for a library that is there and cannot be used."""
+    if broken is not None:
+        raise broken
 
 
 def cache_folder() -> Path | None:
@@ -190,6 +196,8 @@ def cpu_capability() -> str:
 
 
 def _load_libraries() -> None:
+    if FORCED is not None:
+        _check_name(FORCED, "the environment variable MINISORA_BACKEND")
     if FORCED == "reference":
         for name in ("cpu", "cuda"):
             _unavailable[name] = "MINISORA_BACKEND=reference: the libraries were not loaded"
@@ -206,11 +214,15 @@ def _load_libraries() -> None:
         _unavailable["cuda"] = _load("cuda", "cuda", "no CUDA library")
 
 
-_load_libraries()
+try:
+    _load_libraries()
+except (ImportError, ValueError) as error:
+    broken = error
 
 
 def unavailable(name: str) -> str | None:
     """Why the backend cannot be used on this machine at all, or None if it can."""
+    check_environment()
     if name == "triton" and name not in _unavailable:  # checked on first use: the search for a module takes time
         _unavailable[name] = None if importlib.util.find_spec(name) else "Triton is not installed"
     reason = _unavailable[_check_name(name, "name")]
@@ -240,6 +252,7 @@ def choose(
 
     Raises ValueError if an explicitly chosen backend refuses this call, RuntimeError if it is not there at all.
     """
+    check_environment()
     explicit = forced(FORCED) if backend is None else _check_name(backend, "backend")
     if explicit is None:
         name = automatic.choose(op, table, device, call, detail)

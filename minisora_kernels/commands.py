@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from . import backends
+
 TRACEBACK = "--traceback"
 HELP = f"{TRACEBACK} shows where an error comes from."
 
@@ -41,7 +43,8 @@ def message_of(error: BaseException) -> str:
         asked = _ASKED.search(text)
         size = "" if asked is None else f": {asked[1] or asked[2]} more could not be had"
         return f"out of memory{size}; use a smaller model, clip or batch"
-    if isinstance(error, (ValueError, OSError)) and text and not isinstance(error, UnicodeError):
+    foreseen = isinstance(error, (ValueError, OSError)) and not isinstance(error, UnicodeError)
+    if text and (foreseen or error is backends.broken):
         return text
     kind = type(error).__name__
     return f"{kind}: {text}; {TRACEBACK} shows where" if text else f"{kind}; {TRACEBACK} shows where"
@@ -72,6 +75,7 @@ def command(failed: int | None = None) -> Callable[[Callable[..., Any]], Callabl
             given = sys.argv[1:] if arguments is None else arguments
             try:
                 try:
+                    backends.check_environment()
                     return main([argument for argument in given if argument != TRACEBACK], **options)
                 finally:
                     _flush()

@@ -60,10 +60,19 @@ def test_the_reference_can_be_forced_from_the_environment():
     assert "MINISORA_BACKEND=reference: the libraries were not loaded" in done.stdout, done.stderr
 
 
-def test_an_unknown_backend_in_the_environment_is_an_error():
-    done = python("import minisora_kernels", MINISORA_BACKEND="gpu")
-    assert done.returncode != 0
-    assert "MINISORA_BACKEND is 'gpu'; it may be one of reference, cpu, cuda, triton" in done.stderr
+UNKNOWN = "MINISORA_BACKEND is 'gpu'; it may be one of reference, cpu, cuda, triton"
+
+
+def test_an_unknown_backend_in_the_environment_is_an_error_of_the_first_call():
+    call = "import torch, minisora_kernels as mk\nx = torch.ones(1, 1, 1)\nmk.gate_residual(x, x, x)"
+    done = python(call, MINISORA_BACKEND="gpu")
+    assert done.returncode == 1 and UNKNOWN in done.stderr
+
+
+@pytest.mark.parametrize("command", ["minisora_kernels", "models.train"])
+def test_a_command_says_so_in_one_line(command):
+    done = python(f"import runpy; runpy.run_module({command!r}, run_name='__main__')", MINISORA_BACKEND="gpu")
+    assert done.returncode and done.stderr == f"error: the environment variable {UNKNOWN}\n", done.stderr
 
 
 def test_a_cpu_without_avx2_gets_the_reference_and_is_told_why():
