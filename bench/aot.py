@@ -153,8 +153,8 @@ def small(op: str) -> Iterator[tuple[str, str, Problem]]:
 
 
 def quick(op: str) -> Iterator[tuple[str, str, Problem]]:
-    """The same, each in one dtype: enough for every branch of every kernel, see bench/gpu/branches.py."""
-    for call in bench_of(op).LAUNCHES:
+    """The quick ones, each in one dtype: enough for every branch of every kernel, see bench/gpu/branches.py."""
+    for call in filter(lambda call: call.quick, bench_of(op).LAUNCHES):
         yield call.name, call.dtypes[-1], call.problem(PRECISIONS[call.dtypes[-1]])
 
 

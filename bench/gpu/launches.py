@@ -21,11 +21,15 @@ BOTH, HALF, TF32 = ("float32", "bfloat16"), ("bfloat16",), ("tf32",)  # see PREC
 
 @dataclass(frozen=True)
 class Launch:
-    """A call by name: ``problem(dtype)`` has its tensors. ``dtypes`` are those it is made in."""
+    """A call by name: ``problem(dtype)`` has its tensors. ``dtypes`` are those it is made in.
+
+    Without ``quick`` it has no kernel and no branch that others of its op lack.
+    """
 
     name: str
     problem: Callable[[torch.dtype], Problem]
     dtypes: tuple[str, ...] = BOTH
+    quick: bool = True
 
 
 def meta(dtype: torch.dtype, *shape: int) -> Tensor:

@@ -222,7 +222,8 @@ def _window(
 
 
 def _launch(kind: str, grid: Triple, window: Triple, side: int, style: Style, dtypes: tuple[str, ...]) -> Launch:
-    return Launch(f"{kind} head_dim {side} {style}", partial(_window, grid, window, side, style), dtypes)
+    call = partial(_window, grid, window, side, style)
+    return Launch(f"{kind} head_dim {side} {style}", call, dtypes, quick=side <= 72 or style == FULL)
 
 
 def launches() -> Iterator[Launch]:

@@ -34,6 +34,7 @@ ROWS: tuple[tuple, ...] = (
     ("shift per token", (1, TOKENS, 1), True, "layer", {}),
     ("scale per token", (1, 1, TOKENS), True, "layer", {}),
     ("rows of 6, 4, 3", (6, 4, 3), True, "layer", {}),
+    ("a run a row", (12, 12, 12), False, "layer", {}),
 )
 MIXED: tuple[tuple, ...] = (
     ("fp32 modulation", PER_SAMPLE, True, "layer", dict.fromkeys((*MODULATION, "weight", "bias"), torch.float32)),
