@@ -203,7 +203,7 @@ def test_environment_variables_are_read_in_one_place():
     readers = [
         path.name
         for path in (ROOT / "minisora_kernels").rglob("*.py")
-        if re.search(r"environ|getenv", path.read_text())
+        if re.search(r"\benviron\b|getenv", path.read_text())
     ]
     assert readers == ["backends.py"]
 
