@@ -41,7 +41,7 @@ def message_of(error: BaseException) -> str:
     text = textwrap.shorten(str(error), 2000, placeholder=" ...")
     if out_of_memory(error):
         asked = _ASKED.search(text)
-        size = "" if asked is None else f": {asked[1] or asked[2]} more could not be had"
+        size = "" if asked is None else f" for another {asked[1] or asked[2]}"
         return f"out of memory{size}; use a smaller model, clip or batch"
     foreseen = isinstance(error, (ValueError, OSError)) and not isinstance(error, UnicodeError)
     if text and (foreseen or error is backends.broken):

@@ -119,7 +119,8 @@ class Log:
             self.board.add_scalar(name, value, step)
         self.board.flush()
         mean = sum(row[1] for row in rows) / len(rows)
-        self.bar.set_postfix_str(f"loss {mean:.4f}, {speed:,.0f} tokens/s, {wait:.3f} s a step for data", refresh=False)
+        text = f"loss {mean:.4f}, {speed:,.0f} tokens/s, {wait:.3f} s per step for data"
+        self.bar.set_postfix_str(text, refresh=False)
         self.since = time.perf_counter()
 
     def preview(self, step: int, sheet: np.ndarray) -> None:

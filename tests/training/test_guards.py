@@ -186,4 +186,4 @@ def test_the_seconds_that_a_step_waits_for_data_are_logged(tmp_path, monkeypatch
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     waited = [event.value for event in events.Scalars("seconds of waiting for data")]
     assert len(waited) == 3 and all(value < 1 for value in waited) and waited[-1] > 0.05
-    assert "s a step for data" in capsys.readouterr().err
+    assert "s per step for data" in capsys.readouterr().err
