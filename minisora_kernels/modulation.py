@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .checks import check_tensor, kernel_refusal
 
@@ -79,8 +80,10 @@ def check_norm(op: str, norm: str, bias: Tensor | None) -> None:
 
 def identity(tensor: Tensor | None) -> tuple | None:
     """What tells whether another tensor is the same numbers; None where that cannot be told, as of fake tensors."""
+    if tensor is None or isinstance(tensor, FakeTensor):
+        return None
     try:
-        return None if tensor is None else (tensor.data_ptr(), tensor._version, tensor.numel(), tensor.stride(0))
+        return (tensor.data_ptr(), tensor._version, tensor.numel(), tensor.stride(0))
     except RuntimeError:
         return None
 
