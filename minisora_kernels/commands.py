@@ -18,10 +18,11 @@ from . import backends
 TRACEBACK = "--traceback"
 HELP = f"{TRACEBACK} shows where an error comes from."
 
-# How torch says without a class of its own that memory or the numbers for its size do not suffice.
-_OF_MEMORY = re.compile(
-    r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|size calculation overflowed"
-    r"|multiplication overflow|array is too big|maximum allowed dimension|failed to map segment",
+# How torch says without a class of its own that memory does not suffice, or that a size is beyond all numbers for it.
+NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|cannot allocate memory|out of memory", re.IGNORECASE)
+_TOO_LARGE = re.compile(
+    r"size calculation overflowed|multiplication overflow|array is too big|maximum allowed dimension"
+    r"|failed to map segment",
     re.IGNORECASE,
 )
 _ASKED = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))|unable to allocate ([\d.]+ \w+)", re.IGNORECASE)
@@ -33,7 +34,9 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, (RuntimeError, ValueError, ImportError)) and _OF_MEMORY.search(str(error)) is not None
+    text = str(error)
+    said = NO_MEMORY.search(text) or _TOO_LARGE.search(text)
+    return isinstance(error, (RuntimeError, ValueError, ImportError)) and said is not None
 
 
 def message_of(error: BaseException) -> str:

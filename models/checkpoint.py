@@ -26,6 +26,8 @@ from typing import IO, Any, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from minisora_kernels.commands import NO_MEMORY
+
 from .registry import build, config_from
 from .runtime.files import checksum, whole_file
 
@@ -37,7 +39,6 @@ MAGIC = "minisora checkpoint"
 COMMENT = b"minisora sums %s\n"
 COMMENT_SIZE = len(COMMENT % bytes(64))
 END, END_SIZE = b"PK\5\6", 22
-NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|cannot allocate memory|out of memory", re.IGNORECASE)
 _log = logging.getLogger(__name__)
 
 
