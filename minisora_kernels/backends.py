@@ -88,7 +88,7 @@ broken: Exception | None = None
 def check_environment() -> None:
     """Raise ValueError for an unknown MINISORA_BACKEND, ImportError for a library that is there and cannot be used."""
     if broken is not None:
-        raise broken
+        raise broken.with_traceback(None)  # else each call would add its frames to those of the last
 
 
 def cache_folder() -> Path | None:
