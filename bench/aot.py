@@ -168,7 +168,7 @@ def launch(problem: Problem) -> None:
 def launch_all(
     problems: Callable[[str], Iterable[tuple[str, str, Problem]]],
     begin: Callable[[str, str, str], None],
-    of: Sequence[str] | None = None,
+    of: Sequence[str] = (),
 ) -> dict[str, dict[str, int]]:
     """Launches them for every op, or for those of ``of``; ``begin(op, name, dtype)`` goes first.
 
@@ -179,7 +179,7 @@ def launch_all(
 
     traffic = {}
     with on_meta_tensors() as moved:
-        for op in ops() if of is None else of:
+        for op in of or ops():
             for name, dtype, problem in problems(op):
                 begin(op, name, dtype)
                 moved.clear()
@@ -196,7 +196,7 @@ def launch_all(
 
 
 def kernels_of(
-    architecture: Architecture, brief: bool = False, of: Sequence[str] | None = None
+    architecture: Architecture, brief: bool = False, of: Sequence[str] = ()
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """What would be launched there, and the bytes that the benches move; ``brief``: see ``--quick``; ``of``: these ops.
 
@@ -279,7 +279,7 @@ def everything(names: Sequence[str] = tuple(ARCHITECTURES), brief: bool = False)
 
     parts = [["window_attention"], [op for op in ops() if op != "window_attention"]]
     longest_first = sorted(names, key=lambda name: name != WHOLLY)
-    tasks = [(name, part) for name in longest_first for part in (parts if name == WHOLLY else [ops()])]
+    tasks = [(name, part) for name in longest_first for part in (parts if name == WHOLLY else [[]])]
 
     def of(task: tuple[str, list[str]]) -> dict[str, dict[str, dict[str, Any]]]:
         name, part = task
@@ -360,7 +360,7 @@ def main(arguments: list[str]) -> int:
         "--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES, metavar="NAME"
     )
     parser.add_argument(
-        "--alone", nargs="+", metavar=("NAME", "OP"), help="print what is of one and these ops, as JSON"
+        "--alone", nargs="+", metavar=("NAME", "OP"), help="print what is of one, and of these ops alone, as JSON"
     )
     parser.add_argument("--quick", action="store_true", help="only the LAUNCHES of the benches, each in one dtype")
     options = parser.parse_args(arguments)
