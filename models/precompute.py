@@ -241,6 +241,7 @@ def run(config: PrecomputeConfig) -> Path:
         "low": small and {"factor": config.low, "shape": small},
         "buckets": bucket_entries(config, parts, shards) if data.buckets else [],
         "classes": source.classes,
+        "empty_classes": source.empty_classes,
         "captions": source.captions,
         "mean": mean,
         "std": std,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -27,6 +28,8 @@ from .runtime.verification import serving
 from .sampling.clips import ClipRequest, in_training_units, sample_clips
 from .sampling.solvers import SolverOptions
 from .training.config import TrainConfig, from_dict
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,10 @@ SAME_NAMES = (
 )
 
 
-def class_ids(names: tuple[str, ...], classes: list[str], count: int) -> Tensor | None:
-    """Class ids ``[count]``, the named classes (all by default) in turn; None for a model without classes.
+def class_ids(names: tuple[str, ...], classes: list[str], count: int, empty: Sequence[int] = ()) -> Tensor | None:
+    """Class ids ``[count]``, the named classes in turn; None for a model without classes.
+
+    By default they are all classes but the empty ones, which no training clip had. To name one of these warns.
 
     Raises:
         ValueError: a class that the model does not have.
@@ -128,7 +133,9 @@ def class_ids(names: tuple[str, ...], classes: list[str], count: int) -> Tensor 
             ids.append(int(name))
         else:
             raise ValueError(f"class is {name!r}; it may be one of {', '.join(classes)} or 0..{len(classes) - 1}")
-    ids = ids or list(range(len(classes)))
+    if never := [classes[i] for i in dict.fromkeys(ids) if i in empty]:
+        _log.warning("no clip of the training data had class %s: the model has not learned it", ", ".join(never))
+    ids = ids or [i for i in range(len(classes)) if i not in empty] or list(range(len(classes)))
     return torch.tensor([ids[i % len(ids)] for i in range(count)])
 
 
@@ -214,7 +221,7 @@ def conditions_of(
         classes = classes or names_of(start.labels, checkpoint.classes)
     if start.labels is not None and train.text.encoder is not None:
         captions = captions or names_of(start.labels, [])
-    ids = class_ids(classes, checkpoint.classes, count)
+    ids = class_ids(classes, checkpoint.classes, count, checkpoint.empty_classes)
     if config.guidance != 1 and checkpoint.config.get("class_dropout") == 0:
         raise ValueError(
             f"guidance is {config.guidance}; it must be 1, for the model was trained with class_dropout 0, without a "

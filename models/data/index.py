@@ -91,6 +91,7 @@ WHOLE = HEAD | {
     "low?": None,
     "buckets?": [{"pixels": SHAPE, "shape": SHAPE, "shards": NAMES}],
     "classes": NAMES,
+    "empty_classes?": [_integer(0)],
     "captions": NAMES,
     "mean": NUMBERS,
     "std": NUMBERS,
@@ -186,6 +187,10 @@ def _check_whole(index: Mapping[str, Any]) -> None:
         (channels != {len(index["std"])}, f"std has {len(index['std'])} numbers for {channels} channels"),
         (min(index["std"]) < 0, f"std is {index['std']}; it must not be negative"),
         (made["normalize"] and min(index["std"]) == 0, f"std is {index['std']}; with normalize it must be positive"),
+        (
+            not set(index.get("empty_classes", ())) <= set(range(len(index["classes"]))),
+            f"empty_classes are {index.get('empty_classes')} of {len(index['classes'])} classes",
+        ),
         (bool(index["classes"] and index["captions"]), "it has classes and captions; it must have one of them"),
         (
             bool(buckets) and [name for bucket in buckets for name in bucket["shards"]] != names,

@@ -149,6 +149,10 @@ class LatentClips(Source):
         self._shard = functools.lru_cache(maxsize=self.OPEN)(self._open)
 
     @property
+    def empty_classes(self) -> list[int]:
+        return self.index.get("empty_classes", [])
+
+    @property
     def shape(self) -> Shape:
         channels, frames, height, width = self._shape
         return channels, frames, height, width

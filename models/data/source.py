@@ -46,6 +46,11 @@ class Source(ABC):
     low_shape: Shape | None = None
 
     @property
+    def empty_classes(self) -> list[int]:
+        """The ids of the classes that no file has, as far as files are known."""
+        return sorted(set(range(len(self.classes))) - {item.label for item in self.items}) if self.items else []
+
+    @property
     @abstractmethod
     def shape(self) -> Shape:
         """``(C, T, H, W)`` of every clip."""

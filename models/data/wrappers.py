@@ -55,6 +55,10 @@ class WithImages(Source):
         self.source, self.images, self.classes = source, images, source.classes
 
     @property
+    def empty_classes(self) -> list[int]:
+        return self.source.empty_classes
+
+    @property
     def shape(self) -> Shape:
         channels, frames, height, width = self.source.shape
         return channels, frames + self.images, height, width

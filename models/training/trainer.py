@@ -212,6 +212,7 @@ class Trainer:
             text_encoder=self.text_encoder,
             data_digest=self.data_digest,
             served=self.served | automatic.served(),
+            empty_classes=self.source.empty_classes if self.classes else [],
         )
 
     def train_step(self) -> Step:
@@ -300,7 +301,8 @@ class Trainer:
         if isinstance(self.objective, Reconstruction):
             pairs = self.objective.preview(self.ema, self._first().clips.to(self.device))
             return contact_sheet(to_bytes(pairs).permute(0, 2, 3, 4, 1).cpu().numpy())
-        labels, low = torch.arange(preview.count) % max(len(self.captions), 1), None
+        numbers = [i for i in range(len(self.captions)) if i not in self.source.empty_classes] or [0]
+        labels, low = torch.tensor([numbers[i % len(numbers)] for i in range(preview.count)]), None
         small = self.model.small_clips
         if small is not None and (self.reads_low or small.of_input):
             x, labels, low = self._first()

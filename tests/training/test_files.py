@@ -12,6 +12,8 @@ from models.data.config import DataConfig
 from models.data.files import Item, find_files
 from models.data.media import write_png
 from models.data.open import open_source
+from models.precompute import main as precompute
+from models.sample import main as sample
 from models.train import main
 
 PIXELS = np.full((16, 16, 3), 90, np.uint8)
@@ -175,6 +177,25 @@ def test_labels_that_leave_classes_empty_and_paths_that_are_no_file_are_counted(
     source = open_source(DataConfig(str(tmp_path / "list.csv"), frames=1, size=(16, 16)))
     assert source.clip(3, np.random.default_rng(0))[1] == 1  # the pipe does not block, the next file stands in
     assert f"{tmp_path}/pipe.mp4 cannot be decoded and is skipped: it is not a regular file" in caplog.text
+
+
+def test_a_class_without_a_file_is_dealt_to_no_sample(tmp_path, caplog, capsys):
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name)
+    (tmp_path / "list.csv").write_text("path,label\na.png,1\nb.png,3\n")
+    data = ["--data.source", str(tmp_path / "list.csv"), "--data.frames", "1", "--data.size", "16", "16"]
+    precompute([*data, "--encoder", "pixels", "--out", str(tmp_path / "latents")])
+    model = ["--model.width", "24", "--model.depth", "1", "--model.heads", "1", "--steps", "1"]
+    model += ["--model.patch", "1", "8", "8", "--batch-size", "2", "--preview.every", "0"]
+    for source in (data, ["--data.source", str(tmp_path / "latents")]):
+        run = tmp_path / f"run-{len(source)}"
+        main([*source, *model, "--run", str(run)])
+        capsys.readouterr()
+        sample([str(run), "--count", "3", "--steps", "1"])
+        assert "1, 3, 1" in capsys.readouterr().out
+        sample([str(run), "--count", "2", "--steps", "1", "--class", "3", "2", "--overwrite"])
+        assert "3, 2" in capsys.readouterr().out
+        assert caplog.messages[-1] == "no clip of the training data had class 2: the model has not learned it"
 
 
 @pytest.mark.parametrize("name", ["", "  "])
