@@ -161,8 +161,8 @@ def quick(op: str) -> Iterator[tuple[str, str, Problem]]:
 def launch(problem: Problem) -> None:
     """Forward and backward."""
     outputs = tuple_of(problem.call(problem.inputs))
-    if problem.wanted:
-        torch.autograd.grad(outputs, [problem.inputs[name] for name in problem.wanted], outputs)
+    if problem.gradient_names:
+        torch.autograd.grad(outputs, [problem.inputs[name] for name in problem.gradient_names], outputs)
 
 
 def launch_all(
@@ -187,7 +187,7 @@ def launch_all(
                 launch(problem)
                 if moved:
                     traffic[f"{op} {name} {dtype}"] = dict(moved)
-                if problem.wanted and problem.constants:  # gradients that the benches do not ask for
+                if problem.gradient_names and problem.constants:  # gradients that the benches do not ask for
                     launch(replace(problem, constants=()))
                 if op == "window_attention":  # what goes before and after flash-attn, where it can serve
                     with patch.object(_window_library, "flash_attention", lambda *_: attention):

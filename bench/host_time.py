@@ -30,7 +30,7 @@ from unittest.mock import patch
 import torch
 
 from bench.harness.counters import raw_ops
-from bench.harness.record import RESULTS, commit, machine, rounded
+from bench.harness.record import RESULTS, commit, machine, round_floats
 from bench.harness.session import BOTH, FWD, Problem, tuple_of
 from bench.ops import bench_of
 from minisora_kernels import backends, use_backend
@@ -139,7 +139,7 @@ def problem_of(name: str) -> Problem:
 def call_of(name: str, direction: str) -> Callable[[], Any]:
     """A call without arguments; forward and backward with the gradients of every input that a training asks for."""
     problem = problem_of(name)
-    wanted = [problem.inputs[each] for each in problem.wanted]
+    wanted = [problem.inputs[each] for each in problem.gradient_names]
     upstream = tuple_of(problem.call(problem.inputs))
 
     def forward() -> None:
@@ -155,7 +155,7 @@ def call_of(name: str, direction: str) -> Callable[[], Any]:
 
 
 def directions_of(name: str) -> tuple[str, ...]:
-    return (FWD, BOTH) if problem_of(name).wanted else (FWD,)
+    return (FWD, BOTH) if problem_of(name).gradient_names else (FWD,)
 
 
 def seconds_of(function: Callable[[], Any], calls: int = CALLS) -> float:
@@ -272,7 +272,7 @@ def main(arguments: list[str]) -> int:
             if before is not None:
                 found["before"] = {key: before[key] for key in ("commit", "triton", "bare", "calls")}
             temporary = RECORD.with_suffix(".part")
-            temporary.write_text(json.dumps(rounded(found), indent=1) + "\n")
+            temporary.write_text(json.dumps(round_floats(found), indent=1) + "\n")
             temporary.replace(RECORD)
             return 0
         old = json.loads(RECORD.read_text())

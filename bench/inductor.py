@@ -25,7 +25,7 @@ from torch import Tensor
 
 import minisora_kernels as mk
 from bench.aot import on_meta_tensors
-from bench.harness.record import RESULTS, head, rounded
+from bench.harness.record import RESULTS, head, round_floats
 from bench.harness.session import Problem, tuple_of
 from bench.harness.shapes import Patches, Tokens, Windows
 from bench.ops import (
@@ -239,7 +239,7 @@ def compiled(problem: Problem, call: Callable[..., Any]) -> dict[str, dict[str, 
     torch._dynamo.reset()
     with mk.use_backend("reference"):
         outputs = tuple_of(torch.compile(call, backend=backend, fullgraph=True, dynamic=False)(problem.inputs))
-        wanted = [problem.inputs[name] for name in problem.wanted]
+        wanted = [problem.inputs[name] for name in problem.gradient_names]
         torch.autograd.grad(outputs, wanted, [torch.empty_like(output) for output in outputs])
     return found
 
@@ -261,7 +261,7 @@ def ours(row: Row) -> dict[str, dict[str, int]]:
         problem = row.make(row.shape, DTYPE, torch.device("meta"))
         outputs = tuple_of(problem.call(problem.inputs))
         found["forward"] = counted()
-        torch.autograd.grad(outputs, [problem.inputs[name] for name in problem.wanted], outputs)
+        torch.autograd.grad(outputs, [problem.inputs[name] for name in problem.gradient_names], outputs)
         found["backward"] = counted()
     return found
 
@@ -287,7 +287,7 @@ def measure(row: Row) -> dict[str, Any]:
             "compile": forms[form][part]["bytes"] / row.activation,
             "compile_kernels": forms[form][part]["kernels"],
         }
-    return rounded({"form": form, **parts})
+    return round_floats({"form": form, **parts})
 
 
 @command(failed=2)

@@ -68,7 +68,7 @@ def main(_: list[str]) -> None:
         print(config.model, config.frames, config.gpu, plans[-1]["training"], plans[-1]["sampling"], file=sys.stderr)
     head = record.head(torch.device("cpu"), "default")
     found = {key: head[key] for key in ("format", "date", "commit", "dirty", "versions")}
-    PATH.write_text(json.dumps(record.rounded({**found, "plans": plans}), indent=1) + "\n")
+    PATH.write_text(json.dumps(record.round_floats({**found, "plans": plans}), indent=1) + "\n")
 
 
 if __name__ == "__main__":

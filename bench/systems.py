@@ -46,7 +46,7 @@ from models.runtime.device import choose_backend
 from models.runtime.plain import merge
 from models.sampling.sampler import SOLVERS
 from models.training.config import RESUMABLE, TrainConfig, from_dict
-from models.training.presets import JUDGED, training_order
+from models.training.presets import QUALITY_PRESETS, training_order
 from models.training.run import Stopped
 from models.training.trainer import Trainer
 
@@ -54,7 +54,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # The presets of each system in the order of their training; the last makes the frames that are judged.
-SYSTEMS = {system: training_order(preset) for system, preset in JUDGED.items()}
+SYSTEMS = {system: training_order(preset) for system, preset in QUALITY_PRESETS.items()}
 BACKENDS = {"ours": "auto", "reference": "reference"}
 COLUMNS = {"eager": "reference", "compile": "reference", "ours": "auto"}
 ROUNDS = 9
@@ -100,7 +100,7 @@ def losses(folder: Path) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
-def compared(ours: list[float], reference: list[float]) -> dict[str, float]:
+def compare_losses(ours: list[float], reference: list[float]) -> dict[str, float]:
     """The mean losses of the last tenth of the steps, and the largest relative difference of the losses of a step.
 
     Both runs see the same batches and noise. Rounding alone tells them apart, and training magnifies it: that the
@@ -129,7 +129,7 @@ def randomize(model: torch.nn.Module) -> None:
                 parameter.normal_(std=0.02, generator=generator)
 
 
-def timed(config: TrainConfig) -> dict[str, Any]:
+def time_steps(config: TrainConfig) -> dict[str, Any]:
     """Time steps of the trainer in turns: seconds per step and column, ratios, tokens per second, kernels that ran.
 
     Where compiled code refuses what PyTorch gives it, there is no such column, but the reason.
@@ -243,8 +243,8 @@ def run(runs: Path, wanted: Sequence[str]) -> Path:
             found["presets"][preset] = {
                 **own,
                 "steps": config.steps,
-                "loss": compared(**curves[preset]),
-                **timed(config),
+                "loss": compare_losses(**curves[preset]),
+                **time_steps(config),
             }
             if preset in digits.PREREQUISITES:
                 found["presets"][preset]["encoding"] = encoding(preset, runs)
@@ -256,7 +256,7 @@ def run(runs: Path, wanted: Sequence[str]) -> Path:
         sampler = SOLVERS[objective.name][0]
         what = {"presets": presets, "objective": objective.name, "sampler": sampler}
         found["systems"][name] = {**own, **what, **judged}
-        path.write_text(json.dumps(record.rounded(found), indent=1) + "\n")
+        path.write_text(json.dumps(record.round_floats(found), indent=1) + "\n")
     about = f"{found['machine']['cpu']}, torch {found['versions']['torch']}, commit {found['commit']}"
     draw(curves, about, path.with_name("systems-losses.png"))
     return path

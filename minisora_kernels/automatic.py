@@ -163,13 +163,13 @@ def _label(op: str, regime: str, compiling: bool) -> str:
     return f"{op} {regime}{' compiled' if compiling else ''}"
 
 
-def served() -> dict[str, str]:
+def current_choices() -> dict[str, str]:
     """By op and regime the backend that an automatic choice last took; since :func:`keep`, in whose block a run is."""
     return {label: order.served for (label, _), order in list(_orders.items()) if order.served}
 
 
 def would_serve(label: str, device: torch.device) -> tuple[tuple[str, ...], dict[str, str]]:
-    """For a key of :func:`served` the backends that the automatic choice tries now, and why not the others.
+    """For a key of :func:`current_choices` the backends that the automatic choice tries now, and why not the others.
 
     None, if there is no such op any more.
     """
@@ -185,7 +185,7 @@ def would_serve(label: str, device: torch.device) -> tuple[tuple[str, ...], dict
 
 @contextmanager
 def keep(stored: Mapping[str, str]) -> Iterator[None]:
-    """Within the block the automatic choice takes what served before, as :func:`served` gave it, where it can.
+    """Within the block the automatic choice takes what served before, as :func:`current_choices` gave it, where it can.
 
     It cannot where a kernel is not there, wrong here, not verified, or refuses the call. For the process.
     """

@@ -55,11 +55,11 @@ class Checkpoint:
     """The state of a run after ``step`` optimizer steps, which is also its place in the data.
 
     ``train`` and ``config`` are the run's and the model's configuration as JSON-able dictionaries, ``classes`` the
-    class names, ``empty_classes`` the ids of those that no clip had, ``ema`` the averaged weights, ``rng`` the states of the random generators by name, ``memory`` what the
-    objective's loss remembers. ``encoder`` says what made the latents that the model was trained on (see
-    ``data/encoder.py``); None for pixels. ``text_encoder`` says what encoded the captions (``data/text.py``); None
-    without text. ``data_digest`` is of the source (see ``data/source.py``); None for one that is not made of files.
-    ``served`` says by op and regime which backend the automatic choice took.
+    class names, ``empty_classes`` the ids of those that no clip had, ``ema`` the averaged weights, ``rng`` the states
+    of the random generators by name, ``memory`` what the objective's loss remembers. ``encoder`` says what made the
+    latents that the model was trained on (see ``data/encoder.py``); None for pixels. ``text_encoder`` says what encoded
+    the captions (``data/text.py``); None without text. ``data_digest`` is of the source (see ``data/source.py``); None
+    for one that is not made of files. ``served`` says by op and regime which backend the automatic choice took.
     """
 
     train: dict[str, Any]

@@ -28,7 +28,7 @@ def run(op: str, shape: Any, dtype: str, device: torch.device) -> None:
         FloatingPointError: a result that is not finite.
     """
     problem = bench_of(op).problem(shape, DTYPES[dtype], device)
-    names = list(problem.inputs) if problem.wanted else []
+    names = list(problem.inputs) if problem.gradient_names else []
     for name in names:
         problem.inputs[name].requires_grad_()
     results = tuple_of(problem.call(problem.inputs))

@@ -232,7 +232,7 @@ def kept(path: Path, here: dict[str, Any]) -> dict[str, Any] | None:
 def write(path: Path, content: dict[str, Any]) -> None:
     """All of it or nothing."""
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record.rounded(content), indent=1) + "\n")
+    temporary.write_text(json.dumps(record.round_floats(content), indent=1) + "\n")
     temporary.replace(path)
 
 

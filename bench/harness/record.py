@@ -148,7 +148,7 @@ def save(record: dict[str, Any], path: Path, *, over: bool = False) -> None:
         raise FileExistsError(f"{path} exists; give another name, or --save-over")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(rounded(record), indent=1) + "\n")
+    temporary.write_text(json.dumps(round_floats(record), indent=1) + "\n")
     temporary.replace(path)  # all of it or nothing
 
 
@@ -169,13 +169,13 @@ def merged(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     return {**new, "cases": cases}
 
 
-def rounded(value: Any) -> Any:
+def round_floats(value: Any) -> Any:
     """What a file keeps: floats to five significant digits."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {name: rounded(item) for name, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
+        return {name: round_floats(item) for name, item in value.items()}
+    return [round_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def roofline(case: dict[str, Any], ceilings: dict[str, Any]) -> tuple[float, str]:

@@ -89,11 +89,11 @@ class Problem:
     model: bool = False
 
     def __post_init__(self) -> None:
-        for name in self.wanted:
+        for name in self.gradient_names:
             self.inputs[name].requires_grad_()
 
     @property
-    def wanted(self) -> list[str]:
+    def gradient_names(self) -> list[str]:
         return [name for name in self.inputs if name not in self.constants]
 
     def widened(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ class Problem:
         total = sum(sizes.values()) + results
         if direction == BOTH:
             total += results + sum(size for name, size in sizes.items() if name not in self.unread)
-            total += sum(sizes[name] for name in self.wanted if name not in self.aliased)
+            total += sum(sizes[name] for name in self.gradient_names if name not in self.aliased)
         return total
 
 
@@ -180,8 +180,8 @@ def evaluate(
         outputs = tuple_of(call(inputs))
     results = {f"output {i}": thin(value) for i, value in enumerate(outputs)}
     if direction == BOTH:
-        gradients = torch.autograd.grad(outputs, [inputs[name] for name in problem.wanted], upstream)
-        results |= {f"gradient of {name}": thin(g) for name, g in zip(problem.wanted, gradients, strict=True)}
+        gradients = torch.autograd.grad(outputs, [inputs[name] for name in problem.gradient_names], upstream)
+        results |= {f"gradient of {name}": thin(g) for name, g in zip(problem.gradient_names, gradients, strict=True)}
     return results
 
 
@@ -326,7 +326,7 @@ class Session:
 
     def timed(self, oracle: Oracle, calls: dict[str, Call], direction: str) -> dict[str, Callable[[], Any]]:
         inputs = oracle.problem.inputs
-        wanted = [inputs[name] for name in oracle.problem.wanted]
+        wanted = [inputs[name] for name in oracle.problem.gradient_names]
 
         def forward(call: Call) -> None:
             with torch.no_grad():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import automatic, backends
-from .cases import Case, timed
+from .cases import Case, speed_cases
 from .right import say, tuple_of
 
 L2_BYTES = 256 << 20
@@ -152,7 +152,7 @@ def main() -> None:
     generator = torch.Generator(device).manual_seed(0)
     stands_in = device.type == "cpu" and backends.DEVICES["triton"] == "cpu"
     tokens = options.tokens or TOKENS["interpreted" if stands_in else device.type]
-    cases = timed(lambda *shape: torch.randn(*shape, device=device, generator=generator), tokens)
+    cases = speed_cases(lambda *shape: torch.randn(*shape, device=device, generator=generator), tokens)
     clock = Clock(torch.device("cpu") if warm else device)
     for name, make in cases:
         op, _, detail = name.partition(" ")

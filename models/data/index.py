@@ -69,7 +69,7 @@ SHARD_NAME = Rule(
 )
 SHARD = {"name": SHARD_NAME, "count": COUNT, "bytes": COUNT, "sha256": CHECKSUM}
 # A field whose name ends in "?" is newer than the first indexes of this format. A list is of one kind of entries.
-MADE = {
+MAKING = {
     "encoder": {"kind": KIND, "sha256": OR_NONE},
     "data": Rule("a mapping", lambda value: isinstance(value, dict)),
     "items": COUNT,
@@ -85,7 +85,7 @@ MADE = {
 HEAD = {"magic": TEXT, "format": COUNT}
 WHOLE = HEAD | {
     "encoder": {"kind": KIND, "path": TEXT, "sha256": OR_NONE},
-    "made": MADE,
+    "made": MAKING,
     "pixels": SHAPE,
     "shape": SHAPE,
     "low?": None,
@@ -97,7 +97,7 @@ WHOLE = HEAD | {
     "std": NUMBERS,
     "shards": [SHARD],
 }
-PROGRESS = HEAD | {"made": MADE, "shards": [SHARD | {"sum": NUMBERS, "squares": NUMBERS}]}
+PROGRESS = HEAD | {"made": MAKING, "shards": [SHARD | {"sum": NUMBERS, "squares": NUMBERS}]}
 LOW = {"factor": COUNT, "shape": SHAPE}
 
 

@@ -163,7 +163,7 @@ PREREQUISITES = {
 }
 
 # The systems that moving digits judge, by the preset that makes the frames.
-JUDGED = {
+QUALITY_PRESETS = {
     "W.A.L.T": "digits-walt",
     "DiT": "digits-dit",
     "Latte": "digits-latte",

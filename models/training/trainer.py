@@ -211,7 +211,7 @@ class Trainer:
             memory=self.memory,
             text_encoder=self.text_encoder,
             data_digest=self.data_digest,
-            served=self.served | automatic.served(),
+            served=self.served | automatic.current_choices(),
             empty_classes=self.source.empty_classes if self.classes else [],
         )
 

@@ -231,7 +231,7 @@ def test_the_model_as_written_computes_the_same(make):
         out = out if isinstance(out, tuple) else (out,)
         generator = torch.Generator().manual_seed(0)
         upstream = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in out]
-        wanted = [problem.inputs[name] for name in problem.wanted]
+        wanted = [problem.inputs[name] for name in problem.gradient_names]
         results.append((*out, *(torch.autograd.grad(out, wanted, upstream) if wanted else ())))
     for ours, written in zip(*results, strict=True):
         torch.testing.assert_close(written, ours)
@@ -287,7 +287,7 @@ def test_compare_refuses_another_machine(tmp_path, capsys):
 def test_a_record_survives_its_file_and_is_not_replaced(tmp_path):
     made = synthetic()
     path = write(tmp_path, "default", made)
-    assert record.load(path) == record.rounded(made)
+    assert record.load(path) == record.round_floats(made)
     with pytest.raises(FileExistsError, match="--save-over"):
         record.save(made, path)
     for broken in ("{", "[]", '{"format": 1}', json.dumps(made | {"format": 99})):
@@ -421,10 +421,10 @@ def test_the_record_of_the_systems_becomes_a_table(tmp_path):
 
 def test_curves_that_part_at_once_are_refused():
     ours = [1.0 + 1e-5 * (i > 50) * i for i in range(100)]
-    found = systems.compared(ours, [1.0] * 100)
+    found = systems.compare_losses(ours, [1.0] * 100)
     assert found["largest_difference"] == pytest.approx(99e-5) and found["ours"] == pytest.approx(1 + 94.5e-5)
     with pytest.raises(ValueError, match=r"the losses of the first 20 steps differ by up to 3\.0e-03"):
-        systems.compared([1.0] * 19 + [1.003] * 81, [1.0] * 100)
+        systems.compare_losses([1.0] * 19 + [1.003] * 81, [1.0] * 100)
 
 
 def test_steps_of_the_trainer_take_turns(tmp_path, monkeypatch):
@@ -433,7 +433,7 @@ def test_steps_of_the_trainer_take_turns(tmp_path, monkeypatch):
     monkeypatch.setattr(systems, "SAMPLE_SECONDS", 0.0)
     monkeypatch.setattr(DiT, "compile", functools.partialmethod(DiT.compile, backend="aot_eager"))
     config = merge(preset("digits"), {"run": str(tmp_path), "model": {"width": 16, "depth": 1}, "batch_size": 2})
-    found = systems.timed(config)
+    found = systems.time_steps(config)
     assert found["rounds"] == 3 and found["columns"].keys() == {"eager", "compile", "ours"}
     # 4 x 3 x 3 tokens a clip
     assert found["tokens_per_s"] == pytest.approx(2 * 36 / found["columns"]["ours"]["median"])
@@ -445,7 +445,7 @@ def test_steps_of_the_trainer_take_turns(tmp_path, monkeypatch):
 
     monkeypatch.setattr(DiT, "forward", wrong)
     with pytest.raises(ValueError, match="ours: first loss and norm of the gradient are"):
-        systems.timed(config)
+        systems.time_steps(config)
 
 
 def test_a_run_of_another_configuration_is_refused(tmp_path):

@@ -111,7 +111,7 @@ def test_the_precision_of_float32_products_is_asked_at_every_call(monkeypatch, u
         automatic.choose("op", tables | {"cpu": lambda *call: None}, CPU, (x,), "")
     rest = "forward+backward" if both else "forward"
     assert sorted(set(asked)) == [f"{name} {rest}" for name in ("bfloat16", "float32", "tf32")]
-    assert {f"op {name} {rest}" for name in ("bfloat16", "float32", "tf32")} == automatic.served().keys()
+    assert {f"op {name} {rest}" for name in ("bfloat16", "float32", "tf32")} == automatic.current_choices().keys()
 
 
 def test_on_an_amd_gpu_no_kernel_of_ours_serves(monkeypatch, unasked):

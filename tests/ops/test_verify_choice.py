@@ -38,7 +38,7 @@ def served(call, *tensors, **options) -> str:
     """The backend that an automatic choice takes for a call."""
     with automatic.keep({}):
         call(*tensors, **options)
-        (name,) = automatic.served().values()
+        (name,) = automatic.current_choices().values()
     return name
 
 
@@ -89,7 +89,7 @@ def test_within_compile_the_choice_is_by_the_time_of_compile(holds):
     torch._dynamo.reset()
     with automatic.keep({}):
         torch.compile(calls, fullgraph=True, backend="eager")(X)
-        found = automatic.served()
+        found = automatic.current_choices()
     assert found == {
         "adaln float32 forward compiled": "reference",
         "gate_residual float32 forward compiled": "cpu",
@@ -113,7 +113,7 @@ def test_within_compile_what_refuses_a_call_has_not_served_it(holds):
             torch.testing.assert_close(
                 call(x), mk.gelu_mlp(x, weight, None, weight, None, approximate=approximate, backend="reference")
             )
-            within = automatic.served()["gelu_mlp float32 forward compiled"]
+            within = automatic.current_choices()["gelu_mlp float32 forward compiled"]
             assert within == ("reference" if approximate == "none" else "cpu")
 
 
@@ -146,12 +146,12 @@ def test_windows_and_patches_have_regimes_of_their_own(holds):
     with automatic.keep({}):
         for call in names.values():
             call()
-        found = [label.split(" ", 3)[3] for label in automatic.served()]
+        found = [label.split(" ", 3)[3] for label in automatic.current_choices()]
     assert found == list(names)
     known = {(op, rest) for op, _, rest in regimes()}
     assert all(
         (label.split(" ")[0], "forward " + detail) in known
-        for label, detail in zip(automatic.served(), found, strict=False)
+        for label, detail in zip(automatic.current_choices(), found, strict=False)
     )
 
 
@@ -228,7 +228,7 @@ def test_a_run_keeps_to_what_served_it_where_it_can(holds):
         mk.adaln(X, GATE, GATE)
         mk.grn(X, weight, weight)
         mk.gate_residual(X, X, GATE)
-        assert automatic.served() == stored | {"grn float32 forward": "reference"}
+        assert automatic.current_choices() == stored | {"grn float32 forward": "reference"}
     assert served(mk.adaln, X, GATE, GATE) == "reference"
     assert served(mk.gate_residual, X, X, GATE) == "cpu"
 

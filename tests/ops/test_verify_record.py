@@ -133,7 +133,7 @@ with warnings.catch_warnings(record=True) as told:
     mk.gate_residual(x, x, gate)
     mk.adaln(x, gate, gate)
 print([str(w.message) for w in told if "minisora" in str(w.message)])
-print(automatic.served())
+print(automatic.current_choices())
 raise SystemExit(main(["verify", "--op", "unpatchify", "--quick", "--tokens", "32", "--device", "cpu", *OPTIONS]))
 """
 

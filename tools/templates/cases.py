@@ -23,6 +23,6 @@ def cases(draw: int = 0) -> Iterator[Case]:
     yield _case(random, "empty-batch", 0, 5, 16)
 
 
-def timed(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
+def speed_cases(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
     """What ``verify`` times, on about so many tokens."""
     yield "new_op", lambda: _case(random, "", 2, tokens // 2, 1152)

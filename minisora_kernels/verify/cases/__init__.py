@@ -1,7 +1,7 @@
 """Calls of every op: those that :mod:`..right` checks, and those that :mod:`..faster` times.
 
-An op has a file beside this one, with ``cases()`` and ``timed(random, tokens)``. tests/cases has more cases by the same
-builders.
+An op has a file beside this one, with ``cases()`` and ``speed_cases(random, tokens)``. tests/cases has more cases, by
+the same builders.
 """
 
 from __future__ import annotations
@@ -100,13 +100,13 @@ def checked() -> list[Case]:
     return [case for file in files_of_ops() for case in file.cases()]
 
 
-def timed(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
+def speed_cases(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
     """Per regime of an op (see ``detail`` in ``backends.choose``) what is timed.
 
     A case is made when it is asked for: on a GPU each takes up to a gigabyte.
     """
     for file in files_of_ops():
-        yield from file.timed(random, tokens)
+        yield from file.speed_cases(random, tokens)
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -114,7 +114,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def regimes() -> Iterator[tuple[str, str, str]]:
     """Of every op what a record tells apart: op, dtype, and direction with detail."""
-    for name, _ in timed(random_tensors(0), 32):
+    for name, _ in speed_cases(random_tensors(0), 32):
         op, _, detail = name.partition(" ")
         both = hasattr(torch.ops.minisora, f"{op}_bwd")
         for dtype in DTYPES:

@@ -33,7 +33,7 @@ def cases() -> list[Case]:
     ]
 
 
-def timed(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
+def speed_cases(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
     """What :mod:`..faster` times, on about so many tokens."""
     width = width_of(tokens)
     yield "gelu_mlp", lambda: gelu_mlp(random, "", (tokens // 4, width), 4 * width, width)

@@ -44,6 +44,6 @@ def cases() -> list[Case]:
     ]
 
 
-def timed(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
+def speed_cases(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
     """What :mod:`..faster` times, on about so many tokens."""
     yield "grn", lambda: grn(random, "", 1, tokens // 8 * 8, width_of(tokens), 8, "gelu")

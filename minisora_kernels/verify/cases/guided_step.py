@@ -55,7 +55,7 @@ def cases() -> list[Case]:
     ]
 
 
-def timed(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
+def speed_cases(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
     """What :mod:`..faster` times, on about so many tokens."""
     side = side_of(tokens)
     latents = (1, 16, 16, 2 * side, 2 * side)

@@ -45,7 +45,7 @@ def cases() -> list[Case]:
     ]
 
 
-def timed(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
+def speed_cases(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
     """What :mod:`..faster` times, on about so many tokens."""
     side, width = side_of(tokens), width_of(tokens)
     for length, channels, patch in (("short", 4, (1, 2, 2)), ("long", 3, (1, 16, 16))):

@@ -30,7 +30,7 @@ def cases() -> list[Case]:
     ]
 
 
-def timed(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
+def speed_cases(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
     """What :mod:`..faster` times, on about so many tokens."""
     side = side_of(tokens)
     yield "unpatchify", lambda: unpatchify(random, "", 4, (16, side, side), (1, 2, 2), 16)

@@ -75,7 +75,7 @@ def cases() -> list[Case]:
     ]
 
 
-def timed(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
+def speed_cases(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
     """What :mod:`..faster` times, on about so many tokens."""
     side = side_of(tokens)
     heads, head_dim = (16, 72) if tokens >= MODEL_SIZED else (2, 8)
