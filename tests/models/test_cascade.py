@@ -387,6 +387,7 @@ def test_checkpointing_gives_the_same_gradients(name, dropout):
         assert torch.equal(plain[1][parameter], again[1][parameter]), parameter
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break():
     levels = {"widths": (8, 16), "heads": (1, 2), "levels": ("CT", "CTAFV"), "dropout": (0.0, 0.0)}
     counts = {"down": (1, 1), "up": (1, 1), "repeats": (2, 1)}

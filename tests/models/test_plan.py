@@ -67,9 +67,9 @@ def measured(config: PlanConfig, training: bool) -> int:
     [
         ({}, True),
         ({"backend": "kernels"}, True),
-        ({"backend": "kernels", "checkpointing": True}, True),
-        ({"precision": "fp32", "batch_size": 2}, True),
-        ({"model": "vdit-s/2x2x2", "frames": 8}, True),
+        pytest.param({"backend": "kernels", "checkpointing": True}, True, marks=pytest.mark.slow),
+        pytest.param({"precision": "fp32", "batch_size": 2}, True, marks=pytest.mark.slow),
+        pytest.param({"model": "vdit-s/2x2x2", "frames": 8}, True, marks=pytest.mark.slow),
         ({"backend": "kernels"}, False),
     ],
 )

@@ -513,7 +513,9 @@ class Plain(Denoiser):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("solver", FLOW_SOLVERS)
+@pytest.mark.parametrize(
+    "solver", [pytest.param(name, marks=[pytest.mark.slow] * (name == "dopri5")) for name in FLOW_SOLVERS]
+)
 def test_modulations_ahead_are_those_of_the_times(solver, guidance):
     dit, x, y = model_of_modulations(), gaussian(2, 1, 1, 2, 4), torch.tensor([2, 0])
     plain, ahead = (
@@ -523,6 +525,7 @@ def test_modulations_ahead_are_those_of_the_times(solver, guidance):
     assert (ahead - run("gvp", "velocity", solver, x, 5, model=dit, y=y.flip(0), guidance=guidance)).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_likelihood_of_a_dit():
     dit, x, y = model_of_modulations(), gaussian(2, 1, 1, 2, 4), torch.tensor([2, 1])
     options = SolverOptions(rtol=1e-4, atol=1e-4)

@@ -323,6 +323,7 @@ def test_checkpointing_gives_the_same_gradients(name):
         assert torch.equal(plain[result], again[result]), result
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break():
     model = randomized(replace(TEXT, depth=1))
     expected = run(model, *inputs(TEXT))

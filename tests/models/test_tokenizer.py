@@ -368,6 +368,7 @@ def test_checkpointing_gives_the_same_gradients(build):
         assert torch.equal(expected[name], got[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [tokenizer, vqgan])
 def test_compiles_without_a_graph_break(build):
     model, x = build(), clips(build().config)

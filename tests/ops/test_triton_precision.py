@@ -70,6 +70,7 @@ def test_a_change_between_calls_asks_for_other_kernels(length: int, dtype: torch
         assert exact == rounded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "wanted"), [("highest", "ieee"), ("high", "tf32")])
 def test_the_setting_reaches_every_product(setting: str, wanted: str, tmp_path):
     script = Path(__file__).parent / "triton_ttir.py"
