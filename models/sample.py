@@ -257,6 +257,9 @@ def run(config: SampleConfig) -> list[Path]:
     check_backend(config.backend, device)
     if checkpoint.encoder is None and config.encoder is not None:
         raise ValueError(f"encoder is {config.encoder!r}, but {path} makes pixels, not latents")
+    channels = checkpoint.config.get("channels")
+    if checkpoint.encoder is None and channels not in (1, 3):
+        raise ValueError(f"{path} makes latents of {channels} channels and names no autoencoder; convert it with one")
     labels, y = conditions_of(config, checkpoint, train, start, count, device)
     # Before the sampling, so that an encoder that is missing costs no time.
     decode = None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device, config.encoder)

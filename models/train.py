@@ -3,6 +3,7 @@
     python -m models.train --preset digits
     python -m models.train --config run.yaml --optimizer.learning-rate 3e-4
     python -m models.train --resume runs/digits
+    python -m models.train --init runs/dit-xl --data.source latents --run runs/mine
 
 A run's folder gets ``config.json``, checkpoints ``step_*.pt``, ``losses.csv``, ``previews/*.png`` and TensorBoard's
 ``events.*``. A folder that is there already is never written to, unless a run ended in it before its first checkpoint,
@@ -54,9 +55,14 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
         if given.is_dir() and is_unsaved(given):
             raise ValueError(f"{given} holds no whole checkpoint: start it again with the command that began it")
         path, resume = (given, checkpoints.load(given)) if given.is_file() else checkpoints.latest(given)
+        if not resume.optimizer:
+            raise ValueError(f"{path} has weights only, of no training; start one from them with --init {given}")
         print(f"resuming from {path}")
         # The folder may have been moved since.
         default = dataclasses.replace(from_dict(resume.train), run=str(given.parent if given.is_file() else given))
+    elif start.init is not None:
+        trained = from_dict(checkpoints.open_checkpoint(Path(start.init))[1].train)
+        default = dataclasses.replace(trained, run=default.run, init=start.init)
     elif start.config is not None:
         default = load(start.config)
     elif start.preset is not None:
@@ -65,9 +71,9 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
         raise ValueError("model and objective cannot change in a resumed run; start a new one")
     default = choose(default, start.model, start.objective)
     description = (
-        f"{__doc__}\nStart from --preset NAME, --config FILE or --resume RUN, then choose a system with --model NAME "
-        f"('list' shows them) and an objective with --objective {{{','.join(OBJECTIVES)}}}; the options below change "
-        "it."
+        f"{__doc__}\nStart from --preset NAME, --config FILE, --init RUN or --resume RUN, then choose a system with "
+        f"--model NAME ('list' shows them) and an objective with --objective {{{','.join(OBJECTIVES)}}}; the options "
+        "below change it."
     )
     config = read(
         tyro.conf.AvoidSubcommands[TrainConfig],

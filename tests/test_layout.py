@@ -121,11 +121,12 @@ ROOMS = (
     "autoencoders",
     "registry",
     "checkpoint",
+    "weights",
     "data",
     "sampling",
     "training",
 )
-COMMANDS = ("train", "sample", "precompute", "measure", "plan", "digits", "demo")
+COMMANDS = ("train", "sample", "precompute", "measure", "plan", "convert", "digits", "demo")
 MODELS = sorted((ROOT / "models").rglob("*.py"))
 
 

@@ -92,7 +92,8 @@ class FlowMatching:
         noise         mean w(t) (model(x_t, t) - x_0)^2
         score         mean w(t) (sigma model(x_t, t) + x_0)^2
 
-    The model is called with ``1000 t``. (SiT gives its sinusoid t itself, which over [0, 1] is nearly a straight line.)
+    The model is called with ``time_scale * t``: 1000 t, the range that a sinusoid of 256 channels resolves. SiT's
+    published weights were trained with t itself.
     A narrow model learns faster to predict the data: it need not carry the noise of every pixel through its width.
 
     Times stay away from the ends where a division by alpha or sigma fails: they lie in [start, 1 - eps], with
@@ -128,6 +129,8 @@ class FlowMatching:
     """Distance of training's times from the ends of [0, 1]; the default depends on path and prediction."""
     sample_eps: float | None = None
     """Distance of sampling's times from the ends of [0, 1]; the default depends on path and prediction."""
+    time_scale: float = float(TIMESTEPS)
+    """Timestep that the model is told at t = 1; 1 for SiT's published weights."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -142,6 +145,8 @@ class FlowMatching:
                 raise ValueError(f"{name} is {value!r}; it may be {choices}")
         if (self.logit_mean, self.logit_std) != (0.0, 1.0) and self.timesteps != "logit_normal":
             raise ValueError(f"logit_mean and logit_std need timesteps 'logit_normal'; it is {self.timesteps!r}")
+        if not 0 < self.time_scale < math.inf:
+            raise ValueError(f"time_scale is {self.time_scale}; it must be positive")
         if self.logit_std <= 0:
             raise ValueError(f"logit_std is {self.logit_std}; it must be positive")
         if self.weight != "none" and self.prediction not in ("score", "noise"):
@@ -220,7 +225,7 @@ class FlowMatching:
 
     def predict(self, model: Model, x: Tensor, t: Tensor, y: Tensor | None, **conditions: Tensor) -> Tensor:
         """The model's prediction at ``x`` and times ``t [B]`` in [0, 1], in x's dtype."""
-        prediction = model(x, t * TIMESTEPS, y, **conditions).to(x.dtype)
+        prediction = model(x, t * self.time_scale, y, **conditions).to(x.dtype)
         self.check(prediction, x)
         return prediction
 

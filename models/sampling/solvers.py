@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..objectives.common import TIMESTEPS, at_least_float32, gaussian
+from ..objectives.common import at_least_float32, gaussian
 from ..objectives.flow import FlowMatching, path_at
 
 Diffusion = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"]
@@ -194,7 +194,9 @@ def flow_plan(
         of_z, kicks = (noise, None) if noisy else (of_z, noise[:, 0])
     of_x, of_prediction = of_state + of_slope * (slope_x * length / steps), of_slope * (slope_p * length / steps)
     last = _last_step(objective, options, end, guidance) if stochastic else None
-    return Plan(times * TIMESTEPS, step_rows(guidance, of_x, of_prediction, of_z), noisy, kicks=kicks, last=last)
+    return Plan(
+        times * objective.time_scale, step_rows(guidance, of_x, of_prediction, of_z), noisy, kicks=kicks, last=last
+    )
 
 
 def _drift(objective: FlowMatching, options: SolverOptions, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +219,7 @@ def _last_step(
     else:
         slope_x, slope_p = _drift(objective, options, t) if kind == "mean" else objective.weights(t)
         of_x, of_prediction = 1 + (1 - end) * slope_x, (1 - end) * slope_p
-    return t * TIMESTEPS, step_rows(guidance, of_x, of_prediction)
+    return t * objective.time_scale, step_rows(guidance, of_x, of_prediction)
 
 
 def step_rows(
@@ -292,7 +294,7 @@ def velocity_of(
         # The guess of a first step may lie beyond the ends, where VP has no sigma.
         t = t.double().clamp(first, last)
         with torch.no_grad():
-            condition = next(conditions((t * TIMESTEPS).to(x.dtype)[None]))
+            condition = next(conditions((t * objective.time_scale).to(x.dtype)[None]))
         of_x, of_prediction = objective.weights(t)
         return update(x, condition, step_rows(guidance, of_x, of_prediction).to(x.dtype), None)
 

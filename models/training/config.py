@@ -82,6 +82,8 @@ class TrainConfig:
     objective: Objective = field(default_factory=FlowMatching)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    init: str | None = None
+    """Run or checkpoint whose averaged weights training starts from; its options are the defaults of the others."""
     encoder: str | None = None
     """New place of the autoencoder of the latents, if it has moved since."""
     steps: int = 10_000

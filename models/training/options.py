@@ -67,6 +67,7 @@ def start_parser(program: str) -> argparse.ArgumentParser:
     start.add_argument("--preset", choices=sorted(PRESETS))
     start.add_argument("--config", metavar="FILE")
     start.add_argument("--resume", metavar="RUN")
+    start.add_argument("--init", metavar="RUN")
     parser.add_argument("--model", metavar="NAME")
     parser.add_argument("--objective", choices=sorted(OBJECTIVES))
     return parser

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from minisora_kernels import automatic
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..data.batches import Batch, Batches, BucketBatches, Prefetching
 from ..data.encoder import Decoder
 from ..data.media import contact_sheet
@@ -29,6 +30,7 @@ from ..registry import build, config_from, configure
 from ..runtime.device import choose_device
 from ..runtime.plain import as_plain
 from ..sampling.clips import ClipRequest, sample_clips
+from ..weights.start import start_from
 from .config import TrainConfig
 from .log import Step
 from .optimizer import learning_rate, update_ema
@@ -68,6 +70,8 @@ class Trainer:
         built_from = configure(config.model, channels, frames, (height, width), len(self.classes), text_width)
         torch.manual_seed(config.seed)
         self.model = build(built_from).to(self.device)
+        if config.init is not None and resume is None:
+            start_from(self.model, open_checkpoint(Path(config.init))[1], self.classes)
         # What a checkpoint has and a forward may change, as the statistics of a batch norm.
         kept = self.model.state_dict().keys()
         self.buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in kept}

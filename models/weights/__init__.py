@@ -1,0 +1,1 @@
+"""Published weights: files of other projects, and the layouts of their tensors."""

@@ -1,0 +1,115 @@
+"""Meta's DiT and the SiT that follows it, images of 256 or 512 pixels as latents of Stable Diffusion's autoencoder.
+
+Their files have the names of ``models/denoisers/dit.py``. A file does not say how many heads there are. SiT's were
+built with ``learn_sigma=True`` and train the first half of the channels alone: the second half is dropped. SiT tells
+its model t in [0, 1], DiT its timestep in 0..999.
+
+Source: Peebles & Xie 2022 (arXiv 2212.09748); Ma et al. 2024 (arXiv 2401.08740).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint
+from ..denoisers.dit import SIZES, DiTConfig
+from ..objectives.ddpm import DDPM
+from ..objectives.flow import FlowMatching
+from ..registry import config_from
+from .layout import Converted, Hints, Layout, shape_of
+
+HEAD = ("final_layer.linear.weight", "final_layer.linear.bias")
+
+
+def _heads(width: int, depth: int, hints: Hints) -> int:
+    if hints.heads is not None:
+        return hints.heads
+    for size in SIZES.values():
+        if (size["width"], size["depth"]) == (width, depth):
+            return size["heads"]
+    raise ValueError(f"heads must be named: no published DiT has width {width} and depth {depth}")
+
+
+def _config(weights: Mapping[str, Tensor], hints: Hints) -> DiTConfig:
+    width, channels, *patch = shape_of(weights, "x_embedder.proj.weight", 4)
+    _, tokens, _ = shape_of(weights, "pos_embed", 3)
+    rows, _ = shape_of(weights, "y_embedder.embedding_table.weight", 2)
+    hidden, _ = shape_of(weights, "blocks.0.mlp.fc1.weight", 2)
+    outputs, _ = shape_of(weights, HEAD[0], 2)
+    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    size = hints.size
+    if size is None:
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise ValueError(f"size must be named: {tokens} tokens are no square")
+        size = (side * patch[0], side * patch[1])
+    out_channels = outputs // math.prod(patch)
+    if out_channels not in (channels, 2 * channels):
+        raise ValueError(f"{HEAD[0]} gives {out_channels} channels; it must give {channels} or {2 * channels}")
+    return DiTConfig(
+        input_size=size,
+        channels=channels,
+        num_classes=rows - 1,
+        width=width,
+        depth=depth,
+        heads=_heads(width, depth, hints),
+        patch=tuple(patch),
+        mlp_ratio=hidden / width,
+        learn_sigma=out_channels == 2 * channels,
+    )
+
+
+def dit(weights: dict[str, Tensor], hints: Hints) -> Converted:
+    """DiT: noise and variance of DDPM's linear schedule."""
+    return Converted(_config(weights, hints), DDPM(), weights)
+
+
+def sit(weights: dict[str, Tensor], hints: Hints) -> Converted:
+    """SiT: the velocity on a line."""
+    config = _config(weights, hints)
+    objective = FlowMatching(time_scale=1.0)
+    if not config.learn_sigma:
+        return Converted(config, objective, weights)
+    config = dataclasses.replace(config, learn_sigma=False)
+    weights = weights | {name: _first_half(weights[name], config) for name in HEAD}
+    note = f"dropped {config.channels} of {2 * config.channels} output channels, which SiT does not train"
+    return Converted(config, objective, weights, (note,))
+
+
+def to_dit(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The averaged weights as Meta's DiT has them.
+
+    Raises:
+        ValueError: a model that Meta's code does not build.
+    """
+    config = config_from(checkpoint.config)
+    if not isinstance(config, DiTConfig) or not config.is_image or config.qk_norm or not config.num_classes:
+        raise ValueError("only an image DiT with classes and without qk_norm has published names")
+    return checkpoint.ema
+
+
+def to_sit(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """As :func:`to_dit`, with zeros for the channels that SiT does not train.
+
+    Raises:
+        ValueError: as :func:`to_dit`; a learned variance, or a scale of t that SiT does not have.
+    """
+    weights, config = to_dit(checkpoint), config_from(checkpoint.config)
+    objective = checkpoint.train["objective"]
+    if objective.get("name") != FlowMatching.name or objective.get("time_scale") != 1:
+        raise ValueError("SiT's code tells a model t in [0, 1]: the run must have objective 'flow' and time_scale 1")
+    halves = {name: weights[name].unflatten(0, (math.prod(config.patch), config.channels)) for name in HEAD}
+    return weights | {name: torch.cat((half, torch.zeros_like(half)), 1).flatten(0, 1) for name, half in halves.items()}
+
+
+def _first_half(head: Tensor, config: DiTConfig) -> Tensor:
+    """Of the rows ``(patch, 2 C)`` those of the first C channels."""
+    return head.unflatten(0, (math.prod(config.patch), 2 * config.channels))[:, : config.channels].flatten(0, 1)
+
+
+LAYOUTS = {"dit": Layout(dit, to_dit), "sit": Layout(sit, to_sit)}

@@ -1,0 +1,254 @@
+"""Published weights: a file of any form gives a run that computes what the original does, and goes back bit for bit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import checkpoint as checkpoints
+from models.convert import main as convert
+from models.data.media import write_png
+from models.denoisers.dit import DiT, DiTConfig
+from models.objectives.flow import FlowMatching
+from models.sample import main as sample
+from models.train import main as train
+from models.weights.start import start_from
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+WIDTH, DEPTH, HEADS, CLASSES, SIDE = 48, 2, 3, 5, 8
+CONFIG = DiTConfig(
+    input_size=(SIDE, SIDE), channels=4, num_classes=CLASSES, width=WIDTH, depth=DEPTH, heads=HEADS, patch=(2, 2),
+    learn_sigma=True,
+)  # fmt: skip
+
+
+def published(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights under the names of Meta's DiT."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "pos_embed": (1, SIDE * SIDE // 4, WIDTH),
+        "x_embedder.proj.weight": (WIDTH, 4, 2, 2),
+        "x_embedder.proj.bias": (WIDTH,),
+        "t_embedder.mlp.0.weight": (WIDTH, 256),
+        "t_embedder.mlp.0.bias": (WIDTH,),
+        "t_embedder.mlp.2.weight": (WIDTH, WIDTH),
+        "t_embedder.mlp.2.bias": (WIDTH,),
+        "y_embedder.embedding_table.weight": (CLASSES + 1, WIDTH),
+        "final_layer.linear.weight": (2 * 2 * 8, WIDTH),
+        "final_layer.linear.bias": (2 * 2 * 8,),
+        "final_layer.adaLN_modulation.1.weight": (2 * WIDTH, WIDTH),
+        "final_layer.adaLN_modulation.1.bias": (2 * WIDTH,),
+    }
+    for i in range(DEPTH):
+        for name, rows, columns in (
+            ("attn.qkv", 3 * WIDTH, WIDTH),
+            ("attn.proj", WIDTH, WIDTH),
+            ("mlp.fc1", 4 * WIDTH, WIDTH),
+            ("mlp.fc2", WIDTH, 4 * WIDTH),
+            ("adaLN_modulation.1", 6 * WIDTH, WIDTH),
+        ):
+            shapes |= {f"blocks.{i}.{name}.weight": (rows, columns), f"blocks.{i}.{name}.bias": (rows,)}
+    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def original(w, x, t, y):
+    """DiT of Peebles & Xie 2022 from its equations, in plain functions: ``[B, 8, H, W]``."""
+
+    def linear(h, name):
+        return F.linear(h, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def modulate(h, shift, scale):
+        return F.layer_norm(h, (WIDTH,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    c = linear(F.silu(linear(torch.cat((angles.cos(), angles.sin()), -1), "t_embedder.mlp.0")), "t_embedder.mlp.2")
+    c = F.silu(c + w["y_embedder.embedding_table.weight"][y])
+    h = F.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=2).flatten(2).mT + w["pos_embed"]
+    for i in range(DEPTH):
+        parts = linear(c, f"blocks.{i}.adaLN_modulation.1").chunk(6, -1)
+        q, k, v = (
+            linear(modulate(h, *parts[:2]), f"blocks.{i}.attn.qkv").unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        )
+        a = ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        h = h + parts[2][:, None] * linear(a, f"blocks.{i}.attn.proj")
+        m = F.gelu(linear(modulate(h, *parts[3:5]), f"blocks.{i}.mlp.fc1"), approximate="tanh")
+        h = h + parts[5][:, None] * linear(m, f"blocks.{i}.mlp.fc2")
+    h = linear(modulate(h, *linear(c, "final_layer.adaLN_modulation.1").chunk(2, -1)), "final_layer.linear")
+    rows = SIDE // 2
+    return torch.einsum("nhwpqc->nchpwq", h.reshape(-1, rows, rows, 2, 2, 8)).reshape(-1, 8, SIDE, SIDE)
+
+
+def write(kind: str, folder, weights) -> str:
+    """The weights as a file of this kind; its path."""
+    path = folder / f"w.{kind}"
+    if kind == "safetensors":
+        safetensors.save_file(weights, path)
+    elif kind == "index.json":
+        names = sorted(weights)
+        parts = {f"w-{i}.safetensors": {name: weights[name] for name in names[i::2]} for i in range(2)}
+        for name, part in parts.items():
+            safetensors.save_file(part, folder / name)
+        path.write_text(json.dumps({"weight_map": {name: file for file, part in parts.items() for name in part}}))
+    elif kind == "pth":  # of DiT's train.py, in parallel
+        wrapped = {f"module.{name}": value for name, value in weights.items()}
+        other = {name: torch.zeros_like(value) for name, value in wrapped.items()}
+        torch.save({"model": other, "ema": wrapped, "opt": {"state": {}}, "args": argparse.Namespace(lr=1e-4)}, path)
+    else:
+        torch.save(weights, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["pt", "pth", "safetensors", "index.json"])
+def test_a_converted_dit_is_the_original(kind, tmp_path):
+    weights = published()
+    convert(["dit", write(kind, tmp_path, weights), "--heads", "3", "--out", str(tmp_path / "run")])
+    _, checkpoint = checkpoints.latest(tmp_path / "run")
+    model = checkpoint.build().eval()
+    assert model.config == CONFIG and checkpoint.train["objective"]["name"] == "ddpm"
+    x, t, y = torch.randn(3, 4, SIDE, SIDE), torch.tensor([0.0, 17, 999]), torch.tensor([0, 4, CLASSES])
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, t, y), original(weights, x, t, y), rtol=1e-4, atol=1e-4)
+    convert(["dit", str(tmp_path / "run"), "--to", str(tmp_path / "back.pt")])
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_sit_is_told_t_and_loses_the_channels_that_it_does_not_train(tmp_path, capsys):
+    weights = published(1)
+    convert(["sit", write("pt", tmp_path, weights), "--heads", "3", "--out", str(tmp_path / "run")])
+    assert "dropped 4 of 8 output channels, which SiT does not train" in capsys.readouterr().out
+    _, checkpoint = checkpoints.latest(tmp_path / "run")
+    model, x, y = checkpoint.build().eval(), torch.randn(2, 4, SIDE, SIDE), torch.tensor([1, 2])
+    t = torch.tensor([0.25, 0.8])
+    with torch.no_grad():
+        velocity = FlowMatching(time_scale=1.0).velocity(model, x, t, y)
+        torch.testing.assert_close(velocity, original(weights, x, t, y)[:, :4], rtol=1e-4, atol=1e-4)
+    convert(["sit", str(tmp_path / "run"), "--to", str(tmp_path / "back.safetensors")])
+    back = safetensors.load_file(tmp_path / "back.safetensors")
+    with torch.no_grad():
+        assert torch.equal(original(back, x, t, y)[:, :4], original(weights, x, t, y)[:, :4])
+        assert not original(back, x, t, y)[:, 4:].any()
+
+
+def test_latents_without_an_autoencoder_are_not_sampled(tmp_path):
+    convert(["sit", write("pt", tmp_path, published(2)), "--heads", "3", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="makes latents of 4 channels and names no autoencoder"):
+        sample([str(tmp_path / "run"), "--count", "1", "--steps", "1"])
+
+
+def test_pictures_from_a_converted_dit_and_an_autoencoder(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    options = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    diffusers.AutoencoderKL(**options, **kinds).save_pretrained(tmp_path / "vae")
+    weights = published()
+    weights["final_layer.linear.weight"] *= 0.01
+    file = write("pt", tmp_path, weights)
+    convert(["dit", file, "--heads", "3", "--autoencoder", str(tmp_path / "vae"), "--out", str(tmp_path / "run")])
+    sample([str(tmp_path / "run"), "--class", "2", "4", "--guidance", "4", "--count", "2", "--steps", "3"])
+    with np.load(tmp_path / "run" / "samples" / "samples.npz") as arrays:
+        assert arrays["clips"].shape == (2, 1, 2 * SIDE, 2 * SIDE, 3)
+
+
+def harmful(weights, tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save({"model": weights, "hook": print}, path)
+    return path
+
+
+def cut(weights, tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save(weights, path)
+    path.write_bytes(path.read_bytes()[:-4000])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (harmful, "is refused: it holds more than tensors and plain values"),
+        (cut, "is not a file that torch wrote, or is not whole"),
+        (lambda w, p: w.pop("blocks.1.attn.qkv.bias"), "missing: blocks.1.attn.qkv.bias [144]"),
+        (lambda w, p: w.update(extra=torch.ones(2)), "unknown: extra [2]"),
+        (lambda w, p: w.update(pos_embed=torch.ones(1, 16, 8)), "misshapen: pos_embed [1, 16, 8], the model has"),
+        (lambda w, p: w.update(pos_embed=torch.ones(1, 15, WIDTH)), "size must be named: 15 tokens are no square"),
+        (lambda w, p: w.pop("pos_embed"), "the file has no tensor 'pos_embed'"),
+        (lambda w, p: p / "none.pt", "none.pt is not there"),
+        (lambda w, p: p, "has no file of weights"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_written(spoil, message, tmp_path):
+    weights = published()
+    path = spoil(weights, tmp_path)
+    path = path if hasattr(path, "exists") else write("pt", tmp_path, weights)
+    with pytest.raises(SystemExit) as error:
+        convert(["dit", str(path), "--heads", "3", "--out", str(tmp_path / "run")])
+    assert message in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_heads_are_named_or_known(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="heads must be named: no published DiT has width 48 and depth 2"):
+        convert(["dit", write("pt", tmp_path, published()), "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="exists already"):
+        convert(["dit", str(tmp_path / "w.pt"), "--heads", "3", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        convert(["dit", str(tmp_path / "w.pt")])
+    assert "out or to must be given" in capsys.readouterr().err
+
+
+def test_training_starts_from_weights(tmp_path, caplog):
+    digits = ["--preset", "digits", "--data.frames", "2", "--data.size", "12", "12", "--preview.count", "1"]
+    digits += ["--model.width", "24", "--model.depth", "1", "--model.heads", "1", "--batch-size", "2"]
+    train([*digits, "--steps", "2", "--run", str(tmp_path / "first")])
+    _, first = checkpoints.latest(tmp_path / "first")
+    train(
+        [
+            "--init",
+            str(tmp_path / "first"),
+            "--steps",
+            "1",
+            "--optimizer.learning-rate",
+            "1e-12",
+            "--run",
+            f"{tmp_path}/b",
+        ]
+    )
+    path, second = checkpoints.latest(tmp_path / "b")
+    assert second.train["init"] == str(tmp_path / "first") and second.step == 1
+    for name, value in first.ema.items():
+        torch.testing.assert_close(second.model[name], value, rtol=0, atol=1e-10)
+    # Another length and another number of classes: positions anew, rows by name.
+    (tmp_path / "clips.csv").write_text("path,label\n" + "".join(f"{i}.png,{c}\n" for i, c in enumerate(("7", "new"))))
+    for i in range(2):
+        write_png(tmp_path / f"{i}.png", np.full((16, 16, 3), 90 * i, np.uint8))
+    with pytest.raises(SystemExit, match=r"init does not fit the model: .* such as .*x_embedder.proj.weight"):
+        train(["--init", str(path), "--data.source", str(tmp_path / "clips.csv"), "--run", str(tmp_path / "c")])
+    assert not (tmp_path / "c").exists()
+    train(["--init", str(path), "--data.size", "12", "20", "--steps", "1", "--run", str(tmp_path / "d")])
+    assert "the positions of 15 tokens are made anew; the weights had 9" in caplog.text
+
+
+def test_classes_keep_their_rows_by_name():
+    torch.manual_seed(0)
+    values = dict(input_size=(4, 4), channels=1, width=8, depth=1, heads=1, patch=(2, 2))
+    old, new = DiT(DiTConfig(**values, num_classes=3)), DiT(DiTConfig(**values, num_classes=2))
+    before = new.y_embedder.embedding_table.weight.detach().clone()
+    saved = checkpoints.Checkpoint({}, {}, ["a", "b", "c"], 0, {}, old.state_dict(), {}, {})
+    start_from(new, saved, ["c", "z"])
+    rows, table = new.y_embedder.embedding_table.weight, old.y_embedder.embedding_table.weight
+    assert torch.equal(rows[0], table[2]) and torch.equal(rows[1], before[1]) and torch.equal(rows[2], table[3])
+    assert torch.equal(new.blocks[0].attn.qkv.weight, old.blocks[0].attn.qkv.weight)
+
+
+def test_weights_without_a_training_are_not_resumed(tmp_path):
+    convert(["dit", write("pt", tmp_path, published()), "--heads", "3", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="has weights only, of no training; start one from them with --init"):
+        train(["--resume", str(tmp_path / "run")])
