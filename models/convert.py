@@ -12,6 +12,7 @@ missing, unknown or misshapen are listed by name, and then nothing is written.
 |---|---|
 | `dit` | Meta's DiT, and files of its `train.py` and of fast-DiT |
 | `sit` | SiT; the half of the output that it does not train is dropped |
+| `latte` | Latte, with classes or without |
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _log = logging.getLogger(__name__)
 class ConvertConfig:
     """What is converted, and to what."""
 
-    kind: tyro.conf.Positional[Literal["dit", "sit"]]
+    kind: tyro.conf.Positional[Literal["dit", "sit", "latte"]]
     """Whose weights these are."""
     source: tyro.conf.Positional[Path]
     """The published weights; with `to`, a run or a checkpoint."""

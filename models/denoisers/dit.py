@@ -15,6 +15,7 @@ Weights of Meta's DiT load with ``strict=True`` into ``DiTConfig(input_size=(32,
 num_classes=1000, learn_sigma=True, **SIZES["XL"])``. The parameters:
 
     pos_embed                               [1, N, D], frozen
+    temp_embed                              [1, T', D], frozen; only with late_frames
     x_embedder.proj.{weight,bias}           [D, C, ph, pw] for images, [D, C, pt, ph, pw] for video
     t_embedder.mlp.{0,2}.{weight,bias}      256 -> D -> D
     y_embedder.embedding_table.weight       [num_classes + 1, D], the last row is the null class
@@ -57,6 +58,7 @@ from .layers import (
     Modulation,
     PatchEmbedder,
     TimestepEmbedder,
+    frame_positions,
     grid_positions,
     modulation,
     modulations_of,
@@ -95,6 +97,9 @@ class DiTSettings(BaseSettings):
     """Also learn the variance, in as many extra channels; objective 'ddpm' only."""
     qk_norm: Literal["rms", "layer"] | None = None
     """Norm of queries and keys over head_dim, with a learned weight."""
+    late_frames: bool = False
+    """Add the positions of frames after the first block, as Latte's published weights expect, and not before it;
+    attention 'factorized' only."""
 
     @property
     def is_image(self) -> bool:
@@ -139,6 +144,8 @@ class DiTConfig(DiTSettings):
             raise ValueError(f"attention is {self.attention!r}; it may be 'joint' or 'factorized'")
         if self.attention == "factorized" and len(self.input_size) == 2:
             raise ValueError("attention is 'factorized'; an image has no time axis, so it must be 'joint'")
+        if self.late_frames and self.attention != "factorized":
+            raise ValueError(f"late_frames is True; attention must be 'factorized', it is {self.attention!r}")
         if self.num_classes < 0:
             raise ValueError(f"num_classes is {self.num_classes}; it must be 0 (unconditional) or positive")
         if not 0 <= self.class_dropout <= 1:
@@ -213,6 +220,8 @@ class DiT(Denoiser):
             LabelEmbedder(config.num_classes, config.width, config.class_dropout) if config.num_classes else None
         )
         self.pos_embed = nn.Parameter(self._positions_of(config.grid), requires_grad=False)
+        if config.late_frames:
+            self.temp_embed = nn.Parameter(frame_positions(config.grid[0], config.width), requires_grad=False)
         axes = [(True,) * 3] if config.attention == "joint" else [(False, True, True), (True, False, False)]
         self.blocks = nn.ModuleList(Block(config, axes[i % len(axes)]) for i in range(config.depth))
         self.final_layer = FinalLayer(config.width, config.patch, self.out_channels)
@@ -266,6 +275,9 @@ class DiT(Denoiser):
                 x, y = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, y = block(x, y, own, shift, scale, grid=grid)
+            if self.config.late_frames and block is self.blocks[0]:
+                x = (x.unflatten(1, (grid[0], -1)) + self._frames_at(grid[0])[:, :, None]).flatten(1, 2)
+                y = adaln(x, shift, scale)
 
         patches = grid[-len(self.config.patch) :]
         return unpatchify(self.final_layer.linear(y), patches, self.config.patch, self.out_channels)
@@ -285,7 +297,14 @@ class DiT(Denoiser):
         return t, h, w
 
     def _positions_of(self, grid: Grid) -> Tensor:
-        return grid_positions(grid, self.config.width, video=len(self.config.patch) == 3)
+        video = len(self.config.patch) == 3 and not self.config.late_frames
+        return grid_positions(grid, self.config.width, video=video)
+
+    def _frames_at(self, frames: int) -> Tensor:
+        """``[1, T', D]``, like ``temp_embed``."""
+        if frames == self.config.grid[0]:
+            return self.temp_embed
+        return frame_positions(frames, self.config.width).to(self.temp_embed)
 
     def _positions_at(self, grid: Grid) -> Tensor:
         """``[1, N, D]``, like ``pos_embed``; made once for each grid that is not the config's."""

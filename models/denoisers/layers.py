@@ -39,6 +39,11 @@ def grid_positions(grid: Grid, width: int, *, video: bool) -> Tensor:
     return positions.reshape(1, t * h * w, width).float()
 
 
+def frame_positions(frames: int, width: int) -> Tensor:
+    """Fixed position embedding of frames, ``[1, T, width]``, fp32."""
+    return sincos(torch.arange(frames), width)[None].float()
+
+
 class PatchEmbedder(nn.Module):
     """Holds the convolution's parameters; the op reads them in place."""
 

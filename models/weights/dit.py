@@ -1,10 +1,13 @@
-"""Meta's DiT and the SiT that follows it, images of 256 or 512 pixels as latents of Stable Diffusion's autoencoder.
+"""Meta's DiT, SiT and Latte, which follow it: latents of Stable Diffusion's autoencoder.
 
 Their files have the names of ``models/denoisers/dit.py``. A file does not say how many heads there are. SiT's were
 built with ``learn_sigma=True`` and train the first half of the channels alone: the second half is dropped. SiT tells
 its model t in [0, 1], DiT its timestep in 0..999.
 
-Source: Peebles & Xie 2022 (arXiv 2212.09748); Ma et al. 2024 (arXiv 2401.08740).
+Latte has the positions of a frame ``[1, S, D]`` and, added after the first block, those of the frames ``[1, T, D]``.
+Its patch embedding is that of a frame.
+
+Source: Peebles & Xie 2022 (arXiv 2212.09748); Ma et al. 2024 (arXiv 2401.08740 and 2401.03048).
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from ..objectives.flow import FlowMatching
 from ..registry import config_from
 from .layout import Converted, Hints, Layout, shape_of
 
+TABLE = "y_embedder.embedding_table.weight"
+PATCHES, FRAMES = "x_embedder.proj.weight", "temp_embed"
 HEAD = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 
@@ -36,9 +41,9 @@ def _heads(width: int, depth: int, hints: Hints) -> int:
 
 
 def _config(weights: Mapping[str, Tensor], hints: Hints) -> DiTConfig:
-    width, channels, *patch = shape_of(weights, "x_embedder.proj.weight", 4)
+    width, channels, *patch = shape_of(weights, PATCHES, 4)
     _, tokens, _ = shape_of(weights, "pos_embed", 3)
-    rows, _ = shape_of(weights, "y_embedder.embedding_table.weight", 2)
+    classes = shape_of(weights, TABLE, 2)[0] - 1 if TABLE in weights else 0
     hidden, _ = shape_of(weights, "blocks.0.mlp.fc1.weight", 2)
     outputs, _ = shape_of(weights, HEAD[0], 2)
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
@@ -54,7 +59,7 @@ def _config(weights: Mapping[str, Tensor], hints: Hints) -> DiTConfig:
     return DiTConfig(
         input_size=size,
         channels=channels,
-        num_classes=rows - 1,
+        num_classes=classes,
         width=width,
         depth=depth,
         heads=_heads(width, depth, hints),
@@ -79,6 +84,35 @@ def sit(weights: dict[str, Tensor], hints: Hints) -> Converted:
     weights = weights | {name: _first_half(weights[name], config) for name in HEAD}
     note = f"dropped {config.channels} of {2 * config.channels} output channels, which SiT does not train"
     return Converted(config, objective, weights, (note,))
+
+
+def latte(weights: dict[str, Tensor], hints: Hints) -> Converted:
+    """Latte: as DiT, over space and time in turns."""
+    _, frames, _ = shape_of(weights, FRAMES, 3)
+    image = _config(weights, hints)
+    config = dataclasses.replace(
+        image,
+        input_size=(frames, *image.input_size),
+        patch=(1, *image.patch),
+        attention="factorized",
+        late_frames=True,
+    )
+    positions = weights["pos_embed"].expand(frames, -1, -1).flatten(0, 1)[None]
+    patches = weights[PATCHES].unsqueeze(2)
+    return Converted(config, DDPM(), weights | {"pos_embed": positions, PATCHES: patches})
+
+
+def to_latte(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The averaged weights as Latte has them.
+
+    Raises:
+        ValueError: a model that Latte's code does not build.
+    """
+    config, weights = config_from(checkpoint.config), checkpoint.ema
+    if not isinstance(config, DiTConfig) or not config.late_frames or config.qk_norm or config.patch[0] != 1:
+        raise ValueError("only a DiT with late_frames, patches of one frame and without qk_norm is Latte's")
+    positions = weights["pos_embed"].unflatten(1, (config.grid[0], -1))[:, 0]
+    return weights | {"pos_embed": positions, PATCHES: weights[PATCHES].squeeze(2)}
 
 
 def to_dit(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -112,4 +146,4 @@ def _first_half(head: Tensor, config: DiTConfig) -> Tensor:
     return head.unflatten(0, (math.prod(config.patch), 2 * config.channels))[:, : config.channels].flatten(0, 1)
 
 
-LAYOUTS = {"dit": Layout(dit, to_dit), "sit": Layout(sit, to_sit)}
+LAYOUTS = {"dit": Layout(dit, to_dit), "sit": Layout(sit, to_sit), "latte": Layout(latte, to_latte)}

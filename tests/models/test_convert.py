@@ -15,6 +15,7 @@ from models import checkpoint as checkpoints
 from models.convert import main as convert
 from models.data.media import write_png
 from models.denoisers.dit import DiT, DiTConfig
+from models.denoisers.layers import frame_positions, grid_positions
 from models.objectives.flow import FlowMatching
 from models.sample import main as sample
 from models.train import main as train
@@ -58,31 +59,62 @@ def published(seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def original(w, x, t, y):
-    """DiT of Peebles & Xie 2022 from its equations, in plain functions: ``[B, 8, H, W]``."""
+def linear(w, h, name):
+    return F.linear(h, w[f"{name}.weight"], w[f"{name}.bias"])
 
-    def linear(h, name):
-        return F.linear(h, w[f"{name}.weight"], w[f"{name}.bias"])
 
-    def modulate(h, shift, scale):
-        return F.layer_norm(h, (WIDTH,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+def modulate(h, shift, scale):
+    return F.layer_norm(h, (WIDTH,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
+
+def condition(w, t, y):
     angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
-    c = linear(F.silu(linear(torch.cat((angles.cos(), angles.sin()), -1), "t_embedder.mlp.0")), "t_embedder.mlp.2")
-    c = F.silu(c + w["y_embedder.embedding_table.weight"][y])
-    h = F.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=2).flatten(2).mT + w["pos_embed"]
-    for i in range(DEPTH):
-        parts = linear(c, f"blocks.{i}.adaLN_modulation.1").chunk(6, -1)
-        q, k, v = (
-            linear(modulate(h, *parts[:2]), f"blocks.{i}.attn.qkv").unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        )
-        a = ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
-        h = h + parts[2][:, None] * linear(a, f"blocks.{i}.attn.proj")
-        m = F.gelu(linear(modulate(h, *parts[3:5]), f"blocks.{i}.mlp.fc1"), approximate="tanh")
-        h = h + parts[5][:, None] * linear(m, f"blocks.{i}.mlp.fc2")
-    h = linear(modulate(h, *linear(c, "final_layer.adaLN_modulation.1").chunk(2, -1)), "final_layer.linear")
+    c = linear(w, torch.cat((angles.cos(), angles.sin()), -1), "t_embedder.mlp.0")
+    return F.silu(linear(w, F.silu(c), "t_embedder.mlp.2") + w["y_embedder.embedding_table.weight"][y])
+
+
+def block(w, i, h, c):
+    """A block of Peebles & Xie 2022 on ``h [B, N, D]`` under ``c [B, D]``."""
+    parts = linear(w, c, f"blocks.{i}.adaLN_modulation.1").chunk(6, -1)
+    qkv = linear(w, modulate(h, *parts[:2]), f"blocks.{i}.attn.qkv")
+    q, k, v = qkv.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+    a = ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    h = h + parts[2][:, None] * linear(w, a, f"blocks.{i}.attn.proj")
+    m = F.gelu(linear(w, modulate(h, *parts[3:5]), f"blocks.{i}.mlp.fc1"), approximate="tanh")
+    return h + parts[5][:, None] * linear(w, m, f"blocks.{i}.mlp.fc2")
+
+
+def patches(w, x):
+    return F.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=2).flatten(2).mT + w["pos_embed"]
+
+
+def pixels(w, h, c):
+    h = linear(w, modulate(h, *linear(w, c, "final_layer.adaLN_modulation.1").chunk(2, -1)), "final_layer.linear")
     rows = SIDE // 2
     return torch.einsum("nhwpqc->nchpwq", h.reshape(-1, rows, rows, 2, 2, 8)).reshape(-1, 8, SIDE, SIDE)
+
+
+def original(w, x, t, y):
+    """DiT from its equations, in plain functions: ``[B, 8, H, W]``."""
+    c, h = condition(w, t, y), patches(w, x)
+    for i in range(DEPTH):
+        h = block(w, i, h, c)
+    return pixels(w, h, c)
+
+
+def original_latte(w, x, t, y):
+    """Latte from its description: space and time in turns, frames' positions after the first block."""
+    batch, frames = x.shape[0], x.shape[2]
+    c, h = condition(w, t, y), patches(w, x.transpose(1, 2).flatten(0, 1))  # [B T, S, D]
+    of_frames, of_places = c.repeat_interleave(frames, 0), c.repeat_interleave(h.shape[1], 0)
+    for i in range(DEPTH):
+        if i % 2 == 0:
+            h = block(w, i, h, of_frames)
+        else:
+            h = h.unflatten(0, (batch, frames)).transpose(1, 2).flatten(0, 1)  # [B S, T, D]
+            h = block(w, i, h + w["temp_embed"] if i == 1 else h, of_places)
+            h = h.unflatten(0, (batch, -1)).transpose(1, 2).flatten(0, 1)
+    return pixels(w, h, of_frames).unflatten(0, (batch, frames)).transpose(1, 2)
 
 
 def write(kind: str, folder, weights) -> str:
@@ -135,6 +167,50 @@ def test_sit_is_told_t_and_loses_the_channels_that_it_does_not_train(tmp_path, c
     with torch.no_grad():
         assert torch.equal(original(back, x, t, y)[:, :4], original(weights, x, t, y)[:, :4])
         assert not original(back, x, t, y)[:, 4:].any()
+
+
+def test_a_converted_latte_is_the_original(tmp_path):
+    weights = published(3) | {"temp_embed": torch.randn(1, 3, WIDTH)}
+    convert(["latte", write("pt", tmp_path, weights), "--heads", "3", "--out", str(tmp_path / "run")])
+    model = checkpoints.latest(tmp_path / "run")[1].build().eval()
+    x, t, y = torch.randn(2, 4, 3, SIDE, SIDE), torch.tensor([3.0, 800]), torch.tensor([0, CLASSES])
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, t, y), original_latte(weights, x, t, y), rtol=1e-4, atol=1e-4)
+        # With as many frames as it was made for, or with others, of which it makes the positions itself.
+        weights["temp_embed"] = frame_positions(2, WIDTH)
+        model.any_size, x = True, x[:, :, :2]
+        model.pos_embed.copy_(grid_positions((3, SIDE // 2, SIDE // 2), WIDTH, video=False))
+        weights["pos_embed"] = grid_positions((1, SIDE // 2, SIDE // 2), WIDTH, video=False)
+        torch.testing.assert_close(model(x, t, y), original_latte(weights, x, t, y), rtol=1e-4, atol=1e-4)
+
+
+def test_latte_goes_back_bit_for_bit(tmp_path):
+    weights = published(3) | {"temp_embed": torch.randn(1, 3, WIDTH)}
+    convert(["latte", write("pt", tmp_path, weights), "--heads", "3", "--out", str(tmp_path / "run")])
+    convert(["latte", str(tmp_path / "run"), "--to", str(tmp_path / "back.safetensors")])
+    back = safetensors.load_file(tmp_path / "back.safetensors")
+    assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
+    with pytest.raises(SystemExit, match="only an image DiT"):
+        convert(["dit", str(tmp_path / "run"), "--to", str(tmp_path / "other.pt")])
+
+
+def test_every_parameter_of_a_latte_with_late_frames_has_the_gradient_of_its_equation(tmp_path):
+    weights = published(3) | {"temp_embed": torch.randn(1, 3, WIDTH)}
+    convert(["latte", write("pt", tmp_path, weights), "--heads", "3", "--out", str(tmp_path / "run")])
+    model = checkpoints.latest(tmp_path / "run")[1].build().train()
+    x, t, y = torch.randn(2, 4, 3, SIDE, SIDE), torch.tensor([3.0, 800]), torch.tensor([0, 2])
+    upstream = torch.randn(2, 8, 3, SIDE, SIDE)
+    model.y_embedder.dropout = 0.0
+    wanted = {name: value.clone().requires_grad_() for name, value in weights.items()}
+    original_latte(wanted, x, t, y).backward(upstream)
+    for checkpointing in (False, True):
+        model.zero_grad()
+        model.checkpointing = checkpointing
+        model(x, t, y).backward(upstream)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                exact = wanted[name].grad
+                torch.testing.assert_close(parameter.grad.reshape(exact.shape), exact, rtol=1e-3, atol=1e-3)
 
 
 def test_latents_without_an_autoencoder_are_not_sampled(tmp_path):
