@@ -8,6 +8,7 @@ Files do not mind: a checkpoint written under one name is read under the other.
 
 import sys
 import warnings
+from importlib.util import find_spec
 
 _NAMES = {"models": "minisora_models", "minisora_models": "models"}
 MINISORA = True
@@ -18,3 +19,8 @@ if getattr(sys.modules.get(_NAMES.get(__name__, "")), "MINISORA", False):
         "twice; import one of them only",
         stacklevel=2,
     )
+
+# ``python -m`` puts "-m" there while it looks for the command, whose imports would end in a traceback.
+_NEEDED = [name for name in ("av", "safetensors", "tqdm", "tyro", "yaml") if not find_spec(name)]
+if sys.argv[:1] == ["-m"] and _NEEDED:
+    sys.exit(f"error: {', '.join(_NEEDED)} is not installed, which the commands need: pip install '.[train]'")

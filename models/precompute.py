@@ -13,6 +13,7 @@ not been interrupted (on the same machine, with the same number of threads).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import sys
@@ -38,6 +39,7 @@ from .data.source import Shape, Source
 from .runtime.allocator import reuse_large_allocations
 from .runtime.arguments import read
 from .runtime.device import check_backend, choose_backend, choose_device
+from .runtime.files import locked
 from .runtime.plain import as_plain
 from .runtime.progress import progress_bar
 
@@ -109,8 +111,7 @@ def whole_shards(folder: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """
     progress = folder / LATENT_PROGRESS
     if not progress.is_file():
-        # Shards without a list: the run was stopped before the first was entered.
-        foreign = [file.name for file in folder.glob("*") if not file.name.startswith(("shard_", LATENT_PROGRESS))]
+        foreign = [file.name for file in folder.glob("*") if not file.name.endswith(".tmp")]
         if foreign:
             raise ValueError(f"{folder} holds other files, {sorted(foreign)[0]} for one; choose another --out")
         return []
@@ -222,6 +223,23 @@ def run(config: PrecomputeConfig) -> Path:
         return path
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out is {str(folder)!r}, which is a file; it must be a folder")
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder):
+            return _encode(config, source, record, recipe, small)
+    finally:
+        for place in missing:  # empty, where nothing was encoded
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
+def _encode(
+    config: PrecomputeConfig, source: Source, record: dict[str, Any], recipe: dict[str, Any], small: Shape | None
+) -> Path:
+    """The shards that are missing, and the index."""
+    data, folder = config.data, config.out
+    path = folder / LATENT_INDEX
     shards = whole_shards(folder, recipe)
     device = choose_device(config.device)
     check_backend(config.backend, device)
@@ -264,7 +282,8 @@ def write_shards(
 ) -> None:
     """Write the shards after those in ``shards``, and enter each there and in the list of the folder."""
     folder, starts = config.out, shard_starts(config, parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not shards:  # a folder with shards and without a list is somebody else's
+        write_json(folder / LATENT_PROGRESS, {"made": recipe, "shards": []})
     with progress_bar(total=sum(part.clips for part in parts), desc=folder.name, unit="clip") as bar:
         bar.update(sum(entry["count"] for entry in shards))
         for number in range(len(shards), len(starts)):

@@ -194,6 +194,8 @@ def start_of(config: SampleConfig) -> tuple[Start, int]:
     for name, value in (("count", count), ("batch_size", config.batch_size), ("fps", config.fps)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
+    if config.fps > 1000:
+        raise ValueError(f"fps is {config.fps}; it must be at most 1000")
     if clips is not None and count > len(clips):
         raise ValueError(f"count is {count}; {file} has {len(clips)} clips")
     return Start(file, None if clips is None else torch.from_numpy(clips[:count]), labels), count
@@ -251,6 +253,8 @@ def run(config: SampleConfig) -> list[Path]:
     path, checkpoint = open_checkpoint(config.checkpoint)
     train = from_dict(checkpoint.train)
     folder = config.out or path.parent / "samples"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out is {str(folder)!r}, which is a file; it must be a folder")
     if not config.overwrite:
         refuse_present(folder)
     device = choose_device(config.device)

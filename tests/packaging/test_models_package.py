@@ -101,3 +101,14 @@ def test_a_command_runs_under_the_installed_name(site, tmp_path):
 def test_both_names_in_one_process_are_two_packages_with_a_warning(site, tmp_path):
     done = run(BOTH, ROOT, site)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_command_names_the_extra_that_its_packages_are_in(tmp_path):
+    """Where one is not installed: a line, and no traceback of an import."""
+    hide = "from importlib import util; f = util.find_spec; util.find_spec = lambda name: name != 'tyro' and f(name)"
+    (tmp_path / "sitecustomize.py").write_text(hide)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "models.train", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: tyro is not installed, which the commands need: pip install '.[train]'\n"

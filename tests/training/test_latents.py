@@ -46,6 +46,7 @@ from models.denoisers.walt_config import WALTSettings
 from models.objectives.ddpm import DDPM
 from models.objectives.logsnr import LogSNR
 from models.precompute import PrecomputeConfig, main, run
+from models.runtime.files import locked
 from models.runtime.plain import as_plain, merge
 from models.sample import SampleConfig
 from models.sampling import sampler as samplers
@@ -375,12 +376,32 @@ def test_every_field_of_an_index_is_checked(tmp_path, caplog):
                 assert "sha256" not in values
                 accepted.add(where)
     # Without the field it has its default; a number of another value may be right.
-    optional = {("low",), ("buckets",), ("made", "low"), ("sha256",)}
+    optional = {("low",), ("buckets",), ("empty_classes",), ("made", "low"), ("sha256",)}
     wrong = {where for where in accepted - optional if where[-1] not in FREE and where[:2] != ("made", "data")}
     assert not wrong
     path.write_text(json.dumps({key: value for key, value in index.items() if key != "sha256"}))
     caplog.clear()
     assert len(LatentClips(path.parent)) == 22 and "has no checksum" in caplog.text
+
+
+def test_files_of_others_are_never_overwritten(tmp_path):
+    (tmp_path / "z").mkdir()
+    other = tmp_path / "z" / "shard_00000.safetensors"
+    other.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="holds other files, shard_00000"):
+        run(pixels(tmp_path / "z"))
+    assert contents(tmp_path / "z") == {other.name: b"mine"}
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path):
+    (tmp_path / "z").mkdir()
+    with locked(tmp_path / "z"), pytest.raises(BlockingIOError, match="z is in use: another process writes there"):
+        run(pixels(tmp_path / "z"))
+    assert contents(tmp_path / "z") == {}
+    with pytest.raises(ValueError, match="encoder is"):
+        run(replace(pixels(tmp_path / "new" / "z"), encoder=str(tmp_path / "nowhere")))
+    assert not (tmp_path / "new").exists()
+    run(pixels(tmp_path / "z"))
 
 
 def test_training_on_stored_pixels_is_training_on_the_source(tmp_path):
