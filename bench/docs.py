@@ -257,12 +257,12 @@ def inductor(results: Path) -> list[str]:
         parts = [traffic[part] for part in ("forward", "backward")]
         cells = (f"{part['ours']:.1f} / {part['compile']:.1f} / {part['least']:.1f}" for part in parts)
         rows.append((f"`{op}`", shape, *cells))
-    versions = record["versions"]
+    versions, changes = record["versions"], " with changes" * record["dirty"]
     return [
         "",
         "Bytes read and written, in activations (the tokens in bfloat16): ours / `torch.compile` / if every tensor "
         f"passed once. `python -m bench.inductor`: code of torch {versions['torch']} and Triton {versions['triton']}, "
-        f"for the properties of an {record['device']}, commit {record['commit']}; **not run on a GPU**.",
+        f"for the properties of an {record['device']}, commit {record['commit']}{changes}; **not run on a GPU**.",
         "",
         *markdown(("op", "shape", "forward", "backward"), rows),
         "",

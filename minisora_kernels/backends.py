@@ -1,4 +1,4 @@
-"""Which backends exist here, which one serves a call, and why. The only place that dispatches.
+"""Which backends exist here, which one serves a call, and why. Every op comes here.
 
 - ``reference``: plain PyTorch, any device and dtype. The oracle, the fallback and the eager baseline.
 - ``cpu``: C++ (``csrc/cpu``), one library per instruction set, chosen at load.

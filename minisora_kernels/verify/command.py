@@ -233,6 +233,18 @@ def size(options: argparse.Namespace) -> list[str]:
     return [] if options.tokens is None else ["--tokens", str(options.tokens)]
 
 
+def check_target(path: Path) -> None:
+    """Raises ValueError, before the work, for a file that could not be written after it."""
+    if path.is_dir():
+        raise ValueError(f"out is {str(path)!r}, which is a folder; it must be a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"out is {str(path)!r}, which cannot be written: {error.strerror}") from error
+
+
 def verify(options: argparse.Namespace) -> tuple[Record, Path | None]:
     """The record of this device, written where it can be.
 
@@ -247,8 +259,12 @@ def verify(options: argparse.Namespace) -> tuple[Record, Path | None]:
         reasons = {name: backends.unavailable(name) for name in backends.PREFERENCE.get(device.type, ())}
         said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
         raise ValueError(f"no kernels are here for {device}" + (f" ({said})" if said else ""))
+    if backends.VERIFIED == "0" and options.out is None:
+        raise ValueError("MINISORA_VERIFIED is 0: no record is ever read; unset it, or name a file with --out")
     single = "tf32" if device.type == "cuda" and options.precision != "highest" else "float32"
     path = options.out or record.own_path(device)
+    if options.out is not None:
+        check_target(options.out)
     started = time.perf_counter()
     with record.locked(path) if path is not None else contextlib.nullcontext():
         if options.missing_only and path is not None:
@@ -265,7 +281,7 @@ def verify(options: argparse.Namespace) -> tuple[Record, Path | None]:
             phase_faster(backend, ops, options, found)
             entries += found.entries(backend, ops, single)
         if not entries:
-            raise ValueError(f"{', '.join(options.op)} has no kernel for {device}")
+            raise ValueError(f"{', '.join(options.op or ops)} has no result on {device}; the lines above say why")
         made = {
             "minisora_kernels": __version__,
             "python": platform.python_version(),

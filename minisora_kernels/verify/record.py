@@ -19,8 +19,8 @@ import platform
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ class Entry:
             return f"{self.status}: {self.wrong}"
         if self.ratio is None:
             return f"not timed: run `{COMMAND}` again"
-        return f"{self.status}: {self.ratio[0]:.2f} of plain PyTorch's time ({self.regime})"
+        return f"{self.status}: {_figures(self.ratio)} of plain PyTorch's time ({self.regime})"
 
     @property
     def why_in_compile(self) -> str:
@@ -139,11 +139,17 @@ class Entry:
             return f"{self.status}: {self.wrong}"
         if self.compile_ratio is None:
             return f"not timed beside torch.compile: run `{COMMAND}` without --quick"
-        return f"{self.status_in_compile}: {self.compile_ratio[0]:.2f} of torch.compile's time ({self.regime})"
+        return f"{self.status_in_compile}: {_figures(self.compile_ratio)} of torch.compile's time ({self.regime})"
 
 
 def _faster(ratio: list[float]) -> bool:
     return ratio[0] <= FASTER and ratio[1] < 1
+
+
+def _figures(ratio: list[float]) -> str:
+    """Both, where the first alone would not say why a kernel is not used."""
+    alone = (ratio[0] < 1) == _faster(ratio)
+    return f"{ratio[0]:.2f}" if alone else f"{ratio[0]:.2f} (a quarter of the runs {ratio[1]:.2f})"
 
 
 @dataclass(frozen=True)
@@ -163,9 +169,18 @@ class Record:
         there = {entry.op for entry in self.entries if entry.regime.partition(" ")[0] == single}
         return there.issuperset(op for op, _, _ in regimes())
 
-    def merged(self, entries: list[Entry], made: dict[str, Any]) -> Record:
-        """With these entries in place of those of the same backend, op and regime."""
-        new = {(entry.backend, entry.op, entry.regime): entry for entry in entries}
+    def merged(self, entries: Iterable[Entry], made: dict[str, Any]) -> Record:
+        """With these entries in place of those of the same backend, op and regime.
+
+        A quick run does not time torch.compile: what an earlier run said of it stays.
+        """
+        new = {}
+        for entry in entries:
+            place = entry.backend, entry.op, entry.regime
+            old = self.by_regime.get(place)
+            if old is not None and old.compile_ratio is not None and entry.compile_ratio is None:
+                entry = replace(entry, compile_ratio=old.compile_ratio, times=old.times | entry.times)
+            new[place] = entry
         return Record(self.key, made, tuple((self.by_regime | new).values()))
 
 
@@ -266,7 +281,7 @@ def _entry(raw: Any) -> Entry:
         ):
             raise NotARecord(f"{where}: {name} is {value!r}")
     entry = Entry(**{name: raw[name] for name in names})
-    for name in DERIVED:
+    for name in ("use", "use_in_compile"):  # the words may be those of another version
         if raw[name] != getattr(entry, name):
             raise NotARecord(f"{where}: {name} is {raw[name]!r}, which its figures do not say")
     return entry
@@ -379,7 +394,10 @@ def _shipped(wanted: Key) -> tuple[Path, Key | None] | None:
 
 @functools.cache
 def find(device: torch.device) -> tuple[Record, Path] | None:
-    """The record that holds for this device; what is there and cannot be trusted is warned of and passed over."""
+    """The record that holds for this device; what is there and cannot be trusted is warned of and passed over.
+
+    What one's own record does not say, because it is of some ops only, the record of the package says.
+    """
     if backends.VERIFIED == "0":
         return None
     wanted, own = key(device), own_path(device)
@@ -390,16 +408,18 @@ def find(device: torch.device) -> tuple[Record, Path] | None:
     shipped = None if named else _shipped(wanted)
     if shipped is not None:
         places.append(shipped)
+    found: tuple[Record, Path] | None = None
     for path, expected in places:
         try:
             record = load(path, expected)
             if expected is None and record.key.kind != wanted.kind:
                 raise NotARecord(f"it is of a {record.key.kind} device")
-            return record, path
         except (NotARecord, OSError) as error:
             if named or not isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 warnings.warn(f"minisora_kernels: the record {path} is not used: {error}", stacklevel=2)
-    return None
+            continue
+        found = (record, path) if found is None else (record.merged(found[0].entries, found[0].made), found[1])
+    return found
 
 
 def refusal(backend: str, op: str, device: torch.device, regime: str, compiling: bool) -> tuple[str, str] | None:

@@ -208,6 +208,24 @@ def test_the_record_that_comes_with_the_package_holds_for_every_cpu(monkeypatch,
     automatic.forget()
 
 
+@needs_cpu
+def test_what_ones_own_record_leaves_out_the_one_of_the_package_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "SHIPPED", tmp_path / "records")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(backends, "VERIFIED", None)
+    here = record.key(CPU)
+    slow, fast = {"ratio": [1.2, 1.3], "compile_ratio": [0.5, 0.6]}, {"ratio": [0.5, 0.6], "compile_ratio": None}
+    shipped = (entry(op="adaln", **slow), entry(op="gate_residual", **slow))
+    record.save(Record(here, {}, shipped), record.SHIPPED / f"cpu-{here.capability}.json")
+    record.save(Record(here, {}, (entry(op="adaln", **fast),)), record.own_path(CPU))
+    automatic.forget()
+    assert served(mk.adaln, X, GATE, GATE) == "cpu" and served(mk.gate_residual, X, X, GATE) == "reference"
+    # A quick run says nothing of torch.compile, so what was said of it stays.
+    assert all(item.compile_ratio == [0.5, 0.6] for item in record.find(CPU)[0].entries)
+    monkeypatch.undo()
+    automatic.forget()
+
+
 def test_the_records_of_the_package_are_whole():
     for path in record.SHIPPED.glob("*.json"):
         found = record.load(path)

@@ -68,7 +68,6 @@ def damaged(change) -> bytes:
         (damaged(lambda raw: raw["entries"][0].update(times={"ours": [1e400, None]})), "times are"),
         (damaged(lambda raw: raw["entries"][0].update(times={"theirs": [1, None]})), "times are"),
         (damaged(lambda raw: raw["entries"][0].update(times=[])), "times are"),
-        (damaged(lambda raw: raw["entries"][0].update(why="it is good")), "why is 'it is good'"),
     ],
 )
 def test_a_damaged_or_foreign_record_is_warned_of_and_not_trusted(content, reason, tmp_path, monkeypatch):
