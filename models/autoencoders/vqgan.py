@@ -32,8 +32,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minisora_kernels import adaln, gate_residual, gate_residual_adaln, patch_embed, unpatchify
+from minisora_kernels import adaln, gate_residual, gate_residual_adaln, unpatchify
 
+from ..denoisers.layers import embed_patches
 from ..objectives.reconstruction import Reconstruction
 from ..protocols import Autoencoder, BaseSettings, System
 from .discriminator import PatchDiscriminator
@@ -225,7 +226,7 @@ class VQGAN(Autoencoder):
         if x.dim() == 5:
             x = x.transpose(1, 2).flatten(0, 1)
         height, width = x.shape[-2:]
-        h = patch_embed(x, self.patches.weight, self.patches.bias)
+        h = embed_patches(x, self.patches)
         h = self._block(self.encoder_high, h, (height // 2, width // 2))
         h = tokens(self.down(frames(h, (height // 2, width // 2))))
         h = self._block(self.encoder_low, h, (height // 4, width // 4))

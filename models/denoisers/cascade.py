@@ -34,14 +34,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from minisora_kernels import patch_embed, unpatchify
+from minisora_kernels import unpatchify
 
 from ..objectives.common import TIMESTEPS, expand
 from ..objectives.logsnr import LogSNR
 from ..protocols import Denoiser, SmallClips, System
 from .cascade_config import SIZES, CascadeConfig, CascadeSettings, with_time
 from .cascade_layers import Condition, Level, Resample, embed_r, mapper, norm, resize_sites, sites
-from .layers import drop_labels
+from .layers import drop_labels, embed_patches
 from .text import Text, drop_captions
 
 
@@ -142,8 +142,8 @@ class Cascade(Denoiser):
         if low is not None and y is not None:
             present = y.mask.any(1) if isinstance(y, Text) else y.ne(cast(int, self.null_class))
             low = low * expand(present, low)
-        config, dtype = self.config, self.output.weight.dtype
-        z = norm(patch_embed(x, self.embedding.weight, self.embedding.bias).unflatten(1, config.grid)).to(dtype)
+        config, dtype = self.config, next(self.output.parameters()).dtype
+        z = norm(embed_patches(x, self.embedding).unflatten(1, config.grid)).to(dtype)
         if config.latent_channels:
             z = z + self._latents(low, z)
         if config.pixel_channels:
@@ -170,7 +170,8 @@ class Cascade(Denoiser):
         """Conditioning tokens ``[B, L, condition_width]`` and, for captions, which of them count ``[B, L]``."""
         share = self.config.class_dropout if self.training else 0.0
         if isinstance(y, Text):
-            return norm(self.text_mapper(y.states.to(self.text_mapper.weight.dtype))), drop_captions(y.mask, share)
+            dtype = next(self.text_mapper.parameters()).dtype
+            return norm(self.text_mapper(y.states.to(dtype))), drop_captions(y.mask, share)
         y = drop_labels(y, self.config.num_classes, share)
         return norm(self.class_embedding(y).unflatten(-1, (self.config.condition_tokens, -1))), None
 

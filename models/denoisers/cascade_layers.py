@@ -15,6 +15,7 @@ from minisora_kernels import Rope, grn, rope_3d, window_attention
 
 from ..objectives.common import at_least_float32
 from .cascade_config import CascadeConfig
+from .layers import outputs_from
 
 Condition = tuple[Tensor, "Tensor | None"]
 R_CHANNELS = 64
@@ -117,7 +118,7 @@ class SpatialAttention(nn.Module):
             return x + self.proj(window_attention(qkv, (t, h, w), (1, h, w))).unflatten(1, (t, h, w))
         tokens, mask = condition
         mapped = self.condition(F.silu(tokens))
-        more = F.linear(mapped, self.qkv.weight[width:], self.qkv.bias[width:]).unflatten(-1, (2, self.heads, -1))
+        more = outputs_from(self.qkv, mapped, width).unflatten(-1, (2, self.heads, -1))
         # All [B T, heads, tokens, head_dim]; every frame has the conditioning tokens of its sample.
         q, k, v = qkv.unflatten(1, (t, h * w)).flatten(0, 1).permute(2, 0, 3, 1, 4)
         more_k, more_v = more.permute(2, 0, 3, 1, 4).repeat_interleave(t, dim=1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisora_kernels import (
@@ -44,6 +45,44 @@ def frame_positions(frames: int, width: int) -> Tensor:
     return sincos(torch.arange(frames), width)[None].float()
 
 
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether the weights of these modules are all that they compute with.
+
+    A Linear of another class, as peft puts one in its place, shows the ``weight`` of the layer beneath and adds more to
+    it; a hook may change what goes in or comes out.
+    """
+    return all(
+        type(module) in (nn.Linear, nn.Conv2d, nn.Conv3d)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        for module in modules
+    )
+
+
+def embed_patches(x: Tensor, convolution: nn.Conv2d | nn.Conv3d, pos: Tensor | None = None) -> Tensor:
+    """Tokens ``[B, N, D]`` of a convolution whose kernel is its stride, plus positions."""
+    if is_plain(convolution):
+        return patch_embed(x, convolution.weight, convolution.bias, pos)
+    tokens = convolution(x).flatten(2).transpose(1, 2)
+    return tokens if pos is None else tokens + pos
+
+
+def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
+    """Linear, tanh-GELU, Linear."""
+    if is_plain(fc1, fc2):
+        return gelu_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    return fc2(F.gelu(fc1(x), approximate="tanh"))
+
+
+def outputs_from(linear: nn.Linear, x: Tensor, first: int) -> Tensor:
+    """A Linear's outputs from the ``first`` on; the others are not computed."""
+    if is_plain(linear):
+        return F.linear(x, linear.weight[first:], linear.bias[first:])
+    return linear(x)[..., first:]
+
+
 class PatchEmbedder(nn.Module):
     """Holds the convolution's parameters; the op reads them in place."""
 
@@ -53,7 +92,7 @@ class PatchEmbedder(nn.Module):
         self.proj = convolution(channels, width, patch, patch)
 
     def forward(self, x: Tensor, pos: Tensor) -> Tensor:
-        return patch_embed(x, self.proj.weight, self.proj.bias, pos)
+        return embed_patches(x, self.proj, pos)
 
 
 class TimestepEmbedder(nn.Module):
@@ -148,7 +187,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return mlp(x, self.fc1, self.fc2)
 
 
 class Modulation(NamedTuple):

@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minisora_kernels import adaln, gate_residual, gate_residual_adaln, gelu_mlp, recompute_adaln, unpatchify
+from minisora_kernels import adaln, gate_residual, gate_residual_adaln, recompute_adaln, unpatchify
 
 from ..objectives.ddpm import DDPM
 from ..protocols import BaseSettings, Denoiser, System
@@ -65,6 +65,7 @@ from .layers import (
     PatchEmbedder,
     TimestepEmbedder,
     grid_positions,
+    mlp,
     sincos,
 )
 from .text import Text, with_null
@@ -119,7 +120,8 @@ class STDiTConfig(STDiTSettings):
         if len(self.input_size) != 3:
             raise ValueError(f"input_size is {self.input_size}; it must be (T, H, W)")
         # The other rules are those of a DiT with attention over space and time.
-        shared = {item.name: getattr(self, item.name) for item in fields(DiTConfig) if item.name != "attention"}
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        shared = {item.name: own[item.name] for item in fields(DiTConfig) if item.name in own}
         DiTConfig(**shared, attention="factorized")
         if self.text_width < 0:
             raise ValueError(f"text_width is {self.text_width}; it must be 0 (no text) or positive")
@@ -142,7 +144,7 @@ class TextProjection(nn.Module):
         self.fc2 = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return mlp(x, self.fc1, self.fc2)
 
 
 class CaptionEmbedder(nn.Module):

@@ -48,7 +48,6 @@ from torch.utils.checkpoint import checkpoint
 
 from minisora_kernels import (
     adaln,
-    patch_embed,
     unpatchify,
 )
 
@@ -56,7 +55,15 @@ from ..objectives.common import alpha_bars, at, expand, gaussian
 from ..objectives.ddpm import DDPM
 from ..protocols import Denoiser, SmallClips, System
 from .dit import SIZES
-from .layers import FinalLayer, Modulation, TimestepEmbedder, drop_labels, modulation, modulations_of
+from .layers import (
+    FinalLayer,
+    Modulation,
+    TimestepEmbedder,
+    drop_labels,
+    embed_patches,
+    modulation,
+    modulations_of,
+)
 from .text import Text, drop_captions
 from .walt_config import WALTConfig, WALTSettings
 from .walt_layers import Block, Upsampler
@@ -201,7 +208,7 @@ class WALT(Denoiser):
         # The images' temporal position is the first.
         time = torch.cat((self.pos_time, self.pos_time[:1].expand(images, -1)))
         pos = (time[:, None, None] + self.pos_space).flatten(0, 2)
-        return patch_embed(torch.cat(parts, dim=1), self.x_embedder.weight, self.x_embedder.bias, pos).to(pos.dtype)
+        return embed_patches(torch.cat(parts, dim=1), self.x_embedder, pos).to(pos.dtype)
 
     def _condition(self, t: Tensor, y: Tensor | Text | None, low_t: Tensor | None, batch: int, images: int) -> Tensor:
         """c: ``[B, D]``, or ``[B, 1 + images, D]`` if t or y has one for each image."""

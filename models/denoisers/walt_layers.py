@@ -17,7 +17,7 @@ from minisora_kernels import (
     window_attention,
 )
 
-from .layers import MLP, Grid, Modulation, Scale
+from .layers import MLP, Grid, Modulation, Scale, outputs_from
 from .walt_config import WALTConfig
 
 
@@ -79,8 +79,8 @@ class CrossAttention(nn.Module):
         batch, tokens, width = x.shape
         q, k, v = self._heads(self._to_windows(self.qkv(self.norm(x))), 3)
         windows = k.shape[1]
-        rows = self.qkv.weight[width:], self.qkv.bias[width:]
-        text_k, text_v = self._heads(F.linear(text, *rows).repeat_interleave(windows // text.shape[1], dim=1), 2)
+        more = outputs_from(self.qkv, text, width).repeat_interleave(windows // text.shape[1], dim=1)
+        text_k, text_v = self._heads(more, 2)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(torch.cat((k, text_k), dim=2)).to(v.dtype)
         v = torch.cat((v, text_v), dim=2)
         inside = self._to_windows(mask.new_ones(batch, tokens, 1)).squeeze(-1)
