@@ -162,6 +162,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def beside(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor``, as float32 if it and ``dtype`` are the two 16-bit dtypes, for which no kernel is compiled together."""
+    if tensor.dtype != dtype and tensor.itemsize == dtype.itemsize == 2:
+        return tensor.float()
+    return tensor
+
+
 def linear_dtype(op: str, x: Tensor, **parameters: Tensor | None) -> torch.dtype:
     """The dtype of a Linear, of weights that it multiplies with x.
 

@@ -46,20 +46,18 @@ Tensor gate_residual_fwd(const Tensor& x, const Tensor& branch, const Tensor& ga
     gate_rows.read(b, n, 0.0f, gain.data(), width);
   };
 
-  with_type(x.scalar_type(), [&](auto x_tag) {
-    with_type(branch.scalar_type(), [&](auto branch_tag) {
-      using TX = decltype(x_tag);
-      const auto* in = static_cast<const TX*>(x.const_data_ptr());
-      const auto* add = static_cast<const decltype(branch_tag)*>(branch.const_data_ptr());
-      auto* out = static_cast<TX*>(y.mutable_data_ptr());
-      with_put(past_caches(out, y.numel(), width), [&](auto how) {
-        for_tokens(
-            batch, tokens, gate_rows.count, [&] { return std::vector<float>(width); }, read,
-            [&](std::vector<float>& gain, int64_t token, auto group) {
-              const int64_t at = token * width;
-              add_gated<group>(in + at, add + at, gain.data(), out + at, width, how);
-            });
-      });
+  with_types(x.scalar_type(), branch.scalar_type(), [&](auto x_tag, auto branch_tag) {
+    using TX = decltype(x_tag);
+    const auto* in = static_cast<const TX*>(x.const_data_ptr());
+    const auto* add = static_cast<const decltype(branch_tag)*>(branch.const_data_ptr());
+    auto* out = static_cast<TX*>(y.mutable_data_ptr());
+    with_put(past_caches(out, y.numel(), width), [&](auto how) {
+      for_tokens(
+          batch, tokens, gate_rows.count, [&] { return std::vector<float>(width); }, read,
+          [&](std::vector<float>& gain, int64_t token, auto group) {
+            const int64_t at = token * width;
+            add_gated<group>(in + at, add + at, gain.data(), out + at, width, how);
+          });
     });
   });
   return y;
@@ -77,24 +75,22 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(const Tensor& dy, const Tensor& bra
     gate_rows.read(b, n, 0.0f, gain.data(), width);
   };
 
-  with_type(dy.scalar_type(), [&](auto y_tag) {
-    with_type(branch.scalar_type(), [&](auto branch_tag) {
-      using TB = decltype(branch_tag);
-      const auto* grad = static_cast<const decltype(y_tag)*>(dy.const_data_ptr());
-      const auto* added = static_cast<const TB*>(branch.const_data_ptr());
-      auto* out = static_cast<TB*>(dbranch.mutable_data_ptr());
-      with_put(past_caches(out, dbranch.numel(), width), [&](auto how) {
-        sum_over_rows<1>(
-            batch, tokens, gate_rows.count, width, [&] { return std::vector<float>(width); }, read,
-            [&](std::vector<float>& gain, int64_t token, auto group, float** sums) {
-              const int64_t at = token * width;
-              add_gated_backward<group>(grad + at, added + at, gain.data(), out + at, sums[0], width, how);
-            },
-            [](std::vector<float>&, int64_t, float**) {},
-            [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) {
-              dgate.set(b, row, first, last, sums[0]);
-            });
-      });
+  with_types(dy.scalar_type(), branch.scalar_type(), [&](auto y_tag, auto branch_tag) {
+    using TB = decltype(branch_tag);
+    const auto* grad = static_cast<const decltype(y_tag)*>(dy.const_data_ptr());
+    const auto* added = static_cast<const TB*>(branch.const_data_ptr());
+    auto* out = static_cast<TB*>(dbranch.mutable_data_ptr());
+    with_put(past_caches(out, dbranch.numel(), width), [&](auto how) {
+      sum_over_rows<1>(
+          batch, tokens, gate_rows.count, width, [&] { return std::vector<float>(width); }, read,
+          [&](std::vector<float>& gain, int64_t token, auto group, float** sums) {
+            const int64_t at = token * width;
+            add_gated_backward<group>(grad + at, added + at, gain.data(), out + at, sums[0], width, how);
+          },
+          [](std::vector<float>&, int64_t, float**) {},
+          [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) {
+            dgate.set(b, row, first, last, sums[0]);
+          });
     });
   });
   return {dbranch, dgate.result()};

@@ -5,9 +5,14 @@ namespace minisora {
 namespace {
 
 struct Scratch : AdaLNScratch {
-  std::vector<float> gate, residual; // residual: a group of tokens, in x's dtype
-  explicit Scratch(int64_t width) : AdaLNScratch(width), gate(width), residual(kGroup * width) {}
+  std::vector<float> gate, group; // group: of tokens, the residual in x's dtype, or dy in fp32
+  explicit Scratch(int64_t width) : AdaLNScratch(width), gate(width), group(kGroup * width) {}
 };
+
+template <class T>
+void widen(const T* in, float* out, int64_t size) {
+  for_columns(size, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count), count); });
+}
 
 // residual = x + gate * branch and its statistics, for G tokens. The residual is rounded to x's dtype before the norm
 // reads it, as the two separate ops do. It goes to memory and to `copy`, from which the norm reads it.
@@ -83,22 +88,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
       [&](Scratch& s, int64_t token, auto group) {
         constexpr int G = group;
         const int64_t at = token * width;
-        with_type(x_dtype, [&](auto x_tag) {
+        with_types(x_dtype, branch_dtype, [&](auto x_tag, auto branch_tag) {
           using TX = decltype(x_tag);
           const auto* in = static_cast<const TX*>(x_data);
-          auto *out = static_cast<TX*>(residual_data), *copy = reinterpret_cast<TX*>(s.residual.data());
-          with_type(branch_dtype, [&](auto branch_tag) {
-            const auto* added = static_cast<const decltype(branch_tag)*>(branch_data);
-            with_put(past_caches(out, residual.numel(), width), [&](auto how) {
-              add_gated<G>(
-                  in + at, added + at, s.gate.data(), out + at, copy, width, rms, static_cast<float>(eps),
-                  means + token, rstds + token, how);
-            });
+          const auto* added = static_cast<const decltype(branch_tag)*>(branch_data);
+          auto *out = static_cast<TX*>(residual_data), *copy = reinterpret_cast<TX*>(s.group.data());
+          with_put(past_caches(out, residual.numel(), width), [&](auto how) {
+            add_gated<G>(
+                in + at, added + at, s.gate.data(), out + at, copy, width, rms, static_cast<float>(eps), means + token,
+                rstds + token, how);
           });
+        });
+        with_type(x_dtype, [&](auto x_tag) {
+          const auto* copy = reinterpret_cast<const decltype(x_tag)*>(s.group.data());
           with_type(out_dtype, [&](auto y_tag) {
-            auto* out_y = static_cast<decltype(y_tag)*>(y_data);
-            with_put(past_caches(out_y, y.numel(), width), [&](auto how) {
-              modulate<G>(copy, means + token, rstds + token, s, out_y + at, how);
+            auto* out = static_cast<decltype(y_tag)*>(y_data);
+            with_put(past_caches(out, y.numel(), width), [&](auto how) {
+              modulate<G>(copy, means + token, rstds + token, s, out + at, how);
             });
           });
         });
@@ -147,27 +153,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
       [&](Scratch& s, int64_t token, auto group, float** sums) {
         constexpr int G = group;
         const int64_t at = token * width;
-        with_type(x_dtype, [&](auto x_tag) {
+        const auto run = [&](auto x_tag, auto branch_tag, const auto* grad_y) {
           using TX = decltype(x_tag);
+          using TB = decltype(branch_tag);
           const auto *in = static_cast<const TX*>(residual_data) + at,
                      *grad = static_cast<const TX*>(dresidual_data) + at;
           auto* out = static_cast<TX*>(dx_data);
-          with_type(y_dtype, [&](auto y_tag) {
-            const auto* grad_y = static_cast<const decltype(y_tag)*>(dy_data) + at;
-            const AdaLNBackward<G> backward(in, grad_y, means + token, rstds + token, s, rms, sums[0], sums[1]);
-            with_type(branch_dtype, [&](auto branch_tag) {
-              using TB = decltype(branch_tag);
-              const auto* added = static_cast<const TB*>(branch_data) + at;
-              auto* out_branch = static_cast<TB*>(dbranch_data);
-              with_put(
-                  past_caches(out, dx.numel(), width) && past_caches(out_branch, dbranch.numel(), width),
-                  [&](auto how) {
-                    add_gated_backward<G>(
-                        backward, grad, in, grad_y, added, s.gain.data(), s.gate.data(), out + at, out_branch + at,
-                        sums[2], width, how);
-                  });
-            });
+          const auto* added = static_cast<const TB*>(branch_data) + at;
+          auto* out_branch = static_cast<TB*>(dbranch_data);
+          const AdaLNBackward<G> backward(in, grad_y, means + token, rstds + token, s, rms, sums[0], sums[1]);
+          with_put(
+              past_caches(out, dx.numel(), width) && past_caches(out_branch, dbranch.numel(), width), [&](auto how) {
+                add_gated_backward<G>(
+                    backward, grad, in, grad_y, added, s.gain.data(), s.gate.data(), out + at, out_branch + at,
+                    sums[2], width, how);
+              });
+        };
+        with_types(x_dtype, branch_dtype, [&](auto x_tag, auto branch_tag) {
+          using TB = decltype(branch_tag);
+          if (y_dtype == branch_dtype) return run(x_tag, branch_tag, static_cast<const TB*>(dy_data) + at);
+          with_type(y_dtype, [&](auto y_tag) { // few calls have another: they read it in fp32
+            widen(static_cast<const decltype(y_tag)*>(dy_data) + at, s.group.data(), G * width);
           });
+          run(x_tag, branch_tag, static_cast<const float*>(s.group.data()));
         });
       },
       [&](Scratch& s, int64_t task, float** sums) {

@@ -138,10 +138,8 @@ std::tuple<Tensor, Tensor> grn_fwd(
           });
     });
   };
-  with_type(x.scalar_type(), [&](auto x_tag) {
-    with_type(out_dtype, [&](auto y_tag) {
-      gelu ? run(x_tag, y_tag, std::true_type{}) : run(x_tag, y_tag, std::false_type{});
-    });
+  with_result(x.scalar_type(), out_dtype, [&](auto x_tag, auto y_tag) {
+    gelu ? run(x_tag, y_tag, std::true_type{}) : run(x_tag, y_tag, std::false_type{});
   });
   return {y, norms};
 }
@@ -212,10 +210,8 @@ std::tuple<Tensor, Tensor, Tensor> grn_bwd(
           });
     });
   };
-  with_type(x.scalar_type(), [&](auto x_tag) {
-    with_type(dy.scalar_type(), [&](auto y_tag) {
-      gelu ? run(x_tag, y_tag, std::true_type{}) : run(x_tag, y_tag, std::false_type{});
-    });
+  with_result(x.scalar_type(), dy.scalar_type(), [&](auto x_tag, auto y_tag) {
+    gelu ? run(x_tag, y_tag, std::true_type{}) : run(x_tag, y_tag, std::false_type{});
   });
 
   // Sums over the frames, in their order.

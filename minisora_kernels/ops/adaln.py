@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import architecture_refusal, compute_dtype, kernel_refusal, number
+from ..checks import architecture_refusal, beside, compute_dtype, kernel_refusal, number
 from ..derivatives import once
 from ..modulation import affine, broadcast, check_norm, check_tokens, remember, rows, triton_refusal
 
@@ -178,7 +178,8 @@ def adaln(
     if chosen == "reference":
         y = reference(x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
     else:
-        options = (norm == "rms", eps, compute_dtype(x), chosen)
-        y = backends.apply(_AdaLN, x.contiguous(), shift, scale, weight, bias, *options)
+        dtype = compute_dtype(x)
+        options = (norm == "rms", eps, dtype, chosen)
+        y = backends.apply(_AdaLN, beside(x, dtype).contiguous(), shift, scale, weight, bias, *options)
     remember(y, made_of, norm, eps)
     return y

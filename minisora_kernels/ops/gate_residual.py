@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import kernel_refusal
+from ..checks import beside, kernel_refusal
 from ..derivatives import once
 from ..modulation import broadcast, check_tokens, rows, triton_refusal
 
@@ -103,4 +103,4 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | Non
     chosen = backends.choose("gate_residual", BACKENDS, x.device, backend, x, branch, gate)
     if chosen == "reference":
         return reference(x, branch, gate)
-    return backends.apply(_GateResidual, x.contiguous(), branch.contiguous(), gate, chosen)
+    return backends.apply(_GateResidual, x.contiguous(), beside(branch, x.dtype).contiguous(), gate, chosen)

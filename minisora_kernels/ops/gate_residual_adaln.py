@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import compute_dtype, kernel_refusal, number
+from ..checks import beside, compute_dtype, kernel_refusal, number
 from ..derivatives import once
 from ..modulation import affine, check_norm, check_tokens, remember, rows, triton_refusal
 from . import adaln, gate_residual
@@ -177,7 +177,7 @@ def gate_residual_adaln(
         residual, y = reference(x, branch, gate, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
     else:
         options = (norm == "rms", eps, output_dtype(x, branch), chosen)
-        tokens = x.contiguous(), branch.contiguous()
+        tokens = x.contiguous(), beside(branch, x.dtype).contiguous()
         residual, y = backends.apply(_GateResidualAdaLN, *tokens, gate, shift, scale, weight, bias, *options)
     remember(y, (residual, *made_of), norm, eps)
     return residual, y

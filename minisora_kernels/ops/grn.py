@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import check_tensor, compute_dtype, kernel_refusal, number, whole
+from ..checks import beside, check_tensor, compute_dtype, kernel_refusal, number, whole
 from ..derivatives import once
 from ..modulation import check_tokens
 
@@ -148,6 +148,7 @@ def grn(
     if chosen == "reference":
         y = reference(frames, weight, bias, gelu=activation == "gelu", eps=eps)
     else:
-        tensors = frames.contiguous(), weight.contiguous(), bias.contiguous()
-        y = backends.apply(_GRN, *tensors, activation == "gelu", eps, compute_dtype(x), chosen)
+        dtype = compute_dtype(x)
+        tensors = beside(frames, dtype).contiguous(), weight.contiguous(), bias.contiguous()
+        y = backends.apply(_GRN, *tensors, activation == "gelu", eps, dtype, chosen)
     return y.view(x.shape)
