@@ -163,7 +163,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def beside(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor``, as float32 if it and ``dtype`` are the two 16-bit dtypes, for which no kernel is compiled together."""
+    """``tensor``, as float32 if it and ``dtype`` are the two 16-bit dtypes: no kernel is compiled for both."""
     if tensor.dtype != dtype and tensor.itemsize == dtype.itemsize == 2:
         return tensor.float()
     return tensor

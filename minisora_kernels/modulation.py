@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,6 +53,37 @@ def rows(op: str, name: str, parameter: Tensor, x: Tensor) -> Tensor:
     if r == 0 or tokens % r:
         raise ValueError(f"{op}: {name} has {r} rows; the number must divide the {tokens} tokens of x")
     return parameter if parameter.stride(2) == 1 else parameter.contiguous()
+
+
+def row_gradient(parameter: Tensor | None, needed: bool) -> tuple[torch.dtype | None, int]:
+    """What asks a raw op for the gradient of ``parameter [B, R, D]``: its dtype and R, or None and 0."""
+    return (parameter.dtype, parameter.shape[1]) if needed and parameter is not None else (None, 0)
+
+
+def gradient_dtype(parameter: Tensor | None, needed: bool) -> torch.dtype | None:
+    """What asks a raw op for the gradient of ``parameter``: its dtype, or None."""
+    return parameter.dtype if needed and parameter is not None else None
+
+
+def asked_for(needs: Sequence[bool], gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients that autograd asked for, None for the others."""
+    return tuple([gradient if need else None for need, gradient in zip(needs, gradients, strict=True)])
+
+
+def row_sums(dy: Tensor, rows: int) -> Tensor:
+    """The sums of ``dy [B, N, D]`` over the tokens of each of ``rows`` rows, in fp32."""
+    return dy.unflatten(1, (rows, dy.shape[1] // rows)).sum(2, dtype=torch.float32)
+
+
+def offset_gradients(
+    dy: Tensor, scale: Tensor | None, shift: tuple[torch.dtype | None, int], bias: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """dshift and dbias of a norm where they alone are asked for: sums of ``dy``, which need no tokens."""
+    dshift = None if shift[0] is None else row_sums(dy, shift[1]).to(shift[0])
+    if bias is None:
+        return dshift, None
+    sums = row_sums(dy, 1 if scale is None else scale.shape[1])
+    return dshift, (sums if scale is None else sums * (1 + scale.float())).sum((0, 1)).to(bias)
 
 
 def broadcast(x: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ def _bias_passes(values: dict[str, Any]) -> int:
     """Over q, k, v and dout for dbias."""
     from minisora_kernels.triton import window_attention
 
-    if not values["with_dbias"]:
+    if not values["need_bias"]:
         return 0
     return _blocks(values, window_attention.bias_block_of(values["qkv"].dtype, values["qkv"].shape[-1]))
 

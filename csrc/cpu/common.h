@@ -92,6 +92,18 @@ inline Tensor empty_like_shape(const Tensor& like, std::initializer_list<int64_t
       torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype));
 }
 
+// The tensor of a gradient that is asked for by its dtype; else one without elements.
+inline Tensor empty_if_asked(
+    const Tensor& like, std::initializer_list<int64_t> shape, const std::optional<ScalarType>& dtype) {
+  return dtype ? empty_like_shape(like, shape, *dtype) : empty_like_shape(like, {0}, like.scalar_type());
+}
+
+// The data of such a tensor, or null.
+template <class T>
+inline T* data_if(bool asked, Tensor& tensor) {
+  return asked ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
 // ---- dtypes
 
 template <class F>
@@ -108,8 +120,8 @@ inline void with_type(ScalarType dtype, F&& f) {
   }
 }
 
-// f(tag of a, tag of b). Each pair that is compiled takes seconds, so there is none of the two 16-bit dtypes: an op whose
-// call has both makes one of them float32 before, which changes no value.
+// f(tag of a, tag of b). Each pair that is compiled takes seconds, so there is none of the two 16-bit dtypes: an op
+// whose call has both makes one of them float32 before, which changes no value.
 template <class F>
 inline void with_types(ScalarType a, ScalarType b, F&& f) {
   with_type(a, [&](auto a_tag) {

@@ -123,68 +123,101 @@ std::tuple<Tensor, Tensor> gelu_mlp_fwd(
   return {y, h};
 }
 
+// db1: the sums of dh over the tokens, in fp32.
+struct BiasSums {
+  int64_t hidden;
+  std::vector<float> partial, total; // one partial sum per task of a chunk
+
+  BiasSums(int64_t chunk, int64_t hidden, bool asked)
+      : hidden(hidden), partial(asked ? (chunk + kRows - 1) / kRows * hidden : 0), total(asked ? hidden : 0, 0.0f) {}
+
+  // The sums of a task, at zero; null if they are not asked for.
+  float* begin(int64_t task) {
+    if (total.empty()) return nullptr;
+    return std::fill_n(partial.data() + task * hidden, hidden, 0.0f) - hidden;
+  }
+
+  void end_chunk(int64_t rows) {
+    for (int64_t task = 0; !total.empty() && task * kRows < rows; ++task) {
+      for_columns(hidden, [&](int64_t column, auto count) MINISORA_INLINE {
+        const Vec more = load(partial.data() + task * hidden + column, count);
+        store(total.data() + column, load(total.data() + column, count) + more, count);
+      });
+    }
+  }
+};
+
+// a = gelu(h), and where there is da (not null), dh over it, of which `sums` adds up the rows; a may be null.
+template <class T>
+void activate_backward(const T* h, T* a, T* da, float* sums, int64_t hidden) {
+  for_columns(hidden, [&](int64_t i, auto count) MINISORA_INLINE {
+    const Vec value = load(h + i, count);
+    const Vec squared = value * value;
+    const auto [q, s] = Sigmoid(value, squared);
+    const Vec hs = value * s;
+    if (a != nullptr) store(a + i, hs, count);
+    if (da == nullptr) return;
+    // 1 - s loses digits where s is near 1; q^2 s does not. In this order, with a finite q, it is 0 where s is 0.
+    const Vec finite = at::vec::clamp_max(q, Vec(1e30f));
+    const Vec complement = finite * s * finite;
+    const Vec slope = at::vec::fmadd(squared, Vec(6.0f * kSqrt2OverPi * kCubic), Vec(2.0f * kSqrt2OverPi));
+    const Vec slant = load(da + i, count) * at::vec::fmadd(hs * complement, slope, s);
+    store(da + i, slant, count);
+    if (sums != nullptr) store(sums + i, load(sums + i, count) + slant, count);
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
-    const Tensor& dy, const Tensor& h, const Tensor& w1, const Tensor& w2) {
+    const Tensor& dy, const Tensor& h, std::optional<Tensor> w1, std::optional<Tensor> w2, bool need_a, bool need_dh,
+    bool need_b1) {
   check_dtype(h, "h");
   STD_TORCH_CHECK(h.dim() == 2, "h must be [tokens, hidden]");
   STD_TORCH_CHECK(h.is_contiguous(), "h must be contiguous");
-  STD_TORCH_CHECK(w1.dim() == 2 && w2.dim() == 2, "w1 and w2 must be matrices");
-  const int64_t tokens = h.size(0), hidden = h.size(1), width = w1.size(1), out_width = w2.size(0);
+  STD_TORCH_CHECK(dy.dim() == 2, "dy must be [tokens, D_out]");
+  STD_TORCH_CHECK((!w1 || w1->dim() == 2) && (!w2 || w2->dim() == 2), "w1 and w2 must be matrices");
+  STD_TORCH_CHECK(w2 || (!w1 && !need_dh && !need_b1), "dx, dh and db1 need w2");
+  const int64_t tokens = h.size(0), hidden = h.size(1), width = w1 ? w1->size(1) : 0, out_width = dy.size(1);
   check_dense(dy, "dy", {tokens, out_width});
   STD_TORCH_CHECK(dy.scalar_type() == h.scalar_type(), "dy must have h's dtype");
-  check_weight(w1, "w1", h, hidden, width);
-  check_weight(w2, "w2", h, out_width, hidden);
-  const int64_t chunk = chunk_of(tokens, w1.scalar_type());
-  Tensor dx = empty_like_shape(h, {tokens, width}, h.scalar_type());
-  Tensor a = empty_like_shape(h, {tokens, hidden}, h.scalar_type());
-  Tensor dh = empty_like_shape(h, {tokens, hidden}, h.scalar_type());
-  Tensor db1 = empty_like_shape(h, {hidden}, h.scalar_type());
-  std::vector<float> partial((chunk + kRows - 1) / kRows * hidden), sum(hidden, 0.0f);
-  const Matrix up(w1), down(w2);
-  with_type(h.scalar_type(), [&](auto tag) {
+  if (w1) check_weight(*w1, "w1", h, hidden, width);
+  if (w2) check_weight(*w2, "w2", h, out_width, hidden);
+  const ScalarType dtype = h.scalar_type();
+  const int64_t chunk = chunk_of(tokens, dtype);
+  const auto asked = [&](bool need) { return need ? std::optional(dtype) : std::nullopt; };
+  Tensor dx = empty_if_asked(h, {tokens, width}, asked(w1.has_value()));
+  Tensor a = empty_if_asked(h, {tokens, hidden}, asked(need_a));
+  Tensor dh = empty_if_asked(h, {tokens, hidden}, asked(need_dh));
+  Tensor db1 = empty_if_asked(h, {hidden}, asked(need_b1));
+  // da, then dh: of all tokens if dh is asked for, else of a chunk.
+  Tensor scratch = need_dh || !w2 ? dh : empty_like_shape(h, {chunk, hidden}, dtype);
+  BiasSums sums(chunk, hidden, need_b1);
+  with_type(dtype, [&](auto tag) {
     using T = decltype(tag);
     const T* in = static_cast<const T*>(h.const_data_ptr());
-    const T* grad = static_cast<const T*>(dy.const_data_ptr());
-    T* back = static_cast<T*>(dx.mutable_data_ptr());
     for (int64_t row = 0; row < tokens; row += chunk) {
       const int64_t rows = std::min(chunk, tokens - row);
-      T* activation = static_cast<T*>(a.mutable_data_ptr()) + row * hidden;
-      T* out = static_cast<T*>(dh.mutable_data_ptr()) + row * hidden; // holds da until dh overwrites it
-      product(rows_of(h, out, 0, rows, hidden), rows_of(h, grad, row, rows, out_width), down);
-      const T* kept = in + row * hidden;
+      T* activation = need_a ? static_cast<T*>(a.mutable_data_ptr()) + row * hidden : nullptr;
+      T* out = w2 ? static_cast<T*>(scratch.mutable_data_ptr()) + (need_dh ? row * hidden : 0) : nullptr;
+      if (w2) {
+        const T* grad = static_cast<const T*>(dy.const_data_ptr());
+        product(rows_of(h, out, 0, rows, hidden), rows_of(h, grad, row, rows, out_width), Matrix(*w2));
+      }
       for_rows(rows, [&](int64_t first, int64_t last, int64_t task) {
-        float* sums = partial.data() + task * hidden;
-        std::fill_n(sums, hidden, 0.0f);
-        for (int64_t r = first; r < last; ++r) {
-          for_columns(hidden, [&](int64_t column, auto count) MINISORA_INLINE {
-            const int64_t i = r * hidden + column;
-            const Vec value = load(kept + i, count);
-            const Vec squared = value * value;
-            const auto [q, s] = Sigmoid(value, squared);
-            // 1 - s loses digits where s is near 1; q^2 s does not. In this order, with a finite q, it is 0 where s is
-            // 0.
-            const Vec finite = at::vec::clamp_max(q, Vec(1e30f));
-            const Vec complement = finite * s * finite;
-            const Vec hs = value * s;
-            const Vec slope = at::vec::fmadd(squared, Vec(6.0f * kSqrt2OverPi * kCubic), Vec(2.0f * kSqrt2OverPi));
-            const Vec slant = load(out + i, count) * at::vec::fmadd(hs * complement, slope, s);
-            store(activation + i, hs, count);
-            store(out + i, slant, count);
-            store(sums + column, load(sums + column, count) + slant, count);
-          });
+        float* total = sums.begin(task);
+        for (int64_t r = first * hidden; r < last * hidden; r += hidden) {
+          activate_backward(
+              in + row * hidden + r, activation ? activation + r : nullptr, out ? out + r : nullptr, total, hidden);
         }
       });
-      for (int64_t task = 0; task * kRows < rows; ++task) {
-        for_columns(hidden, [&](int64_t column, auto count) MINISORA_INLINE {
-          const Vec more = load(partial.data() + task * hidden + column, count);
-          store(sum.data() + column, load(sum.data() + column, count) + more, count);
-        });
+      sums.end_chunk(rows);
+      if (w1) {
+        T* back = static_cast<T*>(dx.mutable_data_ptr());
+        product(rows_of(h, back, row, rows, width), rows_of(h, out, 0, rows, hidden), Matrix(*w1));
       }
-      product(rows_of(h, back, row, rows, width), rows_of(h, out, 0, rows, hidden), up);
     }
     T* bias = static_cast<T*>(db1.mutable_data_ptr());
-    for_columns(
-        hidden, [&](int64_t column, auto count) { store(bias + column, load(sum.data() + column, count), count); });
+    if (!need_b1) return;
+    for_columns(hidden, [&](int64_t i, auto count) { store(bias + i, load(sums.total.data() + i, count), count); });
   });
   return {dx, a, dh, db1};
 }

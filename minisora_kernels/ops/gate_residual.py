@@ -20,7 +20,7 @@ from .. import backends
 from ..backends import define, kernels, register_fake
 from ..checks import beside, kernel_refusal
 from ..derivatives import once
-from ..modulation import broadcast, check_tokens, rows, triton_refusal
+from ..modulation import asked_for, broadcast, check_tokens, gradient_dtype, row_gradient, rows, triton_refusal
 
 
 def reference(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -29,8 +29,12 @@ def reference(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return (x + (gain * branch_rows).flatten(1, 2)).to(x.dtype)
 
 
-define("gate_residual_fwd(Tensor x, Tensor branch, Tensor gate) -> Tensor")
-define("gate_residual_bwd(Tensor dy, Tensor branch, Tensor gate) -> (Tensor dbranch, Tensor dgate)")
+define("gate_residual_fwd(Tensor x, Tensor branch, Tensor? gate) -> Tensor")
+# A gradient without a dtype is not asked for and comes back without elements; what it alone reads may be None.
+define(
+    "gate_residual_bwd(Tensor dy, Tensor? branch, Tensor? gate, ScalarType? dbranch, ScalarType? dgate, "
+    "SymInt gate_rows) -> (Tensor dbranch, Tensor dgate)"
+)
 
 
 @register_fake("gate_residual_fwd")
@@ -39,23 +43,32 @@ def _(x, branch, gate):
 
 
 @register_fake("gate_residual_bwd")
-def _(dy, branch, gate):
-    return branch.new_empty(branch.shape), gate.new_empty(gate.shape)
+def _(dy, branch, gate, dbranch, dgate, gate_rows):
+    batch, _, width = dy.shape
+    return (
+        dy.new_empty(0) if dbranch is None else dy.new_empty(dy.shape, dtype=dbranch),
+        dy.new_empty(0) if dgate is None else dy.new_empty((batch, gate_rows, width), dtype=dgate),
+    )
 
 
 class _GateResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, branch, gate, backend):
+        _, need_branch, need_gate, _ = ctx.needs_input_grad[:4]
         ctx.backend = backend
-        ctx.save_for_backward(branch, gate)
-        return kernels(ctx.backend).gate_residual_fwd(x, branch, gate)
+        ctx.asked = gradient_dtype(branch, need_branch), *row_gradient(gate, need_gate)
+        ctx.save_for_backward(branch if need_gate else None, gate if need_branch else None)
+        return kernels(backend).gate_residual_fwd(x, branch, gate)
 
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Any):
-        dy = gradients[0].contiguous()
-        dbranch, dgate = kernels(ctx.backend).gate_residual_bwd(dy, *ctx.saved_tensors)
-        return dy, dbranch, dgate, None
+        branch, gate = ctx.saved_tensors
+        dy, needs = gradients[0].contiguous(), ctx.needs_input_grad[:3]
+        if branch is None and gate is None:  # the gradient of a sum
+            return *asked_for(needs, (dy, dy if ctx.asked[0] is None else dy.to(ctx.asked[0]), dy)), None
+        found = kernels(ctx.backend).gate_residual_bwd(dy, branch, gate, *ctx.asked)
+        return *asked_for(needs, (dy, *found)), None
 
 
 def _kernels(x, branch, gate):

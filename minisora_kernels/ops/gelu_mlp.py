@@ -35,7 +35,11 @@ def reference(
 
 
 define("gelu_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool keep) -> (Tensor y, Tensor h)")
-define("gelu_mlp_bwd(Tensor dy, Tensor h, Tensor w1, Tensor w2) -> (Tensor dx, Tensor a, Tensor dh, Tensor db1)")
+# What is not asked for comes back without elements: dx without w1; dh and db1 without w2.
+define(
+    "gelu_mlp_bwd(Tensor dy, Tensor h, Tensor? w1, Tensor? w2, bool need_a, bool need_dh, bool need_b1) "
+    "-> (Tensor dx, Tensor a, Tensor dh, Tensor db1)"
+)
 
 
 @register_fake("gelu_mlp_fwd")
@@ -44,16 +48,26 @@ def _(x, w1, b1, w2, b2, keep):
 
 
 @register_fake("gelu_mlp_bwd")
-def _(dy, h, w1, w2):
-    return dy.new_empty(dy.shape[0], w1.shape[1]), torch.empty_like(h), torch.empty_like(h), h.new_empty(h.shape[1])
+def _(dy, h, w1, w2, need_a, need_dh, need_b1):
+    return (
+        dy.new_empty(0) if w1 is None else dy.new_empty(dy.shape[0], w1.shape[1]),
+        h.new_empty(h.shape if need_a else 0),
+        h.new_empty(h.shape if need_dh else 0),
+        h.new_empty(h.shape[1] if need_b1 else 0),
+    )
 
 
 class _GeluMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w1, b1, w2, b2, keep, backend):
-        ctx.backend = backend
+    def forward(ctx: Any, x, w1, b1, w2, b2, backend):
+        need_x, need_w1, need_b1, need_w2, _ = ctx.needs_input_grad[:5]
+        inner = need_x or need_w1 or need_b1
+        keep = inner or need_w2
         y, h = kernels(backend).gelu_mlp_fwd(x.reshape(-1, x.shape[-1]).contiguous(), w1, b1, w2, b2, keep)
-        ctx.save_for_backward(x, w1, w2, h)
+        ctx.backend, ctx.shape = backend, x.shape
+        ctx.save_for_backward(
+            x if need_w1 else None, w1 if need_x else None, w2 if inner else None, h if keep else None
+        )
         return y.view(*x.shape[:-1], w2.shape[0])
 
     @staticmethod
@@ -61,15 +75,16 @@ class _GeluMLP(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any):
         x, w1, w2, h = ctx.saved_tensors
         need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
-        dy = gradients[0].reshape(-1, w2.shape[0]).contiguous()
-        dx, a, dh, db1 = kernels(ctx.backend).gelu_mlp_bwd(dy, h, w1, w2)
+        dy = gradients[0].reshape(-1, gradients[0].shape[-1]).contiguous()
+        dx = a = dh = db1 = None
+        if h is not None:
+            dx, a, dh, db1 = kernels(ctx.backend).gelu_mlp_bwd(dy, h, w1, w2, need_w2, need_w1, need_b1)
         return (
-            dx.view(x.shape) if need_x else None,
+            dx.view(ctx.shape) if need_x else None,
             dh.t() @ x.reshape(-1, x.shape[-1]) if need_w1 else None,
             db1 if need_b1 else None,
             dy.t() @ a if need_w2 else None,
             dy.sum(0) if need_b2 else None,
-            None,
             None,
         )
 
@@ -154,5 +169,4 @@ def gelu_mlp(
     chosen = backends.choose(op, table, x.device, backend, x, w1, b1, w2, b2)
     if chosen == "reference":
         return reference(x, w1, b1, w2, b2, approximate=approximate)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2))
-    return backends.apply(_GeluMLP, x, w1, b1, w2, b2, keep, chosen)
+    return backends.apply(_GeluMLP, x, w1, b1, w2, b2, chosen)

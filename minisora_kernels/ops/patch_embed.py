@@ -23,6 +23,7 @@ from .. import backends
 from ..backends import define, kernels, register_fake
 from ..checks import check_tensor, kernel_refusal, linear_dtype
 from ..derivatives import once
+from ..modulation import asked_for, gradient_dtype
 
 
 def patches(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -54,9 +55,10 @@ TORCH_IS_SLOW_IN_16_BIT = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 define("patch_embed_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? pos) -> Tensor")
 define(
-    "patch_embed_bwd(Tensor dy, Tensor x, Tensor weight, ScalarType? bias, ScalarType? pos, bool need_x) "
-    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dpos)"
+    "patch_embed_bwd(Tensor dy, Tensor x, SymInt pt, SymInt ph, SymInt pw, ScalarType? dbias, ScalarType? dpos) "
+    "-> (Tensor dweight, Tensor dbias, Tensor dpos)"
 )
+define("patch_embed_video(Tensor dy, Tensor weight, SymInt frames, SymInt height, SymInt width) -> Tensor dx")
 define("patch_embed_gather(Tensor x, SymInt pt, SymInt ph, SymInt pw) -> Tensor")
 define(
     "patch_embed_scatter(Tensor patches, SymInt frames, SymInt height, SymInt width, SymInt pt, SymInt ph, SymInt pw, "
@@ -74,14 +76,19 @@ def _(x, weight, bias, pos):
 
 
 @register_fake("patch_embed_bwd")
-def _(dy, x, weight, bias, pos, need_x):
+def _(dy, x, pt, ph, pw, dbias, dpos):
     _, tokens, width = dy.shape
     return (
-        x.new_empty(x.shape if need_x else 0),
-        weight.new_empty(weight.shape),
-        dy.new_empty(0 if bias is None else width, dtype=bias),
-        dy.new_empty(0 if pos is None else tokens, width, dtype=pos),
+        dy.new_empty(width, x.shape[1], pt, ph, pw),
+        dy.new_empty(0) if dbias is None else dy.new_empty(width, dtype=dbias),
+        dy.new_empty(0) if dpos is None else dy.new_empty((tokens, width), dtype=dpos),
     )
+
+
+@register_fake("patch_embed_video")
+def _(dy, weight, frames, height, width):
+    _, channels, pt, ph, pw = weight.shape
+    return dy.new_empty(dy.shape[0], channels, frames * pt, height * ph, width * pw)
 
 
 @register_fake("patch_embed_gather")
@@ -95,30 +102,43 @@ def _(patches, frames, height, width, pt, ph, pw, channels):
     return patches.new_empty(batch, channels, frames * pt, height * ph, width * pw)
 
 
+def _keep(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None) -> None:
+    """Notes what the gradients that are asked for take: x for that of the weight, the weight for that of x."""
+    need_x, need_weight, need_bias, need_pos = ctx.needs_input_grad[:4]
+    ctx.patch = weight.shape[2:]
+    ctx.grid = [n // p for n, p in zip(x.shape[2:], ctx.patch, strict=True)]
+    ctx.dtypes = gradient_dtype(bias, need_bias), gradient_dtype(pos, need_pos)
+    ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+
+
+def _sums(dy: Tensor, bias: torch.dtype | None, pos: torch.dtype | None) -> tuple[Tensor | None, Tensor | None]:
+    """dbias and dpos by torch."""
+    return (
+        None if bias is None else dy.sum((0, 1)).to(bias),
+        None if pos is None else dy.sum(0, dtype=torch.float32).to(pos),
+    )
+
+
 class _PatchEmbed(torch.autograd.Function):
     """Gather, product, bias and position in one pass, and one pass back."""
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, pos, backend):
         ctx.backend = backend
-        ctx.save_for_backward(x, weight)
-        ctx.dtypes = [None if p is None else p.dtype for p in (bias, pos)]
-        return kernels(ctx.backend).patch_embed_fwd(x, weight, bias, pos)
+        _keep(ctx, x, weight, bias, pos)
+        return kernels(backend).patch_embed_fwd(x, weight, bias, pos)
 
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Any):
         x, weight = ctx.saved_tensors
-        need_x, _, need_bias, need_pos = ctx.needs_input_grad[:4]
-        dx, dweight, dbias, dpos = kernels(ctx.backend).patch_embed_bwd(
-            gradients[0].contiguous(),
-            x,
-            weight,
-            ctx.dtypes[0] if need_bias else None,
-            ctx.dtypes[1] if need_pos else None,
-            need_x,
-        )
-        return dx if need_x else None, dweight, dbias if need_bias else None, dpos if need_pos else None, None
+        dy, dweight, ops = gradients[0].contiguous(), None, kernels(ctx.backend)
+        if x is None:
+            dbias, dpos = _sums(dy, *ctx.dtypes)
+        else:
+            dweight, dbias, dpos = ops.patch_embed_bwd(dy, x, *ctx.patch, *ctx.dtypes)
+        dx = None if weight is None else ops.patch_embed_video(dy, weight, *ctx.grid)
+        return *asked_for(ctx.needs_input_grad[:4], (dx, dweight, dbias, dpos)), None
 
 
 class _LongPatchEmbed(torch.autograd.Function):
@@ -127,8 +147,7 @@ class _LongPatchEmbed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, pos, backend):
         ctx.backend = backend
-        ctx.save_for_backward(x, weight)
-        ctx.pos_dtype = None if pos is None else pos.dtype
+        _keep(ctx, x, weight, bias, pos)
         patch = weight.shape[2:]
         if x.dtype == torch.bfloat16 and weight[0].numel() <= LONGEST_BF16_FORWARD:
             return kernels(ctx.backend).patch_embed_fwd(x, weight, bias, pos)
@@ -140,18 +159,13 @@ class _LongPatchEmbed(torch.autograd.Function):
     @once
     def backward(ctx: Any, *gradients: Any):
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_pos = ctx.needs_input_grad[:4]
-        patch, channels = weight.shape[2:], weight.shape[1]
-        grid = [n // p for n, p in zip(x.shape[2:], patch, strict=True)]
-        dy = gradients[0].reshape(-1, weight.shape[0])
+        dy, ops = gradients[0].reshape(-1, gradients[0].shape[-1]), kernels(ctx.backend)
         dx = dweight = None
-        if need_x:
-            dx = kernels(ctx.backend).patch_embed_scatter(dy @ weight.flatten(1), *grid, *patch, channels)
-        if need_weight:
-            dweight = (dy.t() @ kernels(ctx.backend).patch_embed_gather(x, *patch)).view(weight.shape)
-        dbias = dy.sum(0) if need_bias else None
-        dpos = gradients[0].sum(0, dtype=ctx.pos_dtype) if need_pos else None
-        return dx, dweight, dbias, dpos, None
+        if weight is not None:
+            dx = ops.patch_embed_scatter(dy @ weight.flatten(1), *ctx.grid, *ctx.patch, weight.shape[1])
+        if x is not None:
+            dweight = (dy.t() @ ops.patch_embed_gather(x, *ctx.patch)).view(-1, x.shape[1], *ctx.patch)
+        return dx, dweight, *_sums(gradients[0], *ctx.dtypes), None
 
 
 def _kernels(x, weight, bias, pos):

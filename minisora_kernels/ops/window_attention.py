@@ -38,6 +38,7 @@ from .. import backends
 from ..backends import define, kernels, register_fake
 from ..checks import check_tensor, compute_dtype, kernel_refusal, number, sizes, whole
 from ..derivatives import once
+from ..modulation import asked_for
 
 Grid = tuple[int, int, int]
 
@@ -206,7 +207,7 @@ define(
 define(
     "window_attention_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor softmax, SymInt t, SymInt h, SymInt w, SymInt wt,"
     " SymInt wh, SymInt ww, Tensor? q_weight, Tensor? k_weight, int norm, Tensor? cos, Tensor? sin, bool interleaved, "
-    "Tensor? bias, float scale, float eps, bool with_dbias) "
+    "Tensor? bias, float scale, float eps, bool need_qkv, bool need_q, bool need_k, bool need_bias) "
     "-> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight, Tensor dbias)"
 )
 
@@ -222,10 +223,8 @@ def _(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interleaved,
 
 @register_fake("window_attention_bwd")
 def _(dout, qkv, out, softmax, *call):
-    q_weight, k_weight, bias, with_dbias = call[6], call[7], call[12], call[15]
-    dweights = (qkv.new_empty(0) if p is None else p.new_empty(p.shape) for p in (q_weight, k_weight))
-    dbias = bias.new_empty(bias.shape) if with_dbias else qkv.new_empty(0)
-    return (qkv.new_empty(qkv.shape), *dweights, dbias)
+    asked = zip((qkv, call[6], call[7], call[12]), call[-4:], strict=True)
+    return tuple(tensor.new_empty(tensor.shape) if need else qkv.new_empty(0) for tensor, need in asked)
 
 
 class _WindowAttention(torch.autograd.Function):
@@ -243,17 +242,12 @@ class _WindowAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any):
         qkv, out, softmax, q_weight, k_weight, cos, sin, bias = ctx.saved_tensors
         sizes, norm, interleaved, scale, eps = ctx.constants
-        options = (q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps, ctx.needs_input_grad[3])
-        dqkv, dq_weight, dk_weight, dbias = kernels(ctx.backend).window_attention_bwd(
-            gradients[0].contiguous(), qkv, out, softmax, *sizes, *options
+        options = (q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps)
+        needs = ctx.needs_input_grad[:4]
+        found = kernels(ctx.backend).window_attention_bwd(
+            gradients[0].contiguous(), qkv, out, softmax, *sizes, *options, *needs
         )
-        return (
-            dqkv,
-            None if q_weight is None else dq_weight,
-            None if k_weight is None else dk_weight,
-            dbias if ctx.needs_input_grad[3] else None,
-            *(None,) * 8,
-        )
+        return *asked_for(needs, found), *(None,) * 8
 
 
 def _kernels(qkv, q_weight, k_weight, bias):

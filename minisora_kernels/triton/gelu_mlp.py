@@ -21,6 +21,7 @@ from torch import Tensor
 from ._common import load, store
 from ._launch import Launch, dense, plan, signature
 from ._parts import sum_parts
+from ._rows import given
 
 BLOCK = 2048  # elements of h a program takes forward: 16 a thread
 ROWS, COLUMNS = 8, 256  # a tile backward
@@ -71,13 +72,16 @@ def _bwd(
         da = load(grad_ptr + offsets, mask)
         e, s = _sigmoid(h, h_ptr.dtype.element_ty)
         hs = h * s
-        store(a_ptr + offsets, hs, mask)
+        if a_ptr is not None:
+            store(a_ptr + offsets, hs, mask)
         # 1 - s loses digits where s is near 1, and e may be inf where s is 0
         complement = tl.where(s < 0.5, 1.0 - s, e * s)
         dh = da * (s + hs * complement * (SLOPE + SLOPE_SQUARED * (h * h)))
         store(grad_ptr + offsets, dh, mask)
-        sums += dh
-    tl.store(sums_ptr + part * HIDDEN + columns, tl.sum(sums, 0), columns < HIDDEN)
+        if sums_ptr is not None:
+            sums += dh
+    if sums_ptr is not None:
+        tl.store(sums_ptr + part * HIDDEN + columns, tl.sum(sums, 0), columns < HIDDEN)
 
 
 @plan
@@ -105,12 +109,19 @@ def _backward_plan(h, dtype, device) -> tuple[int, Launch | None]:
     return parts, Launch(_bwd, (parts * blocks,), size, chunk, hidden, ROWS, COLUMNS) if hidden else None
 
 
-def gelu_mlp_bwd(dy: Tensor, h: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gelu_mlp_bwd(
+    dy: Tensor, h: Tensor, w1: Tensor | None, w2: Tensor | None, need_a: bool, need_dh: bool, need_b1: bool
+) -> tuple[Tensor, ...]:
+    a = torch.empty_like(h) if need_a else None
+    if w2 is None:
+        if a is not None:
+            _forward_plan(h.numel(), h.dtype, h.get_device())(h, a)
+        return given(h, (None, a, None, None))
     dh = dy @ w2
     parts, launch = _backward_plan(signature(h), dh.dtype, h.get_device())
-    a, db1 = torch.empty_like(h), h.new_empty(h.shape[1])
-    sums = h.new_empty(parts, h.shape[1], dtype=torch.float32)
+    db1 = h.new_empty(h.shape[1]) if need_b1 else None
+    sums = h.new_empty(parts, h.shape[1], dtype=torch.float32) if need_b1 else None
     if launch is not None:
         launch(h, dh, a, sums)
-    sum_parts((sums, db1))
-    return dh @ w1, a, dh, db1
+    sum_parts(None if sums is None or db1 is None else (sums, db1))
+    return given(h, (None if w1 is None else dh @ w1, a, dh if need_dh else None, db1))

@@ -65,7 +65,7 @@ def activation(h):
 def slope(h, da):
     """``a`` and ``dh`` of the backward op, for finite ``h`` and ``da`` ``[tokens, hidden]``, and ``db1``."""
     dy = torch.eye(h.shape[0], dtype=h.dtype)
-    _, a, dh, db1 = torch.ops.minisora.gelu_mlp_bwd(dy, h, torch.zeros(h.shape[1], 1, dtype=h.dtype), da)
+    _, a, dh, db1 = torch.ops.minisora.gelu_mlp_bwd(dy, h, torch.zeros(h.shape[1], 1, dtype=h.dtype), da, *(True,) * 3)
     return a, dh, db1
 
 
@@ -244,7 +244,9 @@ def test_raw_ops_pass_opcheck(backend):
     x, w1, b1, w2, b2 = (argument.detach() for argument in parameters((3, 12), 20, 8))
     for keep in (True, False):
         torch.library.opcheck(torch.ops.minisora.gelu_mlp_fwd, (x, w1, b1, w2, b2, keep))
-    torch.library.opcheck(torch.ops.minisora.gelu_mlp_bwd, (torch.randn(3, 8), torch.randn(3, 20), w1, w2))
+    tensors = torch.randn(3, 8), torch.randn(3, 20)
+    for rest in ((w1, w2, True, True, True), (w1, w2, False, False, False), (None, None, True, False, False)):
+        torch.library.opcheck(torch.ops.minisora.gelu_mlp_bwd, (*tensors, *rest))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -273,7 +275,9 @@ def test_raw_ops_refuse_what_they_cannot_index(backend):
         ("w2", torch.randn(8, 20).bfloat16()),
     ):
         with pytest.raises(RuntimeError, match=f"{name} must"):
-            torch.ops.minisora.gelu_mlp_bwd(*(given | {name: bad}).values())
+            torch.ops.minisora.gelu_mlp_bwd(*(given | {name: bad}).values(), True, True, True)
+    with pytest.raises(RuntimeError, match="db1 need w2"):
+        torch.ops.minisora.gelu_mlp_bwd(given["dy"], given["h"], None, None, True, True, False)
 
 
 @pytest.mark.parametrize("backend", KERNELS)

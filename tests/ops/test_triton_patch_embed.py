@@ -156,4 +156,4 @@ def test_launchers_name_what_is_not_contiguous():
     with pytest.raises(ValueError, match="pos must be contiguous"):
         ops.patch_embed_fwd(x, weight, bias, pos.t().contiguous().t())
     with pytest.raises(ValueError, match="dy must be contiguous"):
-        ops.patch_embed_bwd(torch.randn(3, 7, 105).transpose(1, 2), x, weight, None, None, False)
+        ops.patch_embed_bwd(torch.randn(3, 7, 105).transpose(1, 2), x, *weight.shape[2:], None, None)
