@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -35,23 +35,35 @@ def check_tokens(op: str, name: str, x: Tensor, like: Tensor | None = None) -> N
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; it must have x's shape {tuple(like.shape)}")
 
 
-def rows(op: str, name: str, parameter: Tensor, x: Tensor) -> Tensor:
-    """``parameter`` as ``[B, R, D]``. ``[B, D]`` has one row per sample; R must divide x's number of tokens.
+@overload
+def rows(op: str, name: str, parameter: None, x: Tensor) -> None: ...
+@overload
+def rows(op: str, name: str, parameter: Tensor, x: Tensor) -> Tensor: ...
+@overload
+def rows(op: str, name: str, parameter: Tensor | None, x: Tensor) -> Tensor | None: ...
+def rows(op: str, name: str, parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    """``parameter`` as ``[B, R, D]``, or None. ``[B, D]`` has one row per sample; R must divide x's number of tokens.
 
-    The result is a view if the stride over D is 1, as in a chunk of a projection. Otherwise it is a copy.
+    B may be 1: all samples share the rows. The result is a view if the stride over D is 1, as in a chunk of a
+    projection. Otherwise it is a copy.
     """
+    if parameter is None:
+        return None
     check_tensor(op, name, parameter, x)
     if parameter.dim() == 2:
         parameter = parameter.unsqueeze(1)
     batch, tokens, width = x.shape
     shape = parameter.shape
-    if len(shape) != 3 or shape[0] != batch or shape[2] != width:
+    if len(shape) != 3 or (shape[0] != batch and shape[0] != 1) or shape[2] != width:
         raise ValueError(
-            f"{op}: {name} has shape {tuple(shape)}; it may be [B, D] or [B, R, D] with B = {batch}, D = {width}"
+            f"{op}: {name} has shape {tuple(shape)}; it may be [B, D] or [B, R, D] with B = {batch}, or 1 for all "
+            f"samples, and D = {width}"
         )
     r = shape[1]
     if r == 0 or tokens % r:
         raise ValueError(f"{op}: {name} has {r} rows; the number must divide the {tokens} tokens of x")
+    if shape[0] != batch:
+        parameter = parameter.expand(batch, r, width)
     return parameter if parameter.stride(2) == 1 else parameter.contiguous()
 
 
@@ -65,7 +77,7 @@ def gradient_dtype(parameter: Tensor | None, needed: bool) -> torch.dtype | None
     return parameter.dtype if needed and parameter is not None else None
 
 
-def asked_for(needs: Sequence[bool], gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+def asked_for(needs: Sequence[bool], gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients that autograd asked for, None for the others."""
     return tuple([gradient if need else None for need, gradient in zip(needs, gradients, strict=True)])
 

@@ -32,8 +32,8 @@ def _check_origin(y: Tensor, given: tuple[Any, ...]) -> None:
 def recompute_adaln(
     y: Tensor,
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,

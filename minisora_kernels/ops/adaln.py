@@ -42,15 +42,15 @@ from ..modulation import (
 
 def reference(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     norm: str = "layer",
     eps: float = 1e-6,
 ) -> Tensor:
-    """The equation in plain PyTorch. ``shift`` and ``scale`` are ``[B, R, D]``."""
+    """The equation in plain PyTorch. ``shift`` and ``scale`` are ``[B, R, D]`` or None."""
     out_dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         cast = [None if p is None else p.to(x.dtype) for p in (weight, bias)]
@@ -58,10 +58,13 @@ def reference(
             h = F.layer_norm(x, x.shape[-1:], cast[0], cast[1], eps)
         else:
             h = F.rms_norm(x, x.shape[-1:], cast[0], eps)
-        h, gain = broadcast(h, 1 + scale)
-        y = h * gain
-        y, offset = broadcast(y.flatten(1, 2), shift)
-        return (y + offset).flatten(1, 2).to(out_dtype)
+        if scale is not None:
+            h, gain = broadcast(h, 1 + scale)
+            h = (h * gain).flatten(1, 2)
+        if shift is not None:
+            h, offset = broadcast(h, shift)
+            h = (h + offset).flatten(1, 2)
+        return h.to(out_dtype)
 
 
 define(
@@ -149,8 +152,8 @@ BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "cuda
 
 def adaln(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -169,9 +172,9 @@ def adaln(
         x: Tokens ``[B, N, D]``, any D (Triton: up to 8192); float16, bfloat16, float32, or
             float64 on the reference.
         shift: Offset after the norm: ``[B, D]`` has one row per sample; ``[B, R, D]`` has R rows, where R divides N:
-            ``R = T`` is one row per frame, ``R = N`` one per token. Strided views are read in place. The dtype may
-            differ from x's.
-        scale: Factor after the norm, less 1; the same shapes as ``shift``, with an R of its own.
+            ``R = T`` is one row per frame, ``R = N`` one per token. With 1 in place of B all samples share the rows.
+            Strided views are read in place. The dtype may differ from x's. None adds nothing.
+        scale: Factor after the norm, less 1; the same shapes as ``shift``, with an R of its own. None multiplies by 1.
         weight: Affine weight ``[D]`` of the norm.
         bias: Affine bias ``[D]`` of the norm; only with ``norm="layer"``.
         norm: ``"layer"`` or ``"rms"``.

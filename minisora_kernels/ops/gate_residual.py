@@ -23,8 +23,10 @@ from ..derivatives import once
 from ..modulation import asked_for, broadcast, check_tokens, gradient_dtype, row_gradient, rows, triton_refusal
 
 
-def reference(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """The equation in plain PyTorch. ``gate`` is ``[B, R, D]``."""
+def reference(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    """The equation in plain PyTorch. ``gate`` is ``[B, R, D]`` or None."""
+    if gate is None:
+        return (x + branch).to(x.dtype)
     branch_rows, gain = broadcast(branch, gate)
     return (x + (gain * branch_rows).flatten(1, 2)).to(x.dtype)
 
@@ -82,7 +84,7 @@ def _triton(x, branch, gate):
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
 
 
-def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
+def gate_residual(x: Tensor, branch: Tensor, gate: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """Gated residual: ``y = x + gate * branch``.
 
     Every tensor is differentiable. The kernels compute in fp32 and round once.
@@ -93,8 +95,9 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | Non
         x: Tokens ``[B, N, D]``, any D (Triton: up to 8192); float16, bfloat16, float32, or
             float64 on the reference.
         branch: Output of the branch, ``[B, N, D]``; the dtype may differ from x's.
-        gate: ``[B, D]`` has one row per sample; ``[B, R, D]`` has R rows, where R divides N. Strided views are read in
-            place. The dtype may differ from x's.
+        gate: ``[B, D]`` has one row per sample; ``[B, R, D]`` has R rows, where R divides N. With 1 in place of B all
+            samples share the rows. Strided views are read in place. The dtype may differ from x's. None adds the
+            branch as it is.
         backend: Backend to run, or None for the automatic choice.
 
     Returns:

@@ -41,16 +41,16 @@ from . import adaln, gate_residual
 def reference(
     x: Tensor,
     branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     norm: str = "layer",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """The two references, one after the other. ``gate``, ``shift`` and ``scale`` are ``[B, R, D]``."""
+    """The two references, one after the other. ``gate``, ``shift`` and ``scale`` are ``[B, R, D]`` or None."""
     residual = gate_residual.reference(x, branch, gate)
     y = adaln.reference(residual, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
     return residual, y.to(output_dtype(x, branch))
@@ -171,9 +171,9 @@ BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "trit
 def gate_residual_adaln(
     x: Tensor,
     branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -193,9 +193,10 @@ def gate_residual_adaln(
         branch: Output of the branch, ``[B, N, D]``. The dtype may differ from x's: an fp32 residual stream under bf16
             branches.
         gate: Factor of the branch: ``[B, D]`` has one row per sample; ``[B, R, D]`` has R rows, where R divides N.
-            Strided views are read in place.
-        shift: Offset after the norm; the same shapes, with an R of its own.
-        scale: Factor after the norm, less 1; the same shapes, with an R of its own.
+            With 1 in place of B all samples share the rows. Strided views are read in place. None adds the branch as
+            it is.
+        shift: Offset after the norm; the same shapes, with an R of its own. None adds nothing.
+        scale: Factor after the norm, less 1; the same shapes, with an R of its own. None multiplies by 1.
         weight: Affine weight ``[D]`` of the norm.
         bias: Affine bias ``[D]`` of the norm; only with ``norm="layer"``.
         norm: ``"layer"`` or ``"rms"``.
