@@ -3,7 +3,7 @@
 //
 // With s = sigmoid(2u), u = sqrt(2 / pi) * (h + 0.044715 h^3), the tanh form is gelu(h) = h * s, because
 // (1 + tanh(u)) / 2 = s, and gelu'(h) = s + h * s * (1 - s) * 2u'.
-#include "common.h"
+#include "gelu.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -21,6 +21,37 @@ struct Sigmoid {
       : q((h * at::vec::fmadd(squared, Vec(-kSqrt2OverPi * kCubic), Vec(-kSqrt2OverPi))).exp_u20()),
         s(Vec(1.0f) / at::vec::fmadd(q, q, Vec(1.0f))) {}
 };
+
+// The forms of GELU: the value, and with it the slope.
+struct Tanh {
+  static Vec value(Vec h) { return h * Sigmoid(h, h * h).s; }
+
+  static std::pair<Vec, Vec> value_and_slope(Vec h) {
+    const Vec squared = h * h;
+    const auto [q, s] = Sigmoid(h, squared);
+    const Vec hs = h * s;
+    // 1 - s loses digits where s is near 1; q^2 s does not. In this order, with a finite q, it is 0 where s is 0.
+    const Vec finite = at::vec::clamp_max(q, Vec(1e30f));
+    const Vec complement = finite * s * finite;
+    const Vec slope = at::vec::fmadd(squared, Vec(6.0f * kSqrt2OverPi * kCubic), Vec(2.0f * kSqrt2OverPi));
+    return {hs, at::vec::fmadd(hs * complement, slope, s)};
+  }
+};
+
+struct Exact {
+  static Vec value(Vec h) { return h * distribution(h); }
+
+  static std::pair<Vec, Vec> value_and_slope(Vec h) {
+    const Vec phi = distribution(h);
+    return {h * phi, at::vec::fmadd(h, density(h), phi)};
+  }
+};
+
+// f(tag of the dtype, form)
+template <class F>
+void with_form(ScalarType dtype, bool exact, F f) {
+  with_type(dtype, [&](auto tag) { exact ? f(tag, Exact{}) : f(tag, Tanh{}); });
+}
 
 // Tokens per chunk. What lies between the two products stays in the caches and needs no memory for all tokens. On two
 // cores with AVX-512 a bfloat16 product of this many rows ran as fast as one of all rows; in float32 it did not.
@@ -87,7 +118,7 @@ void check_bias(const std::optional<Tensor>& b, const char* name, const Tensor& 
 
 std::tuple<Tensor, Tensor> gelu_mlp_fwd(
     const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
-    const std::optional<Tensor>& b2, bool keep) {
+    const std::optional<Tensor>& b2, bool exact, bool keep) {
   check_dtype(x, "x");
   STD_TORCH_CHECK(x.dim() == 2, "x must be [tokens, D]");
   STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
@@ -102,7 +133,7 @@ std::tuple<Tensor, Tensor> gelu_mlp_fwd(
   Tensor h = empty_like_shape(x, {keep ? tokens : 0, keep ? hidden : 0}, x.scalar_type());
   const Tensor a = empty_like_shape(x, {chunk, hidden}, x.scalar_type());
   const Matrix up = Matrix(w1).transposed(), down = Matrix(w2).transposed();
-  with_type(x.scalar_type(), [&](auto tag) {
+  with_form(x.scalar_type(), exact, [&](auto tag, auto form) {
     using T = decltype(tag);
     const T* in = static_cast<const T*>(x.const_data_ptr());
     T* out = static_cast<T*>(y.mutable_data_ptr());
@@ -114,7 +145,7 @@ std::tuple<Tensor, Tensor> gelu_mlp_fwd(
       for_rows(rows, [&](int64_t first, int64_t last, int64_t) {
         for_columns((last - first) * hidden, [&](int64_t i, auto count) MINISORA_INLINE {
           const Vec value = load(kept + first * hidden + i, count);
-          store(activation + first * hidden + i, value * Sigmoid(value, value * value).s, count);
+          store(activation + first * hidden + i, form.value(value), count);
         });
       });
       product(rows_of(x, out, row, rows, out_width), rows_of(x, activation, 0, rows, hidden), down, b2);
@@ -148,28 +179,22 @@ struct BiasSums {
 };
 
 // a = gelu(h), and where there is da (not null), dh over it, of which `sums` adds up the rows; a may be null.
-template <class T>
+template <class Form, class T>
 void activate_backward(const T* h, T* a, T* da, float* sums, int64_t hidden) {
   for_columns(hidden, [&](int64_t i, auto count) MINISORA_INLINE {
     const Vec value = load(h + i, count);
-    const Vec squared = value * value;
-    const auto [q, s] = Sigmoid(value, squared);
-    const Vec hs = value * s;
-    if (a != nullptr) store(a + i, hs, count);
+    const auto [activated, slope] = Form::value_and_slope(value);
+    if (a != nullptr) store(a + i, activated, count);
     if (da == nullptr) return;
-    // 1 - s loses digits where s is near 1; q^2 s does not. In this order, with a finite q, it is 0 where s is 0.
-    const Vec finite = at::vec::clamp_max(q, Vec(1e30f));
-    const Vec complement = finite * s * finite;
-    const Vec slope = at::vec::fmadd(squared, Vec(6.0f * kSqrt2OverPi * kCubic), Vec(2.0f * kSqrt2OverPi));
-    const Vec slant = load(da + i, count) * at::vec::fmadd(hs * complement, slope, s);
+    const Vec slant = load(da + i, count) * slope;
     store(da + i, slant, count);
     if (sums != nullptr) store(sums + i, load(sums + i, count) + slant, count);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
-    const Tensor& dy, const Tensor& h, std::optional<Tensor> w1, std::optional<Tensor> w2, bool need_a, bool need_dh,
-    bool need_b1) {
+    const Tensor& dy, const Tensor& h, std::optional<Tensor> w1, std::optional<Tensor> w2, bool exact, bool need_a,
+    bool need_dh, bool need_b1) {
   check_dtype(h, "h");
   STD_TORCH_CHECK(h.dim() == 2, "h must be [tokens, hidden]");
   STD_TORCH_CHECK(h.is_contiguous(), "h must be contiguous");
@@ -191,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
   // da, then dh: of all tokens if dh is asked for, else of a chunk.
   Tensor scratch = need_dh || !w2 ? dh : empty_like_shape(h, {chunk, hidden}, dtype);
   BiasSums sums(chunk, hidden, need_b1);
-  with_type(dtype, [&](auto tag) {
+  with_form(dtype, exact, [&](auto tag, auto form) {
     using T = decltype(tag);
     const T* in = static_cast<const T*>(h.const_data_ptr());
     for (int64_t row = 0; row < tokens; row += chunk) {
@@ -205,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
       for_rows(rows, [&](int64_t first, int64_t last, int64_t task) {
         float* total = sums.begin(task);
         for (int64_t r = first * hidden; r < last * hidden; r += hidden) {
-          activate_backward(
+          activate_backward<decltype(form)>(
               in + row * hidden + r, activation ? activation + r : nullptr, out ? out + r : nullptr, total, hidden);
         }
       });

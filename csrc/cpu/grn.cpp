@@ -1,23 +1,11 @@
 // grn: equation and derivation in minisora_kernels/ops/grn.py. Two passes over the tokens: the first sums over the
 // sites of each frame, the second writes. Both passes per frame, so that the second finds it in the caches, were no
 // faster on one thread. On two threads they were slower, because the threads wait for each other after each frame.
+#include "gelu.h"
 #include "rows.h"
 
 namespace minisora {
 namespace {
-
-// Phi(h), the normal distribution, within 2e-7: Phi(h) - 1/2 = h P(h^2) / Q(h^2) for |h| < 5.6. The coefficients
-// minimise the maximal error (9e-9 before rounding). Beyond 5.6 Phi is 0 or 1 in fp32, and the bound of 1/2 holds. This
-// costs half as much as the common form with an exponential.
-MINISORA_INLINE inline Vec distribution(Vec h) {
-  const Vec u = at::vec::clamp_max(h * h, Vec(5.6f * 5.6f));
-  Vec p(2.2145276e-08f), q(1.1802094e-06f);
-  for (const float c : {6.3565135e-06f, 1.7385009e-04f, 4.7072559e-03f, 3.4376059e-02f, 3.9894223e-01f})
-    p = at::vec::fmadd(p, u, Vec(c));
-  for (const float c : {7.5101634e-05f, 1.9129748e-03f, 2.8940057e-02f, 2.5283372e-01f, 1.0f})
-    q = at::vec::fmadd(q, u, Vec(c));
-  return Vec(0.5f) + at::vec::clamp(h * p / q, Vec(-0.5f), Vec(0.5f));
-}
 
 template <bool GELU>
 MINISORA_INLINE inline Vec activate(Vec x) {
@@ -74,8 +62,8 @@ void apply_backward(const TX* x, const TY* dy, const float* gains, const float* 
     for_group<G>([&](int r) MINISORA_INLINE {
       Vec a = load_ahead<G>(x, r, i, width, count), slope(1.0f);
       if constexpr (GELU) {
-        const Vec phi = distribution(a), density = Vec(0.3989422804014327f) * (a * a * Vec(-0.5f)).exp_u20();
-        slope = at::vec::fmadd(a, density, phi);
+        const Vec phi = distribution(a);
+        slope = at::vec::fmadd(a, density(a), phi);
         a = a * phi;
       }
       const Vec da = at::vec::fmadd(load_ahead<G>(dy, r, i, width, count), gain, a * pull);

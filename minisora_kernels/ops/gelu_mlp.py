@@ -1,7 +1,7 @@
-"""The MLP of a DiT block: Linear, GELU in its tanh form, Linear. It saves the pre-activation only.
+"""The MLP of a DiT block: Linear, GELU, Linear. It saves the pre-activation only.
 
     h = x w1^T + b1
-    a = gelu(h) = h / 2 * (1 + tanh(sqrt(2 / pi) * (h + 0.044715 h^3)))
+    a = gelu(h) = h / 2 * (1 + tanh(sqrt(2 / pi) * (h + 0.044715 h^3))), or h * Phi(h): Phi is the normal distribution
     y = a w2^T + b2
 
 The backward computes a from h again, in the pass that computes dh. So it needs neither a nor gelu'(h):
@@ -9,8 +9,7 @@ The backward computes a from h again, in the pass that computes dh. So it needs 
     da = dy w2          dh = da * gelu'(h)          dw2 = dy^T a       db2 = sum dy
     dx = dh w1          dw1 = dh^T x                db1 = sum dh
 
-Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415). The exact form, ``approximate="none"``, has no kernel: plain PyTorch
-serves it.
+Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415).
 """
 
 from __future__ import annotations
@@ -34,21 +33,24 @@ def reference(
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
 
 
-define("gelu_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool keep) -> (Tensor y, Tensor h)")
+define(
+    "gelu_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool exact, bool keep) "
+    "-> (Tensor y, Tensor h)"
+)
 # What is not asked for comes back without elements: dx without w1; dh and db1 without w2.
 define(
-    "gelu_mlp_bwd(Tensor dy, Tensor h, Tensor? w1, Tensor? w2, bool need_a, bool need_dh, bool need_b1) "
+    "gelu_mlp_bwd(Tensor dy, Tensor h, Tensor? w1, Tensor? w2, bool exact, bool need_a, bool need_dh, bool need_b1) "
     "-> (Tensor dx, Tensor a, Tensor dh, Tensor db1)"
 )
 
 
 @register_fake("gelu_mlp_fwd")
-def _(x, w1, b1, w2, b2, keep):
+def _(x, w1, b1, w2, b2, exact, keep):
     return x.new_empty(x.shape[0], w2.shape[0]), x.new_empty((x.shape[0], w1.shape[0]) if keep else (0, 0))
 
 
 @register_fake("gelu_mlp_bwd")
-def _(dy, h, w1, w2, need_a, need_dh, need_b1):
+def _(dy, h, w1, w2, exact, need_a, need_dh, need_b1):
     return (
         dy.new_empty(0) if w1 is None else dy.new_empty(dy.shape[0], w1.shape[1]),
         h.new_empty(h.shape if need_a else 0),
@@ -59,12 +61,12 @@ def _(dy, h, w1, w2, need_a, need_dh, need_b1):
 
 class _GeluMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w1, b1, w2, b2, backend):
+    def forward(ctx: Any, x, w1, b1, w2, b2, exact, backend):
         need_x, need_w1, need_b1, need_w2, _ = ctx.needs_input_grad[:5]
         inner = need_x or need_w1 or need_b1
         keep = inner or need_w2
-        y, h = kernels(backend).gelu_mlp_fwd(x.reshape(-1, x.shape[-1]).contiguous(), w1, b1, w2, b2, keep)
-        ctx.backend, ctx.shape = backend, x.shape
+        y, h = kernels(backend).gelu_mlp_fwd(x.reshape(-1, x.shape[-1]).contiguous(), w1, b1, w2, b2, exact, keep)
+        ctx.backend, ctx.shape, ctx.exact = backend, x.shape, exact
         ctx.save_for_backward(
             x if need_w1 else None, w1 if need_x else None, w2 if inner else None, h if keep else None
         )
@@ -76,15 +78,17 @@ class _GeluMLP(torch.autograd.Function):
         x, w1, w2, h = ctx.saved_tensors
         need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
         dy = gradients[0].reshape(-1, gradients[0].shape[-1]).contiguous()
-        dx = a = dh = db1 = None
-        if h is not None:
-            dx, a, dh, db1 = kernels(ctx.backend).gelu_mlp_bwd(dy, h, w1, w2, need_w2, need_w1, need_b1)
+        if h is None:
+            return None, None, None, None, dy.sum(0), None, None
+        asked = (ctx.exact, need_w2, need_w1, need_b1)
+        dx, a, dh, db1 = kernels(ctx.backend).gelu_mlp_bwd(dy, h, w1, w2, *asked)
         return (
             dx.view(ctx.shape) if need_x else None,
             dh.t() @ x.reshape(-1, x.shape[-1]) if need_w1 else None,
             db1 if need_b1 else None,
             dy.t() @ a if need_w2 else None,
             dy.sum(0) if need_b2 else None,
+            None,
             None,
         )
 
@@ -93,12 +97,7 @@ def _kernels(x, *_):
     return kernel_refusal(x=x)  # the others have its dtype
 
 
-def _exact(*_):
-    return "approximate is 'none'; the kernels compute GELU's 'tanh' form"
-
-
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
-EXACT: backends.Table = {"reference": lambda *_: None, "cpu": _exact, "triton": _exact}
 
 
 def gelu_mlp(
@@ -126,8 +125,7 @@ def gelu_mlp(
         b1: First bias, ``[hidden]``, or None.
         w2: Second weight, ``[D_out, hidden]``.
         b2: Second bias, ``[D_out]``, or None.
-        approximate: Form of GELU, in torch's words: ``"tanh"``, or ``"none"`` for the exact form, which the reference
-            serves.
+        approximate: Form of GELU, in torch's words: ``"tanh"``, or ``"none"`` for the exact form.
         backend: Backend to run, or None for the automatic choice.
 
     Returns:
@@ -165,8 +163,7 @@ def gelu_mlp(
     dtype = linear_dtype(op, x, w1=w1, b1=b1, w2=w2, b2=b2)
     x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
     b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
-    table = BACKENDS if approximate == "tanh" else EXACT
-    chosen = backends.choose(op, table, x.device, backend, x, w1, b1, w2, b2)
+    chosen = backends.choose(op, BACKENDS, x.device, backend, x, w1, b1, w2, b2)
     if chosen == "reference":
         return reference(x, w1, b1, w2, b2, approximate=approximate)
-    return backends.apply(_GeluMLP, x, w1, b1, w2, b2, chosen)
+    return backends.apply(_GeluMLP, x, w1, b1, w2, b2, approximate == "none", chosen)
