@@ -25,14 +25,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch.autograd import forward_ad
 
 from .forcing import force, forced
 
-BACKENDS = ("reference", "cpu", "cuda", "triton")
+Name = Literal["reference", "cpu", "cuda", "triton"]
+BACKENDS: tuple[Name, ...] = get_args(Name)
 
 # The automatic order per device type; any other device is served by the reference.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}

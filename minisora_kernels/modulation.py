@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from .checks import check_tensor, kernel_refusal
 # The widest token that Triton's kernels take: they keep one in the registers of a program, of 512 threads at most, and
 # a thread has room for 24 columns beside its sums. See triton/_rows.py.
 TRITON_WIDEST = 8192
+
+Norm = Literal["layer", "rms"]
 
 # The attribute of a result of a norm.
 MADE_OF = "_minisora_made_of"

@@ -72,11 +72,15 @@ struct Matrix {
             torch::stable::from_blob(
                 const_cast<void*>(data), {rows, columns}, {row_stride, column_stride}, like.device(),
                 like.scalar_type())) {}
+  // A tensor of this file's own, which no gradient is recorded for.
+  explicit Matrix(Tensor own, std::nullptr_t) : tensor(own) {}
   // From a tensor, which may be transposed.
   explicit Matrix(const Tensor& of)
       : Matrix(of, of.const_data_ptr(), of.size(0), of.size(1), of.stride(0), of.stride(1)) {}
 
-  Matrix transposed() const { return Matrix(torch::stable::transpose(tensor, 0, 1)); }
+  static Matrix transposed(const Tensor& of) {
+    return Matrix(of, of.const_data_ptr(), of.size(1), of.size(0), of.stride(1), of.stride(0));
+  }
 };
 
 void product(const Matrix& out, const Matrix& left, const Matrix& right) {
@@ -87,6 +91,13 @@ void product(const Matrix& out, const Matrix& left, const Matrix& right, const s
   if (!bias) return product(out, left, right);
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.tensor.get(), bias->get(), left.tensor.get(), right.tensor.get(), 1.0, 1.0));
+}
+
+// The rows of a dense matrix of this file's own from `row` on; the tensor itself if that is all of them.
+template <class T>
+Matrix rows_of_own(const Tensor& own, T* data, int64_t row, int64_t rows, int64_t columns) {
+  if (rows == own.size(0)) return Matrix(own, nullptr);
+  return Matrix(own, data + row * columns, rows, columns, columns, 1);
 }
 
 // The rows of a dense matrix from `row` on.
@@ -132,7 +143,7 @@ std::tuple<Tensor, Tensor> gelu_mlp_fwd(
   Tensor y = empty_like_shape(x, {tokens, out_width}, x.scalar_type());
   Tensor h = empty_like_shape(x, {keep ? tokens : 0, keep ? hidden : 0}, x.scalar_type());
   const Tensor a = empty_like_shape(x, {chunk, hidden}, x.scalar_type());
-  const Matrix up = Matrix(w1).transposed(), down = Matrix(w2).transposed();
+  const Matrix up = Matrix::transposed(w1), down = Matrix::transposed(w2);
   with_form(x.scalar_type(), exact, [&](auto tag, auto form) {
     using T = decltype(tag);
     const T* in = static_cast<const T*>(x.const_data_ptr());
@@ -141,14 +152,15 @@ std::tuple<Tensor, Tensor> gelu_mlp_fwd(
     for (int64_t row = 0; row < tokens; row += chunk) {
       const int64_t rows = std::min(chunk, tokens - row);
       T* kept = keep ? static_cast<T*>(h.mutable_data_ptr()) + row * hidden : activation;
-      product(rows_of(x, kept, 0, rows, hidden), rows_of(x, in, row, rows, width), up, b1);
+      const Matrix before = rows_of_own(keep ? h : a, kept, 0, rows, hidden);
+      product(before, rows_of(x, in, row, rows, width), up, b1);
       for_rows(rows, [&](int64_t first, int64_t last, int64_t) {
         for_columns((last - first) * hidden, [&](int64_t i, auto count) MINISORA_INLINE {
           const Vec value = load(kept + first * hidden + i, count);
           store(activation + first * hidden + i, form.value(value), count);
         });
       });
-      product(rows_of(x, out, row, rows, out_width), rows_of(x, activation, 0, rows, hidden), down, b2);
+      product(rows_of_own(y, out, row, rows, out_width), rows_of_own(a, activation, 0, rows, hidden), down, b2);
     }
   });
   return {y, h};

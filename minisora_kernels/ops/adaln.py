@@ -26,6 +26,7 @@ from ..backends import define, kernels, register_fake
 from ..checks import architecture_refusal, beside, compute_dtype, kernel_refusal, number
 from ..derivatives import once
 from ..modulation import (
+    Norm,
     affine,
     asked_for,
     broadcast,
@@ -47,7 +48,7 @@ def reference(
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    norm: str = "layer",
+    norm: Norm = "layer",
     eps: float = 1e-6,
 ) -> Tensor:
     """The equation in plain PyTorch. ``shift`` and ``scale`` are ``[B, R, D]`` or None."""
@@ -157,9 +158,9 @@ def adaln(
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    norm: str = "layer",
+    norm: Norm = "layer",
     eps: float = 1e-6,
-    backend: str | None = None,
+    backend: backends.Name | None = None,
 ) -> Tensor:
     """Adaptive layer norm: ``y = (norm(x) * weight + bias) * (1 + scale) + shift``.
 

@@ -56,11 +56,14 @@ def _(dy, branch, gate, dbranch, dgate, gate_rows):
 class _GateResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, branch, gate, backend):
-        _, need_branch, need_gate, _ = ctx.needs_input_grad[:4]
+        y = kernels(backend).gate_residual_fwd(x, branch, gate)
+        need_x, need_branch, need_gate = ctx.needs_input_grad[:3]
+        if not (need_x or need_branch or need_gate):
+            return y
         ctx.backend = backend
         ctx.asked = gradient_dtype(branch, need_branch), *row_gradient(gate, need_gate)
         ctx.save_for_backward(branch if need_gate else None, gate if need_branch else None)
-        return kernels(backend).gate_residual_fwd(x, branch, gate)
+        return y
 
     @staticmethod
     @once
@@ -84,7 +87,9 @@ def _triton(x, branch, gate):
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
 
 
-def gate_residual(x: Tensor, branch: Tensor, gate: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+def gate_residual(
+    x: Tensor, branch: Tensor, gate: Tensor | None = None, *, backend: backends.Name | None = None
+) -> Tensor:
     """Gated residual: ``y = x + gate * branch``.
 
     Every tensor is differentiable. The kernels compute in fp32 and round once.

@@ -24,6 +24,7 @@ from ..backends import define, kernels, register_fake
 from ..checks import beside, compute_dtype, kernel_refusal, number
 from ..derivatives import once
 from ..modulation import (
+    Norm,
     affine,
     asked_for,
     check_norm,
@@ -47,7 +48,7 @@ def reference(
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    norm: str = "layer",
+    norm: Norm = "layer",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """The two references, one after the other. ``gate``, ``shift`` and ``scale`` are ``[B, R, D]`` or None."""
@@ -177,9 +178,9 @@ def gate_residual_adaln(
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    norm: str = "layer",
+    norm: Norm = "layer",
     eps: float = 1e-6,
-    backend: str | None = None,
+    backend: backends.Name | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated residual and the norm that reads it: ``x' = x + gate * branch``, ``y = adaln(x', shift, scale)``.
 

@@ -14,7 +14,7 @@ Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,19 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import check_tensor, kernel_refusal, linear_dtype
+from ..checks import cast, check_tensor, kernel_refusal, linear_dtype
 from ..derivatives import once
+from ..flops import formula
 
 
 def reference(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, approximate: str = "tanh"
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: Literal["none", "tanh"] = "tanh",
 ) -> Tensor:
     """The equation in plain PyTorch."""
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
@@ -57,6 +64,16 @@ def _(dy, h, w1, w2, exact, need_a, need_dh, need_b1):
         h.new_empty(h.shape if need_dh else 0),
         h.new_empty(h.shape[1] if need_b1 else 0),
     )
+
+
+@formula("gelu_mlp_fwd")
+def _(x, w1, b1, w2, b2, *options, **out):
+    return 2 * x[0] * w1[0] * (w1[1] + w2[0])
+
+
+@formula("gelu_mlp_bwd")
+def _(dy, h, w1, w2, *options, **out):
+    return 2 * h[0] * h[1] * ((0 if w1 is None else w1[1]) + (0 if w2 is None else dy[1]))
 
 
 class _GeluMLP(torch.autograd.Function):
@@ -107,8 +124,8 @@ def gelu_mlp(
     w2: Tensor,
     b2: Tensor | None,
     *,
-    approximate: str = "tanh",
-    backend: str | None = None,
+    approximate: Literal["none", "tanh"] = "tanh",
+    backend: backends.Name | None = None,
 ) -> Tensor:
     """The MLP of a block: ``y = gelu(x w1^T + b1) w2^T + b2``. It saves the pre-activation only.
 
@@ -146,9 +163,8 @@ def gelu_mlp(
     if approximate not in ("none", "tanh"):
         raise ValueError(f"{op}: approximate is {approximate!r}; it may be 'none' or 'tanh'")
     check_tensor(op, "x", x)
-    for name, tensor in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
-        if tensor is not None or name in ("w1", "w2"):
-            check_tensor(op, name, tensor, x)
+    check_tensor(op, "w1", w1, x)
+    check_tensor(op, "w2", w2, x)
     if x.dim() < 1:
         raise ValueError(f"{op}: x must be [..., D], got a scalar")
     if w1.dim() != 2 or w1.shape[1] != x.shape[-1]:
@@ -158,11 +174,14 @@ def gelu_mlp(
             f"{op}: w2 has shape {tuple(w2.shape)}; it must be [D_out, hidden] with hidden = {w1.shape[0]}"
         )
     for name, b, w in (("b1", b1, w1), ("b2", b2, w2)):
-        if b is not None and tuple(b.shape) != (w.shape[0],):
+        if b is None:
+            continue
+        check_tensor(op, name, b, x)
+        if b.dim() != 1 or b.shape[0] != w.shape[0]:
             raise ValueError(f"{op}: {name} has shape {tuple(b.shape)}; it must be [{w.shape[0]}]")
     dtype = linear_dtype(op, x, w1=w1, b1=b1, w2=w2, b2=b2)
-    x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
-    b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
+    x, w1, w2 = cast(x, dtype), cast(w1, dtype), cast(w2, dtype)
+    b1, b2 = None if b1 is None else cast(b1, dtype), None if b2 is None else cast(b2, dtype)
     chosen = backends.choose(op, BACKENDS, x.device, backend, x, w1, b1, w2, b2)
     if chosen == "reference":
         return reference(x, w1, b1, w2, b2, approximate=approximate)

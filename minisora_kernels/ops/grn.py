@@ -21,7 +21,7 @@ So the backward needs x and G only. The pass that reads x computes a again.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,8 @@ class _GRN(torch.autograd.Function):
     def forward(ctx: Any, x, weight, bias, gelu, eps, out_dtype, backend):
         y, norms = kernels(backend).grn_fwd(x, weight, bias, gelu, eps, out_dtype)
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if not (need_x or need_weight or need_bias):
+            return y
         ctx.gelu, ctx.eps, ctx.backend = gelu, eps, backend
         ctx.affine = gradient_dtype(weight, need_weight), gradient_dtype(bias, need_bias)
         normed = need_x or need_weight
@@ -104,9 +106,9 @@ def grn(
     bias: Tensor,
     *,
     groups: int = 1,
-    activation: str | None = None,
+    activation: Literal["gelu"] | None = None,
     eps: float = 1e-6,
-    backend: str | None = None,
+    backend: backends.Name | None = None,
 ) -> Tensor:
     """Global response normalisation: ``y = a * (1 + weight * s) + bias`` with ``s = G / (mean(G) + eps)``.
 

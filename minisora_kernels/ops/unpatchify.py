@@ -77,7 +77,7 @@ def unpatchify(
     channels: int,
     *,
     channels_first: bool = False,
-    backend: str | None = None,
+    backend: backends.Name | None = None,
 ) -> Tensor:
     """Tokens back to a video: ``[B, N, pt*ph*pw*C]`` to ``[B, C, T, H, W]``. Differentiable.
 

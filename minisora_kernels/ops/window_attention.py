@@ -38,7 +38,8 @@ from .. import backends
 from ..backends import define, kernels, register_fake
 from ..checks import check_tensor, compute_dtype, kernel_refusal, number, sizes, whole
 from ..derivatives import once
-from ..modulation import asked_for
+from ..flops import formula
+from ..modulation import Norm, asked_for
 
 Grid = tuple[int, int, int]
 
@@ -142,7 +143,7 @@ def reference(
     *,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
-    qk_norm: str | None = None,
+    qk_norm: Norm | None = None,
     rope: Rope | None = None,
     bias: Tensor | None = None,
     scale: float,
@@ -225,6 +226,25 @@ def _(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interleaved,
 def _(dout, qkv, out, softmax, *call):
     asked = zip((qkv, call[6], call[7], call[12]), call[-4:], strict=True)
     return tuple(tensor.new_empty(tensor.shape) if need else qkv.new_empty(0) for tensor, need in asked)
+
+
+def _product(qkv, sizes) -> int:
+    """FLOPs of the scores, or of another product of all queries and keys of the windows."""
+    batch, _, _, heads, head_dim = qkv
+    pairs = 1
+    for n, w in zip(sizes[:3], sizes[3:], strict=True):
+        pairs *= n // w * w**2 + (n % w) ** 2
+    return 2 * batch * heads * head_dim * pairs
+
+
+@formula("window_attention_fwd")
+def _(qkv, *call, **out):
+    return 2 * _product(qkv, call[:6])
+
+
+@formula("window_attention_bwd")
+def _(dout, qkv, saved, softmax, *call, **out):
+    return 5 * _product(qkv, call[:6])  # the scores again, dP, dv, dq and dk
 
 
 class _WindowAttention(torch.autograd.Function):
@@ -349,12 +369,12 @@ def window_attention(
     *,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
-    qk_norm: str | None = None,
+    qk_norm: Norm | None = None,
     rope: Rope | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
     eps: float = 1e-6,
-    backend: str | None = None,
+    backend: backends.Name | None = None,
 ) -> Tensor:
     """Attention inside windows of the grid: ``softmax(scale * q k^T + bias) v``, with QK-norm and rotary embedding.
 

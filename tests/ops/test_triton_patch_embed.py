@@ -98,7 +98,9 @@ def test_gradient_of_one_argument_alone(needed):
     alone = run(arguments, "triton")
     for i, name in enumerate(NAMES):
         if i == needed:
-            assert torch.equal(alone[f"d{name}"], everything[f"d{name}"])
+            # torch sums the biases and positions alone, in another order
+            tolerance = 1e-5 if i > 1 else 0
+            torch.testing.assert_close(alone[f"d{name}"], everything[f"d{name}"], rtol=tolerance, atol=tolerance)
         else:
             assert alone[f"d{name}"] is None
 
