@@ -16,3 +16,24 @@ from .ops.window_attention import window_attention as window_attention
 from .recompute import recompute_adaln as recompute_adaln
 
 __version__ = "0.2.0"
+
+__all__ = [
+    "Coefficients",
+    "Rope",
+    "adaln",
+    "gate_residual",
+    "gate_residual_adaln",
+    "gelu_mlp",
+    "grn",
+    "guided_step",
+    "patch_embed",
+    "recompute_adaln",
+    "rope_3d",
+    "unpatchify",
+    "use_backend",
+    "window_attention",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

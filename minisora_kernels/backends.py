@@ -25,14 +25,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch.autograd import forward_ad
 
 from .forcing import force, forced
 
-BACKENDS = ("reference", "cpu", "cuda", "triton")
+Name = Literal["reference", "cpu", "cuda", "triton"]
+BACKENDS: tuple[Name, ...] = get_args(Name)
 
 # The automatic order per device type; any other device is served by the reference.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
@@ -292,7 +293,9 @@ def _check_built(op: str, name: str) -> None:
 
 
 class _NoContext:
-    """A context for an ``autograd.Function`` without a backward: it drops what it gets."""
+    """A context for an ``autograd.Function`` without a backward: it asks for no gradient and drops what it gets."""
+
+    needs_input_grad = (False,) * 16
 
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
         pass

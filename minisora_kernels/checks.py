@@ -99,8 +99,9 @@ def sizes(op: str, name: str, value: Any) -> tuple[int, ...]:
 
 def kernel_refusal(**tensors: Tensor | None) -> str | None:
     """Return why a kernel that computes in fp32 cannot take these tensors, or None if it can."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in KERNEL_FLOATS:
+    for tensor in tensors.values():
+        if tensor is not None and tensor.dtype == torch.float64:  # all others are checked, see FLOATS
+            name = next(name for name, each in tensors.items() if each is tensor)
             return f"{name} has dtype {tensor.dtype}; the kernels take float16, bfloat16 and float32"
     return None
 
@@ -160,6 +161,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def beside(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor``, as float32 if it and ``dtype`` are the two 16-bit dtypes: no kernel is compiled for both."""
+    if tensor.dtype != dtype and tensor.itemsize == dtype.itemsize == 2:
+        return tensor.float()
+    return tensor
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``. Where it has that already, this takes a fifth of the time of ``Tensor.to``."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def linear_dtype(op: str, x: Tensor, **parameters: Tensor | None) -> torch.dtype:

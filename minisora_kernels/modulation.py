@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from .checks import check_tensor, kernel_refusal
 # The widest token that Triton's kernels take: they keep one in the registers of a program, of 512 threads at most, and
 # a thread has room for 24 columns beside its sums. See triton/_rows.py.
 TRITON_WIDEST = 8192
+
+Norm = Literal["layer", "rms"]
 
 # The attribute of a result of a norm.
 MADE_OF = "_minisora_made_of"
@@ -34,24 +37,67 @@ def check_tokens(op: str, name: str, x: Tensor, like: Tensor | None = None) -> N
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; it must have x's shape {tuple(like.shape)}")
 
 
-def rows(op: str, name: str, parameter: Tensor, x: Tensor) -> Tensor:
-    """``parameter`` as ``[B, R, D]``. ``[B, D]`` has one row per sample; R must divide x's number of tokens.
+@overload
+def rows(op: str, name: str, parameter: None, x: Tensor) -> None: ...
+@overload
+def rows(op: str, name: str, parameter: Tensor, x: Tensor) -> Tensor: ...
+@overload
+def rows(op: str, name: str, parameter: Tensor | None, x: Tensor) -> Tensor | None: ...
+def rows(op: str, name: str, parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    """``parameter`` as ``[B, R, D]``, or None. ``[B, D]`` has one row per sample; R must divide x's number of tokens.
 
-    The result is a view if the stride over D is 1, as in a chunk of a projection. Otherwise it is a copy.
+    B may be 1: all samples share the rows. The result is a view if the stride over D is 1, as in a chunk of a
+    projection. Otherwise it is a copy.
     """
+    if parameter is None:
+        return None
     check_tensor(op, name, parameter, x)
     if parameter.dim() == 2:
         parameter = parameter.unsqueeze(1)
     batch, tokens, width = x.shape
     shape = parameter.shape
-    if len(shape) != 3 or shape[0] != batch or shape[2] != width:
+    if len(shape) != 3 or (shape[0] != batch and shape[0] != 1) or shape[2] != width:
         raise ValueError(
-            f"{op}: {name} has shape {tuple(shape)}; it may be [B, D] or [B, R, D] with B = {batch}, D = {width}"
+            f"{op}: {name} has shape {tuple(shape)}; it may be [B, D] or [B, R, D] with B = {batch}, or 1 for all "
+            f"samples, and D = {width}"
         )
     r = shape[1]
     if r == 0 or tokens % r:
         raise ValueError(f"{op}: {name} has {r} rows; the number must divide the {tokens} tokens of x")
+    if shape[0] != batch:
+        parameter = parameter.expand(batch, r, width)
     return parameter if parameter.stride(2) == 1 else parameter.contiguous()
+
+
+def row_gradient(parameter: Tensor | None, needed: bool) -> tuple[torch.dtype | None, int]:
+    """What asks a raw op for the gradient of ``parameter [B, R, D]``: its dtype and R, or None and 0."""
+    return (parameter.dtype, parameter.shape[1]) if needed and parameter is not None else (None, 0)
+
+
+def gradient_dtype(parameter: Tensor | None, needed: bool) -> torch.dtype | None:
+    """What asks a raw op for the gradient of ``parameter``: its dtype, or None."""
+    return parameter.dtype if needed and parameter is not None else None
+
+
+def asked_for(needs: Sequence[bool], gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients that autograd asked for, None for the others."""
+    return tuple([gradient if need else None for need, gradient in zip(needs, gradients, strict=True)])
+
+
+def row_sums(dy: Tensor, rows: int) -> Tensor:
+    """The sums of ``dy [B, N, D]`` over the tokens of each of ``rows`` rows, in fp32."""
+    return dy.unflatten(1, (rows, dy.shape[1] // rows)).sum(2, dtype=torch.float32)
+
+
+def offset_gradients(
+    dy: Tensor, scale: Tensor | None, shift: tuple[torch.dtype | None, int], bias: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """dshift and dbias of a norm where they alone are asked for: sums of ``dy``, which need no tokens."""
+    dshift = None if shift[0] is None else row_sums(dy, shift[1]).to(shift[0])
+    if bias is None:
+        return dshift, None
+    sums = row_sums(dy, 1 if scale is None else scale.shape[1])
+    return dshift, (sums if scale is None else sums * (1 + scale.float())).sum((0, 1)).to(bias)
 
 
 def broadcast(x: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from . import backends
 from .checks import number
-from .modulation import identity, origin, rows
+from .modulation import Norm, identity, origin, rows
 from .ops import adaln
 
 
@@ -32,12 +32,12 @@ def _check_origin(y: Tensor, given: tuple[Any, ...]) -> None:
 def recompute_adaln(
     y: Tensor,
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    norm: str = "layer",
+    norm: Norm = "layer",
     eps: float = 1e-6,
 ) -> Iterator[None]:
     """Inside the block, ops save a recipe for ``y`` instead of ``y``.
@@ -79,7 +79,7 @@ def recompute_adaln(
     eps = number("recompute_adaln", "eps", eps, 0)
     named = x, shift, scale, weight, bias
     shift, scale = rows("recompute_adaln", "shift", shift, x), rows("recompute_adaln", "scale", scale, x)
-    backend = backends.choose("adaln", adaln.BACKENDS, x.device, None, x, shift, scale, weight, bias)
+    backend: Any = backends.choose("adaln", adaln.BACKENDS, x.device, None, x, shift, scale, weight, bias)
     wider = y.element_size() > x.element_size()
     if backend == "reference" or wider or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         yield

@@ -57,6 +57,7 @@ def test_the_public_names_are_the_ops_and_their_helpers():
         "commands",
         "counters",
         "derivatives",
+        "flops",
         "forcing",
         "modulation",
         "ops",
@@ -66,7 +67,9 @@ def test_the_public_names_are_the_ops_and_their_helpers():
         "triton",
         "verify",
     }
-    assert public - modules == {*ops(), "Coefficients", "use_backend", "recompute_adaln", "Rope", "rope_3d"}
+    names = {*ops(), "Coefficients", "use_backend", "recompute_adaln", "Rope", "rope_3d"}
+    assert public - modules == names
+    assert mk.__all__ == sorted(names) == dir(mk)
 
 
 def test_models_use_the_public_ops_only():

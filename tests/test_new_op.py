@@ -46,7 +46,7 @@ def checkout(tmp_path):
     return copy(tmp_path / "checkout")
 
 
-def test_it_writes_the_files_of_an_op_and_one_line(checkout):
+def test_it_writes_the_files_of_an_op_and_two_lines(checkout):
     before = contents(checkout)
     assert new_op(checkout, OP).returncode == 0
     after = contents(checkout)
@@ -55,6 +55,7 @@ def test_it_writes_the_files_of_an_op_and_one_line(checkout):
     assert {name for name in before if before[name] != after[name]} == {init}
     lines = after[init].decode().splitlines()
     lines.remove("from .ops.made_up_2 import made_up_2 as made_up_2")
+    lines.remove('    "made_up_2",')
     assert lines == before[init].decode().splitlines()
     for name in FILES:
         assert b"new_op" not in after[name].replace(b"tests/test_new_op.py", b"") and b"NewOp" not in after[name]

@@ -21,7 +21,7 @@ FILES = {
 
 
 def write(op: str, root: Path = ROOT) -> list[Path]:
-    """Write the files of ``op`` and its line in ``__init__.py``; nothing is written if one of them is there.
+    """Write the files of ``op`` and its two lines in ``__init__.py``; nothing is written if one of them is there.
 
     Raises:
         ValueError: a name that is no module's, or is in use.
@@ -42,6 +42,8 @@ def write(op: str, root: Path = ROOT) -> list[Path]:
     imports = [i for i, line in enumerate(lines) if line.startswith("from .ops.")]
     at = next((i for i in imports if lines[i] > f"from .ops.{op} "), imports[-1] + 1)
     lines.insert(at, f"from .ops.{op} import {op} as {op}")
+    names = [i for i, line in enumerate(lines) if re.fullmatch(r' +"\w+",', line)]
+    lines.insert(next((i for i in names if lines[i] > f'    "{op}",'), names[-1] + 1), f'    "{op}",')
     init.write_text("\n".join(lines) + "\n")
     return [*targets.values(), init]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from math import ceil, prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -116,7 +116,7 @@ class Responses:
     frames: int
     side: int
     width: int
-    activation: str | None
+    activation: Literal["gelu"] | None
     batch: int = 1
     quick: bool = False
     dtypes: tuple[str, ...] = DTYPES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,9 @@ from bench.harness.shapes import Responses
 from models.denoisers.cascade_config import SIZES as CASCADE
 
 
-def _responses(stage: str, frames: int, side: int, channels: int, activation: str | None, **options) -> Responses:
+def _responses(
+    stage: str, frames: int, side: int, channels: int, activation: Literal["gelu"] | None, **options
+) -> Responses:
     name = f"{stage} {frames}x{side}x{side} C {4 * channels}" + (f" {activation}" if activation else "")
     return Responses(name, frames, side, 4 * channels, activation, **options)
 
@@ -63,7 +66,7 @@ def problem(shape: Responses, dtype: torch.dtype, device: torch.device) -> Probl
     )
 
 
-def _grn(width: int, activation: str | None, dtypes: dict[str, torch.dtype], dtype: torch.dtype) -> Problem:
+def _grn(width: int, activation: Literal["gelu"] | None, dtypes: dict[str, torch.dtype], dtype: torch.dtype) -> Problem:
     shapes = {"x": (2, 4 * 96, width), "weight": (width,), "bias": (width,)}
     tensors = {name: meta(dtypes.get(name, dtype), *shape) for name, shape in shapes.items()}
     return Problem(tensors, lambda t: mk.grn(**t, groups=4, activation=activation))

@@ -36,24 +36,31 @@ def _video(values: dict[str, Any]) -> int:
     """Once per block of columns."""
     from minisora_kernels.triton import patch_embed
 
-    return -(-values["weight"].shape[0] // patch_embed.COLUMNS)
+    return -(-values["weight" if "weight" in values else "dweight"].shape[0] // patch_embed.COLUMNS)
 
 
 def _dy(values: dict[str, Any]) -> int:
-    """Once per block of elements of a patch for dweight and dbias, and for dx; once for dpos."""
+    """Once per block of elements of a patch for dweight and dbias; once for dpos."""
     from minisora_kernels.triton import patch_embed
 
-    def blocks(most: int) -> int:
-        return -(-values["weight"][0].numel() // patch_embed.elements_of(values["weight"], most))
+    weight = values["dweight"]
+    most = patch_embed.elements_of(weight, patch_embed.WEIGHT_ELEMENTS)
+    return -(-weight[0].numel() // most) + (values["dpos"].numel() > 0)
 
-    passes = blocks(patch_embed.WEIGHT_ELEMENTS) + (values["pos"] is not None)
-    return passes + values["need_x"] * blocks(patch_embed.VIDEO_ELEMENTS)
+
+def _dy_to_video(values: dict[str, Any]) -> int:
+    """Once per block of elements of a patch."""
+    from minisora_kernels.triton import patch_embed
+
+    weight = values["weight"]
+    return -(-weight[0].numel() // patch_embed.elements_of(weight, patch_embed.VIDEO_ELEMENTS))
 
 
 TRAFFIC = {
     # What is read more than once comes mostly from the caches.
     "patch_embed_fwd": Traffic({"x": _video}, {"y": 1}),
-    "patch_embed_bwd": Traffic({"x": _video, "dy": _dy}, {"dx": lambda values: int(values["need_x"])}),
+    "patch_embed_bwd": Traffic({"x": _video, "dy": _dy}, {}),
+    "patch_embed_video": Traffic({"dy": _dy_to_video}, {"dx": 1}),
 }
 
 

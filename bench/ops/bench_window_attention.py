@@ -23,6 +23,7 @@ from bench.gpu.launches import BOTH, HALF, TF32, Launch, meta
 from bench.gpu.traffic import Traffic
 from bench.harness.session import Problem, Random, cases
 from bench.harness.shapes import DTYPES, LONG, Triple, Windows
+from minisora_kernels.modulation import Norm
 from minisora_kernels.ops.window_attention import rotate
 from models.denoisers.dit import SIZES
 
@@ -95,7 +96,7 @@ def _bias_passes(values: dict[str, Any]) -> int:
     """Over q, k, v and dout for dbias."""
     from minisora_kernels.triton import window_attention
 
-    if not values["with_dbias"]:
+    if not values["need_bias"]:
         return 0
     return _blocks(values, window_attention.bias_block_of(values["qkv"].dtype, values["qkv"].shape[-1]))
 
@@ -146,7 +147,8 @@ def problem(shape: Windows, dtype: torch.dtype, device: torch.device) -> Problem
     random = Random(dtype, device)
     t, h, w = shape.grid
     inputs = {"qkv": random(shape.batch, t * h * w, 3, shape.heads, shape.head_dim)}
-    norm, rope = None, None
+    norm: Norm | None = None
+    rope = None
     if shape.norm_and_rope:
         inputs |= {name: random(shape.head_dim, scale=0.1, shift=1.0) for name in ("q_weight", "k_weight")}
         norm, rope = "rms", mk.rope_3d(shape.grid, shape.head_dim, device=device)
@@ -175,7 +177,7 @@ def problem(shape: Windows, dtype: torch.dtype, device: torch.device) -> Problem
 class Style:
     """``weights``: dimensions of the norm's weights, 0 for none; ``halves``: rotary pairing, None for no rotation."""
 
-    norm: str | None = None
+    norm: Norm | None = None
     weights: int = 0
     halves: bool | None = None
     bias: bool = False

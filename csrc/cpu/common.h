@@ -92,6 +92,18 @@ inline Tensor empty_like_shape(const Tensor& like, std::initializer_list<int64_t
       torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype));
 }
 
+// The tensor of a gradient that is asked for by its dtype; else one without elements.
+inline Tensor empty_if_asked(
+    const Tensor& like, std::initializer_list<int64_t> shape, const std::optional<ScalarType>& dtype) {
+  return dtype ? empty_like_shape(like, shape, *dtype) : empty_like_shape(like, {0}, like.scalar_type());
+}
+
+// The data of such a tensor, or null.
+template <class T>
+inline T* data_if(bool asked, Tensor& tensor) {
+  return asked ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
 // ---- dtypes
 
 template <class F>
@@ -106,6 +118,35 @@ inline void with_type(ScalarType dtype, F&& f) {
     default:
       STD_TORCH_CHECK(false, "the CPU kernels take float32, bfloat16 and float16");
   }
+}
+
+// f(tag of a, tag of b). Each pair that is compiled takes seconds, so there is none of the two 16-bit dtypes: an op
+// whose call has both makes one of them float32 before, which changes no value.
+template <class F>
+inline void with_types(ScalarType a, ScalarType b, F&& f) {
+  with_type(a, [&](auto a_tag) {
+    with_type(b, [&](auto b_tag) {
+      using A = decltype(a_tag);
+      using B = decltype(b_tag);
+      if constexpr (std::is_same_v<A, B> || std::is_same_v<A, float> || std::is_same_v<B, float>) {
+        f(a_tag, b_tag);
+      } else {
+        STD_TORCH_CHECK(false, "the CPU kernels take no bfloat16 beside float16");
+      }
+    });
+  });
+}
+
+// The same for tokens x and a result y of a norm, which is of x's dtype or of autocast's.
+template <class F>
+inline void with_result(ScalarType x, ScalarType y, F&& f) {
+  with_types(x, y, [&](auto x_tag, auto y_tag) {
+    if constexpr (std::is_same_v<decltype(x_tag), decltype(y_tag)> || std::is_same_v<decltype(x_tag), float>) {
+      f(x_tag, y_tag);
+    } else {
+      STD_TORCH_CHECK(false, "the CPU kernels make no float32 of 16-bit tokens");
+    }
+  });
 }
 
 // The number of columns of a step: a constant in the body of a row, a variable in its tail.

@@ -18,7 +18,7 @@ void add_gated(const TX* x, const TB* branch, const float* gates, TX* y, int64_t
   });
 }
 
-// dbranch = gate * dy, dgate += dy * branch, for G tokens
+// dbranch = gate * dy, dgate += dy * branch, for G tokens; what is null is not asked for
 template <int G, class TY, class TB, class How>
 void add_gated_backward(
     const TY* dy, const TB* branch, const float* gates, TB* dbranch, float* dgate, int64_t width, How how) {
@@ -28,75 +28,77 @@ void add_gated_backward(
     for_group<G>([&](int r) MINISORA_INLINE {
       const int64_t j = r * width + i;
       const Vec g = load_ahead<G>(dy, r, i, width, count);
-      total = at::vec::fmadd(g, load_ahead<G>(branch, r, i, width, count), total);
-      how.put(dbranch + j, g * gate, count);
+      if (dgate != nullptr) total = at::vec::fmadd(g, load_ahead<G>(branch, r, i, width, count), total);
+      if (dbranch != nullptr) how.put(dbranch + j, g * gate, count);
     });
-    store(dgate + i, load(dgate + i, count) + total, count);
+    if (dgate != nullptr) store(dgate + i, load(dgate + i, count) + total, count);
   });
 }
 
-Tensor gate_residual_fwd(const Tensor& x, const Tensor& branch, const Tensor& gate) {
+Tensor gate_residual_fwd(const Tensor& x, const Tensor& branch, std::optional<Tensor> gate) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [B, N, D]");
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   check_dense(x, "x", {batch, tokens, width});
   check_dense(branch, "branch", {batch, tokens, width});
-  const Rows gate_rows(gate, "gate", batch, tokens, width);
+  const Rows gate_rows(gate, "gate", 1.0f, batch, tokens, width);
   Tensor y = empty_like_shape(x, {batch, tokens, width}, x.scalar_type());
   const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) {
     gate_rows.read(b, n, 0.0f, gain.data(), width);
   };
 
-  with_type(x.scalar_type(), [&](auto x_tag) {
-    with_type(branch.scalar_type(), [&](auto branch_tag) {
-      using TX = decltype(x_tag);
-      const auto* in = static_cast<const TX*>(x.const_data_ptr());
-      const auto* add = static_cast<const decltype(branch_tag)*>(branch.const_data_ptr());
-      auto* out = static_cast<TX*>(y.mutable_data_ptr());
-      with_put(past_caches(out, y.numel(), width), [&](auto how) {
-        for_tokens(
-            batch, tokens, gate_rows.count, [&] { return std::vector<float>(width); }, read,
-            [&](std::vector<float>& gain, int64_t token, auto group) {
-              const int64_t at = token * width;
-              add_gated<group>(in + at, add + at, gain.data(), out + at, width, how);
-            });
-      });
+  with_types(x.scalar_type(), branch.scalar_type(), [&](auto x_tag, auto branch_tag) {
+    using TX = decltype(x_tag);
+    const auto* in = static_cast<const TX*>(x.const_data_ptr());
+    const auto* add = static_cast<const decltype(branch_tag)*>(branch.const_data_ptr());
+    auto* out = static_cast<TX*>(y.mutable_data_ptr());
+    with_put(past_caches(out, y.numel(), width), [&](auto how) {
+      for_tokens(
+          batch, tokens, gate_rows.count, [&] { return std::vector<float>(width); }, read,
+          [&](std::vector<float>& gain, int64_t token, auto group) {
+            const int64_t at = token * width;
+            add_gated<group>(in + at, add + at, gain.data(), out + at, width, how);
+          });
     });
   });
   return y;
 }
 
-std::tuple<Tensor, Tensor> gate_residual_bwd(const Tensor& dy, const Tensor& branch, const Tensor& gate) {
+std::tuple<Tensor, Tensor> gate_residual_bwd(
+    const Tensor& dy, std::optional<Tensor> branch, std::optional<Tensor> gate, std::optional<ScalarType> branch_dtype,
+    std::optional<ScalarType> gate_dtype, int64_t gate_rows) {
   STD_TORCH_CHECK(dy.dim() == 3, "dy must be [B, N, D]");
   const int64_t batch = dy.size(0), tokens = dy.size(1), width = dy.size(2);
   check_dense(dy, "dy", {batch, tokens, width});
-  check_dense(branch, "branch", {batch, tokens, width});
-  const Rows gate_rows(gate, "gate", batch, tokens, width);
-  Tensor dbranch = empty_like_shape(branch, {batch, tokens, width}, branch.scalar_type());
-  RowGradient dgate(gate, gate_rows.count, tokens, width);
-  const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) {
-    gate_rows.read(b, n, 0.0f, gain.data(), width);
-  };
+  if (branch) check_dense(*branch, "branch", {batch, tokens, width});
+  STD_TORCH_CHECK(
+      branch.has_value() == gate_dtype.has_value(), "the gradient of gate needs branch, which no other does");
+  const Rows gates(gate, "gate", 1.0f, batch, tokens, width);
+  const int64_t rows = common_rows({gates.count, gate_rows});
+  Tensor dbranch = empty_if_asked(dy, {batch, tokens, width}, branch_dtype);
+  RowGradient dgate("gate", gate_dtype, gate_rows, rows, dy);
+  const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) { gates.read(b, n, 0.0f, gain.data(), width); };
 
-  with_type(dy.scalar_type(), [&](auto y_tag) {
-    with_type(branch.scalar_type(), [&](auto branch_tag) {
-      using TB = decltype(branch_tag);
-      const auto* grad = static_cast<const decltype(y_tag)*>(dy.const_data_ptr());
-      const auto* added = static_cast<const TB*>(branch.const_data_ptr());
-      auto* out = static_cast<TB*>(dbranch.mutable_data_ptr());
-      with_put(past_caches(out, dbranch.numel(), width), [&](auto how) {
-        sum_over_rows<1>(
-            batch, tokens, gate_rows.count, width, [&] { return std::vector<float>(width); }, read,
-            [&](std::vector<float>& gain, int64_t token, auto group, float** sums) {
-              const int64_t at = token * width;
-              add_gated_backward<group>(grad + at, added + at, gain.data(), out + at, sums[0], width, how);
-            },
-            [](std::vector<float>&, int64_t, float**) {},
-            [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) {
-              dgate.set(b, row, first, last, sums[0]);
-            });
+  with_types(
+      dy.scalar_type(), branch ? branch->scalar_type() : branch_dtype.value_or(dy.scalar_type()),
+      [&](auto y_tag, auto branch_tag) {
+        using TB = decltype(branch_tag);
+        const auto* grad = static_cast<const decltype(y_tag)*>(dy.const_data_ptr());
+        const auto* added = branch ? static_cast<const TB*>(branch->const_data_ptr()) : nullptr;
+        auto* out = data_if<TB>(branch_dtype.has_value(), dbranch);
+        with_put(past_caches(out, dbranch.numel(), width), [&](auto how) {
+          sum_over_rows(
+              gate_dtype ? 1 : 0, batch, tokens, rows, width, [&] { return std::vector<float>(width); }, read,
+              [&](std::vector<float>& gain, int64_t token, auto group, float** sums) {
+                const int64_t at = token * width;
+                add_gated_backward<group>(
+                    grad + at, added ? added + at : added, gain.data(), out ? out + at : out, sums[0], width, how);
+              },
+              [](std::vector<float>&, int64_t, float**) {},
+              [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) {
+                dgate.set(b, row, first, last, sums[0]);
+              });
+        });
       });
-    });
-  });
   return {dbranch, dgate.result()};
 }
 

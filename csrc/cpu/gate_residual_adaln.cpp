@@ -5,9 +5,14 @@ namespace minisora {
 namespace {
 
 struct Scratch : AdaLNScratch {
-  std::vector<float> gate, residual; // residual: a group of tokens, in x's dtype
-  explicit Scratch(int64_t width) : AdaLNScratch(width), gate(width), residual(kGroup * width) {}
+  std::vector<float> gate, group; // group: of tokens, the residual in x's dtype, or dy in fp32
+  explicit Scratch(int64_t width) : AdaLNScratch(width), gate(width), group(kGroup * width) {}
 };
+
+template <class T>
+void widen(const T* in, float* out, int64_t size) {
+  for_columns(size, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count), count); });
+}
 
 // residual = x + gate * branch and its statistics, for G tokens. The residual is rounded to x's dtype before the norm
 // reads it, as the two separate ops do. It goes to memory and to `copy`, from which the norm reads it.
@@ -32,7 +37,8 @@ void add_gated(
   statistics(copy, sums, width, rms, eps, mean, rstd);
 }
 
-// dx = g = dresidual + dx of adaln, dbranch = gate * g, dgate += g * branch, for G tokens
+// dx = g = dresidual + dx of adaln, dbranch = gate * g, dgate += g * branch, for G tokens; what is null is not asked
+// for
 template <int G, class TX, class TY, class TB, class How>
 void add_gated_backward(
     const AdaLNBackward<G>& backward, const TX* dresidual, const TX* residual, const TY* dy, const TB* branch,
@@ -44,23 +50,24 @@ void add_gated_backward(
       const int64_t j = r * width + i;
       const Vec g = load_ahead<G>(dresidual, r, i, width, count) +
                     backward.dx(r, load(residual + j, count), load(dy + j, count), gain);
-      total = at::vec::fmadd(g, load_ahead<G>(branch, r, i, width, count), total);
-      how.put(dx + j, g, count);
-      how.put(dbranch + j, g * gate, count);
+      if (dgate != nullptr) total = at::vec::fmadd(g, load_ahead<G>(branch, r, i, width, count), total);
+      if (dx != nullptr) how.put(dx + j, g, count);
+      if (dbranch != nullptr) how.put(dbranch + j, g * gate, count);
     });
-    store(dgate + i, load(dgate + i, count) + total, count);
+    if (dgate != nullptr) store(dgate + i, load(dgate + i, count) + total, count);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
-    const Tensor& x, const Tensor& branch, const Tensor& gate, const Tensor& shift, const Tensor& scale,
-    std::optional<Tensor> weight, std::optional<Tensor> bias, bool rms, double eps, ScalarType out_dtype) {
+    const Tensor& x, const Tensor& branch, std::optional<Tensor> gate, std::optional<Tensor> shift,
+    std::optional<Tensor> scale, std::optional<Tensor> weight, std::optional<Tensor> bias, bool rms, double eps,
+    ScalarType out_dtype) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [B, N, D]");
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   check_dense(x, "x", {batch, tokens, width});
   check_dense(branch, "branch", {batch, tokens, width});
-  const Rows gate_rows(gate, "gate", batch, tokens, width), shift_rows(shift, "shift", batch, tokens, width),
-      scale_rows(scale, "scale", batch, tokens, width);
+  const Rows gate_rows(gate, "gate", 1.0f, batch, tokens, width),
+      shift_rows(shift, "shift", 0.0f, batch, tokens, width), scale_rows(scale, "scale", 0.0f, batch, tokens, width);
   const auto w = affine(weight, "weight", 1.0f, width), c = affine(bias, "bias", 0.0f, width);
   Tensor residual = empty_like_shape(x, {batch, tokens, width}, x.scalar_type());
   Tensor y = empty_like_shape(x, {batch, tokens, width}, out_dtype);
@@ -79,26 +86,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
     s.read(shift_rows, scale_rows, w, c, b, n);
   };
   for_tokens(
-      batch, tokens, common_rows({&gate_rows, &shift_rows, &scale_rows}), [&] { return Scratch(width); }, read,
+      batch, tokens, common_rows({gate_rows.count, shift_rows.count, scale_rows.count}), [&] { return Scratch(width); },
+      read,
       [&](Scratch& s, int64_t token, auto group) {
         constexpr int G = group;
         const int64_t at = token * width;
-        with_type(x_dtype, [&](auto x_tag) {
+        with_types(x_dtype, branch_dtype, [&](auto x_tag, auto branch_tag) {
           using TX = decltype(x_tag);
           const auto* in = static_cast<const TX*>(x_data);
-          auto *out = static_cast<TX*>(residual_data), *copy = reinterpret_cast<TX*>(s.residual.data());
-          with_type(branch_dtype, [&](auto branch_tag) {
-            const auto* added = static_cast<const decltype(branch_tag)*>(branch_data);
-            with_put(past_caches(out, residual.numel(), width), [&](auto how) {
-              add_gated<G>(
-                  in + at, added + at, s.gate.data(), out + at, copy, width, rms, static_cast<float>(eps),
-                  means + token, rstds + token, how);
-            });
+          const auto* added = static_cast<const decltype(branch_tag)*>(branch_data);
+          auto *out = static_cast<TX*>(residual_data), *copy = reinterpret_cast<TX*>(s.group.data());
+          with_put(past_caches(out, residual.numel(), width), [&](auto how) {
+            add_gated<G>(
+                in + at, added + at, s.gate.data(), out + at, copy, width, rms, static_cast<float>(eps), means + token,
+                rstds + token, how);
           });
+        });
+        with_type(x_dtype, [&](auto x_tag) {
+          const auto* copy = reinterpret_cast<const decltype(x_tag)*>(s.group.data());
           with_type(out_dtype, [&](auto y_tag) {
-            auto* out_y = static_cast<decltype(y_tag)*>(y_data);
-            with_put(past_caches(out_y, y.numel(), width), [&](auto how) {
-              modulate<G>(copy, means + token, rstds + token, s, out_y + at, how);
+            auto* out = static_cast<decltype(y_tag)*>(y_data);
+            with_put(past_caches(out, y.numel(), width), [&](auto how) {
+              modulate<G>(copy, means + token, rstds + token, s, out + at, how);
             });
           });
         });
@@ -107,67 +116,82 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_bwd(
-    const Tensor& dresidual, const Tensor& dy, const Tensor& residual, const Tensor& branch, const Tensor& gate,
-    const Tensor& shift, const Tensor& scale, std::optional<Tensor> weight, std::optional<Tensor> bias,
-    const Tensor& mean, const Tensor& rstd, bool rms) {
+    const Tensor& dresidual, const Tensor& dy, const Tensor& residual, std::optional<Tensor> branch,
+    std::optional<Tensor> gate, std::optional<Tensor> scale, std::optional<Tensor> weight, std::optional<Tensor> bias,
+    const Tensor& mean, const Tensor& rstd, bool rms, bool need_x, std::optional<ScalarType> dbranch_dtype,
+    std::optional<ScalarType> gate_dtype, int64_t gate_rows, std::optional<ScalarType> shift_dtype, int64_t shift_rows,
+    std::optional<ScalarType> scale_dtype, int64_t scale_rows, std::optional<ScalarType> weight_dtype,
+    std::optional<ScalarType> bias_dtype) {
   STD_TORCH_CHECK(residual.dim() == 3, "residual must be [B, N, D]");
   const int64_t batch = residual.size(0), tokens = residual.size(1), width = residual.size(2);
   check_dense(residual, "residual", {batch, tokens, width});
   check_dense(dresidual, "dresidual", {batch, tokens, width});
   STD_TORCH_CHECK(dresidual.scalar_type() == residual.scalar_type(), "dresidual must have the dtype of residual");
   check_dense(dy, "dy", {batch, tokens, width});
-  check_dense(branch, "branch", {batch, tokens, width});
+  if (branch) check_dense(*branch, "branch", {batch, tokens, width});
+  STD_TORCH_CHECK(
+      branch.has_value() == gate_dtype.has_value(), "the gradient of gate needs branch, which no other does");
   check_statistic(mean, "mean", {batch, tokens});
   check_statistic(rstd, "rstd", {batch, tokens});
-  const Rows gate_rows(gate, "gate", batch, tokens, width), shift_rows(shift, "shift", batch, tokens, width),
-      scale_rows(scale, "scale", batch, tokens, width);
+  const Rows gates(gate, "gate", 1.0f, batch, tokens, width), shift(std::nullopt, "shift", 0.0f, batch, tokens, width),
+      scales(scale, "scale", 0.0f, batch, tokens, width);
   const auto w = affine(weight, "weight", 1.0f, width), c = affine(bias, "bias", 0.0f, width);
-  const int64_t rows = common_rows({&gate_rows, &shift_rows, &scale_rows});
-  Tensor dx = empty_like_shape(residual, {batch, tokens, width}, residual.scalar_type());
-  Tensor dbranch = empty_like_shape(branch, {batch, tokens, width}, branch.scalar_type());
-  RowGradient dgate(gate, rows, tokens, width), dshift(shift, rows, tokens, width), dscale(scale, rows, tokens, width);
-  AffineGradient dweight(weight, residual, chunk_count(batch, tokens), width),
-      dbias(bias, residual, chunk_count(batch, tokens), width);
+  const int64_t rows = common_rows({gates.count, scales.count, gate_rows, shift_rows, scale_rows});
+  const ScalarType x_dtype = residual.scalar_type(), y_dtype = dy.scalar_type(),
+                   branch_dtype = branch ? branch->scalar_type() : dbranch_dtype.value_or(x_dtype);
+  Tensor dx = empty_if_asked(residual, {batch, tokens, width}, need_x ? std::optional(x_dtype) : std::nullopt);
+  Tensor dbranch = empty_if_asked(residual, {batch, tokens, width}, dbranch_dtype);
+  RowGradient dgate("gate", gate_dtype, gate_rows, rows, residual),
+      dshift("shift", shift_dtype, shift_rows, rows, residual),
+      dscale("scale", scale_dtype, scale_rows, rows, residual);
+  AffineGradient dweight(weight_dtype, residual), dbias(bias_dtype, residual);
   const float* means = static_cast<const float*>(mean.const_data_ptr());
   const float* rstds = static_cast<const float*>(rstd.const_data_ptr());
   const void* residual_data = residual.const_data_ptr();
   const void* dresidual_data = dresidual.const_data_ptr();
   const void* dy_data = dy.const_data_ptr();
-  const void* branch_data = branch.const_data_ptr();
-  void* dx_data = dx.mutable_data_ptr();
-  void* dbranch_data = dbranch.mutable_data_ptr();
-  const ScalarType x_dtype = residual.scalar_type(), y_dtype = dy.scalar_type(), branch_dtype = branch.scalar_type();
+  const void* branch_data = branch ? branch->const_data_ptr() : nullptr;
+  // Which gradients are asked for: those before the norm, and sums. The sum of the gate stands behind the others.
+  const bool through = need_x || dbranch_dtype || gate_dtype,
+             modulation = shift_dtype || scale_dtype || weight_dtype || bias_dtype;
+  const int gate_sum = modulation ? 2 : 0;
 
   const auto read = [&](Scratch& s, int64_t b, int64_t n) {
-    gate_rows.read(b, n, 0.0f, s.gate.data(), width);
-    s.read(shift_rows, scale_rows, w, c, b, n);
+    gates.read(b, n, 0.0f, s.gate.data(), width);
+    s.read(shift, scales, w, c, b, n);
   };
-  sum_over_rows<3>(
-      batch, tokens, rows, width, [&] { return Scratch(width); }, read,
+  sum_over_rows(
+      gate_sum + gate_dtype.has_value(), batch, tokens, rows, width, [&] { return Scratch(width); }, read,
       [&](Scratch& s, int64_t token, auto group, float** sums) {
         constexpr int G = group;
         const int64_t at = token * width;
-        with_type(x_dtype, [&](auto x_tag) {
+        float *sum_dy = modulation ? sums[0] : nullptr, *sum_dy_h = modulation ? sums[1] : nullptr,
+              *sum_gate = gate_dtype ? sums[gate_sum] : nullptr;
+        const auto run = [&](auto x_tag, auto branch_tag, const auto* grad_y) {
           using TX = decltype(x_tag);
+          using TB = decltype(branch_tag);
           const auto *in = static_cast<const TX*>(residual_data) + at,
                      *grad = static_cast<const TX*>(dresidual_data) + at;
-          auto* out = static_cast<TX*>(dx_data);
-          with_type(y_dtype, [&](auto y_tag) {
-            const auto* grad_y = static_cast<const decltype(y_tag)*>(dy_data) + at;
-            const AdaLNBackward<G> backward(in, grad_y, means + token, rstds + token, s, rms, sums[0], sums[1]);
-            with_type(branch_dtype, [&](auto branch_tag) {
-              using TB = decltype(branch_tag);
-              const auto* added = static_cast<const TB*>(branch_data) + at;
-              auto* out_branch = static_cast<TB*>(dbranch_data);
-              with_put(
-                  past_caches(out, dx.numel(), width) && past_caches(out_branch, dbranch.numel(), width),
-                  [&](auto how) {
-                    add_gated_backward<G>(
-                        backward, grad, in, grad_y, added, s.gain.data(), s.gate.data(), out + at, out_branch + at,
-                        sums[2], width, how);
-                  });
-            });
+          const AdaLNBackward<G> backward(in, grad_y, means + token, rstds + token, s, rms, sum_dy, sum_dy_h);
+          if (!through) return;
+          auto* out = data_if<TX>(need_x, dx);
+          auto* out_branch = data_if<TB>(dbranch_dtype.has_value(), dbranch);
+          const bool streamed = (!out || past_caches(out, dx.numel(), width)) &&
+                                (!out_branch || past_caches(out_branch, dbranch.numel(), width));
+          with_put(streamed, [&](auto how) {
+            add_gated_backward<G>(
+                backward, grad, in, grad_y, branch_data ? static_cast<const TB*>(branch_data) + at : nullptr,
+                s.gain.data(), s.gate.data(), out ? out + at : out, out_branch ? out_branch + at : out_branch, sum_gate,
+                width, how);
           });
+        };
+        with_types(x_dtype, branch_dtype, [&](auto x_tag, auto branch_tag) {
+          using TB = decltype(branch_tag);
+          if (y_dtype == branch_dtype) return run(x_tag, branch_tag, static_cast<const TB*>(dy_data) + at);
+          with_type(y_dtype, [&](auto y_tag) { // few calls have another: they read it in fp32
+            widen(static_cast<const decltype(y_tag)*>(dy_data) + at, s.group.data(), G * width);
+          });
+          run(x_tag, branch_tag, static_cast<const float*>(s.group.data()));
         });
       },
       [&](Scratch& s, int64_t task, float** sums) {
@@ -175,10 +199,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
         dbias.add(task, s.one_plus_scale.data(), sums[0]);
       },
       [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) {
+        dgate.set(b, row, first, last, sums[gate_sum]);
+        if (!modulation) return;
         dshift.set(b, row, first, last, sums[0]);
         for (int64_t i = first; i < last; ++i) sums[1][i] = w[i] * sums[1][i] + c[i] * sums[0][i];
         dscale.set(b, row, first, last, sums[1]);
-        dgate.set(b, row, first, last, sums[2]);
       });
   return {dx, dbranch, dgate.result(), dshift.result(), dscale.result(), dweight.result(), dbias.result()};
 }

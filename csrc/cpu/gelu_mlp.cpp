@@ -3,7 +3,7 @@
 //
 // With s = sigmoid(2u), u = sqrt(2 / pi) * (h + 0.044715 h^3), the tanh form is gelu(h) = h * s, because
 // (1 + tanh(u)) / 2 = s, and gelu'(h) = s + h * s * (1 - s) * 2u'.
-#include "common.h"
+#include "gelu.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -21,6 +21,37 @@ struct Sigmoid {
       : q((h * at::vec::fmadd(squared, Vec(-kSqrt2OverPi * kCubic), Vec(-kSqrt2OverPi))).exp_u20()),
         s(Vec(1.0f) / at::vec::fmadd(q, q, Vec(1.0f))) {}
 };
+
+// The forms of GELU: the value, and with it the slope.
+struct Tanh {
+  static Vec value(Vec h) { return h * Sigmoid(h, h * h).s; }
+
+  static std::pair<Vec, Vec> value_and_slope(Vec h) {
+    const Vec squared = h * h;
+    const auto [q, s] = Sigmoid(h, squared);
+    const Vec hs = h * s;
+    // 1 - s loses digits where s is near 1; q^2 s does not. In this order, with a finite q, it is 0 where s is 0.
+    const Vec finite = at::vec::clamp_max(q, Vec(1e30f));
+    const Vec complement = finite * s * finite;
+    const Vec slope = at::vec::fmadd(squared, Vec(6.0f * kSqrt2OverPi * kCubic), Vec(2.0f * kSqrt2OverPi));
+    return {hs, at::vec::fmadd(hs * complement, slope, s)};
+  }
+};
+
+struct Exact {
+  static Vec value(Vec h) { return h * distribution(h); }
+
+  static std::pair<Vec, Vec> value_and_slope(Vec h) {
+    const Vec phi = distribution(h);
+    return {h * phi, at::vec::fmadd(h, density(h), phi)};
+  }
+};
+
+// f(tag of the dtype, form)
+template <class F>
+void with_form(ScalarType dtype, bool exact, F f) {
+  with_type(dtype, [&](auto tag) { exact ? f(tag, Exact{}) : f(tag, Tanh{}); });
+}
 
 // Tokens per chunk. What lies between the two products stays in the caches and needs no memory for all tokens. On two
 // cores with AVX-512 a bfloat16 product of this many rows ran as fast as one of all rows; in float32 it did not.
@@ -41,11 +72,15 @@ struct Matrix {
             torch::stable::from_blob(
                 const_cast<void*>(data), {rows, columns}, {row_stride, column_stride}, like.device(),
                 like.scalar_type())) {}
+  // A tensor of this file's own, which no gradient is recorded for.
+  explicit Matrix(Tensor own, std::nullptr_t) : tensor(own) {}
   // From a tensor, which may be transposed.
   explicit Matrix(const Tensor& of)
       : Matrix(of, of.const_data_ptr(), of.size(0), of.size(1), of.stride(0), of.stride(1)) {}
 
-  Matrix transposed() const { return Matrix(torch::stable::transpose(tensor, 0, 1)); }
+  static Matrix transposed(const Tensor& of) {
+    return Matrix(of, of.const_data_ptr(), of.size(1), of.size(0), of.stride(1), of.stride(0));
+  }
 };
 
 void product(const Matrix& out, const Matrix& left, const Matrix& right) {
@@ -56,6 +91,13 @@ void product(const Matrix& out, const Matrix& left, const Matrix& right, const s
   if (!bias) return product(out, left, right);
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.tensor.get(), bias->get(), left.tensor.get(), right.tensor.get(), 1.0, 1.0));
+}
+
+// The rows of a dense matrix of this file's own from `row` on; the tensor itself if that is all of them.
+template <class T>
+Matrix rows_of_own(const Tensor& own, T* data, int64_t row, int64_t rows, int64_t columns) {
+  if (rows == own.size(0)) return Matrix(own, nullptr);
+  return Matrix(own, data + row * columns, rows, columns, columns, 1);
 }
 
 // The rows of a dense matrix from `row` on.
@@ -87,7 +129,7 @@ void check_bias(const std::optional<Tensor>& b, const char* name, const Tensor& 
 
 std::tuple<Tensor, Tensor> gelu_mlp_fwd(
     const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
-    const std::optional<Tensor>& b2, bool keep) {
+    const std::optional<Tensor>& b2, bool exact, bool keep) {
   check_dtype(x, "x");
   STD_TORCH_CHECK(x.dim() == 2, "x must be [tokens, D]");
   STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
@@ -101,8 +143,8 @@ std::tuple<Tensor, Tensor> gelu_mlp_fwd(
   Tensor y = empty_like_shape(x, {tokens, out_width}, x.scalar_type());
   Tensor h = empty_like_shape(x, {keep ? tokens : 0, keep ? hidden : 0}, x.scalar_type());
   const Tensor a = empty_like_shape(x, {chunk, hidden}, x.scalar_type());
-  const Matrix up = Matrix(w1).transposed(), down = Matrix(w2).transposed();
-  with_type(x.scalar_type(), [&](auto tag) {
+  const Matrix up = Matrix::transposed(w1), down = Matrix::transposed(w2);
+  with_form(x.scalar_type(), exact, [&](auto tag, auto form) {
     using T = decltype(tag);
     const T* in = static_cast<const T*>(x.const_data_ptr());
     T* out = static_cast<T*>(y.mutable_data_ptr());
@@ -110,81 +152,109 @@ std::tuple<Tensor, Tensor> gelu_mlp_fwd(
     for (int64_t row = 0; row < tokens; row += chunk) {
       const int64_t rows = std::min(chunk, tokens - row);
       T* kept = keep ? static_cast<T*>(h.mutable_data_ptr()) + row * hidden : activation;
-      product(rows_of(x, kept, 0, rows, hidden), rows_of(x, in, row, rows, width), up, b1);
+      const Matrix before = rows_of_own(keep ? h : a, kept, 0, rows, hidden);
+      product(before, rows_of(x, in, row, rows, width), up, b1);
       for_rows(rows, [&](int64_t first, int64_t last, int64_t) {
         for_columns((last - first) * hidden, [&](int64_t i, auto count) MINISORA_INLINE {
           const Vec value = load(kept + first * hidden + i, count);
-          store(activation + first * hidden + i, value * Sigmoid(value, value * value).s, count);
+          store(activation + first * hidden + i, form.value(value), count);
         });
       });
-      product(rows_of(x, out, row, rows, out_width), rows_of(x, activation, 0, rows, hidden), down, b2);
+      product(rows_of_own(y, out, row, rows, out_width), rows_of_own(a, activation, 0, rows, hidden), down, b2);
     }
   });
   return {y, h};
 }
 
+// db1: the sums of dh over the tokens, in fp32.
+struct BiasSums {
+  int64_t hidden;
+  std::vector<float> partial, total; // one partial sum per task of a chunk
+
+  BiasSums(int64_t chunk, int64_t hidden, bool asked)
+      : hidden(hidden), partial(asked ? (chunk + kRows - 1) / kRows * hidden : 0), total(asked ? hidden : 0, 0.0f) {}
+
+  // The sums of a task, at zero; null if they are not asked for.
+  float* begin(int64_t task) {
+    if (total.empty()) return nullptr;
+    return std::fill_n(partial.data() + task * hidden, hidden, 0.0f) - hidden;
+  }
+
+  void end_chunk(int64_t rows) {
+    for (int64_t task = 0; !total.empty() && task * kRows < rows; ++task) {
+      for_columns(hidden, [&](int64_t column, auto count) MINISORA_INLINE {
+        const Vec more = load(partial.data() + task * hidden + column, count);
+        store(total.data() + column, load(total.data() + column, count) + more, count);
+      });
+    }
+  }
+};
+
+// a = gelu(h), and where there is da (not null), dh over it, of which `sums` adds up the rows; a may be null.
+template <class Form, class T>
+void activate_backward(const T* h, T* a, T* da, float* sums, int64_t hidden) {
+  for_columns(hidden, [&](int64_t i, auto count) MINISORA_INLINE {
+    const Vec value = load(h + i, count);
+    const auto [activated, slope] = Form::value_and_slope(value);
+    if (a != nullptr) store(a + i, activated, count);
+    if (da == nullptr) return;
+    const Vec slant = load(da + i, count) * slope;
+    store(da + i, slant, count);
+    if (sums != nullptr) store(sums + i, load(sums + i, count) + slant, count);
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
-    const Tensor& dy, const Tensor& h, const Tensor& w1, const Tensor& w2) {
+    const Tensor& dy, const Tensor& h, std::optional<Tensor> w1, std::optional<Tensor> w2, bool exact, bool need_a,
+    bool need_dh, bool need_b1) {
   check_dtype(h, "h");
   STD_TORCH_CHECK(h.dim() == 2, "h must be [tokens, hidden]");
   STD_TORCH_CHECK(h.is_contiguous(), "h must be contiguous");
-  STD_TORCH_CHECK(w1.dim() == 2 && w2.dim() == 2, "w1 and w2 must be matrices");
-  const int64_t tokens = h.size(0), hidden = h.size(1), width = w1.size(1), out_width = w2.size(0);
+  STD_TORCH_CHECK(dy.dim() == 2, "dy must be [tokens, D_out]");
+  STD_TORCH_CHECK((!w1 || w1->dim() == 2) && (!w2 || w2->dim() == 2), "w1 and w2 must be matrices");
+  STD_TORCH_CHECK(w2 || (!w1 && !need_dh && !need_b1), "dx, dh and db1 need w2");
+  const int64_t tokens = h.size(0), hidden = h.size(1), width = w1 ? w1->size(1) : 0, out_width = dy.size(1);
   check_dense(dy, "dy", {tokens, out_width});
   STD_TORCH_CHECK(dy.scalar_type() == h.scalar_type(), "dy must have h's dtype");
-  check_weight(w1, "w1", h, hidden, width);
-  check_weight(w2, "w2", h, out_width, hidden);
-  const int64_t chunk = chunk_of(tokens, w1.scalar_type());
-  Tensor dx = empty_like_shape(h, {tokens, width}, h.scalar_type());
-  Tensor a = empty_like_shape(h, {tokens, hidden}, h.scalar_type());
-  Tensor dh = empty_like_shape(h, {tokens, hidden}, h.scalar_type());
-  Tensor db1 = empty_like_shape(h, {hidden}, h.scalar_type());
-  std::vector<float> partial((chunk + kRows - 1) / kRows * hidden), sum(hidden, 0.0f);
-  const Matrix up(w1), down(w2);
-  with_type(h.scalar_type(), [&](auto tag) {
+  if (w1) check_weight(*w1, "w1", h, hidden, width);
+  if (w2) check_weight(*w2, "w2", h, out_width, hidden);
+  const ScalarType dtype = h.scalar_type();
+  const int64_t chunk = chunk_of(tokens, dtype);
+  const auto asked = [&](bool need) { return need ? std::optional(dtype) : std::nullopt; };
+  Tensor dx = empty_if_asked(h, {tokens, width}, asked(w1.has_value()));
+  Tensor a = empty_if_asked(h, {tokens, hidden}, asked(need_a));
+  Tensor dh = empty_if_asked(h, {tokens, hidden}, asked(need_dh));
+  Tensor db1 = empty_if_asked(h, {hidden}, asked(need_b1));
+  // da, then dh: of all tokens if dh is asked for, else of a chunk.
+  Tensor scratch = need_dh || !w2 ? dh : empty_like_shape(h, {chunk, hidden}, dtype);
+  BiasSums sums(chunk, hidden, need_b1);
+  with_form(dtype, exact, [&](auto tag, auto form) {
     using T = decltype(tag);
     const T* in = static_cast<const T*>(h.const_data_ptr());
-    const T* grad = static_cast<const T*>(dy.const_data_ptr());
-    T* back = static_cast<T*>(dx.mutable_data_ptr());
     for (int64_t row = 0; row < tokens; row += chunk) {
       const int64_t rows = std::min(chunk, tokens - row);
-      T* activation = static_cast<T*>(a.mutable_data_ptr()) + row * hidden;
-      T* out = static_cast<T*>(dh.mutable_data_ptr()) + row * hidden; // holds da until dh overwrites it
-      product(rows_of(h, out, 0, rows, hidden), rows_of(h, grad, row, rows, out_width), down);
-      const T* kept = in + row * hidden;
+      T* activation = need_a ? static_cast<T*>(a.mutable_data_ptr()) + row * hidden : nullptr;
+      T* out = w2 ? static_cast<T*>(scratch.mutable_data_ptr()) + (need_dh ? row * hidden : 0) : nullptr;
+      if (w2) {
+        const T* grad = static_cast<const T*>(dy.const_data_ptr());
+        product(rows_of(h, out, 0, rows, hidden), rows_of(h, grad, row, rows, out_width), Matrix(*w2));
+      }
       for_rows(rows, [&](int64_t first, int64_t last, int64_t task) {
-        float* sums = partial.data() + task * hidden;
-        std::fill_n(sums, hidden, 0.0f);
-        for (int64_t r = first; r < last; ++r) {
-          for_columns(hidden, [&](int64_t column, auto count) MINISORA_INLINE {
-            const int64_t i = r * hidden + column;
-            const Vec value = load(kept + i, count);
-            const Vec squared = value * value;
-            const auto [q, s] = Sigmoid(value, squared);
-            // 1 - s loses digits where s is near 1; q^2 s does not. In this order, with a finite q, it is 0 where s is
-            // 0.
-            const Vec finite = at::vec::clamp_max(q, Vec(1e30f));
-            const Vec complement = finite * s * finite;
-            const Vec hs = value * s;
-            const Vec slope = at::vec::fmadd(squared, Vec(6.0f * kSqrt2OverPi * kCubic), Vec(2.0f * kSqrt2OverPi));
-            const Vec slant = load(out + i, count) * at::vec::fmadd(hs * complement, slope, s);
-            store(activation + i, hs, count);
-            store(out + i, slant, count);
-            store(sums + column, load(sums + column, count) + slant, count);
-          });
+        float* total = sums.begin(task);
+        for (int64_t r = first * hidden; r < last * hidden; r += hidden) {
+          activate_backward<decltype(form)>(
+              in + row * hidden + r, activation ? activation + r : nullptr, out ? out + r : nullptr, total, hidden);
         }
       });
-      for (int64_t task = 0; task * kRows < rows; ++task) {
-        for_columns(hidden, [&](int64_t column, auto count) MINISORA_INLINE {
-          const Vec more = load(partial.data() + task * hidden + column, count);
-          store(sum.data() + column, load(sum.data() + column, count) + more, count);
-        });
+      sums.end_chunk(rows);
+      if (w1) {
+        T* back = static_cast<T*>(dx.mutable_data_ptr());
+        product(rows_of(h, back, row, rows, width), rows_of(h, out, 0, rows, hidden), Matrix(*w1));
       }
-      product(rows_of(h, back, row, rows, width), rows_of(h, out, 0, rows, hidden), up);
     }
     T* bias = static_cast<T*>(db1.mutable_data_ptr());
-    for_columns(
-        hidden, [&](int64_t column, auto count) { store(bias + column, load(sum.data() + column, count), count); });
+    if (!need_b1) return;
+    for_columns(hidden, [&](int64_t i, auto count) { store(bias + i, load(sums.total.data() + i, count), count); });
   });
   return {dx, a, dh, db1};
 }

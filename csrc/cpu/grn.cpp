@@ -1,23 +1,11 @@
 // grn: equation and derivation in minisora_kernels/ops/grn.py. Two passes over the tokens: the first sums over the
 // sites of each frame, the second writes. Both passes per frame, so that the second finds it in the caches, were no
 // faster on one thread. On two threads they were slower, because the threads wait for each other after each frame.
+#include "gelu.h"
 #include "rows.h"
 
 namespace minisora {
 namespace {
-
-// Phi(h), the normal distribution, within 2e-7: Phi(h) - 1/2 = h P(h^2) / Q(h^2) for |h| < 5.6. The coefficients
-// minimise the maximal error (9e-9 before rounding). Beyond 5.6 Phi is 0 or 1 in fp32, and the bound of 1/2 holds. This
-// costs half as much as the common form with an exponential.
-MINISORA_INLINE inline Vec distribution(Vec h) {
-  const Vec u = at::vec::clamp_max(h * h, Vec(5.6f * 5.6f));
-  Vec p(2.2145276e-08f), q(1.1802094e-06f);
-  for (const float c : {6.3565135e-06f, 1.7385009e-04f, 4.7072559e-03f, 3.4376059e-02f, 3.9894223e-01f})
-    p = at::vec::fmadd(p, u, Vec(c));
-  for (const float c : {7.5101634e-05f, 1.9129748e-03f, 2.8940057e-02f, 2.5283372e-01f, 1.0f})
-    q = at::vec::fmadd(q, u, Vec(c));
-  return Vec(0.5f) + at::vec::clamp(h * p / q, Vec(-0.5f), Vec(0.5f));
-}
 
 template <bool GELU>
 MINISORA_INLINE inline Vec activate(Vec x) {
@@ -50,7 +38,7 @@ void apply(const TX* x, const float* gains, const float* biases, TY* y, int64_t 
   });
 }
 
-// products += dy * a, sums += dy, for G tokens
+// products += dy * a, sums += dy if it is asked for (not null), for G tokens
 template <bool GELU, int G, class TX, class TY>
 void add_products(const TX* x, const TY* dy, float* products, float* sums, int64_t width) {
   for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
@@ -62,7 +50,7 @@ void add_products(const TX* x, const TY* dy, float* products, float* sums, int64
       product = at::vec::fmadd(g, a, product);
     });
     store(products + i, load(products + i, count) + product, count);
-    store(sums + i, load(sums + i, count) + total, count);
+    if (sums != nullptr) store(sums + i, load(sums + i, count) + total, count);
   });
 }
 
@@ -74,8 +62,8 @@ void apply_backward(const TX* x, const TY* dy, const float* gains, const float* 
     for_group<G>([&](int r) MINISORA_INLINE {
       Vec a = load_ahead<G>(x, r, i, width, count), slope(1.0f);
       if constexpr (GELU) {
-        const Vec phi = distribution(a), density = Vec(0.3989422804014327f) * (a * a * Vec(-0.5f)).exp_u20();
-        slope = at::vec::fmadd(a, density, phi);
+        const Vec phi = distribution(a);
+        slope = at::vec::fmadd(a, density(a), phi);
         a = a * phi;
       }
       const Vec da = at::vec::fmadd(load_ahead<G>(dy, r, i, width, count), gain, a * pull);
@@ -116,8 +104,8 @@ std::tuple<Tensor, Tensor> grn_fwd(
     constexpr bool GELU = activated;
     const auto* in = static_cast<const TX*>(x.const_data_ptr());
     auto* out = static_cast<decltype(y_tag)*>(y.mutable_data_ptr());
-    sum_over_rows<1>(
-        frames, sites, 1, width, [] { return 0; }, [](int, int64_t, int64_t) {},
+    sum_over_rows(
+        1, frames, sites, 1, width, [] { return 0; }, [](int, int64_t, int64_t) {},
         [&](int, int64_t token, auto group, float** sums) {
           add_squares<GELU, group>(in + token * width, sums[0], width);
         },
@@ -138,10 +126,8 @@ std::tuple<Tensor, Tensor> grn_fwd(
           });
     });
   };
-  with_type(x.scalar_type(), [&](auto x_tag) {
-    with_type(out_dtype, [&](auto y_tag) {
-      gelu ? run(x_tag, y_tag, std::true_type{}) : run(x_tag, y_tag, std::false_type{});
-    });
+  with_result(x.scalar_type(), out_dtype, [&](auto x_tag, auto y_tag) {
+    gelu ? run(x_tag, y_tag, std::true_type{}) : run(x_tag, y_tag, std::false_type{});
   });
   return {y, norms};
 }
@@ -168,20 +154,20 @@ struct FrameRows {
 };
 
 std::tuple<Tensor, Tensor, Tensor> grn_bwd(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& norms, bool gelu,
-    double eps) {
+    const Tensor& dy, const Tensor& x, std::optional<Tensor> weight, const Tensor& norms, bool gelu, double eps,
+    bool need_x, std::optional<ScalarType> weight_dtype, std::optional<ScalarType> bias_dtype) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [F, N, C]");
   const int64_t frames = x.size(0), sites = x.size(1), width = x.size(2);
   check_dense(x, "x", {frames, sites, width});
   check_dense(dy, "dy", {frames, sites, width});
-  check_dense(bias, "bias", {width});
   check_statistic(norms, "norms", {frames, width});
+  STD_TORCH_CHECK(weight.has_value() || !need_x, "the gradient of x needs weight");
   const auto w = affine(weight, "weight", 0.0f, width);
-  Tensor dx = empty_like_shape(x, {frames, sites, width}, x.scalar_type());
-  Tensor dweight = empty_like_shape(weight, {width}, weight.scalar_type()),
-         dbias = empty_like_shape(bias, {width}, bias.scalar_type());
+  Tensor dx = empty_if_asked(x, {frames, sites, width}, need_x ? std::optional(x.scalar_type()) : std::nullopt);
+  Tensor dweight = empty_if_asked(x, {width}, weight_dtype), dbias = empty_if_asked(x, {width}, bias_dtype);
+  const int kinds = bias_dtype ? 2 : 1; // sums of dy * a; of dy, for the bias alone
   const float* g = static_cast<const float*>(norms.const_data_ptr());
-  const auto products = unwritten(frames * width), sums_dy = unwritten(frames * width);
+  const auto products = unwritten(frames * width), sums_dy = unwritten(bias_dtype ? frames * width : 0);
 
   const auto run = [&](auto x_tag, auto y_tag, auto activated) {
     using TX = decltype(x_tag);
@@ -189,17 +175,18 @@ std::tuple<Tensor, Tensor, Tensor> grn_bwd(
     constexpr bool GELU = activated;
     const auto* in = static_cast<const TX*>(x.const_data_ptr());
     const auto* grad = static_cast<const TY*>(dy.const_data_ptr());
-    auto* out = static_cast<TX*>(dx.mutable_data_ptr());
-    sum_over_rows<2>(
-        frames, sites, 1, width, [] { return 0; }, [](int, int64_t, int64_t) {},
+    auto* out = data_if<TX>(need_x, dx);
+    sum_over_rows(
+        kinds, frames, sites, 1, width, [] { return 0; }, [](int, int64_t, int64_t) {},
         [&](int, int64_t token, auto group, float** sums) {
           add_products<GELU, group>(in + token * width, grad + token * width, sums[0], sums[1], width);
         },
         [](int, int64_t, float**) {},
         [&](int64_t frame, int64_t, int64_t first, int64_t last, float** sums) {
           std::copy(sums[0] + first, sums[0] + last, products.get() + frame * width + first);
-          std::copy(sums[1] + first, sums[1] + last, sums_dy.get() + frame * width + first);
+          if (bias_dtype) std::copy(sums[1] + first, sums[1] + last, sums_dy.get() + frame * width + first);
         });
+    if (!need_x) return;
     const auto read = [&](FrameRows& rows, int64_t frame, int64_t) {
       rows.read(g + frame * width, products.get() + frame * width, w.data(), width, eps);
     };
@@ -212,38 +199,32 @@ std::tuple<Tensor, Tensor, Tensor> grn_bwd(
           });
     });
   };
-  with_type(x.scalar_type(), [&](auto x_tag) {
-    with_type(dy.scalar_type(), [&](auto y_tag) {
-      gelu ? run(x_tag, y_tag, std::true_type{}) : run(x_tag, y_tag, std::false_type{});
-    });
+  with_result(x.scalar_type(), dy.scalar_type(), [&](auto x_tag, auto y_tag) {
+    gelu ? run(x_tag, y_tag, std::true_type{}) : run(x_tag, y_tag, std::false_type{});
   });
 
-  // Sums over the frames, in their order.
-  std::vector<float> total_weight(width, 0.0f), total_bias(width, 0.0f);
-  if (sites > 0) {
-    for (int64_t frame = 0; frame < frames; ++frame) {
-      const float r = inverse_mean(g + frame * width, width, eps);
-      for (int64_t i = 0; i < width; ++i) products[frame * width + i] *= g[frame * width + i] * r;
-    }
-    for (int64_t first = 0; first < width; first += kBlock) {
-      const int64_t columns = std::min(kBlock, width - first);
-      add_up(frames, columns, total_weight.data() + first, [&](int64_t frame) {
-        return products.get() + frame * width + first;
-      });
-      add_up(frames, columns, total_bias.data() + first, [&](int64_t frame) {
-        return sums_dy.get() + frame * width + first;
+  // Adds up over the frames, in their order.
+  const auto write = [&](Tensor& gradient, const float* terms) {
+    std::vector<float> total(width, 0.0f);
+    for (int64_t first = 0; sites > 0 && first < width; first += kBlock) {
+      add_up(frames, std::min(kBlock, width - first), total.data() + first, [&](int64_t frame) {
+        return terms + frame * width + first;
       });
     }
-  }
-  const auto write = [&](Tensor& gradient, const std::vector<float>& total) {
     with_type(gradient.scalar_type(), [&](auto tag) {
       auto* to = static_cast<decltype(tag)*>(gradient.mutable_data_ptr());
       for_columns(
           width, [&](int64_t i, auto count) MINISORA_INLINE { store(to + i, load(total.data() + i, count), count); });
     });
   };
-  write(dweight, total_weight);
-  write(dbias, total_bias);
+  if (weight_dtype) {
+    for (int64_t frame = 0; sites > 0 && frame < frames; ++frame) {
+      const float r = inverse_mean(g + frame * width, width, eps);
+      for (int64_t i = 0; i < width; ++i) products[frame * width + i] *= g[frame * width + i] * r;
+    }
+    write(dweight, products.get());
+  }
+  if (bias_dtype) write(dbias, sums_dy.get());
   return {dx, dweight, dbias};
 }
 

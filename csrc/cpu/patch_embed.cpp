@@ -171,11 +171,17 @@ Tensor patch_embed_fwd(const Tensor& x, const Tensor& weight, std::optional<Tens
 }
 
 // dx = the patches dy weight, each in its place.
-Tensor gradient_of_x(const Tensor& dy, const Tensor& x, const Tensor& weight, const PatchGrid& grid) {
-  const int64_t batch = x.size(0), tokens = grid.tokens(), depth = grid.elements(), width = weight.size(0);
+Tensor patch_embed_video(const Tensor& dy, const Tensor& weight, int64_t frames, int64_t height, int64_t across) {
+  STD_TORCH_CHECK(weight.dim() == 5, "weight must be [D, C, pt, ph, pw]");
+  const PatchGrid grid{frames, height, across, weight.size(2), weight.size(3), weight.size(4), weight.size(1)};
+  grid.check();
+  STD_TORCH_CHECK(dy.dim() == 3, "dy must be [B, N, D]");
+  const int64_t batch = dy.size(0), tokens = grid.tokens(), depth = grid.elements(), width = weight.size(0);
+  check_dense(weight, "weight", {width, grid.channels, grid.pt, grid.ph, grid.pw});
+  check_dense(dy, "dy", {batch, tokens, width});
   const int64_t row = whole_vectors(depth), tiles = blocks(tokens, kTokens);
   Tensor dx = empty_like_shape(
-      x, {batch, grid.channels, grid.frames * grid.pt, grid.height * grid.ph, grid.width * grid.pw}, x.scalar_type());
+      dy, {batch, grid.channels, frames * grid.pt, height * grid.ph, across * grid.pw}, dy.scalar_type());
   std::vector<float> wide(width * row);
   widen(weight, depth, 0, width, 0, depth, wide.data(), row);
   torch::stable::parallel_for(0, batch * tiles, 1, [&](int64_t begin, int64_t end) {
@@ -201,18 +207,18 @@ Tensor gradient_of_x(const Tensor& dy, const Tensor& x, const Tensor& weight, co
   return dx;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_bwd(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, std::optional<ScalarType> bias,
-    std::optional<ScalarType> pos, bool need_x) {
-  const PatchGrid grid = grid_of(x, weight);
-  const int64_t batch = x.size(0), tokens = grid.tokens(), depth = grid.elements(), width = weight.size(0);
+std::tuple<Tensor, Tensor, Tensor> patch_embed_bwd(
+    const Tensor& dy, const Tensor& x, int64_t pt, int64_t ph, int64_t pw, std::optional<ScalarType> bias,
+    std::optional<ScalarType> pos) {
+  const PatchGrid grid = grid_of(x, pt, ph, pw);
+  STD_TORCH_CHECK(dy.dim() == 3, "dy must be [B, N, D]");
+  const int64_t batch = x.size(0), tokens = grid.tokens(), depth = grid.elements(), width = dy.size(2);
   check_dense(dy, "dy", {batch, tokens, width});
-  Tensor dbias = empty_like_shape(dy, {bias ? width : 0}, bias.value_or(dy.scalar_type()));
-  Tensor dpos = empty_like_shape(dy, {pos ? tokens : 0, width}, pos.value_or(dy.scalar_type()));
-  Tensor dweight = empty_like_shape(weight, {width, grid.channels, grid.pt, grid.ph, grid.pw}, weight.scalar_type());
+  Tensor dbias = empty_if_asked(dy, {width}, bias), dpos = empty_if_asked(dy, {tokens, width}, pos);
+  Tensor dweight = empty_like_shape(dy, {width, grid.channels, pt, ph, pw}, dy.scalar_type());
 
 #if defined(__AVX512BF16__)
-  if (are_bf16({&x, &dy, &weight}) && !pos && PatchPairs::serves(width)) {
+  if (are_bf16({&x, &dy}) && !pos && PatchPairs::serves(width)) {
     const int64_t size = whole(depth + 1, 16) * width, most = std::clamp<int64_t>(kPartial / size, 1, kParts);
     const int64_t per_part = blocks(blocks(tokens, kSumTokens), most) * kSumTokens, parts = blocks(tokens, per_part);
     std::vector<float> sums =
@@ -223,8 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_bwd(
     for (int64_t d = 0; d < width; ++d) {
       for (int64_t k = 0; k < depth; ++k) out[d * depth + k] = BFloat16(sums[k * width + d]);
     }
-    return {
-        need_x ? gradient_of_x(dy, x, weight, grid) : empty_like_shape(x, {0}, x.scalar_type()), dweight, dbias, dpos};
+    return {dweight, dbias, dpos};
   }
 #endif
 
@@ -283,8 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_bwd(
       });
     }
   });
-  Tensor dx = need_x ? gradient_of_x(dy, x, weight, grid) : empty_like_shape(x, {0}, x.scalar_type());
-  return {dx, dweight, dbias, dpos};
+  return {dweight, dbias, dpos};
 }
 
 // ---- for a long patch, which torch multiplies
@@ -327,6 +331,7 @@ Tensor patch_embed_scatter(
 STABLE_TORCH_LIBRARY_IMPL(minisora, CPU, m) {
   m.impl("patch_embed_fwd", TORCH_BOX(&patch_embed_fwd));
   m.impl("patch_embed_bwd", TORCH_BOX(&patch_embed_bwd));
+  m.impl("patch_embed_video", TORCH_BOX(&patch_embed_video));
   m.impl("patch_embed_gather", TORCH_BOX(&patch_embed_gather));
   m.impl("patch_embed_scatter", TORCH_BOX(&patch_embed_scatter));
 }

@@ -10,20 +10,30 @@
 
 namespace minisora {
 
-// A modulation parameter [B, R, D] with any strides over B and R; the row of token n is n / (N / R).
-struct Rows {
-  const char* data;
-  ScalarType dtype;
-  int64_t count, element, batch_stride, row_stride, tokens_per_row;
+inline void check_rows(int64_t count, const char* name, int64_t tokens) {
+  STD_TORCH_CHECK(
+      count > 0 && tokens % count == 0, name, " has ", count, " rows, which do not divide ", tokens, " tokens");
+}
 
-  Rows(const Tensor& parameter, const char* name, int64_t batch, int64_t tokens, int64_t width)
-      : data(static_cast<const char*>(parameter.const_data_ptr())), dtype(parameter.scalar_type()) {
+// A modulation parameter [B, R, D] with any strides over B and R; the row of token n is n / (N / R). Without one its
+// rows are `absent`.
+struct Rows {
+  float absent;
+  const char* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+  int64_t count = 1, element = 4, batch_stride = 0, row_stride = 0, tokens_per_row = 1;
+
+  Rows(const std::optional<Tensor>& given, const char* name, float absent, int64_t batch, int64_t tokens, int64_t width)
+      : absent(absent) {
+    if (!given) return;
+    const Tensor& parameter = *given;
     check_dtype(parameter, name);
     STD_TORCH_CHECK(parameter.dim() == 3, name, " must be [B, R, D]");
+    data = static_cast<const char*>(parameter.const_data_ptr());
+    dtype = parameter.scalar_type();
     count = parameter.size(1);
     check_shape(parameter, name, {batch, count, width});
-    STD_TORCH_CHECK(
-        count > 0 && tokens % count == 0, name, " has ", count, " rows, which do not divide ", tokens, " tokens");
+    check_rows(count, name, tokens);
     STD_TORCH_CHECK(width <= 1 || parameter.stride(2) == 1, name, " must have stride 1 over D");
     element = dtype == ScalarType::Float ? 4 : 2;
     batch_stride = parameter.stride(0);
@@ -33,6 +43,10 @@ struct Rows {
 
   // out = offset + the row of token n, in fp32
   void read(int64_t b, int64_t n, float offset, float* out, int64_t width) const {
+    if (data == nullptr) {
+      std::fill_n(out, width, absent + offset);
+      return;
+    }
     const char* row = data + element * (b * batch_stride + n / tokens_per_row * row_stride);
     with_type(dtype, [&](auto tag) {
       const auto* p = reinterpret_cast<const decltype(tag)*>(row);
@@ -145,7 +159,7 @@ inline void modulate(const TX* x, const float* mean, const float* rstd, const Ad
 }
 
 // The backward of G tokens, with h = (x - mean) * rstd and dh = dy * gain. The first half adds dy and dy * h to the
-// sums of the row. Every parameter's gradient follows from them:
+// sums of the row, if there are any (not null). Every parameter's gradient follows from them:
 //   dshift = sum dy, dscale = weight * sum dy h + bias * sum dy, dweight = sum (1 + scale) dy h, dbias = sum (1 +
 //   scale) dy.
 // The second half is dx = rstd * (dh - mean(dh) - h * mean(dh * h)), without mean(dh) for an RMS norm. It computes h
@@ -174,6 +188,7 @@ struct AdaLNBackward {
         sum = sum + dh;
         sum_h = at::vec::fmadd(dh, h, sum_h);
       });
+      if (sum_dy == nullptr) return;
       store(sum_dy + i, load(sum_dy + i, count) + total, count);
       store(sum_dy_h + i, load(sum_dy_h + i, count) + total_h, count);
     });
@@ -209,10 +224,11 @@ constexpr int64_t kChunk = 64; // tokens per task; more would leave threads idle
 
 inline int64_t chunk_count(int64_t batch, int64_t tokens) { return batch * ((tokens + kChunk - 1) / kChunk); }
 
-// The finest division of the tokens into rows: every parameter is constant within each.
-inline int64_t common_rows(std::initializer_list<const Rows*> parameters) {
+// The finest division of the tokens into rows: every parameter is constant within each. A gradient that is not asked
+// for has no rows.
+inline int64_t common_rows(std::initializer_list<int64_t> counts) {
   int64_t rows = 1;
-  for (const Rows* parameter : parameters) rows = std::lcm(rows, parameter->count);
+  for (const int64_t count : counts) rows = std::lcm(rows, std::max<int64_t>(count, 1));
   return rows;
 }
 
@@ -264,34 +280,36 @@ void add_up(int64_t count, int64_t columns, float* out, Terms terms) {
   for (int64_t i = 0; i < columns; ++i) out[i] = static_cast<float>(total[i]);
 }
 
-// Sums K vectors of width D over the tokens of every row. A task takes one chunk of tokens and splits it into runs of
-// one row. It calls
+constexpr int kSums = 3; // the most vectors that a kernel sums
+
+// Sums `kinds` vectors of width D over the tokens of every row. A task takes one chunk of tokens and splits it into
+// runs of one row. It calls
 //   read(scratch, b, n)                      before the first token n of a run
-//   add(scratch, token, group, sums)         for its tokens, counted over all samples; adds to sums[0..K)
+//   add(scratch, token, group, sums)         for its tokens, counted over all samples; adds to sums[0..kinds)
 //   end_run(scratch, chunk, sums)            after the last
 // Then finish(b, row, first, last, sums) gets the complete sums of a row for columns [first, last). A row within one
 // chunk is finished there. The others leave partial sums, at most two per chunk, which a second stage adds in order.
-template <int K, class Scratch, class Read, class Add, class EndRun, class Finish>
+template <class Scratch, class Read, class Add, class EndRun, class Finish>
 void sum_over_rows(
-    int64_t batch, int64_t tokens, int64_t rows, int64_t width, Scratch make_scratch, Read read, Add add,
+    int kinds, int64_t batch, int64_t tokens, int64_t rows, int64_t width, Scratch make_scratch, Read read, Add add,
     EndRun end_run, Finish finish) {
   if (batch == 0 || tokens == 0) return;
   const int64_t per_row = tokens / rows;
   const int64_t chunks = (tokens + kChunk - 1) / kChunk;
-  const bool spanning = kChunk % per_row != 0;
+  const bool spanning = kinds > 0 && kChunk % per_row != 0;
   // Not a std::vector: each number is written before it is read, and zeros would cost as much as the sums.
-  const std::unique_ptr<float[]> partial(spanning ? new float[batch * chunks * 2 * K * width] : nullptr);
+  const std::unique_ptr<float[]> partial(spanning ? new float[batch * chunks * 2 * kinds * width] : nullptr);
   const auto slot = [&](int64_t b, int64_t chunk, bool began_here) {
-    return partial.get() + ((b * chunks + chunk) * 2 + began_here) * K * width;
+    return partial.get() + ((b * chunks + chunk) * 2 + began_here) * kinds * width;
   };
   const auto parts = [&](float* base, float** sums) {
-    for (int k = 0; k < K; ++k) sums[k] = base + k * width;
+    for (int k = 0; k < kinds; ++k) sums[k] = base + k * width;
   };
 
   torch::stable::parallel_for(0, batch * chunks, 1, [&](int64_t begin, int64_t end) {
     auto scratch = make_scratch();
-    std::vector<float> accumulator(K * width);
-    float* sums[K];
+    std::vector<float> accumulator(kinds * width);
+    float* sums[kSums] = {};
     parts(accumulator.data(), sums);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / chunks, chunk = task % chunks;
@@ -303,14 +321,16 @@ void sum_over_rows(
         read(scratch, b, n);
         for_groups(
             b * tokens + n, b * tokens + stop, [&](int64_t token, auto group) { add(scratch, token, group, sums); });
+        const int64_t start = n;
+        n = stop;
+        if (kinds == 0) continue;
         end_run(scratch, task, sums);
-        const bool began_here = n == row * per_row;
+        const bool began_here = start == row * per_row;
         if (began_here && stop == (row + 1) * per_row) {
           finish(b, row, 0, width, sums);
         } else {
           std::copy(accumulator.begin(), accumulator.end(), slot(b, chunk, began_here));
         }
-        n = stop;
       }
     }
     _mm_sfence();
@@ -319,15 +339,15 @@ void sum_over_rows(
 
   const int64_t blocks = (width + kBlock - 1) / kBlock;
   torch::stable::parallel_for(0, batch * rows * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> accumulator(K * width);
-    float* sums[K];
+    std::vector<float> accumulator(kinds * width);
+    float* sums[kSums] = {};
     parts(accumulator.data(), sums);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / (rows * blocks), row = task / blocks % rows, block = task % blocks;
       const int64_t first_chunk = row * per_row / kChunk, last_chunk = ((row + 1) * per_row - 1) / kChunk;
       if (first_chunk == last_chunk) continue;
       const int64_t first = block * kBlock, last = std::min(width, first + kBlock);
-      for (int k = 0; k < K; ++k) {
+      for (int k = 0; k < kinds; ++k) {
         add_up(last_chunk - first_chunk + 1, last - first, sums[k] + first, [&](int64_t i) {
           const int64_t chunk = first_chunk + i;
           return slot(b, chunk, row * per_row >= chunk * kChunk) + k * width + first;
@@ -338,21 +358,26 @@ void sum_over_rows(
   });
 }
 
-// The gradient of a parameter with R rows, from sums over a finer (or equal) division into `fine` rows.
+// The gradient of a parameter with R rows, from sums over a finer (or equal) division into `fine` rows; nothing if it
+// is not asked for.
 class RowGradient {
  public:
-  RowGradient(const Tensor& parameter, int64_t fine, int64_t tokens, int64_t width)
-      : batch_(parameter.size(0)),
-        rows_(parameter.size(1)),
+  RowGradient(
+      const char* name, const std::optional<ScalarType>& dtype, int64_t rows, int64_t fine, const Tensor& tokens)
+      : asked_(dtype.has_value()),
+        batch_(tokens.size(0)),
+        rows_(asked_ ? rows : fine),
         fine_(fine),
-        width_(width),
-        gradient_(empty_like_shape(parameter, {batch_, rows_, width}, parameter.scalar_type())),
-        sums_(rows_ == fine ? 0 : batch_ * fine * width) {
-    if (tokens == 0) torch::stable::zero_(gradient_);
+        width_(tokens.size(2)),
+        gradient_(empty_if_asked(tokens, {batch_, rows_, width_}, dtype)),
+        sums_(rows_ == fine ? 0 : batch_ * fine * width_) {
+    if (asked_) check_rows(rows, name, tokens.size(1));
+    if (tokens.size(1) == 0) torch::stable::zero_(gradient_);
   }
 
   // The complete sum of fine row `row`, columns [first, last).
   void set(int64_t b, int64_t row, int64_t first, int64_t last, const float* sum) {
+    if (!asked_) return;
     if (rows_ == fine_) {
       write(b, row, first, last, sum);
     } else {
@@ -386,25 +411,24 @@ class RowGradient {
     });
   }
 
+  bool asked_;
   int64_t batch_, rows_, fine_, width_;
   Tensor gradient_;
   std::vector<float> sums_;
 };
 
-// dweight and dbias [D]: one partial sum per chunk, added in the order of the chunks.
+// dweight and dbias [D]: one partial sum per chunk, added in the order of the chunks; nothing if it is not asked for.
 class AffineGradient {
  public:
-  AffineGradient(const std::optional<Tensor>& parameter, const Tensor& x, int64_t tasks, int64_t width)
-      : given_(parameter.has_value()),
-        width_(width),
-        partial_(given_ ? tasks * width : 0),
-        gradient_(
-            given_ ? empty_like_shape(*parameter, {width}, parameter->scalar_type())
-                   : empty_like_shape(x, {0}, x.scalar_type())) {}
+  AffineGradient(const std::optional<ScalarType>& dtype, const Tensor& x)
+      : asked_(dtype.has_value()),
+        width_(x.size(2)),
+        partial_(asked_ ? chunk_count(x.size(0), x.size(1)) * width_ : 0),
+        gradient_(empty_if_asked(x, {width_}, dtype)) {}
 
   // partial sum of the chunk += (1 + scale) * sum of the run
   void add(int64_t task, const float* one_plus_scale, const float* sum) {
-    if (!given_) return;
+    if (!asked_) return;
     float* out = partial_.data() + task * width_;
     for_columns(width_, [&](int64_t i, auto count) MINISORA_INLINE {
       store(
@@ -413,7 +437,7 @@ class AffineGradient {
   }
 
   Tensor result() {
-    if (given_) {
+    if (asked_) {
       std::vector<float> total(width_);
       const int64_t tasks = static_cast<int64_t>(partial_.size()) / std::max<int64_t>(width_, 1);
       for (int64_t first = 0; first < width_; first += kBlock) {
@@ -432,7 +456,7 @@ class AffineGradient {
   }
 
  private:
-  bool given_;
+  bool asked_;
   int64_t width_;
   std::vector<float> partial_;
   Tensor gradient_;

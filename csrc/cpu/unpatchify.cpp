@@ -4,9 +4,13 @@
 namespace minisora {
 namespace {
 
+PatchOrder order_of(const PatchGrid& grid, bool channels_first) {
+  return channels_first ? grid.channels_first(grid.elements()) : grid.channels_last();
+}
+
 Tensor unpatchify_fwd(
     const Tensor& tokens, int64_t frames, int64_t height, int64_t width, int64_t pt, int64_t ph, int64_t pw,
-    int64_t channels) {
+    int64_t channels, bool channels_first) {
   const PatchGrid grid{frames, height, width, pt, ph, pw, channels};
   grid.check();
   STD_TORCH_CHECK(tokens.dim() == 3, "tokens must be [B, N, pt*ph*pw*C]");
@@ -17,12 +21,14 @@ Tensor unpatchify_fwd(
   with_element(tokens.scalar_type(), [&](auto tag) {
     const auto* in = static_cast<const decltype(tag)*>(tokens.const_data_ptr());
     auto* out = static_cast<decltype(tag)*>(video.mutable_data_ptr());
-    for_video(grid, grid.channels_last(), VideoStrides(video), batch, [=](int64_t v, int64_t t) { out[v] = in[t]; });
+    for_video(grid, order_of(grid, channels_first), VideoStrides(video), batch, [=](int64_t v, int64_t t) {
+      out[v] = in[t];
+    });
   });
   return video;
 }
 
-Tensor unpatchify_bwd(const Tensor& dvideo, int64_t pt, int64_t ph, int64_t pw) {
+Tensor unpatchify_bwd(const Tensor& dvideo, int64_t pt, int64_t ph, int64_t pw, bool channels_first) {
   STD_TORCH_CHECK(dvideo.dim() == 5, "dvideo must be [B, C, T, H, W]");
   STD_TORCH_CHECK(pt > 0 && ph > 0 && pw > 0, "patch must be positive");
   const int64_t batch = dvideo.size(0), channels = dvideo.size(1);
@@ -34,7 +40,9 @@ Tensor unpatchify_bwd(const Tensor& dvideo, int64_t pt, int64_t ph, int64_t pw) 
   with_element(dvideo.scalar_type(), [&](auto tag) {
     const auto* in = static_cast<const decltype(tag)*>(dvideo.const_data_ptr());
     auto* out = static_cast<decltype(tag)*>(dtokens.mutable_data_ptr());
-    for_video(grid, grid.channels_last(), VideoStrides(dvideo), batch, [=](int64_t v, int64_t t) { out[t] = in[v]; });
+    for_video(grid, order_of(grid, channels_first), VideoStrides(dvideo), batch, [=](int64_t v, int64_t t) {
+      out[t] = in[v];
+    });
   });
   return dtokens;
 }

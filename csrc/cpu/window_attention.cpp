@@ -133,10 +133,10 @@ template <class T>
 using KernelOf = Float32;
 #endif
 
-// The gradient of a norm's weight, [head_dim] or [heads, head_dim]: gain = factor * weight.
+// The gradient of a norm's weight, [head_dim] or [heads, head_dim], if there are sums of it: gain = factor * weight.
 Tensor weight_gradient(
     const std::optional<Tensor>& weight, const Tensor& qkv, const float* partial, int64_t count, float factor) {
-  if (!weight) return empty_like_shape(qkv, {0}, qkv.scalar_type());
+  if (partial == nullptr) return empty_like_shape(qkv, {0}, qkv.scalar_type());
   const int64_t size = weight->numel();
   Tensor gradient = torch::stable::new_empty(*weight, weight->sizes(), weight->scalar_type());
   with_type(weight->scalar_type(), [&](auto tag) {
@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
     const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& softmax, int64_t t, int64_t h, int64_t w,
     int64_t wt, int64_t wh, int64_t ww, std::optional<Tensor> q_weight, std::optional<Tensor> k_weight, int64_t norm,
     std::optional<Tensor> cos, std::optional<Tensor> sin, bool interleaved, std::optional<Tensor> bias, double scale,
-    double eps, bool with_dbias) {
+    double eps, bool need_qkv, bool need_q, bool need_k, bool need_bias) {
   const Problem p(qkv, {t, h, w}, {wt, wh, ww}, q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps);
   check_dense(dout, "dout", {p.batch, p.tokens, p.heads * p.width});
   check_dense(out, "out", {p.batch, p.tokens, p.heads * p.width});
@@ -200,20 +200,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
       dout.scalar_type() == qkv.scalar_type() && out.scalar_type() == qkv.scalar_type(),
       "dout and out must have the dtype of qkv");
   check_statistic(softmax, "softmax", {p.batch, p.tokens, p.heads, 2});
-  STD_TORCH_CHECK(bias.has_value() || !with_dbias, "the gradient of a bias needs a bias");
-  Tensor dqkv = with_huge_pages(torch::stable::new_empty(qkv, qkv.sizes(), qkv.scalar_type()));
-  Partial partial(p, with_dbias);
+  STD_TORCH_CHECK(bias.has_value() || !need_bias, "the gradient of a bias needs a bias");
+  STD_TORCH_CHECK((q_weight || !need_q) && (k_weight || !need_k), "the gradient of a weight needs a weight");
+  Tensor dqkv = need_qkv ? with_huge_pages(torch::stable::new_empty(qkv, qkv.sizes(), qkv.scalar_type()))
+                         : empty_like_shape(qkv, {0}, qkv.scalar_type());
+  Partial partial(p, need_q, need_k, need_bias);
   with_type(qkv.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     backward<KernelOf<T>>(
         p, static_cast<const T*>(dout.const_data_ptr()), static_cast<const T*>(qkv.const_data_ptr()),
         static_cast<const T*>(out.const_data_ptr()), static_cast<const float*>(softmax.const_data_ptr()),
-        static_cast<T*>(dqkv.mutable_data_ptr()), partial);
+        data_if<T>(need_qkv, dqkv), partial);
   });
   return {
       dqkv, weight_gradient(q_weight, qkv, partial.gain[0].get(), partial.gains(), p.q_factor),
       weight_gradient(k_weight, qkv, partial.gain[1].get(), partial.gains(), 1.0f),
-      bias_gradient(p, bias, with_dbias, qkv, partial)};
+      bias_gradient(p, bias, need_bias, qkv, partial)};
 }
 
 } // namespace

@@ -321,7 +321,7 @@ class Reader {
       const float rstd = normalise(h, width);
       Vec sum_dh(0.0f), sum_dh_h(0.0f);
       for_vectors(width, [&](auto u, auto count) MINISORA_INLINE {
-        store(dgain + u * V, at::vec::fmadd(g[u], h[u], load(dgain + u * V, count)), count);
+        if (dgain != nullptr) store(dgain + u * V, at::vec::fmadd(g[u], h[u], load(dgain + u * V, count)), count);
         g[u] = g[u] * load(gain + u * V, count);
         sum_dh = sum_dh + g[u];
         sum_dh_h = at::vec::fmadd(g[u], h[u], sum_dh_h);
@@ -581,28 +581,30 @@ struct Gathered {
   std::vector<float> softmax_, delta_;
 };
 
-// Sums over windows and samples: one partial sum per chunk of windows and head. The last step adds them in order.
+// Sums over windows and samples, of the gradients that are asked for: one partial sum per chunk of windows and head.
+// The last step adds them in order.
 struct Partial {
   int64_t chunks, parts;
   std::unique_ptr<float[]> gain[2]; // [chunks, heads, width]
   std::unique_ptr<float[]> bias; // [chunks, heads, key, query]
 
-  Partial(const Problem& p, bool with_bias) : p_(p) {
+  Partial(const Problem& p, bool with_q, bool with_k, bool with_bias) : p_(p) {
     const int64_t items = p.batch * p.windows;
     const int64_t square = p.heads * p.length * p.length;
     chunks = with_bias ? std::min((kTasks / 8 + p.heads - 1) / p.heads, kPartialBias / square) : kTasks;
     chunks = std::max<int64_t>(std::min(chunks, items), 1);
     parts = std::min(p.heads, (kTasks + chunks - 1) / chunks);
-    for (auto& sums : gain) sums.reset(new float[gains()]);
+    if (with_q) gain[0].reset(new float[gains()]);
+    if (with_k) gain[1].reset(new float[gains()]);
     if (with_bias) bias.reset(new float[chunks * square]);
   }
 
   int64_t tasks() const { return chunks * parts; }
-  int64_t gains() const { return p_.norm == kNone ? 0 : chunks * p_.heads * p_.width; }
+  int64_t gains() const { return chunks * p_.heads * p_.width; }
 
-  // A task's sums for a head.
+  // A task's sums for a head, or null.
   float* gain_of(int part, int64_t task, int64_t head) {
-    return gain[part].get() + (p_.norm == kNone ? 0 : (task / parts * p_.heads + head) * p_.width);
+    return gain[part] ? gain[part].get() + (task / parts * p_.heads + head) * p_.width : nullptr;
   }
   float* bias_of(int64_t task, int64_t head) {
     return bias ? bias.get() + (task / parts * p_.heads + head) * p_.length * p_.length : nullptr;
@@ -611,12 +613,12 @@ struct Partial {
   // f(item, first_head, last_head) for every window of every sample of a task. The sums of a task start at zero.
   template <class F>
   void run(int64_t task, F f) {
-    const int64_t items = p_.batch * p_.windows, chunk = task / parts, part = task % parts;
-    const int64_t first_head = part * p_.heads / parts, last_head = (part + 1) * p_.heads / parts;
+    const int64_t items = p_.batch * p_.windows, chunk = task / parts, share = task % parts;
+    const int64_t first_head = share * p_.heads / parts, last_head = (share + 1) * p_.heads / parts;
     const int64_t count = last_head - first_head;
     if (bias) std::fill_n(bias_of(task, first_head), count * p_.length * p_.length, 0.0f);
-    for (int q_or_k = 0; q_or_k < 2 && p_.norm != kNone; ++q_or_k)
-      std::fill_n(gain_of(q_or_k, task, first_head), count * p_.width, 0.0f);
+    for (int part = 0; part < 2; ++part)
+      if (gain[part]) std::fill_n(gain_of(part, task, first_head), count * p_.width, 0.0f);
     for (int64_t item = chunk * items / chunks; item < (chunk + 1) * items / chunks; ++item)
       f(item, first_head, last_head);
   }
@@ -672,7 +674,7 @@ void backward(
                 g, w, reader, head, partial.gain_of(0, task, head), partial.gain_of(1, task, head),
                 partial.bias_of(task, head));
           }
-          g.write(w, dqkv, b);
+          if (dqkv != nullptr) g.write(w, dqkv, b);
         }
       });
     }

@@ -78,12 +78,14 @@ struct Input {
   }
 };
 
+// Without data for a gradient that is not asked for: nothing is written.
 struct Output {
   void* data;
   ScalarType dtype;
 
   template <class T = void, int V>
   __device__ void write(int64_t at, const float (&in)[V]) const {
+    if (data == nullptr) return;
     if constexpr (!std::is_void_v<T>) {
       store(static_cast<T*>(data) + at, in);
     } else if (dtype == ScalarType::Float) {
@@ -98,33 +100,33 @@ struct Output {
 
 // ---- parameters
 
-// A modulation parameter [B, R, D] with any strides over B and R; the row of token n is n / (N / R).
-struct Rows {
-  Input values;
-  int64_t batch_stride, row_stride, tokens_per_row;
-
-  // Where the row of token n begins.
-  __device__ int64_t row(int64_t b, int64_t n) const { return b * batch_stride + n / tokens_per_row * row_stride; }
-};
-
-// An affine parameter [D]; no data, and a constant, where it is not given.
-struct Affine {
+// A parameter; no data, and a constant, where it is not given.
+struct Parameter {
   Input values;
   float absent;
 
   template <int V>
-  __device__ void read(int column, float (&out)[V]) const {
+  __device__ void read(int64_t at, float (&out)[V]) const {
     if (values.data != nullptr) {
-      values.read(column, out);
+      values.read(at, out);
     } else {
       for (int i = 0; i < V; ++i) out[i] = absent;
     }
   }
 };
 
+// A modulation parameter [B, R, D] with any strides over B and R; the row of token n is n / (N / R).
+struct Rows {
+  Parameter values;
+  int64_t batch_stride, row_stride, count, tokens_per_row;
+
+  // Where the row of token n begins.
+  __device__ int64_t row(int64_t b, int64_t n) const { return b * batch_stride + n / tokens_per_row * row_stride; }
+};
+
 struct Modulation {
   Rows shift, scale;
-  Affine weight, bias;
+  Parameter weight, bias;
 
   // one_plus_scale, and gain = weight * one_plus_scale
   template <int V>
@@ -456,24 +458,33 @@ struct Shape {
   }
 };
 
-Input input(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.scalar_type()}; }
-Output output(const Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.scalar_type()}; }
-
-Rows rows(const Tensor& parameter, const char* name, const Shape& shape, const Tensor& x) {
-  STD_TORCH_CHECK(parameter.dim() == 3, name, " must be [B, R, D], got ", parameter.dim(), " dimensions");
-  const int64_t count = parameter.size(1);
-  check(parameter, name, {shape.batch, count, shape.width}, x);
+void check_rows(int64_t count, const char* name, const Shape& shape) {
   STD_TORCH_CHECK(
       count > 0 && shape.tokens % count == 0, name, " has ", count, " rows, which do not divide ", shape.tokens,
       " tokens");
+}
+
+Input input(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.scalar_type()}; }
+Output output(const Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.scalar_type()}; }
+
+Rows rows(const std::optional<Tensor>& given, const char* name, const Shape& shape, const Tensor& x) {
+  if (!given) return {{{nullptr, ScalarType::Float}, 0.0f}, 0, 0, 1, std::max<int64_t>(shape.tokens, 1)};
+  const Tensor& parameter = *given;
+  STD_TORCH_CHECK(parameter.dim() == 3, name, " must be [B, R, D], got ", parameter.dim(), " dimensions");
+  const int64_t count = parameter.size(1);
+  check(parameter, name, {shape.batch, count, shape.width}, x);
+  check_rows(count, name, shape);
   STD_TORCH_CHECK(shape.width <= 1 || parameter.stride(2) == 1, name, " must have stride 1 over D");
   // The stride of a dimension of size 1 is never used and may be anything.
   return {
-      input(parameter), shape.batch > 1 ? parameter.stride(0) : 0, count > 1 ? parameter.stride(1) : 0,
+      {input(parameter), 0.0f},
+      shape.batch > 1 ? parameter.stride(0) : 0,
+      count > 1 ? parameter.stride(1) : 0,
+      count,
       shape.tokens / count};
 }
 
-Affine affine(
+Parameter affine(
     const std::optional<Tensor>& parameter, const char* name, float absent, const Shape& shape, const Tensor& x) {
   if (!parameter) return {{nullptr, ScalarType::Float}, absent};
   check_dense(*parameter, name, {shape.width}, x);
@@ -481,8 +492,8 @@ Affine affine(
 }
 
 Modulation modulation_of(
-    const Tensor& shift, const Tensor& scale, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-    const Shape& shape, const Tensor& x) {
+    const std::optional<Tensor>& shift, const std::optional<Tensor>& scale, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, const Shape& shape, const Tensor& x) {
   return {
       rows(shift, "shift", shape, x), rows(scale, "scale", shape, x), affine(weight, "weight", 1.0f, shape, x),
       affine(bias, "bias", 0.0f, shape, x)};
@@ -495,7 +506,7 @@ Modulation modulation_of(
 bool takes_vectors(const Modulation& m, std::initializer_list<const void*> tokens, int width) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const auto aligned_rows = [&](const Rows& r) {
-    return aligned(r.values.data) && r.batch_stride % kVector == 0 && r.row_stride % kVector == 0;
+    return aligned(r.values.values.data) && r.batch_stride % kVector == 0 && r.row_stride % kVector == 0;
   };
   return width % kVector == 0 && width <= kMaxThreads * kVector * kSlots && aligned_rows(m.shift) &&
          aligned_rows(m.scale) && aligned(m.weight.values.data) && aligned(m.bias.values.data) &&
@@ -549,22 +560,32 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarTyp
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
 }
 
+Tensor empty_if_asked(
+    const Tensor& like, std::initializer_list<int64_t> shape, const std::optional<ScalarType>& dtype) {
+  return dtype ? empty(like, shape, *dtype) : empty(like, {0}, like.scalar_type());
+}
+
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 const float* const_floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 
-// A gradient [rows, D], and the partial sums [rows, count, D] in fp32 that it is made of.
+// A gradient [rows, D], and the partial sums [rows, count, D] in fp32 that it is made of; neither if it is not asked
+// for.
 struct Gradient {
   Tensor gradient;
+  bool asked;
   int64_t rows, count;
   std::optional<Tensor> partial;
 
   // Writing in place serves a row that has one partial sum, written once.
-  Gradient(Tensor gradient_, int64_t rows, int64_t partials, int width, bool in_place)
-      : gradient(gradient_), rows(rows), count(partials / rows) {
-    if (!in_place || count > 1) partial = empty(gradient, {partials, width}, ScalarType::Float);
+  Gradient(Tensor gradient_, bool asked, int64_t rows, int64_t partials, int width, bool in_place)
+      : gradient(gradient_), asked(asked), rows(rows), count(asked ? partials / rows : 0) {
+    if (asked && (!in_place || count > 1)) partial = empty(gradient, {partials, width}, ScalarType::Float);
   }
 
-  Output target() const { return output(partial ? *partial : gradient); }
+  Output target() const {
+    return asked ? output(partial ? *partial : gradient) : Output{nullptr, gradient.scalar_type()};
+  }
+  float* sums() const { return partial ? floats(*partial) : nullptr; }
 
   void finish(int width) const {
     if (!partial || width == 0) return;
@@ -576,8 +597,8 @@ struct Gradient {
 // ---- ops
 
 std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
-    const Tensor& x, const Tensor& shift, const Tensor& scale, std::optional<Tensor> weight, std::optional<Tensor> bias,
-    bool rms, double eps, ScalarType out_dtype) {
+    const Tensor& x, std::optional<Tensor> shift, std::optional<Tensor> scale, std::optional<Tensor> weight,
+    std::optional<Tensor> bias, bool rms, double eps, ScalarType out_dtype) {
   const Shape shape(x);
   const Modulation modulation = modulation_of(shift, scale, weight, bias, shape, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -597,8 +618,10 @@ std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_bwd(
-    const Tensor& dy, const Tensor& x, const Tensor& shift, const Tensor& scale, std::optional<Tensor> weight,
-    std::optional<Tensor> bias, const Tensor& mean, const Tensor& rstd, bool rms) {
+    const Tensor& dy, const Tensor& x, std::optional<Tensor> scale, std::optional<Tensor> weight,
+    std::optional<Tensor> bias, const Tensor& mean, const Tensor& rstd, bool rms, bool need_x,
+    std::optional<ScalarType> shift_dtype, int64_t shift_rows, std::optional<ScalarType> scale_dtype,
+    int64_t scale_rows, std::optional<ScalarType> weight_dtype, std::optional<ScalarType> bias_dtype) {
   const Shape shape(x);
   const auto [batch, tokens, width] = shape;
   check_dense(dy, "dy", {batch, tokens, width}, x);
@@ -606,46 +629,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_bwd(
   check_dense(rstd, "rstd", {batch, tokens}, x);
   STD_TORCH_CHECK(mean.scalar_type() == ScalarType::Float, "mean must be float32");
   STD_TORCH_CHECK(rstd.scalar_type() == ScalarType::Float, "rstd must be float32");
-  const Modulation modulation = modulation_of(shift, scale, weight, bias, shape, x);
+  const Modulation modulation = modulation_of(std::nullopt, scale, weight, bias, shape, x);
+  if (shift_dtype) check_rows(shift_rows, "shift", shape);
+  if (scale_dtype) check_rows(scale_rows, "scale", shape);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
 
-  Tensor dx = empty(x, {batch, tokens, width}, x.scalar_type());
-  Tensor dshift = empty(shift, {batch, shift.size(1), width}, shift.scalar_type());
-  Tensor dscale = empty(scale, {batch, scale.size(1), width}, scale.scalar_type());
-  const auto affine_gradient = [&](const std::optional<Tensor>& parameter) {
-    return parameter ? empty(*parameter, {width}, parameter->scalar_type()) : empty(x, {0}, x.scalar_type());
-  };
-  Tensor dweight = affine_gradient(weight), dbias = affine_gradient(bias);
+  const std::optional<ScalarType> x_dtype = need_x ? std::optional(x.scalar_type()) : std::nullopt;
+  Tensor dx = empty_if_asked(x, {batch, tokens, width}, x_dtype);
+  Tensor dshift = empty_if_asked(x, {batch, shift_rows, width}, shift_dtype);
+  Tensor dscale = empty_if_asked(x, {batch, scale_rows, width}, scale_dtype);
+  Tensor dweight = empty_if_asked(x, {width}, weight_dtype), dbias = empty_if_asked(x, {width}, bias_dtype);
   if (batch * tokens == 0) {
     for (Tensor* gradient : {&dshift, &dscale, &dweight, &dbias}) torch::stable::zero_(*gradient);
     return {dx, dshift, dscale, dweight, dbias};
   }
 
-  const Pieces pieces(batch, tokens, std::lcm(shift.size(1), scale.size(1)));
-  const Gradient shift_sums(dshift, batch * shift.size(1), pieces.total, width, true);
-  const Gradient scale_sums(dscale, batch * scale.size(1), pieces.total, width, true);
-  std::optional<Gradient> weight_sums, bias_sums;
-  if (weight) weight_sums.emplace(dweight, 1, pieces.tasks, width, false);
-  if (bias) bias_sums.emplace(dbias, 1, pieces.tasks, width, false);
-  const Sums sums = {
-      shift_sums.target(), scale_sums.target(), weight ? floats(*weight_sums->partial) : nullptr,
-      bias ? floats(*bias_sums->partial) : nullptr};
+  const int64_t cut = std::lcm(std::max<int64_t>(shift_rows, 1), std::max<int64_t>(scale_rows, 1));
+  const Pieces pieces(batch, tokens, std::lcm(cut, modulation.scale.count));
+  const Gradient shift_sums(dshift, shift_dtype.has_value(), batch * shift_rows, pieces.total, width, true);
+  const Gradient scale_sums(dscale, scale_dtype.has_value(), batch * scale_rows, pieces.total, width, true);
+  const Gradient weight_sums(dweight, weight_dtype.has_value(), 1, pieces.tasks, width, false);
+  const Gradient bias_sums(dbias, bias_dtype.has_value(), 1, pieces.tasks, width, false);
+  const Sums sums = {shift_sums.target(), scale_sums.target(), weight_sums.sums(), bias_sums.sums()};
+  const Output target = need_x ? output(dx) : Output{nullptr, x.scalar_type()};
 
   const bool vectors = takes_vectors(
-      modulation, {dy.const_data_ptr(), x.const_data_ptr(), dx.const_data_ptr(), sums.shift.data, sums.scale.data},
-      width);
+      modulation, {dy.const_data_ptr(), x.const_data_ptr(), target.data, sums.shift.data, sums.scale.data}, width);
   with_kernel(vectors, x.scalar_type(), dy.scalar_type(), [&]<class V, class TX, class TY>(V, Type<TX>, Type<TY>) {
     const Launch launch(pieces.tasks, shape.width, V::value);
     const bool held = shape.width <= static_cast<int64_t>(launch.threads.x) * V::value * kSlots;
     const Tensor wide = empty(x, {held ? 0 : launch.blocks * launch.threads.y, 2, shape.width}, ScalarType::Float);
     launch(
         x, adaln_backward<V::value, TX, TY>, input(dy), input(x), modulation, const_floats(mean), const_floats(rstd),
-        rms, output(dx), sums, floats(wide), pieces, shape.width);
+        rms, target, sums, floats(wide), pieces, shape.width);
   });
-  shift_sums.finish(width);
-  scale_sums.finish(width);
-  if (weight) weight_sums->finish(width);
-  if (bias) bias_sums->finish(width);
+  for (const Gradient* gradient : {&shift_sums, &scale_sums, &weight_sums, &bias_sums}) gradient->finish(width);
   return {dx, dshift, dscale, dweight, dbias};
 }
 

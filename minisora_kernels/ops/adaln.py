@@ -23,22 +23,35 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import architecture_refusal, compute_dtype, kernel_refusal, number
+from ..checks import architecture_refusal, beside, compute_dtype, kernel_refusal, number
 from ..derivatives import once
-from ..modulation import affine, broadcast, check_norm, check_tokens, remember, rows, triton_refusal
+from ..modulation import (
+    Norm,
+    affine,
+    asked_for,
+    broadcast,
+    check_norm,
+    check_tokens,
+    gradient_dtype,
+    offset_gradients,
+    remember,
+    row_gradient,
+    rows,
+    triton_refusal,
+)
 
 
 def reference(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    norm: str = "layer",
+    norm: Norm = "layer",
     eps: float = 1e-6,
 ) -> Tensor:
-    """The equation in plain PyTorch. ``shift`` and ``scale`` are ``[B, R, D]``."""
+    """The equation in plain PyTorch. ``shift`` and ``scale`` are ``[B, R, D]`` or None."""
     out_dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         cast = [None if p is None else p.to(x.dtype) for p in (weight, bias)]
@@ -46,19 +59,24 @@ def reference(
             h = F.layer_norm(x, x.shape[-1:], cast[0], cast[1], eps)
         else:
             h = F.rms_norm(x, x.shape[-1:], cast[0], eps)
-        h, gain = broadcast(h, 1 + scale)
-        y = h * gain
-        y, offset = broadcast(y.flatten(1, 2), shift)
-        return (y + offset).flatten(1, 2).to(out_dtype)
+        if scale is not None:
+            h, gain = broadcast(h, 1 + scale)
+            h = (h * gain).flatten(1, 2)
+        if shift is not None:
+            h, offset = broadcast(h, shift)
+            h = (h + offset).flatten(1, 2)
+        return h.to(out_dtype)
 
 
 define(
-    "adaln_fwd(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, bool rms, float eps, "
+    "adaln_fwd(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, bool rms, float eps, "
     "ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)"
 )
+# A gradient that is not asked for (False, no dtype) comes back without elements; what it alone reads may be None.
 define(
-    "adaln_bwd(Tensor dy, Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, Tensor mean, "
-    "Tensor rstd, bool rms) -> (Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias)"
+    "adaln_bwd(Tensor dy, Tensor x, Tensor? scale, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool rms, "
+    "bool need_x, ScalarType? dshift, SymInt shift_rows, ScalarType? dscale, SymInt scale_rows, ScalarType? dweight, "
+    "ScalarType? dbias) -> (Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias)"
 )
 
 
@@ -69,43 +87,53 @@ def _(x, shift, scale, weight, bias, rms, eps, out_dtype):
 
 
 @register_fake("adaln_bwd")
-def _(dy, x, shift, scale, weight, bias, mean, rstd, rms):
-    return (
-        x.new_empty(x.shape),
-        shift.new_empty(shift.shape),
-        scale.new_empty(scale.shape),
-        _affine_gradient(weight, x),
-        _affine_gradient(bias, x),
-    )
+def _(dy, x, scale, weight, bias, mean, rstd, rms, need_x, *asked):
+    return x.new_empty(x.shape if need_x else 0), *parameter_gradients(x, *asked)
 
 
-def _affine_gradient(parameter: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_empty(0) if parameter is None else parameter.new_empty(parameter.shape)
+def parameter_gradients(x: Tensor, shift, shift_rows, scale, scale_rows, weight, bias) -> list[Tensor]:
+    """Empty tensors for the gradients that are asked for."""
+    batch, _, width = x.shape
+    rows = ((shift, (batch, shift_rows, width)), (scale, (batch, scale_rows, width)))
+    return [
+        x.new_empty(0) if dtype is None else x.new_empty(shape, dtype=dtype)
+        for dtype, shape in (*rows, (weight, (width,)), (bias, (width,)))
+    ]
 
 
 class _AdaLN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, shift, scale, weight, bias, rms, eps, out_dtype, backend):
+        y, mean, rstd = kernels(backend).adaln_fwd(x, shift, scale, weight, bias, rms, eps, out_dtype)
+        need_x, need_shift, need_scale, need_weight, need_bias = ctx.needs_input_grad[:5]
+        if not (need_x or need_shift or need_scale or need_weight or need_bias):
+            return y
         ctx.rms, ctx.backend = rms, backend
-        y, mean, rstd = kernels(ctx.backend).adaln_fwd(x, shift, scale, weight, bias, rms, eps, out_dtype)
-        ctx.save_for_backward(x, shift, scale, weight, bias, mean, rstd)
+        ctx.rows = (*row_gradient(shift, need_shift), *row_gradient(scale, need_scale))
+        ctx.affine = gradient_dtype(weight, need_weight), gradient_dtype(bias, need_bias)
+        normed = need_x or need_scale or need_weight
+        ctx.save_for_backward(
+            x if normed else None,
+            scale if need_x or need_weight or need_bias else None,
+            weight if need_x or need_scale else None,
+            bias if need_scale else None,
+            mean if normed else None,
+            rstd if normed else None,
+        )
         return y
 
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Any):
-        x, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
-        dx, dshift, dscale, dweight, dbias = kernels(ctx.backend).adaln_bwd(
-            gradients[0].contiguous(), x, shift, scale, weight, bias, mean, rstd, ctx.rms
-        )
-        return (
-            dx,
-            dshift,
-            dscale,
-            None if weight is None else dweight,
-            None if bias is None else dbias,
-            *(None,) * 4,
-        )
+        x, scale, weight, bias, mean, rstd = ctx.saved_tensors
+        dy = gradients[0].contiguous()
+        if x is None:
+            dshift, dbias = offset_gradients(dy, scale, ctx.rows[:2], ctx.affine[1])
+            return None, dshift, None, None, dbias, *(None,) * 4
+        needs = ctx.needs_input_grad[:5]
+        asked = (needs[0], *ctx.rows, *ctx.affine)
+        found = kernels(ctx.backend).adaln_bwd(dy, x, scale, weight, bias, mean, rstd, ctx.rms, *asked)
+        return *asked_for(needs, found), *(None,) * 4
 
 
 def _kernels(x, shift, scale, weight, bias):
@@ -125,14 +153,14 @@ BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "cuda
 
 def adaln(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    norm: str = "layer",
+    norm: Norm = "layer",
     eps: float = 1e-6,
-    backend: str | None = None,
+    backend: backends.Name | None = None,
 ) -> Tensor:
     """Adaptive layer norm: ``y = (norm(x) * weight + bias) * (1 + scale) + shift``.
 
@@ -145,9 +173,9 @@ def adaln(
         x: Tokens ``[B, N, D]``, any D (Triton: up to 8192); float16, bfloat16, float32, or
             float64 on the reference.
         shift: Offset after the norm: ``[B, D]`` has one row per sample; ``[B, R, D]`` has R rows, where R divides N:
-            ``R = T`` is one row per frame, ``R = N`` one per token. Strided views are read in place. The dtype may
-            differ from x's.
-        scale: Factor after the norm, less 1; the same shapes as ``shift``, with an R of its own.
+            ``R = T`` is one row per frame, ``R = N`` one per token. With 1 in place of B all samples share the rows.
+            Strided views are read in place. The dtype may differ from x's. None adds nothing.
+        scale: Factor after the norm, less 1; the same shapes as ``shift``, with an R of its own. None multiplies by 1.
         weight: Affine weight ``[D]`` of the norm.
         bias: Affine bias ``[D]`` of the norm; only with ``norm="layer"``.
         norm: ``"layer"`` or ``"rms"``.
@@ -178,7 +206,8 @@ def adaln(
     if chosen == "reference":
         y = reference(x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
     else:
-        options = (norm == "rms", eps, compute_dtype(x), chosen)
-        y = backends.apply(_AdaLN, x.contiguous(), shift, scale, weight, bias, *options)
+        dtype = compute_dtype(x)
+        options = (norm == "rms", eps, dtype, chosen)
+        y = backends.apply(_AdaLN, beside(x, dtype).contiguous(), shift, scale, weight, bias, *options)
     remember(y, made_of, norm, eps)
     return y

@@ -18,19 +18,25 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import kernel_refusal
+from ..checks import beside, kernel_refusal
 from ..derivatives import once
-from ..modulation import broadcast, check_tokens, rows, triton_refusal
+from ..modulation import asked_for, broadcast, check_tokens, gradient_dtype, row_gradient, rows, triton_refusal
 
 
-def reference(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """The equation in plain PyTorch. ``gate`` is ``[B, R, D]``."""
+def reference(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    """The equation in plain PyTorch. ``gate`` is ``[B, R, D]`` or None."""
+    if gate is None:
+        return (x + branch).to(x.dtype)
     branch_rows, gain = broadcast(branch, gate)
     return (x + (gain * branch_rows).flatten(1, 2)).to(x.dtype)
 
 
-define("gate_residual_fwd(Tensor x, Tensor branch, Tensor gate) -> Tensor")
-define("gate_residual_bwd(Tensor dy, Tensor branch, Tensor gate) -> (Tensor dbranch, Tensor dgate)")
+define("gate_residual_fwd(Tensor x, Tensor branch, Tensor? gate) -> Tensor")
+# A gradient without a dtype is not asked for and comes back without elements; what it alone reads may be None.
+define(
+    "gate_residual_bwd(Tensor dy, Tensor? branch, Tensor? gate, ScalarType? dbranch, ScalarType? dgate, "
+    "SymInt gate_rows) -> (Tensor dbranch, Tensor dgate)"
+)
 
 
 @register_fake("gate_residual_fwd")
@@ -39,23 +45,35 @@ def _(x, branch, gate):
 
 
 @register_fake("gate_residual_bwd")
-def _(dy, branch, gate):
-    return branch.new_empty(branch.shape), gate.new_empty(gate.shape)
+def _(dy, branch, gate, dbranch, dgate, gate_rows):
+    batch, _, width = dy.shape
+    return (
+        dy.new_empty(0) if dbranch is None else dy.new_empty(dy.shape, dtype=dbranch),
+        dy.new_empty(0) if dgate is None else dy.new_empty((batch, gate_rows, width), dtype=dgate),
+    )
 
 
 class _GateResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, branch, gate, backend):
+        y = kernels(backend).gate_residual_fwd(x, branch, gate)
+        need_x, need_branch, need_gate = ctx.needs_input_grad[:3]
+        if not (need_x or need_branch or need_gate):
+            return y
         ctx.backend = backend
-        ctx.save_for_backward(branch, gate)
-        return kernels(ctx.backend).gate_residual_fwd(x, branch, gate)
+        ctx.asked = gradient_dtype(branch, need_branch), *row_gradient(gate, need_gate)
+        ctx.save_for_backward(branch if need_gate else None, gate if need_branch else None)
+        return y
 
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Any):
-        dy = gradients[0].contiguous()
-        dbranch, dgate = kernels(ctx.backend).gate_residual_bwd(dy, *ctx.saved_tensors)
-        return dy, dbranch, dgate, None
+        branch, gate = ctx.saved_tensors
+        dy, needs = gradients[0].contiguous(), ctx.needs_input_grad[:3]
+        if branch is None and gate is None:  # the gradient of a sum
+            return *asked_for(needs, (dy, dy if ctx.asked[0] is None else dy.to(ctx.asked[0]), dy)), None
+        found = kernels(ctx.backend).gate_residual_bwd(dy, branch, gate, *ctx.asked)
+        return *asked_for(needs, (dy, *found)), None
 
 
 def _kernels(x, branch, gate):
@@ -69,7 +87,9 @@ def _triton(x, branch, gate):
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
 
 
-def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
+def gate_residual(
+    x: Tensor, branch: Tensor, gate: Tensor | None = None, *, backend: backends.Name | None = None
+) -> Tensor:
     """Gated residual: ``y = x + gate * branch``.
 
     Every tensor is differentiable. The kernels compute in fp32 and round once.
@@ -80,8 +100,9 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | Non
         x: Tokens ``[B, N, D]``, any D (Triton: up to 8192); float16, bfloat16, float32, or
             float64 on the reference.
         branch: Output of the branch, ``[B, N, D]``; the dtype may differ from x's.
-        gate: ``[B, D]`` has one row per sample; ``[B, R, D]`` has R rows, where R divides N. Strided views are read in
-            place. The dtype may differ from x's.
+        gate: ``[B, D]`` has one row per sample; ``[B, R, D]`` has R rows, where R divides N. With 1 in place of B all
+            samples share the rows. Strided views are read in place. The dtype may differ from x's. None adds the
+            branch as it is.
         backend: Backend to run, or None for the automatic choice.
 
     Returns:
@@ -103,4 +124,4 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | Non
     chosen = backends.choose("gate_residual", BACKENDS, x.device, backend, x, branch, gate)
     if chosen == "reference":
         return reference(x, branch, gate)
-    return backends.apply(_GateResidual, x.contiguous(), branch.contiguous(), gate, chosen)
+    return backends.apply(_GateResidual, x.contiguous(), beside(branch, x.dtype).contiguous(), gate, chosen)

@@ -21,25 +21,37 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import compute_dtype, kernel_refusal, number
+from ..checks import beside, compute_dtype, kernel_refusal, number
 from ..derivatives import once
-from ..modulation import affine, check_norm, check_tokens, remember, rows, triton_refusal
+from ..modulation import (
+    Norm,
+    affine,
+    asked_for,
+    check_norm,
+    check_tokens,
+    gradient_dtype,
+    offset_gradients,
+    remember,
+    row_gradient,
+    rows,
+    triton_refusal,
+)
 from . import adaln, gate_residual
 
 
 def reference(
     x: Tensor,
     branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    norm: str = "layer",
+    norm: Norm = "layer",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """The two references, one after the other. ``gate``, ``shift`` and ``scale`` are ``[B, R, D]``."""
+    """The two references, one after the other. ``gate``, ``shift`` and ``scale`` are ``[B, R, D]`` or None."""
     residual = gate_residual.reference(x, branch, gate)
     y = adaln.reference(residual, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
     return residual, y.to(output_dtype(x, branch))
@@ -52,13 +64,16 @@ def output_dtype(x: Tensor, branch: Tensor) -> torch.dtype:
 
 
 define(
-    "gate_residual_adaln_fwd(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? weight, "
+    "gate_residual_adaln_fwd(Tensor x, Tensor branch, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, "
     "Tensor? bias, bool rms, float eps, ScalarType out_dtype) -> (Tensor residual, Tensor y, Tensor mean, Tensor rstd)"
 )
+# A gradient that is not asked for (False, no dtype) comes back without elements; what it alone reads may be None.
 define(
-    "gate_residual_adaln_bwd(Tensor dresidual, Tensor dy, Tensor residual, Tensor branch, Tensor gate, Tensor shift, "
-    "Tensor scale, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool rms) -> (Tensor dx, Tensor dbranch, "
-    "Tensor dgate, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias)"
+    "gate_residual_adaln_bwd(Tensor dresidual, Tensor dy, Tensor residual, Tensor? branch, Tensor? gate, Tensor? scale,"
+    " Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool rms, bool need_x, ScalarType? dbranch, "
+    "ScalarType? dgate, SymInt gate_rows, ScalarType? dshift, SymInt shift_rows, ScalarType? dscale, "
+    "SymInt scale_rows, ScalarType? dweight, ScalarType? dbias) -> (Tensor dx, Tensor dbranch, Tensor dgate, "
+    "Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias)"
 )
 
 
@@ -69,39 +84,78 @@ def _(x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype):
 
 
 @register_fake("gate_residual_adaln_bwd")
-def _(dresidual, dy, residual, branch, gate, shift, scale, weight, bias, mean, rstd, rms):
+def _(
+    dresidual,
+    dy,
+    residual,
+    branch,
+    gate,
+    scale,
+    weight,
+    bias,
+    mean,
+    rstd,
+    rms,
+    need_x,
+    dbranch,
+    dgate,
+    gate_rows,
+    *rest,
+):
+    batch, _, width = residual.shape
     return (
-        residual.new_empty(residual.shape),
-        branch.new_empty(branch.shape),
-        gate.new_empty(gate.shape),
-        shift.new_empty(shift.shape),
-        scale.new_empty(scale.shape),
-        adaln._affine_gradient(weight, residual),
-        adaln._affine_gradient(bias, residual),
+        residual.new_empty(residual.shape if need_x else 0),
+        residual.new_empty(0) if dbranch is None else residual.new_empty(residual.shape, dtype=dbranch),
+        residual.new_empty(0) if dgate is None else residual.new_empty((batch, gate_rows, width), dtype=dgate),
+        *adaln.parameter_gradients(residual, *rest),
     )
 
 
 class _GateResidualAdaLN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, backend):
-        ctx.rms, ctx.backend = rms, backend
-        residual, y, mean, rstd = kernels(ctx.backend).gate_residual_adaln_fwd(
+        residual, y, mean, rstd = kernels(backend).gate_residual_adaln_fwd(
             x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype
         )
-        ctx.save_for_backward(residual, branch, gate, shift, scale, weight, bias, mean, rstd)
+        need_x, need_branch, need_gate, need_shift, need_scale, need_weight, need_bias = ctx.needs_input_grad[:7]
+        through = need_x or need_branch or need_gate
+        if not (through or need_shift or need_scale or need_weight or need_bias):
+            return residual, y
+        if not through:
+            ctx.mark_non_differentiable(residual)
+        ctx.rms, ctx.backend = rms, backend
+        ctx.gated = gradient_dtype(branch, need_branch), *row_gradient(gate, need_gate)
+        ctx.rows = (*row_gradient(shift, need_shift), *row_gradient(scale, need_scale))
+        ctx.affine = gradient_dtype(weight, need_weight), gradient_dtype(bias, need_bias)
+        normed = through or need_scale or need_weight
+        ctx.save_for_backward(
+            residual if normed else None,
+            branch if need_gate else None,
+            gate if need_branch else None,
+            scale if through or need_weight or need_bias else None,
+            weight if through or need_scale else None,
+            bias if need_scale else None,
+            mean if normed else None,
+            rstd if normed else None,
+        )
         return residual, y
 
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Any):
-        residual, branch, gate, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
+        residual, branch, gate, scale, weight, bias, mean, rstd = ctx.saved_tensors
         dresidual, dy = (gradient.contiguous() for gradient in gradients)
-        *data, dweight, dbias = kernels(ctx.backend).gate_residual_adaln_bwd(
-            dresidual, dy, residual, branch, gate, shift, scale, weight, bias, mean, rstd, ctx.rms
-        )
-        dweight = None if weight is None else dweight
-        dbias = None if bias is None else dbias
-        return *data, dweight, dbias, *(None,) * 4
+        if residual is None:
+            dshift, dbias = offset_gradients(dy, scale, ctx.rows[:2], ctx.affine[1])
+            return None, None, None, dshift, None, None, dbias, *(None,) * 4
+        needs, (branch_dtype, *gate_asked) = ctx.needs_input_grad[:7], ctx.gated
+        ungated = branch_dtype is not None and gate is None  # its gradient is that of x
+        dx, dbranch, *parameters = kernels(ctx.backend).gate_residual_adaln_bwd(
+            dresidual, dy, residual, branch, gate, scale, weight, bias, mean, rstd, ctx.rms, needs[0] or ungated,
+            None if ungated else branch_dtype, *gate_asked, *ctx.rows, *ctx.affine,
+        )  # fmt: skip
+        dbranch = dx.to(branch_dtype) if ungated else dbranch
+        return *asked_for(needs, (dx, dbranch, *parameters)), *(None,) * 4
 
 
 def _kernels(x, branch, gate, shift, scale, weight, bias):
@@ -118,15 +172,15 @@ BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "trit
 def gate_residual_adaln(
     x: Tensor,
     branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    norm: str = "layer",
+    norm: Norm = "layer",
     eps: float = 1e-6,
-    backend: str | None = None,
+    backend: backends.Name | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated residual and the norm that reads it: ``x' = x + gate * branch``, ``y = adaln(x', shift, scale)``.
 
@@ -140,9 +194,10 @@ def gate_residual_adaln(
         branch: Output of the branch, ``[B, N, D]``. The dtype may differ from x's: an fp32 residual stream under bf16
             branches.
         gate: Factor of the branch: ``[B, D]`` has one row per sample; ``[B, R, D]`` has R rows, where R divides N.
-            Strided views are read in place.
-        shift: Offset after the norm; the same shapes, with an R of its own.
-        scale: Factor after the norm, less 1; the same shapes, with an R of its own.
+            With 1 in place of B all samples share the rows. Strided views are read in place. None adds the branch as
+            it is.
+        shift: Offset after the norm; the same shapes, with an R of its own. None adds nothing.
+        scale: Factor after the norm, less 1; the same shapes, with an R of its own. None multiplies by 1.
         weight: Affine weight ``[D]`` of the norm.
         bias: Affine bias ``[D]`` of the norm; only with ``norm="layer"``.
         norm: ``"layer"`` or ``"rms"``.
@@ -177,7 +232,7 @@ def gate_residual_adaln(
         residual, y = reference(x, branch, gate, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
     else:
         options = (norm == "rms", eps, output_dtype(x, branch), chosen)
-        tokens = x.contiguous(), branch.contiguous()
+        tokens = x.contiguous(), beside(branch, x.dtype).contiguous()
         residual, y = backends.apply(_GateResidualAdaLN, *tokens, gate, shift, scale, weight, bias, *options)
     remember(y, (residual, *made_of), norm, eps)
     return residual, y

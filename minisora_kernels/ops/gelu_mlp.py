@@ -1,7 +1,7 @@
-"""The MLP of a DiT block: Linear, GELU in its tanh form, Linear. It saves the pre-activation only.
+"""The MLP of a DiT block: Linear, GELU, Linear. It saves the pre-activation only.
 
     h = x w1^T + b1
-    a = gelu(h) = h / 2 * (1 + tanh(sqrt(2 / pi) * (h + 0.044715 h^3)))
+    a = gelu(h) = h / 2 * (1 + tanh(sqrt(2 / pi) * (h + 0.044715 h^3))), or h * Phi(h): Phi is the normal distribution
     y = a w2^T + b2
 
 The backward computes a from h again, in the pass that computes dh. So it needs neither a nor gelu'(h):
@@ -9,13 +9,12 @@ The backward computes a from h again, in the pass that computes dh. So it needs 
     da = dy w2          dh = da * gelu'(h)          dw2 = dy^T a       db2 = sum dy
     dx = dh w1          dw1 = dh^T x                db1 = sum dh
 
-Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415). The exact form, ``approximate="none"``, has no kernel: plain PyTorch
-serves it.
+Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,37 +22,71 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import check_tensor, kernel_refusal, linear_dtype
+from ..checks import cast, check_tensor, kernel_refusal, linear_dtype
 from ..derivatives import once
+from ..flops import formula
 
 
 def reference(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, approximate: str = "tanh"
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: Literal["none", "tanh"] = "tanh",
 ) -> Tensor:
     """The equation in plain PyTorch."""
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
 
 
-define("gelu_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool keep) -> (Tensor y, Tensor h)")
-define("gelu_mlp_bwd(Tensor dy, Tensor h, Tensor w1, Tensor w2) -> (Tensor dx, Tensor a, Tensor dh, Tensor db1)")
+define(
+    "gelu_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool exact, bool keep) "
+    "-> (Tensor y, Tensor h)"
+)
+# What is not asked for comes back without elements: dx without w1; dh and db1 without w2.
+define(
+    "gelu_mlp_bwd(Tensor dy, Tensor h, Tensor? w1, Tensor? w2, bool exact, bool need_a, bool need_dh, bool need_b1) "
+    "-> (Tensor dx, Tensor a, Tensor dh, Tensor db1)"
+)
 
 
 @register_fake("gelu_mlp_fwd")
-def _(x, w1, b1, w2, b2, keep):
+def _(x, w1, b1, w2, b2, exact, keep):
     return x.new_empty(x.shape[0], w2.shape[0]), x.new_empty((x.shape[0], w1.shape[0]) if keep else (0, 0))
 
 
 @register_fake("gelu_mlp_bwd")
-def _(dy, h, w1, w2):
-    return dy.new_empty(dy.shape[0], w1.shape[1]), torch.empty_like(h), torch.empty_like(h), h.new_empty(h.shape[1])
+def _(dy, h, w1, w2, exact, need_a, need_dh, need_b1):
+    return (
+        dy.new_empty(0) if w1 is None else dy.new_empty(dy.shape[0], w1.shape[1]),
+        h.new_empty(h.shape if need_a else 0),
+        h.new_empty(h.shape if need_dh else 0),
+        h.new_empty(h.shape[1] if need_b1 else 0),
+    )
+
+
+@formula("gelu_mlp_fwd")
+def _(x, w1, b1, w2, b2, *options, **out):
+    return 2 * x[0] * w1[0] * (w1[1] + w2[0])
+
+
+@formula("gelu_mlp_bwd")
+def _(dy, h, w1, w2, *options, **out):
+    return 2 * h[0] * h[1] * ((0 if w1 is None else w1[1]) + (0 if w2 is None else dy[1]))
 
 
 class _GeluMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w1, b1, w2, b2, keep, backend):
-        ctx.backend = backend
-        y, h = kernels(backend).gelu_mlp_fwd(x.reshape(-1, x.shape[-1]).contiguous(), w1, b1, w2, b2, keep)
-        ctx.save_for_backward(x, w1, w2, h)
+    def forward(ctx: Any, x, w1, b1, w2, b2, exact, backend):
+        need_x, need_w1, need_b1, need_w2, _ = ctx.needs_input_grad[:5]
+        inner = need_x or need_w1 or need_b1
+        keep = inner or need_w2
+        y, h = kernels(backend).gelu_mlp_fwd(x.reshape(-1, x.shape[-1]).contiguous(), w1, b1, w2, b2, exact, keep)
+        ctx.backend, ctx.shape, ctx.exact = backend, x.shape, exact
+        ctx.save_for_backward(
+            x if need_w1 else None, w1 if need_x else None, w2 if inner else None, h if keep else None
+        )
         return y.view(*x.shape[:-1], w2.shape[0])
 
     @staticmethod
@@ -61,10 +94,13 @@ class _GeluMLP(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any):
         x, w1, w2, h = ctx.saved_tensors
         need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
-        dy = gradients[0].reshape(-1, w2.shape[0]).contiguous()
-        dx, a, dh, db1 = kernels(ctx.backend).gelu_mlp_bwd(dy, h, w1, w2)
+        dy = gradients[0].reshape(-1, gradients[0].shape[-1]).contiguous()
+        if h is None:
+            return None, None, None, None, dy.sum(0), None, None
+        asked = (ctx.exact, need_w2, need_w1, need_b1)
+        dx, a, dh, db1 = kernels(ctx.backend).gelu_mlp_bwd(dy, h, w1, w2, *asked)
         return (
-            dx.view(x.shape) if need_x else None,
+            dx.view(ctx.shape) if need_x else None,
             dh.t() @ x.reshape(-1, x.shape[-1]) if need_w1 else None,
             db1 if need_b1 else None,
             dy.t() @ a if need_w2 else None,
@@ -78,12 +114,7 @@ def _kernels(x, *_):
     return kernel_refusal(x=x)  # the others have its dtype
 
 
-def _exact(*_):
-    return "approximate is 'none'; the kernels compute GELU's 'tanh' form"
-
-
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
-EXACT: backends.Table = {"reference": lambda *_: None, "cpu": _exact, "triton": _exact}
 
 
 def gelu_mlp(
@@ -93,8 +124,8 @@ def gelu_mlp(
     w2: Tensor,
     b2: Tensor | None,
     *,
-    approximate: str = "tanh",
-    backend: str | None = None,
+    approximate: Literal["none", "tanh"] = "tanh",
+    backend: backends.Name | None = None,
 ) -> Tensor:
     """The MLP of a block: ``y = gelu(x w1^T + b1) w2^T + b2``. It saves the pre-activation only.
 
@@ -111,8 +142,7 @@ def gelu_mlp(
         b1: First bias, ``[hidden]``, or None.
         w2: Second weight, ``[D_out, hidden]``.
         b2: Second bias, ``[D_out]``, or None.
-        approximate: Form of GELU, in torch's words: ``"tanh"``, or ``"none"`` for the exact form, which the reference
-            serves.
+        approximate: Form of GELU, in torch's words: ``"tanh"``, or ``"none"`` for the exact form.
         backend: Backend to run, or None for the automatic choice.
 
     Returns:
@@ -133,9 +163,8 @@ def gelu_mlp(
     if approximate not in ("none", "tanh"):
         raise ValueError(f"{op}: approximate is {approximate!r}; it may be 'none' or 'tanh'")
     check_tensor(op, "x", x)
-    for name, tensor in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
-        if tensor is not None or name in ("w1", "w2"):
-            check_tensor(op, name, tensor, x)
+    check_tensor(op, "w1", w1, x)
+    check_tensor(op, "w2", w2, x)
     if x.dim() < 1:
         raise ValueError(f"{op}: x must be [..., D], got a scalar")
     if w1.dim() != 2 or w1.shape[1] != x.shape[-1]:
@@ -145,14 +174,15 @@ def gelu_mlp(
             f"{op}: w2 has shape {tuple(w2.shape)}; it must be [D_out, hidden] with hidden = {w1.shape[0]}"
         )
     for name, b, w in (("b1", b1, w1), ("b2", b2, w2)):
-        if b is not None and tuple(b.shape) != (w.shape[0],):
+        if b is None:
+            continue
+        check_tensor(op, name, b, x)
+        if b.dim() != 1 or b.shape[0] != w.shape[0]:
             raise ValueError(f"{op}: {name} has shape {tuple(b.shape)}; it must be [{w.shape[0]}]")
     dtype = linear_dtype(op, x, w1=w1, b1=b1, w2=w2, b2=b2)
-    x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
-    b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
-    table = BACKENDS if approximate == "tanh" else EXACT
-    chosen = backends.choose(op, table, x.device, backend, x, w1, b1, w2, b2)
+    x, w1, w2 = cast(x, dtype), cast(w1, dtype), cast(w2, dtype)
+    b1, b2 = None if b1 is None else cast(b1, dtype), None if b2 is None else cast(b2, dtype)
+    chosen = backends.choose(op, BACKENDS, x.device, backend, x, w1, b1, w2, b2)
     if chosen == "reference":
         return reference(x, w1, b1, w2, b2, approximate=approximate)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2))
-    return backends.apply(_GeluMLP, x, w1, b1, w2, b2, keep, chosen)
+    return backends.apply(_GeluMLP, x, w1, b1, w2, b2, approximate == "none", chosen)

@@ -21,7 +21,7 @@ So the backward needs x and G only. The pass that reads x computes a again.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,9 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import check_tensor, compute_dtype, kernel_refusal, number, whole
+from ..checks import beside, check_tensor, compute_dtype, kernel_refusal, number, whole
 from ..derivatives import once
-from ..modulation import check_tokens
+from ..modulation import asked_for, check_tokens, gradient_dtype
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False, eps: float = 1e-6) -> Tensor:
@@ -50,9 +50,10 @@ define(
     "grn_fwd(Tensor x, Tensor weight, Tensor bias, bool gelu, float eps, ScalarType out_dtype) -> "
     "(Tensor y, Tensor norms)"
 )
+# A gradient without a dtype is not asked for and comes back without elements; dx alone reads the weight.
 define(
-    "grn_bwd(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor norms, bool gelu, float eps) -> "
-    "(Tensor dx, Tensor dweight, Tensor dbias)"
+    "grn_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor norms, bool gelu, float eps, bool need_x, ScalarType? dweight,"
+    " ScalarType? dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
 
 
@@ -63,23 +64,33 @@ def _(x, weight, bias, gelu, eps, out_dtype):
 
 
 @register_fake("grn_bwd")
-def _(dy, x, weight, bias, norms, gelu, eps):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+def _(dy, x, weight, norms, gelu, eps, need_x, dweight, dbias):
+    affine = (x.new_empty(0) if dtype is None else x.new_empty(x.shape[2], dtype=dtype) for dtype in (dweight, dbias))
+    return x.new_empty(x.shape if need_x else 0), *affine
 
 
 class _GRN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, gelu, eps, out_dtype, backend):
-        ctx.gelu, ctx.eps, ctx.backend = gelu, eps, backend
         y, norms = kernels(backend).grn_fwd(x, weight, bias, gelu, eps, out_dtype)
-        ctx.save_for_backward(x, weight, bias, norms)
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if not (need_x or need_weight or need_bias):
+            return y
+        ctx.gelu, ctx.eps, ctx.backend = gelu, eps, backend
+        ctx.affine = gradient_dtype(weight, need_weight), gradient_dtype(bias, need_bias)
+        normed = need_x or need_weight
+        ctx.save_for_backward(x if normed else None, weight if need_x else None, norms if normed else None)
         return y
 
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Any):
-        dy = gradients[0].contiguous()
-        return *kernels(ctx.backend).grn_bwd(dy, *ctx.saved_tensors, ctx.gelu, ctx.eps), *(None,) * 4
+        x, weight, norms = ctx.saved_tensors
+        dy, needs = gradients[0].contiguous(), ctx.needs_input_grad[:3]
+        if x is None:  # a sum of dy, which needs no tokens
+            return None, None, dy.sum((0, 1), dtype=torch.float32).to(ctx.affine[1]), *(None,) * 4
+        found = kernels(ctx.backend).grn_bwd(dy, x, weight, norms, ctx.gelu, ctx.eps, needs[0], *ctx.affine)
+        return *asked_for(needs, found), *(None,) * 4
 
 
 def _kernels(x, weight, bias):
@@ -95,9 +106,9 @@ def grn(
     bias: Tensor,
     *,
     groups: int = 1,
-    activation: str | None = None,
+    activation: Literal["gelu"] | None = None,
     eps: float = 1e-6,
-    backend: str | None = None,
+    backend: backends.Name | None = None,
 ) -> Tensor:
     """Global response normalisation: ``y = a * (1 + weight * s) + bias`` with ``s = G / (mean(G) + eps)``.
 
@@ -148,6 +159,7 @@ def grn(
     if chosen == "reference":
         y = reference(frames, weight, bias, gelu=activation == "gelu", eps=eps)
     else:
-        tensors = frames.contiguous(), weight.contiguous(), bias.contiguous()
-        y = backends.apply(_GRN, *tensors, activation == "gelu", eps, compute_dtype(x), chosen)
+        dtype = compute_dtype(x)
+        tensors = beside(frames, dtype).contiguous(), weight.contiguous(), bias.contiguous()
+        y = backends.apply(_GRN, *tensors, activation == "gelu", eps, dtype, chosen)
     return y.view(x.shape)

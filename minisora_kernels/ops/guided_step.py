@@ -102,7 +102,7 @@ def guided_step(
     null: Tensor | None = None,
     z: Tensor | None = None,
     channels: int | None = None,
-    backend: str | None = None,
+    backend: backends.Name | None = None,
 ) -> Tensor:
     """Guidance and a sampler's update: ``x' = a x + b (null + w (cond - null)) + c exp(s (v - 1)) z``.
 

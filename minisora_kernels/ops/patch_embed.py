@@ -13,6 +13,7 @@ Source: Dosovitskiy et al. 2020 (arXiv 2010.11929); 3-D: Arnab et al. 2021 (arXi
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import check_tensor, kernel_refusal, linear_dtype
+from ..checks import cast, check_tensor, kernel_refusal, linear_dtype
 from ..derivatives import once
+from ..flops import formula
+from ..modulation import asked_for, gradient_dtype
 
 
 def patches(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -54,9 +57,10 @@ TORCH_IS_SLOW_IN_16_BIT = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 define("patch_embed_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? pos) -> Tensor")
 define(
-    "patch_embed_bwd(Tensor dy, Tensor x, Tensor weight, ScalarType? bias, ScalarType? pos, bool need_x) "
-    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dpos)"
+    "patch_embed_bwd(Tensor dy, Tensor x, SymInt pt, SymInt ph, SymInt pw, ScalarType? dbias, ScalarType? dpos) "
+    "-> (Tensor dweight, Tensor dbias, Tensor dpos)"
 )
+define("patch_embed_video(Tensor dy, Tensor weight, SymInt frames, SymInt height, SymInt width) -> Tensor dx")
 define("patch_embed_gather(Tensor x, SymInt pt, SymInt ph, SymInt pw) -> Tensor")
 define(
     "patch_embed_scatter(Tensor patches, SymInt frames, SymInt height, SymInt width, SymInt pt, SymInt ph, SymInt pw, "
@@ -64,29 +68,34 @@ define(
 )
 
 
-def _tokens(x, pt, ph, pw):
-    return (x.shape[2] // pt) * (x.shape[3] // ph) * (x.shape[4] // pw)
+def _tokens(shape, pt, ph, pw):
+    return (shape[2] // pt) * (shape[3] // ph) * (shape[4] // pw)
 
 
 @register_fake("patch_embed_fwd")
 def _(x, weight, bias, pos):
-    return x.new_empty(x.shape[0], _tokens(x, *weight.shape[2:]), weight.shape[0])
+    return x.new_empty(x.shape[0], _tokens(x.shape, *weight.shape[2:]), weight.shape[0])
 
 
 @register_fake("patch_embed_bwd")
-def _(dy, x, weight, bias, pos, need_x):
+def _(dy, x, pt, ph, pw, dbias, dpos):
     _, tokens, width = dy.shape
     return (
-        x.new_empty(x.shape if need_x else 0),
-        weight.new_empty(weight.shape),
-        dy.new_empty(0 if bias is None else width, dtype=bias),
-        dy.new_empty(0 if pos is None else tokens, width, dtype=pos),
+        dy.new_empty(width, x.shape[1], pt, ph, pw),
+        dy.new_empty(0) if dbias is None else dy.new_empty(width, dtype=dbias),
+        dy.new_empty(0) if dpos is None else dy.new_empty((tokens, width), dtype=dpos),
     )
+
+
+@register_fake("patch_embed_video")
+def _(dy, weight, frames, height, width):
+    _, channels, pt, ph, pw = weight.shape
+    return dy.new_empty(dy.shape[0], channels, frames * pt, height * ph, width * pw)
 
 
 @register_fake("patch_embed_gather")
 def _(x, pt, ph, pw):
-    return x.new_empty(x.shape[0] * _tokens(x, pt, ph, pw), x.shape[1] * pt * ph * pw)
+    return x.new_empty(x.shape[0] * _tokens(x.shape, pt, ph, pw), x.shape[1] * pt * ph * pw)
 
 
 @register_fake("patch_embed_scatter")
@@ -95,30 +104,60 @@ def _(patches, frames, height, width, pt, ph, pw, channels):
     return patches.new_empty(batch, channels, frames * pt, height * ph, width * pw)
 
 
+@formula("patch_embed_fwd")
+def _(x, weight, bias, pos, **out):
+    return 2 * x[0] * _tokens(x, *weight[2:]) * prod(weight)
+
+
+@formula("patch_embed_bwd")
+def _(dy, x, pt, ph, pw, *asked, **out):
+    return 2 * prod(dy) * x[1] * pt * ph * pw
+
+
+@formula("patch_embed_video")
+def _(dy, weight, *grid, **out):
+    return 2 * prod(dy) * prod(weight[1:])
+
+
+def _keep(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None) -> None:
+    """Notes what the gradients that are asked for take: x for that of the weight, the weight for that of x."""
+    need_x, need_weight, need_bias, need_pos = ctx.needs_input_grad[:4]
+    if not (need_x or need_weight or need_bias or need_pos):
+        return
+    ctx.patch = weight.shape[2:]
+    ctx.grid = [n // p for n, p in zip(x.shape[2:], ctx.patch, strict=True)]
+    ctx.dtypes = gradient_dtype(bias, need_bias), gradient_dtype(pos, need_pos)
+    ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+
+
+def _sums(dy: Tensor, bias: torch.dtype | None, pos: torch.dtype | None) -> tuple[Tensor | None, Tensor | None]:
+    """dbias and dpos by torch."""
+    return (
+        None if bias is None else dy.sum((0, 1)).to(bias),
+        None if pos is None else dy.sum(0, dtype=torch.float32).to(pos),
+    )
+
+
 class _PatchEmbed(torch.autograd.Function):
     """Gather, product, bias and position in one pass, and one pass back."""
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, pos, backend):
         ctx.backend = backend
-        ctx.save_for_backward(x, weight)
-        ctx.dtypes = [None if p is None else p.dtype for p in (bias, pos)]
-        return kernels(ctx.backend).patch_embed_fwd(x, weight, bias, pos)
+        _keep(ctx, x, weight, bias, pos)
+        return kernels(backend).patch_embed_fwd(x, weight, bias, pos)
 
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Any):
         x, weight = ctx.saved_tensors
-        need_x, _, need_bias, need_pos = ctx.needs_input_grad[:4]
-        dx, dweight, dbias, dpos = kernels(ctx.backend).patch_embed_bwd(
-            gradients[0].contiguous(),
-            x,
-            weight,
-            ctx.dtypes[0] if need_bias else None,
-            ctx.dtypes[1] if need_pos else None,
-            need_x,
-        )
-        return dx if need_x else None, dweight, dbias if need_bias else None, dpos if need_pos else None, None
+        dy, dweight, ops = gradients[0].contiguous(), None, kernels(ctx.backend)
+        if x is None:
+            dbias, dpos = _sums(dy, *ctx.dtypes)
+        else:
+            dweight, dbias, dpos = ops.patch_embed_bwd(dy, x, *ctx.patch, *ctx.dtypes)
+        dx = None if weight is None else ops.patch_embed_video(dy, weight, *ctx.grid)
+        return *asked_for(ctx.needs_input_grad[:4], (dx, dweight, dbias, dpos)), None
 
 
 class _LongPatchEmbed(torch.autograd.Function):
@@ -127,31 +166,25 @@ class _LongPatchEmbed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, pos, backend):
         ctx.backend = backend
-        ctx.save_for_backward(x, weight)
-        ctx.pos_dtype = None if pos is None else pos.dtype
+        _keep(ctx, x, weight, bias, pos)
         patch = weight.shape[2:]
         if x.dtype == torch.bfloat16 and weight[0].numel() <= LONGEST_BF16_FORWARD:
             return kernels(ctx.backend).patch_embed_fwd(x, weight, bias, pos)
         patches = kernels(ctx.backend).patch_embed_gather(x, *patch)
-        y = F.linear(patches, weight.flatten(1), bias).view(x.shape[0], _tokens(x, *patch), weight.shape[0])
+        y = F.linear(patches, weight.flatten(1), bias).view(x.shape[0], _tokens(x.shape, *patch), weight.shape[0])
         return y if pos is None else y.add_(pos)
 
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Any):
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_pos = ctx.needs_input_grad[:4]
-        patch, channels = weight.shape[2:], weight.shape[1]
-        grid = [n // p for n, p in zip(x.shape[2:], patch, strict=True)]
-        dy = gradients[0].reshape(-1, weight.shape[0])
+        dy, ops = gradients[0].reshape(-1, gradients[0].shape[-1]), kernels(ctx.backend)
         dx = dweight = None
-        if need_x:
-            dx = kernels(ctx.backend).patch_embed_scatter(dy @ weight.flatten(1), *grid, *patch, channels)
-        if need_weight:
-            dweight = (dy.t() @ kernels(ctx.backend).patch_embed_gather(x, *patch)).view(weight.shape)
-        dbias = dy.sum(0) if need_bias else None
-        dpos = gradients[0].sum(0, dtype=ctx.pos_dtype) if need_pos else None
-        return dx, dweight, dbias, dpos, None
+        if weight is not None:
+            dx = ops.patch_embed_scatter(dy @ weight.flatten(1), *ctx.grid, *ctx.patch, weight.shape[1])
+        if x is not None:
+            dweight = (dy.t() @ ops.patch_embed_gather(x, *ctx.patch)).view(-1, x.shape[1], *ctx.patch)
+        return dx, dweight, *_sums(gradients[0], *ctx.dtypes), None
 
 
 def _kernels(x, weight, bias, pos):
@@ -183,15 +216,18 @@ def _check(x, weight, bias, pos) -> tuple[Tensor, Tensor, Tensor | None]:
     weight = weight.unsqueeze(2) if weight.dim() == 4 else weight
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"{op}: x has {x.shape[1]} channels, weight takes {weight.shape[1]}")
-    size, patch = tuple(x.shape[2:]), tuple(weight.shape[2:])
-    if any(n == 0 or n % p for n, p in zip(size, patch, strict=True)):
-        raise ValueError(f"{op}: the size of x {size} (T, H, W) is not a multiple of the patch {patch}")
+    (*_, frames, height, across), (*_, pt, ph, pw) = x.shape, weight.shape
+    if 0 in (frames, height, across) or frames % pt or height % ph or across % pw:
+        raise ValueError(
+            f"{op}: the size of x {tuple(x.shape[2:])} (T, H, W) is not a multiple of the patch "
+            f"{tuple(weight.shape[2:])}"
+        )
     width = weight.shape[0]
     if bias is not None and tuple(bias.shape) != (width,):
         raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}; it must be [D] with D = {width}")
     if pos is not None:
         pos = pos.squeeze(0) if pos.dim() == 3 and pos.shape[0] == 1 else pos
-        tokens = (size[0] // patch[0]) * (size[1] // patch[1]) * (size[2] // patch[2])
+        tokens = (frames // pt) * (height // ph) * (across // pw)
         if tuple(pos.shape) != (tokens, width):
             raise ValueError(
                 f"{op}: pos has shape {tuple(pos.shape)}; it must be [N, D] or [1, N, D] with N = {tokens}, D = {width}"
@@ -200,7 +236,12 @@ def _check(x, weight, bias, pos) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def patch_embed(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, pos: Tensor | None = None, *, backend: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pos: Tensor | None = None,
+    *,
+    backend: backends.Name | None = None,
 ) -> Tensor:
     """Patch embedding: Conv3d or Conv2d with kernel = stride, plus bias and position embedding.
 
@@ -238,8 +279,8 @@ def patch_embed(
     """
     x, weight, pos = _check(x, weight, bias, pos)
     dtype = linear_dtype("patch_embed", x, weight=weight, bias=bias)
-    x, weight = x.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    x, weight = cast(x, dtype), cast(weight, dtype)
+    bias = None if bias is None else cast(bias, dtype)
     detail = "short" if weight[0].numel() <= LONGEST_PATCH else "long"
     chosen = backends.choose("patch_embed", BACKENDS, x.device, backend, x, weight, bias, pos, detail=detail)
     if chosen == "reference":

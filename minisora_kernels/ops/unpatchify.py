@@ -1,6 +1,7 @@
-"""Tokens back to a video: the inverse of the gather of patch embedding, with channels last inside a patch.
+"""Tokens back to a video: the inverse of the gather of patch embedding, with channels last or first inside a patch.
 
     video[b, c, t*pt + i, h*ph + j, w*pw + k] = tokens[b, (t, h, w), ((i * ph + j) * pw + k) * C + c]
+                                             or tokens[b, (t, h, w), ((c * pt + i) * ph + j) * pw + k]
 
 Source: Peebles & Xie 2022 (arXiv 2212.09748). The backward is the inverse map.
 """
@@ -20,27 +21,31 @@ from ..derivatives import once
 from ..modulation import check_tokens
 
 
-def reference(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int) -> Tensor:
+def reference(
+    tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int, channels_first: bool = False
+) -> Tensor:
     """The map in plain PyTorch. ``grid`` and ``patch`` are triples."""
-    x = tokens.reshape(tokens.shape[0], *grid, *patch, channels)
-    x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
+    if channels_first:
+        x = tokens.reshape(tokens.shape[0], *grid, channels, *patch).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    else:
+        x = tokens.reshape(tokens.shape[0], *grid, *patch, channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
     return x.reshape(tokens.shape[0], channels, *(n * p for n, p in zip(grid, patch, strict=True))).contiguous()
 
 
 define(
     "unpatchify_fwd(Tensor tokens, SymInt frames, SymInt height, SymInt width, SymInt pt, SymInt ph, SymInt pw, "
-    "SymInt channels) -> Tensor"
+    "SymInt channels, bool channels_first) -> Tensor"
 )
-define("unpatchify_bwd(Tensor dvideo, SymInt pt, SymInt ph, SymInt pw) -> Tensor")
+define("unpatchify_bwd(Tensor dvideo, SymInt pt, SymInt ph, SymInt pw, bool channels_first) -> Tensor")
 
 
 @register_fake("unpatchify_fwd")
-def _(tokens, frames, height, width, pt, ph, pw, channels):
+def _(tokens, frames, height, width, pt, ph, pw, channels, channels_first):
     return tokens.new_empty(tokens.shape[0], channels, frames * pt, height * ph, width * pw)
 
 
 @register_fake("unpatchify_bwd")
-def _(dvideo, pt, ph, pw):
+def _(dvideo, pt, ph, pw, channels_first):
     batch, channels, frames, height, width = dvideo.shape
     count = (frames // pt) * (height // ph) * (width // pw)
     return dvideo.new_empty(batch, count, pt * ph * pw * channels)
@@ -48,14 +53,14 @@ def _(dvideo, pt, ph, pw):
 
 class _Unpatchify(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens, grid, patch, channels, backend):
-        ctx.patch, ctx.backend = patch, backend
-        return kernels(ctx.backend).unpatchify_fwd(tokens, *grid, *patch, channels)
+    def forward(ctx: Any, tokens, grid, patch, channels, channels_first, backend):
+        ctx.patch, ctx.channels_first, ctx.backend = patch, channels_first, backend
+        return kernels(ctx.backend).unpatchify_fwd(tokens, *grid, *patch, channels, channels_first)
 
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Any):
-        return kernels(ctx.backend).unpatchify_bwd(gradients[0], *ctx.patch), *(None,) * 4
+        return kernels(ctx.backend).unpatchify_bwd(gradients[0], *ctx.patch, ctx.channels_first), *(None,) * 5
 
 
 def _kernels(tokens):
@@ -66,20 +71,29 @@ BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "trit
 
 
 def unpatchify(
-    tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int, *, backend: str | None = None
+    tokens: Tensor,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    channels: int,
+    *,
+    channels_first: bool = False,
+    backend: backends.Name | None = None,
 ) -> Tensor:
     """Tokens back to a video: ``[B, N, pt*ph*pw*C]`` to ``[B, C, T, H, W]``. Differentiable.
 
-    ``video[b, c, t*pt + i, h*ph + j, w*pw + k] = tokens[b, (t, h, w), ((i * ph + j) * pw + k) * C + c]``
+    ``video[b, c, t*pt + i, h*ph + j, w*pw + k] = tokens[b, (t, h, w), ((i * ph + j) * pw + k) * C + c]``; with
+    ``channels_first`` it is ``tokens[b, (t, h, w), ((c * pt + i) * ph + j) * pw + k]``.
 
     Source: Peebles & Xie 2022 (arXiv 2212.09748).
 
     Args:
-        tokens: ``[B, N, pt*ph*pw*C]``, channels last inside a patch; float16, bfloat16, float32, or float64 on the
+        tokens: ``[B, N, pt*ph*pw*C]``; float16, bfloat16, float32, or float64 on the
             reference.
         grid: Tokens per axis, ``(T', H', W')``; ``(H', W')`` for images.
         patch: Pixels of a patch per axis, ``(pt, ph, pw)``; ``(ph, pw)`` for images.
         channels: Channels C of the video.
+        channels_first: Whether a token has its numbers in the order (C, pt, ph, pw), as a Conv3d's weight has them;
+            else in (pt, ph, pw, C).
         backend: Backend to run, or None for the automatic choice.
 
     Returns:
@@ -112,9 +126,11 @@ def unpatchify(
             f"unpatchify: tokens have shape {tuple(tokens.shape)}; grid {tuple(grid)}, patch {tuple(patch)} and "
             f"{channels} channels need [B, {count}, {width}]"
         )
+    if not isinstance(channels_first, bool):
+        raise TypeError(f"unpatchify: channels_first is {channels_first!r}; it must be True or False")
     chosen = backends.choose("unpatchify", BACKENDS, tokens.device, backend, tokens)
     if chosen == "reference":
-        video = reference(tokens, grid3, patch3, channels)
+        video = reference(tokens, grid3, patch3, channels, channels_first)
     else:
-        video = backends.apply(_Unpatchify, tokens.contiguous(), grid3, patch3, channels, chosen)
+        video = backends.apply(_Unpatchify, tokens.contiguous(), grid3, patch3, channels, channels_first, chosen)
     return video.squeeze(2) if len(grid) == 2 else video

@@ -38,6 +38,8 @@ from .. import backends
 from ..backends import define, kernels, register_fake
 from ..checks import check_tensor, compute_dtype, kernel_refusal, number, sizes, whole
 from ..derivatives import once
+from ..flops import formula
+from ..modulation import Norm, asked_for
 
 Grid = tuple[int, int, int]
 
@@ -141,7 +143,7 @@ def reference(
     *,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
-    qk_norm: str | None = None,
+    qk_norm: Norm | None = None,
     rope: Rope | None = None,
     bias: Tensor | None = None,
     scale: float,
@@ -206,7 +208,7 @@ define(
 define(
     "window_attention_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor softmax, SymInt t, SymInt h, SymInt w, SymInt wt,"
     " SymInt wh, SymInt ww, Tensor? q_weight, Tensor? k_weight, int norm, Tensor? cos, Tensor? sin, bool interleaved, "
-    "Tensor? bias, float scale, float eps, bool with_dbias) "
+    "Tensor? bias, float scale, float eps, bool need_qkv, bool need_q, bool need_k, bool need_bias) "
     "-> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight, Tensor dbias)"
 )
 
@@ -222,10 +224,27 @@ def _(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interleaved,
 
 @register_fake("window_attention_bwd")
 def _(dout, qkv, out, softmax, *call):
-    q_weight, k_weight, bias, with_dbias = call[6], call[7], call[12], call[15]
-    dweights = (qkv.new_empty(0) if p is None else p.new_empty(p.shape) for p in (q_weight, k_weight))
-    dbias = bias.new_empty(bias.shape) if with_dbias else qkv.new_empty(0)
-    return (qkv.new_empty(qkv.shape), *dweights, dbias)
+    asked = zip((qkv, call[6], call[7], call[12]), call[-4:], strict=True)
+    return tuple(tensor.new_empty(tensor.shape) if need else qkv.new_empty(0) for tensor, need in asked)
+
+
+def _product(qkv, sizes) -> int:
+    """FLOPs of the scores, or of another product of all queries and keys of the windows."""
+    batch, _, _, heads, head_dim = qkv
+    pairs = 1
+    for n, w in zip(sizes[:3], sizes[3:], strict=True):
+        pairs *= n // w * w**2 + (n % w) ** 2
+    return 2 * batch * heads * head_dim * pairs
+
+
+@formula("window_attention_fwd")
+def _(qkv, *call, **out):
+    return 2 * _product(qkv, call[:6])
+
+
+@formula("window_attention_bwd")
+def _(dout, qkv, saved, softmax, *call, **out):
+    return 5 * _product(qkv, call[:6])  # the scores again, dP, dv, dq and dk
 
 
 class _WindowAttention(torch.autograd.Function):
@@ -243,17 +262,12 @@ class _WindowAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any):
         qkv, out, softmax, q_weight, k_weight, cos, sin, bias = ctx.saved_tensors
         sizes, norm, interleaved, scale, eps = ctx.constants
-        options = (q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps, ctx.needs_input_grad[3])
-        dqkv, dq_weight, dk_weight, dbias = kernels(ctx.backend).window_attention_bwd(
-            gradients[0].contiguous(), qkv, out, softmax, *sizes, *options
+        options = (q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps)
+        needs = ctx.needs_input_grad[:4]
+        found = kernels(ctx.backend).window_attention_bwd(
+            gradients[0].contiguous(), qkv, out, softmax, *sizes, *options, *needs
         )
-        return (
-            dqkv,
-            None if q_weight is None else dq_weight,
-            None if k_weight is None else dk_weight,
-            dbias if ctx.needs_input_grad[3] else None,
-            *(None,) * 8,
-        )
+        return *asked_for(needs, found), *(None,) * 8
 
 
 def _kernels(qkv, q_weight, k_weight, bias):
@@ -355,12 +369,12 @@ def window_attention(
     *,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
-    qk_norm: str | None = None,
+    qk_norm: Norm | None = None,
     rope: Rope | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
     eps: float = 1e-6,
-    backend: str | None = None,
+    backend: backends.Name | None = None,
 ) -> Tensor:
     """Attention inside windows of the grid: ``softmax(scale * q k^T + bias) v``, with QK-norm and rotary embedding.
 

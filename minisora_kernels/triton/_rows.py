@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import lcm
+from math import lcm, prod
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._common import load, store
 from ._launch import Launch, Like
@@ -184,28 +185,33 @@ def _add_up_all(
 
 
 class Runs:
-    """Tokens ``[B, N, D]`` cut into runs, each within a row of every one of ``parameters`` that is summed.
+    """Tokens ``[B, N, D]`` cut into runs, each within a row of every parameter that the kernel reads or sums.
 
-    A parameter with a row a token has no sums: its gradient is written token by token, and its rows cut nothing. Where
-    others have different rows, the coarser one gets a partial sum for each row of the finer. Where a run has a row of
-    its own, its sum is the gradient. The gradients of the others have a slot each in one tensor of partial sums.
+    ``rows`` has the numbers of rows of those that it reads, ``gradients`` the shapes of those that it sums, or None
+    where one is not asked for. A parameter with a row a token has no sums: its gradient is written token by token, and
+    its rows cut nothing. Where others have different rows, the coarser one gets a partial sum for each row of the
+    finer. Where a run has a row of its own, its sum is the gradient. The gradients of the others have a slot each in
+    one tensor of partial sums.
     """
 
-    def __init__(self, shape: torch.Size, tile: Tile, parameters: Sequence[Like | None]) -> None:
+    def __init__(
+        self, shape: torch.Size, tile: Tile, rows: Sequence[int], gradients: Sequence[tuple[int, ...] | None]
+    ) -> None:
         batch, tokens, self._width = shape
-        rows = lcm(*(p.shape[1] for p in parameters if p is not None and len(p.shape) == 3 and p.shape[1] != tokens))
-        self.row_tokens = tokens // rows
+        summed = [gradient[1] for gradient in gradients if gradient is not None and len(gradient) == 3]
+        count = lcm(*(number for number in (*rows, *summed) if number != tokens))
+        self.row_tokens = tokens // count
         run_tokens = min(max(triton.cdiv(batch * tokens, RUNS), MIN_RUN), MAX_RUN)
         self.run_tokens = min(triton.cdiv(run_tokens, tile.rows) * tile.rows, self.row_tokens)
-        self.count = batch * rows * triton.cdiv(self.row_tokens, self.run_tokens)
+        self.count = batch * count * triton.cdiv(self.row_tokens, self.run_tokens)
         # per parameter the slot of its partial sums, if it has any
         self.slots: list[int | None] = []
         self._rows: list[int] = []
-        for parameter in parameters:
-            numbers = 0 if parameter is None else parameter.shape.numel()
-            summed = numbers not in (0, self.count * self._width, batch * tokens * self._width)
-            self.slots.append(len(self._rows) if summed else None)
-            if summed:
+        for gradient in gradients:
+            numbers = 0 if gradient is None else prod(gradient)
+            partial = numbers not in (0, self.count * self._width, batch * tokens * self._width)
+            self.slots.append(len(self._rows) if partial else None)
+            if partial:
                 self._rows.append(numbers // self._width)
 
     @property
@@ -239,6 +245,16 @@ def strides_of(name: str, parameter: Like | None) -> tuple[int, int]:
     if parameter.shape[2] > 1 and parameter.stride[2] != 1:
         raise ValueError(f"{name} must have stride 1 over D, got strides {parameter.stride}")
     return parameter.stride[0], parameter.stride[1]
+
+
+def gradient_of(like: Tensor, rows: int, dtype: torch.dtype | None) -> Tensor | None:
+    """Room for a gradient ``[B, R, D]`` of tokens like ``like``; None where it is not asked for."""
+    return None if dtype is None else like.new_empty((like.shape[0], rows, like.shape[2]), dtype=dtype)
+
+
+def given(like: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """What a raw op returns: a tensor without elements for a gradient that is not asked for."""
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def tokens_per_row(parameter: Like | None, tokens: int) -> int:

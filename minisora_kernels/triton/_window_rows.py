@@ -376,8 +376,11 @@ def norm_backward(grad, scale, rows, weight, eps, FORM: tl.constexpr):
 
 @triton.jit
 def store_dweight(pointer, row, dweight, FORM: tl.constexpr):
-    """Row ``row`` of the partial sums [rows, head_dim] of a weight's gradient: the sum over the rows of dweight."""
-    for i in tl.static_range(len(dweight)):
-        column = columns(FORM.qk[i])
-        at = row.to(tl.int64) * FORM.head_dim + column
-        tl.store(pointer + at, tl.sum(dweight[i], 0), mask=column < FORM.qk[i][2])
+    """Row ``row`` of the partial sums [rows, head_dim] of a weight's gradient, if there are any: the sum over the rows
+    of dweight.
+    """
+    if pointer is not None:
+        for i in tl.static_range(len(dweight)):
+            column = columns(FORM.qk[i])
+            at = row.to(tl.int64) * FORM.head_dim + column
+            tl.store(pointer + at, tl.sum(dweight[i], 0), mask=column < FORM.qk[i][2])

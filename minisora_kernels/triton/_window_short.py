@@ -133,8 +133,8 @@ def short_backward_kernel(
     step = heads * FORM.head_dim
     chunk = tl.program_id(0) // groups
     first = tl.program_id(0) % groups * HEADS
-    dq_weight = () if q_weight is None else zeros(TILE, FORM.qk)
-    dk_weight = () if k_weight is None else zeros(TILE, FORM.qk)
+    dq_weight = () if dq_partial is None else zeros(TILE, FORM.qk)
+    dk_weight = () if dk_partial is None else zeros(TILE, FORM.qk)
     dpair = tl.zeros([TILE, TILE], tl.float32)
     for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, tl.cdiv(items, each))):
         slot, place, token, row, valid = _tile(tile, items, length, each, tokens, box, TILE, FORM)
@@ -169,12 +169,14 @@ def short_backward_kernel(
             grad = turn(grad, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
             grad, dweight = norm_backward(grad, scale, load_rows(qkv, at, valid, FORM.qk), q_weight_, eps, FORM)
             store_rows(dqkv, at, valid, grad, FORM.qk)
-            dq_weight = sums(dq_weight, dweight)
+            if dq_partial is not None:
+                dq_weight = sums(dq_weight, dweight)
             grad = _product(tl.trans(ds), q, seen, PACKED, FORM)
             grad = turn(grad, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
             grad, dweight = norm_backward(grad, scale, load_rows(qkv + step, at, valid, FORM.qk), k_weight_, eps, FORM)
             store_rows(dqkv + step, at, valid, grad, FORM.qk)
-            dk_weight = sums(dk_weight, dweight)
+            if dk_partial is not None:
+                dk_weight = sums(dk_weight, dweight)
     store_dweight(dq_partial, tl.program_id(0), dq_weight, FORM)
     store_dweight(dk_partial, tl.program_id(0), dk_weight, FORM)
     if dbias_partial is not None:

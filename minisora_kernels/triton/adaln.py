@@ -15,7 +15,7 @@ so batches and a modulation per frame cost what one row costs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import cast, constants, inverse_root, load, store
-from ._launch import Launch, Like, dense, empty_gradient, plan, signature
+from ._launch import Launch, Like, dense, plan, signature
 from ._rows import (
     BACKWARD,
     FORWARD,
@@ -31,6 +31,8 @@ from ._rows import (
     add,
     chunks,
     columns,
+    given,
+    gradient_of,
     mask_of,
     max_itemsize,
     padded,
@@ -78,9 +80,11 @@ def _fwd(
     at = token.to(tl.int64) * tile.width
     sample = token // tokens
     place = token - sample * tokens
-    shift = row_of(shift_ptr, shift_sample, shift_row, sample, place, shift_tokens)
-    scale = row_of(scale_ptr, scale_sample, scale_row, sample, place, scale_tokens)
-    if branch_ptr is not None:
+    if shift_ptr is not None:
+        shift = row_of(shift_ptr, shift_sample, shift_row, sample, place, shift_tokens)
+    if scale_ptr is not None:
+        scale = row_of(scale_ptr, scale_sample, scale_row, sample, place, scale_tokens)
+    if gate_ptr is not None:
         gate = row_of(gate_ptr, gate_sample, gate_row, sample, place, gate_tokens)
 
     xs = ()
@@ -90,7 +94,10 @@ def _fwd(
         here = at + column[c]
         x = load(x_ptr + here, mask)
         if branch_ptr is not None:
-            x += load(gate + column[c], mask) * load(branch_ptr + here, mask)
+            branch = load(branch_ptr + here, mask)
+            if gate_ptr is not None:
+                branch *= load(gate + column[c], mask)
+            x += branch
             residual = cast(x, residual_ptr.dtype.element_ty)
             store(residual_ptr + here, residual, mask)
             x = residual.to(tl.float32)
@@ -117,8 +124,10 @@ def _fwd(
             y *= load(weight_ptr + column[c], mask)
         if bias_ptr is not None:
             y += load(bias_ptr + column[c], mask)
-        y *= 1 + load(scale + column[c], mask)
-        y += load(shift + column[c], mask)
+        if scale_ptr is not None:
+            y *= 1 + load(scale + column[c], mask)
+        if shift_ptr is not None:
+            y += load(shift + column[c], mask)
         store(y_ptr + at + column[c], y, mask)
 
 
@@ -152,6 +161,9 @@ def _bwd(
     scale_sample,
     scale_row,
     RMS: tl.constexpr,
+    THROUGH: tl.constexpr,
+    SUM_DY: tl.constexpr,
+    SUM_H: tl.constexpr,
     GATE_PER_TOKEN: tl.constexpr,
     SHIFT_PER_TOKEN: tl.constexpr,
     SCALE_PER_TOKEN: tl.constexpr,
@@ -165,9 +177,9 @@ def _bwd(
     column = columns(tile)
     member = tl.arange(0, tile.rows)[:, None, None]
     begin, end, sample, place = run_of(tokens, row_tokens, run_tokens)
-    if not SCALE_PER_TOKEN:
+    if scale_ptr is not None and not SCALE_PER_TOKEN:
         scale = row_of(scale_ptr, scale_sample, scale_row, sample, place, scale_tokens)
-    if branch_ptr is not None and not GATE_PER_TOKEN:
+    if gate_ptr is not None and not GATE_PER_TOKEN:
         gate = row_of(gate_ptr, gate_sample, gate_row, sample, place, gate_tokens)
     sum_dy = zeros(tile)
     sum_da = zeros(tile)
@@ -178,9 +190,9 @@ def _bwd(
         token = first + member
         live = token < end
         at = token.to(tl.int64) * tile.width
-        if SCALE_PER_TOKEN:
+        if scale_ptr is not None and SCALE_PER_TOKEN:
             scale = row_of(scale_ptr, scale_sample, scale_row, sample, place + token - begin, 1)
-        if branch_ptr is not None and GATE_PER_TOKEN:
+        if gate_ptr is not None and GATE_PER_TOKEN:
             gate = row_of(gate_ptr, gate_sample, gate_row, sample, place + token - begin, 1)
         rstd = tl.load(rstd_ptr + token, live, other=0.0)
         mean = tl.zeros([tile.rows, 1, 1], tl.float32)
@@ -196,7 +208,9 @@ def _bwd(
             here = at + column[c]
             dy = load(dy_ptr + here, mask)
             h = (load(x_ptr + here, mask) - mean) * rstd
-            da = dy * (1 + load(scale + column[c], mask))
+            da = dy
+            if scale_ptr is not None:
+                da *= 1 + load(scale + column[c], mask)
             dh = da
             a = h
             if weight_ptr is not None:
@@ -205,62 +219,72 @@ def _bwd(
                 a *= weight
             if bias_ptr is not None:
                 a += load(bias_ptr + column[c], mask)
-            sum_dy = add(sum_dy, c, dy)
-            if SHIFT_PER_TOKEN:
+            if SUM_DY:
+                sum_dy = add(sum_dy, c, dy)
+            if dshift_ptr is not None and SHIFT_PER_TOKEN:
                 store(dshift_ptr + here, dy, mask)
             if SCALE_PER_TOKEN:
-                store(dscale_ptr + here, dy * a, mask)
-                sum_da = add(sum_da, c, da)
-                sum_h = add(sum_h, c, da * h)
-            else:
+                if dscale_ptr is not None:
+                    store(dscale_ptr + here, dy * a, mask)
+                if dbias_ptr is not None:
+                    sum_da = add(sum_da, c, da)
+                if dweight_ptr is not None:
+                    sum_h = add(sum_h, c, da * h)
+            elif SUM_H:
                 sum_h = add(sum_h, c, dy * h)
             hs = hs + (h,)
             dhs = dhs + (dh,)
             sum_dh += tl.sum(dh, 2)
             sum_dh_h += tl.sum(dh * h, 2)
 
-        # joined: one exchange between warps for both
-        mean_dh, mean_dh_h = tl.split(tl.div_rn(tl.sum(tl.join(sum_dh, sum_dh_h), 1)[:, None, None], tile.width))
-        for c in tl.static_range(chunks(tile)):
-            mask = mask_of(live, column[c], tile, c)
-            here = at + column[c]
-            dx = dhs[c] - hs[c] * mean_dh_h
-            if not RMS:
-                dx -= mean_dh
-            dx *= rstd
-            if branch_ptr is not None:
-                dx += load(dresidual_ptr + here, mask)
-                dgate = dx * load(branch_ptr + here, mask)
-                if GATE_PER_TOKEN:
-                    store(dgate_ptr + here, dgate, mask)
-                else:
-                    sum_gate = add(sum_gate, c, dgate)
-                store(dbranch_ptr + here, dx * load(gate + column[c], mask), mask)
-            store(dx_ptr + here, dx, mask)
+        if THROUGH:
+            # joined: one exchange between warps for both
+            mean_dh, mean_dh_h = tl.split(tl.div_rn(tl.sum(tl.join(sum_dh, sum_dh_h), 1)[:, None, None], tile.width))
+            for c in tl.static_range(chunks(tile)):
+                mask = mask_of(live, column[c], tile, c)
+                here = at + column[c]
+                dx = dhs[c] - hs[c] * mean_dh_h
+                if not RMS:
+                    dx -= mean_dh
+                dx *= rstd
+                if dresidual_ptr is not None:
+                    dx += load(dresidual_ptr + here, mask)
+                if dgate_ptr is not None:
+                    dgate = dx * load(branch_ptr + here, mask)
+                    if GATE_PER_TOKEN:
+                        store(dgate_ptr + here, dgate, mask)
+                    else:
+                        sum_gate = add(sum_gate, c, dgate)
+                if dbranch_ptr is not None:
+                    store(dbranch_ptr + here, dx * load(gate + column[c], mask), mask)
+                if dx_ptr is not None:
+                    store(dx_ptr + here, dx, mask)
 
     for c in tl.static_range(chunks(tile)):
         mask = mask_of(True, column[c], tile, c)
         total = tl.sum(sum_dy[c], 0)[None]
         total_h = tl.sum(sum_h[c], 0)[None]
-        if not SHIFT_PER_TOKEN:
+        if dshift_ptr is not None and not SHIFT_PER_TOKEN:
             store_sum(dshift_ptr, sums_ptr, SHIFT_SLOT, total, column[c], mask, tile)
         if SCALE_PER_TOKEN:
             total = tl.sum(sum_da[c], 0)[None]
         else:
-            dscale = total_h
-            if weight_ptr is not None:
-                dscale *= load(weight_ptr + column[c], mask)
-            if bias_ptr is not None:
-                dscale += load(bias_ptr + column[c], mask) * total
-            store_sum(dscale_ptr, sums_ptr, SCALE_SLOT, dscale, column[c], mask, tile)
-            one_plus_scale = 1 + load(scale + column[c], mask)
-            total *= one_plus_scale
-            total_h *= one_plus_scale
+            if dscale_ptr is not None:
+                dscale = total_h
+                if weight_ptr is not None:
+                    dscale *= load(weight_ptr + column[c], mask)
+                if bias_ptr is not None:
+                    dscale += load(bias_ptr + column[c], mask) * total
+                store_sum(dscale_ptr, sums_ptr, SCALE_SLOT, dscale, column[c], mask, tile)
+            if scale_ptr is not None:
+                one_plus_scale = 1 + load(scale + column[c], mask)
+                total *= one_plus_scale
+                total_h *= one_plus_scale
         if dweight_ptr is not None:
             store_sum(dweight_ptr, sums_ptr, WEIGHT_SLOT, total_h, column[c], mask, tile)
         if dbias_ptr is not None:
             store_sum(dbias_ptr, sums_ptr, BIAS_SLOT, total, column[c], mask, tile)
-        if branch_ptr is not None and not GATE_PER_TOKEN:
+        if dgate_ptr is not None and not GATE_PER_TOKEN:
             store_sum(dgate_ptr, sums_ptr, GATE_SLOT, tl.sum(sum_gate[c], 0)[None], column[c], mask, tile)
 
 
@@ -293,8 +317,8 @@ def forward(
     x: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     rms: bool,
@@ -322,19 +346,45 @@ class Backward(NamedTuple):
     added: tuple[int | None, ...]
 
 
+class Asked(NamedTuple):
+    """The gradients that are asked for: their dtypes, or False and None, and the numbers of rows."""
+
+    x: bool
+    branch: torch.dtype | None
+    gate: torch.dtype | None
+    gate_rows: int
+    shift: torch.dtype | None
+    shift_rows: int
+    scale: torch.dtype | None
+    scale_rows: int
+    weight: torch.dtype | None
+    bias: torch.dtype | None
+
+
 @plan
-def _backward_plan(dresidual, dy, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, device) -> Backward:
+def _backward_plan(dresidual, dy, x, branch, gate, scale, weight, bias, mean, rstd, rms, asked, device) -> Backward:
     dy, x, branch = dense("dy", dy), dense("x", x), dense("branch", branch)
     weight, bias = dense("weight", weight), dense("bias", bias)
     for name, each in (("dresidual", dresidual), ("mean", mean), ("rstd", rstd)):
         dense(name, each)
-    gate, shift, scale = rows = tuple(None if each is None else Like(*each) for each in (gate, shift, scale))
-    tokens, width = x.shape[1:]
-    per_token = [tokens_per_row(parameter, tokens) == 1 for parameter in rows]
-    written = [parameter for parameter, token_by_token in zip(rows, per_token, strict=True) if token_by_token]
-    held = [each.dtype for each in (dy, x, branch, *written) if each is not None]
-    tile, warps = tile_of(width, max_itemsize(*held), *BACKWARD)
-    runs = Runs(x.shape, tile, (*rows, weight, bias))
+    gate, scale = gate and Like(*gate), scale and Like(*scale)
+    batch, tokens, width = x.shape
+    gradients = ((asked.gate, asked.gate_rows), (asked.shift, asked.shift_rows), (asked.scale, asked.scale_rows))
+    read = (gate, None, scale)
+    counts = [rows if like is None else like.shape[1] for (_, rows), like in zip(gradients, read, strict=True)]
+    per_token = [count == tokens for count in counts]
+    written = [dtype for (dtype, _), each in zip(gradients, per_token, strict=True) if each]
+    written += [like.dtype for like, each in zip(read, per_token, strict=True) if each and like is not None]
+    held = [dy.dtype, x.dtype, asked.branch, branch and branch.dtype, *written]
+    tile, warps = tile_of(width, max_itemsize(*(dtype for dtype in held if dtype is not None)), *BACKWARD)
+    shapes: list[tuple[int, ...] | None] = [
+        None if dtype is None else (batch, rows, width) for dtype, rows in gradients
+    ]
+    shapes += [None if dtype is None else (width,) for dtype in (asked.weight, asked.bias)]
+    runs = Runs(x.shape, tile, [count for count in counts if count], shapes)
+    summed_scale = asked.scale is not None and not per_token[2]
+    summed_bias = asked.bias is not None and not per_token[2]
+    summed_shift = asked.shift is not None and not per_token[1]
     first = Launch(
         _bwd,
         (runs.count,),
@@ -346,6 +396,9 @@ def _backward_plan(dresidual, dy, x, branch, gate, shift, scale, weight, bias, m
         *strides_of("gate", gate),
         *strides_of("scale", scale),
         rms,
+        asked.x or asked.branch is not None or asked.gate is not None,
+        summed_shift or summed_bias or (summed_scale and bias is not None),
+        summed_scale or (asked.weight is not None and not per_token[2]),
         *per_token,
         *runs.slots,
         constants(tile),
@@ -360,24 +413,29 @@ def backward(
     x: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     rms: bool,
+    asked: Asked,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, branch, gate, shift, scale, weight and bias; ``x`` is what was normalised."""
-    inputs = (dresidual, dy, x, branch, gate, shift, scale, weight, bias, mean, rstd)
-    parameters = (gate, shift, scale, weight, bias)
-    dx, dbranch, *gradients = [empty_gradient(tensor) for tensor in (x, branch, *parameters)]
+    inputs = (dresidual, dy, x, branch, gate, scale, weight, bias, mean, rstd)
+    dx = torch.empty_like(x) if asked.x else None
+    dbranch = None if asked.branch is None else torch.empty_like(x, dtype=asked.branch)
+    gradients = [
+        gradient_of(x, asked.gate_rows, asked.gate),
+        gradient_of(x, asked.shift_rows, asked.shift),
+        gradient_of(x, asked.scale_rows, asked.scale),
+        *(None if dtype is None else x.new_empty(x.shape[2], dtype=dtype) for dtype in (asked.weight, asked.bias)),
+    ]
     if x.numel() == 0:
         return dx, dbranch, *(None if gradient is None else gradient.zero_() for gradient in gradients)
-    launches = _backward_plan(*map(signature, inputs), rms, x.get_device())
+    launches = _backward_plan(*map(signature, inputs), rms, asked, x.get_device())
     sums = None if launches.second is None else x.new_empty(launches.sums, dtype=torch.float32)
-    dresidual, dy, x, branch, gate, _, scale, *rest = inputs
-    launches.first(dresidual, dy, x, branch, gate, scale, *rest, dx, dbranch, *gradients, sums)
+    launches.first(*inputs, dx, dbranch, *gradients, sums)
     if launches.second is not None:
         launches.second(sums, *(None if i is None else gradients[i] for i in launches.added))
     return dx, dbranch, *gradients
@@ -385,8 +443,8 @@ def backward(
 
 def adaln_fwd(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     rms: bool,
@@ -400,13 +458,15 @@ def adaln_fwd(
 def adaln_bwd(
     dy: Tensor,
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     rms: bool,
-) -> tuple[Tensor | None, ...]:
-    dx, _, _, *gradients = backward(None, dy, x, None, None, shift, scale, weight, bias, mean, rstd, rms)
-    return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    need_x: bool,
+    *asked: Any,
+) -> tuple[Tensor, ...]:
+    wanted = Asked(need_x, None, None, 0, *asked)
+    dx, _, _, *gradients = backward(None, dy, x, None, None, scale, weight, bias, mean, rstd, rms, wanted)
+    return given(x, (dx, *gradients))

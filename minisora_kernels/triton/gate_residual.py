@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import constants, load, store
-from ._launch import Launch, Like, dense, empty_gradient, plan, signature
+from ._launch import Launch, Like, dense, plan, signature
 from ._rows import (
     BACKWARD,
     FORWARD,
@@ -21,6 +21,8 @@ from ._rows import (
     add,
     chunks,
     columns,
+    given,
+    gradient_of,
     mask_of,
     max_itemsize,
     row_of,
@@ -39,15 +41,18 @@ def _fwd(x_ptr, branch_ptr, gate_ptr, y_ptr, count, tokens, gate_tokens, gate_sa
     token = tl.program_id(0) * tile.rows + tl.arange(0, tile.rows)[:, None, None]
     live = token < count
     at = token.to(tl.int64) * tile.width
-    gate = row_of(gate_ptr, gate_sample, gate_row, token // tokens, token % tokens, gate_tokens)
+    if gate_ptr is not None:
+        gate = row_of(gate_ptr, gate_sample, gate_row, token // tokens, token % tokens, gate_tokens)
     for c in tl.static_range(chunks(tile)):
         mask = mask_of(live, column[c], tile, c)
         here = at + column[c]
-        gated = load(gate + column[c], mask) * load(branch_ptr + here, mask)
+        gated = load(branch_ptr + here, mask)
+        if gate_ptr is not None:
+            gated *= load(gate + column[c], mask)
         store(y_ptr + here, load(x_ptr + here, mask) + gated, mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "row_tokens", "run_tokens"])
+@triton.jit(do_not_specialize=["tokens", "row_tokens", "run_tokens", "gate_tokens"])
 def _bwd(
     dy_ptr,
     branch_ptr,
@@ -58,6 +63,7 @@ def _bwd(
     tokens,
     row_tokens,
     run_tokens,
+    gate_tokens,
     gate_sample,
     gate_row,
     PER_TOKEN: tl.constexpr,
@@ -67,26 +73,28 @@ def _bwd(
     column = columns(tile)
     member = tl.arange(0, tile.rows)[:, None, None]
     begin, end, sample, place = run_of(tokens, row_tokens, run_tokens)
-    if not PER_TOKEN:
-        gate = row_of(gate_ptr, gate_sample, gate_row, sample, place, row_tokens)
+    if gate_ptr is not None and not PER_TOKEN:
+        gate = row_of(gate_ptr, gate_sample, gate_row, sample, place, gate_tokens)
     sums = zeros(tile)
     for first in range(begin, end, tile.rows):
         token = first + member
         live = token < end
         at = token.to(tl.int64) * tile.width
-        if PER_TOKEN:
+        if gate_ptr is not None and PER_TOKEN:
             gate = row_of(gate_ptr, gate_sample, gate_row, sample, place + token - begin, 1)
         for c in tl.static_range(chunks(tile)):
             mask = mask_of(live, column[c], tile, c)
             here = at + column[c]
             dy = load(dy_ptr + here, mask)
-            dgate = dy * load(branch_ptr + here, mask)
-            store(dbranch_ptr + here, dy * load(gate + column[c], mask), mask)
-            if PER_TOKEN:
-                store(dgate_ptr + here, dgate, mask)
-            else:
-                sums = add(sums, c, dgate)
-    if not PER_TOKEN:
+            if dbranch_ptr is not None:
+                store(dbranch_ptr + here, dy * load(gate + column[c], mask), mask)
+            if dgate_ptr is not None:
+                dgate = dy * load(branch_ptr + here, mask)
+                if PER_TOKEN:
+                    store(dgate_ptr + here, dgate, mask)
+                else:
+                    sums = add(sums, c, dgate)
+    if dgate_ptr is not None and not PER_TOKEN:
         for c in tl.static_range(chunks(tile)):
             mask = mask_of(True, column[c], tile, c)
             store_sum(dgate_ptr, sums_ptr, SLOT, tl.sum(sums[c], 0)[None], column[c], mask, tile)
@@ -94,14 +102,14 @@ def _bwd(
 
 @plan
 def _forward_plan(x, branch, gate, device) -> Launch:
-    x, branch, gate = dense("x", x), dense("branch", branch), Like(*gate)
+    x, branch, gate = dense("x", x), dense("branch", branch), gate and Like(*gate)
     batch, tokens, width = x.shape
     tile, warps = tile_of(width, max_itemsize(x.dtype, branch.dtype), *FORWARD)
     numbers = (batch * tokens, tokens, tokens_per_row(gate, tokens), *strides_of("gate", gate))
     return Launch(_fwd, (triton.cdiv(batch * tokens, tile.rows),), *numbers, constants(tile), num_warps=warps)
 
 
-def gate_residual_fwd(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+def gate_residual_fwd(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     y = torch.empty_like(x)
     if x.numel():
         launch = _forward_plan(signature(x), signature(branch), signature(gate), x.get_device())
@@ -110,24 +118,36 @@ def gate_residual_fwd(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 
 @plan
-def _backward_plan(dy, branch, gate, device) -> tuple[Launch, tuple[int, int], Launch | None]:
-    dy, branch, gate = dense("dy", dy), dense("branch", branch), Like(*gate)
-    tokens, width = dy.shape[1:]
-    tile, warps = tile_of(width, max_itemsize(dy.dtype, branch.dtype), *BACKWARD)
-    runs = Runs(dy.shape, tile, (gate,))
-    numbers = (tokens, runs.row_tokens, runs.run_tokens, *strides_of("gate", gate))
-    per_token = tokens_per_row(gate, tokens) == 1
-    first = Launch(_bwd, (runs.count,), *numbers, per_token, *runs.slots, constants(tile), num_warps=warps)
+def _backward_plan(dy, branch, gate, dbranch, gate_rows, device) -> tuple[Launch, tuple[int, int], Launch | None]:
+    """``dbranch``: its dtype, or None. ``gate_rows``: rows of dgate, or 0."""
+    dy, branch, gate = dense("dy", dy), dense("branch", branch), gate and Like(*gate)
+    batch, tokens, width = dy.shape
+    dtypes = {dtype for dtype in (dy.dtype, dbranch, branch and branch.dtype) if dtype is not None}
+    tile, warps = tile_of(width, max_itemsize(*dtypes), *BACKWARD)
+    rows = gate_rows if gate is None else gate.shape[1]
+    runs = Runs(dy.shape, tile, (rows,), ((batch, rows, width) if gate_rows else None,))
+    per_row = tokens // rows
+    numbers = (tokens, runs.row_tokens, runs.run_tokens, per_row, *strides_of("gate", gate))
+    first = Launch(_bwd, (runs.count,), *numbers, per_row == 1, *runs.slots, constants(tile), num_warps=warps)
     return first, runs.sums, runs.second_stage()
 
 
-def gate_residual_bwd(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    dbranch, dgate = torch.empty_like(branch), empty_gradient(gate)
+def gate_residual_bwd(
+    dy: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    dbranch_dtype: torch.dtype | None,
+    gate_dtype: torch.dtype | None,
+    gate_rows: int,
+) -> tuple[Tensor, ...]:
+    dbranch = None if dbranch_dtype is None else torch.empty_like(dy, dtype=dbranch_dtype)
+    dgate = gradient_of(dy, gate_rows, gate_dtype)
     if dy.numel() == 0:
-        return dbranch, dgate.zero_()
-    first, size, second = _backward_plan(signature(dy), signature(branch), signature(gate), dy.get_device())
+        return given(dy, (dbranch, None if dgate is None else dgate.zero_()))
+    inputs = (signature(dy), signature(branch), signature(gate))
+    first, size, second = _backward_plan(*inputs, dbranch_dtype, gate_rows, dy.get_device())
     sums = None if second is None else dy.new_empty(size, dtype=torch.float32)
     first(dy, branch, gate, dbranch, dgate, sums)
     if second is not None:
         second(sums, dgate, None, None, None, None)
-    return dbranch, dgate
+    return given(dy, (dbranch, dgate))

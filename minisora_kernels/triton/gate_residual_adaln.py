@@ -7,18 +7,21 @@ through memory, where the two ops one after the other take nine.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import adaln
+from ._rows import given
 
 
 def gate_residual_adaln_fwd(
     x: Tensor,
     branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     rms: bool,
@@ -32,15 +35,16 @@ def gate_residual_adaln_bwd(
     dresidual: Tensor,
     dy: Tensor,
     residual: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     rms: bool,
-) -> tuple[Tensor | None, ...]:
-    gradients = adaln.backward(dresidual, dy, residual, branch, gate, shift, scale, weight, bias, mean, rstd, rms)
-    return tuple(residual.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    *asked: Any,
+) -> tuple[Tensor, ...]:
+    wanted = adaln.Asked(*asked)
+    tensors = (dresidual, dy, residual, branch, gate, scale, weight, bias, mean, rstd)
+    return given(residual, adaln.backward(*tensors, rms, wanted))

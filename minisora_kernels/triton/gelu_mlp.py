@@ -21,6 +21,7 @@ from torch import Tensor
 from ._common import load, store
 from ._launch import Launch, dense, plan, signature
 from ._parts import sum_parts
+from ._rows import given
 
 BLOCK = 2048  # elements of h a program takes forward: 16 a thread
 ROWS, COLUMNS = 8, 256  # a tile backward
@@ -47,17 +48,35 @@ def _sigmoid(h, dtype: tl.constexpr):
 
 
 @triton.jit
-def _fwd(h_ptr, a_ptr, size, BLOCK: tl.constexpr):
+def _distribution(h):
+    """Phi(h), the normal distribution."""
+    return 0.5 + 0.5 * tl.erf(h * 0.7071067811865476)
+
+
+@triton.jit
+def _fwd(h_ptr, a_ptr, size, EXACT: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
     h = load(h_ptr + offsets, mask)
-    _, s = _sigmoid(h, h_ptr.dtype.element_ty)
+    if EXACT:
+        s = _distribution(h)
+    else:
+        _, s = _sigmoid(h, h_ptr.dtype.element_ty)
     store(a_ptr + offsets, h * s, mask)
 
 
 @triton.jit(do_not_specialize=["size", "chunk"])
 def _bwd(
-    h_ptr, grad_ptr, a_ptr, sums_ptr, size, chunk, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    h_ptr,
+    grad_ptr,
+    a_ptr,
+    sums_ptr,
+    size,
+    chunk,
+    EXACT: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     blocks: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
     part = (tl.program_id(0) // blocks).to(tl.int64)
@@ -69,48 +88,71 @@ def _bwd(
         mask = (rows[:, None] < size) & (columns[None, :] < HIDDEN)
         h = load(h_ptr + offsets, mask)
         da = load(grad_ptr + offsets, mask)
-        e, s = _sigmoid(h, h_ptr.dtype.element_ty)
-        hs = h * s
-        store(a_ptr + offsets, hs, mask)
-        # 1 - s loses digits where s is near 1, and e may be inf where s is 0
-        complement = tl.where(s < 0.5, 1.0 - s, e * s)
-        dh = da * (s + hs * complement * (SLOPE + SLOPE_SQUARED * (h * h)))
+        if EXACT:
+            s = _distribution(h)
+            hs = h * s
+            slope = s + h * (0.3989422804014327 * tl.exp(-0.5 * h * h))
+        else:
+            e, s = _sigmoid(h, h_ptr.dtype.element_ty)
+            hs = h * s
+            # 1 - s loses digits where s is near 1, and e may be inf where s is 0
+            complement = tl.where(s < 0.5, 1.0 - s, e * s)
+            slope = s + hs * complement * (SLOPE + SLOPE_SQUARED * (h * h))
+        if a_ptr is not None:
+            store(a_ptr + offsets, hs, mask)
+        dh = da * slope
         store(grad_ptr + offsets, dh, mask)
-        sums += dh
-    tl.store(sums_ptr + part * HIDDEN + columns, tl.sum(sums, 0), columns < HIDDEN)
+        if sums_ptr is not None:
+            sums += dh
+    if sums_ptr is not None:
+        tl.store(sums_ptr + part * HIDDEN + columns, tl.sum(sums, 0), columns < HIDDEN)
 
 
 @plan
-def _forward_plan(size, dtype, device) -> Launch:
-    return Launch(_fwd, (triton.cdiv(size, BLOCK),), size, BLOCK)
+def _forward_plan(size, dtype, exact, device) -> Launch:
+    return Launch(_fwd, (triton.cdiv(size, BLOCK),), size, exact, BLOCK)
 
 
 def gelu_mlp_fwd(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, keep: bool
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, exact: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
     h = F.linear(x, w1, b1)
     a = torch.empty_like(h) if keep else h
-    _forward_plan(h.numel(), h.dtype, h.get_device())(h, a)
+    _forward_plan(h.numel(), h.dtype, exact, h.get_device())(h, a)
     return F.linear(a, w2, b2), h if keep else h.new_empty(0, 0)
 
 
 @plan
-def _backward_plan(h, dtype, device) -> tuple[int, Launch | None]:
+def _backward_plan(h, dtype, exact, device) -> tuple[int, Launch | None]:
     """The number of partial sums, and the launch; none for no columns, which no kernel can be made for."""
     h = dense("h", h)
     size, hidden = h.shape
     blocks = max(triton.cdiv(hidden, COLUMNS), 1)
     chunk = triton.cdiv(triton.cdiv(size, ROWS), max(PROGRAMS // blocks, 1)) * ROWS
     parts = triton.cdiv(size, max(chunk, 1))
-    return parts, Launch(_bwd, (parts * blocks,), size, chunk, hidden, ROWS, COLUMNS) if hidden else None
+    return parts, Launch(_bwd, (parts * blocks,), size, chunk, exact, hidden, ROWS, COLUMNS) if hidden else None
 
 
-def gelu_mlp_bwd(dy: Tensor, h: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gelu_mlp_bwd(
+    dy: Tensor,
+    h: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    exact: bool,
+    need_a: bool,
+    need_dh: bool,
+    need_b1: bool,
+) -> tuple[Tensor, ...]:
+    a = torch.empty_like(h) if need_a else None
+    if w2 is None:
+        if a is not None:
+            _forward_plan(h.numel(), h.dtype, exact, h.get_device())(h, a)
+        return given(h, (None, a, None, None))
     dh = dy @ w2
-    parts, launch = _backward_plan(signature(h), dh.dtype, h.get_device())
-    a, db1 = torch.empty_like(h), h.new_empty(h.shape[1])
-    sums = h.new_empty(parts, h.shape[1], dtype=torch.float32)
+    parts, launch = _backward_plan(signature(h), dh.dtype, exact, h.get_device())
+    db1 = h.new_empty(h.shape[1]) if need_b1 else None
+    sums = h.new_empty(parts, h.shape[1], dtype=torch.float32) if need_b1 else None
     if launch is not None:
         launch(h, dh, a, sums)
-    sum_parts((sums, db1))
-    return dh @ w1, a, dh, db1
+    sum_parts(None if sums is None or db1 is None else (sums, db1))
+    return given(h, (None if w1 is None else dh @ w1, a, dh if need_dh else None, db1))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._common import load, store
 from ._launch import Launch, dense, plan, signature
+from ._rows import given
 
 ROWS, COLUMNS = 8, 256  # sites and channels of a tile: 16 elements a thread
 # Sites that a program takes: enough programs for one frame of 24x24 sites and 8192 channels to fill a large GPU, while
@@ -154,10 +155,12 @@ def _products(
         at, mask = _tile(frame, site, end, columns, sites, WIDTH, ROWS)
         dy = load(dy_ptr + at, mask)
         products += dy * _activated(x_ptr + at, mask, GELU)
-        sums += dy
+        if sums_ptr is not None:
+            sums += dy
     out = part * WIDTH + columns
     tl.store(products_ptr + out, tl.sum(products, 0), columns < WIDTH)
-    tl.store(sums_ptr + out, tl.sum(sums, 0), columns < WIDTH)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + out, tl.sum(sums, 0), columns < WIDTH)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -176,7 +179,7 @@ def _frames(
     DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The sums of a frame, 1 / (mean(G) + eps), and mean(weight * P * s)."""
+    """The sums of a frame, 1 / (mean(G) + eps), and mean(weight * P * s), which without a weight nothing reads."""
     frame = tl.program_id(0).to(tl.int64)
     norm_sums = tl.zeros((COLUMNS,), tl.float32)
     shared_sums = tl.zeros((COLUMNS,), tl.float32)
@@ -186,10 +189,12 @@ def _frames(
         products = _add_parts(products_ptr, frame * parts, parts, columns, WIDTH, DEPTH)
         norms = load(norms_ptr + frame * WIDTH + columns, there)
         norm_sums += norms
-        shared_sums += load(weight_ptr + columns, there) * products * norms
+        if weight_ptr is not None:
+            shared_sums += load(weight_ptr + columns, there) * products * norms
         store(frame_products_ptr + frame * WIDTH + columns, products, there)
-        sums = _add_parts(sums_ptr, frame * parts, parts, columns, WIDTH, DEPTH)
-        store(frame_sums_ptr + frame * WIDTH + columns, sums, there)
+        if sums_ptr is not None:
+            sums = _add_parts(sums_ptr, frame * parts, parts, columns, WIDTH, DEPTH)
+            store(frame_sums_ptr + frame * WIDTH + columns, sums, there)
     inverse = tl.div_rn(1.0, tl.div_rn(tl.sum(norm_sums, 0), WIDTH) + eps)
     tl.store(inverse_ptr + frame, inverse)
     tl.store(shared_ptr + frame, tl.div_rn(inverse * tl.sum(shared_sums, 0), WIDTH))
@@ -254,11 +259,15 @@ def _parameters(
         frame = first + tl.arange(0, FRAMES).to(tl.int64)[:, None]
         mask = (frame < frames) & (columns[None, :] < WIDTH)
         at = frame * WIDTH + columns[None, :]
-        s = load(norms_ptr + at, mask) * load(inverse_ptr + frame, frame < frames)
-        dweight += s * load(products_ptr + at, mask)
-        dbias += load(sums_ptr + at, mask)
-    store(dweight_ptr + columns, tl.sum(dweight, 0).to(tl.float32), columns < WIDTH)
-    store(dbias_ptr + columns, tl.sum(dbias, 0).to(tl.float32), columns < WIDTH)
+        if dweight_ptr is not None:
+            s = load(norms_ptr + at, mask) * load(inverse_ptr + frame, frame < frames)
+            dweight += s * load(products_ptr + at, mask)
+        if dbias_ptr is not None:
+            dbias += load(sums_ptr + at, mask)
+    if dweight_ptr is not None:
+        store(dweight_ptr + columns, tl.sum(dweight, 0).to(tl.float32), columns < WIDTH)
+    if dbias_ptr is not None:
+        store(dbias_ptr + columns, tl.sum(dbias, 0).to(tl.float32), columns < WIDTH)
 
 
 @plan
@@ -297,10 +306,10 @@ def grn_fwd(
 
 
 @plan
-def _backward_plan(dy, x, weight, bias, norms, gelu, eps, device) -> tuple[int, Launch, Launch, Launch, Launch]:
+def _backward_plan(dy, x, weight, norms, gelu, eps, device) -> tuple[int, Launch, Launch, Launch, Launch]:
     """The number of partial sums, and the launches."""
     x = dense("x", x)
-    for name, tensor in (("dy", dy), ("weight", weight), ("bias", bias), ("norms", norms)):
+    for name, tensor in (("dy", dy), ("weight", weight), ("norms", norms)):
         dense(name, tensor)
     frames, sites, width = x.shape
     parts = triton.cdiv(sites, PART)
@@ -316,18 +325,32 @@ def _backward_plan(dy, x, weight, bias, norms, gelu, eps, device) -> tuple[int, 
 
 
 def grn_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norms: Tensor, gelu: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = (torch.empty_like(tensor) for tensor in (x, weight, bias))
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    norms: Tensor,
+    gelu: bool,
+    eps: float,
+    need_x: bool,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    dx = torch.empty_like(x) if need_x else None
+    gradients = [
+        None if dtype is None else x.new_empty(x.shape[2], dtype=dtype) for dtype in (weight_dtype, bias_dtype)
+    ]
     if x.numel() == 0:
-        return dx, dweight.zero_(), dbias.zero_()
-    inputs = (dy, x, weight, bias, norms)
+        return given(x, (dx, *(None if gradient is None else gradient.zero_() for gradient in gradients)))
+    inputs = (dy, x, weight, norms)
     parts, products, frames, backward, parameters = _backward_plan(*map(signature, inputs), gelu, eps, x.get_device())
-    partial = [x.new_empty((parts, x.shape[2]), dtype=torch.float32) for _ in range(2)]
-    sums = [torch.empty_like(norms) for _ in range(2)]
+    kinds = (True, bias_dtype is not None)  # sums of dy * a, and of dy, for the bias alone
+    partial = [x.new_empty((parts, x.shape[2]), dtype=torch.float32) if kind else None for kind in kinds]
+    sums = [torch.empty_like(norms) if kind else None for kind in kinds]
     inverse, shared = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     products(dy, x, *partial)
     frames(*partial, weight, norms, *sums, inverse, shared)
-    backward(dy, x, weight, norms, sums[0], inverse, shared, dx)
-    parameters(*sums, norms, inverse, dweight, dbias)
-    return dx, dweight, dbias
+    if dx is not None:
+        backward(dy, x, weight, norms, sums[0], inverse, shared, dx)
+    if weight_dtype is not None or bias_dtype is not None:
+        parameters(*sums, norms, inverse, *gradients)
+    return given(x, (dx, *gradients))

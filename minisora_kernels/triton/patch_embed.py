@@ -27,6 +27,7 @@ from torch import Tensor
 from ._common import dot, load, precision_of, store
 from ._launch import Launch, Like, dense, plan, signature
 from ._parts import sum_parts
+from ._rows import given
 
 COLUMNS = 128  # of y and dy in a tile; divides the widths of all models
 SHORT = 256  # bytes of a patch that fits one tile
@@ -282,7 +283,7 @@ def patch_embed_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor 
 @plan
 def _backward_plan(dy, x, weight, with_bias, precision, device) -> tuple[Launch, int]:
     """The launch that sums over tokens, and the number of its partial sums."""
-    dy, x, weight = dense("dy", dy), Like(*x), dense("weight", weight)
+    dy, x, weight = dense("dy", dy), Like(*x), dense("dweight", weight)
     elements = elements_of(weight, WEIGHT_ELEMENTS)
     rows = 64 // x.dtype.itemsize
     tokens, numbers = _numbers(x, weight, (rows, COLUMNS, elements), precision)
@@ -294,30 +295,36 @@ def _backward_plan(dy, x, weight, with_bias, precision, device) -> tuple[Launch,
 
 
 def patch_embed_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: torch.dtype | None, pos: torch.dtype | None, need_x: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    columns = weight.shape[0]
-    inputs = (signature(dy), signature(x), signature(weight))
+    dy: Tensor, x: Tensor, pt: int, ph: int, pw: int, bias: torch.dtype | None, pos: torch.dtype | None
+) -> tuple[Tensor, ...]:
+    columns = dy.shape[2]
+    dweight = dy.new_empty(columns, x.shape[1], pt, ph, pw)
+    dbias = None if bias is None else dy.new_empty(columns, dtype=bias)
+    dpos = None if pos is None else dy.new_empty(dy.shape[1:], dtype=pos)
+    inputs = (signature(dy), signature(x), signature(dweight))
     launch, parts = _backward_plan(*inputs, bias is not None, precision_of(x.dtype), x.get_device())
-    dweight = torch.empty_like(weight)
-    dbias = dy.new_empty(0) if bias is None else dy.new_empty(columns, dtype=bias)
-    dpos = dy.new_empty(0, columns) if pos is None else dy.new_empty(dy.shape[1:], dtype=pos)
-    partial = dy.new_empty(parts, *weight.shape, dtype=torch.float32)
+    partial = dy.new_empty(parts, *dweight.shape, dtype=torch.float32)
     partial_bias = None if bias is None else dy.new_empty(parts, columns, dtype=torch.float32)
     launch(dy, x, partial, partial_bias)
     sum_parts(
-        (partial, dweight), None if partial_bias is None else (partial_bias, dbias), None if pos is None else (dy, dpos)
+        (partial, dweight),
+        None if partial_bias is None or dbias is None else (partial_bias, dbias),
+        None if dpos is None else (dy, dpos),
     )
-    if not need_x:
-        return x.new_empty(0), dweight, dbias, dpos
-    dx = x.new_empty(x.shape)
-    launch = _gradient_plan(signature(dy), signature(dx), signature(weight), precision_of(x.dtype), x.get_device())
+    return given(dy, (dweight, dbias, dpos))
+
+
+def patch_embed_video(dy: Tensor, weight: Tensor, frames: int, height: int, width: int) -> Tensor:
+    _, channels, pt, ph, pw = weight.shape
+    dx = dy.new_empty(dy.shape[0], channels, frames * pt, height * ph, width * pw)
+    launch = _gradient_plan(signature(dy), signature(dx), signature(weight), precision_of(dx.dtype), dx.get_device())
     launch(dy, weight, dx)
-    return dx, dweight, dbias, dpos
+    return dx
 
 
 @plan
 def _gradient_plan(dy, dx, weight, precision, device) -> Launch:
+    dense("dy", dy), dense("weight", weight)
     dx, weight = Like(*dx), Like(*weight)
     elements = elements_of(weight, VIDEO_ELEMENTS)
     tokens, numbers = _numbers(dx, weight, (64, 128 // dx.dtype.itemsize, elements), precision)

@@ -3,7 +3,8 @@
 A program takes a stretch of the cells of a frame, all their channels. On the side of the tokens the channels of a cell
 lie together, and those of neighbouring cells of a patch; on the side of the video the cells of a line do. So the tile
 [cells, channels] is read and written in whole sectors, in vectors of up to 16 bytes (the video only where its lines are
-multiples of 16 cells), and turned in shared memory between the two. Every element is read once and written once.
+multiples of 16 cells), and turned in shared memory between the two. Every element is read once and written once. With
+channels first, the cells of a patch lie together, not the channels.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def _copy(
     PH: tl.constexpr,
     PW: tl.constexpr,
     C: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr,
     CELLS: tl.constexpr,
     CHANNELS: tl.constexpr,
     TO_VIDEO: tl.constexpr,
@@ -54,7 +56,10 @@ def _copy(
     row = (b * (frames // PT) + frame // PT) * (lines // PH) + line // PH
     token = row * (columns // PW) + column // PW
     inside = (frame % PT * PH + line % PH) * PW + column % PW
-    tokens_ptrs = tokens_ptr + (token * (PT * PH * PW) + inside)[:, None] * C + c[None, :]
+    if CHANNELS_FIRST:
+        tokens_ptrs = tokens_ptr + (token * (C * PT * PH * PW) + inside)[:, None] + (c * (PT * PH * PW))[None, :]
+    else:
+        tokens_ptrs = tokens_ptr + (token * (PT * PH * PW) + inside)[:, None] * C + c[None, :]
 
     mask = (cell < lines * columns)[:, None] & (c < C)[None, :]
     if TO_VIDEO:
@@ -64,28 +69,49 @@ def _copy(
 
 
 @plan
-def _plan(video, tokens, patch, to_video, device) -> Launch:
+def _plan(video, tokens, patch, channels_first, to_video, device) -> Launch:
     dense("tokens", tokens)
     video = Like(*video)
     batch, channels, frames, lines, columns = video.shape
     tile_channels = min(triton.next_power_of_2(channels), MAX_CHANNELS)
     tile_cells = ELEMENTS // tile_channels
     blocks = triton.cdiv(lines * columns, tile_cells) * triton.cdiv(channels, tile_channels)
-    numbers = (frames, lines, columns, *video.stride, *patch, channels, tile_cells, tile_channels, to_video)
+    numbers = (
+        frames,
+        lines,
+        columns,
+        *video.stride,
+        *patch,
+        channels,
+        channels_first,
+        tile_cells,
+        tile_channels,
+        to_video,
+    )
     return Launch(_copy, (batch * frames * blocks,), *numbers)
 
 
 def unpatchify_fwd(
-    tokens: Tensor, frames: int, height: int, width: int, pt: int, ph: int, pw: int, channels: int
+    tokens: Tensor,
+    frames: int,
+    height: int,
+    width: int,
+    pt: int,
+    ph: int,
+    pw: int,
+    channels: int,
+    channels_first: bool,
 ) -> Tensor:
     video = tokens.new_empty(tokens.shape[0], channels, frames * pt, height * ph, width * pw)
-    _plan(signature(video), signature(tokens), (pt, ph, pw), True, tokens.get_device())(video, tokens)
+    _plan(signature(video), signature(tokens), (pt, ph, pw), channels_first, True, tokens.get_device())(video, tokens)
     return video
 
 
-def unpatchify_bwd(dvideo: Tensor, pt: int, ph: int, pw: int) -> Tensor:
+def unpatchify_bwd(dvideo: Tensor, pt: int, ph: int, pw: int, channels_first: bool) -> Tensor:
     batch, channels, frames, lines, columns = dvideo.shape
     count = (frames // pt) * (lines // ph) * (columns // pw)
     dtokens = dvideo.new_empty(batch, count, pt * ph * pw * channels)
-    _plan(signature(dvideo), signature(dtokens), (pt, ph, pw), False, dvideo.get_device())(dvideo, dtokens)
+    _plan(signature(dvideo), signature(dtokens), (pt, ph, pw), channels_first, False, dvideo.get_device())(
+        dvideo, dtokens
+    )
     return dtokens

@@ -163,25 +163,25 @@ def window_attention_fwd(
 
 def window_attention_bwd(
     dout, qkv, out, softmax, t, h, w, wt, wh, ww,
-    q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps, with_dbias,
+    q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps, need_qkv, need_q, need_k, need_bias,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     parameters = (q_weight, k_weight, cos, sin, bias)
     sizes, numbers = (t, h, w, wt, wh, ww), (norm, interleaved, scale, eps, precision_of(qkv.dtype))
     inputs = map(signature, (dout, qkv, out, softmax, *parameters))
-    backward = _backward(*inputs, sizes, numbers, with_dbias, qkv.get_device())
+    backward = _backward(*inputs, sizes, numbers, need_bias, qkv.get_device())
     call = backward.call
-    dqkv = torch.empty_like(qkv)
-    bias_parts = softmax.new_empty(backward.dbias) if with_dbias else None
+    dqkv = torch.empty_like(qkv)  # though need_qkv may be false: qkv is the result of a Linear
+    bias_parts = softmax.new_empty(backward.dbias) if need_bias else None
     if call.short:
-        weights = backward.weight_parts(qkv)
+        weights = backward.weight_parts(qkv, need_q, need_k)
         backward.short(qkv, dout, softmax, dqkv, *weights, bias_parts, *parameters)
     elif (attend := _library(call, qkv)) is not None:
         grads = library.gradients(attend, *_views(call, qkv, _prepared(call, qkv, parameters)), scale, dout)
-        weights = backward.weight_parts(qkv, finish=True)
+        weights = backward.weight_parts(qkv, need_q, need_k, finish=True)
         backward.finish(qkv, *grads, dqkv, *weights, *parameters[:4])
     else:
         qk = _prepared(call, qkv, parameters)
-        delta, weights = softmax.new_empty(softmax.shape[:3]), backward.weight_parts(qkv)
+        delta, weights = softmax.new_empty(softmax.shape[:3]), backward.weight_parts(qkv, need_q, need_k)
         backward.delta(dout, out, delta)
         backward.long(qk, qkv, dout, softmax, delta, dqkv, *weights, *parameters)
         if bias_parts is not None:
@@ -193,7 +193,7 @@ def window_attention_bwd(
     )
     sums = zip(parts, (dq_weight, dk_weight, dbias), strict=True)
     sum_parts(*(None if part is None else (part, total) for part, total in sums))
-    return dqkv, dq_weight, dk_weight, dbias
+    return dqkv if need_qkv else qkv.new_empty(0), dq_weight, dk_weight, dbias
 
 
 def _tile(length: int) -> int:
@@ -259,11 +259,10 @@ class Backward:
             self.dbias = (self._chunks, heads, length, length)
         self._finish_programs = triton.cdiv(call.batch * call.tokens, ROWS) * heads
 
-    def weight_parts(self, qkv: Tensor, finish: bool = False) -> list[Tensor | None]:
-        """Partial sums for the gradients of the norms' weights, of each head, where there is a weight."""
+    def weight_parts(self, qkv: Tensor, *needs: bool, finish: bool = False) -> list[Tensor | None]:
+        """Partial sums, of each head, for the gradients of the norms' weights that are asked for."""
         shape = (self._finish_programs if finish else self._programs, self.call.form.head_dim)
-        weights = self.call.parameters[:2]
-        return [None if weight is None else qkv.new_empty(shape, dtype=torch.float32) for weight in weights]
+        return [qkv.new_empty(shape, dtype=torch.float32) if need else None for need in needs]
 
     @cached_property
     def short(self) -> Launch:

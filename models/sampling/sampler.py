@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +185,9 @@ def _cause(model: nn.Module, request: SampleRequest) -> str:
     return "the weights are finite; try more steps, a larger tolerance, or precision 'fp32'"
 
 
-def updater(predict: Predictor, objective: NoiseObjective, request: Solving, backend: str | None = None) -> Update:
+def updater(
+    predict: Predictor, objective: NoiseObjective, request: Solving, backend: Literal["reference"] | None = None
+) -> Update:
     """What :func:`models.sampling.solvers.follow` calls: x, a condition, a row of coefficients and z to the next x."""
 
     def update(x: Tensor, condition: Tensor, row: Tensor, z: Tensor | None) -> Tensor:

@@ -67,7 +67,8 @@ with host_time.stubbed() as stub:
     def call(x):
         seen.clear()
         y, mean, rstd = launches.adaln_fwd(x, shift, scale, weight, None, True, 1e-3, torch.float32)
-        grads = launches.adaln_bwd(y, x, shift, scale, weight, None, mean, rstd, True)
+        asked = (True, shift.dtype, 1, scale.dtype, 1, weight.dtype, None)
+        grads = launches.adaln_bwd(y, x, scale, weight, None, mean, rstd, True, *asked)
         at = [t.data_ptr() for t in (x, shift, scale, weight, y, mean, rstd, *grads[:4])]
         return list(seen), at
     _, here = kept = call(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -35,3 +36,11 @@ def cases(draw: int) -> Iterator[Case]:
     ]
     for row in table:
         yield from modulated(random, *row)
+    # Parameters that are not there, and rows that all samples share.
+    for case in modulated(random, "without", 2, 18, 40, 3, 2, True):
+        absent = [name for name in ("gate", "shift", "scale") if name in case.tensors]
+        for names in (*([name] for name in absent), absent):
+            tensors = {name: tensor for name, tensor in case.tensors.items() if name not in names}
+            yield replace(case, name="-".join(["without", *names]), tensors=tensors)
+        shared = {name: tensor[:1] for name, tensor in case.tensors.items() if name in absent}
+        yield replace(case, name="shared", tensors=case.tensors | shared)

@@ -63,7 +63,7 @@ def test_a_constant_token_stays_finite():
         (dict(x=X.long()), TypeError, "x has dtype torch.int64; it may be float16"),
         (dict(x=None), TypeError, "x must be a tensor, got NoneType"),
         (dict(shift=P[:, :4]), ValueError, r"shift has shape \(2, 1, 4\); it may be \[B, D\] or \[B, R, D\]"),
-        (dict(shift=P[:1]), ValueError, r"shift has shape \(1, 1, 8\)"),
+        (dict(shift=torch.ones(3, 8)), ValueError, r"shift has shape \(3, 1, 8\); .* B = 2, or 1 for all samples"),
         (dict(scale=torch.randn(2, 5, 8)), ValueError, "scale has 5 rows; the number must divide the 12 tokens"),
         (dict(scale=P.int()), TypeError, "scale has dtype torch.int32"),
         (dict(scale=P.to("meta")), ValueError, "scale is on meta, x is on cpu"),

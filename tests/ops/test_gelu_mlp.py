@@ -57,7 +57,7 @@ def test_values_and_gradients(shape, hidden, out, dtype, bias, backend):
 def activation(h):
     """gelu of every number of ``h``, by the forward op between products with 1."""
     one = torch.ones(1, 1, dtype=h.dtype)
-    y, kept = torch.ops.minisora.gelu_mlp_fwd(h.reshape(-1, 1), one, None, one, None, True)
+    y, kept = torch.ops.minisora.gelu_mlp_fwd(h.reshape(-1, 1), one, None, one, None, False, True)
     torch.testing.assert_close(kept.view_as(h), h, rtol=0, atol=0, equal_nan=True)
     return y.view_as(h)
 
@@ -65,7 +65,9 @@ def activation(h):
 def slope(h, da):
     """``a`` and ``dh`` of the backward op, for finite ``h`` and ``da`` ``[tokens, hidden]``, and ``db1``."""
     dy = torch.eye(h.shape[0], dtype=h.dtype)
-    _, a, dh, db1 = torch.ops.minisora.gelu_mlp_bwd(dy, h, torch.zeros(h.shape[1], 1, dtype=h.dtype), da)
+    _, a, dh, db1 = torch.ops.minisora.gelu_mlp_bwd(
+        dy, h, torch.zeros(h.shape[1], 1, dtype=h.dtype), da, False, *(True,) * 3
+    )
     return a, dh, db1
 
 
@@ -228,7 +230,7 @@ def test_sampling_keeps_nothing_and_gives_the_same_bits(backend):
         y = gelu_mlp(*arguments, backend=backend)
     assert torch.equal(y, gelu_mlp(*arguments, backend=backend))
     x, *weights = (argument.detach() for argument in arguments)
-    assert torch.ops.minisora.gelu_mlp_fwd(x.flatten(0, 1), *weights, False)[1].numel() == 0
+    assert torch.ops.minisora.gelu_mlp_fwd(x.flatten(0, 1), *weights, False, False)[1].numel() == 0
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -243,8 +245,10 @@ def test_second_derivatives_are_refused(backend):
 def test_raw_ops_pass_opcheck(backend):
     x, w1, b1, w2, b2 = (argument.detach() for argument in parameters((3, 12), 20, 8))
     for keep in (True, False):
-        torch.library.opcheck(torch.ops.minisora.gelu_mlp_fwd, (x, w1, b1, w2, b2, keep))
-    torch.library.opcheck(torch.ops.minisora.gelu_mlp_bwd, (torch.randn(3, 8), torch.randn(3, 20), w1, w2))
+        torch.library.opcheck(torch.ops.minisora.gelu_mlp_fwd, (x, w1, b1, w2, b2, not keep, keep))
+    tensors = torch.randn(3, 8), torch.randn(3, 20)
+    for rest in ((w1, w2, False, True, True, True), (w1, w2, *(False,) * 4), (None, None, True, True, False, False)):
+        torch.library.opcheck(torch.ops.minisora.gelu_mlp_bwd, (*tensors, *rest))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -262,7 +266,7 @@ def test_raw_ops_refuse_what_they_cannot_index(backend):
         ("b2", torch.randn(8).bfloat16()),
     ):
         with pytest.raises(RuntimeError, match=f"{name} must"):
-            torch.ops.minisora.gelu_mlp_fwd(*(given | {name: bad}).values(), True)
+            torch.ops.minisora.gelu_mlp_fwd(*(given | {name: bad}).values(), False, True)
     given = {"dy": torch.randn(4, 8), "h": torch.randn(4, 20), "w1": torch.randn(20, 12), "w2": torch.randn(8, 20)}
     for name, bad in (
         ("dy", torch.randn(3, 8)),
@@ -273,7 +277,9 @@ def test_raw_ops_refuse_what_they_cannot_index(backend):
         ("w2", torch.randn(8, 20).bfloat16()),
     ):
         with pytest.raises(RuntimeError, match=f"{name} must"):
-            torch.ops.minisora.gelu_mlp_bwd(*(given | {name: bad}).values())
+            torch.ops.minisora.gelu_mlp_bwd(*(given | {name: bad}).values(), False, True, True, True)
+    with pytest.raises(RuntimeError, match="db1 need w2"):
+        torch.ops.minisora.gelu_mlp_bwd(given["dy"], given["h"], None, None, False, True, True, False)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -312,12 +318,10 @@ def test_arguments_that_do_not_fit_are_named(position, value, error, message):
 
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
-def test_the_exact_form_is_served_by_the_reference_and_refused_by_kernels(backend):
+def test_the_two_forms_differ_and_there_is_no_third(backend):
     x, w1, b1, w2, b2 = parameters((2, 5, 12), 16, 12)
     exact = F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
-    torch.testing.assert_close(gelu_mlp(x, w1, b1, w2, b2, approximate="none"), exact)
-    assert not torch.allclose(gelu_mlp(x, w1, b1, w2, b2), exact, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="approximate is 'none'; the kernels compute GELU's 'tanh' form"):
-        gelu_mlp(x, w1, b1, w2, b2, approximate="none", backend=backend)
+    torch.testing.assert_close(gelu_mlp(x, w1, b1, w2, b2, approximate="none", backend=backend), exact)
+    assert not torch.allclose(gelu_mlp(x, w1, b1, w2, b2, backend=backend), exact, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="approximate is 'erf'; it may be 'none' or 'tanh'"):
         gelu_mlp(x, w1, b1, w2, b2, approximate="erf")

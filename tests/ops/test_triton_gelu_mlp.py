@@ -19,13 +19,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def activation(h, keep=True):
     """gelu(h) of a column, through products by 1."""
     one = torch.ones(1, 1, dtype=h.dtype)
-    return torch.ops.minisora_triton.gelu_mlp_fwd(h, one, None, one, None, keep)[0]
+    return torch.ops.minisora_triton.gelu_mlp_fwd(h, one, None, one, None, False, keep)[0]
 
 
 def backward(h, da):
     """a, dh and the sum of dh, of a column."""
     one = torch.ones(1, 1, dtype=h.dtype)
-    return torch.ops.minisora_triton.gelu_mlp_bwd(da, h, one, one)[1:]
+    return torch.ops.minisora_triton.gelu_mlp_bwd(da, h, one, one, False, *(True,) * 3)[1:]
 
 
 def test_activation_keeps_its_digits_where_it_is_small():
@@ -63,7 +63,7 @@ def test_several_tiles_of_rows_and_columns(dtype, monkeypatch, nan_filled):
     rows, hidden, width = 41, 2 * launcher.COLUMNS + 3, 5
     h, dy = (3 * torch.randn(rows, hidden)).to(dtype), torch.randn(rows, width).to(dtype)
     w1, w2 = torch.randn(hidden, width).to(dtype) / 4, torch.randn(width, hidden).to(dtype)
-    _, a, dh, db1 = torch.ops.minisora_triton.gelu_mlp_bwd(dy, h, w1, w2)
+    _, a, dh, db1 = torch.ops.minisora_triton.gelu_mlp_bwd(dy, h, w1, w2, False, *(True,) * 3)
     da = dy @ w2
     exact = F.gelu(h.double(), approximate="tanh")
     exact_dh = torch.ops.aten.gelu_backward(da.double(), h.double(), approximate="tanh")

@@ -98,7 +98,9 @@ def test_gradient_of_one_argument_alone(needed):
     alone = run(arguments, "triton")
     for i, name in enumerate(NAMES):
         if i == needed:
-            assert torch.equal(alone[f"d{name}"], everything[f"d{name}"])
+            # torch sums the biases and positions alone, in another order
+            tolerance = 1e-5 if i > 1 else 0
+            torch.testing.assert_close(alone[f"d{name}"], everything[f"d{name}"], rtol=tolerance, atol=tolerance)
         else:
             assert alone[f"d{name}"] is None
 
@@ -156,4 +158,4 @@ def test_launchers_name_what_is_not_contiguous():
     with pytest.raises(ValueError, match="pos must be contiguous"):
         ops.patch_embed_fwd(x, weight, bias, pos.t().contiguous().t())
     with pytest.raises(ValueError, match="dy must be contiguous"):
-        ops.patch_embed_bwd(torch.randn(3, 7, 105).transpose(1, 2), x, weight, None, None, False)
+        ops.patch_embed_bwd(torch.randn(3, 7, 105).transpose(1, 2), x, *weight.shape[2:], None, None)

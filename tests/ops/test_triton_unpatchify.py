@@ -40,7 +40,7 @@ def test_a_gradient_of_any_strides():
         torch.randn(1, 3, 1, 6, 1).expand(2, -1, 2, -1, 10),
     ]
     for gradient in gradients:
-        ours = torch.ops.minisora_triton.unpatchify_bwd(gradient, *patch)
+        ours = torch.ops.minisora_triton.unpatchify_bwd(gradient, *patch, False)
         tokens = torch.zeros(2, 30, 12, requires_grad=True)
         unpatchify(tokens, grid, patch, channels, backend="reference").backward(gradient)
         assert torch.equal(ours, tokens.grad)

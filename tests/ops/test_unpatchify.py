@@ -111,8 +111,8 @@ def test_float64_is_served_by_the_reference(backend):
 @pytest.mark.parametrize("backend", KERNELS)
 def test_raw_ops_pass_opcheck(backend):
     tokens = tokens_for((2, 3, 5), (1, 2, 2), 4)
-    torch.library.opcheck(torch.ops.minisora.unpatchify_fwd, (tokens, 2, 3, 5, 1, 2, 2, 4))
-    torch.library.opcheck(torch.ops.minisora.unpatchify_bwd, (torch.randn(2, 4, 2, 6, 10), 1, 2, 2))
+    torch.library.opcheck(torch.ops.minisora.unpatchify_fwd, (tokens, 2, 3, 5, 1, 2, 2, 4, False))
+    torch.library.opcheck(torch.ops.minisora.unpatchify_bwd, (torch.randn(2, 4, 2, 6, 10), 1, 2, 2, True))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -122,13 +122,13 @@ def test_raw_ops_refuse_what_they_cannot_index(backend):
     strided = torch.empty(2, 16, 30).transpose(1, 2)
     for bad in (tokens[:, 1:], tokens[..., 1:], tokens[0], tokens.double(), strided):
         with pytest.raises(RuntimeError, match="tokens"):
-            fwd(bad, 2, 3, 5, 1, 2, 2, 4)
+            fwd(bad, 2, 3, 5, 1, 2, 2, 4, False)
     with pytest.raises(RuntimeError, match="positive"):
-        fwd(tokens, -2, -3, 5, 1, 2, 2, 4)
+        fwd(tokens, -2, -3, 5, 1, 2, 2, 4, False)
     with pytest.raises(RuntimeError, match="dvideo"):
-        bwd(torch.randn(2, 4, 2, 7, 10), 1, 2, 2)
+        bwd(torch.randn(2, 4, 2, 7, 10), 1, 2, 2, False)
     with pytest.raises(RuntimeError, match="patch"):
-        bwd(torch.randn(2, 4, 2, 6, 10), 1, 0, 2)
+        bwd(torch.randn(2, 4, 2, 6, 10), 1, 0, 2, False)
 
 
 @pytest.mark.parametrize("backend", KERNELS)

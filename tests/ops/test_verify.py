@@ -89,9 +89,8 @@ def test_kill_in_the_middle_leaves_the_old_record_and_no_lock(cache, tmp_path):
 
 PLANTED = {
     # a gradient that is wrong by 1%
-    "grn.py": ("return *kernels(ctx.backend).grn_bwd(dy, *ctx.saved_tensors, ctx.gelu, ctx.eps), *(None,) * 4",
-               "dx, dw, db = kernels(ctx.backend).grn_bwd(dy, *ctx.saved_tensors, ctx.gelu, ctx.eps)\n"
-               "        return dx, dw * 1.01, db, *(None,) * 4"),
+    "grn.py": ("        return *asked_for(needs, found), *(None,) * 4",
+               "        return *asked_for(needs, (found[0], found[1] * 1.01, found[2])), *(None,) * 4"),
     # right and slow
     "guided_step.py": ("    return kernels(chosen).guided_step_fwd(",
                        "    __import__('time').sleep(0.02)\n    return kernels(chosen).guided_step_fwd("),

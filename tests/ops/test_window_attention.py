@@ -457,7 +457,9 @@ def test_the_raw_ops_check_what_they_get(backend):
         forward(qkv, 2, 2, 2, 2, 1, 1, None, None, 0, None, None, True, torch.zeros(2, 4, 4), 1.0, 1e-6)
     out, softmax = forward(qkv, 2, 2, 2, 2, 1, 1, *rest)
     with pytest.raises(RuntimeError, match="dtype of qkv"):
-        torch.ops.minisora.window_attention_bwd(out.bfloat16(), qkv, out, softmax, 2, 2, 2, 2, 1, 1, *rest, False)
+        torch.ops.minisora.window_attention_bwd(
+            out.bfloat16(), qkv, out, softmax, 2, 2, 2, 2, 1, 1, *rest, True, *(False,) * 3
+        )
 
 
 GRID, WINDOW = (2, 2, 2), (2, 1, 1)

@@ -48,8 +48,11 @@ qkv, out = empty(batch, length, 3, heads, head_dim), empty(batch, length, heads 
 angles = empty(length, head_dim // 2, dtype=torch.float32)
 call = (length, 1, 1, length, 1, 1, empty(head_dim), empty(head_dim), 1, angles, angles, True, None, 1.0, 1e-6)
 launchers.window_attention_fwd(qkv, *call)
-launchers.window_attention_bwd(out, qkv, out, empty(batch, length, heads, 2, dtype=torch.float32), *call, False)
+launchers.window_attention_bwd(
+    out, qkv, out, empty(batch, length, heads, 2, dtype=torch.float32), *call, True, True, True, False
+)
 if precision is not None:
     x, weight, y = empty(batch, 4, 2, 8, 8), empty(64, 4, 1, 2, 2), empty(batch, 32, 64)
     patch_embed.patch_embed_fwd(x, weight, None, None)
-    patch_embed.patch_embed_bwd(y, x, weight, None, None, True)
+    patch_embed.patch_embed_bwd(y, x, 1, 2, 2, None, None)
+    patch_embed.patch_embed_video(y, weight, 2, 4, 4)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minisora_kernels import backends, checks
+from minisora_kernels.modulation import row_gradient
 from minisora_kernels.ops import adaln
 from minisora_kernels.testing import assert_as_accurate
 
@@ -264,7 +265,10 @@ def emulate(ops, tensors: dict[str, Tensor | None], norm: str) -> dict[str, Tens
     parameters = [tensors[name] for name in ("shift", "scale", "weight", "bias")]
     dy, x = tensors["dy"], tensors["x"]
     y, mean, rstd = ops.adaln_fwd(x, *parameters, norm == "rms", 1e-6, dy.dtype)
-    dx, *gradients = ops.adaln_bwd(dy, x, *parameters, mean, rstd, norm == "rms")
+    dx, *gradients = ops.adaln_bwd(
+        dy, x, *parameters[1:], mean, rstd, norm == "rms", True, *row_gradient(tensors["shift"], True),
+        *row_gradient(tensors["scale"], True), *(None if p is None else p.dtype for p in parameters[2:]),
+    )  # fmt: skip
     return {"y": y, "x": dx} | dict(zip(("shift", "scale", "weight", "bias"), gradients, strict=True))
 
 

@@ -60,7 +60,7 @@ def _kernels(x):
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
 
 
-def new_op(x: Tensor, scale: float, *, backend: str | None = None) -> Tensor:
+def new_op(x: Tensor, scale: float, *, backend: backends.Name | None = None) -> Tensor:
     """``scale * x``. Differentiable in x.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -19,7 +20,7 @@ def grn(
     tokens: int,
     width: int,
     groups: int = 1,
-    activation: str | None = None,
+    activation: Literal["gelu"] | None = None,
     dtypes: dict[str, torch.dtype] | None = None,
 ) -> Case:
     return Case(

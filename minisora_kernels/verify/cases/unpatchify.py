@@ -11,12 +11,20 @@ import minisora_kernels as mk
 from . import Case, Random, random_tensors, side_of
 
 
-def unpatchify(random: Random, name: str, batch: int, grid: Sequence[int], patch: Sequence[int], channels: int) -> Case:
+def unpatchify(
+    random: Random,
+    name: str,
+    batch: int,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    channels: int,
+    channels_first: bool = False,
+) -> Case:
     return Case(
         "unpatchify",
         name,
         {"tokens": random(batch, prod(grid), prod(patch) * channels)},
-        lambda t, **kwargs: mk.unpatchify(t["tokens"], grid, patch, channels, **kwargs),
+        lambda t, **kwargs: mk.unpatchify(t["tokens"], grid, patch, channels, channels_first=channels_first, **kwargs),
     )
 
 
@@ -26,6 +34,7 @@ def cases() -> list[Case]:
     return [
         unpatchify(random, "video", 2, (3, 2, 5), (2, 2, 2), 4),
         unpatchify(random, "odd", 1, (5, 1, 7), (1, 4, 4), 1),
+        unpatchify(random, "channels-first", 2, (3, 2, 5), (2, 2, 2), 3, True),
         replace(unpatchify(random, "offset", 1, (3, 2, 5), (1, 2, 2), 4), layout="offset"),
     ]
 

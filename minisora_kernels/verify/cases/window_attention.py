@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import minisora_kernels as mk
+from minisora_kernels.modulation import Norm
 
 from . import MODEL_SIZED, Case, Random, random_tensors, side_of
 
@@ -24,7 +25,7 @@ def window_attention(
     window: tuple[int, int, int],
     heads: int,
     head_dim: int,
-    norm: str | None = None,
+    norm: Norm | None = None,
     weights: int | None = None,
     rotary: str | None = None,
     biased: bool = False,

@@ -1,0 +1,90 @@
+"""What a call costs beside its kernel: each op on tiny tensors, without gradients, against plain PyTorch.
+
+    taskset -c 0 python -m bench.call_time
+
+The microseconds are the least of many short rounds, in turns, on one thread: other work on the machine adds to a round,
+and takes nothing away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+
+import minisora_kernels as mk
+
+ROUNDS, CALLS = 500, 20
+
+Call = Callable[[], object]
+
+
+def calls() -> dict[str, tuple[Call, Call]]:
+    """Per op our call, and what a model without this library writes."""
+    x, branch = torch.randn(1, 4, 16), torch.randn(1, 4, 16)
+    shift, scale, gate = torch.randn(3, 1, 1, 16).unbind(0)
+    w1, b1, w2, b2 = torch.randn(32, 16), torch.randn(32), torch.randn(16, 32), torch.randn(16)
+    qkv = torch.randn(1, 4, 3, 2, 8)
+    video, weight, bias = torch.randn(1, 4, 1, 4, 4), torch.randn(16, 4, 1, 2, 2), torch.randn(16)
+    weights, biases = torch.randn(16), torch.randn(16)
+
+    def normed(x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (16,), None, None, 1e-6) * (1 + scale) + shift
+
+    def attended() -> torch.Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def responded() -> torch.Tensor:
+        norms = x.norm(dim=1, keepdim=True)
+        return weights * (x * (norms / (norms.mean(-1, keepdim=True) + 1e-6))) + biases + x
+
+    return {
+        "adaln": (lambda: mk.adaln(x, shift, scale), lambda: normed(x)),
+        "gate_residual": (lambda: mk.gate_residual(x, branch, gate), lambda: x + gate * branch),
+        "gate_residual_adaln": (
+            lambda: mk.gate_residual_adaln(x, branch, gate, shift, scale),
+            lambda: normed(x + gate * branch),
+        ),
+        "gelu_mlp": (
+            lambda: mk.gelu_mlp(x, w1, b1, w2, b2),
+            lambda: F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2),
+        ),
+        "grn": (lambda: mk.grn(x, weights, biases), responded),
+        "patch_embed": (
+            lambda: mk.patch_embed(video, weight, bias),
+            lambda: F.conv3d(video, weight, bias, stride=(1, 2, 2)).flatten(2).transpose(1, 2),
+        ),
+        "unpatchify": (
+            lambda: mk.unpatchify(x, (1, 2, 2), (1, 2, 2), 4),
+            lambda: x.view(1, 1, 2, 2, 1, 2, 2, 4).permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(1, 4, 1, 4, 4),
+        ),
+        "window_attention": (lambda: mk.window_attention(qkv, (4, 1, 1), (4, 1, 1)), attended),
+    }
+
+
+def least(functions: Sequence[Call]) -> list[float]:
+    """Microseconds of a call of each function, the least of the rounds."""
+    found = [float("inf")] * len(functions)
+    for _ in range(ROUNDS):
+        for i, function in enumerate(functions):
+            start = perf_counter()
+            for _ in range(CALLS):
+                function()
+            found[i] = min(found[i], (perf_counter() - start) / CALLS * 1e6)
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print(f"{'op':22}{'ours':>8}{'eager':>8}{'ratio':>8}   microseconds of a call without gradients")
+    with torch.no_grad():
+        for op, pair in calls().items():
+            ours, eager = least(pair)
+            print(f"{op:22}{ours:8.1f}{eager:8.1f}{ours / eager:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
