@@ -82,6 +82,37 @@ def test_errors_name_the_argument(arguments, error, message):
         mk.adaln(**arguments)
 
 
+def test_no_recompile_per_number_of_rows():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(mk.adaln, fullgraph=True, backend=counter)
+    for frames in (3, 4, 5, 7):
+        x, *rows = torch.randn(2, 4 * frames, 8), *torch.randn(2, 2, frames, 8)
+        rows = [each.clone().requires_grad_() for each in rows]
+        ours = torch.autograd.grad(step(x, *rows).square().sum(), rows)
+        theirs = torch.autograd.grad(mk.adaln(x, *rows, backend="reference").square().sum(), rows)
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 2
+
+
+def test_rows_that_all_samples_share_get_the_sum_of_their_gradients():
+    for backend in ("reference", None):
+        x, shared = torch.randn(3, 12, 8), torch.randn(1, 4, 8, requires_grad=True)
+        each = shared.detach().repeat(3, 1, 1).requires_grad_()
+        assert torch.equal(mk.adaln(x, shared, shared, backend=backend), mk.adaln(x, each, each, backend=backend))
+        for rows in (shared, each):
+            mk.adaln(x, rows, rows, backend=backend).square().sum().backward()
+        torch.testing.assert_close(shared.grad, each.grad.sum(0, keepdim=True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ("layer", "rms"))
+def test_without_modulation_it_is_the_norm(norm):
+    plain = torch.nn.functional.layer_norm if norm == "layer" else torch.nn.functional.rms_norm
+    for backend in ("reference", None):
+        torch.testing.assert_close(mk.adaln(X, norm=norm, backend=backend), plain(X, (8,), eps=1e-6))
+
+
 def test_no_recompile_per_length():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

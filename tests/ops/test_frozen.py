@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -66,6 +67,9 @@ def chosen() -> list[Case]:
                 if case.name == name:
                     found[str(case)] = case
     return list(found.values())
+
+
+ONE_CASE = [next(case for case in CASES if case.op == op) for op in KEPT]
 
 
 def subsets(names: list[str]) -> Iterator[set[str]]:
@@ -178,6 +182,19 @@ class Results(Seen):
         if func.namespace.startswith("minisora") and name in RETURNS:
             self.backward.append((name, outputs(result)))
         return result
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("case", ONE_CASE, ids=str)
+def test_compiled_gradients_beside_frozen_inputs(case: Case, backend: str):
+    names = [name for name in case.tensors if name not in case.constants]
+    for asked in ({names[0]}, set(names[1:])) if len(names) > 1 else ({names[0]},):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda t, backend: case.call(t, backend=backend), fullgraph=True, backend="aot_eager")
+        plain = some_gradients(case, torch.float32, backend, asked)
+        traced = some_gradients(replace(case, call=compiled), torch.float32, backend, asked)
+        for name, value in plain.items():
+            torch.testing.assert_close(traced[name], value, rtol=1e-5, atol=1e-5)
 
 
 class Adapted(nn.Module):

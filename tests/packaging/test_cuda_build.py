@@ -288,6 +288,24 @@ def check(ops, shape: tuple, dtypes: tuple, **layout: int) -> None:
         assert_as_accurate(f"{shape[0]} {name}", kernel[name], value, exact[name])
 
 
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=lambda shape: shape[0])
+def test_emulated_kernels_compute_what_is_asked_for(emulated, shape: tuple, nan_filled):
+    tensors, norm = inputs(shape, DTYPES["bf16"]), shape[-1]
+    dy, x, shift, scale, weight, bias = (tensors[name] for name in ("dy", "x", "shift", "scale", "weight", "bias"))
+    whole = emulate(emulated, tensors, norm)
+    _, mean, rstd = emulated.adaln_fwd(x, shift, scale, weight, bias, norm == "rms", 1e-6, dy.dtype)
+    saved = (mean, rstd, norm == "rms")
+    dx, *others = emulated.adaln_bwd(dy, x, scale, weight, None, *saved, True, None, 0, None, 0, None, None)
+    assert torch.equal(dx, whole["x"]) and not any(other.numel() for other in others)
+    asked = (*row_gradient(shift, True), *row_gradient(scale, True))
+    dx, dshift, dscale, *others = emulated.adaln_bwd(dy, x, None, weight, bias, *saved, False, *asked, None, None)
+    assert torch.equal(dshift, whole["shift"]) and torch.equal(dscale, whole["scale"])
+    assert not any(other.numel() for other in (dx, *others))
+    plain = emulated.adaln_fwd(x, None, None, weight, bias, norm == "rms", 1e-6, dy.dtype)[0]
+    zeros = torch.zeros_like(shift), torch.zeros_like(scale)
+    assert torch.equal(plain, emulated.adaln_fwd(x, *zeros, weight, bias, norm == "rms", 1e-6, dy.dtype)[0])
+
+
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=list(DTYPES))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape[0])
 def test_emulated_kernels_match_the_reference(emulated, shape: tuple, dtypes: tuple, nan_filled):
