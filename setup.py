@@ -17,6 +17,7 @@ Environment variables:
     CXX, MAX_JOBS       as usual
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -62,6 +63,14 @@ def find_torch() -> Path | None:
 def sources(backend: str) -> list[str]:
     pattern = "*.cu" if backend == "cuda" else "*.cpp"
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / backend).glob(pattern))
+
+
+def digest(backend: str) -> str:
+    """Of all sources of a backend; minisora_kernels/backends.py compares it with the checkout that it is in."""
+    total = hashlib.sha256()
+    for path in sorted((ROOT / "csrc" / backend).glob("[!.]*")):
+        total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()
 
 
 def native(known: list[str], cpuinfo: str) -> str | None:
@@ -130,6 +139,9 @@ class Build(build_ext):
             self.folder /= version
         self.folder.mkdir(parents=True, exist_ok=True)
         record["cpu"], record["cuda"] = self.build_cpu(package, torch), self.build_cuda(package, torch)
+        for backend in ("cpu", "cuda"):
+            if "not_built" not in record[backend]:
+                record[backend]["sources"] = digest(backend)
         (package / "build_record.json").write_text(json.dumps(record, indent=2) + "\n")
         for backend in ("cpu", "cuda"):
             if "not_built" in record[backend]:

@@ -18,6 +18,7 @@ For tests, ``TRITON_INTERPRET=1`` or ``MINISORA_EXECUTE_IR=1`` has Triton's kern
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -154,11 +155,19 @@ def build_record() -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def _digest(folder: Path) -> str:
+    """As in setup.py."""
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("[!.]*")):
+        total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()
+
+
 def _load(name: str, variant: str | None, wanted: str) -> str | None:
     """Load ``_<variant>.so``; the reason it is not there, or None. One that exists and cannot be used raises."""
     libraries = [] if variant is None else sorted(_package.glob(f"_{variant}.*so"))
+    record = build_record().get(name, {})
     if not libraries:
-        record = build_record().get(name, {})
         why = record.get("not_built", "the package was not built: run `pip install -e .`")
         why = record.get("left_out", {}).get(variant, why)
         return f"{wanted}: {why}"
@@ -166,6 +175,13 @@ def _load(name: str, variant: str | None, wanted: str) -> str | None:
     if built.split(".")[:2] != torch.__version__.split(".")[:2]:
         raise ImportError(
             f"{libraries[0].name} was built against torch {built}, this is torch {torch.__version__}. Rebuild it with "
+            "`pip install -e .`, or set MINISORA_BACKEND=reference to run without it."
+        )
+    sources = _package.parent / "csrc" / name  # there in a checkout, not where a wheel was installed
+    if "sources" in record and sources.is_dir() and record["sources"] != _digest(sources):
+        # The ops of this checkout would call it with other arguments than it takes.
+        raise ImportError(
+            f"{libraries[0].name} was built from other sources than those of {sources}. Rebuild it with "
             "`pip install -e .`, or set MINISORA_BACKEND=reference to run without it."
         )
     try:

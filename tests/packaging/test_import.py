@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +103,35 @@ def test_a_library_of_another_torch_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(backends, "_package", tmp_path)
     with pytest.raises(ImportError, match=r"was built against torch 1.13.1.*Rebuild it"):
         backends._load("cpu", "cpu_avx2", "no library for AVX2")
+
+
+def test_a_library_of_other_sources_is_an_error(tmp_path, monkeypatch):
+    """A segmentation fault otherwise: after a pull the ops may call it with other arguments than it takes."""
+    package, sources = tmp_path / "minisora_kernels", tmp_path / "csrc" / "cpu"
+    package.mkdir()
+    sources.mkdir(parents=True)
+    (sources / "adaln.cpp").write_text("// one")
+    (package / "_cpu_avx2.so").write_bytes(b"not a library")
+    monkeypatch.setattr(backends, "_package", package)
+    (package / "build_record.json").write_text(json.dumps({"cpu": {"sources": backends._digest(sources)}}))
+    with pytest.raises(ImportError, match="does not load"):
+        backends._load("cpu", "cpu_avx2", "no library for AVX2")
+    (sources / ".adaln.cpp.swp").write_text("of an editor")
+    with pytest.raises(ImportError, match="does not load"):
+        backends._load("cpu", "cpu_avx2", "no library for AVX2")
+    (sources / "adaln.cpp").write_text("// another")
+    with pytest.raises(ImportError, match=r"was built from other sources than those of .*cpu\. Rebuild it"):
+        backends._load("cpu", "cpu_avx2", "no library for AVX2")
+    shutil.rmtree(tmp_path / "csrc")  # as where a wheel was installed
+    with pytest.raises(ImportError, match="does not load"):
+        backends._load("cpu", "cpu_avx2", "no library for AVX2")
+
+
+def test_the_build_records_the_sources():
+    for name in ("cpu", "cuda"):
+        record = backends.build_record().get(name, {})
+        if "not_built" not in record and backends._package.parent == ROOT:
+            assert record["sources"] == backends._digest(ROOT / "csrc" / name)
 
 
 def test_a_tree_without_libraries_tells_why(tmp_path, monkeypatch):
