@@ -5,8 +5,8 @@
     python -m models.convert dit runs/mine --to mine.pt
 
 A file may be torch's (``.pt``, ``.pth``, ``.bin``, ``.ckpt``), a ``.safetensors``, an index of shards, or a folder with
-one of them. Nothing in it is executed. Of a file with several sets of weights the EMA is taken. Tensors that are
-missing, unknown or misshapen are listed by name, and then nothing is written.
+one of them. Nothing in it is executed. If a file has several sets of weights, the EMA is taken; ``--part`` names
+another. Tensors that are missing, unknown or misshapen are listed by name, and then nothing is written.
 
 | kind | weights |
 |---|---|
@@ -29,7 +29,6 @@ from minisora_kernels.commands import command
 
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, open_checkpoint
-from .data.config import DataConfig
 from .data.encoder import identify
 from .registry import FAMILIES
 from .runtime.arguments import read
@@ -49,17 +48,17 @@ class ConvertConfig:
     kind: tyro.conf.Positional[Literal["dit", "sit", "latte"]]
     """Whose weights these are."""
     source: tyro.conf.Positional[Path]
-    """The published weights; with `to`, a run or a checkpoint."""
+    """The published weights; with `--to`, a run or a checkpoint."""
     out: Path | None = None
     """Folder of the new run; it must not exist."""
     to: Path | None = None
     """New file of weights under their published names: .safetensors or .pt."""
     autoencoder: str | None = None
-    """The autoencoder of the latents: a folder that diffusers wrote, a checkpoint or a run."""
+    """The autoencoder of the latents: a folder that diffusers wrote, a checkpoint or a run. Sampling needs it."""
     part: str | None = None
     """Set of weights in a file that has several; by default `ema`, else `model`."""
     heads: int | None = None
-    """Number of attention heads, of a model whose width and depth are not published."""
+    """Number of attention heads; needed if width and depth are not those of DiT-S, B, L or XL."""
     size: tuple[int, int] | None = None
     """Height and width of the latents; by default a square."""
 
@@ -108,10 +107,8 @@ def run(config: ConvertConfig) -> Path:
     model = converted.config
     settings = FAMILIES[model.name].settings
     values = {item.name: getattr(model, item.name) for item in dataclasses.fields(settings)}
-    height, width = model.input_size[-2:]
     train = TrainConfig(
         run=str(config.out),
-        data=DataConfig(frames=1 if len(model.input_size) == 2 else model.input_size[0], size=(height, width)),
         model=settings(**values),
         objective=converted.objective,
     )

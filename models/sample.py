@@ -80,7 +80,7 @@ class SampleConfig(SolverOptions):
     fps: int = 8
     """Frames per second of mp4 and GIF."""
     continuations: int = 0
-    """Number of times to extend each clip from its last frames; needs a model that was trained with `past`."""
+    """Number of times to extend each clip from its last frames; needs a model trained with --model.past."""
     past: Path | None = None
     """An npz of earlier samples. Its clips are extended, with their classes or captions unless others are named."""
     overwrite: bool = False

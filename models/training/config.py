@@ -83,13 +83,13 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     init: str | None = None
-    """Run or checkpoint whose averaged weights training starts from; its options are the defaults of the others."""
+    """Run or checkpoint whose averaged weights training starts from; its options hold, except those you type."""
     encoder: str | None = None
-    """New place of the autoencoder of the latents, if it has moved since."""
+    """Where the autoencoder is now, if it moved after models.precompute. It does not encode videos."""
     steps: int = 10_000
     """Number of optimizer steps."""
     batch_size: int = 32
-    """Samples per optimizer step; ignored with buckets."""
+    """Samples per optimizer step; ignored with data.buckets, where batch_tokens counts."""
     batch_tokens: int = 0
     """Most tokens per optimizer step, with buckets only; they set the number of samples."""
     accumulation: int = 1

@@ -36,6 +36,17 @@ def start_from(model: nn.Module, checkpoint: Checkpoint, classes: list[str]) -> 
     if len(tables) == 2 and tables[0] == tables[1] and classes != checkpoint.classes:
         weights[TABLE], fresh = _rows(own[TABLE], weights[TABLE], classes, checkpoint.classes)
         notes.append(f"the rows of {len(fresh)} of {len(classes)} classes are fresh: {', '.join(fresh[:5])}")
+    channels = checkpoint.config.get("channels"), getattr(getattr(model, "config", None), "channels", None)
+    if None not in channels and channels[0] != channels[1]:
+        raise ValueError(
+            f"init does not fit the data: its model takes {channels[0]} channels, the data have {channels[1]}; pixels "
+            "become latents by models.precompute"
+        )
+    if (TABLE in own) != (TABLE in weights):
+        raise ValueError(
+            f"init does not fit the data: its model has {len(checkpoint.classes)} classes, the data {len(classes)}; "
+            "each sub-folder of clips is a class"
+        )
     wrong = sorted(own.keys() ^ weights.keys())
     wrong += sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape)
     if wrong:

@@ -17,6 +17,7 @@ from models.data.media import write_png
 from models.denoisers.dit import DiT, DiTConfig
 from models.denoisers.layers import frame_positions, grid_positions
 from models.objectives.flow import FlowMatching
+from models.precompute import main as precompute
 from models.sample import main as sample
 from models.train import main as train
 from models.weights.start import start_from
@@ -305,11 +306,39 @@ def test_training_starts_from_weights(tmp_path, caplog):
     (tmp_path / "clips.csv").write_text("path,label\n" + "".join(f"{i}.png,{c}\n" for i, c in enumerate(("7", "new"))))
     for i in range(2):
         write_png(tmp_path / f"{i}.png", np.full((16, 16, 3), 90 * i, np.uint8))
-    with pytest.raises(SystemExit, match=r"init does not fit the model: .* such as .*x_embedder.proj.weight"):
+    with pytest.raises(SystemExit, match="its model takes 1 channels, the data have 3"):
         train(["--init", str(path), "--data.source", str(tmp_path / "clips.csv"), "--run", str(tmp_path / "c")])
     assert not (tmp_path / "c").exists()
     train(["--init", str(path), "--data.size", "12", "20", "--steps", "1", "--run", str(tmp_path / "d")])
     assert "the positions of 15 tokens are made anew; the weights had 9" in caplog.text
+
+
+def test_training_starts_from_converted_weights_on_latents(tmp_path):
+    for i in range(3):
+        (tmp_path / "clips" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        write_png(tmp_path / "clips" / f"{i % 2}" / f"{i}.png", np.full((16, 16, 3), 90 * i, np.uint8))
+    pixels = ["--data.source", str(tmp_path / "clips"), "--data.frames", "1", "--data.size", "8", "8"]
+    precompute([*pixels, "--encoder", "pixels", "--out", str(tmp_path / "latents")])
+    weights = published()  # of an RGB image in place of four channels of latents
+    weights["x_embedder.proj.weight"] = weights["x_embedder.proj.weight"][:, :3].clone()
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        weights[name] = weights[name][:24].clone()
+    file = write("pt", tmp_path, weights)
+    convert(["dit", file, "--heads", "3", "--out", str(tmp_path / "run")])
+    start = ["--init", str(tmp_path / "run"), "--steps", "1", "--batch-size", "2", "--preview.count", "1"]
+    train([*start, "--data.source", str(tmp_path / "latents"), "--run", str(tmp_path / "mine")])
+    _, checkpoint = checkpoints.latest(tmp_path / "mine")
+    assert checkpoint.step == 1 and checkpoint.classes == ["0", "1"]
+    table = checkpoint.ema["y_embedder.embedding_table.weight"]
+    assert table.shape[0] == 3
+    (tmp_path / "flat").mkdir()
+    write_png(tmp_path / "flat" / "a.png", np.zeros((16, 16, 3), np.uint8))
+    flat = ["--data.source", str(tmp_path / "flat"), "--data.frames", "1", "--data.size", "8", "8"]
+    with pytest.raises(SystemExit, match="its model has 5 classes, the data 0; each sub-folder of clips is a class"):
+        train([*start, *flat, "--run", str(tmp_path / "other")])
+    convert(["dit", write("pth", tmp_path, published()), "--heads", "3", "--out", str(tmp_path / "four")])
+    with pytest.raises(SystemExit, match="its model takes 4 channels, the data have 3"):
+        train(["--init", str(tmp_path / "four"), *start[2:], *pixels, "--run", str(tmp_path / "other")])
 
 
 def test_classes_keep_their_rows_by_name():
