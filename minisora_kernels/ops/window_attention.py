@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -229,12 +230,9 @@ def _(dout, qkv, out, softmax, *call):
 
 
 def _product(qkv, sizes) -> int:
-    """FLOPs of the scores, or of another product of all queries and keys of the windows."""
-    batch, _, _, heads, head_dim = qkv
-    pairs = 1
-    for n, w in zip(sizes[:3], sizes[3:], strict=True):
-        pairs *= n // w * w**2 + (n % w) ** 2
-    return 2 * batch * heads * head_dim * pairs
+    """FLOPs of a product of all queries and keys of the windows."""
+    pairs = prod(n // w * w**2 + (n % w) ** 2 for n, w in zip(sizes[:3], sizes[3:], strict=True))
+    return 2 * qkv[0] * qkv[3] * qkv[4] * pairs
 
 
 @formula("window_attention_fwd")
