@@ -229,8 +229,7 @@ def _(dout, qkv, out, softmax, *call):
     return tuple(tensor.new_empty(tensor.shape) if need else qkv.new_empty(0) for tensor, need in asked)
 
 
-def _product(qkv, sizes) -> int:
-    """FLOPs of a product of all queries and keys of the windows."""
+def _product(qkv, sizes) -> int:  # of all queries and keys of the windows
     pairs = prod(n // w * w**2 + (n % w) ** 2 for n, w in zip(sizes[:3], sizes[3:], strict=True))
     return 2 * qkv[0] * qkv[3] * qkv[4] * pairs
 

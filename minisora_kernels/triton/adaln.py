@@ -9,8 +9,7 @@ activation once, writes dx (and dbranch) once and keeps fp32 sums in registers. 
     dshift = P      dscale = weight * Q + bias * P      dweight = (1 + scale) * Q      dbias = (1 + scale) * P
 
 of which every run leaves a partial sum, to be added up by the second stage in _rows.py. A parameter with a row a token
-needs no sum: the gradient of the row is written with its token. Rows and samples only decide where runs begin and end,
-so batches and a modulation per frame cost what one row costs.
+needs no sum: the gradient of the row is written with its token. Batches and rows per frame cost what one row costs.
 """
 
 from __future__ import annotations
@@ -447,5 +446,5 @@ def adaln_fwd(x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
 def adaln_bwd(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     scale, weight, bias, mean, rstd, rms, need_x, *asked = arguments
     tensors = (None, dy, x, None, None, scale, weight, bias, mean, rstd)
-    dx, _, _, *gradients = backward(*tensors, rms, Asked(need_x, None, None, 0, *asked))
-    return given(x, (dx, *gradients))
+    gradients = backward(*tensors, rms, Asked(need_x, None, None, 0, *asked))
+    return given(x, (gradients[0], *gradients[3:]))
