@@ -1,5 +1,5 @@
 // adaln: equation and derivation in minisora_kernels/ops/adaln.py.
-#include "rows.h"
+#include "adaln.h"
 
 namespace minisora {
 namespace {

@@ -1,5 +1,5 @@
 // gate_residual_adaln: equation and derivation in minisora_kernels/ops/gate_residual_adaln.py.
-#include "rows.h"
+#include "adaln.h"
 
 namespace minisora {
 namespace {

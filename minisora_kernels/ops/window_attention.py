@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -228,13 +229,9 @@ def _(dout, qkv, out, softmax, *call):
     return tuple(tensor.new_empty(tensor.shape) if need else qkv.new_empty(0) for tensor, need in asked)
 
 
-def _product(qkv, sizes) -> int:
-    """FLOPs of the scores, or of another product of all queries and keys of the windows."""
-    batch, _, _, heads, head_dim = qkv
-    pairs = 1
-    for n, w in zip(sizes[:3], sizes[3:], strict=True):
-        pairs *= n // w * w**2 + (n % w) ** 2
-    return 2 * batch * heads * head_dim * pairs
+def _product(qkv, sizes) -> int:  # of all queries and keys of the windows
+    pairs = prod(n // w * w**2 + (n % w) ** 2 for n, w in zip(sizes[:3], sizes[3:], strict=True))
+    return 2 * qkv[0] * qkv[3] * qkv[4] * pairs
 
 
 @formula("window_attention_fwd")

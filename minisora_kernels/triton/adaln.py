@@ -9,8 +9,7 @@ activation once, writes dx (and dbranch) once and keeps fp32 sums in registers. 
     dshift = P      dscale = weight * Q + bias * P      dweight = (1 + scale) * Q      dbias = (1 + scale) * P
 
 of which every run leaves a partial sum, to be added up by the second stage in _rows.py. A parameter with a row a token
-needs no sum: the gradient of the row is written with its token. Rows and samples only decide where runs begin and end,
-so batches and a modulation per frame cost what one row costs.
+needs no sum: the gradient of the row is written with its token. Batches and rows per frame cost what one row costs.
 """
 
 from __future__ import annotations
@@ -382,9 +381,8 @@ def _backward_plan(dresidual, dy, x, branch, gate, scale, weight, bias, mean, rs
     ]
     shapes += [None if dtype is None else (width,) for dtype in (asked.weight, asked.bias)]
     runs = Runs(x.shape, tile, [count for count in counts if count], shapes)
-    summed_scale = asked.scale is not None and not per_token[2]
-    summed_bias = asked.bias is not None and not per_token[2]
     summed_shift = asked.shift is not None and not per_token[1]
+    summed_scale, summed_bias = (each is not None and not per_token[2] for each in (asked.scale, asked.bias))
     first = Launch(
         _bwd,
         (runs.count,),
@@ -441,32 +439,12 @@ def backward(
     return dx, dbranch, *gradients
 
 
-def adaln_fwd(
-    x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    rms: bool,
-    eps: float,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    _, *results = forward(x, None, None, shift, scale, weight, bias, rms, eps, out_dtype)
-    return tuple(results)
+def adaln_fwd(x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+    return forward(x, None, None, *arguments)[1:]
 
 
-def adaln_bwd(
-    dy: Tensor,
-    x: Tensor,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    rms: bool,
-    need_x: bool,
-    *asked: Any,
-) -> tuple[Tensor, ...]:
-    wanted = Asked(need_x, None, None, 0, *asked)
-    dx, _, _, *gradients = backward(None, dy, x, None, None, scale, weight, bias, mean, rstd, rms, wanted)
-    return given(x, (dx, *gradients))
+def adaln_bwd(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    scale, weight, bias, mean, rstd, rms, need_x, *asked = arguments
+    tensors = (None, dy, x, None, None, scale, weight, bias, mean, rstd)
+    gradients = backward(*tensors, rms, Asked(need_x, None, None, 0, *asked))
+    return given(x, (gradients[0], *gradients[3:]))
