@@ -1,6 +1,8 @@
 """Fused kernels, with backward, for video diffusion transformers."""
 
 from .backends import use_backend as use_backend
+from .fusion import compiler as compiler
+from .fusion import fuse as fuse
 from .ops.adaln import adaln as adaln
 from .ops.gate_residual import gate_residual as gate_residual
 from .ops.gate_residual_adaln import gate_residual_adaln as gate_residual_adaln

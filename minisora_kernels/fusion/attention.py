@@ -1,0 +1,174 @@
+"""Attention: torch's SDPA, or matmul, softmax, matmul, of queries, keys and values of the same number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ops.window_attention import DETAILS, SHORT
+from . import calls
+from .graph import Nodes, argument, beneath, dtype, equal, kind, pair, shape, storage, value
+from .match import Match
+from .products import same_heads, through_dropout
+
+# Nodes that show the same numbers, or a part of them, under another shape.
+VIEWS = {
+    *("view", "reshape", "unflatten", "flatten", "transpose", "permute", "unbind", "chunk", "split", "getitem"),
+    *("squeeze", "unsqueeze", "contiguous"),
+}
+
+
+def match_attention(node: fx.Node) -> Match | None:
+    """SDPA, or the same written out."""
+    if kind(node) == "scaled_dot_product_attention":
+        return _sdpa(node)
+    return _written_out(node) if kind(node) in ("matmul", "bmm") else None
+
+
+def _sdpa(node: fx.Node) -> Match:
+    names = (("query", None), ("key", None), ("value", None), ("attn_mask", None), ("dropout_p", 0.0))
+    q, k, v, mask, dropout = (argument(node, i, *name) for i, name in enumerate(names))
+    left = ""
+    if mask is not None:
+        left = "attention has a mask"
+    elif argument(node, 5, "is_causal", False) is not False:
+        left = "attention is causal"
+    elif dropout != 0:
+        left = "attention has dropout"
+    elif not same_heads(q, k, v):
+        left = "q, k and v have different shapes: cross-attention, or grouped heads"
+    elif len(shape(q) or ()) < 3:
+        left = "attention has no axis for samples"
+    return _match(node, [q, k, v], argument(node, 6, "scale"), [], left)
+
+
+def _written_out(node: fx.Node) -> Match | None:
+    """``softmax(scale * q @ k^T) @ v``."""
+    if len(node.args) != 2:
+        return None
+    weights, v = node.args
+    trail: Nodes = []
+    passed = beneath(weights, trail)
+    inner = passed
+    while kind(inner) == "dropout":
+        inner = beneath(argument(inner, 0, "input"), trail)
+    if kind(inner) != "softmax" or not _over_last(inner):
+        return None
+    _, left = through_dropout(passed, trail)
+    trail.append(inner)
+    scores, scale = _scaled(argument(inner, 0, "input"), trail)
+    if kind(scores) not in ("matmul", "bmm") or len(scores.args) != 2:
+        return None
+    trail.append(scores)
+    (q, q_scale), (transposed, k_scale) = _scaled(scores.args[0], trail), _scaled(scores.args[1], trail)
+    k = _untransposed(transposed, trail)
+    if k is None:
+        return None
+    k, late = _scaled(k, trail)
+    if not same_heads(q, k, v):
+        left = left or "q, k and v have different shapes: cross-attention, or grouped heads"
+    return _match(node, [q, k, v], scale * q_scale * k_scale * late, trail, left)
+
+
+def _over_last(softmax: fx.Node) -> bool:
+    axis = argument(softmax, 1, "dim")
+    return axis in (-1, len(shape(softmax) or ()) - 1)
+
+
+def _scaled(node: Any, trail: Nodes) -> tuple[Any, float]:
+    """What a number multiplies or divides, and the factor."""
+    bare = beneath(node, mine := [])
+    for name in ("mul", "div"):
+        operands = pair(bare, name)
+        if operands and isinstance(operands[1], (int, float)) and value(operands[0]) is not None and operands[1]:
+            trail.extend([*mine, bare])
+            inner, factor = _scaled(operands[0], trail)
+            return inner, factor * (operands[1] if name == "mul" else 1 / operands[1])
+    if dtype(bare) == dtype(node) or kind(bare) in ("matmul", "bmm"):
+        trail.extend(mine)
+        return bare, 1.0
+    return node, 1.0
+
+
+def _untransposed(node: Any, trail: Nodes) -> fx.Node | None:
+    """What a node is the transpose of, in its last two axes."""
+    rank = len(shape(node) or ())
+    if kind(node) == "transpose" and {axis % rank for axis in node.args[1:3]} == {rank - 2, rank - 1}:
+        trail.append(node)
+        return node.args[0]
+    if kind(node) == "permute":
+        order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        if [axis % rank for axis in order] == [*range(rank - 2), rank - 1, rank - 2]:
+            trail.append(node)
+            return node.args[0]
+    return None
+
+
+def _match(node: fx.Node, qkv: list[Any], scale: Any, trail: Nodes, left: str) -> Match:
+    if not isinstance(scale, (int, float, type(None))):
+        left = left or "the scale is no plain number"
+    if any(dtype(each) != dtype(qkv[0]) for each in qkv):
+        left = left or "q, k and v have different dtypes"
+    if trail and any(_width(each) < _width(node) for each in trail):
+        left = left or "the model rounds between"
+    match = Match(
+        "window_attention",
+        node,
+        trail,
+        calls.attention,
+        tuple(qkv),
+        {},
+        dict(qkv=qkv[0], q_weight=None, k_weight=None, bias=None),
+        detail=DETAILS[_hint((shape(qkv[0]) or (0, 0))[-2]) > SHORT][0],
+        left=left,
+        options=dict(scale=scale),
+    )
+    linear = None if left else one_linear(*qkv)
+    if linear is not None:
+        sizes = shape(qkv[0])
+        assert sizes is not None
+        match.call, match.arguments, match.keywords = calls.split_attention, (linear,), dict(sizes=(sizes[1], sizes[3]))
+    return match
+
+
+def _width(node: fx.Node) -> int:
+    found = dtype(node)
+    return 0 if found is None else found.itemsize
+
+
+def _hint(size: Any) -> int:
+    """A size, or what it was when the graph was captured."""
+    return size if isinstance(size, int) else size.node.hint if isinstance(size, torch.SymInt) else 0
+
+
+def one_linear(q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node | None:
+    """The tensor ``[B, N, 3 * heads * head_dim]`` that q, k, v ``[B, heads, N, head_dim]`` are views of, if they are.
+
+    Shape, strides and offset say which numbers a view shows, however the model made it.
+    """
+    node: Any = q
+    while kind(node) in VIEWS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    whole, parts = value(node), [value(each) for each in (q, k, v)]
+    if whole is None or storage(node) is None or len({storage(each) for each in (node, q, k, v)}) != 1:
+        return None
+    sizes = shape(q)
+    if sizes is None or len(sizes) != 4 or whole.dim() != 3 or not whole.is_contiguous():
+        return None
+    batch, heads, tokens, width = sizes
+    if not all(type(size) is int for size in (heads, width)):
+        return None
+    if not equal(tuple(whole.shape), (batch, tokens, 3 * heads * width)):
+        return None
+    row = 3 * heads * width
+    for i, part in enumerate(parts):
+        assert part is not None
+        offset = whole.storage_offset() + i * heads * width
+        strides = part.stride()
+        if not equal(part.storage_offset(), offset) or not equal(strides[1:], (width, row, 1)):
+            return None
+        if not equal(strides[0], tokens * row) and not equal(batch, 1):
+            return None
+    return node
