@@ -23,8 +23,10 @@ class _Call:
 
     def __init__(self, model: torch.nn.Module, choice: Choice) -> None:
         self.sites, self.choice, self.root = Sites(), choice, type(model).__name__
-        parameters = inspect.signature(torch.compile).parameters
-        limits: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT} if "recompile_limit" in parameters else {}
+        # Else all modules of a process share the limit of the one code object that calls them, and its shapes.
+        wanted = dict(recompile_limit=RECOMPILE_LIMIT, isolate_recompiles=True)
+        known = inspect.signature(torch.compile).parameters  # those of torch 2.10 have neither
+        limits: dict[str, Any] = {name: setting for name, setting in wanted.items() if name in known}
         self._compiled = torch.compile(model._call_impl, backend=self._rewrite, **limits)
 
     def _rewrite(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Callable:

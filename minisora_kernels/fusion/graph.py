@@ -42,6 +42,8 @@ CASTS = {"float", "half", "bfloat16", "to", "type", "type_as", "contiguous"}
 # Functions of the operator module that write to their first argument.
 IN_PLACE = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "floordiv")}
 IN_PLACE |= {operator.setitem, operator.iand, operator.ior, operator.ixor, operator.imod}
+# Methods that write to their tensor: all that end with one underscore, and these.
+METHODS_IN_PLACE = {f"__{function.__name__}__" for function in IN_PLACE}
 
 
 def kind(node: Any) -> str:
@@ -146,7 +148,8 @@ def written(node: fx.Node) -> list[Any] | None:
         return []
     if node.op == "call_method":
         name = str(node.target)
-        changed = [node.args[0]] if name.endswith("_") and not name.endswith("__") else []
+        writes = (name.endswith("_") and not name.endswith("__")) or name in METHODS_IN_PLACE
+        changed = [node.args[0]] if writes else []
     elif node.op != "call_function":
         return None
     elif node.target in IN_PLACE:

@@ -14,11 +14,11 @@ from .graph import Reader, kind, plain, storage, value
 from .match import Match, Replayed
 from .products import match_mlp, match_patches
 from .report import Site
-from .rows import join, match_adaln, match_gate
+from .rows import join, match_adaln, match_gate, match_scaled
 from .serve import Choice, Unserved
 
-# Norms before gates: a modulation, too, is a sum of a product.
-FAMILIES = (match_attention, match_patches, match_mlp, match_adaln, match_gate)
+# What is larger comes first: a modulation holds a norm that is scaled alone, and is itself a sum of a product.
+FAMILIES = (match_attention, match_patches, match_mlp, match_adaln, match_scaled, match_gate)
 
 
 def rewrite(module: fx.GraphModule, choice: Choice, root: str) -> list[Site]:

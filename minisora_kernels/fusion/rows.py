@@ -198,10 +198,18 @@ def _rounds_between(match: Match, x: fx.Node) -> str:
 
 
 def match_adaln(node: fx.Node) -> Match | None:
-    """``norm(x) * (1 + scale) + shift``, or without a shift."""
-    ways = [(shift, h, k, trail) for shift, h, k, trail in sums(node, [])]
-    if factors := pair(node, "mul"):
-        ways += [(None, *factors, []), (None, *factors[::-1], [])]
+    """``norm(x) * (1 + scale) + shift``."""
+    return _modulated(node, sums(node, []))
+
+
+def match_scaled(node: fx.Node) -> Match | None:
+    """``norm(x) * (1 + scale)``."""
+    factors = pair(node, "mul")
+    return _modulated(node, [(None, *factors, []), (None, *factors[::-1], [])]) if factors else None
+
+
+def _modulated(node: fx.Node, ways: list[tuple[Any, Any, Any, Nodes]]) -> Match | None:
+    """The first of the ways ``shift + h * k`` in which h is a norm and k is ``1 + scale``."""
     for shift, h, k, passed in ways:
         found = find_norm(h, passed)
         scaled = gain(k, []) if found else None
