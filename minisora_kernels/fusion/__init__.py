@@ -32,7 +32,7 @@ class _Call:
     def _rewrite(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
         from .rewrite import rewrite  # imports sympy
 
-        self.sites.add(rewrite(module, self.choice, self.root))
+        self.sites.add(rewrite(module, self.choice, self.root), getattr(module, "compile_subgraph_reason", None))
         return module.forward
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
@@ -137,7 +137,7 @@ class Compiler:
 
         from .rewrite import rewrite
 
-        self._sites.add(rewrite(module, self.choice, "model"))
+        self._sites.add(rewrite(module, self.choice, "model"), getattr(module, "compile_subgraph_reason", None))
         inner = lookup_backend(self.inner) if isinstance(self.inner, str) else self.inner
         return inner(module, inputs, **options)
 

@@ -30,11 +30,14 @@ class Sites:
 
     def __init__(self) -> None:
         self.graphs = 0
+        self.breaks: dict[str, None] = {}
         self._sites: dict[tuple[str, str, str, int], Site] = {}
 
-    def add(self, sites: list[Site]) -> None:
-        """The sites of one graph."""
+    def add(self, sites: list[Site], ended_by: object = None) -> None:
+        """The sites of one graph, and what Dynamo says of why it ended."""
         self.graphs += 1
+        if getattr(ended_by, "graph_break", False):
+            self.breaks[str(getattr(ended_by, "reason", "")).strip().split("\n")[0]] = None
         seen: Counter[tuple[str, str, str]] = Counter()
         for site in sites:
             place = site.module, site.block, site.op
@@ -57,6 +60,7 @@ class Sites:
                 Counter((site.op, site.backend or "", site.reason) for site in sites).items()
             ):
                 lines.append(f"  {op:20} {count:4}  {backend or 'left: ' + reason}")
+        lines += [f"the graph breaks: {reason}" for reason in self.breaks]
         return "\n".join(lines)
 
     def _left(self) -> int:

@@ -86,6 +86,8 @@ class Choice:
             regime = automatic.regime(device, first.dtype, both, detail)
             label = f"{op} {regime}{' compiled' if self.compiling else ''}"
             names, reasons = automatic.would_serve(label, device)
+            here = backends.PREFERENCE.get(device.type, ())
+            reasons = {each: why for each, why in reasons.items() if each in here}
         for candidate in names:
             if candidate == "reference":
                 break

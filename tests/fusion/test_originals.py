@@ -10,6 +10,8 @@ from fusion_parts import check, counts, randomise, reasons
 from originals import DiT, Latte, STDiT
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
+
 T = torch.tensor([0.3, 0.8])
 
 
@@ -48,7 +50,7 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any], dict[st
         {},
         dict(x=random(2, 4, 3, 8, 8), text=random(2, 5, 32, seed=1), t=T),
         {
-            **{"adaln": 5, "gate_residual": 4},  # attention to text stands between a gate and the next norm
+            **{"adaln": 3, "gate_residual_adaln": 2, "gate_residual": 2},  # text stands between the others
             **{"gelu_mlp": 2, "window_attention": 2, "patch_embed": 1},
         },
     ),
@@ -82,4 +84,7 @@ def test_bfloat16_by_autocast(name: str):
 
     made, inputs, expected = model(name)
     fused = check(made, inputs, call, draws=4)
+    if name == "STDiT":  # its stream is float32 and its branches are not: a norm after a gate has another dtype
+        expected = {**expected, "adaln": 5, "gate_residual": 4}
+        del expected["gate_residual_adaln"]
     assert counts(fused.sites) == expected, fused.report()

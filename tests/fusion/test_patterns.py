@@ -14,6 +14,8 @@ from torch import Tensor
 
 import minisora_kernels as mk
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
+
 B, N, D, H = 2, 12, 32, 64
 
 
