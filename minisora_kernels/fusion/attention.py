@@ -79,7 +79,8 @@ def _over_last(softmax: fx.Node) -> bool:
 
 def _scaled(node: Any, trail: Nodes) -> tuple[Any, float]:
     """What a number multiplies or divides, and the factor."""
-    bare = beneath(node, mine := [])
+    mine: Nodes = []
+    bare = beneath(node, mine)
     for name in ("mul", "div"):
         operands = pair(bare, name)
         if operands and isinstance(operands[1], (int, float)) and value(operands[0]) is not None and operands[1]:

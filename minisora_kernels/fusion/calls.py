@@ -120,9 +120,9 @@ def split_attention(linear: Tensor, sizes: tuple[int, int], options: dict[str, A
     return packed_attention(linear.unflatten(-1, (3, *sizes)), options)
 
 
-def checkpoint(body: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+def checkpoint(body: torch.fx.GraphModule, *arguments: Any, **options: Any) -> Any:
     """Activation checkpointing of a part of the graph: without Inductor nothing else would drop and recompute it."""
-    context = body.meta.get("_checkpoint_context_fn")
+    context: Any = body.meta.get("_checkpoint_context_fn")
     if context is not None:
         options["context_fn"] = context
     return run_checkpointed(body, *arguments, **{**options, "use_reentrant": False})

@@ -142,34 +142,34 @@ def sums(node: Any, trail: Nodes) -> list[tuple[Any, Any, Any, Nodes]]:
     return found
 
 
-def written(node: fx.Node) -> list[Any] | None:
-    """The arguments that a node writes to; None if it may write to anything."""
+def written(node: fx.Node) -> Nodes | None:
+    """The nodes that a node writes to; None if it may write to anything."""
+    name, changes = "", False
     if node.op in ("placeholder", "get_attr", "output"):
         return []
     if node.op == "call_method":
         name = str(node.target)
-        writes = (name.endswith("_") and not name.endswith("__")) or name in METHODS_IN_PLACE
-        changed = [node.args[0]] if writes else []
+        changes = name in METHODS_IN_PLACE
     elif node.op != "call_function":
         return None
-    elif node.target in IN_PLACE:
-        return [node.args[0]]
-    elif isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        overloads = [node.target] if isinstance(node.target, torch._ops.OpOverload) else None
-        if overloads is None:
-            overloads = [getattr(node.target, name) for name in node.target.overloads()]
-        changed = list(node.all_input_nodes) if any(each._schema.is_mutable for each in overloads) else []
+    elif isinstance(node.target, torch._ops.OpOverload):
+        return list(node.all_input_nodes) if node.target._schema.is_mutable else []
     else:
         module = getattr(node.target, "__module__", None) or type(node.target).__module__
-        if module.split(".")[0] not in ("torch", "_operator", "math", "builtins", "minisora_kernels"):
-            return None
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        higher = isinstance(node.target, (torch._ops.HigherOrderOperator, torch._ops.OpOverloadPacket))
+        if higher or module.split(".")[0] not in ("torch", "_operator", "math", "builtins", "minisora_kernels"):
             return None
         name = getattr(node.target, "__name__", "")
-        changed = [node.args[0]] if name.endswith("_") and not name.endswith("__") and node.args else []
-        if _inplace(node):
-            changed.append(node.args[0])
-    return [*changed, node.kwargs["out"]] if node.kwargs.get("out") is not None else changed
+        changes = node.target in IN_PLACE or _inplace(node)
+    changes = changes or (name.endswith("_") and not name.endswith("__"))
+    changed = _nodes(node.args[0]) if changes and node.args else []
+    return [*changed, *_nodes(node.kwargs.get("out"))]
+
+
+def _nodes(argument: Any) -> Nodes:
+    """The nodes of an argument that is one, or some."""
+    items = argument if isinstance(argument, (list, tuple)) else [argument]
+    return [item for item in items if isinstance(item, fx.Node)]
 
 
 def _inplace(node: fx.Node) -> bool:
@@ -195,7 +195,9 @@ class Reader:
         self.graph = graph
         self.order: dict[fx.Node, int] = {node: i for i, node in enumerate(graph.nodes)}
         self.events = [
-            node for node in graph.nodes if changes_state(node) or written(node) != []  # None is an event
+            node
+            for node in graph.nodes
+            if changes_state(node) or written(node) != []  # None is an event
         ]
 
     def obstacle(self, nodes: Nodes, operands: Nodes, last: fx.Node) -> str | None:
@@ -206,9 +208,9 @@ class Reader:
             if event in nodes or not first < self.order[event] < self.order[last]:
                 continue
             targets = written(event)
-            if targets is None:
+            if targets is None or None in (found := {storage(target) for target in targets}):
                 return f"{getattr(event.target, '__name__', event.target)} stands between and may write to anything"
-            if targets and not storages.isdisjoint({storage(target) for target in targets}):
+            if not storages.isdisjoint(found):
                 return "an operand is written in place between"
             if not targets:
                 return "gradients or autocast are switched between"
@@ -221,7 +223,7 @@ class Reader:
             return reason
         for node in self.graph.nodes:
             if storage(node) == mine and node is not sum_:
-                if node.op in ("placeholder", "get_attr") or node.op == "call_method" and node.target == "detach":
+                if node.op in ("placeholder", "get_attr") or (node.op == "call_method" and node.target == "detach"):
                     return reason
                 if any(self.order.get(user, -1) > self.order[sum_] for user in node.users):
                     return reason
@@ -231,6 +233,6 @@ class Reader:
         """Whether any node may write to that storage."""
         for event in self.events:
             targets = written(event)
-            if targets is None or mine in {storage(target) for target in targets}:
+            if targets is None or {mine, None} & {storage(target) for target in targets}:
                 return True
         return False

@@ -21,9 +21,8 @@ class Replayed:
     def build(self, graph: fx.Graph) -> fx.Node:
         node = self.node
         for view in reversed(self.views):
-            inner = view.args[0]
-            view = graph.node_copy(view, lambda old, inner=inner, node=node: node if old is inner else old)
-            node = view
+            replaced = {view.args[0]: node}
+            node = graph.node_copy(view, lambda old, replaced=replaced: replaced.get(old, old))  # type: ignore[misc]
         return node
 
 

@@ -28,15 +28,13 @@ def match_mlp(node: fx.Node) -> Match | None:
     if kind(node) != "linear":
         return None
     trail: Nodes = []
-    gelu = node.args[0]
-    inner = [gelu]
+    inner: list[Any] = [node.args[0]]
     while kind(inner[-1]) == "dropout":
         inner.append(argument(inner[-1], 0, "input"))
     gelu = inner[-1]
-    first = gelu.args[0] if kind(gelu) == "gelu" else None
+    first: Any = gelu.args[0] if kind(gelu) == "gelu" else None
     if kind(first) != "linear":
         return None
-    assert isinstance(first, fx.Node)
     _, left = through_dropout(inner[0], trail)
     trail = [*inner, first]
     if any(len(each.users) != 1 for each in trail):

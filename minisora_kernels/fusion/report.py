@@ -41,7 +41,8 @@ class Sites:
         seen: Counter[tuple[str, str, str]] = Counter()
         for site in sites:
             place = site.module, site.block, site.op
-            self._sites[*place, seen[place]] = site
+            key = (*place, seen[place])
+            self._sites[key] = site
             seen[place] += 1
 
     def __iter__(self):
@@ -55,10 +56,10 @@ class Sites:
         lines = [f"{self.graphs} graphs, {sum(served.values())} sites served, {self._left()} left"]
         for block in dict.fromkeys(site.block for site in self):
             sites = [site for site in self if site.block == block]
-            lines.append(f"{block} ({len({site.module for site in sites})})")
-            for (op, backend, reason), count in sorted(
-                Counter((site.op, site.backend or "", site.reason) for site in sites).items()
-            ):
+            modules = {site.module for site in sites}
+            lines.append(f"{block} ({len(modules)})")
+            alike = Counter((site.op, site.backend or "", site.reason) for site in sites)
+            for (op, backend, reason), count in sorted(alike.items()):
                 lines.append(f"  {op:20} {count:4}  {backend or 'left: ' + reason}")
         lines += [f"the graph breaks: {reason}" for reason in self.breaks]
         return "\n".join(lines)

@@ -147,9 +147,9 @@ def _join(reader: Reader, put: dict[fx.Node, Site], choice: Choice) -> None:
 def _loosen_views(reader: Reader) -> None:
     """An op may lay its result out in another way than what it replaces, so a view of it may have to copy."""
     for node in reader.graph.nodes:
-        if kind(node) == "view" and not any(isinstance(size, torch.dtype) for size in node.args[1:]):
-            if not node.kwargs and not reader.writes_to(storage(node)):
-                node.target = "reshape"
+        shapes = kind(node) == "view" and not node.kwargs and not isinstance(node.args[1], torch.dtype)
+        if shapes and not reader.writes_to(storage(node)):
+            node.target = "reshape"
 
 
 def owner(node: fx.Node, root: str) -> tuple[str, str]:
@@ -161,4 +161,3 @@ def owner(node: fx.Node, root: str) -> tuple[str, str]:
         if re.search(r"\.\d+$", path):
             found = path, getattr(cls, "__name__", str(cls))
     return found
-

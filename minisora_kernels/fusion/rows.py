@@ -32,7 +32,7 @@ def _last(node: fx.Node, index: int, name: str) -> bool:
     return axis in (-1, rank - 1)
 
 
-def _mean(node: Any, trail: Nodes) -> fx.Node | None:
+def _mean(node: Any, trail: Nodes) -> Any:
     """What a node is the mean of, over the last axis, which stays."""
     node = beneath(node, trail)
     if kind(node) == "mean" and _last(node, 1, "dim") and argument(node, 2, "keepdim") is True:
@@ -41,17 +41,17 @@ def _mean(node: Any, trail: Nodes) -> fx.Node | None:
     return None
 
 
-def _square(node: Any, trail: Nodes) -> fx.Node | None:
+def _square(node: Any, trail: Nodes) -> Any:
     """What a node is the square of."""
     node = beneath(node, trail)
     trail.append(node)
-    if kind(node) == "pow" and len(node.args) == 2 and node.args[1] == 2 or kind(node) == "square":
+    if (kind(node) == "pow" and len(node.args) == 2 and node.args[1] == 2) or kind(node) == "square":
         return node.args[0]
     factors = pair(node, "mul")
     return factors[0] if factors and factors[0] is factors[1] else None
 
 
-def _variance(node: Any, trail: Nodes) -> fx.Node | None:
+def _variance(node: Any, trail: Nodes) -> Any:
     """What a node is the biased variance of, over the last axis, which stays."""
     node = beneath(node, trail)
     if kind(node) != "var" or not isinstance(node, fx.Node):
@@ -130,7 +130,7 @@ def find_norm(node: Any, trail: Nodes, depth: int = 2) -> tuple[Norm, Nodes] | N
             below = find_norm(inner, [*trail, node], depth - 1)
             if below is not None and getattr(below[0], slot) is None:
                 norm, passed = below
-                if slot == "weight" and norm.bias is not None or slot == "bias" and norm.kind == "rms":
+                if (slot == "weight" and norm.bias is not None) or (slot == "bias" and norm.kind == "rms"):
                     continue
                 return norm._replace(**{slot: unrounded(parameter, passed)}), passed
     return None
@@ -140,7 +140,7 @@ def gain(node: Any, trail: Nodes, views: tuple[fx.Node, ...] = ()) -> tuple[Repl
     """``scale``, if a node is ``1 + scale``, seen through casts and views that add axes."""
     trail = [*trail]
     node = beneath(node, trail)
-    adds = kind(node) == "unsqueeze" or kind(node) == "getitem" and _adds_axes(node.args[1])
+    adds = kind(node) == "unsqueeze" or (kind(node) == "getitem" and _adds_axes(node.args[1]))
     if adds and isinstance(node.args[0], fx.Node) and value(node.args[0]) is not None:
         return gain(node.args[0], [*trail, node], (*views, node))
     operands = pair(node, "add")
@@ -218,7 +218,7 @@ def _modulated(node: fx.Node, ways: list[tuple[Any, Any, Any, Nodes]]) -> Match 
         norm, trail = found
         scale, more = scaled
         trail = [*trail, *more]
-        if not is_rows(shape(k), shape(norm.x)) or shift is not None and not is_rows(shape(shift), shape(norm.x)):
+        if not is_rows(shape(k), shape(norm.x)) or (shift is not None and not is_rows(shape(shift), shape(norm.x))):
             continue
         if not equal(shape(node), shape(norm.x)):
             continue
@@ -273,7 +273,7 @@ def _is_part(node: Any) -> bool:
     return kind(node) == "getitem"
 
 
-def join(reader: Reader, gate: fx.Node, norm: fx.Node) -> bool:
+def join(reader: Reader, gate: Any, norm: Any) -> bool:
     """One call for a gate and the norm that reads it, if nothing reads the sum before the rows are there."""
     x, branch, rows = gate.args
     _, shift, scale, *affine = norm.args

@@ -211,6 +211,30 @@ def scale_written_by_its_method(x, a, b):
     return scaled + b
 
 
+def shift_written_among_others(x, a, b):
+    scaled = layer(x) * (1 + a)
+    torch._foreach_mul_([b], 3.0)
+    return scaled + b
+
+
+def shift_written_by_out(x, a, b):
+    scaled = layer(x) * (1 + a)
+    torch.exp(a, out=b)
+    return scaled + b
+
+
+def shift_written_by_an_activation(x, a, b):
+    scaled = layer(x) * (1 + a)
+    F.relu(b, inplace=True)
+    return scaled + b
+
+
+def norm_written(x, a, b):
+    h = layer(x)
+    h.mul_(2)
+    return h * (1 + a) + b
+
+
 def x_written(x, a, b):
     h = layer(x)
     x.zero_()
@@ -293,6 +317,19 @@ def test_a_trap_is_left_with_the_reason(name: str):
     torch.testing.assert_close(y, eager, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [shift_written_among_others, shift_written_by_out, shift_written_by_an_activation, norm_written, in_place_between],
+)
+def test_writes_of_all_kinds_are_right(function):
+    given = {key: each.detach() for key, each in inputs(**ONE).items()}
+    eager = function(*(each.clone() for each in given.values()))
+    model = Function(function)
+    with mk.fuse(model, backend="cpu"):
+        y = model(*(each.clone() for each in given.values()))
+    torch.testing.assert_close(y, eager, rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_written_before_the_call_reads_it_is_right():
     given = {key: each.detach() for key, each in inputs(**ONE).items()}
     model, kept = Function(in_place_between), given["b"].clone()
@@ -315,7 +352,10 @@ OTHERS = {
         ONE,
         lambda x, a, b: (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True) + 1e-6) * (1 + a) + b,
     ),
-    "rms of another tensor": (ONE, lambda x, a, b: x * torch.rsqrt((x * b).pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + a) + b),
+    "rms of another tensor": (
+        ONE,
+        lambda x, a, b: x * torch.rsqrt((x * b).pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + a) + b,
+    ),
     "a factor per channel of heads": (dict(x=(B, 4, N, 8), a=(B, 1, N, 8)), lambda x, a: layer(x) * (1 + a)),
     "a rotation": (
         dict(x=(B, N, D), y=(B, N, D), c=(N, D), s=(1, 1, D)),

@@ -33,7 +33,7 @@ MASK = torch.tensor([[1] * TEXT, [1] * (TEXT - 2) + [0] * 2])
 def video(
     channels: int, text: int | None = None, size: tuple[int, int, int] = (2, 4, 8), **others: Any
 ) -> Callable[[torch.dtype], dict[str, Any]]:
-    """Inputs of a video model: a clip, times and text; and what else there is, as functions of the dtype or constants."""
+    """A clip, times and text, and what else a model takes: constants, or functions of the dtype."""
 
     def inputs(dtype: torch.dtype) -> dict[str, Any]:
         found: dict[str, Any] = dict(hidden_states=noise(B, channels, *size, dtype=dtype), timestep=TIMES)
@@ -143,7 +143,9 @@ CASES = {
         ),
     ),
     "Wan": Case("WanTransformer3DModel", WAN, video(4, 16)),
-    "Wan per token": Case("WanTransformer3DModel", WAN, video(4, 16, timestep=lambda _: TIMES[:, None] - torch.arange(16))),
+    "Wan per token": Case(
+        "WanTransformer3DModel", WAN, video(4, 16, timestep=lambda _: TIMES[:, None] - torch.arange(16))
+    ),
     "SkyReels": Case("SkyReelsV2Transformer3DModel", WAN, video(4, 16)),
     "WanVACE": Case(
         "WanVACETransformer3DModel",
