@@ -203,7 +203,7 @@ class Reader:
     def obstacle(self, nodes: Nodes, operands: Nodes, last: fx.Node) -> str | None:
         """Why ``last`` cannot be computed where it stands from the operands as they are there; None if it can."""
         first = min(self.order[node] for node in (*nodes, last))
-        storages = {storage(node) for node in operands} - {None}
+        storages = {storage(node) for node in (*operands, *nodes)} - {None}
         for event in self.events:
             if event in nodes or not first < self.order[event] < self.order[last]:
                 continue
@@ -211,7 +211,7 @@ class Reader:
             if targets is None or None in (found := {storage(target) for target in targets}):
                 return f"{getattr(event.target, '__name__', event.target)} stands between and may write to anything"
             if not storages.isdisjoint(found):
-                return "an operand is written in place between"
+                return "what is read is written in place between"
             if not targets:
                 return "gradients or autocast are switched between"
         return self._shared(last) if kind(last) == "iadd" else None
