@@ -1,5 +1,6 @@
 """Fused kernels, with backward, for video diffusion transformers."""
 
+from . import modules as modules
 from .backends import use_backend as use_backend
 from .fusion import compiler as compiler
 from .fusion import fuse as fuse

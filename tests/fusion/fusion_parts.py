@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -111,9 +112,26 @@ def pooled(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def check(
-    model: nn.Module, inputs: dict[str, Any], call: Callable[..., Any] | None = None, draws: int = 1, **options: Any
+    model: nn.Module,
+    inputs: dict[str, Any],
+    call: Callable[..., Any] | None = None,
+    draws: int = 1,
+    whole: bool = False,
+    **options: Any,
 ) -> Any:
-    """Hold the fused model against eager and float64, in the output and every gradient; the handle, undone."""
+    """Hold the fused model against eager and float64, in the output and every gradient.
+
+    Args:
+        model: What is fused.
+        inputs: By name; those that require a gradient are drawn anew for each draw.
+        call: Calls the model.
+        draws: How often it is run; the numbers are judged together.
+        whole: Whether it is a whole model, of which there are hundreds of gradients.
+        options: Those of ``fuse``.
+
+    Returns:
+        The handle, undone.
+    """
     call = call or (lambda model, **inputs: first_of(model(*inputs.values())))
     before = dict(model.__dict__)
     each = [drawn(inputs, draw) for draw in range(draws)]
@@ -124,6 +142,12 @@ def check(
         kernel = pooled([run(model, one, call) for one in each])
     assert dict(model.__dict__) == before
     assert kernel.keys() == reference.keys() == exact.keys()
+    compare_models(kernel, reference, exact) if whole else compare(kernel, reference, exact)
+    return fused
+
+
+def compare(kernel: dict[str, Tensor], reference: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Each tensor by the rule."""
     largest = max(each.abs().max().item() for name, each in exact.items() if name != "output")
     for name, values in kernel.items():
         if name != "output" and exact[name].abs().max() < 1e-12 * largest:
@@ -132,4 +156,28 @@ def check(
             assert values.abs().max() <= bound, name
         else:
             assert_as_accurate(name, values, reference[name], exact[name])
-    return fused
+
+
+def compare_models(kernel: dict[str, Tensor], reference: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """As the benches compare models: of hundreds of gradients one may miss the rule by chance.
+
+    The rule holds the output, and all gradients of a dtype together, each scaled to about the same size. Each gradient
+    alone must compute the same thing: its error in the root mean square stays below sqrt(eps).
+    """
+    assert_as_accurate("output", kernel["output"], reference["output"], exact["output"])
+    together: dict[torch.dtype, list[list[Tensor]]] = {}
+    largest = max(each.abs().max().item() for name, each in exact.items() if name != "output")
+    for name in kernel.keys() - {"output"}:
+        tensors = [each[name] for each in (kernel, reference, exact)]
+        size = exact[name].abs().max().item()
+        if size < 1e-12 * largest:  # 0 but for rounding
+            size = largest
+        error, scale = (
+            (each.square().mean().sqrt().item()) for each in (tensors[0].double() - exact[name], exact[name])
+        )
+        eps = torch.finfo(tensors[0].dtype).eps
+        assert error <= eps**0.5 * max(scale, eps * size), f"{name}: {error:.3e} of {scale:.3e}"
+        unit = 2.0 ** -round(math.log2(size))  # a power of two: exact in any dtype
+        together.setdefault(tensors[0].dtype, []).append([each * unit for each in tensors])
+    for dtype, parts in together.items():
+        assert_as_accurate(f"all gradients, {dtype}", *(torch.cat(part) for part in zip(*parts, strict=True)))

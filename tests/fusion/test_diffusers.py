@@ -69,21 +69,21 @@ FEWER = {"Mochi": (2, 4, 0, 0, 1)}
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ROUNDS])
 def test_float32(name: str):
-    fused = check(made(name), CASES[name].inputs(torch.float32), call, draws=4)
+    fused = check(made(name), CASES[name].inputs(torch.float32), call, draws=2, whole=True)
     assert parts(counts(fused.sites)) == FOUND[name], fused.report()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16(name: str):
     dtype = torch.bfloat16
-    fused = check(made(name, dtype), CASES[name].inputs(dtype), call, draws=4)
+    fused = check(made(name, dtype), CASES[name].inputs(dtype), call, draws=2, whole=True)
     assert parts(counts(fused.sites)) == FEWER.get(name, FOUND[name]), fused.report()
 
 
 def test_checkpointing():
     model = made("Wan").train()
     model.enable_gradient_checkpointing()
-    fused = check(model, CASES["Wan"].inputs(torch.float32), call, draws=4)
+    fused = check(model, CASES["Wan"].inputs(torch.float32), call, draws=2, whole=True)
     assert parts(counts(fused.sites)) == FOUND["Wan"], fused.report()
 
 
