@@ -27,7 +27,13 @@ class _Call:
         wanted = dict(recompile_limit=RECOMPILE_LIMIT, isolate_recompiles=True)
         known = inspect.signature(torch.compile).parameters  # those of torch 2.10 have neither
         limits: dict[str, Any] = {name: setting for name, setting in wanted.items() if name in known}
-        self._compiled = torch.compile(model._call_impl, backend=self._rewrite, **limits)
+        call: Callable = model._call_impl
+        if type(model).forward.__module__.startswith("torch."):  # Dynamo reads a container of torch where code calls it
+
+            def call(*arguments: Any, **options: Any) -> Any:
+                return model._call_impl(*arguments, **options)
+
+        self._compiled = torch.compile(call, backend=self._rewrite, **limits)
 
     def _rewrite(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
         from .rewrite import rewrite  # imports sympy

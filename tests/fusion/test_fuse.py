@@ -164,6 +164,11 @@ def test_breaks_of_the_graph_are_survived():
     assert ran.count("minisora::gelu_mlp_fwd") == 12
 
 
+def test_a_container_of_torch_is_read_too():
+    fused = check(nn.Sequential(nn.Linear(32, 64), nn.GELU("tanh"), nn.Linear(64, 32)), dict(x=torch.randn(2, 12, 32)))
+    assert counts(fused.sites) == {"gelu_mlp": 1}
+
+
 def test_a_break_is_reported():
     model = nn.Sequential(nn.LayerNorm(8), Breaks(), nn.Linear(8, 8))
     with mk.fuse(model, backend="cpu") as fused:
