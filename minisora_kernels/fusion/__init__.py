@@ -28,7 +28,9 @@ class _Call:
         known = inspect.signature(torch.compile).parameters  # those of torch 2.10 have neither
         limits: dict[str, Any] = {name: setting for name, setting in wanted.items() if name in known}
         call: Callable = model._call_impl
-        if type(model).forward.__module__.startswith("torch."):  # Dynamo reads a container of torch where code calls it
+        if str(type(model).forward.__module__).startswith(
+            "torch."
+        ):  # Dynamo reads a container of torch where code calls it
 
             def call(*arguments: Any, **options: Any) -> Any:
                 return model._call_impl(*arguments, **options)

@@ -153,11 +153,11 @@ def _loosen_views(reader: Reader) -> None:
 
 
 def owner(node: fx.Node, root: str) -> tuple[str, str]:
-    """Path and class of the block that a node belongs to: of the innermost with a number for a name, no layer of torch."""
+    """Path and class of the block that a node belongs to: the innermost with a number for a name, but for torch's own."""
     stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
     found = "", root
     for path, cls in stack.values():
         path = re.sub(r"^L\['\w+'\]\.?", "", path)
-        if re.search(r"\.\d+$", path) and not getattr(cls, "__module__", "").startswith("torch."):
+        if re.search(r"\.\d+$", path) and not str(cls.__module__).startswith("torch."):
             found = path, getattr(cls, "__name__", str(cls))
     return found
