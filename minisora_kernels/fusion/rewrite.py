@@ -153,7 +153,7 @@ def _loosen_views(reader: Reader) -> None:
 
 
 def owner(node: fx.Node, root: str) -> tuple[str, str]:
-    """Path and class of the block that a node belongs to: the innermost with a number for a name, but for torch's own."""
+    """Path and class of the innermost module of a list that a node belongs to, but for layers of torch."""
     stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
     found = "", root
     for path, cls in stack.values():

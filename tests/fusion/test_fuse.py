@@ -325,6 +325,68 @@ def test_inductor_behind_the_pass():
         torch.testing.assert_close(each, reference[name], rtol=1e-3, atol=1e-4)
 
 
+class LoRA(nn.Module):
+    """As peft's layer: it shows the weight of its base."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A, self.lora_B = (
+            nn.Linear(*each, bias=False) for each in ((base.in_features, 4), (4, base.out_features))
+        )
+        randomise(self.lora_B)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor:
+        return self.base_layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora_B(self.lora_A(x)) * 2.0
+
+
+def add_lora(model: DiT) -> None:
+    model.requires_grad_(False)
+    for block in model.blocks:
+        block.attn.qkv, block.attn.proj, block.mlp.fc1 = (
+            LoRA(each) for each in (block.attn.qkv, block.attn.proj, block.mlp.fc1)
+        )
+
+
+def test_lora_before():
+    model = made()
+    add_lora(model)
+    fused = check(model, images())
+    # The MLP is no Linear, GELU, Linear any more; attention still reads one tensor of q, k and v.
+    assert counts(fused.sites) == {"adaln": 1, "gate_residual_adaln": 4, "window_attention": 2, "patch_embed": 1}
+
+
+def test_lora_after_and_off_again():
+    model, inputs = made(), images()
+    plain = copy.deepcopy(model)
+    with mk.fuse(model, backend="cpu") as fused:
+        base = model(**inputs)
+        assert counts(fused.sites)["gelu_mlp"] == 2
+        add_lora(model)
+        with_lora = model(**inputs)
+        with_lora.square().mean().backward()
+    gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    assert len(gradients) == 12 and all("lora" in name for name in gradients)
+    model.zero_grad()
+    eager = model(**inputs)
+    eager.square().mean().backward()
+    assert (with_lora - base).abs().max() > 0.01
+    torch.testing.assert_close(with_lora, eager, rtol=1e-4, atol=1e-5)
+    for name, each in model.named_parameters():
+        if each.grad is not None:
+            torch.testing.assert_close(gradients[name], each.grad, rtol=1e-3, atol=1e-5)
+    with mk.fuse(plain, backend="cpu"):
+        torch.testing.assert_close(plain(**inputs), base)
+
+
 class Scaled(torch.Tensor):
     """A weight that holds other numbers than it shows, as those of quantised Linears do."""
 
