@@ -68,7 +68,16 @@ def test_the_public_names_are_the_ops_and_their_helpers():
         "triton",
         "verify",
     }
-    assert public - modules == {*ops(), "Coefficients", "use_backend", "recompute_adaln", "Rope", "rope_3d", "fuse", "compiler"}
+    assert public - modules == {
+        *ops(),
+        "Coefficients",
+        "use_backend",
+        "recompute_adaln",
+        "Rope",
+        "rope_3d",
+        "fuse",
+        "compiler",
+    }
 
 
 def test_models_use_the_public_ops_only():
