@@ -8,8 +8,8 @@ Each model of diffusers has random weights and a few layers. Its columns:
 - ``fuse, compile``: ``torch.compile`` with ``minisora_kernels.compiler()``.
 
 A round runs each column once, in rotated order. Times are those of the processor, so what else runs on the machine
-counts only by its use of the caches; ratios are taken per round. Beside the times stand the bytes that a forward keeps for its
-backward, of full training and of LoRA on attention, as a ratio to eager's, and the sites that were found.
+counts only by its use of the caches; ratios are taken per round. Beside the times stand the bytes that a forward keeps
+for its backward, of full training and of LoRA on attention, as a ratio to eager's, and the sites that were found.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from torch import fx
 from ..ops.window_attention import DETAILS, SHORT
 from . import calls
 from .graph import Nodes, argument, beneath, dtype, equal, kind, pair, shape, storage, value
-from .match import Match
+from .match import Match, Replayed
 from .products import same_heads, through_dropout
+from .rows import Norm, find_norm
 
 # Nodes that show the same numbers, or a part of them, under another shape.
 VIEWS = {
@@ -114,24 +115,69 @@ def _match(node: fx.Node, qkv: list[Any], scale: Any, trail: Nodes, left: str) -
         left = left or "q, k and v have different dtypes"
     if trail and any(_width(each) < _width(node) for each in trail):
         left = left or "the model rounds between"
+    norms, mine = (None, []) if left else _qk_norm(qkv)
+    options: dict[str, Any] = dict(scale=scale)
+    keywords: dict[str, Any] = {}
+    weights: list[Any] = [None, None]
+    inputs: list[Any] = [*qkv]
+    if norms is not None:
+        inputs[:2] = [replayed for replayed, _ in norms]
+        weights = [norm.weight for _, norm in norms]
+        options.update(qk_norm=norms[0][1].kind, eps=norms[0][1].eps)
+    sizes = shape(qkv[0]) or (0, 0)
     match = Match(
         "window_attention",
         node,
-        trail,
+        [*trail, *mine],
         calls.attention,
-        tuple(qkv),
-        {},
-        dict(qkv=qkv[0], q_weight=None, k_weight=None, bias=None),
-        detail=DETAILS[_hint((shape(qkv[0]) or (0, 0))[-2]) > SHORT][0],
+        (*inputs, *weights),
+        keywords,
+        dict(qkv=qkv[0], q_weight=weights[0], k_weight=weights[1], bias=None),
+        detail=DETAILS[_hint(sizes[-2]) > SHORT][norms is not None],
         left=left,
-        options=dict(scale=scale),
+        options=options,
     )
-    linear = None if left else one_linear(*qkv)
+    views = any(isinstance(each, Replayed) and each.views for each in inputs)
+    nodes = [each.node if isinstance(each, Replayed) else each for each in inputs]
+    linear = None if left or views else one_linear(*nodes)
     if linear is not None:
-        sizes = shape(qkv[0])
-        assert sizes is not None
-        match.call, match.arguments, match.keywords = calls.split_attention, (linear,), dict(sizes=(sizes[1], sizes[3]))
+        match.call, match.arguments = calls.split_attention, (linear, *weights)
+        keywords.update(sizes=(sizes[1], sizes[3]))
     return match
+
+
+def _qk_norm(qkv: list[Any]) -> tuple[list[tuple[Replayed, Norm]] | None, Nodes]:
+    """What the norms over head_dim of q and k read, and the norms, where both have the same one without a bias."""
+    trail: Nodes = []
+    found = []
+    for node in qkv[:2]:
+        views: list[fx.Node] = []
+        while _swaps_heads(node):
+            views.append(node)
+            node = node.args[0]
+        normed = find_norm(node, [])
+        if normed is None or normed[0].bias is not None or dtype(normed[0].x) != dtype(qkv[2]):
+            return None, []
+        norm, passed = normed
+        if norm.weight is not None and len(shape(norm.weight) or ()) != 1:
+            return None, []
+        trail += [*views, *passed]
+        found.append((Replayed(norm.x, tuple(views)), norm))
+    if found[0][1].kind != found[1][1].kind or found[0][1].eps != found[1][1].eps:
+        return None, []
+    return found, trail
+
+
+def _swaps_heads(node: Any) -> bool:
+    """Whether a node swaps the two middle axes of four, those of heads and tokens."""
+    if len(shape(node) or ()) != 4:
+        return False
+    if kind(node) == "transpose":
+        return {axis % 4 for axis in node.args[1:3]} == {1, 2}
+    if kind(node) != "permute":
+        return False
+    order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    return [axis % 4 for axis in order] == [0, 2, 1, 3]
 
 
 def _width(node: fx.Node) -> int:

@@ -100,24 +100,32 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[st
     return _patch_embed.patch_embed(x, weight, bias, **options).transpose(1, 2).unflatten(2, grid)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, options: dict[str, Any]
+) -> Tensor:
     """Attention of ``[..., N, head_dim]`` to tokens of the same number, stacked as the op reads them."""
     shape = q.shape
     heads = shape[-3] if q.dim() > 3 else 1
     q, k, v = (x.reshape(-1, heads, *shape[-2:]).transpose(1, 2) for x in (q, k, v))
-    return packed_attention(torch.stack([q, k, v], dim=2), options).reshape(shape)
+    return packed_attention(torch.stack([q, k, v], dim=2), q_weight, k_weight, options).reshape(shape)
 
 
-def packed_attention(qkv: Tensor, options: dict[str, Any]) -> Tensor:
+def packed_attention(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, options: dict[str, Any]) -> Tensor:
     """Attention of ``[B, N, 3, heads, head_dim]`` as ``[B, heads, N, head_dim]``."""
     window = (1, 1, qkv.shape[1])
-    y = _window_attention.window_attention(qkv, window, window, **options)
+    y = _window_attention.window_attention(qkv, window, window, q_weight=q_weight, k_weight=k_weight, **options)
     return y.unflatten(-1, qkv.shape[3:]).transpose(1, 2)
 
 
-def split_attention(linear: Tensor, sizes: tuple[int, int], options: dict[str, Any]) -> Tensor:
+def split_attention(
+    linear: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    sizes: tuple[int, int],
+    options: dict[str, Any],
+) -> Tensor:
     """Attention of what one Linear wrote, ``[B, N, 3 * heads * head_dim]``; ``sizes`` is (heads, head_dim)."""
-    return packed_attention(linear.unflatten(-1, (3, *sizes)), options)
+    return packed_attention(linear.unflatten(-1, (3, *sizes)), q_weight, k_weight, options)
 
 
 def checkpoint(body: torch.fx.GraphModule, *arguments: Any, **options: Any) -> Any:

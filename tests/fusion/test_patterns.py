@@ -36,6 +36,10 @@ def layer(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -
     return F.layer_norm(x, (x.shape[-1],), weight, bias, 1e-6)
 
 
+def normed_attention(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(F.rms_norm(q, (8,), a, 1e-6), F.rms_norm(k, (8,), b, 1e-6), v)
+
+
 ROWS = dict(x=(B, N, D), a=(B, D), b=(B, D))
 ONE = dict(x=(B, N, D), a=(B, 1, D), b=(B, 1, D))
 GATE = dict(x=(B, N, D), y=(B, N, D), g=(B, 1, D))
@@ -148,6 +152,42 @@ FOUND = {
         dict(x=(B, N, D), w=(3 * D, D)),
         lambda x, w: F.scaled_dot_product_attention(
             *(each.unflatten(-1, (4, 8)).transpose(1, 2) for each in F.linear(x, w).chunk(3, dim=-1))
+        ),
+        {"window_attention": 1},
+    ),
+    "packed, with a norm of q and k": (
+        dict(x=(B, N, D), w=(3 * D, D), a=(8,), b=(8,)),
+        lambda x, w, a, b: normed_attention(
+            *F.linear(x, w).reshape(B, N, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0), a, b
+        ),
+        {"window_attention": 1},
+    ),
+    "a norm before the heads come first": (
+        dict(x=(B, N, 4, 8), y=(B, N, 4, 8), z=(B, N, 4, 8)),
+        lambda x, y, z: F.scaled_dot_product_attention(
+            layer(x).transpose(1, 2), layer(y).permute(0, 2, 1, 3), z.transpose(1, 2)
+        ),
+        {"window_attention": 1},
+    ),
+    "a norm of q alone": (
+        dict(q=(B, 4, N, 8), k=(B, 4, N, 8), v=(B, 4, N, 8)),
+        lambda q, k, v: F.scaled_dot_product_attention(layer(q), k, v),
+        {"window_attention": 1},
+    ),
+    "norms of two kinds": (
+        dict(q=(B, 4, N, 8), k=(B, 4, N, 8), v=(B, 4, N, 8)),
+        lambda q, k, v: F.scaled_dot_product_attention(layer(q), rms(k), v),
+        {"window_attention": 1},
+    ),
+    "norms with a bias": (
+        dict(q=(B, 4, N, 8), k=(B, 4, N, 8), v=(B, 4, N, 8), a=(8,), b=(8,)),
+        lambda q, k, v, a, b: F.scaled_dot_product_attention(layer(q, a, b), layer(k, a, b), v),
+        {"window_attention": 1},
+    ),
+    "norms over other axes": (
+        dict(q=(B, N, D), k=(B, N, D), v=(B, N, D)),
+        lambda q, k, v: F.scaled_dot_product_attention(
+            *(each.unflatten(-1, (4, 8)).transpose(1, 2) for each in (rms(q), rms(k), v))
         ),
         {"window_attention": 1},
     ),
@@ -409,3 +449,27 @@ def test_float64_is_left():
         y = model(*given.values())
     assert any("float64" in each for each in reasons(fused.sites))
     assert torch.equal(y, FOUND["layer"][1](*given.values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "norms"),
+    [
+        ("packed, with a norm of q and k", 0),
+        ("a norm before the heads come first", 0),
+        ("a norm of q alone", 1),
+        ("norms of two kinds", 2),
+        ("norms with a bias", 2),
+    ],
+)
+def test_norms_of_q_and_k_go_into_the_op_where_it_has_them(name: str, norms: int):
+    """What is left of them in the graph runs beside the op."""
+    shapes, function, _ = FOUND[name]
+    model, given = Function(function), [each.detach() for each in inputs(**shapes).values()]
+    with mk.fuse(model, backend="cpu"):
+        model(*given)
+        with torch.profiler.profile() as profile:
+            model(*given)
+    names = [event.name for event in profile.events()]
+    assert names.count("minisora::window_attention_fwd") == 1
+    assert sum(name in ("aten::native_layer_norm", "aten::rsqrt") for name in names) == norms
+    assert ("aten::stack" in names) == (not name.startswith("packed"))
