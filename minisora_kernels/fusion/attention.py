@@ -113,6 +113,8 @@ def _match(node: fx.Node, qkv: list[Any], scale: Any, trail: Nodes, left: str) -
         left = left or "the scale is no plain number"
     if any(dtype(each) != dtype(qkv[0]) for each in qkv):
         left = left or "q, k and v have different dtypes"
+    if equal((shape(qkv[0]) or (0, 0))[-2], 0):
+        left = left or "there are no tokens"
     if trail and any(_width(each) < _width(node) for each in trail):
         left = left or "the model rounds between"
     norms, mine = (None, []) if left else _qk_norm(qkv)

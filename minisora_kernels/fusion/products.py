@@ -45,6 +45,8 @@ def match_mlp(node: fx.Node) -> Match | None:
         left = left or "dtypes change between"
     parameters = [argument(linear, index, name) for linear in (first, node) for name, index in LINEAR]
     w1, b1, w2, b2 = parameters
+    if any(len(shape(weight) or ()) != 2 for weight in (w1, w2)):
+        return None  # a Linear to a number
     x = first.args[0]
     return Match(
         "gelu_mlp",

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..checks import FLOATS
 from . import calls
 from .attention import match_attention
-from .graph import Reader, kind, plain, storage, value
+from .graph import Nodes, Reader, kind, plain, storage, value
 from .match import Match, Replayed
 from .products import match_mlp, match_patches
 from .report import Site
@@ -85,18 +86,25 @@ def _replace(reader: Reader, choice: Choice, root: str, sites: list[Site]) -> bo
 
 def _judge(match: Match, reader: Reader, choice: Choice) -> tuple[str | None, str]:
     """The backend that serves a match, or None and why it is left."""
-    tensors = [node for node in match.operands() if value(node) is not None]
-    if not match.left:
-        subclass = next((node for node in tensors if not plain(node)), None)
-        if subclass is not None:
-            match.left = f"an operand is a {type(value(subclass)).__name__}"
-        else:
-            match.left = reader.obstacle(match.trail, tensors, match.result) or ""
+    nodes = [node for node in match.operands() if value(node) is not None]
+    match.left = match.left or _unusual(nodes) or reader.obstacle(match.trail, nodes, match.result) or ""
     if match.left:
         return None, match.left
     call = {name: value(node) for name, node in match.served.items()}
     result = value(match.result)
     return choice.serve(match.op, call, result is not None and result.requires_grad, match.detail)
+
+
+def _unusual(nodes: Nodes) -> str:
+    """A reason, if an operand is not what the ops take on any backend."""
+    for node in nodes:
+        tensor = value(node)
+        assert tensor is not None
+        if not plain(node):
+            return f"an operand is a {type(tensor).__name__}"
+        if tensor.dtype not in FLOATS or tensor.layout is not torch.strided:
+            return f"an operand is of {tensor.dtype} and layout {tensor.layout}"
+    return ""
 
 
 def _put(match: Match, name: str, reader: Reader, choice: Choice) -> fx.Node:

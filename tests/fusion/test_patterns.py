@@ -429,6 +429,31 @@ def test_what_only_looks_alike_is_not_found(name: str):
     assert torch.equal(y, function(*given))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_numbers_that_no_op_takes_are_left(backend: str):
+    def gate(x, y, g):
+        return x + g * y
+
+    model, given = Function(gate), [torch.arange(N * D).reshape(1, N, D), torch.ones(1, N, D).long(), torch.arange(D)]
+    with mk.fuse(model, backend=backend) as fused:
+        assert torch.equal(model(*given), gate(*given))
+        given = [each.to(torch.complex64) for each in given]
+        assert torch.equal(model(*given), gate(*given))
+    assert counts(fused.sites) == {} and any("complex64" in each for each in reasons(fused.sites))
+
+
+def test_a_linear_to_one_number_and_no_tokens_are_left():
+    def mlp(x, w1, w2):
+        return F.linear(F.gelu(F.linear(x, w1), approximate="tanh"), w2)
+
+    model, given = Function(mlp), (torch.randn(B, N, D), torch.randn(H, D), torch.randn(H))
+    with mk.fuse(model, backend="cpu"):
+        assert torch.equal(model(*given), mlp(*given))
+    model, q = Function(F.scaled_dot_product_attention), torch.randn(B, 4, 0, 8)
+    with mk.fuse(model, backend="cpu"):
+        assert model(q, q, q).shape == q.shape
+
+
 def test_dropout_in_training_is_left():
     def mlp(x, w1, w2):
         return F.linear(F.dropout(F.gelu(F.linear(x, w1), approximate="tanh"), 0.3, True), w2)
