@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import fuse
+from bench import docs, fuse
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.usefixtures("nothing_compiled", "threads")
+
+
+def test_the_table_of_a_record(tmp_path: Path):
+    case = {
+        "model": "Wan",
+        "dtype": "float32",
+        "direction": "fwd+bwd",
+        "ratios": {"fuse": 1.254},
+        "found": {"adaln": 5},
+    }
+    parts = {
+        "machine": {"cpu": "a CPU"},
+        "threads": 1,
+        "versions": {"torch": "2.13.0"},
+        "commit": "abc",
+        "dirty": False,
+    }
+    record = {**parts, "date": "2026-01-02T03:04", "cases": [{**case, "kept": {"full": 0.8, "LoRA": 1.0}}]}
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "fuse.json").write_text(json.dumps(record))
+    text = "\n".join(docs.TABLES["fuse"](tmp_path, "here"))
+    assert re.search(r"\| Wan +\| float32 +\| fwd\+bwd +\| - +\| 1.25 +\| - +\| 0.80 +\| 1.00 +\| 5 +\|", text), text
+    assert list(docs.unshown([""], tmp_path)) == ["<!-- table: fuse here -->"]
 
 
 @pytest.mark.slow
