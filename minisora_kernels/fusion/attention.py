@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..ops.window_attention import DETAILS, SHORT
 from . import calls
@@ -141,9 +141,10 @@ def _match(node: fx.Node, qkv: list[Any], scale: Any, trail: Nodes, left: str) -
     )
     views = any(isinstance(each, Replayed) and each.views for each in inputs)
     nodes = [each.node if isinstance(each, Replayed) else each for each in inputs]
-    linear = None if left or views else one_linear(*nodes)
+    linear, passed = (None, []) if left or views else one_linear(nodes)
     if linear is not None:
         match.call, match.arguments = calls.split_attention, (linear, *weights)
+        match.trail += passed
         keywords.update(sizes=(sizes[1], sizes[3]))
     return match
 
@@ -192,32 +193,40 @@ def _hint(size: Any) -> int:
     return size if isinstance(size, int) else size.node.hint if isinstance(size, torch.SymInt) else 0
 
 
-def one_linear(q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node | None:
-    """The tensor ``[B, N, 3 * heads * head_dim]`` that q, k, v ``[B, heads, N, head_dim]`` are views of, if they are.
+def one_linear(qkv: list[fx.Node]) -> tuple[fx.Node | None, Nodes]:
+    """The tensor ``[B, N, 3 * heads * head_dim]`` that q, k, v are views of, if they are, and the views.
 
     Shape, strides and offset say which numbers a view shows, however the model made it.
     """
-    node: Any = q
-    while kind(node) in VIEWS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    whole, parts = value(node), [value(each) for each in (q, k, v)]
-    if whole is None or storage(node) is None or len({storage(each) for each in (node, q, k, v)}) != 1:
-        return None
-    sizes = shape(q)
-    if sizes is None or len(sizes) != 4 or whole.dim() != 3 or not whole.is_contiguous():
-        return None
-    batch, heads, tokens, width = sizes
-    if not all(type(size) is int for size in (heads, width)):
-        return None
-    if not equal(tuple(whole.shape), (batch, tokens, 3 * heads * width)):
-        return None
+    trail: Nodes = []
+    bases = set()
+    for node in qkv:
+        while kind(node) in VIEWS and isinstance(node.args[0], fx.Node):
+            trail.append(node)
+            node = node.args[0]
+        bases.add(node)
+    if len(bases) != 1 or len({storage(each) for each in (*bases, *qkv)}) != 1:
+        return None, []
+    (base,) = bases
+    whole = value(base)
+    packed = whole is not None and storage(base) is not None and all(dtype(each) == whole.dtype for each in qkv)
+    if whole is None or not packed or whole.dim() != 3 or not whole.is_contiguous():
+        return None, []
+    return (base, trail) if _are_packed(whole, [value(each) for each in qkv]) else (None, [])
+
+
+def _are_packed(whole: Tensor, parts: list[Any]) -> bool:
+    """Whether ``parts [B, heads, N, head_dim]`` are thirds of the last axis of ``whole``, as their strides say."""
+    if parts[0].dim() != 4:
+        return False
+    batch, heads, tokens, width = parts[0].shape
     row = 3 * heads * width
+    if type(row) is not int or not equal(tuple(whole.shape), (batch, tokens, row)):
+        return False
     for i, part in enumerate(parts):
-        assert part is not None
-        offset = whole.storage_offset() + i * heads * width
         strides = part.stride()
-        if not equal(part.storage_offset(), offset) or not equal(strides[1:], (width, row, 1)):
-            return None
-        if not equal(strides[0], tokens * row) and not equal(batch, 1):
-            return None
-    return node
+        if not equal(part.storage_offset(), whole.storage_offset() + i * heads * width):
+            return False
+        if not equal(strides[1:], (width, row, 1)) or not (equal(strides[0], tokens * row) or equal(batch, 1)):
+            return False
+    return True

@@ -37,6 +37,9 @@ for _name in (
         if hasattr(_module, _name):
             FUNCTIONS[getattr(_module, _name)] = _name
 
+# Whose patterns look for inputs by their names too; other functions are known with inputs by position only.
+BY_KEYWORD = {"linear", "gelu", "dropout", "softmax", "scaled_dot_product_attention", "conv2d", "conv3d"}
+
 CASTS = {"float", "half", "bfloat16", "to", "type", "type_as", "contiguous"}
 
 # Functions of the operator module that write to their first argument.
@@ -52,7 +55,8 @@ def kind(node: Any) -> str:
         return ""
     if node.op == "call_method":
         return str(node.target)
-    return FUNCTIONS.get(node.target, "") if node.op == "call_function" and callable(node.target) else ""
+    name = FUNCTIONS.get(node.target, "") if node.op == "call_function" and callable(node.target) else ""
+    return name if node.args or name in BY_KEYWORD else ""
 
 
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:

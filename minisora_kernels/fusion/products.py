@@ -28,11 +28,11 @@ def match_mlp(node: fx.Node) -> Match | None:
     if kind(node) != "linear":
         return None
     trail: Nodes = []
-    inner: list[Any] = [node.args[0]]
+    inner: list[Any] = [argument(node, 0, "input")]
     while kind(inner[-1]) == "dropout":
         inner.append(argument(inner[-1], 0, "input"))
     gelu = inner[-1]
-    first: Any = gelu.args[0] if kind(gelu) == "gelu" else None
+    first: Any = argument(gelu, 0, "input") if kind(gelu) == "gelu" else None
     if kind(first) != "linear":
         return None
     _, left = through_dropout(inner[0], trail)
@@ -47,7 +47,7 @@ def match_mlp(node: fx.Node) -> Match | None:
     w1, b1, w2, b2 = parameters
     if any(len(shape(weight) or ()) != 2 for weight in (w1, w2)):
         return None  # a Linear to a number
-    x = first.args[0]
+    x = argument(first, 0, "input")
     return Match(
         "gelu_mlp",
         node,

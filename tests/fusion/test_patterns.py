@@ -40,6 +40,16 @@ def normed_attention(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> T
     return F.scaled_dot_product_attention(F.rms_norm(q, (8,), a, 1e-6), F.rms_norm(k, (8,), b, 1e-6), v)
 
 
+def detached_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k.detach(), v)
+
+
+def keys_without_gradients(qkv: Tensor) -> Tensor:
+    with torch.no_grad():
+        k = qkv[1]
+    return F.scaled_dot_product_attention(qkv[0], k, qkv[2])
+
+
 ROWS = dict(x=(B, N, D), a=(B, D), b=(B, D))
 ONE = dict(x=(B, N, D), a=(B, 1, D), b=(B, 1, D))
 GATE = dict(x=(B, N, D), y=(B, N, D), g=(B, 1, D))
@@ -121,6 +131,13 @@ FOUND = {
         lambda x, w1, w2: F.linear(F.dropout(F.gelu(F.linear(x, w1), approximate="tanh"), 0.3, False), w2),
         {"gelu_mlp": 1},
     ),
+    "mlp by keywords": (
+        dict(x=(B, N, D), w1=(H, D), b1=(H,), w2=(D, H)),
+        lambda x, w1, b1, w2: F.linear(
+            input=F.gelu(input=F.linear(input=x, weight=w1, bias=b1), approximate="tanh"), weight=w2
+        ),
+        {"gelu_mlp": 1},
+    ),
     "patches": (
         dict(x=(B, 3, 4, 8, 8), w=(D, 3, 2, 4, 4), b=(D,)),
         lambda x, w, b: F.conv3d(x, w, b, stride=(2, 4, 4)).flatten(2).transpose(1, 2),
@@ -190,6 +207,16 @@ FOUND = {
             *(each.unflatten(-1, (4, 8)).transpose(1, 2) for each in (rms(q), rms(k), v))
         ),
         {"window_attention": 1},
+    ),
+    "packed, but keys are detached": (  # which have no gradient, so they must not be read with the others
+        dict(x=(B, N, D), w=(3 * D, D)),
+        lambda x, w: detached_keys(*F.linear(x, w).reshape(B, N, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)),
+        {"window_attention": 1},
+    ),
+    "packed, keys taken without gradients": (
+        dict(x=(B, N, D), w=(3 * D, D)),
+        lambda x, w: keys_without_gradients(F.linear(x, w).reshape(B, N, 3, 4, 8).permute(2, 0, 3, 1, 4)),
+        {},
     ),
     "heads behind q, k, v": (  # another order in memory, which must not be taken for the packed one
         dict(x=(B, N, D), w=(3 * D, D)),
