@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fusion_parts import check, counts, first_of, randomise
+from originals import DiT
 from torch import nn
 from video_models import CASES
 
@@ -155,3 +156,20 @@ def test_fsdp2_on_blocks(one_process: None):
         assert (ours.grad is None) == (theirs.grad is None), name
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_tensor_parallel_weights_are_left(one_process: None):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = DiT()
+    randomise(model)
+    given = (torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), torch.tensor([1, 5]))
+    expected = model(*given)
+    for block in model.blocks:
+        plan = {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}
+        parallelize_module(block.mlp, init_device_mesh("cpu", (1,)), plan)
+    with mk.fuse(model, backend="cpu") as fused:
+        close(model(*given), expected)
+    found = counts(fused.sites)
+    assert "gelu_mlp" not in found and found["window_attention"] == 2, fused.report()
