@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # The last line of each, and an op that its report names.
 SAYS = {
-    "diffusers_video": (r"largest difference: .*e-0[4-9] of \d", "gate_residual"),
+    "diffusers_video": (r"largest difference: .*e-0[4-9] of \d+\.\d", "gate_residual"),
     "dit": (r"loss: \d\.\d+ to \d\.\d+", "gate_residual_adaln"),
     "lora": (r"\d+ parameters trained, loss: \d\.\d+ to \d\.\d+", "gelu_mlp"),
 }
