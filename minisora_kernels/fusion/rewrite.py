@@ -11,7 +11,7 @@ from torch import fx
 from ..checks import FLOATS
 from . import calls
 from .attention import match_attention
-from .graph import Nodes, Reader, kind, plain, storage, value
+from .graph import Nodes, Reader, dtype, is_cast, kind, plain, storage, value
 from .match import Match, Replayed
 from .products import match_mlp, match_patches
 from .report import Site
@@ -41,12 +41,22 @@ def _rewrite_graph(module: fx.GraphModule, choice: Choice, root: str, sites: lis
         body = node.op == "get_attr" and getattr(module, str(node.target), None)
         if isinstance(body, fx.GraphModule) and all(_is_checkpoint(user) for user in node.users):
             _rewrite_graph(body, choice, root, sites)
+    _drop_casts_of_nothing(graph)
     served = _replace(Reader(graph), choice, root, sites)
     if not choice.compiling:
         served |= _keep_checkpoints(graph)
     if served:
         graph.lint()
         module.recompile()
+
+
+def _drop_casts_of_nothing(graph: fx.Graph) -> None:
+    """Casts to the dtype that is there return their very tensor, and stand between what could be joined."""
+    for node in graph.nodes:
+        same = is_cast(node) and kind(node) != "contiguous" and storage(node) == storage(node.args[0])
+        if same and storage(node) is not None and dtype(node) == dtype(node.args[0]):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _is_checkpoint(node: fx.Node) -> bool:
