@@ -294,9 +294,48 @@ def host(results: Path) -> list[str]:
     ]
 
 
+def fuse(results: Path, machine: str) -> list[str]:
+    """What fuse is worth on models of others: speed, bytes kept for the backward, and the sites that were found."""
+    path = results / machine / "fuse.json"
+    record = json.loads(path.read_text())
+    rows = []
+    for case in record["cases"]:
+        ratios = (case["ratios"].get(column) for column in ("compile", "fuse", "fuse, compile"))
+        kept = (case.get("kept", {}).get(each) for each in ("full", "LoRA"))
+        cells = (NO_RATIO if number is None else f"{number:.2f}" for number in (*ratios, *kept))
+        rows.append((case["model"], case["dtype"], case["direction"], *cells, str(sum(case["found"].values()))))
+    header = ("model", "dtype", "direction", "compile", "fuse", "fuse, compile", "kept", "kept, LoRA", "sites")
+    about_machine = record["machine"]
+    return [
+        "",
+        f"{about_machine['cpu']}, {record['threads']} threads; torch {record['versions']['torch']}, commit "
+        f"{record['commit']}{' with changes' * record['dirty']}, {record['date'][:10]} ([record]({path})). The time of "
+        "eager over that of the column: above 1 the column is faster. Kept: bytes that the forward of the fused model "
+        "keeps for its backward, over those of eager.",
+        "",
+        *markdown(header, rows),
+        "",
+    ]
+
+
 TABLES: dict[str, Callable[..., list[str]]] = {
     function.__name__: function
-    for function in (records, models, ops, saved, moved, plots, systems, steps, digits, compiled, plans, inductor, host)
+    for function in (
+        records,
+        models,
+        ops,
+        saved,
+        moved,
+        plots,
+        systems,
+        steps,
+        digits,
+        compiled,
+        plans,
+        inductor,
+        host,
+        fuse,
+    )
 }
 # The table that shows a record, by the name of its file.
 SHOWN_BY = {
@@ -307,6 +346,7 @@ SHOWN_BY = {
     "plans.json": "plans",
     "inductor.json": "inductor",
     "host.json": "host",
+    "fuse.json": "fuse",
 }
 
 

@@ -1,6 +1,9 @@
 """Fused kernels, with backward, for video diffusion transformers."""
 
+from . import modules as modules
 from .backends import use_backend as use_backend
+from .fusion import compiler as compiler
+from .fusion import fuse as fuse
 from .ops.adaln import adaln as adaln
 from .ops.gate_residual import gate_residual as gate_residual
 from .ops.gate_residual_adaln import gate_residual_adaln as gate_residual_adaln
@@ -21,11 +24,14 @@ __all__ = [
     "Coefficients",
     "Rope",
     "adaln",
+    "compiler",
+    "fuse",
     "gate_residual",
     "gate_residual_adaln",
     "gelu_mlp",
     "grn",
     "guided_step",
+    "modules",
     "patch_embed",
     "recompute_adaln",
     "rope_3d",

@@ -151,3 +151,9 @@ def pytest_report_header() -> list[str]:
         for name in backends.BACKENDS
         if name != "reference"
     ]
+
+
+@pytest.fixture
+def nothing_compiled():
+    """Dynamo starts anew: sizes that one test saw must not become symbols in the next."""
+    torch.compiler.reset()

@@ -47,7 +47,7 @@ def test_the_python_of_a_page_runs(page):
     run_python(page)
 
 
-@pytest.mark.parametrize("module", [*(f"ops.{op}" for op in ops()), "recompute"])
+@pytest.mark.parametrize("module", [*(f"ops.{op}" for op in ops()), "fusion", "modules", "recompute"])
 def test_the_examples_of_the_docstrings_run(module):
     module = importlib.import_module(f"minisora_kernels.{module}")
     result = doctest.testmod(module, extraglobs={"torch": torch})

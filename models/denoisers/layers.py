@@ -10,11 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisora_kernels import (
-    gelu_mlp,
-    patch_embed,
-    window_attention,
-)
+from minisora_kernels import gelu_mlp, patch_embed, window_attention
+from minisora_kernels.modules import is_plain
 
 Grid = tuple[int, int, int]
 
@@ -43,22 +40,6 @@ def grid_positions(grid: Grid, width: int, *, video: bool) -> Tensor:
 def frame_positions(frames: int, width: int) -> Tensor:
     """Fixed position embedding of frames, ``[1, T, width]``, fp32."""
     return sincos(torch.arange(frames), width)[None].float()
-
-
-def is_plain(*modules: nn.Module) -> bool:
-    """Whether the weights of these modules are all that they compute with.
-
-    A Linear of another class, as peft puts one in its place, shows the ``weight`` of the layer beneath and adds more to
-    it; a hook may change what goes in or comes out.
-    """
-    return all(
-        type(module) in (nn.Linear, nn.Conv2d, nn.Conv3d)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        for module in modules
-    )
 
 
 def embed_patches(x: Tensor, convolution: nn.Conv2d | nn.Conv3d, pos: Tensor | None = None) -> Tensor:

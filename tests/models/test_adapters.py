@@ -12,7 +12,7 @@ import test_walt
 import torch
 from torch import nn
 
-from models.denoisers.layers import is_plain
+from minisora_kernels.modules import is_plain
 from models.registry import build
 
 

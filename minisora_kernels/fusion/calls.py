@@ -1,0 +1,136 @@
+"""What the pass puts into a graph: calls of the ops, on tokens and rows in the shapes that models have.
+
+Tokens are ``[B, ..., D]``; rows are what broadcasts against them. Autocast is off inside, for dtypes are those that the
+captured graph had; ops that replace a Linear, a convolution or attention cast as these do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as run_checkpointed
+
+from ..ops import adaln as _adaln
+from ..ops import gate_residual as _gate_residual
+from ..ops import gate_residual_adaln as _gate_residual_adaln
+from ..ops import gelu_mlp as _gelu_mlp
+from ..ops import patch_embed as _patch_embed
+from ..ops import window_attention as _window_attention
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """``x [B, ..., D]`` as ``[B, N, D]``."""
+    return x if x.dim() == 3 else x.flatten(1, -2)
+
+
+def _rows(parameter: Tensor, x: Tensor) -> Tensor:
+    """What broadcasts against ``x [B, ..., D]`` as ``[B, R, D]``."""
+    parameter = parameter[(None,) * (x.dim() - parameter.dim())]
+    return _tokens(parameter).expand(x.shape[0], -1, -1)
+
+
+def _wide(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype`` where that rounds nothing: a result that is wider than x is computed from a wider x."""
+    return x.to(dtype) if dtype.itemsize > x.dtype.itemsize else x
+
+
+def adaln(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+) -> Tensor:
+    """``norm(x) * (1 + scale) + shift`` in ``dtype``; ``options`` are those of the op by name."""
+    with _no_autocast(x):
+        x = _wide(x, dtype)
+        shift = scale.new_zeros(x.shape[-1]) if shift is None else shift
+        rows = _rows(shift, x), _rows(scale, x)
+        return _adaln.adaln(_tokens(x), *rows, weight=weight, bias=bias, **options).reshape(x.shape).to(dtype)
+
+
+def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, options: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """``x + gate * branch`` in ``dtype``."""
+    with _no_autocast(x):
+        x = _wide(x, dtype)
+        y = _gate_residual.gate_residual(_tokens(x), _tokens(branch), _rows(gate, x), **options)
+        return y.reshape(x.shape).to(dtype)
+
+
+def gate_residual_adaln(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    affine: tuple[Tensor | None, Tensor | None],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Both in one pass. The first result has x's dtype, the second the branch's."""
+    with _no_autocast(x):
+        shift = scale.new_zeros(x.shape[-1]) if shift is None else shift
+        rows = (_rows(parameter, x) for parameter in (gate, shift, scale))
+        residual, y = _gate_residual_adaln.gate_residual_adaln(
+            _tokens(x), _tokens(branch), *rows, weight=affine[0], bias=affine[1], **options
+        )
+        return residual.reshape(x.shape), y.reshape(x.shape)
+
+
+def gelu_mlp(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    return _gelu_mlp.gelu_mlp(x, w1, b1, w2, b2, **options)
+
+
+def patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """The convolution, whose result is ``[B, D, ...]``. It drops what its patches do not cover."""
+    patch = weight.shape[2:]
+    for axis, size in enumerate(patch, 2):
+        if x.shape[axis] % size:
+            x = x.narrow(axis, 0, x.shape[axis] // size * size)
+    grid = [x.shape[axis] // size for axis, size in enumerate(patch, 2)]
+    return _patch_embed.patch_embed(x, weight, bias, **options).transpose(1, 2).unflatten(2, grid)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """Attention of ``[..., N, head_dim]`` to tokens of the same number, stacked as the op reads them."""
+    shape = q.shape
+    heads = shape[-3] if q.dim() > 3 else 1
+    q, k, v = (x.reshape(-1, heads, *shape[-2:]).transpose(1, 2) for x in (q, k, v))
+    return packed_attention(torch.stack([q, k, v], dim=2), q_weight, k_weight, options).reshape(shape)
+
+
+def packed_attention(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """Attention of ``[B, N, 3, heads, head_dim]`` as ``[B, heads, N, head_dim]``."""
+    window = (1, 1, qkv.shape[1])
+    y = _window_attention.window_attention(qkv, window, window, q_weight=q_weight, k_weight=k_weight, **options)
+    return y.unflatten(-1, qkv.shape[3:]).transpose(1, 2)
+
+
+def split_attention(
+    linear: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    sizes: tuple[int, int],
+    options: dict[str, Any],
+) -> Tensor:
+    """Attention of what one Linear wrote, ``[B, N, 3 * heads * head_dim]``; ``sizes`` is (heads, head_dim)."""
+    return packed_attention(linear.unflatten(-1, (3, *sizes)), q_weight, k_weight, options)
+
+
+def checkpoint(body: torch.fx.GraphModule, *arguments: Any, **options: Any) -> Any:
+    """Activation checkpointing of a part of the graph: without Inductor nothing else would drop and recompute it."""
+    context: Any = body.meta.get("_checkpoint_context_fn")
+    if context is not None:
+        options["context_fn"] = context
+    return run_checkpointed(body, *arguments, **{**options, "use_reentrant": False})
