@@ -144,7 +144,7 @@ def test_the_example_of_the_readme_trains():
 
 def test_the_lines_that_the_readme_replaces_compute_the_same():
     """The comments of the example are plain PyTorch; each runs in the place of the line below it."""
-    (code,) = blocks(ROOT / "README.md", "python")
+    _, code = blocks(ROOT / "README.md", "python")
     head, *parts = re.split(r"\n\n(?=# )", code)
     plain = "\n".join(line[2:] for part in parts for line in part.splitlines() if line.startswith("# "))
     results = []
