@@ -76,7 +76,7 @@ test: $(VENV)/.installed native
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -m 'not slow' --numprocesses 2 --ignore tests/bench/test_aot.py --ignore tests/packaging/test_cuda_build.py
 
 test-slow: $(VENV)/.installed native
-	$(BIN)/python -m pytest tests -m slow --ignore tests/bench/test_aot.py --ignore tests/packaging/test_cuda_build.py
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -m slow --numprocesses 2 --ignore tests/bench/test_aot.py --ignore tests/packaging/test_cuda_build.py
 
 # What the kernels are worth on this machine, against eager PyTorch and torch.compile: under 25 minutes on two cores
 # with a warm compiler cache.

@@ -19,7 +19,7 @@ import minisora_kernels as mk
 
 diffusers = pytest.importorskip("diffusers")
 
-pytestmark = pytest.mark.usefixtures("nothing_compiled")
+pytestmark = [pytest.mark.usefixtures("nothing_compiled"), pytest.mark.slow]
 
 
 def made() -> nn.Module:
@@ -109,7 +109,6 @@ def test_hooks_of_accelerate_run_and_come_off_in_both_orders(hook_first: bool):
     close(output(model), before)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("offload_first", [True, False])
 def test_sequential_offload(offload_first: bool):
     """Weights are on no device until the hook of their module loads them."""

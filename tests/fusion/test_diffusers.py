@@ -17,7 +17,7 @@ import minisora_kernels as mk
 
 diffusers = pytest.importorskip("diffusers")
 
-pytestmark = pytest.mark.usefixtures("nothing_compiled")
+pytestmark = [pytest.mark.usefixtures("nothing_compiled"), pytest.mark.slow]
 
 # Norms, gates, MLPs, attentions and patch embeddings; a joined norm and gate counts as both.
 FOUND = {
