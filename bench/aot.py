@@ -55,7 +55,7 @@ COMPUTE_BOUND = re.compile(r"window_attention \w+ (forward|backward|dbias)_kerne
 SPILLING: dict[str, int] = {
     # ptxas prefers another block on the multiprocessor to the last registers.
     r"sm_\d+ window_attention float32 short_backward_kernel: .*": 40,
-    r"sm_120 gate_residual bfloat16 _bwd: .*": 8,
+    r"sm_(90|120) gate_residual bfloat16 _bwd: .*": 8,
     # A token of 8192 channels, or four parameters of a token: the columns of a thread and their sums do not fit.
     r"sm_90 (adaln|gate_residual_adaln) \w+ _bwd: (D 8192|affine per token)": 128,
     # Several windows in a tile, or heads of 96 and 128: rows, their norm and three products are alive at once.
