@@ -20,6 +20,7 @@ def cases(draw: int) -> Iterator[Case]:
         ("one-token", 3, 1, 8, 1, 1, False, "layer", {}),
         ("per-frame", 2, 4 * 33, 40, 4, 4, False, "layer", {}),
         ("per-token", 2, 19, 24, 19, 19, False, "rms", {}),
+        ("affine-per-token", 2, 19, 24, 19, 19, True, "layer", {}),
         ("mixed-rows", 2, 12, 16, 1, 4, False, "layer", {}),
         ("lcm-rows", 1, 12, 16, 6, 4, True, "layer", {}),
         ("odd-width", 3, 257, 7, 1, 1, True, "layer", {}),

@@ -96,7 +96,8 @@ def session(compiled, nan_filled):
 def test_values_and_gradients(case: Case, dtype: torch.dtype, session):
     judge(case, dtype, "triton")
     empty = any(tensor.numel() == 0 for tensor in case.tensors.values())
-    assert session.launches >= (0 if empty else 1 + case.differentiable)
+    a_sum = case.op == "gate_residual" and "gate" not in case.tensors  # whose gradient is the incoming one
+    assert session.launches >= (0 if empty else 1 + (case.differentiable and not a_sum))
 
 
 PREPARED = [case for case in FURTHER if case.name in ("two-blocks", "two-blocks-cut-off")]
