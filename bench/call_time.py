@@ -8,6 +8,7 @@ and takes nothing away.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import minisora_kernels as mk
+from minisora_kernels.commands import command
 
 ROUNDS, CALLS = 500, 20
 
@@ -77,7 +79,9 @@ def least(functions: Sequence[Call]) -> list[float]:
     return found
 
 
-def main() -> None:
+@command()
+def main(arguments: list[str]) -> None:
+    argparse.ArgumentParser(prog="python -m bench.call_time", description=__doc__).parse_args(arguments)
     torch.set_num_threads(1)
     print(f"{'op':22}{'ours':>8}{'eager':>8}{'ratio':>8}   microseconds of a call without gradients")
     with torch.no_grad():

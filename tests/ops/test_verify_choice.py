@@ -101,20 +101,17 @@ def test_within_compile_the_choice_is_by_the_time_of_compile(holds):
 @needs_cpu
 def test_within_compile_what_refuses_a_call_has_not_served_it(holds):
     holds()
-    x, weight = torch.randn(1, 4, 8), torch.randn(8, 8)
     torch._dynamo.reset()
-    with automatic.keep({}):
-        for approximate in ("none", "tanh"):
+    for head_dim, backend in ((20, "reference"), (16, "cpu")):  # the kernels take multiples of 8
+        qkv = torch.randn(1, 4, 3, 1, head_dim)
+        with automatic.keep({}):
             call = torch.compile(
-                lambda x, approximate=approximate: mk.gelu_mlp(x, weight, None, weight, None, approximate=approximate),
-                fullgraph=True,
-                backend="eager",
+                lambda qkv: mk.window_attention(qkv, (4, 1, 1), (4, 1, 1)), fullgraph=True, backend="eager"
             )
-            torch.testing.assert_close(
-                call(x), mk.gelu_mlp(x, weight, None, weight, None, approximate=approximate, backend="reference")
-            )
-            within = automatic.current_choices()["gelu_mlp float32 forward compiled"]
-            assert within == ("reference" if approximate == "none" else "cpu")
+            expected = mk.window_attention(qkv, (4, 1, 1), (4, 1, 1), backend="reference")
+            torch.testing.assert_close(call(qkv), expected)
+            (within,) = (name for label, name in automatic.current_choices().items() if label.endswith("compiled"))
+            assert within == backend
 
 
 def test_a_record_covers_a_precision_once_it_has_every_op_in_it():
