@@ -58,7 +58,7 @@ new-op:
 native: $(VENV)/.torch
 	$(BUILD)
 
-# Train a small video DiT on real clips and sample new ones: six minutes on two cores, with what it installs.
+# Train a small video DiT on real clips and sample new ones: a few minutes on two cores.
 demo: $(if $(wildcard $(VENV)/.installed),$(VENV)/.installed,$(VENV)/.native-train)
 	$(BIN)/python -m models.demo
 
