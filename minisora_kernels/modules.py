@@ -33,6 +33,13 @@ def is_plain(*modules: nn.Module) -> bool:
     )
 
 
+def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
+    """Linear, tanh-GELU, Linear: by the op where both are plain, else each is called as it is."""
+    if is_plain(fc1, fc2):
+        return gelu_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    return fc2(F.gelu(fc1(x), approximate="tanh"))
+
+
 class PatchEmbed3d(nn.Conv3d):
     """Patches of a video as tokens: an ``nn.Conv3d`` with kernel = stride, whose state dict it has.
 
@@ -106,10 +113,7 @@ class GeluMLP(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, hidden, bias), nn.Linear(hidden, dim if out is None else out, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        fc1, fc2 = self.fc1, self.fc2
-        if is_plain(fc1, fc2):
-            return gelu_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        return fc2(F.gelu(fc1(x), approximate="tanh"))
+        return mlp(x, self.fc1, self.fc2)
 
 
 class GatedResidual(nn.Module):

@@ -28,9 +28,8 @@ class _Call:
         known = inspect.signature(torch.compile).parameters  # those of torch 2.10 have neither
         limits: dict[str, Any] = {name: setting for name, setting in wanted.items() if name in known}
         call: Callable = model._call_impl
-        if str(type(model).forward.__module__).startswith(
-            "torch."
-        ):  # Dynamo reads a container of torch where code calls it
+        # Dynamo reads a container of torch only where code calls it.
+        if str(type(model).forward.__module__).startswith("torch."):
 
             def call(*arguments: Any, **options: Any) -> Any:
                 return model._call_impl(*arguments, **options)

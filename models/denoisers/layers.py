@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisora_kernels import gelu_mlp, patch_embed, window_attention
-from minisora_kernels.modules import is_plain
+from minisora_kernels import patch_embed, window_attention
+from minisora_kernels.modules import is_plain, mlp
 
 Grid = tuple[int, int, int]
 
@@ -48,13 +48,6 @@ def embed_patches(x: Tensor, convolution: nn.Conv2d | nn.Conv3d, pos: Tensor | N
         return patch_embed(x, convolution.weight, convolution.bias, pos)
     tokens = convolution(x).flatten(2).transpose(1, 2)
     return tokens if pos is None else tokens + pos
-
-
-def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
-    """Linear, tanh-GELU, Linear."""
-    if is_plain(fc1, fc2):
-        return gelu_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    return fc2(F.gelu(fc1(x), approximate="tanh"))
 
 
 def outputs_from(linear: nn.Linear, x: Tensor, first: int) -> Tensor:

@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minisora_kernels import adaln, gate_residual, gate_residual_adaln, recompute_adaln, unpatchify
+from minisora_kernels.modules import mlp
 
 from ..objectives.ddpm import DDPM
 from ..protocols import BaseSettings, Denoiser, System
@@ -65,7 +66,6 @@ from .layers import (
     PatchEmbedder,
     TimestepEmbedder,
     grid_positions,
-    mlp,
     sincos,
 )
 from .text import Text, with_null
