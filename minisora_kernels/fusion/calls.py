@@ -52,8 +52,7 @@ def adaln(
     """``norm(x) * (1 + scale) + shift`` in ``dtype``; ``options`` are those of the op by name."""
     with _no_autocast(x):
         x = _wide(x, dtype)
-        shift = scale.new_zeros(x.shape[-1]) if shift is None else shift
-        rows = _rows(shift, x), _rows(scale, x)
+        rows = None if shift is None else _rows(shift, x), _rows(scale, x)
         return _adaln.adaln(_tokens(x), *rows, weight=weight, bias=bias, **options).reshape(x.shape).to(dtype)
 
 
@@ -76,8 +75,7 @@ def gate_residual_adaln(
 ) -> tuple[Tensor, Tensor]:
     """Both in one pass. The first result has x's dtype, the second the branch's."""
     with _no_autocast(x):
-        shift = scale.new_zeros(x.shape[-1]) if shift is None else shift
-        rows = (_rows(parameter, x) for parameter in (gate, shift, scale))
+        rows = _rows(gate, x), None if shift is None else _rows(shift, x), _rows(scale, x)
         residual, y = _gate_residual_adaln.gate_residual_adaln(
             _tokens(x), _tokens(branch), *rows, weight=affine[0], bias=affine[1], **options
         )
