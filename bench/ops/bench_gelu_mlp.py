@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import minisora_kernels as mk
 from bench.gpu.launches import Launch, meta
@@ -38,18 +40,24 @@ def problem(shape: Tokens, dtype: torch.dtype, device: torch.device) -> Problem:
     return Problem(inputs, lambda t: mk.gelu_mlp(**t), unread=["b1", "b2"])
 
 
-def _mlp(width: int, biased: bool, dtype: torch.dtype) -> Problem:
+def _mlp(width: int, dtype: torch.dtype, biased: bool = True, frozen: Sequence[str] = (), **options: Any) -> Problem:
     shapes: dict[str, tuple[int, ...]] = {"x": (256, width), "w1": (4 * width, width), "w2": (width, 4 * width)}
     if biased:
         shapes |= {"b1": (4 * width,), "b2": (width,)}
-    tensors = {name: meta(dtype, *shape) for name, shape in shapes.items()}
-    return Problem(tensors, lambda t: mk.gelu_mlp(t["x"], t["w1"], t.get("b1"), t["w2"], t.get("b2")))
+    tensors: dict[str, Tensor | None] = {"b1": None, "b2": None}
+    tensors |= {name: meta(dtype, *shape) for name, shape in shapes.items()}
+    options |= {name: tensors.pop(name) for name in [*tensors] if tensors[name] is None or name in frozen}
+    return Problem(tensors, lambda t: mk.gelu_mlp(**t, **options))
 
 
 def launches() -> Iterator[Launch]:
     for width in (7, 384, 1024, 1152, 3072):
-        yield Launch(f"D {width}", partial(_mlp, width, True))
-    yield Launch("no bias", partial(_mlp, 384, False), ("bfloat16", "float32"))  # the last is what --quick takes
+        yield Launch(f"D {width}", partial(_mlp, width))
+    one: tuple[str, ...] = ("bfloat16", "float32")  # the last is what --quick takes
+    yield Launch("no bias", partial(_mlp, 384, biased=False), one)
+    yield Launch("exact", partial(_mlp, 384, approximate="none"), one)
+    yield Launch("frozen", partial(_mlp, 384, frozen=("w1", "b1", "w2", "b2")), one)
+    yield Launch("frozen exact", partial(_mlp, 384, frozen=("w1", "b1", "w2", "b2"), approximate="none"), one)
 
 
 # Small and odd: what the sanitizer runs.

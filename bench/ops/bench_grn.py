@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -66,18 +67,29 @@ def problem(shape: Responses, dtype: torch.dtype, device: torch.device) -> Probl
     )
 
 
-def _grn(width: int, activation: Literal["gelu"] | None, dtypes: dict[str, torch.dtype], dtype: torch.dtype) -> Problem:
+def _grn(
+    width: int,
+    activation: Literal["gelu"] | None,
+    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
+    frozen: Sequence[str] = (),
+) -> Problem:
     shapes = {"x": (2, 4 * 96, width), "weight": (width,), "bias": (width,)}
     tensors = {name: meta(dtypes.get(name, dtype), *shape) for name, shape in shapes.items()}
-    return Problem(tensors, lambda t: mk.grn(**t, groups=4, activation=activation))
+    constants = {name: tensors.pop(name) for name in frozen}
+    return Problem(tensors, lambda t: mk.grn(**t, **constants, groups=4, activation=activation))
 
 
 def launches() -> Iterator[Launch]:
     for activation in (None, "gelu"):
         for width in (7, 512, 2048, 6144, 8192):
-            yield Launch(f"C {width} {activation}", partial(_grn, width, activation, {}))
+            yield Launch(f"C {width} {activation}", partial(_grn, width, activation))
         for name in ("weight", "x"):
-            yield Launch(f"fp32 {name} {activation}", partial(_grn, 512, activation, {name: torch.float32}), HALF)
+            yield Launch(
+                f"fp32 {name} {activation}", partial(_grn, 512, activation, dtypes={name: torch.float32}), HALF
+            )
+        for name, frozen in (("parameters", ("weight", "bias")), ("x", ("x",))):
+            yield Launch(f"frozen {name} {activation}", partial(_grn, 512, activation, frozen=frozen))
 
 
 # Small and odd: what the sanitizer runs.

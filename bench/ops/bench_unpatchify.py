@@ -35,10 +35,10 @@ def problem(shape: Patches, dtype: torch.dtype, device: torch.device) -> Problem
     )
 
 
-def _tokens(channels: int, patch: Triple, dtype: torch.dtype) -> Problem:
+def _tokens(channels: int, patch: Triple, dtype: torch.dtype, channels_first: bool = False) -> Problem:
     grid = (4, 8, 8)
     tensors = {"tokens": meta(dtype, 2, prod(grid), prod(patch) * channels)}
-    return Problem(tensors, lambda t: mk.unpatchify(t["tokens"], grid, patch, channels))
+    return Problem(tensors, lambda t: mk.unpatchify(t["tokens"], grid, patch, channels, channels_first=channels_first))
 
 
 def launches() -> Iterator[Launch]:
@@ -46,6 +46,8 @@ def launches() -> Iterator[Launch]:
         yield Launch(f"C {channels}", partial(_tokens, channels, (1, 2, 2)))
     for patch in ((1, 1, 1), (2, 2, 2), (1, 16, 16)):
         yield Launch(f"patch {patch}", partial(_tokens, 3, patch))
+    for channels in (3, 16):
+        yield Launch(f"channels first {channels}", partial(_tokens, channels, (1, 2, 2), channels_first=True))
 
 
 # Small and odd: what the sanitizer runs.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from bench.harness.shapes import Triple
 from minisora_kernels.modulation import TRITON_WIDEST
 
 MODULATION = ("gate", "shift", "scale")
+PARAMETERS = (*MODULATION, "weight", "bias")
 NAMES = {
     "adaln": ("x", "shift", "scale", "weight", "bias"),
     "gate_residual": ("x", "branch", "gate"),
@@ -23,43 +26,71 @@ TOKENS = 48
 PER_SAMPLE, PER_TOKEN = (1, 1, 1), (TOKENS,) * 3
 WIDTHS = (7, 768, 1024, 1151, 3072)
 
-# name, rows of gate, shift and scale, affine, norm, dtypes of their own
-ROWS: tuple[tuple, ...] = (
-    ("affine", PER_SAMPLE, True, "layer", {}),
-    ("rms", PER_SAMPLE, False, "rms", {}),
-    ("affine rms", PER_SAMPLE, True, "rms", {}),
-    ("per token", PER_TOKEN, False, "layer", {}),
-    ("affine per token", PER_TOKEN, True, "layer", {}),
-    ("gate per token", (TOKENS, 1, 1), False, "layer", {}),
-    ("shift per token", (1, TOKENS, 1), True, "layer", {}),
-    ("scale per token", (1, 1, TOKENS), True, "layer", {}),
-    ("rows of 6, 4, 3", (6, 4, 3), True, "layer", {}),
-    ("a run a row", (12, 12, 12), False, "layer", {}),
-)
-MIXED: tuple[tuple, ...] = (
-    ("fp32 modulation", PER_SAMPLE, True, "layer", dict.fromkeys((*MODULATION, "weight", "bias"), torch.float32)),
-    ("fp32 stream", PER_SAMPLE, False, "layer", {"x": torch.float32}),
-    ("fp32 stream per token", PER_TOKEN, False, "layer", {"x": torch.float32}),
+
+@dataclass(frozen=True)
+class Form:
+    """What a call may differ in. ``dtypes`` are those of single tensors, ``frozen`` get no gradient."""
+
+    name: str
+    rows: Triple = PER_SAMPLE
+    affine: bool = False
+    norm: str = "layer"
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    absent: Sequence[str] = ()
+    frozen: Sequence[str] = ()
+
+
+FORMS = (
+    Form("affine", affine=True),
+    Form("rms", norm="rms"),
+    Form("affine rms", affine=True, norm="rms"),
+    Form("per token", PER_TOKEN),
+    Form("affine per token", PER_TOKEN, affine=True),
+    Form("gate per token", (TOKENS, 1, 1)),
+    Form("shift per token", (1, TOKENS, 1), affine=True),
+    Form("scale per token", (1, 1, TOKENS), affine=True),
+    Form("rows of 6, 4, 3", (6, 4, 3), affine=True),
+    Form("a run a row", (12, 12, 12)),
+    Form("no shift", absent=("shift",)),
+    Form("no scale", affine=True, absent=("scale",)),
+    Form("no gate", absent=("gate",)),
+    Form("no rows", affine=True, absent=MODULATION),
+    Form("frozen parameters", affine=True, frozen=PARAMETERS),
+    Form("frozen parameters per token", PER_TOKEN, affine=True, frozen=PARAMETERS),
+    Form("frozen tokens", affine=True, frozen=("x", "branch", "gate")),
+    Form("frozen x", frozen=("x",)),
+    Form("frozen branch", frozen=("branch",)),
+    Form("fp32 modulation", affine=True, dtypes=dict.fromkeys(PARAMETERS, torch.float32)),
+    Form("fp32 stream", dtypes={"x": torch.float32}),
+    Form("fp32 stream per token", PER_TOKEN, dtypes={"x": torch.float32}),
 )
 
 
-def _modulated(
-    op: str, width: int, rows: Triple, affine: bool, norm: str, dtypes: dict[str, torch.dtype], dtype: torch.dtype
-) -> Problem:
+def _modulated(op: str, width: int, form: Form, dtype: torch.dtype) -> Problem:
     shapes: dict[str, tuple[int, ...]] = {"x": (2, TOKENS, width), "branch": (2, TOKENS, width)}
-    shapes |= {name: (2, count, width) for name, count in zip(MODULATION, rows, strict=True)}
-    if affine:
-        shapes |= {"weight": (width,)} if norm == "rms" else {"weight": (width,), "bias": (width,)}
-    tensors = {name: meta(dtypes.get(name, dtype), *shapes[name]) for name in NAMES[op] if name in shapes}
-    options = {} if op == "gate_residual" else {"norm": norm}
+    shapes |= {name: (2, count, width) for name, count in zip(MODULATION, form.rows, strict=True)}
+    if form.affine:
+        shapes |= {"weight": (width,)} if form.norm == "rms" else {"weight": (width,), "bias": (width,)}
+    names = [name for name in NAMES[op] if name in shapes and name not in form.absent]
+    tensors = {name: meta(form.dtypes.get(name, dtype), *shapes[name]) for name in names}
+    options: dict[str, Any] = dict.fromkeys(name for name in NAMES[op] if name in form.absent)
+    options |= {} if op == "gate_residual" else {"norm": form.norm}
+    options |= {name: tensors.pop(name) for name in names if name in form.frozen}
     return Problem(tensors, lambda t: getattr(mk, op)(**t, **options))
 
 
+def differs(op: str, form: Form) -> bool:
+    """Whether the form says anything of an op's own tensors."""
+    if op == "gate_residual" and (form.affine or form.norm == "rms"):
+        return False
+    particular = {*form.absent, *form.frozen}
+    return not particular or bool(particular & set(NAMES[op]))
+
+
 def modulated(op: str) -> Iterator[Launch]:
-    for name, rows, affine, norm, dtypes in ROWS + MIXED:
-        if op != "gate_residual" or not (affine or norm == "rms"):
-            call = partial(_modulated, op, 1152, rows, affine, norm, dtypes)
-            yield Launch(name, call, HALF if dtypes else BOTH)
+    for form in FORMS:
+        if differs(op, form):
+            yield Launch(form.name, partial(_modulated, op, 1152, form), HALF if form.dtypes else BOTH)
     for width in (*WIDTHS, TRITON_WIDEST):
         dtypes = BOTH if width in (7, TRITON_WIDEST) else HALF
-        yield Launch(f"D {width}", partial(_modulated, op, width, PER_SAMPLE, False, "layer", {}), dtypes)
+        yield Launch(f"D {width}", partial(_modulated, op, width, Form("")), dtypes)

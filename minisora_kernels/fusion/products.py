@@ -39,8 +39,6 @@ def match_mlp(node: fx.Node) -> Match | None:
     trail = [*inner, first]
     if any(len(each.users) != 1 for each in trail):
         left = left or "something else reads the activation"
-    if argument(gelu, 1, "approximate", "none") != "tanh":
-        left = left or "GELU is exact; the kernels compute its tanh form"
     if dtype(first) != dtype(gelu) or dtype(first) != dtype(node):
         left = left or "dtypes change between"
     parameters = [argument(linear, index, name) for linear in (first, node) for name, index in LINEAR]
@@ -57,6 +55,7 @@ def match_mlp(node: fx.Node) -> Match | None:
         {},
         dict(x=first, w1=w1, b1=b1, w2=w2, b2=b2),  # the first Linear has the dtype that autocast gives x
         left=left,
+        options=dict(approximate=argument(gelu, 1, "approximate", "none")),
     )
 
 

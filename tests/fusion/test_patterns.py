@@ -52,6 +52,7 @@ def keys_without_gradients(qkv: Tensor) -> Tensor:
 
 ROWS = dict(x=(B, N, D), a=(B, D), b=(B, D))
 ONE = dict(x=(B, N, D), a=(B, 1, D), b=(B, 1, D))
+MLP = dict(x=(B, N, D), w1=(H, D), w2=(D, H))
 GATE = dict(x=(B, N, D), y=(B, N, D), g=(B, 1, D))
 
 FOUND = {
@@ -126,6 +127,7 @@ FOUND = {
         lambda x, w1, b1, w2: F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2),
         {"gelu_mlp": 1},
     ),
+    "mlp with exact gelu": (MLP, lambda x, w1, w2: F.linear(F.gelu(F.linear(x, w1)), w2), {"gelu_mlp": 1}),
     "mlp with dropout that is off": (
         dict(x=(B, N, D), w1=(H, D), w2=(D, H)),
         lambda x, w1, w2: F.linear(F.dropout(F.gelu(F.linear(x, w1), approximate="tanh"), 0.3, False), w2),
@@ -332,7 +334,6 @@ def rounded_between(x, a, b):
 
 WRITTEN, SWITCHED = "written in place", "switched between"
 QKV = dict(q=(B, 4, N, 8), k=(B, 4, N, 8), v=(B, 4, N, 8))
-MLP = dict(x=(B, N, D), w1=(H, D), w2=(D, H))
 LEFT = {
     "scale written": (ONE, scale_written, WRITTEN),
     "scale written by its method": (ONE, scale_written_by_its_method, WRITTEN),
@@ -342,7 +343,6 @@ LEFT = {
     "autocast": (ONE, autocast_between, SWITCHED),
     "rounded": (ONE, rounded_between, "rounds to torch.bfloat16"),
     "a sum into an input": (GATE, lambda x, y, g: operator.iadd(x, g * y), WRITTEN),
-    "exact gelu": (MLP, lambda x, w1, w2: F.linear(F.gelu(F.linear(x, w1)), w2), "exact"),
     "an activation read twice": (
         MLP,
         lambda x, w1, w2: F.linear(a := F.gelu(F.linear(x, w1), approximate="tanh"), w2) + a.mean(),
