@@ -160,7 +160,7 @@ def quick(op: str) -> Iterator[tuple[str, str, Problem]]:
 
 def launch(problem: Problem) -> None:
     """Forward and backward."""
-    outputs = tuple_of(problem.call(problem.inputs))
+    outputs = [output for output in tuple_of(problem.call(problem.inputs)) if output.requires_grad]
     if problem.gradient_names:
         torch.autograd.grad(outputs, [problem.inputs[name] for name in problem.gradient_names], outputs)
 

@@ -1,8 +1,8 @@
 """``make op OP=adaln``: build for this CPU, test one op on every backend at hand and in the interpreter, quick bench.
 
-Two cores do it in about the time of one: the interpreter's tests need no compiler, so they run beside the build. There
-only values and gradients are tested, without float16; `make check-gpu-code` runs every test in the interpreter. The
-tests there read Python alone: an edit of C++ does not run them again.
+The interpreter's tests run beside the others. There only values and gradients are tested, without float16; `make
+check-gpu-code` runs every test in the interpreter. The tests there read Python alone: an edit of C++ does not run them
+again.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ def main() -> int:
         return 2
     op = sys.argv[1]
     tests = ["tests/ops/test_ops.py", "--op", op]
-    interpreted = Interpreted(op, tests)
     # The build never fails as a command; a library that is not there does, where it should be.
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     check = "import sys; from minisora_kernels import backends; sys.exit(backends.unavailable('cpu'))"
     passed = Step("build", build, MINISORA_CPU="native").passes()
     passed = passed and subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
+    interpreted = Interpreted(op, tests)  # not before: the package refuses a library of other sources
     native = Step("tests", [*PYTEST, f"tests/ops/test_{op}.py", *tests]) if passed else None
     passed = interpreted.passes() and passed  # before the bench, which wants a core
     if native is not None:

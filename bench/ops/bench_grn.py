@@ -88,8 +88,8 @@ def launches() -> Iterator[Launch]:
             yield Launch(
                 f"fp32 {name} {activation}", partial(_grn, 512, activation, dtypes={name: torch.float32}), HALF
             )
-        for name, frozen in (("parameters", ("weight", "bias")), ("x", ("x",))):
-            yield Launch(f"frozen {name} {activation}", partial(_grn, 512, activation, frozen=frozen))
+        for frozen in (("x",), ("weight",), ("bias",), ("weight", "bias")):
+            yield Launch(f"frozen {' and '.join(frozen)} {activation}", partial(_grn, 512, activation, frozen=frozen))
 
 
 # Small and odd: what the sanitizer runs.

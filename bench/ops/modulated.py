@@ -57,7 +57,9 @@ FORMS = (
     Form("no rows", affine=True, absent=MODULATION),
     Form("frozen parameters", affine=True, frozen=PARAMETERS),
     Form("frozen parameters per token", PER_TOKEN, affine=True, frozen=PARAMETERS),
-    Form("frozen tokens", affine=True, frozen=("x", "branch", "gate")),
+    Form("frozen tokens", frozen=("x", "branch", "gate")),
+    Form("frozen affine tokens", affine=True, frozen=("x", "branch", "gate")),
+    Form("frozen rows", frozen=MODULATION),
     Form("frozen x", frozen=("x",)),
     Form("frozen branch", frozen=("branch",)),
     Form("fp32 modulation", affine=True, dtypes=dict.fromkeys(PARAMETERS, torch.float32)),
@@ -80,11 +82,11 @@ def _modulated(op: str, width: int, form: Form, dtype: torch.dtype) -> Problem:
 
 
 def differs(op: str, form: Form) -> bool:
-    """Whether the form says anything of an op's own tensors."""
+    """Whether the form says anything of an op's own tensors, and leaves a gradient to compute."""
     if op == "gate_residual" and (form.affine or form.norm == "rms"):
         return False
-    particular = {*form.absent, *form.frozen}
-    return not particular or bool(particular & set(NAMES[op]))
+    particular, own = {*form.absent, *form.frozen}, set(NAMES[op])
+    return not particular or bool(particular & own and own - set(form.frozen))
 
 
 def modulated(op: str) -> Iterator[Launch]:
