@@ -427,6 +427,7 @@ def test_curves_that_part_at_once_are_refused():
         systems.compare_losses([1.0] * 19 + [1.003] * 81, [1.0] * 100)
 
 
+@pytest.mark.slow
 def test_steps_of_the_trainer_take_turns(tmp_path, monkeypatch):
     """Compiled by aot_eager, for Inductor takes a minute; what would stop a wrong kernel stops one."""
     monkeypatch.setattr(systems, "ROUNDS", 3)
@@ -463,6 +464,7 @@ def test_the_pages_show_the_committed_records():
     assert docs.main(["--check"]) == 0
 
 
+@pytest.mark.slow
 def test_one_case_from_the_command_line():
     """Built, verified and run once, as ``--benchmark-disable`` has it."""
     options = ["--benchmark-disable", "--quick", "-q", "-p", "no:cacheprovider", "-k", "unpatchify and not bwd"]

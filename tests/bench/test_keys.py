@@ -40,11 +40,13 @@ def keys(order: str, whose: str) -> dict[str, str]:
     return dict(line.split() for line in done.stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_keys_do_not_depend_on_the_order():
     forwards = keys("forwards", "ours")
     assert len(forwards) > 40 and forwards == keys("backwards", "ours")
 
 
+@pytest.mark.slow
 def test_triton_alone_makes_them_depend_on_it():
     """When this fails, ``give_key`` can go."""
     assert keys("forwards", "triton") != keys("backwards", "triton")

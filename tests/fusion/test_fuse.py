@@ -121,6 +121,7 @@ def test_an_ema_follows_and_a_new_state_is_read():
     torch.testing.assert_close(averaged, ema(**inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_shapes_change_without_a_graph_for_each():
     model = made()
     sizes = [(2, 8), (3, 8), (2, 12), (5, 16), (4, 20)]
@@ -185,6 +186,7 @@ class Checkpointed(DiT):
         return self.unpatchify(self.final_layer(x, c))
 
 
+@pytest.mark.slow
 def test_checkpointing_is_right_and_keeps_less():
     model = Checkpointed()
     randomise(model)

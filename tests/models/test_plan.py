@@ -79,6 +79,7 @@ def test_activations_are_those_of_a_real_step(changes, training):
     assert needs(config, training=training).memory["activations"] == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.slow
 def test_states_are_shared_as_asked_and_the_work_grows_with_the_clip():
     alone = needs(SMALL, training=True)
     weights = alone.memory["weights"]

@@ -107,6 +107,7 @@ def test_the_clips_depend_on_seed_weights_class_and_guidance(tmp_path):
     assert (guided[0] != guided[1]).any()
 
 
+@pytest.mark.slow
 def test_precision_and_compilation_change_no_more_than_rounding(tmp_path, monkeypatch):
     # Inductor takes a minute; what it compiles is traced the same way here.
     monkeypatch.setattr(DiT, "compile", functools.partialmethod(DiT.compile, backend="aot_eager"))
@@ -185,6 +186,7 @@ def test_the_command_line_takes_timesteps_of_a_diffusion(tmp_path, capsys, steps
         main([str(flow), "--steps", "ddim4"])
 
 
+@pytest.mark.slow
 def test_solvers_of_a_flow_and_their_options(tmp_path, capsys):
     train = TrainConfig(objective=FlowMatching("noise", path="vp"))
     base = SampleConfig(make(tmp_path / "run", train=train), count=1)

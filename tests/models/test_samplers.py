@@ -129,6 +129,7 @@ def test_ddim_follows_the_flow_and_is_deterministic(objective, steps):
 
 @pytest.mark.parametrize("steps", [50, 1000, "ddim100", "80,40,20,10"])
 @pytest.mark.parametrize("objective", DIFFUSIONS, ids=str)
+@pytest.mark.slow
 def test_ddpm_has_the_right_mean_and_variance(objective, steps):
     if steps == "ddim100" and objective.zero_snr:
         pytest.skip("starts at 990")

@@ -426,6 +426,7 @@ def test_samples_have_the_dtype_of_the_noise(solver, dtype):
     )
 
 
+@pytest.mark.slow
 def test_dopri5_gives_up_with_the_reason():
     class Broken(Denoiser):
         def forward(self, x, t, y):
@@ -437,6 +438,7 @@ def test_dopri5_gives_up_with_the_reason():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.slow
 def test_likelihood(path, kind):
     # Two cells of a sample are independent; where no divisor of a prediction of the data is bounded.
     eps = 0.1 if kind == "data" else None

@@ -725,6 +725,7 @@ def test_a_vqgan_is_measured_and_keeps_its_scale(tmp_path):
     assert result["least psnr"] <= result["psnr"] and path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_tokenizer_learns_is_measured_and_is_not_sampled(tmp_path):
     run = tmp_path / "run"
     path = train(merge(TINY, {"run": str(run), "steps": 60, "save_every": 60, "objective": {"laplacian_weight": 0.0}}))

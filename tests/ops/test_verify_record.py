@@ -139,6 +139,7 @@ raise SystemExit(main(["verify", "--op", "unpatchify", "--quick", "--tokens", "3
 
 @needs_cpu
 @pytest.mark.parametrize("options", [[], ["--missing-only"]])
+@pytest.mark.slow
 def test_a_home_that_may_not_be_searched_is_no_crash(options, tmp_path):
     """As HOME=/root under another user's id, which is common in containers."""
     home = tmp_path / "home"

@@ -127,6 +127,7 @@ def storages() -> dict[int, torch.UntypedStorage]:
     return {storage._cdata: storage for storage in found}
 
 
+@pytest.mark.slow
 def test_a_trainer_that_goes_on_holds_as_much_as_one_that_was_not_stopped(tmp_path):
     held = []
     path = train(merge(TINY, {"run": str(tmp_path / "run"), "steps": 2}))
@@ -147,6 +148,7 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
 def test_the_memory_of_a_loader_is_flat_over_200_epochs(tmp_path):
     rng = np.random.default_rng(0)
     for number in range(4):
