@@ -56,6 +56,7 @@ SPILLING: dict[str, int] = {
     # ptxas prefers another block on the multiprocessor to the last registers.
     r"sm_\d+ window_attention float32 short_backward_kernel: .*": 40,
     r"sm_(90|120) gate_residual bfloat16 _bwd: .*": 8,
+    r"sm_90 (adaln|gate_residual_adaln) bfloat16 _bwd: frozen tokens": 8,
     # A token of 8192 channels, or four parameters of a token: the columns of a thread and their sums do not fit.
     r"sm_90 (adaln|gate_residual_adaln) \w+ _bwd: (D 8192|affine per token)": 128,
     # Several windows in a tile, or heads of 96 and 128: rows, their norm and three products are alive at once.
