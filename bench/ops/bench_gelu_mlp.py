@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import minisora_kernels as mk
 from bench.gpu.launches import Launch, meta
@@ -44,10 +43,9 @@ def _mlp(width: int, dtype: torch.dtype, biased: bool = True, frozen: Sequence[s
     shapes: dict[str, tuple[int, ...]] = {"x": (256, width), "w1": (4 * width, width), "w2": (width, 4 * width)}
     if biased:
         shapes |= {"b1": (4 * width,), "b2": (width,)}
-    tensors: dict[str, Tensor | None] = {"b1": None, "b2": None}
-    tensors |= {name: meta(dtype, *shape) for name, shape in shapes.items()}
-    options |= {name: tensors.pop(name) for name in [*tensors] if tensors[name] is None or name in frozen}
-    return Problem(tensors, lambda t: mk.gelu_mlp(**t, **options))
+    tensors = {name: meta(dtype, *shape) for name, shape in shapes.items()}
+    constants: dict[str, Any] = {"b1": None, "b2": None} | {name: tensors.pop(name) for name in frozen}
+    return Problem(tensors, lambda t: mk.gelu_mlp(**{**constants, **t}, **options))
 
 
 def launches() -> Iterator[Launch]:

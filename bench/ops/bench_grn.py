@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ def _grn(
 ) -> Problem:
     shapes = {"x": (2, 4 * 96, width), "weight": (width,), "bias": (width,)}
     tensors = {name: meta(dtypes.get(name, dtype), *shape) for name, shape in shapes.items()}
-    constants = {name: tensors.pop(name) for name in frozen}
+    constants: dict[str, Any] = {name: tensors.pop(name) for name in frozen}
     return Problem(tensors, lambda t: mk.grn(**t, **constants, groups=4, activation=activation))
 
 
