@@ -33,7 +33,7 @@ from .data.encoder import Decoder
 from .data.latents import LATENT_INDEX
 from .data.media import contact_sheet, write_png
 from .data.moving_digits import MovingDigits
-from .data.pixels import to_float
+from .data.pixels import to_bytes, to_float
 from .runtime.allocator import reuse_large_allocations
 from .runtime.arguments import read
 from .runtime.device import choose_device
@@ -201,6 +201,16 @@ def generate(config: DigitsConfig, checkpoint: Checkpoint, labels: Tensor, low: 
     )
 
 
+@torch.no_grad()
+def decode_again(checkpoint: Checkpoint, clips: Tensor) -> Tensor:
+    """uint8 clips ``[N, T, H, W, 1]``, encoded and decoded by the autoencoder of a checkpoint of latents."""
+    assert checkpoint.encoder is not None
+    device = choose_device(from_dict(checkpoint.train).device)
+    decoder = Decoder(checkpoint.encoder, device)
+    parts = clips.permute(0, 4, 1, 2, 3).to(device).split(50)
+    return torch.cat([to_bytes(decoder(decoder.encode(part))) for part in parts]).permute(0, 2, 3, 4, 1).cpu()
+
+
 def judge(config: DigitsConfig, path: Path) -> dict[str, Any]:
     """Sample from the checkpoint, judge the frames, and write ``digits.json`` and ``digits.png`` beside it."""
     labels = torch.arange(10 * config.per_class) % 10
@@ -224,6 +234,8 @@ def judge(config: DigitsConfig, path: Path) -> dict[str, Any]:
         "generated_recognised_by_class": [shares[labels == digit].mean().item() for digit in range(10)],
         "generated_moves": moves(clips),
     }
+    if checkpoint.encoder is not None:  # the most that a model of its latents can reach
+        result["decoded_moves"] = moves(decode_again(checkpoint, real))
     write_whole(path.parent / "digits.json", (json.dumps(result, indent=2) + "\n").encode())
     write_png(path.parent / "digits.png", contact_sheet(clips[:10].numpy()))
     return result

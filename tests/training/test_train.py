@@ -24,6 +24,7 @@ from models.checkpoint import latest, load
 from models.data.config import DataConfig
 from models.data.media import write_mp4, write_png
 from models.data.moving_digits import MovingDigits
+from models.data.pixels import to_bytes, to_float
 from models.denoisers.dit import DiT, DiTSettings
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching
@@ -397,6 +398,14 @@ def test_what_a_preset_of_latents_needs_is_trained_before_it(tmp_path, monkeypat
     assert (
         result["generated_frames"] == 10 * load_preset(sorted(trained)[-1 if name == "digits-walt" else 0]).data.frames
     )
+    if name == "digits-walt":
+        clips, _ = digits.held_out_clips(9, (12, 12))
+        once = digits.decode_again(latest(tmp_path / name)[1], clips)
+        tokenizer = latest(tmp_path / "digits-walt-tokenizer")[1].build().eval()
+        with torch.no_grad():
+            pixels, *_ = tokenizer(to_float(clips.permute(0, 4, 1, 2, 3)))
+        assert (once.int() - to_bytes(pixels).permute(0, 2, 3, 4, 1).int()).abs().max() <= 1
+        assert result["decoded_moves"] == digits.moves(once)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.pt")}
     assert digits.run(config) == result  # judged once more; nothing is trained again
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.pt")} == written
