@@ -30,6 +30,9 @@ BACK = (0, 1, 4, 16)
 # Decoders that see the transparency of WebM, which FFmpeg's own leave out.
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
+# Metadata that is not UTF-8 is no error. PyAV 19 (Python 3.12 and newer) sees to that itself and has no such option.
+LENIENT: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+
 
 @dataclass(frozen=True)
 class Film:
@@ -209,7 +212,7 @@ def _open(path: Path, threads: str = "AUTO") -> Iterator[_Opened]:
             raise Undecodable("it is not a regular file")
         with open(path, "rb") as file:
             only = {"protocol_whitelist": "none"}
-            with av.open(file, container_options=only, metadata_errors="replace", buffer_size=1 << 17) as container:
+            with av.open(file, container_options=only, buffer_size=1 << 17, **LENIENT) as container:
                 streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
                 if not streams:
                     raise Undecodable("it has no video stream")
