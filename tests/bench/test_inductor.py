@@ -72,4 +72,5 @@ def test_short_windows_move_less_with_norm_and_rotation_and_in_the_backward(row:
 def test_patch_embedding_moves_less(row: str):
     assert moved(row, "forward", "compile") > 1.8 * moved(row, "forward", "ours")
     # Of one clip the gradient of the positions is as large as the tokens, for both.
-    assert moved(row, "backward", "compile") > 1.2 * moved(row, "backward", "ours")
+    times = 1.2 if row.endswith("batch 1") else 1.3
+    assert moved(row, "backward", "compile") > times * moved(row, "backward", "ours")
