@@ -120,7 +120,7 @@ def missing(was: dict[Place, set[bool]], launched: set[str]) -> list[str]:
 def main(_: list[str]) -> int:
     found = missing(*translate())
     print("\n".join(found) or "every kernel is compiled, with every branch of its constants both ways")
-    return 1 if found else 0
+    return bool(found)
 
 
 if __name__ == "__main__":

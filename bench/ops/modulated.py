@@ -77,6 +77,7 @@ def _modulated(op: str, width: int, form: Form, dtype: torch.dtype) -> Problem:
     tensors = {name: meta(form.dtypes.get(name, dtype), *shapes[name]) for name in names}
     options: dict[str, Any] = dict.fromkeys(name for name in NAMES[op] if name in form.absent)
     options |= {} if op == "gate_residual" else {"norm": form.norm}
+    # Not as the problem's constants: of those bench.aot launches the gradients too.
     options |= {name: tensors.pop(name) for name in names if name in form.frozen}
     return Problem(tensors, lambda t: getattr(mk, op)(**t, **options))
 
