@@ -10,8 +10,9 @@ from torch import Tensor, fx
 from ..ops.window_attention import DETAILS, SHORT
 from . import calls
 from .graph import Nodes, argument, beneath, dtype, equal, kind, pair, shape, storage, value
-from .match import Match, Replayed
+from .match import Match, Permuted
 from .products import same_heads, through_dropout
+from .rotary import find_rotary
 from .rows import Norm, find_norm
 
 # Nodes that show the same numbers, or a part of them, under another shape.
@@ -108,7 +109,8 @@ def _untransposed(node: Any, trail: Nodes) -> fx.Node | None:
     return None
 
 
-def _match(node: fx.Node, qkv: list[Any], scale: Any, trail: Nodes, left: str) -> Match:
+def _match(node: fx.Node, qkv: list[Any], scale: Any, trail: Nodes, left: str, whole: bool = True) -> Match:
+    """The match of attention, and of norm and rotation of q and k before it if it is to be ``whole``."""
     if not isinstance(scale, (int, float, type(None))):
         left = left or "the scale is no plain number"
     if any(dtype(each) != dtype(qkv[0]) for each in qkv):
@@ -117,55 +119,73 @@ def _match(node: fx.Node, qkv: list[Any], scale: Any, trail: Nodes, left: str) -
         left = left or "there are no tokens"
     if trail and any(_width(each) < _width(node) for each in trail):
         left = left or "the model rounds between"
-    norms, mine = (None, []) if left else _qk_norm(qkv)
-    options: dict[str, Any] = dict(scale=scale)
-    keywords: dict[str, Any] = {}
+    inputs, mine, tables, rotation = _unrotated(qkv) if whole and not left else ([*map(_as_it_is, qkv)], [], (), None)
+    norms, passed = _qk_norm(inputs, qkv[2]) if whole and not left else (None, [])
+    if norms is None and any(dtype(each.node) != dtype(qkv[2]) for each in inputs):
+        inputs, mine, tables, rotation = [*map(_as_it_is, qkv)], [], (), None  # the norm ends in float32
     weights: list[Any] = [None, None]
-    inputs: list[Any] = [*qkv]
+    options: dict[str, Any] = dict(scale=scale)
     if norms is not None:
-        inputs[:2] = [replayed for replayed, _ in norms]
+        inputs[:2] = [permuted for permuted, _ in norms]
         weights = [norm.weight for _, norm in norms]
         options.update(qk_norm=norms[0][1].kind, eps=norms[0][1].eps)
+        mine += passed
     sizes = shape(qkv[0]) or (0, 0)
     match = Match(
         "window_attention",
         node,
         [*trail, *mine],
         calls.attention,
-        (*inputs, *weights),
-        keywords,
+        (*inputs, *weights, *tables),
+        dict(rotation=rotation),
         dict(qkv=qkv[0], q_weight=weights[0], k_weight=weights[1], bias=None),
-        detail=DETAILS[_hint(sizes[-2]) > SHORT][norms is not None],
+        detail=DETAILS[_hint(sizes[-2]) > SHORT][norms is not None or rotation is not None],
         left=left,
         options=options,
     )
-    views = any(isinstance(each, Replayed) and each.views for each in inputs)
-    nodes = [each.node if isinstance(each, Replayed) else each for each in inputs]
-    linear, passed = (None, []) if left or views else one_linear(nodes)
+    linear, passed = (None, []) if left else one_linear(inputs)
     if linear is not None:
-        match.call, match.arguments = calls.split_attention, (linear, *weights)
+        match.call, match.arguments = calls.split_attention, (linear, *weights, *tables)
         match.trail += passed
-        keywords.update(sizes=(sizes[1], sizes[3]))
+        match.keywords.update(sizes=(sizes[1], sizes[3]))
+    if mine:
+        match.less = _match(node, qkv, scale, trail, left, whole=False)
     return match
 
 
-def _qk_norm(qkv: list[Any]) -> tuple[list[tuple[Replayed, Norm]] | None, Nodes]:
+def _as_it_is(node: Any) -> Permuted:
+    return Permuted(node, tuple(range(len(shape(node) or ()))))
+
+
+def _unrotated(qkv: list[Any]) -> tuple[list[Permuted], Nodes, tuple[fx.Node, ...], tuple[Any, ...] | None]:
+    """q, k and v before a rotary embedding of q and k, the nodes that make it, its tables, and how it reads them."""
+    inputs = [*map(_as_it_is, qkv)]
+    found = [find_rotary(node) for node in qkv[:2]]
+    q, k = found
+    if q is None or k is None or q.keys != k.keys:
+        return inputs, [], (), None
+    inputs[:2] = [Permuted(each.x, each.order) for each in (q, k)]
+    return inputs, [*q.trail, *k.trail], tuple(q.tables), q.rotation
+
+
+def _qk_norm(inputs: list[Permuted], v: fx.Node) -> tuple[list[tuple[Permuted, Norm]] | None, Nodes]:
     """What the norms over head_dim of q and k read, and the norms, where both have the same one without a bias."""
     trail: Nodes = []
     found = []
-    for node in qkv[:2]:
-        views: list[fx.Node] = []
+    for each in inputs[:2]:
+        node, order = each.node, each.order
         while _swaps_heads(node):
-            views.append(node)
-            node = node.args[0]
+            trail.append(node)
+            swapped = {1: 2, 2: 1}
+            node, order = node.args[0], tuple(swapped.get(axis, axis) for axis in order)  # type: ignore[assignment]
         normed = find_norm(node, [])
-        if normed is None or normed[0].bias is not None or dtype(normed[0].x) != dtype(qkv[2]):
+        if normed is None or normed[0].bias is not None or dtype(normed[0].x) != dtype(v):
             return None, []
         norm, passed = normed
         if norm.weight is not None and len(shape(norm.weight) or ()) != 1:
             return None, []
-        trail += [*views, *passed]
-        found.append((Replayed(norm.x, tuple(views)), norm))
+        trail += passed
+        found.append((Permuted(norm.x, order), norm))
     if found[0][1].kind != found[1][1].kind or found[0][1].eps != found[1][1].eps:
         return None, []
     return found, trail
@@ -193,26 +213,27 @@ def _hint(size: Any) -> int:
     return size if isinstance(size, int) else size.node.hint if isinstance(size, torch.SymInt) else 0
 
 
-def one_linear(qkv: list[fx.Node]) -> tuple[fx.Node | None, Nodes]:
+def one_linear(qkv: list[Permuted]) -> tuple[fx.Node | None, Nodes]:
     """The tensor ``[B, N, 3 * heads * head_dim]`` that q, k, v are views of, if they are, and the views.
 
     Shape, strides and offset say which numbers a view shows, however the model made it.
     """
     trail: Nodes = []
     bases = set()
-    for node in qkv:
+    for node in (each.node for each in qkv):
         while kind(node) in VIEWS and isinstance(node.args[0], fx.Node):
             trail.append(node)
             node = node.args[0]
         bases.add(node)
-    if len(bases) != 1 or len({storage(each) for each in (*bases, *qkv)}) != 1:
+    if len(bases) != 1 or len({storage(each) for each in (*bases, *(each.node for each in qkv))}) != 1:
         return None, []
     (base,) = bases
-    whole = value(base)
-    packed = whole is not None and storage(base) is not None and all(dtype(each) == whole.dtype for each in qkv)
-    if whole is None or not packed or whole.dim() != 3 or not whole.is_contiguous():
+    whole, parts = value(base), [value(each.node) for each in qkv]
+    packed = whole is not None and storage(base) is not None and whole.dim() == 3 and whole.is_contiguous()
+    if whole is None or not packed or any(part is None or part.dtype != whole.dtype for part in parts):
         return None, []
-    return (base, trail) if _are_packed(whole, [value(each) for each in qkv]) else (None, [])
+    seen = [part.permute(each.order) for part, each in zip(parts, qkv, strict=True) if part is not None]
+    return (base, trail) if _are_packed(whole, seen) else (None, [])
 
 
 def _are_packed(whole: Tensor, parts: list[Any]) -> bool:

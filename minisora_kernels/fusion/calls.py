@@ -99,31 +99,116 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[st
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, options: dict[str, Any]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    *tables: Tensor,
+    rotation: tuple[Any, ...] | None,
+    options: dict[str, Any],
 ) -> Tensor:
     """Attention of ``[..., N, head_dim]`` to tokens of the same number, stacked as the op reads them."""
     shape = q.shape
     heads = shape[-3] if q.dim() > 3 else 1
     q, k, v = (x.reshape(-1, heads, *shape[-2:]).transpose(1, 2) for x in (q, k, v))
-    return packed_attention(torch.stack([q, k, v], dim=2), q_weight, k_weight, options).reshape(shape)
-
-
-def packed_attention(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, options: dict[str, Any]) -> Tensor:
-    """Attention of ``[B, N, 3, heads, head_dim]`` as ``[B, heads, N, head_dim]``."""
-    window = (1, 1, qkv.shape[1])
-    y = _window_attention.window_attention(qkv, window, window, q_weight=q_weight, k_weight=k_weight, **options)
-    return y.unflatten(-1, qkv.shape[3:]).transpose(1, 2)
+    qkv = torch.stack([q, k, v], dim=2)
+    return packed_attention(qkv, q_weight, k_weight, tables, rotation, options).reshape(shape)
 
 
 def split_attention(
     linear: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    *tables: Tensor,
+    rotation: tuple[Any, ...] | None,
     sizes: tuple[int, int],
     options: dict[str, Any],
 ) -> Tensor:
     """Attention of what one Linear wrote, ``[B, N, 3 * heads * head_dim]``; ``sizes`` is (heads, head_dim)."""
-    return packed_attention(linear.unflatten(-1, (3, *sizes)), q_weight, k_weight, options)
+    return packed_attention(linear.unflatten(-1, (3, *sizes)), q_weight, k_weight, tables, rotation, options)
+
+
+def packed_attention(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    tables: tuple[Tensor, ...],
+    rotation: tuple[Any, ...] | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attention of ``[B, N, 3, heads, head_dim]`` as ``[B, heads, N, head_dim]``; ``rotation`` as in rotary.py."""
+    window = (1, 1, qkv.shape[1])
+    options = dict(options, q_weight=q_weight, k_weight=k_weight)
+    if rotation is not None:
+        cos, sin, other_cos, other_sin = _angles(tables, rotation, qkv.shape[1])
+        interleaved = rotation[0]
+        if other_cos is None or _same((cos, sin), (other_cos, other_sin)):
+            options["rope"] = _window_attention.Rope(cos, sin, interleaved)
+        else:
+            sides = (cos, sin, other_cos, other_sin)
+            qkv = _turned(qkv, sides, interleaved, options)
+    y = _window_attention.window_attention(qkv, window, window, **options)
+    return y.unflatten(-1, qkv.shape[3:]).transpose(1, 2)
+
+
+def _angles(tables: tuple[Tensor, ...], rotation: tuple[Any, ...], tokens: int) -> list[Any]:
+    """Cosines and sines ``[N, head_dim / 2]`` of the first channels of all pairs, and of the second or None."""
+    _, layouts, pieces = rotation
+    flat = [
+        (table[:1] if repeats else table).reshape(-1, entries).float()
+        for table, (entries, repeats) in zip(tables, layouts, strict=True)
+    ]
+    sides: list[list[Tensor]] = [[], [], [], []]
+    differ = any(len(reads) == 4 for _, _, reads in pieces)
+    for start, stop, reads in pieces:
+        rows = (tokens if stop is None else stop) - start
+        for side, each in zip(sides, reads if len(reads) == 4 or not differ else reads * 2, strict=False):
+            side.append(_columns(flat, each, rows))
+    found = [torch.cat(side) if len(side) > 1 else side[0] if side else None for side in sides]
+    return found
+
+
+def _columns(flat: list[Tensor], reads: tuple[tuple[float, int, int], ...], rows: int) -> Tensor:
+    """The numbers that ``reads`` says, ``[rows, len(reads)]``."""
+    places = {place for _, place, _ in reads}
+    if len(places) == 1 and -1 not in places:
+        table = flat[places.pop()]
+        index = torch.tensor([entry for _, _, entry in reads], device=table.device)
+        found, factors = table[:, index], [factor for factor, _, _ in reads]
+        if any(factor != 1.0 for factor in factors):
+            found = found * torch.tensor(factors, device=table.device)
+        return found.expand(rows, -1)
+    device = flat[0].device
+    columns = [
+        torch.full((1,), factor, device=device) if place < 0 else flat[place][:, entry] * factor
+        for factor, place, entry in reads
+    ]
+    return torch.stack([column.expand(rows) for column in columns], dim=1)
+
+
+def _same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    """Whether tables hold the same numbers. Where nobody can look yet, or a GPU would have to wait, they may not."""
+    if torch.compiler.is_compiling() or one[0].device.type != "cpu" or type(one[0]) is not Tensor:
+        return False
+    return all(map(torch.equal, one, other))
+
+
+def _turned(qkv: Tensor, sides: tuple[Tensor, ...], interleaved: bool, options: dict[str, Any]) -> Tensor:
+    """``qkv`` after norm and rotation in plain PyTorch, where the channels of a pair turn by tables of their own.
+
+    Takes the norm out of ``options``.
+    """
+    q, k, v = qkv.unbind(2)
+    norm, eps = options.pop("qk_norm", None), options.pop("eps", 0.0)
+    turned = []
+    for x, weight in ((q, options.pop("q_weight")), (k, options.pop("k_weight"))):
+        x = _window_attention.normalise(x, norm, weight, eps)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
+        cos, sin, other_cos, other_sin = (side[:, None] for side in sides)
+        pair = (a * cos - b * sin, a * other_sin + b * other_cos)
+        turned.append((torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)).to(x.dtype))
+    return torch.stack([*turned, v], dim=2)
 
 
 def checkpoint(body: torch.fx.GraphModule, *arguments: Any, **options: Any) -> Any:

@@ -27,11 +27,15 @@ FUNCTIONS: dict[Callable, str] = {
     operator.pow: "pow",
     operator.matmul: "matmul",
     operator.getitem: "getitem",
+    operator.setitem: "setitem",
+    operator.neg: "neg",
     F.scaled_dot_product_attention: "scaled_dot_product_attention",
 }
 for _name in (
     *("add", "sub", "mul", "div", "pow", "square", "sqrt", "rsqrt", "mean", "var", "addcmul", "matmul", "bmm"),
-    *("layer_norm", "rms_norm", "linear", "gelu", "dropout", "conv2d", "conv3d", "softmax", "transpose", "unsqueeze"),
+    *("layer_norm", "rms_norm", "linear", "gelu", "dropout", "conv2d", "conv3d", "softmax", "transpose", "permute"),
+    *("unsqueeze", "squeeze", "reshape", "flatten", "unflatten", "unbind", "chunk", "split", "stack", "cat", "clone"),
+    *("neg", "cos", "sin", "sum", "repeat_interleave", "empty", "empty_like", "zeros", "zeros_like"),
 ):
     for _module in (torch, F):
         if hasattr(_module, _name):
@@ -203,6 +207,11 @@ class Reader:
             for node in graph.nodes
             if changes_state(node) or written(node) != []  # None is an event
         ]
+
+    def erase(self, node: fx.Node) -> None:
+        self.graph.erase_node(node)
+        self.order.pop(node)
+        self.events = [event for event in self.events if event is not node]
 
     def obstacle(self, nodes: Nodes, operands: Nodes, last: fx.Node) -> str | None:
         """Why ``last`` cannot be computed where it stands from the operands as they are there; None if it can."""

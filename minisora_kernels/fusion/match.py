@@ -26,6 +26,20 @@ class Replayed:
         return node
 
 
+@dataclass(frozen=True)
+class Permuted:
+    """A node with its axes in another order."""
+
+    node: fx.Node
+    order: tuple[int, ...]
+
+    def build(self, graph: fx.Graph) -> fx.Node:
+        return graph.call_method("permute", (self.node, *self.order)) if self.moves() else self.node
+
+    def moves(self) -> bool:
+        return self.order != tuple(range(len(self.order)))
+
+
 @dataclass
 class Match:
     """
@@ -34,11 +48,13 @@ class Match:
         result: The node whose value the call gives.
         trail: The other nodes that the call makes superfluous, if nothing else reads them.
         call: The function of ``calls.py``.
-        arguments: Its arguments: nodes, ``Replayed``, plain values, or None.
+        arguments: Its arguments: nodes, ``Replayed``, ``Permuted``, plain values, or None.
         keywords: Its keyword arguments; the pass adds a backend to ``options``.
         served: What the predicates of the op take, by name: nodes, of which the first has the dtype of the regime.
         detail: What tells regimes of the op apart.
         left: Why the site must be left as it is; empty if nothing speaks against it.
+        options: Those of the op, by name.
+        less: A match with less in it, for where something stands between the nodes of this one.
     """
 
     op: str
@@ -51,12 +67,13 @@ class Match:
     detail: str = ""
     left: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    less: Match | None = None
 
     def operands(self) -> Nodes:
         """The nodes that the call reads."""
         found: Nodes = []
         for argument in self.arguments:
-            if isinstance(argument, Replayed):
+            if isinstance(argument, (Replayed, Permuted)):
                 found.append(argument.node)
             elif isinstance(argument, fx.Node):
                 found.append(argument)

@@ -12,7 +12,7 @@ from ..checks import FLOATS
 from . import calls
 from .attention import match_attention
 from .graph import Nodes, Reader, dtype, is_cast, kind, plain, storage, value
-from .match import Match, Replayed
+from .match import Match, Permuted, Replayed
 from .products import match_mlp, match_patches
 from .report import Site
 from .rows import join, match_adaln, match_gate, match_scaled
@@ -80,6 +80,8 @@ def _replace(reader: Reader, choice: Choice, root: str, sites: list[Site]) -> bo
             match = None if node.op in ("placeholder", "get_attr", "output") else find(node)
             if match is None or match.op not in choice.ops:
                 continue
+            while match.less is not None and reader.obstacle(match.trail, _read(match), match.result):
+                match = match.less
             name, reason = _judge(match, reader, choice)
             module, block = owner(node, root)
             site = Site(module, block, match.op, name, reason)
@@ -96,13 +98,18 @@ def _replace(reader: Reader, choice: Choice, root: str, sites: list[Site]) -> bo
 
 def _judge(match: Match, reader: Reader, choice: Choice) -> tuple[str | None, str]:
     """The backend that serves a match, or None and why it is left."""
-    nodes = [node for node in match.operands() if value(node) is not None]
+    nodes = _read(match)
     match.left = match.left or _unusual(nodes) or reader.obstacle(match.trail, nodes, match.result) or ""
     if match.left:
         return None, match.left
     call = {name: value(node) for name, node in match.served.items()}
     result = value(match.result)
     return choice.serve(match.op, call, result is not None and result.requires_grad, match.detail)
+
+
+def _read(match: Match) -> Nodes:
+    """The tensors that the call of a match reads."""
+    return [node for node in match.operands() if value(node) is not None]
 
 
 def _unusual(nodes: Nodes) -> str:
@@ -125,7 +132,7 @@ def _put(match: Match, name: str, reader: Reader, choice: Choice) -> fx.Node:
         options["backend"] = name
     with graph.inserting_before(result):
         start = result.prev
-        arguments = [each.build(graph) if isinstance(each, Replayed) else each for each in match.arguments]
+        arguments = [each.build(graph) if isinstance(each, (Replayed, Permuted)) else each for each in match.arguments]
         call = graph.call_function(match.call, tuple(arguments), {**match.keywords, "options": options})
         node = call
         while node is not start:
@@ -135,8 +142,7 @@ def _put(match: Match, name: str, reader: Reader, choice: Choice) -> fx.Node:
     result.replace_all_uses_with(call)
     for node in sorted({result, *match.trail}, key=lambda each: -reader.order[each]):
         if not node.users and node.op not in ("placeholder", "get_attr"):
-            graph.erase_node(node)
-            reader.order.pop(node)
+            reader.erase(node)
     return call
 
 

@@ -153,7 +153,7 @@ def reference(
     """The equation in plain PyTorch: norm, rotate, permute to windows, attend, permute back."""
     batch, tokens, _, heads, head_dim = qkv.shape
     q, k, v = qkv.unbind(2)
-    q, k = _norm(q, qk_norm, q_weight, eps), _norm(k, qk_norm, k_weight, eps)
+    q, k = normalise(q, qk_norm, q_weight, eps), normalise(k, qk_norm, k_weight, eps)
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
     q, k, v = (part.unflatten(1, grid) for part in (q, k, v))
@@ -183,7 +183,8 @@ def reference(
     return out.reshape(batch, tokens, heads * head_dim)
 
 
-def _norm(x: Tensor, kind: str | None, weight: Tensor | None, eps: float) -> Tensor:
+def normalise(x: Tensor, kind: str | None, weight: Tensor | None, eps: float) -> Tensor:
+    """The norm of ``x [..., head_dim]`` by its name, in plain PyTorch."""
     if kind is None:
         return x
     shape = x.shape[-1:]

@@ -65,19 +65,30 @@ def call(model: nn.Module, **inputs: Any) -> torch.Tensor:
 ROUNDS = {"Kandinsky5"}
 # With its norms in bfloat16, Mochi rounds between norm and modulation: those norms stay.
 FEWER = {"Mochi": (2, 4, 0, 0, 1)}
+# Attentions that turn q and k themselves. In the others q and k turn by a table per sample (LTX) or in thirds of a head
+# (Allegro), or not at all.
+TURNED = {"CogVideoX": 2, "Wan": 2, "Wan per token": 2, "SkyReels": 2, "WanVACE": 4, "Cosmos": 2, "Flux": 4}
+TURNED_BFLOAT16 = TURNED | {"Kandinsky5": 3}
+
+
+def turned(ropes: list[Any], draws: int) -> int:
+    """Calls with rotary tables per draw."""
+    return sum(rope is not None for rope, _ in ropes) // draws
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ROUNDS])
-def test_float32(name: str):
+def test_float32(name: str, ropes: list[Any]):
     fused = check(made(name), CASES[name].inputs(torch.float32), call, draws=2, whole=True)
     assert parts(counts(fused.sites)) == FOUND[name], fused.report()
+    assert turned(ropes, 2) == TURNED.get(name, 0)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bfloat16(name: str):
+def test_bfloat16(name: str, ropes: list[Any]):
     dtype = torch.bfloat16
     fused = check(made(name, dtype), CASES[name].inputs(dtype), call, draws=2, whole=True)
     assert parts(counts(fused.sites)) == FEWER.get(name, FOUND[name]), fused.report()
+    assert turned(ropes, 2) == TURNED_BFLOAT16.get(name, 0)
 
 
 def test_checkpointing():
