@@ -11,6 +11,7 @@ Tensors are mapped from the file, so that what nobody reads, as the optimizer in
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -30,6 +31,8 @@ from minisora_kernels.commands import NO_MEMORY
 
 from .registry import build, config_from
 from .runtime.files import checksum, whole_file
+from .runtime.plain import merge
+from .weights.lora import LoRAConfig, adapt, merged
 
 FORMAT = 2
 
@@ -77,10 +80,23 @@ class Checkpoint:
     served: dict[str, str] = field(default_factory=dict)
     empty_classes: list[int] = field(default_factory=list)
 
+    @property
+    def lora(self) -> LoRAConfig:
+        """The adapters that were trained; those of rank 0 are none."""
+        return merge(LoRAConfig(), self.train.get("lora", {}))
+
+    def merged(self) -> Checkpoint:
+        """The same without adapters, which are added to the weights."""
+        lora = self.lora
+        if not lora.rank:
+            return self
+        train = {**self.train, "lora": {}}
+        return dataclasses.replace(self, train=train, model=merged(self.model, lora), ema=merged(self.ema, lora))
+
     def build(self, *, ema: bool = True) -> Any:
         """The model, a subclass of :class:`models.protocols.Model`, with the averaged (or else the last) weights.
 
-        Its parameters are the tensors of this checkpoint, not copies.
+        Its parameters are the tensors of this checkpoint, not copies. It has adapters if the checkpoint has.
 
         Raises:
             ValueError: weights that do not belong to the stored configuration.
@@ -90,6 +106,8 @@ class Checkpoint:
         try:
             with _uninitialised():
                 model = build(config_from(self.config))
+                if self.lora.rank:
+                    adapt(model, self.lora)
             kinds = {name: value.dtype for name, value in model.state_dict().items()}
             weights = {name: value.to(kinds.get(name, value.dtype)) for name, value in weights.items()}
             model.load_state_dict(weights, assign=True)

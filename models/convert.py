@@ -3,6 +3,7 @@
     python -m models.convert dit DiT-XL-2-256x256.pt --autoencoder VAE_FOLDER --out runs/dit-xl
     python -m models.sample runs/dit-xl --class 207 360 --guidance 4
     python -m models.convert dit runs/mine --to mine.pt
+    python -m models.convert dit runs/mine --adapters mine
 
 A file may be torch's (``.pt``, ``.pth``, ``.bin``, ``.ckpt``), a ``.safetensors``, an index of shards, or a folder with
 one of them. Nothing in it is executed. If a file has several sets of weights, the EMA is taken; ``--part`` names
@@ -37,6 +38,7 @@ from .training.config import TrainConfig
 from .weights.dit import LAYOUTS
 from .weights.files import read_weights, write_weights
 from .weights.layout import Hints, check_fit
+from .weights.lora import write_adapters
 
 _log = logging.getLogger(__name__)
 
@@ -48,11 +50,13 @@ class ConvertConfig:
     kind: tyro.conf.Positional[Literal["dit", "sit", "latte"]]
     """Whose weights these are."""
     source: tyro.conf.Positional[Path]
-    """The published weights; with `--to`, a run or a checkpoint."""
+    """The published weights; with `--to` or `--adapters`, a run or a checkpoint."""
     out: Path | None = None
     """Folder of the new run; it must not exist."""
     to: Path | None = None
-    """New file of weights under their published names: .safetensors or .pt."""
+    """New file of weights under their published names: .safetensors or .pt. What LoRA trained is added to them."""
+    adapters: Path | None = None
+    """New folder for what LoRA trained, as `peft.PeftModel.from_pretrained` reads it for the published code."""
     autoencoder: str | None = None
     """The autoencoder of the latents: a folder that diffusers wrote, a checkpoint or a run. Sampling needs it."""
     part: str | None = None
@@ -63,26 +67,36 @@ class ConvertConfig:
     """Height and width of the latents; by default a square."""
 
     def __post_init__(self) -> None:
-        if (self.out is None) == (self.to is None):
-            raise ValueError("out or to must be given: the folder of a run, or a file of weights")
-        for name in ("autoencoder", "part", "heads", "size") if self.to is not None else ():
+        if sum(each is not None for each in (self.out, self.to, self.adapters)) != 1:
+            raise ValueError(
+                "one of out, to and adapters must be given: the folder of a run, a file of weights, or a folder of "
+                "adapters"
+            )
+        for name in ("autoencoder", "part", "heads", "size") if self.out is None else ():
             if getattr(self, name) is not None:
-                raise ValueError(f"{name} is {getattr(self, name)}; it goes with out, not with to")
+                raise ValueError(f"{name} is {getattr(self, name)}; it goes with out")
         if self.to is not None and self.to.suffix not in (".safetensors", ".pt"):
             raise ValueError(f"to is {str(self.to)!r}; its suffix must be .safetensors or .pt")
 
 
 def publish(config: ConvertConfig) -> Path:
-    """Write the weights of a run under their published names.
+    """Write the weights of a run, or its adapters, under their published names.
 
     Raises:
         ValueError: a run of another model, or a file that is there already.
     """
-    assert config.to is not None
-    if config.to.exists():
-        raise ValueError(f"{config.to} exists already; choose another name")
+    to = config.to or config.adapters
+    assert to is not None
+    if to.exists():
+        raise ValueError(f"{to} exists already; choose another name")
     path, checkpoint = open_checkpoint(config.source)
-    write_weights(config.to, LAYOUTS[config.kind].write(checkpoint))
+    weights = LAYOUTS[config.kind].write(checkpoint.merged())
+    if config.adapters is not None:
+        write_adapters(to, checkpoint.ema, checkpoint.lora)
+        print(f"{to} has the averaged adapters of {path}, under the names of {config.kind}")
+        return to
+    assert config.to is not None
+    write_weights(config.to, weights)
     print(f"{config.to} has the averaged weights of {path}, under the names of {config.kind}")
     return config.to
 
@@ -93,9 +107,8 @@ def run(config: ConvertConfig) -> Path:
     Raises:
         ValueError: files that do not fit, or output that is there already.
     """
-    if config.to is not None:
+    if config.out is None:
         return publish(config)
-    assert config.out is not None
     if config.out.exists():
         raise ValueError(f"{config.out} exists already; choose another --out")
     encoder = None if config.autoencoder is None else identify(config.autoencoder) | {"mean": None, "std": None}

@@ -6,7 +6,8 @@ Nothing is allocated: the model runs on fake tensors, which have shapes but no m
 every tensor that an op makes is counted from its birth to its death. So activations are those that this code keeps,
 with its kernels, autocast and checkpointing, not a formula; tests/models/test_plan.py holds them against a real step.
 
-    training = weights + gradients + optimizer (two moments) + EMA, fp32, over the GPUs if sharded, + activations
+    training = weights + gradients + optimizer (two moments) + EMA, fp32, over the GPUs if sharded, + activations;
+               with --lora-rank gradients, optimizer and EMA of the adapters alone
     sampling = weights + activations of one guided step
     seconds  = FLOPs / (peak FLOP/s * utilization) + bytes moved by the ops / peak bytes/s
 
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,6 +36,7 @@ from minisora_kernels.counters import Counter
 from .protocols import Model
 from .registry import SYSTEMS, build, configure
 from .runtime.arguments import read
+from .weights.lora import LoRAConfig, adapt
 
 
 class GPU(NamedTuple):
@@ -84,6 +86,8 @@ class PlanConfig:
     """Plain PyTorch, or the kernels."""
     checkpointing: bool = False
     """Recompute the blocks in the backward."""
+    lora_rank: int = 0
+    """Rank of adapters on all Linears, which alone are trained; 0 trains all weights."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of the activations."""
     steps: int = 50
@@ -144,7 +148,7 @@ def available(config: PlanConfig) -> float:
     return GPUS[config.gpu].memory * (1 - config.reserve)
 
 
-def _model(config: PlanConfig) -> tuple[Model, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _model(config: PlanConfig, *, training: bool) -> tuple[Model, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     time, space = config.compression
     if any(side % space for side in config.size):
         raise ValueError(f"size is {config.size}; it must be a multiple of compression {space}")
@@ -153,16 +157,33 @@ def _model(config: PlanConfig) -> tuple[Model, torch.Tensor, torch.Tensor, torch
     frames = 1 + (config.frames - 1) // time
     height, width = (side // space for side in config.size)
     settings = SYSTEMS[config.model].settings
-    model = build(configure(settings, config.channels, frames, (height, width), config.classes))
+    built_from = configure(settings, config.channels, frames, (height, width), config.classes)
+    if config.lora_rank and training:
+        with unset_fake_temporarily(), torch.device("meta"):  # peft moves its weights, which fake tensors refuse
+            model = build(built_from)
+            adapt(model, LoRAConfig(config.lora_rank))
+        _allocate(model)
+    else:
+        model = build(built_from)
     x = torch.empty(config.batch_size, config.channels, *model.config.input_size)
     y = torch.zeros(config.batch_size, dtype=torch.int64) if config.classes else None
     return model, x, torch.empty(config.batch_size), y
 
 
+def _allocate(model: torch.nn.Module) -> None:
+    """Fake tensors in place of those on the meta device."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, torch.nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
 def _run(config: PlanConfig, *, training: bool, backend: str) -> tuple[list[int], int, int, int]:
     """Parameters, all and trained, the most bytes of activations, FLOPs and bytes moved of one step."""
     with FakeTensorMode(), use_backend(backend):
-        model, x, t, y = _model(config)
+        model, x, t, y = _model(config, training=training)
         model.train(training)
         model.checkpointing = config.checkpointing
         if not training:
@@ -214,7 +235,7 @@ def needs(config: PlanConfig, *, training: bool) -> Needs:
         "weights": weights / (config.gpus if config.sharding == "fsdp" else 1),
         "gradients": trained / sharded,
         "optimizer": 2 * trained / sharded,
-        "ema": weights / sharded,
+        "ema": (trained if config.lora_rank else weights) / sharded,
         "activations": activations,
     }
     return Needs(memory, flops, moved)

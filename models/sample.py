@@ -75,6 +75,8 @@ class SampleConfig(SolverOptions):
     """Clips per call of the model."""
     last_weights: bool = False
     """Use the last weights instead of their EMA."""
+    merge: bool = True
+    """Add what LoRA trained to the weights first; else it is computed beside them, in each step."""
     encoder: str | None = None
     """New place of the autoencoder of a model of latents, if it has moved since."""
     fps: int = 8
@@ -267,7 +269,7 @@ def run(config: SampleConfig) -> list[Path]:
     labels, y = conditions_of(config, checkpoint, train, start, count, device)
     # Before the sampling, so that an encoder that is missing costs no time.
     decode = None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device, config.encoder)
-    model = checkpoint.build(ema=not config.last_weights).to(device)
+    model = (checkpoint.merged() if config.merge else checkpoint).build(ema=not config.last_weights).to(device)
     if config.compile:
         model.compile()
     with (

@@ -4,6 +4,7 @@
     python -m models.train --config run.yaml --optimizer.learning-rate 3e-4
     python -m models.train --resume runs/digits
     python -m models.train --init runs/dit-xl --data.source latents --run runs/mine
+    python -m models.train --init runs/dit-xl --data.source latents --lora.rank 16 --run runs/mine
 
 A run's folder gets ``config.json``, checkpoints ``step_*.pt``, ``losses.csv``, ``previews/*.png`` and TensorBoard's
 ``events.*``. A folder that exists is refused, unless a run ended in it before its first checkpoint. ``--resume RUN``
@@ -61,7 +62,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
         default = dataclasses.replace(from_dict(resume.train), run=str(given.parent if given.is_file() else given))
     elif start.init is not None:
         trained = from_dict(checkpoints.open_checkpoint(Path(start.init))[1].train)
-        default = dataclasses.replace(trained, run=default.run, init=start.init)
+        default = dataclasses.replace(trained, run=default.run, init=start.init, lora=default.lora)
     elif start.config is not None:
         default = load(start.config)
     elif start.preset is not None:

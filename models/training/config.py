@@ -13,6 +13,7 @@ from ..objectives.flow import FlowMatching
 from ..objectives.reconstruction import Reconstruction
 from ..registry import Objective, Settings
 from ..runtime.plain import merge
+from ..weights.lora import LoRAConfig
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class TrainConfig:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     init: str | None = None
     """Run or checkpoint whose averaged weights training starts from; its options hold, except those you type."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     encoder: str | None = None
     """Where the autoencoder is now, if it moved after models.precompute. It does not encode videos."""
     steps: int = 10_000
@@ -130,6 +132,12 @@ class TrainConfig:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; with data.buckets it must be at least 1")
         if not self.batch_tokens and self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
+        if self.lora.rank and self.init is None:
+            raise ValueError(f"lora.rank is {self.lora.rank}; it needs init, the weights that stay as they are")
+        if self.lora.rank and self.model.autoencoder:
+            raise ValueError(
+                f"lora.rank is {self.lora.rank}; with model {self.model.name!r}, an autoencoder, it must be 0"
+            )
         self._check_model()
 
     def _check_model(self) -> None:

@@ -25,10 +25,13 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """``ema = decay * ema + (1 - decay) * model`` in place, with less decay in the first steps.
 
-    Of the parameters, and of the buffers that training changes and a state keeps, as a batch norm's statistics.
+    Of the parameters that are trained, and of the buffers that training changes and a state keeps, as a batch norm's
+    statistics.
     """
     update = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
-    update(list(ema.parameters()), list(model.parameters()), step)
+    both = zip(ema.parameters(), model.parameters(), strict=True)
+    averages, trained = zip(*((average, own) for average, own in both if own.requires_grad), strict=True)
+    update(list(averages), list(trained), step)
     if statistics(ema):
         update(statistics(ema), statistics(model), step)
 

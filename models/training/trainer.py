@@ -30,6 +30,7 @@ from ..registry import build, config_from, configure
 from ..runtime.device import choose_device
 from ..runtime.plain import as_plain
 from ..sampling.clips import ClipRequest, sample_clips
+from ..weights.lora import adapt, share_frozen
 from ..weights.start import start_from
 from .config import TrainConfig
 from .log import Step
@@ -71,14 +72,16 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build(built_from).to(self.device)
         if config.init is not None and resume is None:
-            start_from(self.model, open_checkpoint(Path(config.init))[1], self.classes)
+            start_from(self.model, open_checkpoint(Path(config.init))[1].merged(), self.classes)
+        if config.lora.rank:
+            adapt(self.model, config.lora)
         # What a checkpoint has and a forward may change, as the statistics of a batch norm.
         kept = self.model.state_dict().keys()
         self.buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
         self.reads_low = self._reads_low()
         self.model.checkpointing = config.checkpointing
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.ema = copy.deepcopy(self.model, share_frozen(self.model)).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             trained,
             lr=config.optimizer.learning_rate,

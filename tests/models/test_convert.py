@@ -278,7 +278,7 @@ def test_heads_are_named_or_known(tmp_path, capsys):
         convert(["dit", str(tmp_path / "w.pt"), "--heads", "3", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
         convert(["dit", str(tmp_path / "w.pt")])
-    assert "out or to must be given" in capsys.readouterr().err
+    assert "one of out, to and adapters must be given" in capsys.readouterr().err
 
 
 def test_training_starts_from_weights(tmp_path, caplog):
