@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from minisora_kernels.commands import NO_MEMORY
 
+from .denoisers.lora import LoRAConfig, adapt, merged
 from .registry import build, config_from
 from .runtime.files import checksum, whole_file
 from .runtime.plain import merge
-from .weights.lora import LoRAConfig, adapt, merged
 
 FORMAT = 2
 

@@ -11,7 +11,7 @@ another. Tensors that are missing, unknown or misshapen are listed by name, and 
 
 | kind | weights |
 |---|---|
-| `dit` | Meta's DiT, and files of its `train.py` and of fast-DiT |
+| `dit` | Meta's DiT, files of its `train.py` and of fast-DiT, and the folder `transformer` of DiT in diffusers |
 | `sit` | SiT; the half of the output that it does not train is dropped |
 | `latte` | Latte, with classes or without |
 """
@@ -31,14 +31,15 @@ from minisora_kernels.commands import command
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, open_checkpoint
 from .data.encoder import identify
+from .denoisers.lora import write_adapters
 from .registry import FAMILIES
 from .runtime.arguments import read
 from .runtime.plain import as_plain
 from .training.config import TrainConfig
+from .weights.diffusers_dit import hints_of, is_diffusers, to_diffusers
 from .weights.dit import LAYOUTS
 from .weights.files import read_weights, write_weights
 from .weights.layout import Hints, check_fit
-from .weights.lora import write_adapters
 
 _log = logging.getLogger(__name__)
 
@@ -62,9 +63,12 @@ class ConvertConfig:
     part: str | None = None
     """Set of weights in a file that has several; by default `ema`, else `model`."""
     heads: int | None = None
-    """Number of attention heads; needed if width and depth are not those of DiT-S, B, L or XL."""
+    """Number of attention heads; needed if width and depth are not those of DiT-S, B, L or XL, and no `config.json` of
+    diffusers says it."""
     size: tuple[int, int] | None = None
-    """Height and width of the latents; by default a square."""
+    """Height and width of the latents; by default a square of as many tokens as the weights have positions."""
+    names: Literal["published", "diffusers"] = "published"
+    """Names of the tensors that `--to` writes; 'diffusers' are those of its `DiTTransformer2DModel`, for `dit` only."""
 
     def __post_init__(self) -> None:
         if sum(each is not None for each in (self.out, self.to, self.adapters)) != 1:
@@ -75,6 +79,8 @@ class ConvertConfig:
         for name in ("autoencoder", "part", "heads", "size") if self.out is None else ():
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} is {getattr(self, name)}; it goes with out")
+        if self.names == "diffusers" and (self.to is None or self.kind != "dit"):
+            raise ValueError("names is 'diffusers'; it goes with dit and with to")
         if self.to is not None and self.to.suffix not in (".safetensors", ".pt"):
             raise ValueError(f"to is {str(self.to)!r}; its suffix must be .safetensors or .pt")
 
@@ -96,7 +102,7 @@ def publish(config: ConvertConfig) -> Path:
         print(f"{to} has the averaged adapters of {path}, under the names of {config.kind}")
         return to
     assert config.to is not None
-    write_weights(config.to, weights)
+    write_weights(config.to, to_diffusers(weights) if config.names == "diffusers" else weights)
     print(f"{config.to} has the averaged weights of {path}, under the names of {config.kind}")
     return config.to
 
@@ -113,7 +119,8 @@ def run(config: ConvertConfig) -> Path:
         raise ValueError(f"{config.out} exists already; choose another --out")
     encoder = None if config.autoencoder is None else identify(config.autoencoder) | {"mean": None, "std": None}
     weights = read_weights(config.source, config.part)
-    converted = LAYOUTS[config.kind].read(weights, Hints(config.heads, config.size))
+    hints = Hints(config.heads, config.size)
+    converted = LAYOUTS[config.kind].read(weights, hints_of(config.source, hints) if is_diffusers(weights) else hints)
     check_fit(converted.config, converted.weights)
     for note in converted.notes:
         print(note)

@@ -33,10 +33,10 @@ from minisora_kernels import use_backend
 from minisora_kernels.commands import command
 from minisora_kernels.counters import Counter
 
+from .denoisers.lora import LoRAConfig, adapt
 from .protocols import Model
 from .registry import SYSTEMS, build, configure
 from .runtime.arguments import read
-from .weights.lora import LoRAConfig, adapt
 
 
 class GPU(NamedTuple):

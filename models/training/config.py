@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from ..data.config import DataConfig, TextConfig
 from ..denoisers.dit import DiTSettings
+from ..denoisers.lora import LoRAConfig
 from ..objectives.ddpm import DDPM
 from ..objectives.flow import FlowMatching
 from ..objectives.reconstruction import Reconstruction
 from ..registry import Objective, Settings
 from ..runtime.plain import merge
-from ..weights.lora import LoRAConfig
 
 
 @dataclass(frozen=True)

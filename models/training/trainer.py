@@ -24,13 +24,13 @@ from ..data.pixels import shrink, to_bytes
 from ..data.source import Source
 from ..data.text import TextEncoder, identify_text_encoder, refuse_another
 from ..data.wrappers import WithImages
+from ..denoisers.lora import adapt, share_frozen
 from ..denoisers.text import Text
 from ..objectives.reconstruction import Reconstruction
 from ..registry import build, config_from, configure
 from ..runtime.device import choose_device
 from ..runtime.plain import as_plain
 from ..sampling.clips import ClipRequest, sample_clips
-from ..weights.lora import adapt, share_frozen
 from ..weights.start import start_from
 from .config import TrainConfig
 from .log import Step

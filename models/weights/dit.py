@@ -24,6 +24,7 @@ from ..denoisers.dit import SIZES, DiTConfig
 from ..objectives.ddpm import DDPM
 from ..objectives.flow import FlowMatching
 from ..registry import config_from
+from .diffusers_dit import from_diffusers, is_diffusers
 from .layout import Converted, Hints, Layout, shape_of
 
 TABLE = "y_embedder.embedding_table.weight"
@@ -70,7 +71,9 @@ def _config(weights: Mapping[str, Tensor], hints: Hints) -> DiTConfig:
 
 
 def dit(weights: dict[str, Tensor], hints: Hints) -> Converted:
-    """DiT: noise and variance of DDPM's linear schedule."""
+    """DiT, under Meta's names or those of diffusers: noise and variance of DDPM's linear schedule."""
+    if is_diffusers(weights):
+        weights = from_diffusers(weights, hints)
     return Converted(_config(weights, hints), DDPM(), weights)
 
 

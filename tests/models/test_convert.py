@@ -357,3 +357,62 @@ def test_weights_without_a_training_are_not_resumed(tmp_path):
     convert(["dit", write("pt", tmp_path, published()), "--heads", "3", "--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit, match="has weights only, of no training; start one from them with --init"):
         train(["--resume", str(tmp_path / "run")])
+
+
+def in_diffusers(**changes):
+    """A DiT of diffusers with random weights, which sees t as Meta's code does."""
+    diffusers = pytest.importorskip("diffusers")
+    values = dict(num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=4, out_channels=8)
+    values |= dict(num_layers=DEPTH, sample_size=SIDE, patch_size=2, num_embeds_ada_norm=CLASSES) | changes
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(**values).eval()
+    embedders = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2)
+            same = name.split(".emb.")[-1]  # of all blocks
+            parameter.copy_(embedders.setdefault(same, parameter.clone()) if ".emb." in name else parameter)
+    for layer in model.transformer_blocks:
+        layer.norm1.emb.time_proj.downscale_freq_shift = 0
+    return model
+
+
+def test_dit_of_diffusers_and_back(tmp_path):
+    theirs = in_diffusers()
+    theirs.save_pretrained(tmp_path / "transformer")
+    convert(["dit", str(tmp_path / "transformer"), "--out", str(tmp_path / "run")])
+    _, checkpoint = checkpoints.latest(tmp_path / "run")
+    ours = checkpoint.build().eval()
+    x, t, y = torch.randn(3, 4, SIDE, SIDE), torch.tensor([3, 500, 999]), torch.tensor([0, 2, CLASSES])
+    with torch.no_grad():
+        expected = theirs(x, timestep=t, class_labels=y).sample
+        torch.testing.assert_close(ours(x, t.float(), y), expected, rtol=1e-4, atol=1e-4)
+    file = tmp_path / "back.safetensors"
+    convert(["dit", str(tmp_path / "run"), "--to", str(file), "--names", "diffusers"])
+    back, before = safetensors.load_file(file), theirs.state_dict()
+    assert back.keys() == before.keys() and all(torch.equal(back[name], before[name]) for name in before)
+
+
+def test_dit_of_diffusers_that_is_another(tmp_path):
+    model = in_diffusers(num_layers=2)
+    model.save_pretrained(tmp_path / "apart")
+    name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
+    weights = model.state_dict() | {name: torch.ones(WIDTH)}
+    safetensors.save_file(weights, tmp_path / "apart" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(SystemExit, match=f"{name} is not that of block 0"):
+        convert(["dit", str(tmp_path / "apart"), "--out", str(tmp_path / "run")])
+    (tmp_path / "apart" / "config.json").write_text('{"_class_name": "PixArtTransformer2DModel"}')
+    with pytest.raises(SystemExit, match=r"config\.json does not say what the weights are of"):
+        convert(["dit", str(tmp_path / "apart"), "--out", str(tmp_path / "run")])
+    (tmp_path / "apart" / "config.json").unlink()
+    with pytest.raises(SystemExit, match="size must be named: these weights have no positions"):
+        convert(["dit", str(tmp_path / "apart"), "--heads", "3", "--out", str(tmp_path / "run")])
+    weights = model.state_dict() | {"transformer_blocks.0.attn2.to_q.weight": torch.ones(3)}
+    safetensors.save_file(weights, tmp_path / "more.safetensors")
+    with pytest.raises(SystemExit, match=r"unknown: transformer_blocks\.0\.attn2\.to_q\.weight"):
+        convert(
+            ["dit", str(tmp_path / "more.safetensors"), "--heads", "3", "--size", "8", "8", "--out", f"{tmp_path}/r"]
+        )
+    assert not (tmp_path / "run").exists() and not (tmp_path / "r").exists()
+    with pytest.raises(SystemExit):
+        convert(["sit", str(tmp_path / "run"), "--to", str(tmp_path / "s.pt"), "--names", "diffusers"])

@@ -19,11 +19,11 @@ from minisora_kernels.counters import saved_bytes
 from minisora_kernels.testing import assert_as_accurate
 from models import checkpoint as checkpoints
 from models.convert import main as convert
+from models.denoisers.lora import LoRAConfig, adapt, merged
 from models.plan import PlanConfig, needs
 from models.registry import build
 from models.sample import main as sample
 from models.train import main as train
-from models.weights.lora import LoRAConfig, adapt, merged
 
 SMALL = ["--data.frames", "2", "--data.size", "12", "12", "--preview.count", "1", "--batch-size", "2"]
 MODEL = ["--model.width", "24", "--model.depth", "1", "--model.heads", "1"]
