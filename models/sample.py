@@ -58,10 +58,13 @@ class SampleConfig(SolverOptions):
     """Steps of the solver, by default 50; dopri5 chooses its own. A diffusion also takes 'ddim50' (timesteps 0, 20, ...
     980) or '10,15,20' (steps in each third)."""
     solver: (
-        Literal["euler", "heun", "midpoint", "rk4", "dopri5", "euler_maruyama", "heun_sde", "ddpm", "ddim"] | None
-    ) = None
-    """Solver. A flow's ODE: euler (default), heun, midpoint, rk4, dopri5; its SDE: euler_maruyama, heun_sde. A
-    diffusion: ddpm (default), ddim."""
+        Literal[
+            "euler", "heun", "midpoint", "rk4", "rk4_38", "dopri5", "euler_maruyama", "heun_sde", "ddpm", "ddim"
+        ]
+        | None
+    ) = None  # fmt: skip
+    """Solver. A flow's ODE: euler (default), heun, midpoint, rk4, rk4_38 (the 3/8 rule, SiT's rk4), dopri5; its SDE:
+    euler_maruyama, heun_sde. A diffusion: ddpm (default), ddim."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is none."""
     guidance_channels: int | None = None

@@ -14,8 +14,11 @@ from . import solvers
 from .solvers import Plan
 
 
-def diffusion_plan(objective: DDPM, solver: str, steps: int | str, guidance: float) -> Plan:
+def diffusion_plan(objective: DDPM, solver: str, steps: int | str, guidance: float, eta: float = 0.0) -> Plan:
     """DDPM: the mean of p(x_{i-1} | x_i) and noise. DDIM: the predicted x_0, diffused again by the predicted noise.
+
+    With ``eta`` DDIM takes noise of ``sigma = eta sqrt((1 - a') / (1 - a) (1 - a / a'))`` in place of a part of the
+    predicted one; a and a' are alpha_bar before and after the step. Source: Song et al. 2020 (arXiv 2010.02502).
 
     A learned variance lies between beta and the posterior variance; one that is not is beta. ``steps`` as in
     :func:`space_timesteps`. On the CPU, in float64.
@@ -35,20 +38,22 @@ def diffusion_plan(objective: DDPM, solver: str, steps: int | str, guidance: flo
     x: Tensor | float
     noise: Tensor | float
     if solver == "ddim":
-        x_0, x, noise = tables.previous.sqrt(), 0.0, (1 - tables.previous).sqrt()
+        before, after = tables.alpha_bar, tables.previous
+        sigma, slope = eta * ((1 - after) / (1 - before) * (1 - before / after)).sqrt(), torch.zeros_like(before)
+        x_0, x, noise = after.sqrt(), 0.0, (1 - after - sigma.square()).clamp_min(0).sqrt()
     else:
+        sigma, slope = tables.beta.sqrt(), (tables.beta.log() - tables.posterior_log_variance) / 4
         x_0, x, noise = tables.posterior_x0_weight, tables.posterior_x_weight, 0.0
     of_x = x_0 * x0_of_x + x + noise * noise_of_x
     of_prediction = x_0 * x0_of_prediction + noise * noise_of_prediction
-    slope = (tables.beta.log() - tables.posterior_log_variance) / 4
-    coefficients = solvers.step_rows(guidance, of_x, of_prediction, tables.beta.sqrt(), slope)
-    return Plan(tables.timesteps, coefficients, noisy=solver == "ddpm", noisy_end=False)
+    coefficients = solvers.step_rows(guidance, of_x, of_prediction, sigma, slope)
+    return Plan(tables.timesteps, coefficients, noisy=solver == "ddpm" or eta > 0, noisy_end=False)
 
 
-def logsnr_plan(objective: LogSNR, solver: str, steps: int, guidance: float) -> Plan:
+def logsnr_plan(objective: LogSNR, solver: str, steps: int, guidance: float, eta: float = 0.0) -> Plan:
     """DDPM and DDIM over the logSNR of evenly spaced r from 1 to 0, with ``objective.sample_shift``.
 
-        x' = a' x_0 + sqrt(b'^2 - sigma^2) e + sigma z       sigma = b' / b sqrt(1 - a^2 / a'^2) for DDPM, 0 for DDIM
+        x' = a' x_0 + sqrt(b'^2 - sigma^2) e + sigma z       sigma = eta b' / b sqrt(1 - a^2 / a'^2), eta 1 for DDPM
 
     The last step returns x_0 itself (a' = 1, b' = 0), not the noisy sample at the schedule's bound. On the CPU, in
     float64.
@@ -62,12 +67,13 @@ def logsnr_plan(objective: LogSNR, solver: str, steps: int, guidance: float) -> 
         x_0, e = (1 / a, -b / a), (zero, one)
     else:
         x_0, e = (a, -b), (b, a)
-    sigma = next_b / b * (1 - (a / next_a).square()).sqrt() if solver == "ddpm" else zero
+    eta = 1.0 if solver == "ddpm" else eta
+    sigma = eta * next_b / b * (1 - (a / next_a).square()).sqrt() if eta else zero
     of_e = (next_b.square() - sigma.square()).sqrt()
     of_x, of_prediction = (next_a * of_x_0 + of_e * of_noise for of_x_0, of_noise in zip(x_0, e, strict=True))
     coefficients = solvers.step_rows(guidance, of_x, of_prediction, sigma)[:, None]
     times = noise_level(value[:-1])[:, None] * TIMESTEPS
-    return Plan(times, coefficients, noisy=solver == "ddpm", noisy_end=False)
+    return Plan(times, coefficients, noisy=eta > 0, noisy_end=False)
 
 
 def count_steps(objective: Objective, steps: int | str) -> int:

@@ -37,10 +37,10 @@ class Solving:
     """
 
     solver: str | None = None
-    """For flow matching, of the ODE: "euler", "heun" and "midpoint" (two calls a step, second order), "rk4" (four,
-    fourth) or "dopri5" (adaptive; the samples of a batch share its steps); of the SDE: "euler_maruyama" or "heun_sde"
-    (two calls a step). For DDPM and LogSNR "ddpm" (ancestral) or "ddim" (deterministic, eta = 0; Song et al. 2020,
-    arXiv 2010.02502). By default the first of the objective."""
+    """For flow matching, of the ODE: "euler", "heun" and "midpoint" (two calls a step, second order), "rk4" and
+    "rk4_38" (four, fourth; the classic tableau and the 3/8 rule) or "dopri5" (adaptive; the samples of a batch share
+    its steps); of the SDE: "euler_maruyama" or "heun_sde" (two calls a step). For DDPM and LogSNR "ddpm" (ancestral)
+    or "ddim" (deterministic with eta = 0; Song et al. 2020, arXiv 2010.02502). By default the objective's first."""
     steps: int | str | None = None
     """Number of steps. DDPM takes so many evenly spaced ones of its 1000 timesteps, or those of "ddimN" or of sections
     such as "10,15,20". None only for "dopri5"."""
@@ -52,7 +52,7 @@ class Solving:
     """Share of the guided prediction that :func:`models.sampling.predictor.rescale` gives the spread of the one with
     classes; it is computed in PyTorch, not by the op."""
     options: SolverOptions = field(default_factory=SolverOptions)
-    """Options of the SDE solvers and of "dopri5"."""
+    """Options of the SDE solvers, of "dopri5" and of "ddim"."""
     cuda_graphs: bool = False
     """Replay the steps as CUDA graphs; the capture takes four calls. Not run on a GPU."""
 
@@ -220,8 +220,8 @@ def plan_of(objective: NoiseObjective, solver: str, request: SampleRequest) -> P
     if isinstance(objective, FlowMatching):
         return solvers.flow_plan(objective, solver, steps, guidance, request.options, reverse=request.reverse)
     if isinstance(objective, LogSNR):
-        return logsnr_plan(objective, solver, steps, guidance)
-    return diffusion_plan(objective, solver, steps, guidance)
+        return logsnr_plan(objective, solver, steps, guidance, request.options.value("eta"))
+    return diffusion_plan(objective, solver, steps, guidance, request.options.value("eta"))
 
 
 @torch.no_grad()

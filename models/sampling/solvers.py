@@ -16,8 +16,9 @@ is one row of coefficients of :func:`minisora_kernels.guided_step`, which guides
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -33,12 +34,19 @@ Conditions = Callable[[Tensor], Iterator[Tensor]]
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
-# By call of a step: its time as a share of the step, and c_x, c_f, c_z. z is where the step began, but see `_earlier`.
+# By call of a step: its time as a share of the step, and c_x, c_f, c_z. z is where the step began, but see `EARLIER`.
+# "rk4" is the classic tableau, "rk4_38" the 3/8 rule, which torchdiffeq and so SiT's script call "rk4".
 TABLEAUX = {
     "euler": ((0.0, 1.0, 1.0, 0.0),),
     "heun": ((0.0, 1.0, 1.0, 0.0), (1.0, 0.5, 0.5, 0.5)),
     "midpoint": ((0.0, 1.0, 0.5, 0.0), (0.5, 0.0, 1.0, 1.0)),
     "rk4": ((0.0, 1.0, 0.5, 0.0), (0.5, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (1.0, 1 / 3, 1 / 6, 1.0)),
+    "rk4_38": ((0.0, 1.0, 1 / 3, 0.0), (1 / 3, -1.0, 1.0, 2.0), (2 / 3, -1.0, 1.0, 2.0), (1.0, 3 / 8, 1 / 8, 5 / 8)),
+}
+# By number of states so far, the first that of the step: z of the next call. It brings in the earlier slopes.
+EARLIER: dict[str, dict[int, Callable[[list[Tensor]], Tensor]]] = {
+    "rk4": {4: lambda x: (x[1] + 2 * x[2] - x[0]) / 3},
+    "rk4_38": {3: lambda x: x[1], 4: lambda x: (6 * x[2] - x[0]) / 5},
 }
 
 
@@ -46,13 +54,15 @@ TABLEAUX |= {"euler_maruyama": TABLEAUX["euler"], "heun_sde": TABLEAUX["heun"]}
 
 
 SDE_SOLVERS = ("euler_maruyama", "heun_sde")
-FLOW_SOLVERS = ("euler", "heun", "midpoint", "rk4", "dopri5", *SDE_SOLVERS)
+FLOW_SOLVERS = ("euler", "heun", "midpoint", "rk4", "rk4_38", "dopri5", *SDE_SOLVERS)
 
 
 DEFAULTS = {
     **{"diffusion": "sigma", "diffusion_norm": 1.0, "last_step": "mean", "last_step_size": 0.04},
-    **{"rtol": 1e-3, "atol": 1e-6},
+    **{"rtol": 1e-3, "atol": 1e-6, "eta": 0.0},
 }
+# Which solvers have an option; the others are the SDE's.
+OWNERS = {"rtol": ("dopri5",), "atol": ("dopri5",), "eta": ("ddim",)}
 
 
 # Far beyond any pixel or latent.
@@ -65,7 +75,7 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class SolverOptions:
-    """What some solvers of a flow may be told. None is the default, and the only value for the other solvers.
+    """What some solvers may be told. None is the default, and the only value for the other solvers.
 
     Raises:
         ValueError: an option that does not fit.
@@ -84,6 +94,8 @@ class SolverOptions:
     """dopri5: relative tolerance; by default 1e-3."""
     atol: float | None = None
     """dopri5: absolute tolerance; by default 1e-6."""
+    eta: float | None = None
+    """ddim: noise that a step adds, as a share of ddpm's with the posterior variance; by default 0, which is none."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("diffusion", get_args(Diffusion)), ("last_step", get_args(LastStep))):
@@ -94,6 +106,8 @@ class SolverOptions:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ValueError(f"eta is {self.eta}; it must be in [0, 1]")
         size = self.last_step_size
         if size is not None and not 0 < size <= 0.5:
             raise ValueError(f"last_step_size is {size}; it must be in (0, 0.5]")
@@ -103,7 +117,7 @@ class SolverOptions:
     def check(self, solver: str) -> None:
         """Raises ValueError for an option that ``solver`` does not have."""
         for name in DEFAULTS:
-            owners = ("dopri5",) if name in ("rtol", "atol") else SDE_SOLVERS
+            owners = OWNERS.get(name, SDE_SOLVERS)
             value = getattr(self, name)
             if value is not None and solver not in owners:
                 raise ValueError(
@@ -159,7 +173,8 @@ class Plan(NamedTuple):
     ``times [steps, calls]`` are the model's timesteps and ``coefficients [steps, calls, 5]`` the rows of
     :func:`minisora_kernels.guided_step`, whose z is an earlier state, or fresh noise if ``noisy`` (Euler-Maruyama;
     DDPM, whose last step has none: ``noisy_end`` is False). ``kicks [steps]`` is how much noise is added before a
-    step's first call (Heun's SDE), and ``last`` the timestep and the row of one more call, after the steps.
+    step's first call (Heun's SDE), and ``last`` the timestep and the row of one more call, after the steps. ``earlier``
+    is the solver's entry of ``EARLIER``.
     """
 
     times: Tensor
@@ -168,6 +183,7 @@ class Plan(NamedTuple):
     noisy_end: bool = True
     kicks: Tensor | None = None
     last: tuple[Tensor, Tensor] | None = None
+    earlier: Mapping[int, Callable[[list[Tensor]], Tensor]] = MappingProxyType({})
 
 
 def flow_plan(
@@ -194,9 +210,9 @@ def flow_plan(
         of_z, kicks = (noise, None) if noisy else (of_z, noise[:, 0])
     of_x, of_prediction = of_state + of_slope * (slope_x * length / steps), of_slope * (slope_p * length / steps)
     last = _last_step(objective, options, end, guidance) if stochastic else None
-    return Plan(
-        times * objective.time_scale, step_rows(guidance, of_x, of_prediction, of_z), noisy, kicks=kicks, last=last
-    )
+    rows = step_rows(guidance, of_x, of_prediction, of_z)
+    earlier = EARLIER.get(solver, {})
+    return Plan(times * objective.time_scale, rows, noisy, kicks=kicks, last=last, earlier=earlier)
 
 
 def _drift(objective: FlowMatching, options: SolverOptions, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,10 +247,10 @@ def step_rows(
     return torch.stack([tensor.expand_as(of_x) for tensor in tensors], dim=-1)
 
 
-def _earlier(states: list[Tensor]) -> Tensor | None:
-    """z of a step's next call: where the step began. In the last call of RK4 it brings in the first three slopes."""
-    if len(states) == 4:
-        return (states[1] + 2 * states[2] - states[0]) / 3
+def _earlier(plan: Plan, states: list[Tensor]) -> Tensor | None:
+    """z of a step's next call: where the step began, but for some calls of RK4."""
+    if len(states) in plan.earlier:
+        return plan.earlier[len(states)](states)
     return states[0] if len(states) > 1 else None
 
 
@@ -268,7 +284,7 @@ def follow(
         states = [x]
         for row in coefficients[i]:
             draw = plan.noisy and (plan.noisy_end or i < len(coefficients) - 1)
-            z = gaussian(x, generator) if draw else _earlier(states)
+            z = gaussian(x, generator) if draw else _earlier(plan, states)
             states.append(update(states[-1], next(condition), row, z))
         x = states[-1]
         finite.append((x.abs() < LARGEST).all())

@@ -339,3 +339,12 @@ def test_guidance_rescale_refuses():
                 LogSNR(),
                 SampleRequest(noise=x, y=y, solver="ddim", steps=1, guidance=guidance, guidance_rescale=value),
             )
+
+
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])
+def test_ddim_with_all_the_noise_is_ddpm(prediction):
+    objective = LogSNR(prediction)
+    ddpm, ddim = logsnr_plan(objective, "ddpm", 9, 2.0), logsnr_plan(objective, "ddim", 9, 2.0, eta=1.0)
+    assert torch.equal(ddpm.coefficients, ddim.coefficients) and ddim.noisy and ddpm.noisy
+    half = logsnr_plan(objective, "ddim", 9, 2.0, eta=0.5).coefficients
+    torch.testing.assert_close(half[..., 3], ddpm.coefficients[..., 3] / 2)

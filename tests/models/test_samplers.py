@@ -19,6 +19,7 @@ from models.protocols import Denoiser
 from models.sampling.plans import count_steps, diffusion_plan
 from models.sampling.predictor import CudaGraphs, Predictor
 from models.sampling.sampler import SOLVERS, SampleRequest, sample
+from models.sampling.solvers import SolverOptions
 
 MEAN, STD = 1.5, 0.4
 CPU = torch.device("cpu")
@@ -242,6 +243,47 @@ def test_ddpm_step_by_step(learned):
             )
         x = mean
     torch.testing.assert_close(out, x)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_ddim_step_by_step(eta, learned):
+    """Five steps against equations 12 and 16 of Song et al. 2020; a learned variance has no part in them."""
+
+    class Model(Denoiser):
+        def forward(self, x, t, y):
+            return torch.cat([0.3 * x.sin()] + ([x.cos()] if learned else []), dim=1)
+
+    def draws():
+        return torch.Generator().manual_seed(1)
+
+    x, generator = noise(), draws()
+    options = SolverOptions(eta=eta)
+    request = SampleRequest(noise=x, solver="ddim", steps=5, generator=draws(), options=options)
+    out = sample(Model(), DDPM(), request)
+    full = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    kept = [0, 250, 500, 749, 999]
+    for i in reversed(range(5)):
+        a, before = full[kept[i]], full[kept[i - 1]] if i else torch.tensor(1.0, dtype=torch.float64)
+        predicted = 0.3 * x.sin()
+        data = (x - (1 - a).sqrt() * predicted) / a.sqrt()
+        sigma = eta * ((1 - before) / (1 - a)).sqrt() * (1 - a / before).sqrt()
+        drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64) if i and eta else torch.zeros_like(x)
+        x = before.sqrt() * data + (1 - before - sigma**2).sqrt() * predicted + sigma * drawn
+    torch.testing.assert_close(out, x)
+
+
+@pytest.mark.parametrize("objective", DIFFUSIONS, ids=str)
+def test_ddim_with_noise_gives_the_distribution(objective):
+    request = SampleRequest(
+        noise=noise(1, 1, 20_000),
+        solver="ddim",
+        steps=200,
+        generator=torch.Generator().manual_seed(3),
+        options=SolverOptions(eta=0.7),
+    )
+    out = sample(Gaussian("ddpm", objective), objective, request)
+    assert out.mean().item() == pytest.approx(MEAN, abs=0.02) and out.std().item() == pytest.approx(STD, abs=0.02)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 37])

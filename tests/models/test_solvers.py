@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -144,7 +145,8 @@ def run(
 
 
 @pytest.mark.parametrize(
-    ("solver", "order", "steps"), [("euler", 1, 160), ("heun", 2, 40), ("midpoint", 2, 40), ("rk4", 4, 30)]
+    ("solver", "order", "steps"),
+    [("euler", 1, 160), ("heun", 2, 40), ("midpoint", 2, 40), ("rk4", 4, 30), ("rk4_38", 4, 80)],
 )
 @pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
 def test_convergence_orders(path, solver, order, steps):
@@ -164,7 +166,7 @@ def test_ode_solvers_follow_the_flow(solver, path, kind):
     objective = FlowMatching(kind, path=path)
     exact = transported(x, path, *objective.interval())
     tolerances = {"rtol": 1e-6} if solver == "dopri5" else {}
-    out = run(path, kind, solver, x, {"euler": 400, "rk4": 100}.get(solver, 200), **tolerances)
+    out = run(path, kind, solver, x, {"euler": 400, "rk4": 100, "rk4_38": 100}.get(solver, 200), **tolerances)
     tolerance = 0.03 if solver == "euler" else 1e-3
     if kind == "data":  # its bounded divisor leaves some of the last noise
         tolerance = 0.06 if path == "linear" else 0.015
@@ -183,8 +185,23 @@ def test_every_prediction_gives_the_same_samples(solver, path):
         torch.testing.assert_close(out[one], out[other], rtol=1e-6, atol=1e-5)
 
 
+def test_rk4_38_takes_the_steps_of_torchdiffeq():
+    from torchdiffeq import odeint
+
+    class Model(Denoiser):
+        def forward(self, x, t, y):
+            return (x + t[:, None] / 1000).sin() * 2
+
+    x, times = torch.randn(3, 4, dtype=torch.float64), torch.linspace(0, 1, 6, dtype=torch.float64)
+    expected = odeint(lambda t, x: (x + t).sin() * 2, x, times, method="rk4")[-1]
+    request = SampleRequest(noise=x, solver="rk4_38", steps=5)
+    torch.testing.assert_close(sample(Model(), FlowMatching(), request), expected, rtol=1e-12, atol=1e-12)
+    classic = sample(Model(), FlowMatching(), dataclasses.replace(request, solver="rk4"))
+    assert (classic - expected).abs().max() > 1e-7
+
+
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+@pytest.mark.parametrize("solver", ["rk4", "rk4_38", "dopri5"])
 def test_reverse_then_forward_returns_the_data(solver, path):
     data = transported(quantiles(50), path, 0.0, 1.0)
     options = {"rtol": 1e-7, "atol": 1e-8} if solver == "dopri5" else {}
@@ -541,7 +558,7 @@ def test_likelihood_of_a_dit():
 @pytest.mark.parametrize("solver", TABLEAUX)
 def test_plans_have_a_row_a_call(solver):
     plan = flow_plan(FlowMatching("noise", path="vp"), solver, 7, 2.5)
-    calls = {"heun": 2, "midpoint": 2, "rk4": 4, "heun_sde": 2}.get(solver, 1)
+    calls = {"heun": 2, "midpoint": 2, "rk4": 4, "rk4_38": 4, "heun_sde": 2}.get(solver, 1)
     assert plan.times.shape == (7, calls) and plan.coefficients.shape == (7, calls, 5)
     assert plan.coefficients.isfinite().all() and (plan.coefficients[..., 0] == 2.5).all()
     assert (plan.last is not None) == (solver in SDE_SOLVERS) and plan.noisy == (solver == "euler_maruyama")
@@ -557,6 +574,7 @@ def test_plans_have_a_row_a_call(solver):
         ({"last_step": "none"}, "last_step is 'none'; it may be one of skip, mean, tweedie, euler"),
         ({"diffusion_norm": 0.0}, "diffusion_norm is 0.0; it must be positive"),
         ({"rtol": -1.0}, "rtol is -1.0; it must be positive"),
+        ({"eta": 1.5}, r"eta is 1.5; it must be in \[0, 1\]"),
         ({"last_step_size": 0.6}, r"last_step_size is 0.6; it must be in \(0, 0.5\]"),
         ({"last_step": "skip", "last_step_size": 0.1}, "last_step_size is 0.1, but last_step is 'skip'"),
     ],
@@ -582,6 +600,7 @@ def test_options_refuse(options, message):
             "last_step is .* only 'euler_maruyama'",
         ),
         (DDPM(), "ddim", {"options": SolverOptions(diffusion_norm=2.0)}, "diffusion_norm is 2.0, but solver is 'ddim'"),
+        (DDPM(), "ddpm", {"options": SolverOptions(eta=0.5)}, "eta is 0.5, but solver is 'ddpm'; only 'ddim' has it"),
         (FlowMatching(), "heun_sde", {"options": SolverOptions(rtol=1e-3)}, "rtol is 0.001, .* only 'dopri5' has it"),
         (
             FlowMatching(),
