@@ -55,6 +55,48 @@ class Rope(NamedTuple):
     sin: Tensor
     interleaved: bool = True
 
+    @classmethod
+    def from_pairs(cls, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Rope:
+        """Tables as diffusers has them, ``[N, head_dim]``, where each angle stands at both channels of its pair.
+
+        Raises:
+            ValueError: another shape, or a pair with two angles.
+            TypeError: no tensor.
+
+        Examples:
+            >>> angle = torch.randn(12, 8).repeat_interleave(2, dim=-1)
+            >>> Rope.from_pairs(angle.cos(), angle.sin()).cos.shape
+            torch.Size([12, 8])
+        """
+        halves = []
+        for name, table in (("cos", cos), ("sin", sin)):
+            check_tensor("Rope.from_pairs", name, table)
+            if table.dim() != 2 or table.shape[1] % 2:
+                shape = tuple(table.shape)
+                raise ValueError(f"Rope.from_pairs: {name} has shape {shape}; it must be [N, head_dim], head_dim even")
+            pair = table.unflatten(1, (-1, 2)).unbind(2) if interleaved else table.chunk(2, dim=1)
+            if not torch.equal(*pair):
+                other = "half a head away" if interleaved else "its neighbour"
+                raise ValueError(
+                    f"Rope.from_pairs: {name} has two angles for a pair of channels; with "
+                    f"interleaved={not interleaved} the partner of a channel is {other}"
+                )
+            halves.append(pair[0].contiguous())
+        return cls(halves[0], halves[1], interleaved)
+
+    def padded(self, before: int = 0, after: int = 0) -> Rope:
+        """The tables with rows before and after them for tokens that do not turn, as text beside a video.
+
+        Examples:
+            >>> rope_3d((2, 2, 3), 16).padded(before=5).cos.shape
+            torch.Size([17, 8])
+        """
+        for name, value in (("before", before), ("after", after)):
+            if whole("Rope.padded", name, value) < 0:
+                raise ValueError(f"Rope.padded: {name} is {value}; it must be at least 0")
+        cos, sin = (F.pad(table, (0, 0, before, after), value=one) for table, one in ((self.cos, 1.0), (self.sin, 0.0)))
+        return Rope(cos, sin, self.interleaved)
+
 
 def rope_3d(
     grid: Sequence[int],
@@ -344,9 +386,10 @@ def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[
         for name, angles in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
             check_tensor(op, name, angles, qkv, "qkv")
             if tuple(angles.shape) != (tokens, head_dim // 2):
+                hint = "; Rope.from_pairs takes such tables" if tuple(angles.shape) == (tokens, head_dim) else ""
                 raise ValueError(
                     f"{op}: {name} has shape {tuple(angles.shape)}; it must be [N, head_dim / 2] = "
-                    f"[{tokens}, {head_dim // 2}]"
+                    f"[{tokens}, {head_dim // 2}]{hint}"
                 )
             if angles.requires_grad:
                 raise ValueError(f"{op}: {name} requires a gradient; the rotary tables are constants")
@@ -391,7 +434,8 @@ def window_attention(
         q_weight: Weight of the norm of q, ``[head_dim]`` or ``[heads, head_dim]``.
         k_weight: Weight of the norm of k, ``[head_dim]`` or ``[heads, head_dim]``.
         qk_norm: Norm of q and k over head_dim: None, ``"rms"`` or ``"layer"``.
-        rope: Rotary tables from ``rope_3d``, applied after the norm.
+        rope: Rotary tables, applied after the norm: from ``rope_3d``, or ``Rope.from_pairs`` of a model of diffusers;
+            ``Rope.padded`` leaves text tokens as they are.
         bias: Relative position bias ``[heads, L, L]`` with ``L = wt*wh*ww``; a smaller window at the edge reads the
             corner of it that it covers.
         scale: Factor of the scores; by default ``head_dim ** -0.5``.

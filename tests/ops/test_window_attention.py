@@ -518,3 +518,44 @@ def test_errors_name_the_argument(qkv, grid, window, options, error, message):
 def test_errors_of_rope_3d(head_dim, split, message):
     with pytest.raises(ValueError, match=message):
         mk.rope_3d((2, 2, 2), head_dim, split=split)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_tables_of_diffusers(interleaved: bool):
+    plain = rope_3d((2, 3, 4), 16, interleaved=interleaved)
+    both = [
+        table.repeat_interleave(2, dim=1) if interleaved else torch.cat((table, table), dim=1)
+        for table in (plain.cos, plain.sin)
+    ]
+    found = Rope.from_pairs(*both, interleaved=interleaved)
+    assert torch.equal(found.cos, plain.cos) and torch.equal(found.sin, plain.sin)
+    assert found.interleaved == interleaved
+    with pytest.raises(ValueError, match=r"cos has two angles for a pair of channels; with interleaved="):
+        Rope.from_pairs(*both, interleaved=not interleaved)
+    with pytest.raises(ValueError, match=r"sin has shape \(24,\); it must be \[N, head_dim\], head_dim even"):
+        Rope.from_pairs(both[0], both[1][:, 0], interleaved=interleaved)
+    with pytest.raises(TypeError, match=r"Rope\.from_pairs: cos must be a tensor, got list"):
+        Rope.from_pairs([], both[1])
+    qkv = torch.randn(1, 24, 3, 2, 16)
+    with pytest.raises(ValueError, match=r"rope\.cos has shape \(24, 16\); .*; Rope\.from_pairs takes such tables"):
+        window_attention(qkv, (2, 3, 4), (2, 3, 4), rope=Rope(*both))
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_text_beside_a_video_does_not_turn(before: int):
+    after, grid = 3 - before, (1, 1, 15)
+    video = rope_3d((1, 3, 4), 16)
+    tables = video.padded(before=before, after=after)
+    qkv = torch.randn(2, 15, 3, 2, 16)
+    q, k, v = qkv.clone().unbind(2)
+    inner = slice(before, before + 12)
+    for part in (q, k):
+        a, b = part[:, inner].clone().unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = video.cos[:, None], video.sin[:, None]
+        part[:, inner] = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
+    found = window_attention(qkv, grid, grid, rope=tables)
+    torch.testing.assert_close(found, expected.transpose(1, 2).flatten(2), rtol=1e-4, atol=1e-5)
+    for name in ("before", "after"):
+        with pytest.raises(ValueError, match=rf"Rope\.padded: {name} is -1; it must be at least 0"):
+            video.padded(**{name: -1})
