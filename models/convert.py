@@ -4,6 +4,7 @@
     python -m models.sample runs/dit-xl --class 207 360 --guidance 4
     python -m models.convert dit runs/mine --to mine.pt
     python -m models.convert dit runs/mine --adapters mine
+    python -m models.convert video runs/dit-xl --frames 16 --out runs/video
 
 A file may be torch's (``.pt``, ``.pth``, ``.bin``, ``.ckpt``), a ``.safetensors``, an index of shards, or a folder with
 one of them. Nothing in it is executed. If a file has several sets of weights, the EMA is taken; ``--part`` names
@@ -14,6 +15,7 @@ another. Tensors that are missing, unknown or misshapen are listed by name, and 
 | `dit` | Meta's DiT, files of its `train.py` and of fast-DiT, and the folder `transformer` of DiT in diffusers |
 | `sit` | SiT; the half of the output that it does not train is dropped |
 | `latte` | Latte, with classes or without |
+| `video` | no file but a run of an image DiT; each frame is what that makes of it, until it is trained on clips |
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import tyro
 
 from minisora_kernels.commands import command
@@ -31,11 +34,13 @@ from minisora_kernels.commands import command
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, open_checkpoint
 from .data.encoder import identify
+from .denoisers.dit import DiTConfig
+from .denoisers.inflate import load_image_weights
 from .denoisers.lora import write_adapters
-from .registry import FAMILIES
+from .registry import FAMILIES, Config, build, config_from
 from .runtime.arguments import read
 from .runtime.plain import as_plain
-from .training.config import TrainConfig
+from .training.config import TrainConfig, from_dict
 from .weights.diffusers_dit import hints_of, is_diffusers, to_diffusers
 from .weights.dit import LAYOUTS
 from .weights.files import read_weights, write_weights
@@ -48,10 +53,10 @@ _log = logging.getLogger(__name__)
 class ConvertConfig:
     """What is converted, and to what."""
 
-    kind: tyro.conf.Positional[Literal["dit", "sit", "latte"]]
-    """Whose weights these are."""
+    kind: tyro.conf.Positional[Literal["dit", "sit", "latte", "video"]]
+    """Whose weights these are; 'video' makes a video model of an image model."""
     source: tyro.conf.Positional[Path]
-    """The published weights; with `--to` or `--adapters`, a run or a checkpoint."""
+    """The published weights; with `video`, `--to` or `--adapters`, a run or a checkpoint."""
     out: Path | None = None
     """Folder of the new run; it must not exist."""
     to: Path | None = None
@@ -67,6 +72,10 @@ class ConvertConfig:
     diffusers says it."""
     size: tuple[int, int] | None = None
     """Height and width of the latents; by default a square of as many tokens as the weights have positions."""
+    frames: int | None = None
+    """Frames of a clip, or of its latents; `video` only."""
+    attention: Literal["factorized", "joint"] | None = None
+    """Attention of the video model; by default 'factorized', with a block over time behind each of the image's."""
     names: Literal["published", "diffusers"] = "published"
     """Names of the tensors that `--to` writes; 'diffusers' are those of its `DiTTransformer2DModel`, for `dit` only."""
 
@@ -76,9 +85,13 @@ class ConvertConfig:
                 "one of out, to and adapters must be given: the folder of a run, a file of weights, or a folder of "
                 "adapters"
             )
-        for name in ("autoencoder", "part", "heads", "size") if self.out is None else ():
+        video, ours, theirs = self.kind == "video", ("frames", "attention"), ("autoencoder", "part", "heads", "size")
+        if video and (self.out is None or self.frames is None or self.frames < 1):
+            raise ValueError(f"frames is {self.frames}; video needs out, and frames of at least 1")
+        for name in (*(() if video else ours), *(theirs if video or self.out is None else ())):
             if getattr(self, name) is not None:
-                raise ValueError(f"{name} is {getattr(self, name)}; it goes with out")
+                others = "video" if name in ours else "out, and not with video"
+                raise ValueError(f"{name} is {getattr(self, name)}; it goes with {others}")
         if self.names == "diffusers" and (self.to is None or self.kind != "dit"):
             raise ValueError("names is 'diffusers'; it goes with dit and with to")
         if self.to is not None and self.to.suffix not in (".safetensors", ".pt"):
@@ -107,6 +120,70 @@ def publish(config: ConvertConfig) -> Path:
     return config.to
 
 
+def to_video(config: ConvertConfig) -> Path:
+    """A new run with the video model that an image model becomes.
+
+    Raises:
+        ValueError: a run of another model.
+    """
+    assert config.out is not None and config.frames is not None
+    path, checkpoint = open_checkpoint(config.source)
+    checkpoint = checkpoint.merged()
+    image = config_from(checkpoint.config)
+    if not isinstance(image, DiTConfig) or not image.is_image:
+        raise ValueError(f"{path} is of {checkpoint.config.get('name')!r}; it must be of a DiT for images")
+    attention = config.attention or "factorized"
+    video = dataclasses.replace(
+        image,
+        input_size=(config.frames, *image.input_size),
+        patch=(1, *image.patch),
+        attention=attention,
+        depth=image.depth * (2 if attention == "factorized" else 1),
+    )
+    torch.manual_seed(0)
+    model = build(video)
+    load_image_weights(model, checkpoint.ema, frame_positions=True)
+    train = from_dict(checkpoint.train)
+    train = dataclasses.replace(
+        train,
+        run=str(config.out),
+        model=_settings(video),
+        data=dataclasses.replace(train.data, frames=config.frames),
+    )
+    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    return _save(
+        config.out,
+        dataclasses.replace(
+            checkpoint,
+            train=as_plain(train),
+            config=as_plain(video),
+            step=0,
+            model=weights,
+            ema=weights,
+            optimizer={},
+            rng={},
+            memory={},
+            data_digest=None,
+        ),
+    )
+
+
+def _settings(config: Config) -> Any:
+    """What a model is, whatever it is trained on."""
+    settings = FAMILIES[config.name].settings
+    return settings(**{item.name: getattr(config, item.name) for item in dataclasses.fields(settings)})
+
+
+def _save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """A new run's first checkpoint."""
+    folder.mkdir(parents=True)
+    path = checkpoints.save(folder, checkpoint, keep=1)
+    count = sum(value.numel() for value in checkpoint.ema.values())
+    print(f"{path}: {checkpoint.config['name']} of {count / 1e6:,.1f} M parameters")
+    print(f"sample from it with python -m {__package__}.sample {folder}")
+    return path
+
+
 def run(config: ConvertConfig) -> Path:
     """Convert as configured; returns the checkpoint or the file.
 
@@ -117,6 +194,8 @@ def run(config: ConvertConfig) -> Path:
         return publish(config)
     if config.out.exists():
         raise ValueError(f"{config.out} exists already; choose another --out")
+    if config.kind == "video":
+        return to_video(config)
     encoder = None if config.autoencoder is None else identify(config.autoencoder) | {"mean": None, "std": None}
     weights = read_weights(config.source, config.part)
     hints = Hints(config.heads, config.size)
@@ -125,11 +204,9 @@ def run(config: ConvertConfig) -> Path:
     for note in converted.notes:
         print(note)
     model = converted.config
-    settings = FAMILIES[model.name].settings
-    values = {item.name: getattr(model, item.name) for item in dataclasses.fields(settings)}
     train = TrainConfig(
         run=str(config.out),
-        model=settings(**values),
+        model=_settings(model),
         objective=converted.objective,
     )
     checkpoint = Checkpoint(
@@ -143,11 +220,7 @@ def run(config: ConvertConfig) -> Path:
         rng={},
         encoder=encoder,
     )
-    config.out.mkdir(parents=True)
-    path = checkpoints.save(config.out, checkpoint, keep=1)
-    count = sum(value.numel() for value in converted.weights.values())
-    print(f"{path}: {config.kind} of {count / 1e6:,.1f} M parameters")
-    print(f"sample from it with python -m {__package__}.sample {config.out}")
+    path = _save(config.out, checkpoint)
     if encoder is None:
         _log.warning("without --autoencoder training can start from it, and sampling from latents cannot")
     return path

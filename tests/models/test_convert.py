@@ -416,3 +416,42 @@ def test_dit_of_diffusers_that_is_another(tmp_path):
     assert not (tmp_path / "run").exists() and not (tmp_path / "r").exists()
     with pytest.raises(SystemExit):
         convert(["sit", str(tmp_path / "run"), "--to", str(tmp_path / "s.pt"), "--names", "diffusers"])
+
+
+@pytest.mark.parametrize("attention", ["factorized", "joint"])
+def test_an_image_model_becomes_a_video_model(attention, tmp_path):
+    convert(["dit", write("pt", tmp_path, published()), "--heads", "3", "--out", str(tmp_path / "dit")])
+    options = ["--frames", "3", "--attention", attention, "--out", str(tmp_path / "video")]
+    convert(["video", str(tmp_path / "dit"), *options])
+    _, checkpoint = checkpoints.latest(tmp_path / "video")
+    video, image = checkpoint.build().eval(), checkpoints.latest(tmp_path / "dit")[1].build().eval()
+    assert checkpoint.train["data"]["frames"] == 3 and checkpoint.step == 0
+    x, t, y = (
+        torch.randn(2, 4, 1, SIDE, SIDE).expand(-1, -1, 3, -1, -1),
+        torch.tensor([5.0, 500.0]),
+        torch.tensor([0, 3]),
+    )
+    with torch.no_grad():  # positions tell later frames from the first, which alone is the image model's
+        video.pos_embed.copy_(image.pos_embed.repeat(1, 3, 1))
+        torch.testing.assert_close(video(x, t, y)[:, :, 1], image(x[:, :, 1], t, y), rtol=1e-3, atol=1e-3)
+    with pytest.raises(SystemExit, match="it must be of a DiT for images"):
+        convert(["video", str(tmp_path / "video"), "--frames", "2", "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["video", "run", "--out", "new"], "frames is None; video needs out, and frames of at least 1"),
+        (["video", "run", "--frames", "0", "--out", "new"], "frames is 0; video needs out"),
+        (
+            ["video", "run", "--frames", "2", "--heads", "3", "--out", "new"],
+            "heads is 3; it goes with out, and not with",
+        ),
+        (["dit", "w.pt", "--frames", "2", "--out", "new"], "frames is 2; it goes with video"),
+    ],
+)
+def test_options_of_video_that_do_not_fit(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        convert(arguments)
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
