@@ -175,7 +175,7 @@ class _Reading:
         order = (*form.lead, len(form.lead))
         keys = [(start, stop, _sides(pairs, halves)) for start, stop, pairs in pieces]
         nodes = [node for node, _, _ in tables]
-        if {storage(node) for node in nodes} & {storage(node) for node in self.written}:
+        if not nodes or {storage(node) for node in nodes} & {storage(node) for node in self.written}:
             raise Unknown
         layouts = tuple((entries, repeats) for _, entries, repeats in tables)
         return Rotated(self.x, order, [*self.trail], nodes, (not halves, layouts, found), (halves, keys))

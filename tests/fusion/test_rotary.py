@@ -213,6 +213,10 @@ def mirrored(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.stack([imaginary, real], dim=-1).flatten(-2) * sin  # no rotation: one sign is another
 
 
+def swapped(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1)  # a turn, without a table
+
+
 def squared(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return stacked_pairs(x, cos, sin) * x
 
@@ -226,6 +230,7 @@ def read_again(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 LEFT = {
     "parts of a head": (thirds, repeated),
+    "swapped": (swapped, repeated),
     "squared": (squared, repeated),
     "a view read after the write": (read_again, repeated),
     "a table per sample": (stacked_pairs, lambda: tuple(t.expand(B, 1, N, -1).clone() for t in repeated())),
