@@ -32,6 +32,7 @@ from minisora_kernels.commands import NO_MEMORY
 from .denoisers.lora import LoRAConfig, adapt, merged
 from .registry import build, config_from
 from .runtime.files import checksum, whole_file
+from .runtime.packages import package
 from .runtime.plain import merge
 
 FORMAT = 2
@@ -103,6 +104,8 @@ class Checkpoint:
             NotEnoughMemory: as it says.
         """
         weights = self.ema if ema else self.model
+        if self.lora.rank:
+            package("peft")
         try:
             with _uninitialised():
                 model = build(config_from(self.config))

@@ -15,7 +15,7 @@ another. Tensors that are missing, unknown or misshapen are listed by name, and 
 | `dit` | Meta's DiT, files of its `train.py` and of fast-DiT, and the folder `transformer` of DiT in diffusers |
 | `sit` | SiT; the half of the output that it does not train is dropped |
 | `latte` | Latte, with classes or without |
-| `video` | no file but a run of an image DiT; each frame is what that makes of it, until it is trained on clips |
+| `video` | no file but a run of an image DiT, which becomes a video model to train on clips |
 """
 
 from __future__ import annotations
@@ -109,9 +109,10 @@ def publish(config: ConvertConfig) -> Path:
     if to.exists():
         raise ValueError(f"{to} exists already; choose another name")
     path, checkpoint = open_checkpoint(config.source)
-    weights = LAYOUTS[config.kind].write(checkpoint.merged())
+    layout = LAYOUTS[config.kind]
+    weights = layout.write(checkpoint.merged())
     if config.adapters is not None:
-        write_adapters(to, checkpoint.ema, checkpoint.lora)
+        write_adapters(to, layout.adapters(checkpoint.ema, config_from(checkpoint.config)), checkpoint.lora)
         print(f"{to} has the averaged adapters of {path}, under the names of {config.kind}")
         return to
     assert config.to is not None

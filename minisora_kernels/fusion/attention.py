@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from ..ops.window_attention import DETAILS, SHORT
 from . import calls
-from .graph import Nodes, argument, beneath, dtype, equal, kind, pair, shape, storage, value
+from .graph import Nodes, argument, beneath, dtype, equal, kind, order_of, pair, shape, storage, value
 from .match import Match, Permuted
 from .products import same_heads, through_dropout
 from .rotary import find_rotary
@@ -98,15 +98,10 @@ def _scaled(node: Any, trail: Nodes) -> tuple[Any, float]:
 def _untransposed(node: Any, trail: Nodes) -> fx.Node | None:
     """What a node is the transpose of, in its last two axes."""
     rank = len(shape(node) or ())
-    if kind(node) == "transpose" and {axis % rank for axis in node.args[1:3]} == {rank - 2, rank - 1}:
-        trail.append(node)
-        return node.args[0]
-    if kind(node) == "permute":
-        order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        if [axis % rank for axis in order] == [*range(rank - 2), rank - 1, rank - 2]:
-            trail.append(node)
-            return node.args[0]
-    return None
+    if rank < 2 or order_of(node) != (*range(rank - 2), rank - 1, rank - 2):
+        return None
+    trail.append(node)
+    return node.args[0]
 
 
 def _match(node: fx.Node, qkv: list[Any], scale: Any, trail: Nodes, left: str, whole: bool = True) -> Match:
@@ -119,10 +114,13 @@ def _match(node: fx.Node, qkv: list[Any], scale: Any, trail: Nodes, left: str, w
         left = left or "there are no tokens"
     if trail and any(_width(each) < _width(node) for each in trail):
         left = left or "the model rounds between"
-    inputs, mine, tables, rotation = _unrotated(qkv) if whole and not left else ([*map(_as_it_is, qkv)], [], (), None)
+    turned = _unrotated(qkv) if whole and not left else None
+    inputs = [*map(_as_it_is, qkv)] if turned is None else [*turned.inputs, _as_it_is(qkv[2])]
+    mine, tables, rotation = ([], (), None) if turned is None else turned[1:4]
     norms, passed = _qk_norm(inputs, qkv[2]) if whole and not left else (None, [])
     if norms is None and any(dtype(each.node) != dtype(qkv[2]) for each in inputs):
         inputs, mine, tables, rotation = [*map(_as_it_is, qkv)], [], (), None  # the norm ends in float32
+        turned = None
     weights: list[Any] = [None, None]
     options: dict[str, Any] = dict(scale=scale)
     if norms is not None:
@@ -150,22 +148,47 @@ def _match(node: fx.Node, qkv: list[Any], scale: Any, trail: Nodes, left: str, w
         match.keywords.update(sizes=(sizes[1], sizes[3]))
     if mine:
         match.less = _match(node, qkv, scale, trail, left, whole=False)
+    if turned is not None and turned.written and _is_read(match, turned.written):
+        assert match.less is not None
+        return match.less
     return match
+
+
+def _is_read(match: Match, written: Nodes) -> bool:
+    """Whether anything but the match reads what some of its nodes wrote to, which goes with it."""
+    inside = {*match.trail, match.result}
+    return any(user not in inside for node in (*match.trail, *written) for user in node.users)
 
 
 def _as_it_is(node: Any) -> Permuted:
     return Permuted(node, tuple(range(len(shape(node) or ()))))
 
 
-def _unrotated(qkv: list[Any]) -> tuple[list[Permuted], Nodes, tuple[fx.Node, ...], tuple[Any, ...] | None]:
-    """q, k and v before a rotary embedding of q and k, the nodes that make it, its tables, and how it reads them."""
-    inputs = [*map(_as_it_is, qkv)]
-    found = [find_rotary(node) for node in qkv[:2]]
-    q, k = found
+class Unrotated(NamedTuple):
+    """q and k before a rotary embedding.
+
+    Attributes:
+        inputs: Both.
+        trail: The nodes that turn them.
+        tables: Nodes with cosines and sines.
+        rotation: How those are read, as in ``rotary.Rotated``.
+        written: Tensors that nodes of the trail write to.
+    """
+
+    inputs: list[Permuted]
+    trail: Nodes
+    tables: tuple[fx.Node, ...]
+    rotation: tuple[Any, ...]
+    written: Nodes
+
+
+def _unrotated(qkv: list[Any]) -> Unrotated | None:
+    """q and k before a rotary embedding, if both turn alike."""
+    q, k = (find_rotary(node) for node in qkv[:2])
     if q is None or k is None or q.keys != k.keys:
-        return inputs, [], (), None
-    inputs[:2] = [Permuted(each.x, each.order) for each in (q, k)]
-    return inputs, [*q.trail, *k.trail], tuple(q.tables), q.rotation
+        return None
+    inputs = [Permuted(each.x, each.order) for each in (q, k)]
+    return Unrotated(inputs, [*q.trail, *k.trail], tuple(q.tables), q.rotation, [*q.written, *k.written])
 
 
 def _qk_norm(inputs: list[Permuted], v: fx.Node) -> tuple[list[tuple[Permuted, Norm]] | None, Nodes]:
@@ -174,10 +197,9 @@ def _qk_norm(inputs: list[Permuted], v: fx.Node) -> tuple[list[tuple[Permuted, N
     found = []
     for each in inputs[:2]:
         node, order = each.node, each.order
-        while _swaps_heads(node):
+        while (swap := order_of(node)) == (0, 2, 1, 3):  # heads and tokens
             trail.append(node)
-            swapped = {1: 2, 2: 1}
-            node, order = node.args[0], tuple(swapped.get(axis, axis) for axis in order)  # type: ignore[assignment]
+            node, order = node.args[0], tuple(swap[axis] for axis in order)  # type: ignore[assignment]
         normed = find_norm(node, [])
         if normed is None or normed[0].bias is not None or dtype(normed[0].x) != dtype(v):
             return None, []
@@ -189,18 +211,6 @@ def _qk_norm(inputs: list[Permuted], v: fx.Node) -> tuple[list[tuple[Permuted, N
     if found[0][1].kind != found[1][1].kind or found[0][1].eps != found[1][1].eps:
         return None, []
     return found, trail
-
-
-def _swaps_heads(node: Any) -> bool:
-    """Whether a node swaps the two middle axes of four, those of heads and tokens."""
-    if len(shape(node) or ()) != 4:
-        return False
-    if kind(node) == "transpose":
-        return {axis % 4 for axis in node.args[1:3]} == {1, 2}
-    if kind(node) != "permute":
-        return False
-    order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    return [axis % 4 for axis in order] == [0, 2, 1, 3]
 
 
 def _width(node: fx.Node) -> int:

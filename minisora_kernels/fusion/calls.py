@@ -141,7 +141,7 @@ def packed_attention(
     window = (1, 1, qkv.shape[1])
     options = dict(options, q_weight=q_weight, k_weight=k_weight)
     if rotation is not None:
-        cos, sin, other_cos, other_sin = _angles(tables, rotation, qkv.shape[1])
+        cos, sin, other_cos, other_sin = _angles(tables, rotation, qkv)
         interleaved = rotation[0]
         if other_cos is None or _same((cos, sin), (other_cos, other_sin)):
             options["rope"] = _window_attention.Rope(cos, sin, interleaved)
@@ -152,21 +152,23 @@ def packed_attention(
     return y.unflatten(-1, qkv.shape[3:]).transpose(1, 2)
 
 
-def _angles(tables: tuple[Tensor, ...], rotation: tuple[Any, ...], tokens: int) -> list[Any]:
+def _angles(tables: tuple[Tensor, ...], rotation: tuple[Any, ...], qkv: Tensor) -> list[Any]:
     """Cosines and sines ``[N, head_dim / 2]`` of the first channels of all pairs, and of the second or None."""
     _, layouts, pieces = rotation
+    dtype = torch.promote_types(torch.float32, qkv.dtype)
     flat = [
-        (table[:1] if repeats else table).reshape(-1, entries).float()
+        (table[:1] if repeats else table).reshape(-1, entries).to(dtype)
         for table, (entries, repeats) in zip(tables, layouts, strict=True)
     ]
     sides: list[list[Tensor]] = [[], [], [], []]
     differ = any(len(reads) == 4 for _, _, reads in pieces)
     for start, stop, reads in pieces:
-        rows = (tokens if stop is None else stop) - start
-        for side, each in zip(sides, reads if len(reads) == 4 or not differ else reads * 2, strict=False):
-            side.append(_columns(flat, each, rows))
-    found = [torch.cat(side) if len(side) > 1 else side[0] if side else None for side in sides]
-    return found
+        rows = (qkv.shape[1] if stop is None else stop) - start
+        every = reads if len(reads) == 4 else (*reads, *(reads if differ else (None, None)))
+        for side, each in zip(sides, every, strict=True):
+            if each is not None:
+                side.append(_columns(flat, each, rows))
+    return [torch.cat(side) if len(side) > 1 else side[0] if side else None for side in sides]
 
 
 def _columns(flat: list[Tensor], reads: tuple[tuple[float, int, int], ...], rows: int) -> Tensor:
@@ -177,12 +179,11 @@ def _columns(flat: list[Tensor], reads: tuple[tuple[float, int, int], ...], rows
         index = torch.tensor([entry for _, _, entry in reads], device=table.device)
         found, factors = table[:, index], [factor for factor, _, _ in reads]
         if any(factor != 1.0 for factor in factors):
-            found = found * torch.tensor(factors, device=table.device)
+            found = found * torch.tensor(factors, dtype=table.dtype, device=table.device)
         return found.expand(rows, -1)
-    device = flat[0].device
+    like = flat[0]
     columns = [
-        torch.full((1,), factor, device=device) if place < 0 else flat[place][:, entry] * factor
-        for factor, place, entry in reads
+        like.new_full((1,), factor) if place < 0 else flat[place][:, entry] * factor for factor, place, entry in reads
     ]
     return torch.stack([column.expand(rows) for column in columns], dim=1)
 

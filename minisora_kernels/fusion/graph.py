@@ -134,6 +134,22 @@ def pair(node: Any, name: str) -> tuple[Any, Any] | None:
     return (node.args[0], node.args[1]) if kind(node) == name and len(node.args) == 2 and not node.kwargs else None
 
 
+def order_of(node: Any) -> tuple[int, ...] | None:
+    """The axes of what a node transposes or permutes, in the node's order; None for any other node."""
+    rank = len(shape(node) or ())
+    if kind(node) == "transpose":
+        one, other = (argument(node, i, f"dim{i - 1}") for i in (1, 2))
+        if not isinstance(one, int) or not isinstance(other, int):
+            return None
+        swapped = {one % rank: other % rank, other % rank: one % rank}
+        return tuple(swapped.get(axis, axis) for axis in range(rank))
+    if kind(node) != "permute":
+        return None
+    axes = argument(node, 1, "dims")
+    axes = axes if isinstance(axes, (tuple, list)) else node.args[1:]
+    return tuple(axis % rank for axis in axes) if all(isinstance(axis, int) for axis in axes) else None
+
+
 def sums(node: Any, trail: Nodes) -> list[tuple[Any, Any, Any, Nodes]]:
     """Ways to read a node as ``addend + a * b``: addend, a, b, and the nodes that the reading passed."""
     if kind(node) == "addcmul" and len(node.args) == 3 and not node.kwargs:

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import fx
 
-from .graph import CASTS, Nodes, argument, dtype, equal, kind, pair, shape, storage, value
+from .graph import CASTS, Nodes, argument, dtype, equal, kind, order_of, pair, shape, storage, value
 from .rows import find_norm
-from .tables import VIEWS, Key, Unknown, array_of, is_plain, mapped, numbers_of, per_axis, repeats
+from .tables import RESHAPES, Key, Unknown, array_of, is_plain, mapped, numbers_of, per_axis, repeats
 
 PARTS = ("unbind", "chunk", "split")
 EMPTY = ("empty_like", "zeros_like", "new_empty", "new_zeros", "empty", "zeros")
 # Nodes on the way from what is turned to the result, whose first operand leads on.
-ON_THE_WAY = {*VIEWS, *PARTS, *CASTS, "getitem", "transpose", "permute", "unsqueeze", "squeeze", "neg", "sub", "sum"}
+ON_THE_WAY = {*RESHAPES, *PARTS, *CASTS, "getitem", "transpose", "permute", "unsqueeze", "squeeze", "neg", "sub", "sum"}
 ON_THE_WAY |= {"clone", "repeat_interleave"}
 
 # What a channel is: coefficients by channel of x and number of a table.
@@ -68,6 +68,7 @@ class Rotated(NamedTuple):
         x: What is turned.
         order: The axes of the node, by their numbers in x.
         trail: The nodes that turn it.
+        written: Tensors that some of them write to. Nothing else may read those after the match.
         tables: Nodes with cosines and sines.
         rotation: ``(interleaved, layouts, pieces)``, of plain numbers: ``(entries, repeats)`` of each table, and per
             piece ``(start, stop, reads)`` with the reads of cosines and sines for the first channels of the pairs, and
@@ -78,6 +79,7 @@ class Rotated(NamedTuple):
     x: fx.Node
     order: tuple[int, ...]
     trail: Nodes
+    written: Nodes
     tables: Nodes
     rotation: tuple[Any, ...]
     keys: Any
@@ -90,7 +92,7 @@ def find_rotary(node: Any) -> Rotated | None:
     for x in _candidates(node):
         try:
             return _Reading(x, node).rotated()
-        except (Unknown, TypeError, ValueError, IndexError):  # or arguments that are of another kind than thought
+        except Unknown:
             continue
     return None
 
@@ -156,11 +158,8 @@ class _Reading:
         tokens = form.lead[-1]
         if self.axes - {tokens} or not self._is_whole(form.pieces, form.axis, tokens):
             raise Unknown
-        if self.written:
-            for node in (*self.trail, *self.written):
-                others = [user for user in node.users if user not in self.trail]
-                if len(others) > (node is self.result):
-                    raise Unknown
+        if not equal(tuple((shape(self.x) or ())[axis] for axis in (*form.lead, len(form.lead))), shape(self.result)):
+            raise Unknown
         halves, pieces = None, []
         for piece in form.pieces:
             mine, pairs = _pairs(piece.cells, width)
@@ -177,8 +176,9 @@ class _Reading:
         nodes = [node for node, _, _ in tables]
         if not nodes or {storage(node) for node in nodes} & {storage(node) for node in self.written}:
             raise Unknown
-        layouts = tuple((entries, repeats) for _, entries, repeats in tables)
-        return Rotated(self.x, order, [*self.trail], nodes, (not halves, layouts, found), (halves, keys))
+        layouts = tuple(layout for _, *layout in tables)
+        rotation = not halves, tuple(map(tuple, layouts)), found
+        return Rotated(self.x, order, [*self.trail], self.written, nodes, rotation, (halves, keys))
 
     def _is_whole(self, pieces: tuple[Piece, ...], axis: int | None, tokens: int) -> bool:
         """Whether pieces are all tokens, in their order."""
@@ -220,10 +220,27 @@ class _Reading:
             raise Unknown
         if (node, after) not in self.forms:
             found = self._after(node, writes) if after else self._form(node)
-            if (dtype(node) or self.dtype).itemsize < self.dtype.itemsize:
-                raise Unknown  # the model rounds
+            self._check(node, found)
             self.forms[node, after] = found
         return self.forms[node, after]
+
+    def _check(self, node: fx.Node, form: Form) -> None:
+        """Raise Unknown if a node rounds, or has other sizes than its form says, as by broadcasting."""
+        if value(node) is None:
+            return
+        if dtype(node) not in (self.dtype, torch.float32, torch.float64) or not self._is_wide(node):
+            raise Unknown
+        sizes, whole = shape(node) or (), shape(self.x) or ()
+        lead = len(form.lead)
+        kept = zip(form.lead, sizes, strict=False)
+        if not all(label == form.axis or equal(size, whole[label]) for label, size in kept):
+            raise Unknown
+        if any(piece.cells.shape != sizes[lead:] for piece in form.pieces):
+            raise Unknown
+
+    def _is_wide(self, node: fx.Node) -> bool:
+        mine = dtype(node)
+        return mine is not None and mine.itemsize >= self.dtype.itemsize
 
     def _after(self, node: fx.Node, writes: Nodes) -> Form:
         """A new tensor after writes to parts of it."""
@@ -301,8 +318,10 @@ class _Reading:
             return self._item(node)
         form = self.form(node.args[0], node)
         lead, rank = len(form.lead), len(shape(node.args[0]) or ())
-        if name in VIEWS:
+        if name in RESHAPES:
             before, after = shape(node.args[0]) or (), shape(node) or ()
+            if dtype(node) != dtype(node.args[0]):
+                raise Unknown  # a view of the bits
             if len(after) < lead or not equal(tuple(before[:lead]), tuple(after[:lead])):
                 raise Unknown
             sizes = after[lead:]
@@ -310,8 +329,8 @@ class _Reading:
                 raise Unknown
             return form.map(lambda cells: cells.reshape(sizes))
         if name in ("transpose", "permute"):
-            order = _order(node, rank)
-            if any((place < lead) != (axis < lead) for place, axis in enumerate(order)):
+            order = order_of(node)
+            if order is None or any((place < lead) != (axis < lead) for place, axis in enumerate(order)):
                 raise Unknown
             form = form._replace(lead=tuple(form.lead[axis] for axis in order[:lead]))
             return form.map(lambda cells: cells.transpose([axis - lead for axis in order[lead:]]))
@@ -349,7 +368,7 @@ class _Reading:
         tensor = value(table)
         if sizes is None or not sizes or len(sizes) > rank or tensor is None or tensor.requires_grad:
             raise Unknown
-        repeated, padded = False, (1,) * (rank - len(sizes)) + sizes
+        repeated, rows, padded = False, "1", (1,) * (rank - len(sizes)) + sizes
         for axis, (label, size, mine) in enumerate(zip(form.lead, padded, shape(one) or (), strict=False)):
             if equal(size, 1):
                 continue
@@ -359,11 +378,13 @@ class _Reading:
                 repeated = True
             else:
                 self.axes.add(label)
+                rows = str(size)
         axes = min(inner, len(sizes))
         numbers = numbers_of(table, axes)
         entries = np.empty(numbers.shape, object)
         for index, place in enumerate(np.ndindex(numbers.shape)):
             sign, key = numbers[place]
+            key = (rows, key)
             self.reads.setdefault(key, ((table, numbers.size, repeated), index, sign))
             entries[place] = {key: sign}
         return form.map(lambda cells: _products(cells, entries))
@@ -444,21 +465,10 @@ def _settled(node: fx.Node, write: fx.Node) -> bool:
     for user in node.users:
         if user is write or write < user:
             continue
-        views = kind(user) in (*VIEWS, *PARTS, "getitem", "transpose", "permute", "unsqueeze", "squeeze", *CASTS)
+        views = kind(user) in (*RESHAPES, *PARTS, "getitem", "transpose", "permute", "unsqueeze", "squeeze", *CASTS)
         if views and (any(write < each for each in user.users) or not _settled(user, write)):
             return False
     return True
-
-
-def _order(node: fx.Node, rank: int) -> list[int]:
-    """The axes of what a node permutes, in the node's order."""
-    if kind(node) == "permute":
-        axes = argument(node, 1, "dims")
-        axes = axes if isinstance(axes, (tuple, list)) else node.args[1:]
-    else:
-        a, b = argument(node, 1, "dim0") % rank, argument(node, 2, "dim1") % rank
-        axes = [b if axis == a else a if axis == b else axis for axis in range(rank)]
-    return [axis % rank for axis in axes]
 
 
 def _part(source: fx.Node, index: int, cells: np.ndarray, lead: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import fx
 
 from .graph import CASTS, argument, dtype, equal, kind, shape, storage, written
 
-VIEWS = ("view", "reshape", "flatten", "unflatten")
+RESHAPES = ("view", "reshape", "flatten", "unflatten")
 
 # A number of a table by where it comes from, or None for 1. Two with one key are the same number.
 Key = Any
@@ -36,7 +36,14 @@ def numbers_of(node: fx.Node, axes: int) -> np.ndarray:
     return found
 
 
+def _changes(node: fx.Node) -> bool:
+    """Whether a node or what it is made of may be written to: what was read before is not what is read later."""
+    return not {storage(each) for each in (node, *node.all_input_nodes)}.isdisjoint({None, *_stores(node.graph)})
+
+
 def _known(node: fx.Node, axes: int) -> np.ndarray | None:
+    if _changes(node):
+        return None
     name = kind(node)
     source = node.args[0] if node.args else None
     if name in ("cat", "stack"):
@@ -46,17 +53,20 @@ def _known(node: fx.Node, axes: int) -> np.ndarray | None:
             return None
         tables = [numbers_of(part, axes - (name == "stack")) for part in parts]
         return (np.concatenate if name == "cat" else np.stack)(tables, axis % rank - (rank - axes))
-    if not isinstance(source, fx.Node) or storage(source) in {None, *_written(node.graph)}:
-        return None  # what was read before a write is not what is read later
+    if not isinstance(source, fx.Node):
+        return None
     before, after = shape(source) or (), shape(node) or ()
     if name in CASTS:
-        width = dtype(node)
-        exact = width is not None and (width.itemsize >= 4 or width == dtype(source))
-        return numbers_of(source, axes) if exact and before == after else None
+        if before != after:
+            return None
+        return mapped(numbers_of(source, axes), lambda entry: (entry[0], _cast(entry[1], source, node)))
+    number = dtype(node)
+    if number is None or not number.is_floating_point or number != dtype(source):
+        return None
     if name == "neg":
         return mapped(numbers_of(source, axes), lambda entry: (-entry[0], entry[1]))
     if name in ("cos", "sin"):
-        return mapped(numbers_of(source, axes), lambda entry: (1.0, (name, entry)))
+        return mapped(numbers_of(source, axes), lambda entry: (1.0, (name, number, entry)))
     if name in ("repeat", "expand") and len(before) == len(after):
         rows = zip(before[: len(after) - axes], after, strict=False)
         same = equal(before[-axes:], after[-axes:]) and all(equal(a, b) or equal(a, 1) for a, b in rows)
@@ -67,12 +77,16 @@ def _known(node: fx.Node, axes: int) -> np.ndarray | None:
     if name == "repeat_interleave" and argument(node, 2, "dim") in (-1, len(before) - 1):
         times = argument(node, 1, "repeats")
         return np.repeat(numbers_of(source, axes), times, -1) if isinstance(times, int) and axes == 1 else None
-    if name in VIEWS:
+    if name in RESHAPES:
         inner = next((i for i in range(1, len(before) + 1) if _count(before[-i:]) == _count(after[-axes:])), 0)
         return numbers_of(source, inner).reshape(after[-axes:]) if inner else None
     if name == "getitem":
         return _item(source, node.args[1], before, axes)
     return None
+
+
+def _cast(key: Key, source: fx.Node, node: fx.Node) -> Key:
+    return key if dtype(source) == dtype(node) else (dtype(node), key)
 
 
 def _item(source: fx.Node, index: Any, sizes: tuple[Any, ...], axes: int) -> np.ndarray | None:
@@ -82,16 +96,16 @@ def _item(source: fx.Node, index: Any, sizes: tuple[Any, ...], axes: int) -> np.
     while rows and sum(item is None or isinstance(item, slice) for item in inner) < axes:
         inner.insert(0, rows.pop())
     found = numbers_of(source, sum(item is not None for item in inner))[tuple(inner)]
-    chosen = str([item for item in rows if item is not None])
     if all(item is None or item == slice(None) for item in rows):
         return found
+    chosen = f"{rows} of {sizes}"
     return mapped(found, lambda entry: (entry[0], (chosen, entry[1])))
 
 
 def repeats(node: Any) -> bool:
     """Whether the rows of the first axis are known to be equal."""
     sizes, name = shape(node), kind(node)
-    if not sizes or node.op not in ("call_function", "call_method"):
+    if not sizes or node.op not in ("call_function", "call_method") or _changes(node):
         return False
     if equal(sizes[0], 1):
         return True
@@ -100,21 +114,21 @@ def repeats(node: Any) -> bool:
         return argument(node, 1, "dim", 0) % len(sizes) > 0 and all(map(repeats, parts))
     source = node.args[0]
     before = shape(source)
-    if not before or storage(node) in {None, *_written(node.graph)}:
+    if not before:
         return False
     if name in ("repeat", "expand"):
         return len(before) == len(sizes) and equal(before[0], 1)
     if name == "getitem":
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         return index[0] == slice(None) and repeats(source)
-    one = name in ("cos", "sin", "neg", *CASTS, *VIEWS) or (name == "unsqueeze" and argument(node, 1, "dim") != 0)
+    one = name in ("cos", "sin", "neg", *CASTS, *RESHAPES) or (name == "unsqueeze" and argument(node, 1, "dim") != 0)
     return one and equal(before[0], sizes[0]) and repeats(source)
 
 
 _GRAPHS: weakref.WeakKeyDictionary[fx.Graph, set[int | None]] = weakref.WeakKeyDictionary()
 
 
-def _written(graph: fx.Graph) -> set[int | None]:
+def _stores(graph: fx.Graph) -> set[int | None]:
     """The storages that any node of a graph may write to, of those that it is given."""
     if graph not in _GRAPHS:
         targets = [(node, written(node)) for node in graph.nodes]

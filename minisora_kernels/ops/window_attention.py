@@ -68,12 +68,18 @@ class Rope(NamedTuple):
             >>> Rope.from_pairs(angle.cos(), angle.sin()).cos.shape
             torch.Size([12, 8])
         """
+        if not isinstance(interleaved, bool):
+            raise TypeError(f"Rope.from_pairs: interleaved is {interleaved!r}; it must be True or False")
         halves = []
         for name, table in (("cos", cos), ("sin", sin)):
-            check_tensor("Rope.from_pairs", name, table)
-            if table.dim() != 2 or table.shape[1] % 2:
+            check_tensor("Rope.from_pairs", name, table, cos, "cos")
+            if table.dim() != 2 or table.shape[1] % 2 or not table.shape[1]:
                 shape = tuple(table.shape)
                 raise ValueError(f"Rope.from_pairs: {name} has shape {shape}; it must be [N, head_dim], head_dim even")
+            if table.shape != cos.shape:
+                raise ValueError(
+                    f"Rope.from_pairs: sin has shape {tuple(sin.shape)}; it must be that of cos, {tuple(cos.shape)}"
+                )
             pair = table.unflatten(1, (-1, 2)).unbind(2) if interleaved else table.chunk(2, dim=1)
             if not torch.equal(*pair):
                 other = "half a head away" if interleaved else "its neighbour"

@@ -11,6 +11,7 @@ Source: Hu et al. 2021 (arXiv 2106.09685).
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from ..runtime.files import write_whole
 from ..runtime.packages import package
 
 BASE, DOWN, UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
+# The rows of classes.
+TABLE = "y_embedder.embedding_table.weight"
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,17 @@ class LoRAConfig:
     """Factor of the adapters times their rank; 0 takes the rank, so that the factor is 1."""
     targets: tuple[str, ...] = ()
     """Linears that get an adapter, by the end of their names, as `qkv` or `blocks.0.mlp.fc1`; by default all."""
+    classes: bool = False
+    """Train the rows of classes too, in full. Classes that --init does not have need it."""
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"lora.rank is {self.rank}; it must be at least 0")
-        if not self.rank and (self.alpha or self.targets):
-            name = "alpha" if self.alpha else "targets"
-            raise ValueError(f"lora.{name} is {getattr(self, name)}; it goes with lora.rank, which is 0")
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 0:
+            raise ValueError(f"lora.rank is {self.rank!r}; it must be a whole number, at least 0")
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"lora.alpha is {self.alpha}; it must be finite and at least 0")
+        for name in ("alpha", "targets", "classes") if not self.rank else ():
+            if getattr(self, name):
+                raise ValueError(f"lora.{name} is {getattr(self, name)}; it goes with lora.rank, which is 0")
 
     @property
     def factor(self) -> float:
@@ -49,7 +56,7 @@ class LoRAConfig:
 
 
 def adapt(model: nn.Module, config: LoRAConfig) -> None:
-    """Freeze a model and put adapters on its Linears, in place.
+    """Freeze a model, but for the rows of classes if asked, and put adapters on its Linears, in place.
 
     Raises:
         ValueError: a target that no Linear has, or a rank that is larger than one of them; peft is not there.
@@ -61,6 +68,8 @@ def adapt(model: nn.Module, config: LoRAConfig) -> None:
         if not names:
             last = sorted({name.rpartition(".")[2] for name in linears})
             raise ValueError(f"lora.targets has {target!r}; no Linear's name ends so: they end with {', '.join(last)}")
+    if config.classes and TABLE not in dict(model.named_parameters()):
+        raise ValueError("lora.classes is True; the model has no classes, so it must be False")
     chosen = list(dict.fromkeys(name for names in ends.values() for name in names)) or list(linears)
     small = min(chosen, key=lambda name: min(linears[name].weight.shape))
     if config.rank > min(linears[small].weight.shape):
@@ -74,7 +83,7 @@ def adapt(model: nn.Module, config: LoRAConfig) -> None:
     peft.inject_adapter_in_model(options, model)
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith((DOWN, UP)))
+        parameter.requires_grad_(name.endswith((DOWN, UP)) or (config.classes and name == TABLE))
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             module.cast_input_dtype_enabled = False  # under autocast it would keep its input in float32 as well
@@ -108,6 +117,8 @@ def write_adapters(folder: Path, weights: Mapping[str, Tensor], config: LoRAConf
         raise ValueError("these weights have no adapters: they were trained without lora.rank")
     if folder.exists():
         raise ValueError(f"{folder} exists already; choose another name")
+    if config.classes:
+        raise ValueError("these weights were trained with lora.classes: the rows of classes do not go into adapters")
     layers = [name.removesuffix(UP) for name in weights if name.endswith(UP)]
     tensors = {
         f"base_model.model.{name.replace('.default.', '.')}": value.contiguous()
@@ -123,9 +134,11 @@ def write_adapters(folder: Path, weights: Mapping[str, Tensor], config: LoRAConf
     }
     save = package("safetensors.torch").save
     content = save(tensors, metadata={"format": "pt"})
-    folder.mkdir(parents=True)
-    write_whole(folder / "adapter_model.safetensors", content)
-    write_whole(folder / "adapter_config.json", (json.dumps(options, indent=2) + "\n").encode())
+    part = folder.with_name(f"{folder.name}.tmp")
+    part.mkdir(parents=True, exist_ok=True)
+    write_whole(part / "adapter_model.safetensors", content)
+    write_whole(part / "adapter_config.json", (json.dumps(options, indent=2) + "\n").encode())
+    part.rename(folder)
 
 
 def share_frozen(model: nn.Module) -> dict[int, Any]:

@@ -72,7 +72,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build(built_from).to(self.device)
         if config.init is not None and resume is None:
-            start_from(self.model, open_checkpoint(Path(config.init))[1].merged(), self.classes)
+            rows_train = config.lora.classes or not config.lora.rank
+            start = open_checkpoint(Path(config.init))[1].merged()
+            start_from(self.model, start, self.classes, rows_train=rows_train)
         if config.lora.rank:
             adapt(self.model, config.lora)
         # What a checkpoint has and a forward may change, as the statistics of a batch norm.

@@ -47,21 +47,28 @@ def is_diffusers(weights: Mapping[str, Tensor]) -> bool:
 
 
 def hints_of(source: Path, hints: Hints) -> Hints:
-    """Hints with what a ``config.json`` in the folder of the weights says.
+    """Hints; those that lack come from the ``config.json`` in the folder of the weights, if there is one.
 
     Raises:
-        ValueError: another model of diffusers.
+        ValueError: a file of another model, or without what lacks.
     """
     file = (source if source.is_dir() else source.parent) / "config.json"
-    if not file.is_file():
+    if (hints.heads and hints.size) or not file.is_file():
         return hints
     try:
         values = json.loads(file.read_text())
-        heads, side = values["num_attention_heads"], values["sample_size"]
-        if values["_class_name"] != CLASS or not isinstance(heads, int) or not isinstance(side, int):
-            raise ValueError(f"it is of {values['_class_name']}; it must be of {CLASS}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} does not say what the weights are of: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    of = values.get("_class_name") if isinstance(values, dict) else None
+    if of != CLASS:
+        raise ValueError(f"{file} is of {of}; it must be of {CLASS}")
+    numbers = []
+    for name in ("num_attention_heads", "sample_size"):
+        value = values.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{file} has {name} {value!r}; it must be a positive whole number")
+        numbers.append(value)
+    heads, side = numbers
     return Hints(hints.heads or heads, hints.size or (side, side))
 
 
@@ -85,6 +92,9 @@ def from_diffusers(weights: Mapping[str, Tensor], hints: Hints) -> dict[str, Ten
         elif re.match(r"attn1\.to_[qkv]\.", match[2]):
             kind = match[2].rpartition(".")[2]
             parts = [f"transformer_blocks.{match[1]}.attn1.to_{part}.{kind}" for part in PARTS]
+            shapes = {tuple(weights[part].shape) for part in parts if part in weights}
+            if len(shapes) > 1:
+                raise ValueError(f"{', '.join(parts)} have shapes {sorted(shapes)}; they must have one")
             if name == parts[0] and all(part in weights for part in parts):
                 found[f"blocks.{match[1]}.attn.qkv.{kind}"] = torch.cat([weights[part] for part in parts])
         else:

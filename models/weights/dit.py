@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..denoisers.dit import SIZES, DiTConfig
+from ..denoisers.lora import TABLE, UP
 from ..objectives.ddpm import DDPM
 from ..objectives.flow import FlowMatching
-from ..registry import config_from
+from ..registry import Config, config_from
 from .diffusers_dit import from_diffusers, is_diffusers
 from .layout import Converted, Hints, Layout, shape_of
 
-TABLE = "y_embedder.embedding_table.weight"
 PATCHES, FRAMES = "x_embedder.proj.weight", "temp_embed"
 HEAD = ("final_layer.linear.weight", "final_layer.linear.bias")
 
@@ -140,8 +140,20 @@ def to_sit(checkpoint: Checkpoint) -> dict[str, Tensor]:
     objective = checkpoint.train["objective"]
     if objective.get("name") != FlowMatching.name or objective.get("time_scale") != 1:
         raise ValueError("SiT's code tells a model t in [0, 1]: the run must have objective 'flow' and time_scale 1")
-    halves = {name: weights[name].unflatten(0, (math.prod(config.patch), config.channels)) for name in HEAD}
-    return weights | {name: torch.cat((half, torch.zeros_like(half)), 1).flatten(0, 1) for name, half in halves.items()}
+    return weights | {name: _with_zeros(weights[name], config) for name in HEAD}
+
+
+def to_sit_adapters(adapters: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Adapters for SiT's code: with zeros for the channels that it does not train."""
+    name = f"{HEAD[0].removesuffix('.weight')}{UP}"
+    return adapters | ({name: _with_zeros(adapters[name], config)} if name in adapters else {})
+
+
+def _with_zeros(head: Tensor, config: Config) -> Tensor:
+    """The rows ``(patch, C)`` as the first half of the channels of ``(patch, 2 C)``."""
+    assert isinstance(config, DiTConfig)
+    half = head.unflatten(0, (math.prod(config.patch), config.channels))
+    return torch.cat((half, torch.zeros_like(half)), 1).flatten(0, 1)
 
 
 def _first_half(head: Tensor, config: DiTConfig) -> Tensor:
@@ -149,4 +161,8 @@ def _first_half(head: Tensor, config: DiTConfig) -> Tensor:
     return head.unflatten(0, (math.prod(config.patch), 2 * config.channels))[:, : config.channels].flatten(0, 1)
 
 
-LAYOUTS = {"dit": Layout(dit, to_dit), "sit": Layout(sit, to_sit), "latte": Layout(latte, to_latte)}
+LAYOUTS = {
+    "dit": Layout(dit, to_dit),
+    "sit": Layout(sit, to_sit, to_sit_adapters),
+    "latte": Layout(latte, to_latte),
+}

@@ -28,11 +28,16 @@ class Converted(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+def _as_they_are(adapters: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    return adapters
+
+
 class Layout(NamedTuple):
-    """Published weights to a model of this project, and the averaged weights of a run to published ones."""
+    """Published weights to a model of this project, and weights and adapters of a run to published ones."""
 
     read: Callable[[dict[str, Tensor], Hints], Converted]
     write: Callable[[Checkpoint], dict[str, Tensor]]
+    adapters: Callable[[dict[str, Tensor], Config], dict[str, Tensor]] = _as_they_are
 
 
 def shape_of(weights: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...]:

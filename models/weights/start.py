@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
+from ..denoisers.lora import TABLE
 
 _log = logging.getLogger(__name__)
-TABLE = "y_embedder.embedding_table.weight"
 # Parameters that are a function of the grid and are not trained.
 POSITIONS = "pos_embed"
 
 
-def start_from(model: nn.Module, checkpoint: Checkpoint, classes: list[str]) -> None:
+def start_from(model: nn.Module, checkpoint: Checkpoint, classes: list[str], *, rows_train: bool = True) -> None:
     """Copy the averaged weights of a checkpoint into a fresh model.
 
     What belongs to the data is made anew where the data differs, and said: the rows of classes that the checkpoint does
@@ -35,6 +35,11 @@ def start_from(model: nn.Module, checkpoint: Checkpoint, classes: list[str]) -> 
     tables = [values[TABLE].shape[1:] for values in (own, weights) if TABLE in values]
     if len(tables) == 2 and tables[0] == tables[1] and classes != checkpoint.classes:
         weights[TABLE], fresh = _rows(own[TABLE], weights[TABLE], classes, checkpoint.classes)
+        if fresh and not rows_train:
+            raise ValueError(
+                f"lora.classes is False, but init has no class {', '.join(fresh[:5])}: with lora.rank their rows stay "
+                "random, so it must be True"
+            )
         notes.append(f"the rows of {len(fresh)} of {len(classes)} classes are fresh: {', '.join(fresh[:5])}")
     channels = checkpoint.config.get("channels"), getattr(getattr(model, "config", None), "channels", None)
     if None not in channels and channels[0] != channels[1]:

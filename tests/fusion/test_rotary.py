@@ -316,3 +316,155 @@ def test_some_of_the_turned_tokens_are_some_of_them(ropes: list[Any]) -> None:
 
     check(Function(forward), qkv() | dict(zip(("cos", "sin"), repeated(), strict=True)))
     assert ropes and all(rope is None for rope, _ in ropes)
+
+
+def halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def into_empty(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x[..., 0::2], x[..., 1::2]
+    out = torch.empty_like(x)
+    out[..., 0::2], out[..., 1::2] = even * cos - odd * sin, even * sin + odd * cos
+    return out
+
+
+def sign_written_into_a_table(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
+    both = torch.cat([turns, turns], dim=-1)
+    cos, sin = both.cos(), both.sin()
+    sin[..., : WIDTH // 2] *= -1
+    q, k = (x * cos + torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1) * sin for x in (q, k))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def rest_of_a_table_overwritten(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
+    both = torch.cat([turns, turns], dim=-1)
+    cos, sin = both.cos(), both.sin()
+    cos[..., 5:], sin[..., 5:] = 1, 0
+    return F.scaled_dot_product_attention(swapped_halves(q, cos, sin), swapped_halves(k, cos, sin), v)
+
+
+def table_scaled_for_keys(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
+    cos, sin = turns.cos().repeat_interleave(2, -1), turns.sin().repeat_interleave(2, -1)
+    other = turns.cos().repeat_interleave(2, -1)
+    other.mul_(2)
+    return F.scaled_dot_product_attention(stacked_pairs(q, cos, sin), stacked_pairs(k, other, sin), v)
+
+
+def parts_written_after_a_cat(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
+    cos, sin = turns.cos(), torch.cat([turns.sin()] * 2, dim=-1)
+    first = torch.cat([cos, cos], dim=-1)
+    q = swapped_halves(q, first, sin)
+    cos.mul_(0.5)
+    return F.scaled_dot_product_attention(q, swapped_halves(k, torch.cat([cos, cos], dim=-1), sin), v)
+
+
+def one_sample_written(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
+    each = turns[None, None].expand(B, 1, -1, -1)
+    both = torch.cat([each, each], dim=-1)
+    both[1] *= 2
+    cos, sin = both.cos(), both.sin()
+    return F.scaled_dot_product_attention(swapped_halves(q, cos, sin), swapped_halves(k, cos, sin), v)
+
+
+def first_row_and_all_rows(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
+    cos, sin = turns.cos(), turns.sin()
+    q = halves(q, cos[None][:, 0], sin[None][:, 0])
+    return F.scaled_dot_product_attention(q, halves(k, cos.view(N, 1, -1)[:, 0], sin.view(N, 1, -1)[:, 0]), v)
+
+
+def cosines_of_two_dtypes(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
+    turns = turns.double() * 1e8
+    q = halves(q, turns.cos().float(), turns.sin().float())
+    return F.scaled_dot_product_attention(q, halves(k, turns.float().cos(), turns.float().sin()), v)
+
+
+def one_row_expanded_for_parts(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
+    cos, sin = (table.repeat_interleave(2, -1)[1:2] for table in (turns.cos(), turns.sin()))
+    q, k = (
+        torch.cat(
+            [stacked_pairs(part, cos.expand(part.shape[2], -1), sin.expand(part.shape[2], -1)) for part in parts], dim=2
+        )
+        for parts in ((x[:, :, :TEXT], x[:, :, TEXT:]) for x in (q, k))
+    )
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def scores_read_elsewhere(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
+    q, k = into_empty(q, turns.cos(), turns.sin()), into_empty(k, turns.cos(), turns.sin())
+    scores = q @ k.transpose(-1, -2) * WIDTH**-0.5
+    return scores.softmax(-1) @ v + scores.sum()
+
+
+def transposed_keys_read_elsewhere(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
+    q, k = into_empty(q, turns.cos(), turns.sin()), into_empty(k, turns.cos(), turns.sin())
+    transposed = k.transpose(-1, -2)
+    return (q @ transposed * 0.3).softmax(-1) @ v + transposed.sum()
+
+
+def keys_of_one_head_written_to_all(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
+    out, even, odd = torch.empty_like(v), k[:, :1, :, 0::2], k[:, :1, :, 1::2]
+    out[..., 0::2] = even * turns.cos() - odd * turns.sin()
+    out[..., 1::2] = even * turns.sin() + odd * turns.cos()
+    return F.scaled_dot_product_attention(into_empty(q, turns.cos(), turns.sin()), out, v)
+
+
+TRICKY = [
+    sign_written_into_a_table,
+    rest_of_a_table_overwritten,
+    table_scaled_for_keys,
+    parts_written_after_a_cat,
+    one_sample_written,
+    first_row_and_all_rows,
+    cosines_of_two_dtypes,
+    one_row_expanded_for_parts,
+    scores_read_elsewhere,
+    transposed_keys_read_elsewhere,
+    keys_of_one_head_written_to_all,
+]
+
+
+@pytest.mark.parametrize("forward", TRICKY, ids=lambda function: function.__name__)
+def test_what_looks_like_a_rotation_is_computed_as_it_is(forward: Callable[..., Tensor]) -> None:
+    model, inputs = Function(forward), [*qkv().values(), angles()]
+    runs = []
+    for fused in (False, True):
+        fresh = [each.detach().clone().requires_grad_(each.requires_grad) for each in inputs]
+        handle = mk.fuse(model, backend="cpu") if fused else None
+        out = model(*fresh)
+        out.square().mean().backward()
+        runs.append([out.detach(), *(each.grad for each in fresh[:3])])
+        if handle is not None:
+            handle.undo()
+    for found, exact in zip(*reversed(runs), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-5)
+
+
+def truncated(x: Tensor) -> Tensor:
+    return (x * 3).to(torch.int32).float()
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32).float() * 1e-9
+
+
+@pytest.mark.parametrize("change", [truncated, bits], ids=["truncated", "bits"])
+def test_casts_that_change_numbers_stay(change: Callable[[Tensor], Tensor], ropes: list[Any]) -> None:
+    cos, sin = repeated()
+    model = Function(
+        lambda q, k, v: F.scaled_dot_product_attention(*(stacked_pairs(change(x), cos, sin) for x in (q, k)), v)
+    )
+    inputs = [each.detach() for each in qkv().values()]
+    exact = model(*inputs)
+    with mk.fuse(model, backend="cpu"):
+        torch.testing.assert_close(model(*inputs), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_tables_in_float64_stay_so() -> None:
+    cos, sin = (table.double() for table in repeated())
+    inputs = [each.detach().double() for each in qkv().values()]
+    model = attend(stacked_pairs)
+    exact = model(*inputs, cos, sin)
+    with mk.fuse(model, backend="reference"):
+        torch.testing.assert_close(model(*inputs, cos, sin), exact, rtol=1e-12, atol=1e-12)

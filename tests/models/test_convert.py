@@ -402,8 +402,18 @@ def test_dit_of_diffusers_that_is_another(tmp_path):
     with pytest.raises(SystemExit, match=f"{name} is not that of block 0"):
         convert(["dit", str(tmp_path / "apart"), "--out", str(tmp_path / "run")])
     (tmp_path / "apart" / "config.json").write_text('{"_class_name": "PixArtTransformer2DModel"}')
-    with pytest.raises(SystemExit, match=r"config\.json does not say what the weights are of"):
+    with pytest.raises(SystemExit, match=r"config\.json is of PixArt\w+; it must be of DiTTransformer2DModel"):
         convert(["dit", str(tmp_path / "apart"), "--out", str(tmp_path / "run")])
+    for value in ("[8, 8]", "-8", "true", "null"):
+        content = f'{{"_class_name": "DiTTransformer2DModel", "num_attention_heads": 3, "sample_size": {value}}}'
+        (tmp_path / "apart" / "config.json").write_text(content)
+        with pytest.raises(SystemExit, match=r"config\.json has sample_size .*; it must be a positive whole number"):
+            convert(["dit", str(tmp_path / "apart"), "--out", str(tmp_path / "run")])
+    narrow = model.state_dict() | {"transformer_blocks.0.attn1.to_k.weight": torch.ones(WIDTH, 3)}
+    safetensors.save_file(narrow, tmp_path / "narrow.safetensors")
+    with pytest.raises(SystemExit, match=r"attn1\.to_v\.weight have shapes .*; they must have one"):
+        hints = ["--heads", "3", "--size", "8", "8"]
+        convert(["dit", str(tmp_path / "narrow.safetensors"), *hints, "--out", str(tmp_path / "run")])
     (tmp_path / "apart" / "config.json").unlink()
     with pytest.raises(SystemExit, match="size must be named: these weights have no positions"):
         convert(["dit", str(tmp_path / "apart"), "--heads", "3", "--out", str(tmp_path / "run")])
@@ -431,9 +441,13 @@ def test_an_image_model_becomes_a_video_model(attention, tmp_path):
         torch.tensor([5.0, 500.0]),
         torch.tensor([0, 3]),
     )
-    with torch.no_grad():  # positions tell later frames from the first, which alone is the image model's
+    with torch.no_grad():
+        expected = image(x[:, :, 0], t, y)
+        if attention == "factorized":
+            torch.testing.assert_close(video(x, t, y)[:, :, 0], expected, rtol=1e-3, atol=1e-3)
+        assert (video(x, t, y)[:, :, 1] - expected).abs().max() > 0.01  # positions tell the later frames apart
         video.pos_embed.copy_(image.pos_embed.repeat(1, 3, 1))
-        torch.testing.assert_close(video(x, t, y)[:, :, 1], image(x[:, :, 1], t, y), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(video(x, t, y), expected[:, :, None].expand(-1, -1, 3, -1, -1), rtol=1e-3, atol=1e-3)
     with pytest.raises(SystemExit, match="it must be of a DiT for images"):
         convert(["video", str(tmp_path / "video"), "--frames", "2", "--out", str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()

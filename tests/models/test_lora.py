@@ -19,11 +19,14 @@ from minisora_kernels.counters import saved_bytes
 from minisora_kernels.testing import assert_as_accurate
 from models import checkpoint as checkpoints
 from models.convert import main as convert
-from models.denoisers.lora import LoRAConfig, adapt, merged
+from models.denoisers import lora as lora_module
+from models.denoisers.lora import LoRAConfig, adapt, merged, write_adapters
 from models.plan import PlanConfig, needs
-from models.registry import build
+from models.registry import build, config_from
 from models.sample import main as sample
 from models.train import main as train
+from models.weights.dit import to_sit
+from models.weights.start import start_from
 
 SMALL = ["--data.frames", "2", "--data.size", "12", "12", "--preview.count", "1", "--batch-size", "2"]
 MODEL = ["--model.width", "24", "--model.depth", "1", "--model.heads", "1"]
@@ -180,6 +183,62 @@ def test_peft_reads_the_adapters(published):
     assert not (folder / "none").exists()
 
 
+def test_peft_reads_the_adapters_of_sit(tmp_path):
+    from test_convert import published as weights
+    from test_convert import write
+
+    convert(["sit", write("pt", tmp_path, weights()), "--heads", "3", "--out", str(tmp_path / "sit")])
+    _, base = checkpoints.latest(tmp_path / "sit")
+    model = base.build().eval()
+    adapt(model, LoRAConfig(rank=2))
+    randomise_adapters(model)
+    state = model.state_dict()
+    tuned = base.train | {"lora": {"rank": 2}, "init": str(tmp_path / "sit")}
+    (tmp_path / "mine").mkdir()
+    checkpoints.save(tmp_path / "mine", dataclasses.replace(base, train=tuned, model=state, ema=state), keep=1)
+    convert(["sit", str(tmp_path / "mine"), "--adapters", str(tmp_path / "adapters")])
+    # SiT's own code builds twice the channels and drops the second half.
+    config = dataclasses.replace(config_from(base.config), learn_sigma=True)
+    theirs = build(config).eval()
+    theirs.load_state_dict(to_sit(base))
+    theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapters"))
+    x, t, y = torch.randn(2, 4, *base.config["input_size"]), torch.tensor([3.0, 500.0]), torch.tensor([0, 1])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x, t, y)[:, :4], model(x, t, y), rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_that_cannot_be_written_leave_nothing(published, monkeypatch):
+    folder, _ = published
+
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(lora_module, "write_whole", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        convert(["dit", str(folder / "mine"), "--adapters", str(folder / "adapters")])
+    monkeypatch.undo()
+    assert not (folder / "adapters").exists()
+    convert(["dit", str(folder / "mine"), "--adapters", str(folder / "adapters")])
+
+
+def test_rows_of_new_classes(published):
+    folder, base = published
+    table, classes = "y_embedder.embedding_table.weight", [*base.classes[:-1], "new"]
+    with pytest.raises(ValueError, match=r"lora\.classes is False, but init has no class new"):
+        start_from(base.build(), base, classes, rows_train=False)
+    model, lora = base.build(), LoRAConfig(rank=2, classes=True)
+    start_from(model, base, classes, rows_train=True)
+    adapt(model, lora)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert table in trained and all("lora_" in name for name in trained - {table})
+    assert torch.equal(merged(model.state_dict(), lora)[table], model.state_dict()[table])
+    with pytest.raises(ValueError, match="the rows of classes do not go into adapters"):
+        write_adapters(folder / "rows", model.state_dict(), lora)
+    with pytest.raises(ValueError, match=r"lora\.classes is True; the model has no classes"):
+        adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), lora)
+    assert not (folder / "rows").exists()
+
+
 def test_published_weights_have_the_adapters_in_them(published):
     folder, _ = published
     convert(["dit", str(folder / "mine"), "--to", str(folder / "mine.pt")])
@@ -207,8 +266,11 @@ def test_a_step_keeps_no_more_than_eager():
     ("options", "message"),
     [
         (["--lora.rank", "2"], "lora.rank is 2; it needs init"),
-        (["--lora.rank", "-1"], "lora.rank is -1; it must be at least 0"),
+        (["--lora.rank", "-1"], "lora.rank is -1; it must be a whole number, at least 0"),
         (["--lora.alpha", "2"], "lora.alpha is 2.0; it goes with lora.rank"),
+        (["--lora.rank", "2", "--lora.alpha", "nan"], "lora.alpha is nan; it must be finite and at least 0"),
+        (["--lora.rank", "2", "--lora.alpha", "-3"], "lora.alpha is -3.0; it must be finite and at least 0"),
+        (["--lora.classes"], "lora.classes is True; it goes with lora.rank"),
     ],
 )
 def test_options_that_do_not_fit(options, message, tmp_path, capsys):
@@ -234,6 +296,9 @@ def test_without_peft_it_says_so(runs, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SystemExit, match="package 'peft' is needed: pip install peft"):
         train(start(runs, "none", 1))
+    with pytest.raises(SystemExit, match=r"^error: package 'peft' is needed: pip install peft"):
+        sample([str(runs / "four"), "--no-merge", "--count", "1", "--out", str(runs / "no-peft")])
+    sample([str(runs / "four"), "--count", "1", "--steps", "1", "--out", str(runs / "merged")])
 
 
 def test_a_plan_of_adapters_needs_less():
