@@ -138,6 +138,21 @@ def launches(monkeypatch):
 
 
 @pytest.fixture
+def ropes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, object]]:
+    """The rotary tables, or None, and the norm of each attention that the pass over other people's models puts in."""
+    found: list[tuple[object, object]] = []
+    module = importlib.import_module("minisora_kernels.ops.window_attention")
+    attention = module.window_attention
+
+    def call(qkv, *sizes, **options):
+        found.append((options.get("rope"), options.get("qk_norm")))
+        return attention(qkv, *sizes, **options)
+
+    monkeypatch.setattr(module, "window_attention", call)
+    return found
+
+
+@pytest.fixture
 def threads():
     """Restores the number of threads."""
     count = torch.get_num_threads()

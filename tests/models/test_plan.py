@@ -31,7 +31,7 @@ def step():
         return peak_of_a_step()
 
 def peak_of_a_step():
-    model, x, t, y = plan._model(config)
+    model, x, t, y = plan._model(config, training=training)
     x.normal_(), t.uniform_(0, 1000)
     model.train(training)
     model.checkpointing = config.checkpointing
