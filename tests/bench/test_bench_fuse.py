@@ -57,6 +57,15 @@ def test_a_column_that_computes_something_else_is_refused():
         fuse.check_same("Wan", calls, torch.float32)
 
 
+def test_a_compiler_that_computes_something_else_is_left_out():
+    right, wrong = (lambda: torch.ones(4)), (lambda: torch.full((4,), torch.nan))
+    calls = {"eager": right, "compile": wrong, "fuse": right, "fuse, compile": wrong}
+    found = fuse.check_same("Wan", calls, torch.float32)
+    assert found.keys() == {"compile", "fuse, compile"} and found["compile"] == "compile differs from eager by nan"
+    with pytest.raises(RuntimeError, match="fuse, compile differs from eager by nan"):
+        fuse.check_same("Wan", {**calls, "compile": right}, torch.float32)
+
+
 def test_lora_is_put_on_attention_alone():
     model, _ = fuse.build("Wan", torch.float32)
     fuse.adapt(model)
