@@ -9,17 +9,11 @@ from torch import Tensor, fx
 
 from ..ops.window_attention import DETAILS, SHORT
 from . import calls
-from .graph import Nodes, argument, beneath, dtype, equal, kind, order_of, pair, shape, storage, value
+from .graph import VIEWS, Nodes, argument, beneath, dtype, equal, kind, order_of, pair, shape, storage, value
 from .match import Match, Permuted
 from .products import same_heads, through_dropout
 from .rotary import find_rotary
 from .rows import Norm, find_norm
-
-# Nodes that show the same numbers, or a part of them, under another shape.
-VIEWS = {
-    *("view", "reshape", "unflatten", "flatten", "transpose", "permute", "unbind", "chunk", "split", "getitem"),
-    *("squeeze", "unsqueeze", "contiguous"),
-}
 
 
 def match_attention(node: fx.Node) -> Match | None:
@@ -116,11 +110,11 @@ def _match(node: fx.Node, qkv: list[Any], scale: Any, trail: Nodes, left: str, w
         left = left or "the model rounds between"
     turned = _unrotated(qkv) if whole and not left else None
     inputs = [*map(_as_it_is, qkv)] if turned is None else [*turned.inputs, _as_it_is(qkv[2])]
-    mine, tables, rotation = ([], (), None) if turned is None else turned[1:4]
     norms, passed = _qk_norm(inputs, qkv[2]) if whole and not left else (None, [])
     if norms is None and any(dtype(each.node) != dtype(qkv[2]) for each in inputs):
-        inputs, mine, tables, rotation = [*map(_as_it_is, qkv)], [], (), None  # the norm ends in float32
-        turned = None
+        inputs, turned = [*map(_as_it_is, qkv)], None  # the norm ends in float32
+    mine = [] if turned is None else [*turned.trail]
+    tables, rotation = ((), None) if turned is None else (turned.tables, turned.rotation)
     weights: list[Any] = [None, None]
     options: dict[str, Any] = dict(scale=scale)
     if norms is not None:

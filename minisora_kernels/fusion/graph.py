@@ -44,6 +44,10 @@ for _name in (
 # Whose patterns look for inputs by their names too; other functions are known with inputs by position only.
 BY_KEYWORD = {"linear", "gelu", "dropout", "softmax", "scaled_dot_product_attention", "conv2d", "conv3d"}
 
+# Nodes that show the same numbers, or a part of them, under another shape.
+VIEWS = {"view", "reshape", "unflatten", "flatten", "transpose", "permute", "unbind", "chunk", "split", "getitem"}
+VIEWS |= {"squeeze", "unsqueeze", "contiguous"}
+
 CASTS = {"float", "half", "bfloat16", "to", "type", "type_as", "contiguous"}
 
 # Functions of the operator module that write to their first argument.

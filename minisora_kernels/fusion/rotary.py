@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import fx
 
-from .graph import CASTS, Nodes, argument, dtype, equal, kind, order_of, pair, shape, storage, value
+from .graph import CASTS, VIEWS, Nodes, argument, dtype, equal, kind, order_of, pair, shape, storage, value
 from .rows import find_norm
 from .tables import RESHAPES, Key, Unknown, array_of, is_plain, mapped, numbers_of, per_axis, repeats
 
 PARTS = ("unbind", "chunk", "split")
 EMPTY = ("empty_like", "zeros_like", "new_empty", "new_zeros", "empty", "zeros")
 # Nodes on the way from what is turned to the result, whose first operand leads on.
-ON_THE_WAY = {*RESHAPES, *PARTS, *CASTS, "getitem", "transpose", "permute", "unsqueeze", "squeeze", "neg", "sub", "sum"}
-ON_THE_WAY |= {"clone", "repeat_interleave"}
+ON_THE_WAY = VIEWS | CASTS | {"neg", "sub", "sum", "clone", "repeat_interleave"}
 
 # What a channel is: coefficients by channel of x and number of a table.
 Sum = dict[tuple[int, Key], float]
@@ -170,9 +169,9 @@ class _Reading:
         if halves is None:
             raise Unknown
         tables: Tables = []
-        found = tuple((start, stop, self._reads_of(pairs, halves, tables)) for start, stop, pairs in pieces)
-        order = (*form.lead, len(form.lead))
         keys = [(start, stop, _sides(pairs, halves)) for start, stop, pairs in pieces]
+        found = tuple((start, stop, self._reads_of(sides, tables)) for start, stop, sides in keys)
+        order = (*form.lead, len(form.lead))
         nodes = [node for node, _, _ in tables]
         if not nodes or {storage(node) for node in nodes} & {storage(node) for node in self.written}:
             raise Unknown
@@ -187,9 +186,8 @@ class _Reading:
         ends = [0, *(piece.stop for piece in pieces)]
         return axis == tokens and [piece.start for piece in pieces] == ends[:-1] and ends[-1] == self._size(axis)
 
-    def _reads_of(self, pairs: Any, halves: bool, tables: Tables) -> tuple[tuple[Read, ...], ...]:
-        cos, sin, other_cos, other_sin = _sides(pairs, halves)
-        sides = (cos, sin) if (cos, sin) == (other_cos, other_sin) else (cos, sin, other_cos, other_sin)
+    def _reads_of(self, sides: tuple[Any, ...], tables: Tables) -> tuple[tuple[Read, ...], ...]:
+        sides = sides[:2] if sides[:2] == sides[2:] else sides
         return tuple(tuple(self._read(factor, key, tables) for factor, key in side) for side in sides)
 
     def _read(self, factor: float, key: Key, tables: Tables) -> Read:
@@ -228,7 +226,8 @@ class _Reading:
         """Raise Unknown if a node rounds, or has other sizes than its form says, as by broadcasting."""
         if value(node) is None:
             return
-        if dtype(node) not in (self.dtype, torch.float32, torch.float64) or not self._is_wide(node):
+        mine = dtype(node)
+        if mine not in (self.dtype, torch.float32, torch.float64) or mine.itemsize < self.dtype.itemsize:
             raise Unknown
         sizes, whole = shape(node) or (), shape(self.x) or ()
         lead = len(form.lead)
@@ -237,10 +236,6 @@ class _Reading:
             raise Unknown
         if any(piece.cells.shape != sizes[lead:] for piece in form.pieces):
             raise Unknown
-
-    def _is_wide(self, node: fx.Node) -> bool:
-        mine = dtype(node)
-        return mine is not None and mine.itemsize >= self.dtype.itemsize
 
     def _after(self, node: fx.Node, writes: Nodes) -> Form:
         """A new tensor after writes to parts of it."""
@@ -465,7 +460,7 @@ def _settled(node: fx.Node, write: fx.Node) -> bool:
     for user in node.users:
         if user is write or write < user:
             continue
-        views = kind(user) in (*RESHAPES, *PARTS, "getitem", "transpose", "permute", "unsqueeze", "squeeze", *CASTS)
+        views = kind(user) in VIEWS | CASTS
         if views and (any(write < each for each in user.users) or not _settled(user, write)):
             return False
     return True

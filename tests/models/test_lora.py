@@ -12,7 +12,7 @@ import peft
 import pytest
 import test_cascade
 import torch
-from test_model_adapters import CASES
+from test_model_adapters import CASES, made
 
 from minisora_kernels import use_backend
 from minisora_kernels.counters import saved_bytes
@@ -49,12 +49,7 @@ FIRST = {name.split()[0]: name for name in reversed(CASES)}.values()
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FIRST)) for name in CASES])
 def test_adapters_of_every_family_are_what_they_are_merged_to(name: str):
-    config, arguments = CASES[name]
-    named = arguments[-1] if isinstance(arguments[-1], dict) else {}
-    arguments = [part for part in arguments if not isinstance(part, dict)]
-    torch.manual_seed(0)
-    plain = build(config).eval()
-    test_cascade.randomized(plain)
+    plain, arguments, named = made(name)
     model, lora = copy.deepcopy(plain), LoRAConfig(rank=2, alpha=3)
     adapt(model, lora)
     with torch.no_grad():

@@ -66,14 +66,19 @@ def cases():
 CASES = {name: (config, inputs) for name, config, inputs in cases()}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_adapters_on_every_linear_are_computed(name):
+def made(name):
+    """A model with random weights, and what it is called with, by place and by name."""
     config, arguments = CASES[name]
-    named = arguments[-1] if isinstance(arguments[-1], dict) else {}
-    arguments = [part for part in arguments if not isinstance(part, dict)]
     torch.manual_seed(0)
     model = build(config).eval()
     test_cascade.randomized(model)
+    named = arguments[-1] if isinstance(arguments[-1], dict) else {}
+    return model, [part for part in arguments if not isinstance(part, dict)], named
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_on_every_linear_are_computed(name):
+    model, arguments, named = made(name)
     plain = copy.deepcopy(model)
     model, merged, names = adapted(model)
     assert len(names) > 10
