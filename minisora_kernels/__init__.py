@@ -5,16 +5,18 @@ from .backends import use_backend as use_backend
 from .fusion import compiler as compiler
 from .fusion import fuse as fuse
 from .ops.adaln import adaln as adaln
+from .ops.attention import attention as attention
 from .ops.gate_residual import gate_residual as gate_residual
 from .ops.gate_residual_adaln import gate_residual_adaln as gate_residual_adaln
 from .ops.gelu_mlp import gelu_mlp as gelu_mlp
 from .ops.grn import grn as grn
 from .ops.guided_step import Coefficients as Coefficients
 from .ops.guided_step import guided_step as guided_step
+from .ops.norm_rope import Rope as Rope
+from .ops.norm_rope import norm_rope as norm_rope
+from .ops.norm_rope import rope_3d as rope_3d
 from .ops.patch_embed import patch_embed as patch_embed
 from .ops.unpatchify import unpatchify as unpatchify
-from .ops.window_attention import Rope as Rope
-from .ops.window_attention import rope_3d as rope_3d
 from .ops.window_attention import window_attention as window_attention
 from .recompute import recompute_adaln as recompute_adaln
 
@@ -24,6 +26,7 @@ __all__ = [
     "Coefficients",
     "Rope",
     "adaln",
+    "attention",
     "compiler",
     "fuse",
     "gate_residual",
@@ -32,6 +35,7 @@ __all__ = [
     "grn",
     "guided_step",
     "modules",
+    "norm_rope",
     "patch_embed",
     "recompute_adaln",
     "rope_3d",

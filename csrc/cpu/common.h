@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -307,6 +308,15 @@ inline void with_put(bool past_caches, F&& f) {
   past_caches ? f(Streamed{}) : f(Stored{});
 }
 
+// Swaps lanes 2i and 2i + 1.
+inline Vec swap_pairs(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_permute_ps(x, 0xb1);
+#else
+  return _mm256_permute_ps(x, 0xb1);
+#endif
+}
+
 inline float sum_lanes(Vec value) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, value);
 }
@@ -328,6 +338,17 @@ MINISORA_INLINE inline void for_columns(int64_t width, F&& f) {
     }
     for (; i + V <= width; i += V) f(i, Full{}, std::integral_constant<int, 0>{});
     if (i < width) f(i, width - i, std::integral_constant<int, 1>{});
+  }
+}
+
+template <class T, class S>
+inline void copy_row(const T* in, S* out, int64_t width) {
+  if constexpr (std::is_same_v<T, S>) {
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) std::memcpy(out + i, in + i, 16 * sizeof(T));
+    for (; i < width; ++i) out[i] = in[i];
+  } else {
+    for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count), count); });
   }
 }
 

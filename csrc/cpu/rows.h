@@ -15,6 +15,9 @@ inline void check_rows(int64_t count, const char* name, int64_t tokens) {
       count > 0 && tokens % count == 0, name, " has ", count, " rows, which do not divide ", tokens, " tokens");
 }
 
+// Norms by their number in a schema.
+enum Norm : int64_t { kNone = 0, kRms = 1, kLayer = 2 };
+
 // A modulation parameter [B, R, D] with any strides over B and R; the row of token n is n / (N / R). Without one its
 // rows are `absent`.
 struct Rows {

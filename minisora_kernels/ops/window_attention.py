@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,140 +37,13 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import check_tensor, compute_dtype, kernel_refusal, number, sizes, whole
+from ..checks import check_tensor, compute_dtype, kernel_refusal, number, sizes
 from ..derivatives import once
 from ..flops import formula
 from ..modulation import Norm, asked_for
+from .norm_rope import NORMS, Rope, check_flag, check_norm, normalise, rotate
 
 Grid = tuple[int, int, int]
-
-
-class Rope(NamedTuple):
-    """Rotary tables with one row per token: ``cos`` and ``sin`` are ``[N, head_dim / 2]``; column i rotates pair i.
-
-    Pair i is channels ``(2i, 2i + 1)`` if ``interleaved`` (diffusers' video models), else ``(i, i + head_dim / 2)``.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    interleaved: bool = True
-
-    @classmethod
-    def from_pairs(cls, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Rope:
-        """Tables as diffusers has them, ``[N, head_dim]``, where each angle stands at both channels of its pair.
-
-        Raises:
-            ValueError: another shape, or a pair with two angles.
-            TypeError: no tensor.
-
-        Examples:
-            >>> angle = torch.randn(12, 8).repeat_interleave(2, dim=-1)
-            >>> Rope.from_pairs(angle.cos(), angle.sin()).cos.shape
-            torch.Size([12, 8])
-        """
-        if not isinstance(interleaved, bool):
-            raise TypeError(f"Rope.from_pairs: interleaved is {interleaved!r}; it must be True or False")
-        halves = []
-        for name, table in (("cos", cos), ("sin", sin)):
-            check_tensor("Rope.from_pairs", name, table, cos, "cos")
-            if table.dim() != 2 or table.shape[1] % 2 or not table.shape[1]:
-                shape = tuple(table.shape)
-                raise ValueError(f"Rope.from_pairs: {name} has shape {shape}; it must be [N, head_dim], head_dim even")
-            if table.shape != cos.shape:
-                raise ValueError(
-                    f"Rope.from_pairs: sin has shape {tuple(sin.shape)}; it must be that of cos, {tuple(cos.shape)}"
-                )
-            pair = table.unflatten(1, (-1, 2)).unbind(2) if interleaved else table.chunk(2, dim=1)
-            if not torch.equal(*pair):
-                other = "half a head away" if interleaved else "its neighbour"
-                raise ValueError(
-                    f"Rope.from_pairs: {name} has two angles for a pair of channels; with "
-                    f"interleaved={not interleaved} the partner of a channel is {other}"
-                )
-            halves.append(pair[0].contiguous())
-        return cls(halves[0], halves[1], interleaved)
-
-    def padded(self, before: int = 0, after: int = 0) -> Rope:
-        """The tables with rows before and after them for tokens that do not turn, as text beside a video.
-
-        Examples:
-            >>> rope_3d((2, 2, 3), 16).padded(before=5).cos.shape
-            torch.Size([17, 8])
-        """
-        for name, value in (("before", before), ("after", after)):
-            if whole("Rope.padded", name, value) < 0:
-                raise ValueError(f"Rope.padded: {name} is {value}; it must be at least 0")
-        cos, sin = (F.pad(table, (0, 0, before, after), value=one) for table, one in ((self.cos, 1.0), (self.sin, 0.0)))
-        return Rope(cos, sin, self.interleaved)
-
-
-def rope_3d(
-    grid: Sequence[int],
-    head_dim: int,
-    *,
-    theta: float = 10_000.0,
-    split: Sequence[int] | None = None,
-    interleaved: bool = True,
-    device: torch.device | str | None = None,
-) -> Rope:
-    """Rotary tables for a (T, H, W) grid: each axis rotates its own share of the channels.
-
-    Axis a has ``split[a]`` channels. It rotates pair j of them by ``position * theta ** (-2 j / split[a])`` radians.
-
-    Source: Su et al. 2021 (arXiv 2104.09864).
-
-    Args:
-        grid: Tokens per axis, ``(T, H, W)``.
-        head_dim: Channels of a head, even.
-        theta: Base of the frequencies.
-        split: Channels of the axes t, h and w, each even, with sum head_dim. By default they are equal thirds, and t
-            gets the rest.
-        interleaved: Pairing of the channels, as in ``Rope``.
-        device: Device of the tables.
-
-    Returns:
-        ``Rope`` with fp32 tables ``[T*H*W, head_dim / 2]``.
-
-    Raises:
-        ValueError: head_dim is odd, or split does not fit it.
-
-    Examples:
-        >>> rope_3d((4, 6, 10), 64).cos.shape
-        torch.Size([240, 32])
-    """
-    grid, head_dim = sizes("rope_3d", "grid", grid), whole("rope_3d", "head_dim", head_dim)
-    theta = number("rope_3d", "theta", theta)
-    if len(grid) != 3 or min(grid) < 1:
-        raise ValueError(f"rope_3d: grid is {grid}; it must be three positive numbers (T, H, W)")
-    if theta <= 0:
-        raise ValueError(f"rope_3d: theta is {theta}; it must be positive")
-    if not isinstance(interleaved, bool):
-        raise TypeError(f"rope_3d: interleaved is {interleaved!r}; it must be True or False")
-    if head_dim % 2 or head_dim <= 0:
-        raise ValueError(f"rope_3d: head_dim is {head_dim}; it must be even and positive")
-    if split is None:
-        third = head_dim // 6 * 2
-        split = (head_dim - 2 * third, third, third)
-    split = sizes("rope_3d", "split", split)
-    if len(split) != 3 or sum(split) != head_dim or any(s < 0 or s % 2 for s in split):
-        raise ValueError(f"rope_3d: split is {tuple(split)}; it must be three even numbers with sum {head_dim}")
-    places = torch.meshgrid(*(torch.arange(n, device=device, dtype=torch.float64) for n in grid), indexing="ij")
-    angles = []
-    for place, share in zip(places, split, strict=True):
-        frequency = theta ** (-torch.arange(0, share, 2, device=device, dtype=torch.float64) / max(share, 1))
-        angles.append(place.reshape(-1, 1) * frequency)
-    angle = torch.cat(angles, dim=1)
-    return Rope(angle.cos().float(), angle.sin().float(), interleaved)
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """``x [B, N, heads, head_dim]``, rotated by the tables, in plain PyTorch."""
-    cos, sin = rope.cos.to(x.dtype)[:, None], rope.sin.to(x.dtype)[:, None]
-    if rope.interleaved:
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 def boxes(grid: Sequence[int], window: Sequence[int]) -> list[tuple[tuple[int, int, int], ...]]:
@@ -231,15 +104,6 @@ def reference(
     return out.reshape(batch, tokens, heads * head_dim)
 
 
-def normalise(x: Tensor, kind: str | None, weight: Tensor | None, eps: float) -> Tensor:
-    """The norm of ``x [..., head_dim]`` by its name, in plain PyTorch."""
-    if kind is None:
-        return x
-    shape = x.shape[-1:]
-    x = F.layer_norm(x, shape, None, None, eps) if kind == "layer" else F.rms_norm(x, shape, None, eps)
-    return x if weight is None else x * weight.to(x.dtype)
-
-
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     # Up to 64 tokens two batched matmuls beat SDPA, whose flash backward is slow on short sequences.
     if bias is None and q.shape[2] > 64:
@@ -261,9 +125,6 @@ define(
     "Tensor? bias, float scale, float eps, bool need_qkv, bool need_q, bool need_k, bool need_bias) "
     "-> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight, Tensor dbias)"
 )
-
-NORMS = {None: 0, "rms": 1, "layer": 2}
-
 
 @register_fake("window_attention_fwd")
 def _(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps):
@@ -367,26 +228,13 @@ def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[
     wt, wh, ww = window
     if wt > t or wh > h or ww > w:
         raise ValueError(f"{op}: window {wt} x {wh} x {ww} is larger than the grid {t} x {h} x {w}")
-    if qk_norm not in (None, "rms", "layer"):
-        raise ValueError(f"{op}: qk_norm is {qk_norm!r}; it may be None, 'rms' or 'layer'")
-    for name, parameter in (("q_weight", q_weight), ("k_weight", k_weight), ("bias", bias)):
-        if parameter is not None:
-            check_tensor(op, name, parameter, qkv, "qkv")
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is None:
-            continue
-        if qk_norm is None:
-            raise ValueError(f"{op}: {name} needs qk_norm, which is None; it may be 'rms' or 'layer'")
-        if tuple(weight.shape) not in ((head_dim,), (heads, head_dim)):
-            raise ValueError(
-                f"{op}: {name} has shape {tuple(weight.shape)}; it may be [head_dim] or [heads, head_dim] with "
-                f"heads = {heads}, head_dim = {head_dim}"
-            )
+    check_norm(op, "qk_norm", qk_norm, (qkv, "qkv"), q_weight=q_weight, k_weight=k_weight)
+    if bias is not None:
+        check_tensor(op, "bias", bias, qkv, "qkv")
     if rope is not None:
         if not isinstance(rope, Rope):
             raise TypeError(f"{op}: rope must be a Rope(cos, sin, interleaved), got {type(rope).__name__}")
-        if not isinstance(rope.interleaved, bool):
-            raise TypeError(f"{op}: rope.interleaved is {rope.interleaved!r}; it must be True or False")
+        check_flag(op, "rope.interleaved", rope.interleaved)
         if head_dim % 2:
             raise ValueError(f"{op}: rope needs an even head_dim, got {head_dim}")
         for name, angles in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):

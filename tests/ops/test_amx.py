@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.slo
 # library: its ops, and what is changed in a copy of the sources: file, text, new text
 LIBRARIES = {
     "tiles": (("window_attention", "patch_embed"), ("pairs.h", "", "")),
-    "unpadded": (("window_attention",), ("window_attention.h", "empty = whole(size, terms) - size", "empty = 0")),
+    "unpadded": (("window_attention",), ("attention.h", "empty = whole(size, terms) - size", "empty = 0")),
     "swapped": (("patch_embed",), ("pairs.h", "_tile_dpbf16ps(1, 4, 7)", "_tile_dpbf16ps(1, 4, 6)")),
     "unconfigured": (("patch_embed",), ("pairs.h", "_tile_loadconfig(config)", "_tile_release()")),
 }

@@ -1,9 +1,9 @@
-// window_attention in bfloat16 on CPUs that multiply it, with the blocks of transposed scores of window_attention.cpp.
+// window_attention in bfloat16 on CPUs that multiply it, with the blocks of transposed scores of attention_kernels.h.
 // Products round queries, keys, the weights P and dS to bfloat16, as the reference does; everything else is fp32.
 #pragma once
 
 #include "pairs.h"
-#include "window_attention.h"
+#include "attention.h"
 
 namespace minisora {
 
@@ -29,8 +29,8 @@ struct Pairs {
         d_t(kSide * row),
         q_pairs(kSide * row),
         d_pairs(kSide * row),
-        k_pairs(whole(p.length, kRows) * row),
-        v_pairs(whole(p.length, kRows) * row),
+        k_pairs(whole(p.keys, kRows) * row),
+        v_pairs(whole(p.keys, kRows) * row),
         weights(kSide * kSide),
         dscores(kSide * kSide),
         weight_pairs(kSide * kSide),
@@ -39,8 +39,8 @@ struct Pairs {
         dweights(kSide * kSide),
         edge_bias(p.bias ? kSide * kSide : 0),
         o(kSide * row),
-        dk(whole(p.length, kRows) * row),
-        dv(whole(p.length, kRows) * row),
+        dk(whole(p.keys, kRows) * row),
+        dv(whole(p.keys, kRows) * row),
         greatest(kSide),
         total(kSide),
         shrink(kSide),
@@ -48,14 +48,14 @@ struct Pairs {
 
   void forward(Gathered<BFloat16, BFloat16>& g, const Window& w, int64_t head) {
     const BFloat16 *q = g.q(head), *k = g.k(head);
-    pairs::pair_rows(whole(w.size(), kTerms), row, g.v(head), row, v_pairs.data(), 2 * row);
+    pairs::pair_rows(whole(w.keys(), kTerms), row, g.v(head), row, v_pairs.data(), 2 * row);
     for (int64_t q0 = 0; q0 < w.size(); q0 += kSide) {
       const int64_t qn = std::min(kSide, w.size() - q0), lanes = whole(qn, 16);
       pairs::transpose_pairs(lanes, row / 2, q + q0 * row, row, q_t.data(), 2 * kSide);
       std::fill_n(greatest.begin(), lanes, std::numeric_limits<float>::lowest());
       std::fill_n(total.begin(), lanes, 0.0f);
-      for (int64_t k0 = 0; k0 < w.size(); k0 += kSide) {
-        const int64_t kn = std::min(kSide, w.size() - k0), height = whole(kn, 16), terms = whole(kn, kTerms);
+      for (int64_t k0 = 0; k0 < w.keys(); k0 += kSide) {
+        const int64_t kn = std::min(kSide, w.keys() - k0), height = whole(kn, 16), terms = whole(kn, kTerms);
         pairs::product(
             height, lanes, depth, {k + k0 * row, row, 2}, q_t.data(), 2 * kSide, scores.data(), kSide, false);
         softmax(kn, lanes, bias_of(w, head, k0, kn, q0, qn, nullptr));
@@ -79,7 +79,7 @@ struct Pairs {
       float* dbias) {
     const BFloat16 *q = g.q(head), *k = g.k(head), *v = g.v(head), *d = g.d(head);
     float* dq = o.data();
-    pairs::pair_rows(whole(w.size(), kTerms), row, k, row, k_pairs.data(), 2 * row);
+    pairs::pair_rows(whole(w.keys(), kTerms), row, k, row, k_pairs.data(), 2 * row);
     for (int64_t q0 = 0; q0 < w.size(); q0 += kSide) {
       const int64_t qn = std::min(kSide, w.size() - q0), lanes = whole(qn, 16), queries = whole(qn, kTerms);
       for (int64_t i = 0; i < qn; ++i) {
@@ -94,8 +94,8 @@ struct Pairs {
       pairs::transpose_pairs(lanes, row / 2, d + q0 * row, row, d_t.data(), 2 * kSide);
       pairs::pair_rows(queries, row, q + q0 * row, row, q_pairs.data(), 2 * row);
       pairs::pair_rows(queries, row, d + q0 * row, row, d_pairs.data(), 2 * row);
-      for (int64_t k0 = 0; k0 < w.size(); k0 += kSide) {
-        const int64_t kn = std::min(kSide, w.size() - k0), height = whole(kn, 16), terms = whole(kn, kTerms);
+      for (int64_t k0 = 0; k0 < w.keys(); k0 += kSide) {
+        const int64_t kn = std::min(kSide, w.keys() - k0), height = whole(kn, 16), terms = whole(kn, kTerms);
         pairs::product(
             height, lanes, depth, {k + k0 * row, row, 2}, q_t.data(), 2 * kSide, scores.data(), kSide, false);
         pairs::product(
@@ -125,7 +125,7 @@ struct Pairs {
             g.result(head, q0 + i, 0), dgain_q);
       }
     }
-    for (int64_t n = 0; n < w.size(); ++n) {
+    for (int64_t n = 0; n < w.keys(); ++n) {
       reader.read_backward(
           g.raw(1, head, n), w, n, p.gain[1].data() + head * p.width, dk.data() + n * row, g.result(head, n, 1),
           dgain_k);

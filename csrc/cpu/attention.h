@@ -1,10 +1,10 @@
-// Shared by the kernels of window_attention: the problem, its windows, rows of q and k, the softmax, partial sums.
+// Shared by the kernels of attention and window_attention: the problem, its windows, rows of q and k, the softmax,
+// partial sums.
 #pragma once
 
 #include "gemm.h"
 #include "rows.h"
 
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -26,8 +26,6 @@ constexpr bool kPairs = true;
 #else
 constexpr bool kPairs = false;
 #endif
-
-enum Norm : int64_t { kNone = 0, kRms = 1, kLayer = 2 };
 
 // e^x for x <= 88 to about one unit in the last place; 0 below the smallest normal number; NaN stays NaN.
 inline Vec exp(Vec x) {
@@ -51,26 +49,6 @@ inline Vec exp(Vec x) {
       _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(0x3f800000)));
   return Vec::blendv(p * power, Vec(0.0f), x < least);
 #endif
-}
-
-// Swaps lanes 2i and 2i + 1.
-inline Vec swap_pairs(Vec x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_permute_ps(x, 0xb1);
-#else
-  return _mm256_permute_ps(x, 0xb1);
-#endif
-}
-
-template <class T, class S>
-inline void copy_row(const T* in, S* out, int64_t width) {
-  if constexpr (std::is_same_v<T, S>) {
-    int64_t i = 0;
-    for (; i + 16 <= width; i += 16) std::memcpy(out + i, in + i, 16 * sizeof(T));
-    for (; i < width; ++i) out[i] = in[i];
-  } else {
-    for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count), count); });
-  }
 }
 
 // out = in * factor
@@ -102,21 +80,23 @@ void transpose_squares(int64_t heads, int64_t length, Read read, T* out) {
   });
 }
 
-// The shapes of a call, and how a row of q or k is read.
+// The shapes of a call, and how a row of q or k is read. `attention` is one window whose keys are tokens of their own.
 struct Problem {
   int64_t batch, tokens, heads, width;
   int64_t grid[3], window[3], count[3];
-  int64_t windows, length;
-  int64_t norm;
-  float eps, scale;
+  int64_t windows, length, keys; // of a window, at most: queries and keys
+  const int64_t* lengths = nullptr; // attention: how many keys each sample has
+  bool apart = false; // q, k and v are three tensors
+  int64_t norm = kNone;
+  float eps = 0.0f, scale;
   float q_factor; // the factor of the rows of q; the scores have scale / q_factor
-  bool rotary, interleaved;
+  bool rotary = false, interleaved = true;
   const float *cos = nullptr, *sin = nullptr;
   std::vector<float> gain[2]; // [heads, width] for q (q_factor included) and for k
   std::unique_ptr<float[]> bias; // [heads, key, query] in fp32
 
   int64_t row() const { return whole_vectors(width); }
-  bool one_block() const { return length <= kSide; }
+  bool one_block() const { return keys <= kSide; }
 
   Problem(
       const Tensor& qkv, const int64_t (&grid_)[3], const int64_t (&window_)[3], const std::optional<Tensor>& q_weight,
@@ -142,7 +122,7 @@ struct Problem {
     }
     STD_TORCH_CHECK(grid[0] * grid[1] * grid[2] == tokens, "the grid does not have ", tokens, " tokens");
     windows = count[0] * count[1] * count[2];
-    length = window[0] * window[1] * window[2];
+    length = keys = window[0] * window[1] * window[2];
     STD_TORCH_CHECK(cos_.has_value() == sin_.has_value(), "cos and sin must be given together");
     if (rotary) {
       check_statistic(*cos_, "cos", {tokens, width / 2});
@@ -150,13 +130,48 @@ struct Problem {
       cos = static_cast<const float*>(cos_->const_data_ptr());
       sin = static_cast<const float*>(sin_->const_data_ptr());
     }
-    q_factor = kPairs && qkv.scalar_type() == ScalarType::BFloat16 ? 1.0f : this->scale;
+    q_factor = factor_of(qkv);
     gain[0] = weights(q_weight, "q_weight", q_factor);
     gain[1] = weights(k_weight, "k_weight", 1.0f);
     if (bias_) read_bias(*bias_);
   }
 
+  // Of q [B, N, heads, head_dim], k and v [B, M, heads, head_dim].
+  Problem(
+      const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& lengths_, double scale)
+      : scale(static_cast<float>(scale)) {
+    STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must be [B, N, heads, head_dim]");
+    batch = q.size(0), tokens = q.size(1), heads = q.size(2), width = q.size(3), keys = k.size(1);
+    check_part(q, "q", {batch, tokens, heads, width}, q);
+    check_part(k, "k", {batch, keys, heads, width}, q);
+    check_part(v, "v", {batch, keys, heads, width}, q);
+    STD_TORCH_CHECK(heads > 0 && width > 0 && width % 8 == 0, "head_dim must be a multiple of 8, got ", width);
+    if (lengths_) {
+      check_shape(*lengths_, "lengths", {batch});
+      STD_TORCH_CHECK(
+          lengths_->is_cpu() && lengths_->is_contiguous() && lengths_->scalar_type() == ScalarType::Long,
+          "lengths must be contiguous int64 on the CPU");
+      lengths = static_cast<const int64_t*>(lengths_->const_data_ptr());
+    }
+    windows = 1, length = tokens, apart = true;
+    q_factor = factor_of(q);
+    gain[0].assign(heads * width, q_factor);
+    gain[1].assign(heads * width, 1.0f);
+  }
+
  private:
+  static void check_part(
+      const Tensor& part, const char* name, std::initializer_list<int64_t> shape, const Tensor& like) {
+    check_dtype(part, name);
+    check_shape(part, name, shape);
+    STD_TORCH_CHECK(part.scalar_type() == like.scalar_type(), name, " must have the dtype of q");
+    STD_TORCH_CHECK(part.stride(3) == 1, name, " must have stride 1 over head_dim");
+  }
+
+  float factor_of(const Tensor& q) const {
+    return kPairs && q.scalar_type() == ScalarType::BFloat16 ? 1.0f : scale;
+  }
+
   std::vector<float> weights(const std::optional<Tensor>& weight, const char* name, float factor) const {
     std::vector<float> out(heads * width, factor);
     if (!weight) return out;
@@ -186,17 +201,20 @@ struct Problem {
   }
 };
 
-// A thread's window: its tokens, their places inside a full window, and their rotary tables with one entry per channel.
-// The sines have the sign of the channel's rotation.
+// A thread's window of a sample: its tokens, their places inside a full window, and their rotary tables with one entry
+// per channel. The sines have the sign of the channel's rotation.
 struct Window {
   std::vector<int64_t> token, place;
   std::vector<float> cos, sin;
   bool full = false;
   int64_t index = -1;
 
-  int64_t size() const { return static_cast<int64_t>(token.size()); }
+  int64_t size() const { return size_; } // queries
+  int64_t keys() const { return keys_; } // keys that count
+  int64_t all_keys() const { return all_keys_; } // with those that do not
 
-  void enter(const Problem& p, int64_t window) {
+  void enter(const Problem& p, int64_t b, int64_t window) {
+    if (p.apart) return enter_sample(p, b);
     if (window == index) return;
     index = window;
     int64_t first[3], last[3];
@@ -216,11 +234,19 @@ struct Window {
         }
       }
     }
+    size_ = keys_ = all_keys_ = static_cast<int64_t>(token.size());
     full = size() == p.length;
     if (p.rotary) spread(p);
   }
 
  private:
+  void enter_sample(const Problem& p, int64_t b) {
+    token.resize(std::max(p.length, p.keys));
+    std::iota(token.begin(), token.end(), 0);
+    size_ = p.length, all_keys_ = p.keys;
+    keys_ = p.lengths ? std::clamp<int64_t>(p.lengths[b], 0, p.keys) : p.keys;
+  }
+
   void spread(const Problem& p) {
     const int64_t half = p.width / 2;
     cos.resize(size() * p.width);
@@ -236,6 +262,8 @@ struct Window {
       }
     }
   }
+
+  int64_t size_ = 0, keys_ = 0, all_keys_ = 0;
 };
 
 // f(width). Usual widths are constants, so that a row stays in registers.
@@ -450,13 +478,37 @@ inline float dot(const T* a, const T* b, int64_t width) {
   return sum.total();
 }
 
+// Where q, k and v lie, or their gradients, or one result. What is null is not written.
+template <class T>
+struct Parts {
+  struct Part {
+    T* data;
+    int64_t sample, token, head; // distances
+  };
+  Part part[3];
+  int64_t size; // numbers in a tensor
+
+  static Parts packed(T* qkv, const Problem& p) {
+    const int64_t all = p.heads * p.width, token = 3 * all;
+    Parts parts{{}, p.batch * p.tokens * token};
+    for (int i = 0; i < 3; ++i) parts.part[i] = {qkv == nullptr ? nullptr : qkv + i * all, p.tokens * token, token, p.width};
+    return parts;
+  }
+
+  static Parts one(T* out, const Problem& p) {
+    const int64_t all = p.heads * p.width;
+    return {{{out, p.tokens * all, all, p.width}, {}, {}}, p.batch * p.tokens * all};
+  }
+};
+
 // Some heads of one window: gathers them from tokens that may be far apart, and writes the results back. It reads all
 // heads of a token together. In a window over frames the rows of one head are often a multiple of 4 KiB apart, so they
 // share a few lines of every cache and evict each other.
 template <class S, class T>
 struct Gathered {
   const Problem& p;
-  const int64_t row, rows, terms; // of a matrix [rows, row] of S; the number of used rows is a multiple of `terms`
+  const int64_t row, terms; // of a matrix [rows, row] of S; the number of used rows is a multiple of `terms`
+  const int64_t queries, keys; // rows of q and of the gradient of out; of k and v
   const int64_t results; // a token's results: out, or dq, dk and dv
   int64_t heads; // the most heads at a time
   int64_t first = 0, last = 0; // the gathered heads
@@ -467,25 +519,28 @@ struct Gathered {
   Gathered(const Problem& p, std::type_identity<Kernel>, bool backward)
       : p(p),
         row(whole(p.width, Kernel::kRow)),
-        rows(whole(p.length, Kernel::kRows)),
         terms(Kernel::kTerms),
+        queries(whole(p.length, Kernel::kRows)),
+        keys(whole(p.keys, Kernel::kRows)),
         results(backward ? 3 : 1) {
     const int64_t matrices = backward ? 4 : 3, raws = backward && p.norm != kNone ? 2 : 0;
-    const int64_t bytes = rows * (matrices * row * sizeof(S) + (raws + results) * p.width * sizeof(T));
+    const int64_t longer = std::max(p.length, p.keys);
+    const int64_t bytes = (2 * keys + (matrices - 2) * queries) * row * sizeof(S) +
+        std::max(queries, keys) * (raws + results) * p.width * sizeof(T);
     const int64_t most = std::clamp<int64_t>(kGathered / bytes, 1, p.heads);
     const int64_t chunks = (p.heads + most - 1) / most; // of nearly equal size
     heads = (p.heads + chunks - 1) / chunks;
-    for (int64_t i = 0; i < matrices; ++i) matrix_[i].resize(heads * rows * row);
+    for (int64_t i = 0; i < matrices; ++i) matrix_[i].resize(heads * rows_of(i) * row);
     for (int64_t i = 0; i < raws; ++i) raw_[i].resize(heads * p.length * p.width);
-    result_.resize(heads * results * p.length * p.width);
+    result_.resize(heads * results * (backward ? longer : p.length) * p.width);
     softmax_.resize(2 * heads * p.length);
     delta_.resize(backward ? heads * p.length : 0);
   }
 
-  S* q(int64_t head) { return matrix_[0].data() + (head - first) * rows * row; }
-  S* k(int64_t head) { return matrix_[1].data() + (head - first) * rows * row; }
-  S* v(int64_t head) { return matrix_[2].data() + (head - first) * rows * row; }
-  S* d(int64_t head) { return matrix_[3].data() + (head - first) * rows * row; } // the gradient of out
+  S* q(int64_t head) { return matrix(0, head - first); }
+  S* k(int64_t head) { return matrix(1, head - first); }
+  S* v(int64_t head) { return matrix(2, head - first); }
+  S* d(int64_t head) { return matrix(3, head - first); } // the gradient of out
   // Row n of q or k before its norm; only in a backward through a norm.
   const T* raw(int part, int64_t head, int64_t n) const {
     return raw_[part].data() + ((head - first) * p.length + n) * p.width;
@@ -497,28 +552,34 @@ struct Gathered {
   float delta(int64_t head, int64_t n) const { return delta_[n * (last - first) + head - first]; }
 
   // Heads [first, last) of sample b.
-  void read(Reader& reader, const Window& w, const T* qkv, int64_t b, int64_t first_head, int64_t last_head) {
+  void read(
+      Reader& reader, const Window& w, const Parts<const T>& from, int64_t b, int64_t first_head, int64_t last_head) {
     first = first_head, last = last_head;
-    const int64_t all = p.heads * p.width, size = (last - first) * p.width;
-    const bool as_is = p.norm == kNone && !p.rotary && p.q_factor == 1.0f;
+    const int64_t size = (last - first) * p.width;
+    const bool as_is = p.norm == kNone && !p.rotary;
     const int64_t ahead = tokens_ahead();
-    for (int64_t n = 0; n < w.size(); ++n) {
-      for (int part = 0; part < 3; ++part) {
-        const T* from = qkv + ((b * p.tokens + w.token[n]) * 3 + part) * all + first * p.width;
-        if (n + ahead < w.size()) prefetch(from + (w.token[n + ahead] - w.token[n]) * 3 * all, size);
-        for (int64_t head = first; head < last; ++head, from += p.width) {
-          S* to = matrix_[part].data() + ((head - first) * rows + n) * row;
-          if (part == 2 || as_is) {
-            copy_row(from, to, p.width);
-          } else {
-            reader.read(from, w, n, p.gain[part].data() + head * p.width, to);
-          }
-          if (part < 2 && !raw_[part].empty())
-            copy_row(from, raw_[part].data() + ((head - first) * p.length + n) * p.width, p.width);
+    const auto read_token = [&](int part, int64_t n, int64_t rows) MINISORA_INLINE {
+      const auto& [data, sample, step, head_step] = from.part[part];
+      const T* in = data + b * sample + w.token[n] * step + first * head_step;
+      if (head_step == p.width && n + ahead < rows) prefetch(in + (w.token[n + ahead] - w.token[n]) * step, size);
+      for (int64_t head = first; head < last; ++head, in += head_step) {
+        S* to = matrix(part, head - first) + n * row;
+        if (part == 2 || (as_is && (part == 1 || p.q_factor == 1.0f))) {
+          copy_row(in, to, p.width);
+        } else {
+          reader.read(in, w, n, p.gain[part].data() + head * p.width, to);
         }
+        if (part < 2 && !raw_[part].empty())
+          copy_row(in, raw_[part].data() + ((head - first) * p.length + n) * p.width, p.width);
       }
+    };
+    for (int64_t n = 0; n < std::max(w.size(), w.keys()); ++n) {
+      if (n < w.size()) read_token(0, n, w.size());
+      for (int part = 1; part < 3 && n < w.keys(); ++part) read_token(part, n, w.keys());
     }
-    for (int i = 0; i < 3; ++i) clear(i, w.size());
+    clear(0, w.size());
+    clear(1, w.keys());
+    clear(2, w.keys());
   }
 
   // The gradient of out and what the forward saved; out too, if delta follows from it.
@@ -530,7 +591,7 @@ struct Gathered {
         prefetch(dout + (at + (w.token[n + ahead] - w.token[n]) * p.heads) * p.width, count * p.width);
       for (int64_t head = 0; head < count; ++head) {
         const T* from = dout + (at + head) * p.width;
-        copy_row(from, matrix_[3].data() + (head * rows + n) * row, p.width);
+        copy_row(from, matrix(3, head) + n * row, p.width);
         if (out) delta_[n * count + head] = dot(from, out + (at + head) * p.width, p.width);
       }
       std::copy_n(softmax + 2 * at, 2 * count, softmax_.data() + 2 * n * count);
@@ -538,19 +599,36 @@ struct Gathered {
     clear(3, w.size());
   }
 
-  void write(const Window& w, T* to, int64_t b) const {
+  void write(const Window& w, const Parts<T>& to, int64_t b) const {
     const int64_t size = (last - first) * p.width;
-    const bool streamed =
-        past_caches(to, p.batch * p.tokens * results * p.heads * p.width, size) && p.heads * p.width % size == 0;
+    const bool streamed = p.heads * p.width % size == 0 &&
+        std::all_of(to.part, to.part + results, [&](const auto& part) {
+          return past_caches(part.data, to.size, size);
+        });
     with_put(streamed, [&](auto how) {
-      for (int64_t n = 0; n < w.size(); ++n) {
+      for (int64_t n = 0; n < (results == 1 ? w.size() : std::max(w.size(), w.all_keys())); ++n) {
         for (int64_t part = 0; part < results; ++part) {
-          const int64_t at = ((b * p.tokens + w.token[n]) * results + part) * p.heads + first;
-          how.copy(result_.data() + (n * results + part) * size, to + at * p.width, size);
+          const auto& [data, sample, step, head_step] = to.part[part];
+          if (data == nullptr || n >= (part == 0 ? w.size() : w.all_keys())) continue;
+          how.copy(
+              result_.data() + (n * results + part) * size, data + b * sample + w.token[n] * step + first * head_step,
+              size);
         }
       }
     });
     _mm_sfence();
+  }
+
+  // Zeros: the results of a window without keys, and the gradients of keys that do not count.
+  void clear_results(const Window& w) {
+    for (int64_t head = first; head < last; ++head) {
+      for (int64_t n = 0; w.keys() == 0 && n < w.size(); ++n) {
+        std::fill_n(result(head, n), p.width, T(0.0f));
+        softmax(head, n)[0] = 0.0f, softmax(head, n)[1] = 1.0f;
+      }
+      for (int64_t n = w.keys(); results == 3 && n < w.all_keys(); ++n)
+        for (int part = 1; part < 3; ++part) std::fill_n(result(head, n, part), p.width, T(0.0f));
+    }
   }
 
   void write_softmax(const Window& w, float* to, int64_t b) const {
@@ -569,10 +647,14 @@ struct Gathered {
     for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
   }
 
+  int64_t rows_of(int64_t i) const { return i == 1 || i == 2 ? keys : queries; }
+
+  S* matrix(int i, int64_t head) { return matrix_[i].data() + head * rows_of(i) * row; }
+
   void clear(int i, int64_t size) {
     const int64_t empty = whole(size, terms) - size;
     for (int64_t head = 0; empty > 0 && head < last - first; ++head) {
-      std::fill_n(matrix_[i].data() + (head * rows + size) * row, empty * row, S(0.0f));
+      std::fill_n(matrix(i, head) + size * row, empty * row, S(0.0f));
     }
   }
 
@@ -632,7 +714,7 @@ struct Partial {
 //   forward(gathered, window, head)                            writes the results and the statistics of the softmax
 //   backward(gathered, window, reader, head, dgain_q, dgain_k, dbias)   writes the results, and adds to the sums
 template <class Kernel, class T>
-void forward(const Problem& p, const T* qkv, T* out, float* softmax) {
+void forward(const Problem& p, const Parts<const T>& qkv, T* out, float* softmax) {
   const int64_t items = p.batch * p.windows,
                 most = Gathered<typename Kernel::S, T>(p, std::type_identity<Kernel>{}, false).heads;
   const int64_t chunks = (p.heads + most - 1) / most;
@@ -645,10 +727,11 @@ void forward(const Problem& p, const T* qkv, T* out, float* softmax) {
       // Neighbouring heads are side by side in qkv, but each head has a bias of its own to read again.
       const int64_t chunk = p.bias ? unit / items : unit % chunks, item = p.bias ? unit % items : unit / chunks;
       const int64_t b = item / p.windows;
-      w.enter(p, item % p.windows);
+      w.enter(p, b, item % p.windows);
       g.read(reader, w, qkv, b, chunk * p.heads / chunks, (chunk + 1) * p.heads / chunks);
-      for (int64_t head = g.first; head < g.last; ++head) kernel.forward(g, w, head);
-      g.write(w, out, b);
+      for (int64_t head = g.first; w.keys() > 0 && head < g.last; ++head) kernel.forward(g, w, head);
+      g.clear_results(w);
+      g.write(w, Parts<T>::one(out, p), b);
       g.write_softmax(w, softmax, b);
     }
   });
@@ -656,7 +739,8 @@ void forward(const Problem& p, const T* qkv, T* out, float* softmax) {
 
 template <class Kernel, class T>
 void backward(
-    const Problem& p, const T* dout, const T* qkv, const T* out, const float* softmax, T* dqkv, Partial& partial) {
+    const Problem& p, const T* dout, const Parts<const T>& qkv, const T* out, const float* softmax,
+    const Parts<T>& dqkv, Partial& partial) {
   torch::stable::parallel_for(0, partial.tasks(), 1, [&](int64_t begin, int64_t end) {
     Window w;
     Reader reader(p);
@@ -665,16 +749,17 @@ void backward(
     for (int64_t task = begin; task < end; ++task) {
       partial.run(task, [&](int64_t item, int64_t first_head, int64_t last_head) {
         const int64_t b = item / p.windows;
-        w.enter(p, item % p.windows);
+        w.enter(p, b, item % p.windows);
         for (int64_t first = first_head; first < last_head; first += g.heads) {
           g.read(reader, w, qkv, b, first, std::min(first + g.heads, last_head));
           g.read_gradient(w, dout, p.one_block() ? nullptr : out, softmax, b);
-          for (int64_t head = g.first; head < g.last; ++head) {
+          for (int64_t head = g.first; w.keys() > 0 && head < g.last; ++head) {
             kernel.backward(
                 g, w, reader, head, partial.gain_of(0, task, head), partial.gain_of(1, task, head),
                 partial.bias_of(task, head));
           }
-          if (dqkv != nullptr) g.write(w, dqkv, b);
+          g.clear_results(w);
+          g.write(w, dqkv, b);
         }
       });
     }

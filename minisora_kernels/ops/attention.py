@@ -1,0 +1,289 @@
+"""Attention of queries to keys and values that are tensors of their own, with a number of valid keys per sample.
+
+    q, k = rotate(norm(q) * q_weight + q_bias), rotate(norm(k) * k_weight + k_bias)      as norm_rope does it
+    P    = softmax(scale * q k^T)                                                        over the first lengths[b] keys
+    out  = P v
+
+Cross-attention has other tokens behind k and v than behind q. Joint attention of video and padded text has the padding
+at the end. A sample without keys gives zeros.
+
+The forward saves two numbers per query: the greatest score m and the sum l of exp(score - m). It does not save the
+normed and turned q and k: the backward makes them again, and computes P from them.
+
+    dv = P^T dout        dP = dout v^T        dS = P * (dP - delta),  delta = rowsum(dout * out) = rowsum(P * dP)
+    dq = scale * dS k        dk = scale * dS^T q        then back through rotation and norm
+
+Source of the method: FlashAttention-2, Dao 2023 (arXiv 2307.08691).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from ..backends import define, kernels, register_fake
+from ..checks import check_tensor, compute_dtype, kernel_refusal, number
+from ..derivatives import once
+from ..flops import formula
+from ..modulation import Norm, asked_for
+from . import norm_rope as rows
+from .norm_rope import NORMS, Rope, check_flag, check_norm, check_rope, dense, in_rows, tables
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
+    """The equation in plain PyTorch, of q and k after norm and rotation."""
+    mask = None
+    if lengths is not None:
+        here = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
+        mask = (here | (lengths == 0)[:, None])[:, None, None]  # a row of nothing but -inf has no softmax
+    out = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)), attn_mask=mask, scale=scale)
+    if lengths is not None:
+        out = out.masked_fill((lengths == 0)[:, None, None, None], 0.0)
+    return out.transpose(1, 2).flatten(2)
+
+
+define("attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale) -> (Tensor out, Tensor softmax)")
+define(
+    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor? lengths, float scale, "
+    "bool need_q, bool need_k, bool need_v) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+
+@register_fake("attention_fwd")
+def _(q, k, v, lengths, scale):
+    batch, tokens, heads, head_dim = q.shape
+    out = q.new_empty(batch, tokens, heads * head_dim)
+    return out, q.new_empty(batch, tokens, heads, 2, dtype=torch.float32)
+
+
+@register_fake("attention_bwd")
+def _(dout, q, k, v, out, softmax, lengths, scale, *needs):
+    return tuple(part.new_empty(part.shape) if need else q.new_empty(0) for part, need in zip((q, k, v), needs))
+
+
+def _product(q, k) -> int:  # of all queries and keys
+    return 2 * q[0] * q[1] * k[1] * q[2] * q[3]
+
+
+@formula("attention_fwd")
+def _(q, k, *call, **out):
+    return 2 * _product(q, k)
+
+
+@formula("attention_bwd")
+def _(dout, q, k, *call, **out):
+    return 5 * _product(q, k)  # the scores again, dP, dv, dq and dk
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q, k, v, q_weight, k_weight, q_bias, k_bias, lengths, cos, sin, norm, across_heads, interleaved, eps,
+        scale, backend,
+    ):  # fmt: skip
+        ctx.constants = norm, across_heads, interleaved, eps, scale, backend
+        parameters = (q_weight, k_weight, q_bias, k_bias)
+        turned = _turned((q, k), parameters, cos, sin, *ctx.constants)
+        out, softmax = kernels(backend).attention_fwd(*turned, v, lengths, scale)
+        ctx.save_for_backward(q, k, v, *parameters, lengths, cos, sin, out, softmax)
+        return out
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, *gradients: Any):
+        q, k, v, *parameters, lengths, cos, sin, out, softmax = ctx.saved_tensors
+        norm, across_heads, interleaved, eps, scale, backend = ctx.constants
+        need_q, need_k, need_v, *need_parameters = ctx.needs_input_grad[:7]
+        raw = kernels(backend)
+        turned = _turned((q, k), parameters, cos, sin, *ctx.constants)
+        needs = (need_q or any(need_parameters[::2]), need_k or any(need_parameters[1::2]), need_v)
+        found = raw.attention_bwd(gradients[0].contiguous(), *turned, v, out, softmax, lengths, scale, *needs)
+        dq, dk, dv = asked_for(needs, found)
+        dparameters: list[Tensor | None] = [None] * 4
+        if norm or cos is not None:
+            made = []
+            for i, (x, grad, need) in enumerate(((q, dq, need_q), (k, dk, need_k))):
+                if grad is None:
+                    made.append(None)
+                    continue
+                asked = (need, need_parameters[i], need_parameters[2 + i])
+                back = raw.norm_rope_bwd(
+                    grad, x, parameters[i], parameters[2 + i], norm, across_heads, cos, sin, interleaved, eps, *asked
+                )
+                grad, dparameters[i], dparameters[2 + i] = asked_for(asked, back)
+                made.append(grad)
+            dq, dk = made
+        return dq, dk, dv, *dparameters, *(None,) * 9
+
+
+def _turned(
+    qk: tuple[Tensor, Tensor], parameters: Any, cos, sin, norm, across_heads, interleaved, eps, scale, backend
+) -> tuple[Tensor, ...]:
+    """q and k after norm and rotation."""
+    if not norm and cos is None:
+        return qk
+    turn = kernels(backend).norm_rope_fwd
+    return tuple(
+        turn(x, weight, bias, norm, across_heads, cos, sin, interleaved, eps)
+        for x, weight, bias in zip(qk, parameters[:2], parameters[2:], strict=True)
+    )
+
+
+def _kernels(q, k, v, q_weight, k_weight, q_bias, k_bias):
+    if q.shape[-1] % 8:
+        return f"head_dim is {q.shape[-1]}; the kernels take multiples of 8"
+    return kernel_refusal(q=q, q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias)
+
+
+# Blocks of wider heads do not fit the 99 KiB of shared memory that consumer GPUs have, or spill hundreds of registers.
+TRITON_WIDEST = 128
+
+
+def _triton(q, *others):
+    if q.shape[-1] > TRITON_WIDEST:
+        return f"head_dim is {q.shape[-1]}; Triton's kernels take heads of up to {TRITON_WIDEST} channels"
+    return rows.BACKENDS["triton"](q, None, None) or _kernels(q, *others)
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
+
+ROUTES = (
+    "cpu: the kernel of window_attention, on one window per sample whose keys are other tokens. triton: blocks of queries "
+    "and keys; norm and rotation have a pass of their own, norm_rope."
+)
+
+
+def _check_lengths(op: str, lengths: object, q: Tensor, keys: int) -> Tensor:
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"{op}: lengths must be a tensor, got {type(lengths).__name__}")
+    if lengths.dtype not in INTEGERS:
+        raise TypeError(f"{op}: lengths has dtype {lengths.dtype}; it must be of whole numbers")
+    if tuple(lengths.shape) != (q.shape[0],):
+        raise ValueError(f"{op}: lengths has shape {tuple(lengths.shape)}; it must be [B] = [{q.shape[0]}]")
+    if lengths.device != q.device:
+        raise ValueError(f"{op}: lengths is on {lengths.device}, q is on {q.device}; they must be on one device")
+    seen = lengths.is_cpu and type(lengths) is Tensor and not torch.compiler.is_compiling() and lengths.numel()
+    if seen and not 0 <= int(lengths.min()) <= int(lengths.max()) <= keys:
+        raise ValueError(f"{op}: lengths is {lengths.tolist()}; each must be from 0 to the {keys} tokens of k")
+    return lengths.long().contiguous()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    qk_norm: Norm | None = None,
+    across_heads: bool = False,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    rope: Rope | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    backend: backends.Name | None = None,
+) -> Tensor:
+    """``softmax(scale * q k^T) v`` of queries, keys and values apart, with key lengths, QK-norm and rotary embedding.
+
+    It reads q, k and v strided as they come, and never the keys and values behind ``lengths``. It is differentiable in
+    all but lengths and the rotary tables. Where one Linear makes q, k and v of the same tokens, ``window_attention``
+    reads its result in place.
+
+    Source: the method, Dao 2023 (arXiv 2307.08691).
+
+    Args:
+        q: ``[B, N, heads, head_dim]``; float16, bfloat16, float32, or float64 on the reference. The kernels take a
+            head_dim that is a multiple of 8.
+        k: ``[B, M, heads, head_dim]``, in q's dtype.
+        v: As k.
+        lengths: ``[B]``, whole numbers: sample b attends to its first ``lengths[b]`` keys; None for all M. On a GPU and
+            inside torch.compile nobody looks whether they are from 0 to M; what is beyond counts as the nearest.
+        qk_norm: Norm of q and k: None, ``"rms"`` or ``"layer"``.
+        across_heads: Whether the norm is over heads and head_dim together, as in Wan and LTX, or over each head.
+        q_weight, k_weight: Weights of the norm, ``[head_dim]`` or ``[heads, head_dim]``.
+        q_bias, k_bias: Biases of a layer norm, ``[head_dim]`` or ``[heads, head_dim]``.
+        rope: Rotary tables for q and k, which then have as many tokens: a row per token, or per head and sample too.
+            Where q and k turn by other tables, or their tokens are of several kinds, take ``norm_rope`` before.
+        scale: Factor of the scores; by default ``head_dim ** -0.5``.
+        eps: Constant added to the variance, or the mean square, of the norm.
+        backend: Backend to run, or None for the automatic choice.
+
+    Returns:
+        ``[B, N, heads * head_dim]``, contiguous, in q's dtype; inside autocast in autocast's dtype.
+
+    Raises:
+        ValueError: A shape, device or option does not fit, or the chosen backend refuses the call.
+        TypeError: An argument is not a dense floating-point tensor, or an option not a number.
+        RuntimeError: The chosen backend is not available.
+
+    Examples:
+        Video tokens attend to captions of 5 and 3 tokens:
+
+        >>> q, kv = torch.randn(2, 240, 8, 16), torch.randn(2, 5, 2, 8, 16)
+        >>> attention(q, *kv.unbind(2), lengths=torch.tensor([5, 3])).shape
+        torch.Size([2, 240, 128])
+    """
+    op = "attention"
+    check_tensor(op, "q", q)
+    if q.dim() != 4 or q.shape[2] < 1 or q.shape[3] < 1:
+        raise ValueError(f"{op}: q must be [B, N, heads, head_dim], got shape {tuple(q.shape)}")
+    for name, part in (("k", k), ("v", v)):
+        check_tensor(op, name, part, q, "q")
+        fits = part.dim() == 4 and part.shape[0] == q.shape[0] and part.shape[2:] == q.shape[2:]
+        if not fits or part.shape[1] < 1:
+            batch, _, heads, head_dim = q.shape
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(part.shape)}; it must be [B, M, heads, head_dim] = [{batch}, M, {heads}, "
+                f"{head_dim}] with M at least 1"
+            )
+    if v.shape != k.shape:
+        raise ValueError(f"{op}: v has shape {tuple(v.shape)}; it must be that of k, {tuple(k.shape)}")
+    check_norm(op, "qk_norm", qk_norm, (q, "q"), q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias)
+    check_flag(op, "across_heads", across_heads)
+    scale = q.shape[-1] ** -0.5 if scale is None else number(op, "scale", scale)
+    eps = number(op, "eps", eps, 0)
+    if lengths is not None:
+        lengths = _check_lengths(op, lengths, q, k.shape[1])
+    if rope is not None:
+        if k.shape[1] != q.shape[1]:
+            raise ValueError(
+                f"{op}: rope turns q and k alike, but q has {q.shape[1]} tokens and k has {k.shape[1]}; norm_rope turns "
+                "one of them"
+            )
+        rope = check_rope(op, rope, q, "q")
+    dtype = compute_dtype(q)
+    for name, part in (("k", k), ("v", v)):
+        if part.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+            raise TypeError(f"{op}: {name} has dtype {part.dtype}, q has {q.dtype}; they must be the same")
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    parameters = (q_weight, k_weight, q_bias, k_bias)
+    chosen = backends.choose(op, BACKENDS, q.device, backend, q, k, v, *parameters)
+    if chosen == "reference":
+        with torch.autocast(q.device.type, enabled=False):
+            options: Any = dict(norm=qk_norm, across_heads=across_heads, rope=rope, eps=eps)
+            q = rows.reference(q, weight=q_weight, bias=q_bias, **options)
+            k = rows.reference(k, weight=k_weight, bias=k_bias, **options)
+            return reference(q, k, v, lengths, scale)
+    cos, sin, interleaved = tables(rope)
+    return backends.apply(
+        _Attention,
+        *map(in_rows, (q, k, v)),
+        *map(dense, parameters),
+        lengths,
+        cos,
+        sin,
+        NORMS[qk_norm],
+        across_heads,
+        interleaved,
+        eps,
+        scale,
+        chosen,
+    )
