@@ -25,8 +25,9 @@ Parts<T> parts(const Tensors& tensors, int64_t size) {
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(
-    const Tensor& q, const Tensor& k, const Tensor& v, std::optional<Tensor> lengths, double scale) {
-  const Problem p(q, k, v, lengths, scale);
+    const Tensor& q, const Tensor& k, const Tensor& v, std::optional<Tensor> lengths, std::optional<Tensor> index,
+    double scale) {
+  const Problem p(q, k, v, lengths, index, scale);
   Tensor out = empty_like_shape(q, {p.batch, p.tokens, p.heads * p.width}, q.scalar_type());
   Tensor softmax = empty_like_shape(q, {p.batch, p.tokens, p.heads, 2}, ScalarType::Float);
   if (p.tokens == 0) return {out, softmax};
@@ -42,8 +43,8 @@ std::tuple<Tensor, Tensor> attention_fwd(
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& softmax,
-    std::optional<Tensor> lengths, double scale, bool need_q, bool need_k, bool need_v) {
-  const Problem p(q, k, v, lengths, scale);
+    std::optional<Tensor> lengths, std::optional<Tensor> index, double scale, bool need_q, bool need_k, bool need_v) {
+  const Problem p(q, k, v, lengths, index, scale);
   check_dense(dout, "dout", {p.batch, p.tokens, p.heads * p.width});
   check_dense(out, "out", {p.batch, p.tokens, p.heads * p.width});
   STD_TORCH_CHECK(

@@ -85,7 +85,8 @@ struct Problem {
   int64_t batch, tokens, heads, width;
   int64_t grid[3], window[3], count[3];
   int64_t windows, length, keys; // of a window, at most: queries and keys
-  const int64_t* lengths = nullptr; // attention: how many keys each sample has
+  const int64_t* lengths = nullptr; // attention: how many keys of each sample count,
+  const int64_t* index = nullptr; // and an order of them in which those are the first, [batch, keys]
   bool apart = false; // q, k and v are three tensors
   int64_t norm = kNone;
   float eps = 0.0f, scale;
@@ -138,7 +139,8 @@ struct Problem {
 
   // Of q [B, N, heads, head_dim], k and v [B, M, heads, head_dim].
   Problem(
-      const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& lengths_, double scale)
+      const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& lengths_,
+      const std::optional<Tensor>& index_, double scale)
       : scale(static_cast<float>(scale)) {
     STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must be [B, N, heads, head_dim]");
     batch = q.size(0), tokens = q.size(1), heads = q.size(2), width = q.size(3), keys = k.size(1);
@@ -146,13 +148,10 @@ struct Problem {
     check_part(k, "k", {batch, keys, heads, width}, q);
     check_part(v, "v", {batch, keys, heads, width}, q);
     STD_TORCH_CHECK(heads > 0 && width > 0 && width % 8 == 0, "head_dim must be a multiple of 8, got ", width);
-    if (lengths_) {
-      check_shape(*lengths_, "lengths", {batch});
-      STD_TORCH_CHECK(
-          lengths_->is_cpu() && lengths_->is_contiguous() && lengths_->scalar_type() == ScalarType::Long,
-          "lengths must be contiguous int64 on the CPU");
-      lengths = static_cast<const int64_t*>(lengths_->const_data_ptr());
-    }
+    lengths = numbers(lengths_, "lengths", {batch});
+    index = numbers(index_, "index", {batch, keys});
+    for (int64_t i = 0; index && i < batch * keys; ++i)
+      STD_TORCH_CHECK(0 <= index[i] && index[i] < keys, "index has ", index[i], ", which is no key");
     windows = 1, length = tokens, apart = true;
     q_factor = factor_of(q);
     gain[0].assign(heads * width, q_factor);
@@ -166,6 +165,16 @@ struct Problem {
     check_shape(part, name, shape);
     STD_TORCH_CHECK(part.scalar_type() == like.scalar_type(), name, " must have the dtype of q");
     STD_TORCH_CHECK(part.stride(3) == 1, name, " must have stride 1 over head_dim");
+  }
+
+  static const int64_t* numbers(
+      const std::optional<Tensor>& given, const char* name, std::initializer_list<int64_t> shape) {
+    if (!given) return nullptr;
+    check_shape(*given, name, shape);
+    STD_TORCH_CHECK(
+        given->is_cpu() && given->is_contiguous() && given->scalar_type() == ScalarType::Long, name,
+        " must be contiguous int64 on the CPU");
+    return static_cast<const int64_t*>(given->const_data_ptr());
   }
 
   float factor_of(const Tensor& q) const {
@@ -205,6 +214,7 @@ struct Problem {
 // per channel. The sines have the sign of the channel's rotation.
 struct Window {
   std::vector<int64_t> token, place;
+  const int64_t* key = nullptr; // the tokens of k and v
   std::vector<float> cos, sin;
   bool full = false;
   int64_t index = -1;
@@ -235,6 +245,7 @@ struct Window {
       }
     }
     size_ = keys_ = all_keys_ = static_cast<int64_t>(token.size());
+    key = token.data();
     full = size() == p.length;
     if (p.rotary) spread(p);
   }
@@ -244,6 +255,7 @@ struct Window {
     token.resize(std::max(p.length, p.keys));
     std::iota(token.begin(), token.end(), 0);
     size_ = p.length, all_keys_ = p.keys;
+    key = p.index ? p.index + b * p.keys : token.data();
     keys_ = p.lengths ? std::clamp<int64_t>(p.lengths[b], 0, p.keys) : p.keys;
   }
 
@@ -560,8 +572,9 @@ struct Gathered {
     const int64_t ahead = tokens_ahead();
     const auto read_token = [&](int part, int64_t n, int64_t rows) MINISORA_INLINE {
       const auto& [data, sample, step, head_step] = from.part[part];
-      const T* in = data + b * sample + w.token[n] * step + first * head_step;
-      if (head_step == p.width && n + ahead < rows) prefetch(in + (w.token[n + ahead] - w.token[n]) * step, size);
+      const int64_t* token = part == 0 ? w.token.data() : w.key;
+      const T* in = data + b * sample + token[n] * step + first * head_step;
+      if (head_step == p.width && n + ahead < rows) prefetch(in + (token[n + ahead] - token[n]) * step, size);
       for (int64_t head = first; head < last; ++head, in += head_step) {
         S* to = matrix(part, head - first) + n * row;
         if (part == 2 || (as_is && (part == 1 || p.q_factor == 1.0f))) {
@@ -610,9 +623,9 @@ struct Gathered {
         for (int64_t part = 0; part < results; ++part) {
           const auto& [data, sample, step, head_step] = to.part[part];
           if (data == nullptr || n >= (part == 0 ? w.size() : w.all_keys())) continue;
+          const int64_t token = part == 0 ? w.token[n] : w.key[n];
           how.copy(
-              result_.data() + (n * results + part) * size, data + b * sample + w.token[n] * step + first * head_step,
-              size);
+              result_.data() + (n * results + part) * size, data + b * sample + token * step + first * head_step, size);
         }
       }
     });

@@ -1,11 +1,11 @@
-"""Attention of queries to keys and values that are tensors of their own, with a number of valid keys per sample.
+"""Attention of queries to keys and values that are tensors of their own, of which some may not count.
 
     q, k = rotate(norm(q) * q_weight + q_bias), rotate(norm(k) * k_weight + k_bias)      as norm_rope does it
-    P    = softmax(scale * q k^T)                                                        over the first lengths[b] keys
+    P    = softmax(scale * q k^T)                                                        over the keys that count
     out  = P v
 
-Cross-attention has other tokens behind k and v than behind q. Joint attention of video and padded text has the padding
-at the end. A sample without keys gives zeros.
+Cross-attention has other tokens behind k and v than behind q. Padding does not count: the first ``lengths[b]`` keys of
+sample b do, or those of a mask, which the kernels read in the order of an index. A sample without keys gives zeros.
 
 The forward saves two numbers per query: the greatest score m and the sum l of exp(score - m). It does not save the
 normed and turned q and k: the backward makes them again, and computes P from them.
@@ -33,38 +33,37 @@ from ..modulation import Norm, asked_for
 from . import norm_rope as rows
 from .norm_rope import NORMS, Rope, check_flag, check_norm, check_rope, dense, in_rows, tables
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+INTEGERS = (torch.int64, torch.int32)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
-    """The equation in plain PyTorch, of q and k after norm and rotation."""
-    mask = None
-    if lengths is not None:
-        here = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
-        mask = (here | (lengths == 0)[:, None])[:, None, None]  # a row of nothing but -inf has no softmax
-    out = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)), attn_mask=mask, scale=scale)
-    if lengths is not None:
-        out = out.masked_fill((lengths == 0)[:, None, None, None], 0.0)
-    return out.transpose(1, 2).flatten(2)
+def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The equation in plain PyTorch, of q and k after norm and rotation; ``mask [B, M]`` says which keys count."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    none = ~mask.any(1, keepdim=True)  # a row of nothing but -inf has no softmax
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | none)[:, None, None], scale=scale)
+    return out.masked_fill(none[:, None, None], 0.0).transpose(1, 2).flatten(2)
 
 
-define("attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale) -> (Tensor out, Tensor softmax)")
+define("attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? index, float scale) -> (Tensor out, Tensor softmax)")
 define(
-    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor? lengths, float scale, "
+    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor? lengths, Tensor? index, float scale, "
     "bool need_q, bool need_k, bool need_v) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
 
 @register_fake("attention_fwd")
-def _(q, k, v, lengths, scale):
+def _(q, k, v, *call):
     batch, tokens, heads, head_dim = q.shape
     out = q.new_empty(batch, tokens, heads * head_dim)
     return out, q.new_empty(batch, tokens, heads, 2, dtype=torch.float32)
 
 
 @register_fake("attention_bwd")
-def _(dout, q, k, v, out, softmax, lengths, scale, *needs):
-    return tuple(part.new_empty(part.shape) if need else q.new_empty(0) for part, need in zip((q, k, v), needs))
+def _(dout, q, k, v, out, softmax, lengths, index, scale, *needs):
+    asked = zip((q, k, v), needs, strict=True)
+    return tuple(part.new_empty(part.shape) if need else q.new_empty(0) for part, need in asked)
 
 
 def _product(q, k) -> int:  # of all queries and keys
@@ -84,26 +83,26 @@ def _(dout, q, k, *call, **out):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q, k, v, q_weight, k_weight, q_bias, k_bias, lengths, cos, sin, norm, across_heads, interleaved, eps,
-        scale, backend,
+        ctx: Any, q, k, v, q_weight, k_weight, q_bias, k_bias, lengths, index, cos, sin, norm, across_heads, interleaved,
+        eps, scale, backend,
     ):  # fmt: skip
         ctx.constants = norm, across_heads, interleaved, eps, scale, backend
         parameters = (q_weight, k_weight, q_bias, k_bias)
         turned = _turned((q, k), parameters, cos, sin, *ctx.constants)
-        out, softmax = kernels(backend).attention_fwd(*turned, v, lengths, scale)
-        ctx.save_for_backward(q, k, v, *parameters, lengths, cos, sin, out, softmax)
+        out, softmax = kernels(backend).attention_fwd(*turned, v, lengths, index, scale)
+        ctx.save_for_backward(q, k, v, *parameters, lengths, index, cos, sin, out, softmax)
         return out
 
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Any):
-        q, k, v, *parameters, lengths, cos, sin, out, softmax = ctx.saved_tensors
+        q, k, v, *parameters, lengths, index, cos, sin, out, softmax = ctx.saved_tensors
         norm, across_heads, interleaved, eps, scale, backend = ctx.constants
         need_q, need_k, need_v, *need_parameters = ctx.needs_input_grad[:7]
         raw = kernels(backend)
         turned = _turned((q, k), parameters, cos, sin, *ctx.constants)
         needs = (need_q or any(need_parameters[::2]), need_k or any(need_parameters[1::2]), need_v)
-        found = raw.attention_bwd(gradients[0].contiguous(), *turned, v, out, softmax, lengths, scale, *needs)
+        found = raw.attention_bwd(gradients[0].contiguous(), *turned, v, out, softmax, lengths, index, scale, *needs)
         dq, dk, dv = asked_for(needs, found)
         dparameters: list[Tensor | None] = [None] * 4
         if norm or cos is not None:
@@ -119,7 +118,7 @@ class _Attention(torch.autograd.Function):
                 grad, dparameters[i], dparameters[2 + i] = asked_for(asked, back)
                 made.append(grad)
             dq, dk = made
-        return dq, dk, dv, *dparameters, *(None,) * 9
+        return dq, dk, dv, *dparameters, *(None,) * 10
 
 
 def _turned(
@@ -159,19 +158,24 @@ ROUTES = (
 )
 
 
-def _check_lengths(op: str, lengths: object, q: Tensor, keys: int) -> Tensor:
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"{op}: lengths must be a tensor, got {type(lengths).__name__}")
-    if lengths.dtype not in INTEGERS:
-        raise TypeError(f"{op}: lengths has dtype {lengths.dtype}; it must be of whole numbers")
-    if tuple(lengths.shape) != (q.shape[0],):
-        raise ValueError(f"{op}: lengths has shape {tuple(lengths.shape)}; it must be [B] = [{q.shape[0]}]")
-    if lengths.device != q.device:
-        raise ValueError(f"{op}: lengths is on {lengths.device}, q is on {q.device}; they must be on one device")
-    seen = lengths.is_cpu and type(lengths) is Tensor and not torch.compiler.is_compiling() and lengths.numel()
-    if seen and not 0 <= int(lengths.min()) <= int(lengths.max()) <= keys:
+def _check_keys(op: str, name: str, given: object, q: Tensor, shape: tuple[int, ...], dtypes: tuple) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(given).__name__}")
+    if given.dtype not in dtypes:
+        raise TypeError(f"{op}: {name} has dtype {given.dtype}; it must be {' or '.join(map(str, dtypes))}")
+    if tuple(given.shape) != shape:
+        wanted = "[B]" if len(shape) == 1 else "[B, M]"
+        raise ValueError(f"{op}: {name} has shape {tuple(given.shape)}; it must be {wanted} = {list(shape)}")
+    if given.device != q.device:
+        raise ValueError(f"{op}: {name} is on {given.device}, q is on {q.device}; they must be on one device")
+
+
+def _check_lengths(op: str, lengths: Tensor, keys: int) -> None:
+    """Raise unless all lengths are from 0 to M, where a look at them costs no wait."""
+    if torch.compiler.is_compiling() or not lengths.is_cpu or type(lengths) is not Tensor or not lengths.numel():
+        return
+    if not 0 <= int(lengths.min()) <= int(lengths.max()) <= keys:
         raise ValueError(f"{op}: lengths is {lengths.tolist()}; each must be from 0 to the {keys} tokens of k")
-    return lengths.long().contiguous()
 
 
 def attention(
@@ -180,6 +184,7 @@ def attention(
     v: Tensor,
     *,
     lengths: Tensor | None = None,
+    mask: Tensor | None = None,
     qk_norm: Norm | None = None,
     across_heads: bool = False,
     q_weight: Tensor | None = None,
@@ -193,9 +198,9 @@ def attention(
 ) -> Tensor:
     """``softmax(scale * q k^T) v`` of queries, keys and values apart, with key lengths, QK-norm and rotary embedding.
 
-    It reads q, k and v strided as they come, and never the keys and values behind ``lengths``. It is differentiable in
-    all but lengths and the rotary tables. Where one Linear makes q, k and v of the same tokens, ``window_attention``
-    reads its result in place.
+    It reads q, k and v strided as they come. Keys and values that do not count are never read, and cost no time. It is
+    differentiable in q, k, v and the parameters of the norm. Where one Linear makes q, k and v of the same tokens,
+    ``window_attention`` reads its result in place.
 
     Source: the method, Dao 2023 (arXiv 2307.08691).
 
@@ -206,6 +211,7 @@ def attention(
         v: As k.
         lengths: ``[B]``, whole numbers: sample b attends to its first ``lengths[b]`` keys; None for all M. On a GPU and
             inside torch.compile nobody looks whether they are from 0 to M; what is beyond counts as the nearest.
+        mask: ``[B, M]``, bool, True where a key counts, wherever it stands; or lengths, not both.
         qk_norm: Norm of q and k: None, ``"rms"`` or ``"layer"``.
         across_heads: Whether the norm is over heads and head_dim together, as in Wan and LTX, or over each head.
         q_weight, k_weight: Weights of the norm, ``[head_dim]`` or ``[heads, head_dim]``.
@@ -250,8 +256,14 @@ def attention(
     check_flag(op, "across_heads", across_heads)
     scale = q.shape[-1] ** -0.5 if scale is None else number(op, "scale", scale)
     eps = number(op, "eps", eps, 0)
+    batch, keys = k.shape[:2]
+    if lengths is not None and mask is not None:
+        raise ValueError(f"{op}: lengths and mask are both given; one of them says which keys count")
     if lengths is not None:
-        lengths = _check_lengths(op, lengths, q, k.shape[1])
+        _check_keys(op, "lengths", lengths, q, (batch,), INTEGERS)
+        _check_lengths(op, lengths, keys)
+    if mask is not None:
+        _check_keys(op, "mask", mask, q, (batch, keys), (torch.bool,))
     if rope is not None:
         if k.shape[1] != q.shape[1]:
             raise ValueError(
@@ -271,13 +283,21 @@ def attention(
             options: Any = dict(norm=qk_norm, across_heads=across_heads, rope=rope, eps=eps)
             q = rows.reference(q, weight=q_weight, bias=q_bias, **options)
             k = rows.reference(k, weight=k_weight, bias=k_bias, **options)
-            return reference(q, k, v, lengths, scale)
+            if lengths is not None:
+                mask = torch.arange(keys, device=k.device) < lengths[:, None]
+            return reference(q, k, v, mask, scale)
+    index = None
+    if mask is not None:
+        lengths, index = mask.sum(1), mask.byte().argsort(dim=1, descending=True, stable=True)
+    elif lengths is not None:
+        lengths = lengths.long().contiguous()
     cos, sin, interleaved = tables(rope)
     return backends.apply(
         _Attention,
         *map(in_rows, (q, k, v)),
         *map(dense, parameters),
         lengths,
+        index,
         cos,
         sin,
         NORMS[qk_norm],
