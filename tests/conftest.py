@@ -141,14 +141,19 @@ def launches(monkeypatch):
 def ropes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, object]]:
     """The rotary tables, or None, and the norm of each attention that the pass over other people's models puts in."""
     found: list[tuple[object, object]] = []
-    module = importlib.import_module("minisora_kernels.ops.window_attention")
-    attention = module.window_attention
 
-    def call(qkv, *sizes, **options):
-        found.append((options.get("rope"), options.get("qk_norm")))
-        return attention(qkv, *sizes, **options)
+    def watch(name: str) -> None:
+        module = importlib.import_module(f"minisora_kernels.ops.{name}")
+        attention = getattr(module, name)
 
-    monkeypatch.setattr(module, "window_attention", call)
+        def call(*inputs, **options):
+            found.append((options.get("rope"), options.get("qk_norm")))
+            return attention(*inputs, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    watch("attention")
+    watch("window_attention")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Attention: torch's SDPA, or matmul, softmax, matmul, of queries, keys and values of the same number."""
+"""Attention: torch's SDPA, or matmul, softmax, matmul, with norm and rotation of q and k before it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from ..ops.window_attention import DETAILS, SHORT
 from . import calls
 from .graph import VIEWS, Nodes, argument, beneath, dtype, equal, kind, order_of, pair, shape, storage, value
 from .match import Match, Permuted
-from .products import same_heads, through_dropout
-from .rotary import find_rotary
+from .products import through_dropout
+from .rotary import Rotated, find_rotary
 from .rows import Norm, find_norm
+from .tables import RESHAPES
 
 
 def match_attention(node: fx.Node) -> Match | None:
@@ -26,18 +27,26 @@ def match_attention(node: fx.Node) -> Match | None:
 def _sdpa(node: fx.Node) -> Match:
     names = (("query", None), ("key", None), ("value", None), ("attn_mask", None), ("dropout_p", 0.0))
     q, k, v, mask, dropout = (argument(node, i, *name) for i, name in enumerate(names))
-    left = ""
-    if mask is not None:
-        left = "attention has a mask"
-    elif argument(node, 5, "is_causal", False) is not False:
-        left = "attention is causal"
+    left = "" if mask is None else _unread(mask, q, k)
+    if argument(node, 5, "is_causal", False) is not False:
+        left = left or "attention is causal"
     elif dropout != 0:
-        left = "attention has dropout"
-    elif not same_heads(q, k, v):
-        left = "q, k and v have different shapes: cross-attention, or grouped heads"
-    elif len(shape(q) or ()) < 3:
-        left = "attention has no axis for samples"
-    return _match(node, [q, k, v], argument(node, 6, "scale"), [], left)
+        left = left or "attention has dropout"
+    return _match(node, [q, k, v], argument(node, 6, "scale"), [], left, mask)
+
+
+def _unread(mask: Any, q: Any, k: Any) -> str:
+    """Why a mask is none that tells for each sample which keys count; empty if it may be one."""
+    sizes, found = shape(mask), value(mask)
+    keys = shape(k)
+    if found is None or sizes is None or keys is None or len(sizes) != 4 or len(keys) != 4:
+        return "attention has a mask"
+    here = equal(sizes[3], keys[2]) and equal(sizes[2], 1) and (equal(sizes[0], 1) or equal(sizes[0], keys[0]))
+    if not here or not (equal(sizes[1], 1) or equal(sizes[1], keys[1])) or found.requires_grad:
+        return "attention has a mask of more than keys"
+    if found.dtype is torch.bool and equal(sizes[1], 1):
+        return ""
+    return "" if found.device.type == "cpu" else "attention has a mask of numbers, which nobody may look at here"
 
 
 def _written_out(node: fx.Node) -> Match | None:
@@ -63,8 +72,6 @@ def _written_out(node: fx.Node) -> Match | None:
     if k is None:
         return None
     k, late = _scaled(k, trail)
-    if not same_heads(q, k, v):
-        left = left or "q, k and v have different shapes: cross-attention, or grouped heads"
     return _match(node, [q, k, v], scale * q_scale * k_scale * late, trail, left)
 
 
@@ -98,54 +105,89 @@ def _untransposed(node: Any, trail: Nodes) -> fx.Node | None:
     return node.args[0]
 
 
-def _match(node: fx.Node, qkv: list[Any], scale: Any, trail: Nodes, left: str, whole: bool = True) -> Match:
+def _match(
+    node: fx.Node, qkv: list[Any], scale: Any, trail: Nodes, left: str, mask: Any = None, whole: bool = True
+) -> Match:
     """The match of attention, and of norm and rotation of q and k before it if it is to be ``whole``."""
+    q, k, v = qkv
     if not isinstance(scale, (int, float, type(None))):
         left = left or "the scale is no plain number"
-    if any(dtype(each) != dtype(qkv[0]) for each in qkv):
-        left = left or "q, k and v have different dtypes"
-    if equal((shape(qkv[0]) or (0, 0))[-2], 0):
-        left = left or "there are no tokens"
+    left = left or _misfit(q, k, v)
     if trail and any(_width(each) < _width(node) for each in trail):
         left = left or "the model rounds between"
-    turned = _unrotated(qkv) if whole and not left else None
-    inputs = [*map(_as_it_is, qkv)] if turned is None else [*turned.inputs, _as_it_is(qkv[2])]
-    norms, passed = _qk_norm(inputs, qkv[2]) if whole and not left else (None, [])
-    if norms is None and any(dtype(each.node) != dtype(qkv[2]) for each in inputs):
-        inputs, turned = [*map(_as_it_is, qkv)], None  # the norm ends in float32
-    mine = [] if turned is None else [*turned.trail]
-    tables, rotation = ((), None) if turned is None else (turned.tables, turned.rotation)
-    weights: list[Any] = [None, None]
+    sides = [_plain(q), _plain(k)]
+    if whole and not left:
+        sides = _before(q, k, v)
+    inputs = [*(side.input for side in sides), _as_it_is(v)]
+    norm, turn = sides[0].norm, sides[0].rotated
+    tables, rotation = ((), None) if turn is None else (tuple(turn.tables), turn.rotation)
+    mine = [each for side in sides for each in side.trail]
+    parameters = [getattr(side.norm, name, None) for name in ("weight", "bias") for side in sides]
     options: dict[str, Any] = dict(scale=scale)
-    if norms is not None:
-        inputs[:2] = [permuted for permuted, _ in norms]
-        weights = [norm.weight for _, norm in norms]
-        options.update(qk_norm=norms[0][1].kind, eps=norms[0][1].eps)
-        mine += passed
-    sizes = shape(qkv[0]) or (0, 0)
-    match = Match(
-        "window_attention",
-        node,
-        [*trail, *mine],
-        calls.attention,
-        (*inputs, *weights, *tables),
-        dict(rotation=rotation),
-        dict(qkv=qkv[0], q_weight=weights[0], k_weight=weights[1], bias=None),
-        detail=DETAILS[_hint(sizes[-2]) > SHORT][norms is not None or rotation is not None],
-        left=left,
-        options=options,
-    )
-    linear, passed = (None, []) if left else one_linear(inputs)
-    if linear is not None:
-        match.call, match.arguments = calls.split_attention, (linear, *weights, *tables)
-        match.trail += passed
-        match.keywords.update(sizes=(sizes[1], sizes[3]))
+    if norm is not None:
+        options.update(qk_norm=norm.kind, eps=norm.eps)
+    linear, passed = (None, []) if left or mask is not None else one_linear(inputs)
+    packed = linear is not None and not sides[0].across and parameters[2:] == [None, None]
+    packed = packed and all(len(rows) < 2 for _, _, rows in (() if rotation is None else rotation[1]))
+    packed = packed and not sides[0].flat
+    sizes = shape(q) or (0, 0)
+    if packed:
+        match = Match(
+            "window_attention",
+            node,
+            [*trail, *mine, *passed],
+            calls.split_attention,
+            (linear, *parameters[:2], *tables),
+            dict(rotation=rotation, sizes=(sizes[1], sizes[3])),
+            dict(qkv=q, q_weight=parameters[0], k_weight=parameters[1], bias=None),
+            detail=DETAILS[_hint(sizes[-2]) > SHORT][norm is not None or rotation is not None],
+        )
+    else:
+        shapes = [_by_heads(each) for each in qkv]
+        names = ("q_weight", "k_weight", "q_bias", "k_bias")
+        match = Match(
+            "attention",
+            node,
+            [*trail, *mine],
+            calls.attention,
+            (*inputs, mask, *parameters, *tables),
+            dict(rotation=rotation, flat=sides[0].flat),
+            dict(zip(("q", "k", "v"), shapes, strict=True)) | dict(zip(names, parameters, strict=True)),
+            detail=ATTENTION_DETAILS[norm is not None or rotation is not None],
+            mask=mask,
+        )
+        if norm is not None:
+            options["across_heads"] = sides[0].across
+    match.left, match.options = left, options
     if mine:
-        match.less = _match(node, qkv, scale, trail, left, whole=False)
-    if turned is not None and turned.written and _is_read(match, turned.written):
+        match.less = _match(node, qkv, scale, trail, left, mask, whole=False)
+    written = [] if turn is None else [each for side in sides for each in side.written]
+    if written and _is_read(match, written):
         assert match.less is not None
         return match.less
     return match
+
+
+def _misfit(q: Any, k: Any, v: Any) -> str:
+    """Why the shapes or dtypes of q, k and v are none for the op."""
+    sizes = [shape(each) for each in (q, k, v)]
+    if any(size is None or len(size) < 3 for size in sizes):
+        return "attention has no axis for samples"
+    if any(dtype(each) != dtype(q) for each in (k, v)):
+        return "q, k and v have different dtypes"
+    mine, theirs, values = sizes
+    assert mine is not None and theirs is not None
+    if not equal(theirs, values) or not equal((*mine[:-2], mine[-1]), (*theirs[:-2], theirs[-1])):
+        return "q, k and v have different heads"
+    return "there are no tokens" if equal(mine[-2], 0) or equal(theirs[-2], 0) else ""
+
+
+def _by_heads(node: Any) -> Tensor | None:
+    """What stands for ``[..., heads, N, head_dim]`` as the op takes it, ``[B, N, heads, head_dim]``."""
+    found = value(node)
+    if found is None or found.dim() < 3:
+        return found
+    return (found if found.dim() > 3 else found.unsqueeze(-3)).transpose(-2, -3)
 
 
 def _is_read(match: Match, written: Nodes) -> bool:
@@ -158,53 +200,115 @@ def _as_it_is(node: Any) -> Permuted:
     return Permuted(node, tuple(range(len(shape(node) or ()))))
 
 
-class Unrotated(NamedTuple):
-    """q and k before a rotary embedding.
+class Side(NamedTuple):
+    """q or k before its norm and rotation.
 
     Attributes:
-        inputs: Both.
-        trail: The nodes that turn them.
-        tables: Nodes with cosines and sines.
-        rotation: How those are read, as in ``rotary.Rotated``.
-        written: Tensors that nodes of the trail write to.
+        input: What the op reads, ``[..., heads, N, head_dim]``.
+        norm: Its norm, if the op is to compute it.
+        across: Whether that is over heads and head_dim.
+        rotated: Its rotation, if the op is to compute it.
+        flat: Whether that is of ``[B, N, heads * head_dim]``.
+        trail: The nodes that norm and turn it.
     """
 
-    inputs: list[Permuted]
-    trail: Nodes
-    tables: tuple[fx.Node, ...]
-    rotation: tuple[Any, ...]
-    written: Nodes
+    input: Permuted
+    norm: Norm | None = None
+    across: bool = False
+    rotated: Rotated | None = None
+    flat: bool = False
+    trail: tuple[fx.Node, ...] = ()
+
+    @property
+    def written(self) -> Nodes:
+        """Tensors that nodes of the trail write to."""
+        return [] if self.rotated is None else self.rotated.written
 
 
-def _unrotated(qkv: list[Any]) -> Unrotated | None:
-    """q and k before a rotary embedding, if both turn alike."""
-    q, k = (find_rotary(node) for node in qkv[:2])
-    if q is None or k is None or q.keys != k.keys:
-        return None
-    inputs = [Permuted(each.x, each.order) for each in (q, k)]
-    return Unrotated(inputs, [*q.trail, *k.trail], tuple(q.tables), q.rotation, [*q.written, *k.written])
+def _plain(node: Any) -> Side:
+    return Side(_as_it_is(node))
 
 
-def _qk_norm(inputs: list[Permuted], v: fx.Node) -> tuple[list[tuple[Permuted, Norm]] | None, Nodes]:
-    """What the norms over head_dim of q and k read, and the norms, where both have the same one without a bias."""
+def _before(q: fx.Node, k: fx.Node, v: fx.Node) -> list[Side]:
+    """q and k before a norm and a rotation that are the same for both, or before one of them, or as they are."""
+    turned = [_unrotated(each) for each in (q, k)]
+    same = all(side.rotated is not None for side in turned) and equal(shape(q), shape(k))
+    if not same or turned[0].flat != turned[1].flat or not _alike(turned[0].rotated, turned[1].rotated):
+        turned = [_plain(q), _plain(k)]
+    normed = [_unnormed(side, v) for side in turned]
+    one, other = (side.norm for side in normed)
+    if one is not None and other is not None and normed[0].across == normed[1].across:
+        if (one.kind, one.eps, one.bias is None) == (other.kind, other.eps, other.bias is None):
+            return normed
+    if any(dtype(side.input.node) != dtype(v) for side in turned):
+        return [_plain(q), _plain(k)]  # a norm that stays ends in float32
+    return turned
+
+
+def _alike(one: Rotated | None, other: Rotated | None) -> bool:
+    return one is not None and other is not None and one.keys == other.keys
+
+
+def _unrotated(node: fx.Node) -> Side:
+    """A side before a rotary embedding of its heads, or of all heads together."""
+    found = find_rotary(node)
+    if found is not None:
+        return Side(Permuted(found.x, found.order), rotated=found, trail=tuple(found.trail))
+    whole, passed = _joined(_as_it_is(node))
+    found = None if whole.split is None else find_rotary(whole.node)
+    if found is None or found.order != (0, 1, 2) or not found.rotation[0]:
+        return _plain(node)  # halves of all heads together are no halves of a head
+    side = Permuted(found.x, whole.order, whole.split)
+    return Side(side, rotated=found, flat=True, trail=(*passed, *found.trail))
+
+
+def _joined(side: Permuted) -> tuple[Permuted, Nodes]:
+    """A side before its heads were split and moved, and the nodes that do it."""
+    node, order, split = side.node, side.order, side.split
     trail: Nodes = []
-    found = []
-    for each in inputs[:2]:
-        node, order = each.node, each.order
-        while (swap := order_of(node)) == (0, 2, 1, 3):  # heads and tokens
-            trail.append(node)
-            node, order = node.args[0], tuple(swap[axis] for axis in order)  # type: ignore[assignment]
-        normed = find_norm(node, [])
-        if normed is None or normed[0].bias is not None or dtype(normed[0].x) != dtype(v):
-            return None, []
-        norm, passed = normed
-        if norm.weight is not None and len(shape(norm.weight) or ()) != 1:
-            return None, []
-        trail += passed
-        found.append((Permuted(norm.x, order), norm))
-    if found[0][1].kind != found[1][1].kind or found[0][1].eps != found[1][1].eps:
-        return None, []
-    return found, trail
+    while split is None and (swap := order_of(node)) == (0, 2, 1, 3):  # heads and tokens
+        trail.append(node)
+        node, order = node.args[0], tuple(swap[axis] for axis in order)  # type: ignore[assignment]
+    if split is None and (split := _split_of(node)) is not None:
+        trail.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    return Permuted(node, order, split), trail
+
+
+def _split_of(node: fx.Node) -> tuple[int, int] | None:
+    """The two sizes into which a node splits the last axis of another."""
+    if kind(node) not in RESHAPES or not isinstance(node.args[0], fx.Node):
+        return None
+    before, after = shape(node.args[0]), shape(node)
+    if before is None or after is None or len(after) != 4 or len(before) != 3 or not equal(before[:2], after[:2]):
+        return None
+    heads, width = after[2:]
+    both = isinstance(heads, int) and isinstance(width, int) and dtype(node) == dtype(node.args[0])
+    return (heads, width) if both else None
+
+
+def _unnormed(side: Side, v: fx.Node) -> Side:
+    """A side before a norm, over each head or across all of them; as it is where there is none."""
+    moved, passed = side.input, []  # type: tuple[Permuted, Nodes]
+    found = None
+    if moved.split is None:
+        while (swap := order_of(moved.node)) == (0, 2, 1, 3):
+            passed.append(moved.node)
+            moved = Permuted(moved.node.args[0], tuple(swap[axis] for axis in moved.order))  # type: ignore[arg-type]
+        found = find_norm(moved.node, [])
+        if found is None:
+            moved, passed = _joined(side.input)
+    if found is None and moved.split is not None:
+        found = find_norm(moved.node, [])
+    if found is None or dtype(found[0].x) != dtype(v):
+        return side
+    norm, trail = found
+    if any(each is not None and len(shape(each) or ()) != 1 for each in (norm.weight, norm.bias)):
+        return side
+    moved = Permuted(norm.x, moved.order, moved.split)
+    return side._replace(
+        input=moved, norm=norm, across=moved.split is not None, trail=(*side.trail, *passed, *trail)
+    )
 
 
 def _width(node: fx.Node) -> int:
@@ -217,6 +321,10 @@ def _hint(size: Any) -> int:
     return size if isinstance(size, int) else size.node.hint if isinstance(size, torch.SymInt) else 0
 
 
+# Of a record: plain attention, or with a norm or rotation.
+ATTENTION_DETAILS = ("plain", "norm")
+
+
 def one_linear(qkv: list[Permuted]) -> tuple[fx.Node | None, Nodes]:
     """The tensor ``[B, N, 3 * heads * head_dim]`` that q, k, v are views of, if they are, and the views.
 
@@ -224,6 +332,8 @@ def one_linear(qkv: list[Permuted]) -> tuple[fx.Node | None, Nodes]:
     """
     trail: Nodes = []
     bases = set()
+    if any(each.split is not None for each in qkv):
+        return None, []
     for node in (each.node for each in qkv):
         while kind(node) in VIEWS and isinstance(node.args[0], fx.Node):
             trail.append(node)

@@ -6,16 +6,19 @@ captured graph had; ops that replace a Linear, a convolution or attention cast a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from ..ops import adaln as _adaln
+from ..ops import attention as _attention
 from ..ops import gate_residual as _gate_residual
 from ..ops import gate_residual_adaln as _gate_residual_adaln
 from ..ops import gelu_mlp as _gelu_mlp
+from ..ops import norm_rope as _norm_rope
 from ..ops import patch_embed as _patch_embed
 from ..ops import window_attention as _window_attention
 
@@ -102,18 +105,26 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    mask: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
     *tables: Tensor,
     rotation: tuple[Any, ...] | None,
+    flat: bool,
     options: dict[str, Any],
 ) -> Tensor:
-    """Attention of ``[..., N, head_dim]`` to tokens of the same number, stacked as the op reads them."""
+    """Attention of ``[..., heads, N, head_dim]``; ``rotation`` as in rotary.py, of all heads together if ``flat``."""
     shape = q.shape
     heads = shape[-3] if q.dim() > 3 else 1
-    q, k, v = (x.reshape(-1, heads, *shape[-2:]).transpose(1, 2) for x in (q, k, v))
-    qkv = torch.stack([q, k, v], dim=2)
-    return packed_attention(qkv, q_weight, k_weight, tables, rotation, options).reshape(shape)
+    q, k, v = (x.reshape(-1, heads, *x.shape[-2:]).transpose(1, 2) for x in (q, k, v))
+    parameters = dict(q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias)
+    if options.get("across_heads"):
+        split = {name: None if each is None else each.view(heads, -1) for name, each in parameters.items()}
+        parameters = split
+    angles = None if rotation is None else _angles(tables, rotation, q, flat)
+    return _apart(q, k, v, mask, parameters, angles, options).reshape(shape)
 
 
 def split_attention(
@@ -126,66 +137,132 @@ def split_attention(
     options: dict[str, Any],
 ) -> Tensor:
     """Attention of what one Linear wrote, ``[B, N, 3 * heads * head_dim]``; ``sizes`` is (heads, head_dim)."""
-    return packed_attention(linear.unflatten(-1, (3, *sizes)), q_weight, k_weight, tables, rotation, options)
+    qkv = linear.unflatten(-1, (3, *sizes))
+    window = (1, 1, qkv.shape[1])
+    parameters = dict(q_weight=q_weight, k_weight=k_weight)
+    angles = None if rotation is None else _angles(tables, rotation, qkv[:, :, 0], False)
+    if angles is not None and angles.other is not None:
+        return _apart(*qkv.unbind(2), None, parameters, angles, options)
+    rope = None
+    if angles is not None:
+        rope = _norm_rope.Rope(angles.cos[0, :, 0], angles.sin[0, :, 0], angles.interleaved)
+    y = _window_attention.window_attention(qkv, window, window, rope=rope, **parameters, **options)
+    return y.unflatten(-1, sizes).transpose(1, 2)
 
 
-def packed_attention(
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    tables: tuple[Tensor, ...],
-    rotation: tuple[Any, ...] | None,
+class _Angles(NamedTuple):
+    """Tables ``[B or 1, N, heads or 1, head_dim / 2]``; those of the second channel of each pair, where they differ."""
+
+    cos: Tensor
+    sin: Tensor
+    other: tuple[Tensor, Tensor] | None
+    interleaved: bool
+
+
+def _apart(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    parameters: dict[str, Any],
+    angles: _Angles | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """Attention of ``[B, N, 3, heads, head_dim]`` as ``[B, heads, N, head_dim]``; ``rotation`` as in rotary.py."""
-    window = (1, 1, qkv.shape[1])
-    options = dict(options, q_weight=q_weight, k_weight=k_weight)
-    if rotation is not None:
-        cos, sin, other_cos, other_sin = _angles(tables, rotation, qkv)
-        interleaved = rotation[0]
-        if other_cos is None or _same((cos, sin), (other_cos, other_sin)):
-            options["rope"] = _window_attention.Rope(cos, sin, interleaved)
-        else:
-            sides = (cos, sin, other_cos, other_sin)
-            qkv = _turned(qkv, sides, interleaved, options)
-    y = _window_attention.window_attention(qkv, window, window, **options)
-    return y.unflatten(-1, qkv.shape[3:]).transpose(1, 2)
+    """Attention of ``[B, N, heads, head_dim]``, as ``[B, heads, N, head_dim]``."""
+    keys = None if mask is None else _keys(mask, k)
+    rope = None
+    if angles is not None and angles.other is None:
+        rope = _norm_rope.Rope(angles.cos, angles.sin, angles.interleaved)
+    if (angles is None or rope is not None) and (mask is None or keys is not None):
+        y = _attention.attention(q, k, v, mask=keys, rope=rope, **parameters, **options)
+        return y.unflatten(-1, q.shape[2:]).transpose(1, 2)
+    options = dict(options)
+    across = options.pop("across_heads", False)
+    norm = dict(norm=options.pop("qk_norm", None), eps=options.pop("eps", 1e-6), across_heads=across)
+    backend = options.get("backend")
+    turned = []
+    for x, name in ((q, "q"), (k, "k")):
+        weight, bias = parameters[f"{name}_weight"], parameters.get(f"{name}_bias")
+        x = _norm_rope.norm_rope(x, weight=weight, bias=bias, rope=rope, backend=backend, **norm)
+        turned.append(x if rope is not None or angles is None else _turned(x, angles))
+    q, k = turned
+    if mask is None or keys is not None:
+        y = _attention.attention(q, k, v, mask=keys, **options)
+        return y.unflatten(-1, q.shape[2:]).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options["scale"])
 
 
-def _angles(tables: tuple[Tensor, ...], rotation: tuple[Any, ...], qkv: Tensor) -> list[Any]:
-    """Cosines and sines ``[N, head_dim / 2]`` of the first channels of all pairs, and of the second or None."""
-    _, layouts, pieces = rotation
-    dtype = torch.promote_types(torch.float32, qkv.dtype)
-    flat = [
-        (table[:1] if repeats else table).reshape(-1, entries).to(dtype)
-        for table, (entries, repeats) in zip(tables, layouts, strict=True)
-    ]
+# What models add to the scores of a key that does not count is at most this.
+_NEVER = -9000.0
+
+
+def _keys(mask: Tensor, k: Tensor) -> Tensor | None:
+    """Which keys of ``k [B, M, heads, head_dim]`` count, ``[B, M]``, by a mask ``[B or 1, heads or 1, 1, M]``.
+
+    None for a mask that says more, or one of numbers that nobody can look at yet.
+    """
+    batch, count = k.shape[:2]
+    if mask.dtype is torch.bool and mask.shape[1] == 1:
+        return mask[:, 0, 0].expand(batch, count)
+    if torch.compiler.is_compiling() or type(mask) is not Tensor:
+        return None
+    here = mask if mask.dtype is torch.bool else mask == 0
+    known = mask.dtype is torch.bool or bool((here | (mask <= _NEVER)).all())
+    alike = bool((here == here[:, :1]).all())
+    if not known or not alike or not bool(here.any(-1).all()):
+        return None  # without any key, numbers let all count
+    return here[:, 0, 0].expand(batch, count)
+
+
+def _angles(tables: tuple[Tensor, ...], rotation: tuple[Any, ...], q: Tensor, flat: bool) -> _Angles:
+    """Cosines and sines for ``q [B, N, heads, head_dim]``."""
+    interleaved, layouts, pieces = rotation
+    batch, tokens, heads, _ = q.shape
+    dtype = torch.promote_types(torch.float32, q.dtype)
+    sizes = {"b": batch, "n": -1, "h": heads}
+    found = []
+    for table, (entries, repeats, rows) in zip(tables, layouts, strict=True):
+        table = (table[:1] if repeats else table).reshape(*(sizes[axis] for axis in rows), entries).to(dtype)
+        table = table.permute(*(rows.index(axis) for axis in "bnh" if axis in rows), len(rows))
+        for place, axis in enumerate("bnh"):
+            table = table if axis in rows else table.unsqueeze(place)
+        found.append(table)
     sides: list[list[Tensor]] = [[], [], [], []]
     differ = any(len(reads) == 4 for _, _, reads in pieces)
     for start, stop, reads in pieces:
-        rows = (qkv.shape[1] if stop is None else stop) - start
+        count = (tokens if stop is None else stop) - start
         every = reads if len(reads) == 4 else (*reads, *(reads if differ else (None, None)))
         for side, each in zip(sides, every, strict=True):
             if each is not None:
-                side.append(_columns(flat, each, rows))
-    return [torch.cat(side) if len(side) > 1 else side[0] if side else None for side in sides]
+                side.append(_columns(found, each, count))
+    whole = []
+    for side in sides:
+        rows = [max(piece.shape[axis] for piece in side) if side else 1 for axis in (0, 2)]
+        side = [piece.expand(rows[0], -1, rows[1], -1) for piece in side]
+        joined = torch.cat(side, 1) if len(side) > 1 else side[0] if side else None
+        whole.append(joined[:, :, 0].unflatten(-1, (heads, -1)) if flat and joined is not None else joined)
+    cos, sin, *other = whole
+    same = other[0] is None or _same((cos, sin), (other[0], other[1]))
+    return _Angles(cos, sin, None if same else (other[0], other[1]), interleaved)
 
 
-def _columns(flat: list[Tensor], reads: tuple[tuple[float, int, int], ...], rows: int) -> Tensor:
-    """The numbers that ``reads`` says, ``[rows, len(reads)]``."""
+def _columns(tables: list[Tensor], reads: tuple[tuple[float, int, int], ...], rows: int) -> Tensor:
+    """The numbers that ``reads`` says, ``[B or 1, rows, heads or 1, len(reads)]``."""
     places = {place for _, place, _ in reads}
     if len(places) == 1 and -1 not in places:
-        table = flat[places.pop()]
+        table = tables[places.pop()]
         index = torch.tensor([entry for _, _, entry in reads], device=table.device)
-        found, factors = table[:, index], [factor for factor, _, _ in reads]
+        found, factors = table[..., index], [factor for factor, _, _ in reads]
         if any(factor != 1.0 for factor in factors):
             found = found * torch.tensor(factors, dtype=table.dtype, device=table.device)
-        return found.expand(rows, -1)
-    like = flat[0]
+        return found.expand(-1, rows, -1, -1)
+    like = tables[0]
     columns = [
-        like.new_full((1,), factor) if place < 0 else flat[place][:, entry] * factor for factor, place, entry in reads
+        like.new_full((1, 1, 1), factor) if place < 0 else tables[place][..., entry] * factor
+        for factor, place, entry in reads
     ]
-    return torch.stack([column.expand(rows) for column in columns], dim=1)
+    return torch.stack(torch.broadcast_tensors(*columns), dim=-1).expand(-1, rows, -1, -1)
 
 
 def _same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
@@ -195,21 +272,12 @@ def _same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
     return all(map(torch.equal, one, other))
 
 
-def _turned(qkv: Tensor, sides: tuple[Tensor, ...], interleaved: bool, options: dict[str, Any]) -> Tensor:
-    """``qkv`` after norm and rotation in plain PyTorch, where the channels of a pair turn by tables of their own.
-
-    Takes the norm out of ``options``.
-    """
-    q, k, v = qkv.unbind(2)
-    norm, eps = options.pop("qk_norm", None), options.pop("eps", 0.0)
-    turned = []
-    for x, weight in ((q, options.pop("q_weight")), (k, options.pop("k_weight"))):
-        x = _window_attention.normalise(x, norm, weight, eps)
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
-        cos, sin, other_cos, other_sin = (side[:, None] for side in sides)
-        pair = (a * cos - b * sin, a * other_sin + b * other_cos)
-        turned.append((torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)).to(x.dtype))
-    return torch.stack([*turned, v], dim=2)
+def _turned(x: Tensor, angles: _Angles) -> Tensor:
+    """``x [B, N, heads, head_dim]`` turned in plain PyTorch, where the channels of a pair have tables of their own."""
+    assert angles.other is not None
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if angles.interleaved else x.chunk(2, dim=-1)
+    pair = (a * angles.cos - b * angles.sin, a * angles.other[1] + b * angles.other[0])
+    return (torch.stack(pair, -1).flatten(-2) if angles.interleaved else torch.cat(pair, -1)).to(x.dtype)
 
 
 def checkpoint(body: torch.fx.GraphModule, *arguments: Any, **options: Any) -> Any:

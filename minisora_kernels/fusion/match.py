@@ -28,13 +28,17 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Permuted:
-    """A node with its axes in another order."""
+    """A node with its last axis split in two, if ``split`` says so, and then its axes in another order."""
 
     node: fx.Node
     order: tuple[int, ...]
+    split: tuple[int, int] | None = None
 
     def build(self, graph: fx.Graph) -> fx.Node:
-        return graph.call_method("permute", (self.node, *self.order)) if self.moves() else self.node
+        node = self.node
+        if self.split is not None:
+            node = graph.call_method("unflatten", (node, -1, self.split))
+        return graph.call_method("permute", (node, *self.order)) if self.moves() else node
 
     def moves(self) -> bool:
         return self.order != tuple(range(len(self.order)))
@@ -55,6 +59,7 @@ class Match:
         left: Why the site must be left as it is; empty if nothing speaks against it.
         options: Those of the op, by name.
         less: A match with less in it, for where something stands between the nodes of this one.
+        mask: An argument that may be bool.
     """
 
     op: str
@@ -68,6 +73,7 @@ class Match:
     left: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     less: Match | None = None
+    mask: fx.Node | None = None
 
     def operands(self) -> Nodes:
         """The nodes that the call reads."""

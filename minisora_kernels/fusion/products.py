@@ -96,7 +96,3 @@ def _each(option: Any, axes: int) -> tuple[Any, ...] | None:
     if isinstance(option, int):
         return (option,) * axes
     return tuple(option) * (axes if len(option) == 1 else 1) if isinstance(option, (tuple, list)) else None
-
-
-def same_heads(q: Any, k: Any, v: Any) -> bool:
-    return value(q) is not None and equal(shape(q), shape(k)) and equal(shape(q), shape(v))

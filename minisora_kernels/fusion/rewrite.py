@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..checks import FLOATS
 from . import calls
@@ -99,10 +99,10 @@ def _replace(reader: Reader, choice: Choice, root: str, sites: list[Site]) -> bo
 def _judge(match: Match, reader: Reader, choice: Choice) -> tuple[str | None, str]:
     """The backend that serves a match, or None and why it is left."""
     nodes = _read(match)
-    match.left = match.left or _unusual(nodes) or reader.obstacle(match.trail, nodes, match.result) or ""
+    match.left = match.left or _unusual(nodes, match.mask) or reader.obstacle(match.trail, nodes, match.result) or ""
     if match.left:
         return None, match.left
-    call = {name: value(node) for name, node in match.served.items()}
+    call = {name: each if isinstance(each, Tensor) else value(each) for name, each in match.served.items()}
     result = value(match.result)
     return choice.serve(match.op, call, result is not None and result.requires_grad, match.detail)
 
@@ -112,14 +112,15 @@ def _read(match: Match) -> Nodes:
     return [node for node in match.operands() if value(node) is not None]
 
 
-def _unusual(nodes: Nodes) -> str:
+def _unusual(nodes: Nodes, mask: fx.Node | None) -> str:
     """A reason, if an operand is not what the ops take on any backend."""
     for node in nodes:
         tensor = value(node)
         assert tensor is not None
         if not plain(node):
             return f"an operand is a {type(tensor).__name__}"
-        if tensor.dtype not in FLOATS or tensor.layout is not torch.strided:
+        fits = tensor.dtype in FLOATS or (node is mask and tensor.dtype is torch.bool)
+        if not fits or tensor.layout is not torch.strided:
             return f"an operand is of {tensor.dtype} and layout {tensor.layout}"
     return ""
 

@@ -28,8 +28,9 @@ ON_THE_WAY = VIEWS | CASTS | {"neg", "sub", "sum", "clone", "repeat_interleave"}
 Sum = dict[tuple[int, Key], float]
 # Where a number of a table is read: factor, place of the table in a list, entry. Place -1 is 1.
 Read = tuple[float, int, int]
-# Tables, how many entries each has for a token, and whether it repeats them for each sample.
-Tables = list[tuple[fx.Node, int, bool]]
+# Tables, how many entries each has in a row, whether it repeats its rows for each sample, and what else it has rows for:
+# some of "b", "n" and "h", samples, tokens and heads, in its order.
+Table = tuple[fx.Node, int, bool, str]
 
 
 class Piece(NamedTuple):
@@ -69,7 +70,7 @@ class Rotated(NamedTuple):
         trail: The nodes that turn it.
         written: Tensors that some of them write to. Nothing else may read those after the match.
         tables: Nodes with cosines and sines.
-        rotation: ``(interleaved, layouts, pieces)``, of plain numbers: ``(entries, repeats)`` of each table, and per
+        rotation: ``(interleaved, layouts, pieces)``, of plain numbers: ``(entries, repeats, rows)`` of each table, and per
             piece ``(start, stop, reads)`` with the reads of cosines and sines for the first channels of the pairs, and
             for the second where they may differ.
         keys: What two rotations have in common if they are the same.
@@ -145,8 +146,8 @@ class _Reading:
         self.trail: dict[fx.Node, None] = {}
         self.forms: dict[tuple[fx.Node, bool], Form] = {}
         self.dependent: dict[fx.Node, bool] = {x: True}
-        self.reads: dict[Key, tuple[tuple[fx.Node, int, bool], int, float]] = {}  # table, entry, factor
-        self.axes: set[int] = set()
+        # Table, entry, factor; the table with the axes of x that it has rows for.
+        self.reads: dict[Key, tuple[tuple[fx.Node, int, bool, tuple[int, ...]], int, float]] = {}
         self.written: Nodes = []
 
     def rotated(self) -> Rotated:
@@ -155,7 +156,7 @@ class _Reading:
         if not form.lead or any(piece.cells.shape != (width,) for piece in form.pieces):
             raise Unknown
         tokens = form.lead[-1]
-        if self.axes - {tokens} or not self._is_whole(form.pieces, form.axis, tokens):
+        if not self._is_whole(form.pieces, form.axis, tokens):
             raise Unknown
         if not equal(tuple((shape(self.x) or ())[axis] for axis in (*form.lead, len(form.lead))), shape(self.result)):
             raise Unknown
@@ -168,16 +169,18 @@ class _Reading:
             pieces.append((piece.start, piece.stop, pairs))
         if halves is None:
             raise Unknown
-        tables: Tables = []
+        tables: list[Table] = []
+        roles = dict(zip(form.lead, {2: "bn", 3: "bhn"}.get(len(form.lead), ""), strict=False)) | {tokens: "n"}
         keys = [(start, stop, _sides(pairs, halves)) for start, stop, pairs in pieces]
-        found = tuple((start, stop, self._reads_of(sides, tables)) for start, stop, sides in keys)
+        found = tuple((start, stop, self._reads_of(sides, tables, roles)) for start, stop, sides in keys)
         order = (*form.lead, len(form.lead))
-        nodes = [node for node, _, _ in tables]
+        nodes = [node for node, *_ in tables]
         if not nodes or {storage(node) for node in nodes} & {storage(node) for node in self.written}:
             raise Unknown
         layouts = tuple(layout for _, *layout in tables)
         rotation = not halves, tuple(map(tuple, layouts)), found
-        return Rotated(self.x, order, [*self.trail], self.written, nodes, rotation, (halves, keys))
+        alike = halves, keys, tuple(rows for _, _, rows in layouts)
+        return Rotated(self.x, order, [*self.trail], self.written, nodes, rotation, alike)
 
     def _is_whole(self, pieces: tuple[Piece, ...], axis: int | None, tokens: int) -> bool:
         """Whether pieces are all tokens, in their order."""
@@ -186,14 +189,19 @@ class _Reading:
         ends = [0, *(piece.stop for piece in pieces)]
         return axis == tokens and [piece.start for piece in pieces] == ends[:-1] and ends[-1] == self._size(axis)
 
-    def _reads_of(self, sides: tuple[Any, ...], tables: Tables) -> tuple[tuple[Read, ...], ...]:
+    def _reads_of(
+        self, sides: tuple[Any, ...], tables: list[Table], roles: dict[int, str]
+    ) -> tuple[tuple[Read, ...], ...]:
         sides = sides[:2] if sides[:2] == sides[2:] else sides
-        return tuple(tuple(self._read(factor, key, tables) for factor, key in side) for side in sides)
+        return tuple(tuple(self._read(factor, key, tables, roles) for factor, key in side) for side in sides)
 
-    def _read(self, factor: float, key: Key, tables: Tables) -> Read:
+    def _read(self, factor: float, key: Key, tables: list[Table], roles: dict[int, str]) -> Read:
         if key is None:
             return factor, -1, 0
-        table, index, sign = self.reads[key]
+        (node, entries, repeated, axes), index, sign = self.reads[key]
+        if any(axis not in roles for axis in axes):
+            raise Unknown
+        table = node, entries, repeated, "".join(roles[axis] for axis in axes)
         if table not in tables:
             tables.append(table)
         return factor * sign, tables.index(table), index
@@ -363,7 +371,7 @@ class _Reading:
         tensor = value(table)
         if sizes is None or not sizes or len(sizes) > rank or tensor is None or tensor.requires_grad:
             raise Unknown
-        repeated, rows, padded = False, "1", (1,) * (rank - len(sizes)) + sizes
+        repeated, axes, padded = False, [], (1,) * (rank - len(sizes)) + sizes
         for axis, (label, size, mine) in enumerate(zip(form.lead, padded, shape(one) or (), strict=False)):
             if equal(size, 1):
                 continue
@@ -372,15 +380,13 @@ class _Reading:
             if axis == 0 and repeats(table):
                 repeated = True
             else:
-                self.axes.add(label)
-                rows = str(size)
-        axes = min(inner, len(sizes))
-        numbers = numbers_of(table, axes)
+                axes.append((label, str(size)))
+        numbers = numbers_of(table, min(inner, len(sizes)))
         entries = np.empty(numbers.shape, object)
         for index, place in enumerate(np.ndindex(numbers.shape)):
             sign, key = numbers[place]
-            key = (rows, key)
-            self.reads.setdefault(key, ((table, numbers.size, repeated), index, sign))
+            key = (tuple(size for _, size in axes), key)
+            self.reads.setdefault(key, ((table, numbers.size, repeated, tuple(label for label, _ in axes)), index, sign))
             entries[place] = {key: sign}
         return form.map(lambda cells: _products(cells, entries))
 

@@ -60,7 +60,7 @@ def test_peft_before():
     add_lora(model)
     fused = check(model, inputs(), call, draws=2, whole=True)
     found = counts(fused.sites)
-    assert found["window_attention"] == 2 and found["gelu_mlp"] == 1  # that of the time; those of the blocks have LoRA
+    assert found["attention"] == 4 and found["gelu_mlp"] == 1  # that of the time; those of the blocks have LoRA
 
 
 def test_peft_after_and_its_scale():

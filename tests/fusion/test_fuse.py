@@ -435,7 +435,7 @@ def test_a_weight_of_another_class_is_left():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(ops=["adalm"]), ValueError, "ops has adalm; it may have adaln, gate_residual"),
+        (dict(ops=["adalm"]), ValueError, "ops has adalm; it may have adaln, attention, gate_residual"),
         (dict(ops="adaln"), TypeError, "ops is 'adaln'; it must be a collection of names"),
         (dict(ops=3), TypeError, "ops is 3"),
         (dict(mode="off"), ValueError, "mode is 'off'; it may be 'auto' or 'on'"),

@@ -51,7 +51,7 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any], dict[st
         dict(x=random(2, 4, 3, 8, 8), text=random(2, 5, 32, seed=1), t=T),
         {
             **{"adaln": 3, "gate_residual_adaln": 2, "gate_residual": 2},  # text stands between the others
-            **{"gelu_mlp": 2, "window_attention": 2, "patch_embed": 1},
+            **{"gelu_mlp": 2, "attention": 2, "window_attention": 2, "patch_embed": 1},
         },
     ),
 }
@@ -69,8 +69,7 @@ def test_float32(name: str):
     made, inputs, expected = model(name)
     fused = check(made, inputs)
     assert counts(fused.sites) == expected, fused.report()
-    cross = {"q, k and v have different shapes: cross-attention, or grouped heads"} if name == "STDiT" else set()
-    assert reasons(fused.sites) == cross
+    assert reasons(fused.sites) == set()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -52,6 +52,8 @@ def keys_without_gradients(qkv: Tensor) -> Tensor:
 
 ROWS = dict(x=(B, N, D), a=(B, D), b=(B, D))
 ONE = dict(x=(B, N, D), a=(B, 1, D), b=(B, 1, D))
+CROSS = dict(q=(B, 4, N, 8), k=(B, 4, 5, 8), v=(B, 4, 5, 8))
+KEYS = torch.tensor([[True] * 5, [True, False, True, True, False]])  # of two samples
 MLP = dict(x=(B, N, D), w1=(H, D), w2=(D, H))
 GATE = dict(x=(B, N, D), y=(B, N, D), g=(B, 1, D))
 
@@ -153,12 +155,12 @@ FOUND = {
     "sdpa": (
         dict(q=(B, 4, N, 8), k=(B, 4, N, 8), v=(B, 4, N, 8)),
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2),
-        {"window_attention": 1},
+        {"attention": 1},
     ),
     "sdpa with a scale": (
         dict(q=(B, 4, N, 8), k=(B, 4, N, 8), v=(B, 4, N, 8)),
         lambda q, k, v: F.scaled_dot_product_attention(query=q, key=k, value=v, scale=0.2, dropout_p=0.0),
-        {"window_attention": 1},
+        {"attention": 1},
     ),
     "packed": (
         dict(x=(B, N, D), w=(3 * D, D)),
@@ -186,34 +188,34 @@ FOUND = {
         lambda x, y, z: F.scaled_dot_product_attention(
             layer(x).transpose(1, 2), layer(y).permute(0, 2, 1, 3), z.transpose(1, 2)
         ),
-        {"window_attention": 1},
+        {"attention": 1},
     ),
     "a norm of q alone": (
         dict(q=(B, 4, N, 8), k=(B, 4, N, 8), v=(B, 4, N, 8)),
         lambda q, k, v: F.scaled_dot_product_attention(layer(q), k, v),
-        {"window_attention": 1},
+        {"attention": 1},
     ),
     "norms of two kinds": (
         dict(q=(B, 4, N, 8), k=(B, 4, N, 8), v=(B, 4, N, 8)),
         lambda q, k, v: F.scaled_dot_product_attention(layer(q), rms(k), v),
-        {"window_attention": 1},
+        {"attention": 1},
     ),
     "norms with a bias": (
         dict(q=(B, 4, N, 8), k=(B, 4, N, 8), v=(B, 4, N, 8), a=(8,), b=(8,)),
         lambda q, k, v, a, b: F.scaled_dot_product_attention(layer(q, a, b), layer(k, a, b), v),
-        {"window_attention": 1},
+        {"attention": 1},
     ),
     "norms over other axes": (
         dict(q=(B, N, D), k=(B, N, D), v=(B, N, D)),
         lambda q, k, v: F.scaled_dot_product_attention(
             *(each.unflatten(-1, (4, 8)).transpose(1, 2) for each in (rms(q), rms(k), v))
         ),
-        {"window_attention": 1},
+        {"attention": 1},
     ),
     "packed, but keys are detached": (  # which have no gradient, so they must not be read with the others
         dict(x=(B, N, D), w=(3 * D, D)),
         lambda x, w: detached_keys(*F.linear(x, w).reshape(B, N, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)),
-        {"window_attention": 1},
+        {"attention": 1},
     ),
     "packed, keys taken without gradients": (
         dict(x=(B, N, D), w=(3 * D, D)),
@@ -225,29 +227,106 @@ FOUND = {
         lambda x, w: F.scaled_dot_product_attention(
             *F.linear(x, w).reshape(B, N, 4, 3, 8).permute(3, 0, 2, 1, 4).unbind(0)
         ),
-        {"window_attention": 1},
+        {"attention": 1},
     ),
     "k before q": (
         dict(x=(B, N, D), w=(3 * D, D)),
         lambda x, w: F.scaled_dot_product_attention(
             *(F.linear(x, w).reshape(B, N, 3, 4, 8).permute(2, 0, 3, 1, 4)[i] for i in (1, 0, 2))
         ),
-        {"window_attention": 1},
+        {"attention": 1},
     ),
     "matmul, softmax, matmul": (
         dict(q=(B, 4, N, 8), k=(B, 4, N, 8), v=(B, 4, N, 8)),
         lambda q, k, v: (q @ k.transpose(-2, -1) * 0.3).softmax(dim=-1) @ v,
-        {"window_attention": 1},
+        {"attention": 1},
     ),
     "scaled before": (
         dict(q=(B, 4, N, 8), k=(B, 4, N, 8), v=(B, 4, N, 8)),
         lambda q, k, v: torch.matmul(F.softmax(torch.matmul(q * 0.3, k.permute(0, 1, 3, 2)) / 2, dim=-1), v),
-        {"window_attention": 1},
+        {"attention": 1},
     ),
     "batched products": (
         dict(q=(B, N, 8), k=(B, N, 8), v=(B, N, 8)),
         lambda q, k, v: torch.bmm((torch.bmm(q, k.transpose(1, 2)) / math.sqrt(8)).softmax(-1), v),
-        {"window_attention": 1},
+        {"attention": 1},
+    ),
+    "cross-attention": (
+        CROSS,
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+        {"attention": 1},
+    ),
+    "cross-attention written out": (
+        CROSS,
+        lambda q, k, v: (q @ k.transpose(-1, -2) * 0.3).softmax(-1) @ v,
+        {"attention": 1},
+    ),
+    "cross-attention with norms across heads": (
+        dict(q=(B, N, D), k=(B, 5, D), v=(B, 5, D), a=(D,), b=(D,)),
+        lambda q, k, v, a, b: F.scaled_dot_product_attention(
+            *(each.unflatten(-1, (4, 8)).transpose(1, 2) for each in (rms(q) * a, rms(k) * b, v))
+        ),
+        {"attention": 1},
+    ),
+    "norms across heads, with a bias": (
+        dict(q=(B, N, D), k=(B, N, D), v=(B, N, D), a=(D,), b=(D,)),
+        lambda q, k, v, a, b: F.scaled_dot_product_attention(
+            *(each.view(B, N, 4, 8).transpose(1, 2) for each in (layer(q, a, b), layer(k, a, b), v))
+        ),
+        {"attention": 1},
+    ),
+    "a norm of one head, another across heads": (
+        dict(q=(B, N, D), k=(B, N, D), v=(B, N, D)),
+        lambda q, k, v: F.scaled_dot_product_attention(
+            F.rms_norm(q.view(B, N, 4, 8), (8,)).transpose(1, 2),
+            rms(k).view(B, N, 4, 8).transpose(1, 2),
+            v.view(B, N, 4, 8).transpose(1, 2),
+        ),
+        {"attention": 1},
+    ),
+    "a mask of keys": (
+        CROSS,
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, KEYS[:, None, None]),
+        {"attention": 1},
+    ),
+    "a mask of keys for all samples": (
+        CROSS,
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=KEYS[1:, None, None]),
+        {"attention": 1},
+    ),
+    "a mask of keys in numbers": (
+        CROSS,
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, (KEYS[:, None, None].to(q.dtype) - 1) * 10000.0),
+        {"attention": 1},
+    ),
+    "a mask of keys in numbers, a head each": (
+        CROSS,
+        lambda q, k, v: F.scaled_dot_product_attention(
+            q, k, v, ((KEYS[:, None].to(q.dtype) - 1) * 10000.0).repeat_interleave(4, dim=0).view(B, 4, 1, 5)
+        ),
+        {"attention": 1},
+    ),
+    "a mask that learns": (
+        CROSS | dict(m=(B, 1, 1, 5)),
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m),
+        {},
+    ),
+    "numbers that are no mask": (  # each call looks, and takes SDPA
+        CROSS,
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, q.new_tensor([0.0, -1.0, 0.5, -10000.0, 2.0]).expand(B, 1, 1, 5)),
+        {"attention": 1},
+    ),
+    "numbers that mask every key": (  # all alike: they change nothing
+        CROSS,
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, q.new_full((B, 1, 1, 5), -10000.0)),
+        {"attention": 1},
+    ),
+    "numbers that are a mask for some heads": (
+        CROSS,
+        lambda q, k, v: F.scaled_dot_product_attention(
+            q, k, v, torch.where(torch.arange(20).view(1, 4, 1, 5) % 3 > 0, q.new_zeros(()), -math.inf)
+        ),
+        {"attention": 1},
     ),
 }
 
@@ -354,10 +433,15 @@ LEFT = {
         "mask",
     ),
     "causal": (QKV, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), "causal"),
-    "cross-attention": (
-        QKV | dict(k=(B, 4, 5, 8), v=(B, 4, 5, 8)),
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
-        "different shapes",
+    "grouped heads": (
+        QKV | dict(k=(B, 2, N, 8), v=(B, 2, N, 8)),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        "different heads",
+    ),
+    "a mask of pairs": (
+        QKV,
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, torch.ones(N, N, dtype=torch.bool).tril()[None, None]),
+        "a mask of more than keys",
     ),
     "narrow heads": (
         dict(q=(B, 4, N, 6), k=(B, 4, N, 6), v=(B, 4, N, 6)),
@@ -510,7 +594,11 @@ def test_float64_is_left():
         ("a norm before the heads come first", 0),
         ("a norm of q alone", 1),
         ("norms of two kinds", 2),
-        ("norms with a bias", 2),
+        ("norms with a bias", 0),
+        ("norms over other axes", 0),
+        ("cross-attention with norms across heads", 0),
+        ("norms across heads, with a bias", 0),
+        ("a norm of one head, another across heads", 2),
     ],
 )
 def test_norms_of_q_and_k_go_into_the_op_where_it_has_them(name: str, norms: int):
@@ -522,6 +610,8 @@ def test_norms_of_q_and_k_go_into_the_op_where_it_has_them(name: str, norms: int
         with torch.profiler.profile() as profile:
             model(*given)
     names = [event.name for event in profile.events()]
-    assert names.count("minisora::window_attention_fwd") == 1
+    packed = name.startswith("packed")
+    assert names.count("minisora::window_attention_fwd") == packed
+    assert names.count("minisora::attention_fwd") == (not packed)
     assert sum(name in ("aten::native_layer_norm", "aten::rsqrt") for name in names) == norms
-    assert ("aten::stack" in names) == (not name.startswith("packed"))
+    assert "aten::stack" not in names

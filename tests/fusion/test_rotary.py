@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,13 @@ def angles(rows: int = N, columns: int = WIDTH // 2) -> Tensor:
 def repeated(rows: int = N) -> tuple[Tensor, Tensor]:
     both = angles(rows).repeat_interleave(2, dim=-1)
     return both.cos(), both.sin()
+
+
+def apart(*sizes: int, rows: int = N, halves: bool = False) -> tuple[Tensor, Tensor]:
+    """Tables that differ along more axes."""
+    table = torch.linspace(-3, 3, math.prod(sizes) * rows * WIDTH // 2).view(*sizes, rows, WIDTH // 2)
+    table = torch.cat([table] * 2, dim=-1) if halves else table.repeat_interleave(2, dim=-1)
+    return table.cos(), table.sin()
 
 
 def twice(rows: int = N) -> tuple[Tensor, Tensor]:
@@ -116,6 +124,10 @@ WRITTEN = {
     "twice, of which the first stays": (twice_turned, repeated),
     "a table repeated for each sample": (repeated_tables, repeated),
     "one row for all tokens": (stacked_pairs, lambda: repeated(1)),
+    "a table per sample": (stacked_pairs, lambda: apart(B, 1)),
+    "a table per head": (stacked_pairs, lambda: apart(HEADS)),
+    "a table per sample and head": (swapped_halves, lambda: apart(B, HEADS, halves=True)),
+    "a row per head for all tokens": (stacked_pairs, lambda: apart(HEADS, rows=1)),
 }
 
 
@@ -140,7 +152,7 @@ def test_rotations_go_into_attention(name: str, dtype: torch.dtype, ropes: list[
     turn, tables = WRITTEN[name]
     cos, sin = tables()
     fused = check(attend(turn), qkv(dtype) | dict(cos=cos, sin=sin), draws=2)
-    assert counts(fused.sites) == {"window_attention": 1}
+    assert counts(fused.sites) == {"attention": 1}
     assert ropes and all(rope is not None for rope, _ in ropes)
 
 
@@ -171,6 +183,39 @@ def test_a_rotation_before_the_heads_move_reads_one_linear(ropes: list[Any]) -> 
     assert "aten::stack" not in names and "aten::neg" not in names
 
 
+@pytest.mark.parametrize("samples", [1, B])
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_rotation_of_all_heads_together(samples: int, normed: bool, ropes: list[Any]) -> None:
+    """As LTX has it: pairs are neighbours, so none is of two heads."""
+    width = HEADS * WIDTH
+    table = torch.linspace(-3, 3, samples * N * width // 2).view(samples, N, width // 2).repeat_interleave(2, dim=-1)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if normed:
+            q, k = (F.rms_norm(x, (width,), w, 1e-6) for x in (q, k))
+        q, k = stacked_pairs(q, cos, sin), stacked_pairs(k, cos, sin)
+        return F.scaled_dot_product_attention(*(x.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for x in (q, k, v)))
+
+    given = {name: made(B, N, width, seed=i) for i, name in enumerate("qkv")} | dict(w=made(width))
+    if not normed:
+        given["w"].requires_grad_(False)
+    check(Function(forward), given | dict(cos=table.cos(), sin=table.sin()))
+    assert ropes and all(rope is not None and norm == ("rms" if normed else None) for rope, norm in ropes)
+
+
+def test_halves_of_all_heads_together_stay(ropes: list[Any]) -> None:
+    width = HEADS * WIDTH
+    table = torch.cat([torch.linspace(-3, 3, N * width // 2).view(N, width // 2)] * 2, dim=-1)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k = swapped_halves(q, cos, sin), swapped_halves(k, cos, sin)
+        return F.scaled_dot_product_attention(*(x.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for x in (q, k, v)))
+
+    given = {name: made(B, N, width, seed=i) for i, name in enumerate("qkv")}
+    check(Function(forward), given | dict(cos=table.cos(), sin=table.sin()))
+    assert ropes and all(rope is None for rope, _ in ropes)
+
+
 def test_tables_made_in_the_model_are_known_to_be_pairs() -> None:
     def forward(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
         both = torch.cat([turns, turns], dim=-1).float()
@@ -181,7 +226,7 @@ def test_tables_made_in_the_model_are_known_to_be_pairs() -> None:
     exact = Function(forward)(*inputs.values())
     compiled = torch.compile(model := Function(forward), backend=(compiler := mk.compiler("aot_eager", backend="cpu")))
     torch.testing.assert_close(compiled(*inputs.values()), exact, rtol=1e-4, atol=1e-5)
-    assert counts(compiler.sites) == {"window_attention": 1} and model is not compiled
+    assert counts(compiler.sites) == {"attention": 1} and model is not compiled
 
 
 def test_pairs_that_turn_by_tables_of_their_own_are_computed_so(ropes: list[Any]) -> None:
@@ -233,8 +278,6 @@ LEFT = {
     "swapped": (swapped, repeated),
     "squared": (squared, repeated),
     "a view read after the write": (read_again, repeated),
-    "a table per sample": (stacked_pairs, lambda: tuple(t.expand(B, 1, N, -1).clone() for t in repeated())),
-    "a table per head": (stacked_pairs, lambda: tuple(t.expand(HEADS, N, -1).clone() for t in repeated())),
 }
 
 
@@ -306,7 +349,7 @@ def test_a_rotation_under_another_autocast_stays_and_attention_is_found(ropes: l
         return F.scaled_dot_product_attention(q, k, v)
 
     fused = check(Function(forward), qkv() | dict(zip(("cos", "sin"), repeated(), strict=True)))
-    assert counts(fused.sites) == {"window_attention": 1} and ropes == [(None, None)] * len(ropes)
+    assert counts(fused.sites) == {"attention": 1} and ropes == [(None, None)] * len(ropes)
 
 
 def test_some_of_the_turned_tokens_are_some_of_them(ropes: list[Any]) -> None:
