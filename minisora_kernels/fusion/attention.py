@@ -15,6 +15,7 @@ from .products import through_dropout
 from .rotary import Rotated, find_rotary
 from .rows import Norm, find_norm
 from .tables import RESHAPES
+from .windows import on_grid
 
 
 def match_attention(node: fx.Node) -> Match | None:
@@ -126,12 +127,11 @@ def _match(
     options: dict[str, Any] = dict(scale=scale)
     if norm is not None:
         options.update(qk_norm=norm.kind, eps=norm.eps)
-    linear, passed = (None, []) if left or mask is not None else one_linear(inputs)
-    packed = linear is not None and not sides[0].across and parameters[2:] == [None, None]
-    packed = packed and all(len(rows) < 2 for _, _, rows in (() if rotation is None else rotation[1]))
-    packed = packed and not sides[0].flat
+    by_token = rotation is None or all(rows in ("", "n") for *_, rows in rotation[1])
+    per_head = by_token and not sides[0].across and not sides[0].flat and parameters[2:] == [None, None]
+    linear, passed = one_linear(inputs) if per_head and mask is None and not left else (None, [])
     sizes = shape(q) or (0, 0)
-    if packed:
+    if linear is not None:
         match = Match(
             "window_attention",
             node,
@@ -165,7 +165,7 @@ def _match(
     if written and _is_read(match, written):
         assert match.less is not None
         return match.less
-    return match
+    return (None if linear is None else on_grid(match, linear)) or match
 
 
 def _misfit(q: Any, k: Any, v: Any) -> str:
@@ -237,12 +237,16 @@ def _before(q: fx.Node, k: fx.Node, v: fx.Node) -> list[Side]:
         turned = [_plain(q), _plain(k)]
     normed = [_unnormed(side, v) for side in turned]
     one, other = (side.norm for side in normed)
-    if one is not None and other is not None and normed[0].across == normed[1].across:
-        if (one.kind, one.eps, one.bias is None) == (other.kind, other.eps, other.bias is None):
-            return normed
+    if one is not None and other is not None and _form_of(normed[0], one) == _form_of(normed[1], other):
+        return normed
     if any(dtype(side.input.node) != dtype(v) for side in turned):
         return [_plain(q), _plain(k)]  # a norm that stays ends in float32
     return turned
+
+
+def _form_of(side: Side, norm: Norm) -> tuple[Any, ...]:
+    """What the norms of q and k have in common if the op computes both."""
+    return norm.kind, norm.eps, norm.bias is None, side.across
 
 
 def _alike(one: Rotated | None, other: Rotated | None) -> bool:
@@ -306,9 +310,7 @@ def _unnormed(side: Side, v: fx.Node) -> Side:
     if any(each is not None and len(shape(each) or ()) != 1 for each in (norm.weight, norm.bias)):
         return side
     moved = Permuted(norm.x, moved.order, moved.split)
-    return side._replace(
-        input=moved, norm=norm, across=moved.split is not None, trail=(*side.trail, *passed, *trail)
-    )
+    return side._replace(input=moved, norm=norm, across=moved.split is not None, trail=(*side.trail, *passed, *trail))
 
 
 def _width(node: fx.Node) -> int:

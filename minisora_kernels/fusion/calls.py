@@ -138,16 +138,59 @@ def split_attention(
 ) -> Tensor:
     """Attention of what one Linear wrote, ``[B, N, 3 * heads * head_dim]``; ``sizes`` is (heads, head_dim)."""
     qkv = linear.unflatten(-1, (3, *sizes))
-    window = (1, 1, qkv.shape[1])
+    tokens = qkv.shape[1]
     parameters = dict(q_weight=q_weight, k_weight=k_weight)
     angles = None if rotation is None else _angles(tables, rotation, qkv[:, :, 0], False)
     if angles is not None and angles.other is not None:
-        return _apart(*qkv.unbind(2), None, parameters, angles, options)
+        q, k, v = qkv.unbind(2)
+        return _apart(q, k, v, None, parameters, angles, options)
+    y = _in_windows(qkv, (1, 1, tokens), (1, 1, tokens), parameters, angles, options)
+    return y.unflatten(-1, sizes).transpose(1, 2)
+
+
+def grid_attention(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    *tables: Tensor,
+    rotation: tuple[Any, ...] | None,
+    sizes: tuple[int, int],
+    options: dict[str, Any],
+) -> Tensor:
+    """Linear, attention over T, Linear of tokens ``[B, T, S, D]``; ``sizes`` is (heads, head_dim)."""
+    frames, places = x.shape[1:3]
+    qkv = F.linear(x.flatten(1, 2), w1, b1).unflatten(-1, (3, *sizes))
+    parameters = dict(q_weight=q_weight, k_weight=k_weight)
+    angles = None if rotation is None else _angles(tables, rotation, qkv[:, :frames, 0], False)
+    if angles is not None and angles.other is not None:
+        q, k, v = qkv.unflatten(1, (frames, places)).transpose(1, 2).flatten(0, 1).unbind(2)
+        y = _apart(q, k, v, None, parameters, angles, options).transpose(1, 2)
+        y = y.unflatten(0, (-1, places)).transpose(1, 2).flatten(3)
+    else:
+        if angles is not None:  # a row per frame: that of each token
+            cos, sin = (table.repeat_interleave(places, dim=1) for table in (angles.cos, angles.sin))
+            angles = angles._replace(cos=cos, sin=sin)
+        y = _in_windows(qkv, (frames, 1, places), (frames, 1, 1), parameters, angles, options)
+        y = y.unflatten(1, (frames, places))
+    return F.linear(y, w2, b2)
+
+
+def _in_windows(
+    qkv: Tensor,
+    grid: tuple[int, int, int],
+    window: tuple[int, int, int],
+    parameters: dict[str, Any],
+    angles: _Angles | None,
+    options: dict[str, Any],
+) -> Tensor:
     rope = None
     if angles is not None:
         rope = _norm_rope.Rope(angles.cos[0, :, 0], angles.sin[0, :, 0], angles.interleaved)
-    y = _window_attention.window_attention(qkv, window, window, rope=rope, **parameters, **options)
-    return y.unflatten(-1, sizes).transpose(1, 2)
+    return _window_attention.window_attention(qkv, grid, window, rope=rope, **parameters, **options)
 
 
 class _Angles(NamedTuple):
@@ -242,9 +285,9 @@ def _angles(tables: tuple[Tensor, ...], rotation: tuple[Any, ...], q: Tensor, fl
         side = [piece.expand(rows[0], -1, rows[1], -1) for piece in side]
         joined = torch.cat(side, 1) if len(side) > 1 else side[0] if side else None
         whole.append(joined[:, :, 0].unflatten(-1, (heads, -1)) if flat and joined is not None else joined)
-    cos, sin, *other = whole
-    same = other[0] is None or _same((cos, sin), (other[0], other[1]))
-    return _Angles(cos, sin, None if same else (other[0], other[1]), interleaved)
+    cos, sin, *other = torch.broadcast_tensors(*(side for side in whole if side is not None))
+    apart = bool(other) and not _same((cos, sin), (other[0], other[1]))
+    return _Angles(cos, sin, (other[0], other[1]) if apart else None, interleaved)
 
 
 def _columns(tables: list[Tensor], reads: tuple[tuple[float, int, int], ...], rows: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from . import calls
-from .graph import Nodes, argument, dtype, equal, kind, shape, value
+from .graph import Nodes, argument, dtype, kind, shape
 from .match import Match
 
 LINEAR = (("weight", 1), ("bias", 2))

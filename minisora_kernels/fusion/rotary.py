@@ -28,8 +28,8 @@ ON_THE_WAY = VIEWS | CASTS | {"neg", "sub", "sum", "clone", "repeat_interleave"}
 Sum = dict[tuple[int, Key], float]
 # Where a number of a table is read: factor, place of the table in a list, entry. Place -1 is 1.
 Read = tuple[float, int, int]
-# Tables, how many entries each has in a row, whether it repeats its rows for each sample, and what else it has rows for:
-# some of "b", "n" and "h", samples, tokens and heads, in its order.
+# A table, how many entries it has in a row, whether it repeats its rows for each sample, and what else it has rows for,
+# in its order: some of "b", "n" and "h", for samples, tokens and heads.
 Table = tuple[fx.Node, int, bool, str]
 
 
@@ -70,8 +70,8 @@ class Rotated(NamedTuple):
         trail: The nodes that turn it.
         written: Tensors that some of them write to. Nothing else may read those after the match.
         tables: Nodes with cosines and sines.
-        rotation: ``(interleaved, layouts, pieces)``, of plain numbers: ``(entries, repeats, rows)`` of each table, and per
-            piece ``(start, stop, reads)`` with the reads of cosines and sines for the first channels of the pairs, and
+        rotation: ``(interleaved, layouts, pieces)``, of plain numbers. A table has ``(entries, repeats, rows)``, a piece
+            ``(start, stop, reads)``. The reads are those of cosines and sines for the first channels of the pairs, and
             for the second where they may differ.
         keys: What two rotations have in common if they are the same.
     """
@@ -386,7 +386,9 @@ class _Reading:
         for index, place in enumerate(np.ndindex(numbers.shape)):
             sign, key = numbers[place]
             key = (tuple(size for _, size in axes), key)
-            self.reads.setdefault(key, ((table, numbers.size, repeated, tuple(label for label, _ in axes)), index, sign))
+            self.reads.setdefault(
+                key, ((table, numbers.size, repeated, tuple(label for label, _ in axes)), index, sign)
+            )
             entries[place] = {key: sign}
         return form.map(lambda cells: _products(cells, entries))
 

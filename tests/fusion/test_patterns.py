@@ -313,7 +313,9 @@ FOUND = {
     ),
     "numbers that are no mask": (  # each call looks, and takes SDPA
         CROSS,
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, q.new_tensor([0.0, -1.0, 0.5, -10000.0, 2.0]).expand(B, 1, 1, 5)),
+        lambda q, k, v: F.scaled_dot_product_attention(
+            q, k, v, q.new_tensor([0.0, -1.0, 0.5, -10000.0, 2.0]).expand(B, 1, 1, 5)
+        ),
         {"attention": 1},
     ),
     "numbers that mask every key": (  # all alike: they change nothing
