@@ -70,9 +70,9 @@ class Rotated(NamedTuple):
         trail: The nodes that turn it.
         written: Tensors that some of them write to. Nothing else may read those after the match.
         tables: Nodes with cosines and sines.
-        rotation: ``(interleaved, layouts, pieces)``, of plain numbers. A table has ``(entries, repeats, rows)``. A
-            piece has ``(start, stop, reads)``: where cosines and sines are read for the first channels of the pairs, and for
-            the second where they may differ.
+        rotation: ``(interleaved, layouts, pieces)``, of plain numbers. A table has ``(entries, repeats, rows)``.
+            A piece has ``(start, stop, reads)``: where cosines and sines are read for the first channels of the pairs,
+            and for the second where they may differ.
         keys: What two rotations have in common if they are the same.
     """
 
