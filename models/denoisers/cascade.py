@@ -140,7 +140,7 @@ class Cascade(Denoiser):
         """
         self._check(x, t, y, low, pixels)
         if low is not None and y is not None:
-            present = y.mask.any(1) if isinstance(y, Text) else y.ne(cast(int, self.null_class))
+            present = y.tokens.any(1) if isinstance(y, Text) else y.ne(cast(int, self.null_class))
             low = low * expand(present, low)
         config, dtype = self.config, next(self.output.parameters()).dtype
         z = norm(embed_patches(x, self.embedding).unflatten(1, config.grid)).to(dtype)
@@ -171,7 +171,7 @@ class Cascade(Denoiser):
         share = self.config.class_dropout if self.training else 0.0
         if isinstance(y, Text):
             dtype = next(self.text_mapper.parameters()).dtype
-            return norm(self.text_mapper(y.states.to(dtype))), drop_captions(y.mask, share)
+            return norm(self.text_mapper(y.states.to(dtype))), drop_captions(y, share).tokens
         y = drop_labels(y, self.config.num_classes, share)
         return norm(self.class_embedding(y).unflatten(-1, (self.config.condition_tokens, -1))), None
 

@@ -16,9 +16,9 @@ the gate of the attention over space: Open-Sora's formula, kept. Output projecti
 The text goes through Linear, tanh-GELU, Linear to width D. Without captions, classes make a text of one token, which
 has all the attention whatever the queries: only its value is computed. Without either there is no cross-attention.
 
-What is not Open-Sora's: the null caption is one learned token, not L fixed random ones behind the mask of the caption
-that was dropped; grids need not be square, and positions count tokens, without scales for resolution and frame rate;
-``qk_norm`` may be asked for.
+What is not Open-Sora's: the null caption is one learned token, unless ``null_tokens`` asks for Open-Sora's fixed random
+rows, which stand behind the mask of the caption that is dropped; grids need not be square, and positions count tokens,
+without scales for resolution and frame rate, which published positions have; ``qk_norm`` may be asked for.
 
 Every residual sum whose reader is normalised is fused with that norm. The cross-attention is torch's
 ``scaled_dot_product_attention`` with the mask, not a kernel of this project; its sum x + cross is a gated sum with a
@@ -31,6 +31,7 @@ The parameters have Open-Sora's names, but for ``y_embedder.null``:
     x_embedder.proj.*, t_embedder.mlp.{0,2}.*      as DiT's
     t_block.1.*                                    D -> 6D
     y_embedder.y_proj.{fc1,fc2}.*, y_embedder.null E -> D -> D; [E]
+    y_embedder.y_embedding                         [null_tokens, E], frozen; in the place of null
     y_embedder.embedding_table.weight              [num_classes + 1, D], with classes in the place of text
     blocks.i.scale_shift_table                     [6, D]
     blocks.i.{attn,attn_temp}.{qkv,proj}.*         space, time
@@ -93,6 +94,9 @@ class STDiTSettings(BaseSettings):
     """Also learn the variance, in as many extra channels; objective 'ddpm' only."""
     qk_norm: Literal["rms", "layer"] | None = None
     """Norm of queries and keys over head_dim, with a learned weight, in space and in time."""
+    null_tokens: int = 0
+    """Rows of a fixed null caption, of which a dropped caption takes as many as it has tokens; Open-Sora has 120. With 0
+    one learned token is the null caption."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +129,8 @@ class STDiTConfig(STDiTSettings):
         DiTConfig(**shared, attention="factorized")
         if self.text_width < 0:
             raise ValueError(f"text_width is {self.text_width}; it must be 0 (no text) or positive")
+        if self.null_tokens < 0 or (self.null_tokens and not self.text_width):
+            raise ValueError(f"null_tokens is {self.null_tokens}; it must be 0, or positive for a model with text")
         if self.text_width and self.num_classes:
             raise ValueError(f"text_width is {self.text_width} and num_classes {self.num_classes}; one must be 0")
 
@@ -154,10 +160,14 @@ class CaptionEmbedder(nn.Module):
         super().__init__()
         self.dropout = config.class_dropout
         self.y_proj = TextProjection(config.text_width, config.width)
-        self.null = nn.Parameter(torch.empty(config.text_width))
+        if config.null_tokens:
+            self.y_embedding = nn.Parameter(torch.empty(config.null_tokens, config.text_width), requires_grad=False)
+        else:
+            self.null = nn.Parameter(torch.empty(config.text_width))
 
     def forward(self, y: Text) -> tuple[Tensor, Tensor]:
-        y = with_null(y, self.dropout if self.training else 0.0, self.null)
+        null = self.y_embedding if hasattr(self, "y_embedding") else self.null
+        y = with_null(y, self.dropout if self.training else 0.0, null)
         return self.y_proj(y.states), y.mask
 
 
@@ -277,7 +287,7 @@ class STDiT(Denoiser):
         for name, parameter in self.named_parameters():
             if name.endswith(("bias", *zero)):
                 nn.init.zeros_(parameter)
-            elif name.endswith(("scale_shift_table", "null")):
+            elif name.endswith(("scale_shift_table", "null", "y_embedding")):
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
             elif name.startswith(("t_embedder.", "t_block.", "y_embedder.")):
                 nn.init.normal_(parameter, std=0.02)
@@ -340,12 +350,17 @@ class STDiT(Denoiser):
         elif config.text_width:
             if not isinstance(y, Text):
                 raise ValueError(f"y is a {type(y).__name__}; a model with text_width {config.text_width} needs a Text")
-            states, mask = y
+            states, mask = y.states, y.mask
             fits = states.dim() == 3 and states.shape[::2] == (batch, config.text_width) and states.shape[1] > 0
             if not fits or mask.dtype != torch.bool or mask.shape != states.shape[:2]:
                 raise ValueError(
                     f"y has states {tuple(states.shape)} and mask {tuple(mask.shape)} of {mask.dtype}; they must be "
                     f"[{batch}, L, {config.text_width}] with L > 0 and [{batch}, L] of torch.bool"
+                )
+            if 0 < config.null_tokens < states.shape[1]:
+                raise ValueError(
+                    f"y has {states.shape[1]} tokens; the null caption has {config.null_tokens}, so text.max_length must "
+                    "be at most that"
                 )
         elif not isinstance(y, Tensor) or tuple(y.shape) != (batch,):
             got = f"of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"

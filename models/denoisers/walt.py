@@ -247,7 +247,7 @@ class WALT(Denoiser):
         """The captions in the model's width, ``[B, S, L, D]``, and their mask; S is 1, or all frames with images."""
         if not isinstance(y, Text):
             raise TypeError(f"y is {type(y).__name__}; a model with text needs a Text(states, mask)")
-        states, mask = y
+        states, mask = y.states, y.mask
         shapes = ((batch,), (batch, 1 + images)) if images else ((batch,),)
         if tuple(states.shape[:-2]) not in shapes or states.shape[-1] != self.config.text_width:
             wanted = " or ".join(f"[{', '.join(map(str, shape))}, L, {self.config.text_width}]" for shape in shapes)
@@ -258,7 +258,7 @@ class WALT(Denoiser):
             )
         if images and self.config.cross_attention != "spatial":
             raise ValueError(f"images is {images}; a model with text needs cross_attention = 'spatial' for it")
-        mask = drop_captions(mask, self._dropout)
+        mask = drop_captions(y, self._dropout).tokens
         text = cast(nn.Linear, self.text_embedder)(states.to(self.pos_time.dtype))
         if text.dim() == 3 or frame is None:
             return text[:, None], mask[:, None]

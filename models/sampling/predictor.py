@@ -76,13 +76,15 @@ class Predictor:
             raise ValueError(f"{' and '.join(self.extra)} cannot be given to a {type(model).__name__}")
         if self.guided and not (y is None and "past" in self.extra):
             if isinstance(y, Text):
-                self.classes = Text(*map(torch.cat, zip(y, y.null(), strict=True)))
+                self.classes = y.with_nulls()
             elif y is None or model.null_class is None:
                 raise ValueError(f"guidance is {guidance}; without classes or text it must be 1")
             else:
                 self.classes = torch.cat((y, y.new_full((1,), model.null_class)))
         if self.guided and self.places is not None:
-            self.places = torch.cat((self.places, torch.full_like(self.places, len(self.places))))
+            shared = torch.full_like(self.places, len(self.places))
+            nulls = self.places + len(self.places) if isinstance(y, Text) else shared
+            self.places = torch.cat((self.places, nulls))
         if self.guided:
             self.extra = {name: torch.cat((value, value)) for name, value in self.extra.items()}
             if "past" in self.extra:

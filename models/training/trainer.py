@@ -263,7 +263,7 @@ class Trainer:
         labels: Tensor | Text | None = y if self.classes else None
         if self.text is not None:
             labels = self.text([self.captions[i] for i in y.flatten()])
-            labels = Text(*(part.unflatten(0, y.shape) for part in labels))
+            labels = labels.map(lambda part: part.unflatten(0, y.shape))
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(x.chunk(config.accumulation)):

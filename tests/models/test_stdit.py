@@ -126,7 +126,7 @@ def literal(model, x, t, y):
     if config.num_classes:
         tokens = [w["y_embedder.embedding_table.weight"][label][None] for label in y]
     elif config.text_width:
-        tokens = [states[mask] if mask.any() else w["y_embedder.null"][None] for states, mask in zip(*y, strict=True)]
+        tokens = [states[mask] if mask.any() else w["y_embedder.null"][None] for states, mask in zip(*y[:2], strict=True)]
         tokens = [mlp(w, "y_embedder.y_proj", own) for own in tokens]
     for i in range(config.depth):
         name = f"blocks.{i}"
@@ -243,7 +243,7 @@ def test_padding_does_not_count():
 def test_the_null_caption_is_learned_and_is_what_training_drops_to():
     model = randomized(replace(TEXT, class_dropout=1.0))
     x, t, y = inputs(TEXT)
-    null = Text(*(part.expand_as(whole) for part, whole in zip(y.null(), y, strict=True)))
+    null = y._replace(dropped=torch.tensor([True] * 3))
     dropped = model(x, t, y)
     assert torch.equal(dropped, model(x, t, null))
     kept = model.eval()(x, t, y)
@@ -274,7 +274,7 @@ def test_guidance_moves_away_from_the_null_condition(name):
     x, _, y = inputs(config)
     t = torch.zeros(3)
     if name == "text":
-        null = Text(*(part.expand_as(whole) for part, whole in zip(y.null(), y, strict=True)))
+        null = y._replace(dropped=torch.tensor([True] * 3))
     else:
         null = torch.full_like(y, 5)
     with torch.no_grad():

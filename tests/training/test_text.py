@@ -257,16 +257,24 @@ def test_text_is_moved_divided_and_picked_like_a_tensor():
     assert torch.equal(picked.states, y.states[[4, 0]]) and torch.equal(picked.mask, y.mask[[4, 0]])
     assert torch.equal(rows(torch.arange(5), slice(1, 3)), torch.tensor([1, 2]))
     assert y.to("meta").states.device.type == "meta" and y.to("meta").mask.dtype == torch.bool
-    assert y.null().shape == (1, 3, 2) and not y.null().mask.any()
+    both = y.with_nulls()
+    assert torch.equal(both.states, torch.cat((y.states, y.states))) and torch.equal(both.tokens[:5], y.mask)
+    assert not both.tokens[5:].any() and torch.equal(both.mask[5:], y.mask)
+    assert [part.dropped.tolist() for part in both.chunk(2)] == [[False] * 5, [True] * 5]
 
 
 def test_with_null():
     y = Text(torch.ones(3, 2, 4, dtype=torch.bfloat16), torch.tensor([[True, False], [False, False], [True, True]]))
-    states, mask = with_null(y, 0.0, torch.full((4,), 7.0))
+    states, mask, _ = with_null(y, 0.0, torch.full((4,), 7.0))
     assert states.dtype == torch.float32 and states[..., 0].tolist() == [[1, 1], [7, 1], [1, 1]]
     assert mask.tolist() == [[True, False], [True, False], [True, True]]
-    states, mask = with_null(y, 1.0, torch.full((4,), 7.0))
+    states, mask, _ = with_null(y, 1.0, torch.full((4,), 7.0))
     assert (states[:, 0] == 7).all() and mask.tolist() == [[True, False]] * 3
+    # Rows stand behind the mask of the caption that is dropped, the first of them for a caption without a token.
+    null = torch.tensor([[7.0], [8.0], [9.0]]).expand(3, 4)
+    states, mask, _ = with_null(y.with_nulls(), 0.0, null)
+    assert states[..., 0].tolist() == [[1, 1], [7, 8], [1, 1], [7, 8], [7, 8], [7, 8]]
+    assert mask.tolist() == [[True, False], [True, False], [True, True]] * 2
 
 
 def test_predictor_doubles_text_for_guidance():
@@ -275,7 +283,7 @@ def test_predictor_doubles_text_for_guidance():
     class Model(Denoiser):
         def forward(self, x, t, y):
             calls.append(y)
-            return y.mask.sum(1)[:, None] + x
+            return y.tokens.sum(1)[:, None] + x
 
     y = Text(torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True, False, False]]))
     x = torch.zeros(2, 1)
