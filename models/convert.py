@@ -15,12 +15,15 @@ another. Tensors that are missing, unknown or misshapen are listed by name, and 
 | `dit` | Meta's DiT, files of its `train.py` and of fast-DiT, and the folder `transformer` of DiT in diffusers |
 | `sit` | SiT; the half of the output that it does not train is dropped |
 | `latte` | Latte, with classes or without |
+| `stdit` | Open-Sora 1.0's STDiT, with its null caption |
+| `vdit` | OpenDiT's VDiT, with text or classes |
 | `video` | no file but a run of an image DiT, which becomes a video model to train on clips |
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +31,15 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 from minisora_kernels.commands import command
 
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, open_checkpoint
+from .data.config import TextConfig
 from .data.encoder import identify
+from .data.text import TextEncoder, identify_text_encoder
 from .denoisers.dit import DiTConfig
 from .denoisers.inflate import load_image_weights
 from .denoisers.lora import write_adapters
@@ -42,9 +48,9 @@ from .runtime.arguments import read
 from .runtime.plain import as_plain
 from .training.config import TrainConfig, from_dict
 from .weights.diffusers_dit import hints_of, is_diffusers, to_diffusers
-from .weights.dit import LAYOUTS
 from .weights.files import read_weights, write_weights
 from .weights.layout import Hints, check_fit
+from .weights.layouts import LAYOUTS
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +59,7 @@ _log = logging.getLogger(__name__)
 class ConvertConfig:
     """What is converted, and to what."""
 
-    kind: tyro.conf.Positional[Literal["dit", "sit", "latte", "video"]]
+    kind: tyro.conf.Positional[Literal["dit", "sit", "latte", "stdit", "vdit", "video"]]
     """Whose weights these are; 'video' makes a video model of an image model."""
     source: tyro.conf.Positional[Path]
     """The published weights; with `video`, `--to` or `--adapters`, a run or a checkpoint."""
@@ -65,6 +71,9 @@ class ConvertConfig:
     """New folder for what LoRA trained, as `peft.PeftModel.from_pretrained` reads it for the published code."""
     autoencoder: str | None = None
     """The autoencoder of the latents: a folder that diffusers wrote, a checkpoint or a run. Sampling needs it."""
+    text_encoder: str | None = None
+    """The T5 or CLIP of the captions: a folder, or the hub name of one that is downloaded already. Models with text need
+    it."""
     part: str | None = None
     """Set of weights in a file that has several; by default `ema`, else `model`."""
     heads: int | None = None
@@ -185,6 +194,10 @@ def _save(folder: Path, checkpoint: Checkpoint) -> Path:
     return path
 
 
+def _empty_caption(encoder: str, **options: Any) -> Tensor:
+    return TextEncoder(**vars(TextConfig(encoder, **options))).empty()
+
+
 def run(config: ConvertConfig) -> Path:
     """Convert as configured; returns the checkpoint or the file.
 
@@ -199,15 +212,20 @@ def run(config: ConvertConfig) -> Path:
         return to_video(config)
     encoder = None if config.autoencoder is None else identify(config.autoencoder) | {"mean": None, "std": None}
     weights = read_weights(config.source, config.part)
-    hints = Hints(config.heads, config.size)
+    name = config.text_encoder
+    hints = Hints(config.heads, config.size, None if name is None else functools.partial(_empty_caption, name))
     converted = LAYOUTS[config.kind].read(weights, hints_of(config.source, hints) if is_diffusers(weights) else hints)
     check_fit(converted.config, converted.weights)
+    if (name is None) != (converted.text is None):
+        rule = "it must be named for a model with text" if name is None else "the model has no text"
+        raise ValueError(f"text_encoder is {name!r}; {rule}")
     for note in converted.notes:
         print(note)
     model = converted.config
     train = TrainConfig(
         run=str(config.out),
         model=_settings(model),
+        text=TextConfig(encoder=name, **converted.text or {}),
         objective=converted.objective,
     )
     checkpoint = Checkpoint(
@@ -220,6 +238,7 @@ def run(config: ConvertConfig) -> Path:
         optimizer={},
         rng={},
         encoder=encoder,
+        text_encoder=None if name is None else identify_text_encoder(name),
     )
     path = _save(config.out, checkpoint)
     if encoder is None:

@@ -38,6 +38,8 @@ class BaseSettings:
     """Whether the model is an autoencoder, which does not sample clips from noise."""
     needs_ddpm: ClassVar[tuple[str, ...]] = ()
     """Options that only the objective 'ddpm' teaches."""
+    pooled_text: ClassVar[bool] = False
+    """Whether the model takes one vector of a caption only."""
     class_dropout: float = 1.0
     """Share of labels that training leaves out; guidance needs one above 0."""
     discriminator: int = 0

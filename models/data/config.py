@@ -65,5 +65,8 @@ class TextConfig:
     """Precision of the encoder."""
     pooled: bool = False
     """Use CLIP's pooled output as the only token."""
+    cascade: bool = False
+    """Use what StableCascade reads of its CLIP: the projected pooled output, then the states of max_length tokens, with
+    padding, before the last norm. The empty caption is encoded as any other."""
     cache: int = 10_000
     """Number of captions whose encodings stay in memory."""

@@ -2,6 +2,8 @@
 
     T5:    states = encoder(tokens of the caption)     [n, E], one row per token
     CLIP:  the same, or its pooled output alone        [1, E], the state of the end token
+           or, for StableCascade, what it reads        [1 + max_length, E]: the projected pooled output, then the states
+                                                       of caption and padding, before the last norm
 
 Source: T5, Raffel et al. 2019 (arXiv 1910.10683); CLIP, Radford et al. 2021 (arXiv 2103.00020).
 """
@@ -83,12 +85,13 @@ class TextEncoder:
         max_length: L, the tokens of a caption; longer ones are cut.
         precision: of the encoder; T5 overflows in float16, hence bfloat16.
         pooled: CLIP's pooled output, one token a caption, in the place of its states.
+        cascade: what StableCascade reads of CLIP, in the place of its states.
         cache: captions whose states stay in memory; the least recently used goes first.
         device: where the encoder runs.
 
     Attributes:
         width: E.
-        length: L, 1 if pooled.
+        length: L: 1 if pooled, max_length + 1 with cascade.
 
     Raises:
         ValueError: no such model, one that is neither T5 nor CLIP, a missing package, or an option that does not fit.
@@ -101,6 +104,7 @@ class TextEncoder:
         max_length: int = 120,
         precision: Literal["fp32", "bf16"] = "fp32",
         pooled: bool = False,
+        cascade: bool = False,
         cache: int = 10_000,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -120,9 +124,13 @@ class TextEncoder:
         is_clip = config.model_type != "t5"
         if pooled and not is_clip:
             raise ValueError(f"pooled is True, but text encoder {encoder!r} is a T5, which has no pooled output")
+        if cascade and (pooled or not is_clip):
+            other = "pooled is True too" if pooled else f"text encoder {encoder!r} is a T5"
+            raise ValueError(f"cascade is True, but {other}; it goes with a CLIP, and with pooled False")
+        kind = "CLIPTextModelWithProjection" if cascade else MODELS[config.model_type]
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(encoder, local_files_only=True)
-            self.model, loading = getattr(transformers, MODELS[config.model_type]).from_pretrained(
+            self.model, loading = getattr(transformers, kind).from_pretrained(
                 encoder, local_files_only=True, output_loading_info=True
             )
         except pickle.UnpicklingError as error:
@@ -137,16 +145,21 @@ class TextEncoder:
         if is_clip and max_length > self.model.config.max_position_embeddings:
             most = self.model.config.max_position_embeddings
             raise ValueError(f"max_length is {max_length}; text encoder {encoder!r} takes {most} tokens at most")
+        if cascade and self.model.config.projection_dim != self.model.config.hidden_size:
+            sizes = f"{self.model.config.projection_dim} and {self.model.config.hidden_size}"
+            raise ValueError(f"cascade is True, but pooled output and states of {encoder!r} have widths {sizes}, not one")
         self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.model = self.model.to(device, self.dtype).eval().requires_grad_(False)
-        self.device, self.max_length, self.pooled = device, max_length, pooled
+        self.device, self.max_length, self.pooled, self.cascade = device, max_length, pooled, cascade
         self.width: int = self.model.config.hidden_size
-        self.length = 1 if pooled else max_length
+        self.length = 1 if pooled else max_length + cascade
         self._cut = 0
         self._states = functools.lru_cache(maxsize=cache)(self._encode)
 
     def __call__(self, captions: Sequence[str]) -> Text:
-        """``states [B, L, E]`` in the encoder's precision and ``mask [B, L]``, on the CPU; ``""`` is the null caption.
+        """``states [B, L, E]`` in the encoder's precision and ``mask [B, L]``, on the CPU.
+
+        ``""`` is the null caption, but with ``cascade``, which encodes it.
 
         Raises:
             TypeError: captions that are one string.
@@ -156,21 +169,33 @@ class TextEncoder:
         states = torch.zeros(len(captions), self.length, self.width, dtype=self.dtype)
         mask = torch.zeros(len(captions), self.length, dtype=torch.bool)
         for i, caption in enumerate(captions):
-            if caption:
+            if caption or self.cascade:
                 found = self._states(caption)
                 states[i, : len(found)] = found
                 mask[i, : len(found)] = True
         return Text(states, mask)
 
+    def empty(self) -> Tensor:
+        """What the encoder makes of no words, ``[n, E]``, on the CPU."""
+        return self._states("")
+
     @torch.no_grad()
     def _encode(self, caption: str) -> Tensor:
         """``[n, E]`` of the caption's n tokens, on the CPU."""
-        tokens = self.tokenizer([caption], truncation=True, max_length=self.max_length, return_tensors="pt")
-        if tokens.input_ids.shape[1] == self.max_length:
+        padding = "max_length" if self.cascade else False
+        options = {"truncation": True, "max_length": self.max_length, "padding": padding}
+        tokens = self.tokenizer([caption], **options, return_tensors="pt")
+        if tokens.attention_mask.sum() == self.max_length:
             self._say_if_cut(caption)
         # The training's autocast is none of the encoder's business, which may have run before.
         with torch.autocast(torch.device(self.device).type, enabled=False):
-            output = self.model(tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device))
+            output = self.model(
+                tokens.input_ids.to(self.device),
+                attention_mask=tokens.attention_mask.to(self.device),
+                output_hidden_states=self.cascade,
+            )
+        if self.cascade:
+            return torch.cat((output.text_embeds, output.hidden_states[-1][0])).cpu()
         return (output.pooler_output if self.pooled else output.last_hidden_state[0]).cpu()
 
     def _say_if_cut(self, caption: str) -> None:

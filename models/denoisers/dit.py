@@ -6,6 +6,8 @@
     x      = x + gate_mlp * mlp(adaln(x, shift_mlp, scale_mlp))
     output = unpatchify(Linear(adaln(x, shift, scale)))
 
+In the place of a class a model may be told one vector of a caption, CLIP's pooled output: y_embed is then a Linear.
+
 All modulations depend on c only, so each residual sum is fused with the norm that reads it, in whatever block that is.
 
 Video: 3-D patches; attention over all tokens ("joint", as OpenDiT's VDiT) or over space in even and time in odd blocks
@@ -19,6 +21,8 @@ num_classes=1000, learn_sigma=True, **SIZES["XL"])``. The parameters:
     x_embedder.proj.{weight,bias}           [D, C, ph, pw] for images, [D, C, pt, ph, pw] for video
     t_embedder.mlp.{0,2}.{weight,bias}      256 -> D -> D
     y_embedder.embedding_table.weight       [num_classes + 1, D], the last row is the null class
+    y_embedder.output_projection.*          E -> D, with text in the place of classes
+    y_embedder.null                         [E], the null caption
     blocks.i.attn.{qkv,proj}.{weight,bias}  qkv rows in the order (q|k|v, heads, head_dim)
     blocks.i.attn.{q_norm,k_norm}.weight    [head_dim], only with qk_norm; Meta's DiT has none
     blocks.i.mlp.{fc1,fc2}.{weight,bias}
@@ -57,12 +61,15 @@ from .layers import (
     LabelEmbedder,
     Modulation,
     PatchEmbedder,
+    PooledTextEmbedder,
     TimestepEmbedder,
+    concatenated_positions,
     frame_positions,
     grid_positions,
     modulation,
     modulations_of,
 )
+from .text import Text
 
 SIZES: dict[str, dict[str, Any]] = {
     "S": {"width": 384, "depth": 12, "heads": 6},
@@ -77,6 +84,7 @@ class DiTSettings(BaseSettings):
     """What a DiT is, whatever it is trained on."""
 
     name: ClassVar[str] = "dit"
+    pooled_text: ClassVar[bool] = True
     needs_ddpm: ClassVar[tuple[str, ...]] = ("learn_sigma",)
 
     width: int = 192
@@ -92,11 +100,16 @@ class DiTSettings(BaseSettings):
     attention: Literal["joint", "factorized"] = "joint"
     """Attention over all tokens, or over space and over time in turns."""
     class_dropout: float = 0.1
-    """Share of labels that training replaces by the null class; guidance needs it."""
+    """Share of labels or captions that training replaces by the null one; guidance needs it."""
     learn_sigma: bool = False
     """Also learn the variance, in as many extra channels; objective 'ddpm' only."""
     qk_norm: Literal["rms", "layer"] | None = None
     """Norm of queries and keys over head_dim, with a learned weight."""
+    positions: Literal["sum", "concatenation"] = "sum"
+    """Positions of video: those of frame and place added, or a quarter of the channels for the frame and the rest for
+    the place."""
+    fixed_null: bool = False
+    """Do not train the null caption: published weights have in its place what CLIP makes of no words."""
     late_frames: bool = False
     """Add the positions of frames after the first block, as Latte's published weights expect, and not before it;
     attention 'factorized' only."""
@@ -114,7 +127,8 @@ class DiTConfig(DiTSettings):
         input_size: cells of the input, pixels or latents: ``(T, H, W)`` for video, ``(H, W)`` for images; each a
             multiple of ``patch``.
         channels: of the input.
-        num_classes: 0 for an unconditional model.
+        num_classes: 0 for a model without classes.
+        text_width: E, the width of the vector of a caption, or 0 for a model without text.
 
     Raises:
         ValueError: a value that does not fit, by name.
@@ -123,6 +137,7 @@ class DiTConfig(DiTSettings):
     input_size: tuple[int, ...]
     channels: int
     num_classes: int = 0
+    text_width: int = 0
 
     def __post_init__(self) -> None:
         for name in ("input_size", "patch"):
@@ -146,8 +161,20 @@ class DiTConfig(DiTSettings):
             raise ValueError("attention is 'factorized'; an image has no time axis, so it must be 'joint'")
         if self.late_frames and self.attention != "factorized":
             raise ValueError(f"late_frames is True; attention must be 'factorized', it is {self.attention!r}")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes is {self.num_classes}; it must be 0 (unconditional) or positive")
+        if self.positions not in ("sum", "concatenation"):
+            raise ValueError(f"positions is {self.positions!r}; it may be 'sum' or 'concatenation'")
+        if self.positions == "concatenation" and (len(self.input_size) == 2 or self.late_frames or self.width % 16):
+            raise ValueError(
+                "positions is 'concatenation'; that is for video, without late_frames, and for a width that is a multiple "
+                f"of 16: it is {self.width}"
+            )
+        for name in ("num_classes", "text_width"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (none) or positive")
+        if self.text_width and self.num_classes:
+            raise ValueError(f"text_width is {self.text_width} and num_classes {self.num_classes}; one must be 0")
+        if self.fixed_null and not self.text_width:
+            raise ValueError("fixed_null is True; it goes with text")
         if not 0 <= self.class_dropout <= 1:
             raise ValueError(f"class_dropout is {self.class_dropout}; it must be in [0, 1]")
         if self.qk_norm not in (None, "rms", "layer"):
@@ -216,9 +243,13 @@ class DiT(Denoiser):
 
         self.x_embedder = PatchEmbedder(config.channels, config.width, config.patch)
         self.t_embedder = TimestepEmbedder(config.width)
-        self.y_embedder = (
-            LabelEmbedder(config.num_classes, config.width, config.class_dropout) if config.num_classes else None
-        )
+        self.y_embedder: nn.Module | None = None
+        if config.num_classes:
+            self.y_embedder = LabelEmbedder(config.num_classes, config.width, config.class_dropout)
+        elif config.text_width:
+            self.y_embedder = PooledTextEmbedder(
+                config.text_width, config.width, config.class_dropout, fixed=config.fixed_null
+            )
         self.pos_embed = nn.Parameter(self._positions_of(config.grid), requires_grad=False)
         if config.late_frames:
             self.temp_embed = nn.Parameter(frame_positions(config.grid[0], config.width), requires_grad=False)
@@ -238,7 +269,7 @@ class DiT(Denoiser):
                 nn.init.xavier_uniform_(parameter.flatten(1))
 
     def forward(
-        self, x: Tensor, t: Tensor | None = None, y: Tensor | None = None, *, modulations: Tensor | None = None
+        self, x: Tensor, t: Tensor | None = None, y: Tensor | Text | None = None, *, modulations: Tensor | None = None
     ) -> Tensor:
         """What the objective asks for: velocity, noise, or noise and variance.
 
@@ -246,7 +277,8 @@ class DiT(Denoiser):
             x: ``[B, C, T, H, W]``, or ``[B, C, H, W]`` in image mode, of ``config.input_size`` or, with ``any_size``,
                 of any multiples of the patch.
             t: timesteps in [0, 1000]: ``[B]``, or ``[B, T']`` with one per frame of tokens.
-            y: classes ``[B]``, int64, ``null_class`` for none; None if and only if the model is unconditional.
+            y: classes ``[B]``, int64, ``null_class`` for none, or captions of one vector ``[B, 1, E]``; None if and only
+                if the model is unconditional.
             modulations: in place of t and y, what :meth:`modulations` made of them, for x's grid if per frame.
 
         Returns:
@@ -297,6 +329,8 @@ class DiT(Denoiser):
         return t, h, w
 
     def _positions_of(self, grid: Grid) -> Tensor:
+        if self.config.positions == "concatenation":
+            return concatenated_positions(grid, self.config.width)
         video = len(self.config.patch) == 3 and not self.config.late_frames
         return grid_positions(grid, self.config.width, video=video)
 
@@ -315,7 +349,7 @@ class DiT(Denoiser):
             found = self._positions[grid] = self._positions_of(grid).to(self.pos_embed)
         return found
 
-    def modulations(self, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def modulations(self, t: Tensor, y: Tensor | Text | None = None) -> Tensor:
         """Shifts, scales and gates of all blocks and of the final layer: all that forward makes of t and y.
 
         They do not depend on x. A sampler, which knows its timesteps, has those of many steps from one product per
@@ -333,7 +367,7 @@ class DiT(Denoiser):
         frames = t.shape[1] if self.any_size and t.dim() == 2 else self.config.grid[0]
         return torch.cat(self._modulations(t, y, len(t), frames), dim=-1)
 
-    def _modulations(self, t: Tensor | None, y: Tensor | None, batch: int, frames: int) -> list[Tensor]:
+    def _modulations(self, t: Tensor | None, y: Tensor | Text | None, batch: int, frames: int) -> list[Tensor]:
         """``[..., 6 D]`` of each block and ``[..., 2 D]`` of the final layer."""
         t = self._check(t, y, batch, frames)
         c = self.t_embedder(t, self.pos_embed.dtype)
@@ -351,14 +385,18 @@ class DiT(Denoiser):
             )
         return modulations.split(widths, dim=-1)
 
-    def _check(self, t: Tensor | None, y: Tensor | None, batch: int, frames: int) -> Tensor:
+    def _check(self, t: Tensor | None, y: Tensor | Text | None, batch: int, frames: int) -> Tensor:
         if t is None or tuple(t.shape) not in ((batch,), (batch, frames)):
             got = "is None" if t is None else f"has shape {tuple(t.shape)}"
             raise ValueError(f"t {got}; it may be [{batch}] or, per frame, [{batch}, {frames}]")
         if self.y_embedder is None:
             if y is not None:
-                raise ValueError("y was given to an unconditional model (num_classes = 0)")
-        elif y is None or tuple(y.shape) != (batch,):
+                raise ValueError("y was given to an unconditional model (num_classes = 0 and text_width = 0)")
+        elif self.config.text_width:
+            if not isinstance(y, Text) or tuple(y.shape) != (batch, 1, self.config.text_width):
+                got = f"a Text of shape {tuple(y.shape)}" if isinstance(y, Text) else f"a {type(y).__name__}"
+                raise ValueError(f"y is {got}; it must be a Text of shape ({batch}, 1, {self.config.text_width})")
+        elif not isinstance(y, Tensor) or tuple(y.shape) != (batch,):
             got = "None" if y is None else f"of shape {tuple(y.shape)}"
             raise ValueError(f"y is {got}; a model with {self.null_class} classes needs [{batch}]")
         return t

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from minisora_kernels import patch_embed, window_attention
 from minisora_kernels.modules import is_plain, mlp
 
+from .text import Text, with_null
+
 Grid = tuple[int, int, int]
 
 
@@ -35,6 +37,17 @@ def grid_positions(grid: Grid, width: int, *, video: bool) -> Tensor:
     if video:
         positions = positions + sincos(torch.arange(t), width)[:, None, None]
     return positions.reshape(1, t * h * w, width).float()
+
+
+def concatenated_positions(grid: Grid, width: int) -> Tensor:
+    """Fixed position embedding ``[1, N, width]``, fp32: a quarter of the channels is of the frame, the rest of the place.
+
+    The width is a multiple of 16.
+    """
+    t, h, w = grid
+    frames = sincos(torch.arange(t), width // 4).float().repeat_interleave(h * w, 0)
+    places = grid_positions((1, h, w), width - width // 4, video=False)
+    return torch.cat((frames[None], places.repeat(1, t, 1)), dim=-1)
 
 
 def frame_positions(frames: int, width: int) -> Tensor:
@@ -105,6 +118,20 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(drop_labels(y, self.null_class, self.dropout if self.training else 0.0))
+
+
+class PooledTextEmbedder(nn.Module):
+    """One vector of a caption to the model's width; its null caption is learned, or a fixed vector with ``fixed``."""
+
+    def __init__(self, text_width: int, width: int, dropout: float, *, fixed: bool) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.output_projection = nn.Linear(text_width, width)
+        self.null = nn.Parameter(torch.empty(text_width), requires_grad=not fixed)
+
+    def forward(self, y: Text) -> Tensor:
+        y = with_null(y, self.dropout if self.training else 0.0, self.null)
+        return self.output_projection(y.states[:, 0])
 
 
 class Scale(nn.Module):

@@ -20,25 +20,16 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..denoisers.dit import SIZES, DiTConfig
+from ..denoisers.dit import DiTConfig
 from ..denoisers.lora import TABLE, UP
 from ..objectives.ddpm import DDPM
 from ..objectives.flow import FlowMatching
 from ..registry import Config, config_from
 from .diffusers_dit import from_diffusers, is_diffusers
-from .layout import Converted, Hints, Layout, shape_of
+from .layout import Converted, Hints, depth_of, heads_of, learns_sigma, shape_of, size_of
 
 PATCHES, FRAMES = "x_embedder.proj.weight", "temp_embed"
 HEAD = ("final_layer.linear.weight", "final_layer.linear.bias")
-
-
-def _heads(width: int, depth: int, hints: Hints) -> int:
-    if hints.heads is not None:
-        return hints.heads
-    for size in SIZES.values():
-        if (size["width"], size["depth"]) == (width, depth):
-            return size["heads"]
-    raise ValueError(f"heads must be named: no published DiT has width {width} and depth {depth}")
 
 
 def _config(weights: Mapping[str, Tensor], hints: Hints) -> DiTConfig:
@@ -47,26 +38,17 @@ def _config(weights: Mapping[str, Tensor], hints: Hints) -> DiTConfig:
     classes = shape_of(weights, TABLE, 2)[0] - 1 if TABLE in weights else 0
     hidden, _ = shape_of(weights, "blocks.0.mlp.fc1.weight", 2)
     outputs, _ = shape_of(weights, HEAD[0], 2)
-    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    size = hints.size
-    if size is None:
-        side = math.isqrt(tokens)
-        if side * side != tokens:
-            raise ValueError(f"size must be named: {tokens} tokens are no square")
-        size = (side * patch[0], side * patch[1])
-    out_channels = outputs // math.prod(patch)
-    if out_channels not in (channels, 2 * channels):
-        raise ValueError(f"{HEAD[0]} gives {out_channels} channels; it must give {channels} or {2 * channels}")
+    depth, (rows, columns) = depth_of(weights), patch
     return DiTConfig(
-        input_size=size,
+        input_size=size_of(tokens, (rows, columns), hints),
         channels=channels,
         num_classes=classes,
         width=width,
         depth=depth,
-        heads=_heads(width, depth, hints),
-        patch=tuple(patch),
+        heads=heads_of(width, depth, hints),
+        patch=(rows, columns),
         mlp_ratio=hidden / width,
-        learn_sigma=out_channels == 2 * channels,
+        learn_sigma=learns_sigma(HEAD[0], outputs, (rows, columns), channels),
     )
 
 
@@ -159,10 +141,3 @@ def _with_zeros(head: Tensor, config: Config) -> Tensor:
 def _first_half(head: Tensor, config: DiTConfig) -> Tensor:
     """Of the rows ``(patch, 2 C)`` those of the first C channels."""
     return head.unflatten(0, (math.prod(config.patch), 2 * config.channels))[:, : config.channels].flatten(0, 1)
-
-
-LAYOUTS = {
-    "dit": Layout(dit, to_dit),
-    "sit": Layout(sit, to_sit, to_sit_adapters),
-    "latte": Layout(latte, to_latte),
-}

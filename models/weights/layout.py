@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
+from ..denoisers.dit import SIZES
 from ..registry import Config, Objective, build
 
 
@@ -17,15 +19,21 @@ class Hints(NamedTuple):
 
     heads: int | None = None
     size: tuple[int, int] | None = None
+    empty: Callable[..., Tensor] | None = None
+    """What the text encoder makes of no words, ``[L, E]``, by its options; None where no encoder is named."""
 
 
 class Converted(NamedTuple):
-    """A model from a file: what it is built from, its objective, its tensors, and what the user should know."""
+    """A model from a file: what it is built from, its objective, its tensors, and what the user should know.
+
+    ``text`` are the options of its text encoder; None for a model without text.
+    """
 
     config: Config
     objective: Objective
     weights: dict[str, Tensor]
     notes: tuple[str, ...] = ()
+    text: Mapping[str, Any] | None = None
 
 
 def _as_they_are(adapters: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -53,6 +61,65 @@ def shape_of(weights: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, 
     if len(shape) != dims:
         raise ValueError(f"{name} has shape {list(shape)}; it must have {dims} axes")
     return shape
+
+
+def empty_caption(hints: Hints, width: int, **options: Any) -> Tensor:
+    """What the text encoder makes of no words, ``[L, width]``.
+
+    Raises:
+        ValueError: no text encoder is named, or it has another width.
+    """
+    if hints.empty is None:
+        raise ValueError("text_encoder must be named: dropped captions are what it makes of no words")
+    rows = hints.empty(**options)
+    if rows.shape[1] != width:
+        raise ValueError(f"text_encoder has width {rows.shape[1]}; the weights are for {width}")
+    return rows
+
+
+def depth_of(weights: Mapping[str, Tensor]) -> int:
+    """The number of blocks."""
+    return 1 + max((int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=0)
+
+
+def heads_of(width: int, depth: int, hints: Hints) -> int:
+    """The number of attention heads.
+
+    Raises:
+        ValueError: it is not named, and width and depth are not those of a published DiT.
+    """
+    if hints.heads is not None:
+        return hints.heads
+    for size in SIZES.values():
+        if (size["width"], size["depth"]) == (width, depth):
+            return size["heads"]
+    raise ValueError(f"heads must be named: no published DiT has width {width} and depth {depth}")
+
+
+def size_of(places: int, patch: tuple[int, int], hints: Hints) -> tuple[int, int]:
+    """Height and width of the latents with so many tokens in a frame.
+
+    Raises:
+        ValueError: it is not named, and a square has another number of tokens.
+    """
+    if hints.size is not None:
+        return hints.size
+    side = math.isqrt(places)
+    if side * side != places:
+        raise ValueError(f"size must be named: {places} tokens are no square")
+    return side * patch[0], side * patch[1]
+
+
+def learns_sigma(head: str, outputs: int, patch: tuple[int, ...], channels: int) -> bool:
+    """Whether the last Linear has channels for the variance.
+
+    Raises:
+        ValueError: it has neither ``channels`` nor twice that.
+    """
+    out_channels = outputs // math.prod(patch)
+    if out_channels not in (channels, 2 * channels):
+        raise ValueError(f"{head} gives {out_channels} channels; it must give {channels} or {2 * channels}")
+    return out_channels == 2 * channels
 
 
 def check_fit(config: Config, weights: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import json
@@ -16,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from encoders import save_encoder
 
 from models import precompute
+from models.autoencoders.vqgan import VQGANSettings
 from models.checkpoint import load
 from models.data.batches import Batches
 from models.data.config import DataConfig, TextConfig
@@ -48,45 +49,6 @@ from models.training.trainer import Trainer
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed: extra 'pretrained'"
 )
-WORDS = ["<pad>", "</s>", "<unk>", "<s>", "a", "red", "blue", "square", "moves", "left", *"0123456789"]
-
-
-@functools.cache
-def save_encoder(folder: Path, kind: str) -> str:
-    """A tiny encoder with random weights and a tokenizer of whole words, as ``save_pretrained`` leaves them."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    template = "$A </s>" if kind == "t5" else "<s> $A </s>"
-    words.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("</s>", 1), ("<s>", 3)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<s>"
-    )
-    torch.manual_seed(0)
-    size = {"vocab_size": len(WORDS), "num_layers": 2, "num_heads": 2}
-    if kind == "t5":
-        config = transformers.T5Config(**size, d_model=12, d_kv=6, d_ff=24, pad_token_id=0, eos_token_id=1)
-        model = transformers.T5EncoderModel(config)
-    else:
-        config = transformers.CLIPTextConfig(
-            vocab_size=len(WORDS),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=10,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=3,
-        )
-        model = transformers.CLIPTextModel(config)
-    model.save_pretrained(folder / kind)
-    tokenizer.save_pretrained(folder / kind)
-    return str(folder / kind)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("encoders")
@@ -543,8 +505,10 @@ def test_a_second_stage_takes_the_captions_of_the_first(tmp_path, folder):
 def test_training_with_text_refuses(tmp_path, folder, caplog):
     encoder = save_encoder(folder, "t5")
     with_text = merge(TINY, {"run": str(tmp_path / "run"), "text": {"encoder": encoder}})
-    with pytest.raises(ValueError, match=r"model is 'dit', which takes no text, but text\.encoder was given"):
-        Trainer(dataclasses.replace(with_text, model=DiTSettings(width=16, heads=2, patch=(1, 8, 8))))
+    with pytest.raises(ValueError, match=r"model 'dit', which takes one vector, it must be True"):
+        dataclasses.replace(with_text, model=DiTSettings(width=16, heads=2, patch=(1, 8, 8)))
+    with pytest.raises(ValueError, match=r"model is 'vqgan', which takes no text, but text\.encoder was given"):
+        configure(VQGANSettings(), 1, 2, (16, 16), 0, text_width=12)
     write_png(tmp_path / "a.png", np.zeros((16, 16, 3), np.uint8))
     bare = merge(with_text, {"data": {"source": str(tmp_path)}})
     with pytest.raises(ValueError, match="has neither captions nor classes"):
