@@ -17,6 +17,7 @@ another. Tensors that are missing, unknown or misshapen are listed by name, and 
 | `latte` | Latte, with classes or without |
 | `stdit` | Open-Sora 1.0's STDiT, with its null caption |
 | `vdit` | OpenDiT's VDiT, with text or classes |
+| `cascade-a`, `cascade-b`, `cascade-c` | StableCascade's stages, diffusers' folders too; its EfficientNet is not here |
 | `video` | no file but a run of an image DiT, which becomes a video model to train on clips |
 """
 
@@ -47,7 +48,6 @@ from .registry import FAMILIES, Config, build, config_from
 from .runtime.arguments import read
 from .runtime.plain import as_plain
 from .training.config import TrainConfig, from_dict
-from .weights.diffusers_dit import hints_of, is_diffusers, to_diffusers
 from .weights.files import read_weights, write_weights
 from .weights.layout import Hints, check_fit
 from .weights.layouts import LAYOUTS
@@ -59,7 +59,7 @@ _log = logging.getLogger(__name__)
 class ConvertConfig:
     """What is converted, and to what."""
 
-    kind: tyro.conf.Positional[Literal["dit", "sit", "latte", "stdit", "vdit", "video"]]
+    kind: tyro.conf.Positional[Literal["dit", "sit", "latte", "stdit", "vdit", "cascade-a", "cascade-b", "cascade-c", "video"]]
     """Whose weights these are; 'video' makes a video model of an image model."""
     source: tyro.conf.Positional[Path]
     """The published weights; with `video`, `--to` or `--adapters`, a run or a checkpoint."""
@@ -77,16 +77,18 @@ class ConvertConfig:
     part: str | None = None
     """Set of weights in a file that has several; by default `ema`, else `model`."""
     heads: int | None = None
-    """Number of attention heads; needed if width and depth are not those of DiT-S, B, L or XL, and no `config.json` of
-    diffusers says it."""
+    """Number of attention heads, in StableCascade of the deepest level; needed if the size is not a published one and no
+    `config.json` of diffusers says it."""
     size: tuple[int, int] | None = None
-    """Height and width of the latents; by default a square of as many tokens as the weights have positions."""
+    """Height and width of the latents; by default a square of as many tokens as the weights have positions, and for
+    StableCascade those of a picture of 1024 x 1024."""
     frames: int | None = None
     """Frames of a clip, or of its latents; `video` only."""
     attention: Literal["factorized", "joint"] | None = None
     """Attention of the video model; by default 'factorized', with a block over time behind each of the image's."""
     names: Literal["published", "diffusers"] = "published"
-    """Names of the tensors that `--to` writes; 'diffusers' are those of its `DiTTransformer2DModel`, for `dit` only."""
+    """Names of the tensors that `--to` writes; 'diffusers' are those of its `DiTTransformer2DModel`, `PaellaVQModel` and
+    `StableCascadeUNet`."""
 
     def __post_init__(self) -> None:
         if sum(each is not None for each in (self.out, self.to, self.adapters)) != 1:
@@ -101,8 +103,10 @@ class ConvertConfig:
             if getattr(self, name) is not None:
                 others = "video" if name in ours else "out, and not with video"
                 raise ValueError(f"{name} is {getattr(self, name)}; it goes with {others}")
-        if self.names == "diffusers" and (self.to is None or self.kind != "dit"):
-            raise ValueError("names is 'diffusers'; it goes with dit and with to")
+        known = self.kind in LAYOUTS and LAYOUTS[self.kind].to_diffusers is not None
+        if self.names == "diffusers" and (self.to is None or not known):
+            names = ", ".join(kind for kind, layout in LAYOUTS.items() if layout.to_diffusers is not None)
+            raise ValueError(f"names is 'diffusers'; it goes with to, and with {names}")
         if self.to is not None and self.to.suffix not in (".safetensors", ".pt"):
             raise ValueError(f"to is {str(self.to)!r}; its suffix must be .safetensors or .pt")
 
@@ -125,7 +129,8 @@ def publish(config: ConvertConfig) -> Path:
         print(f"{to} has the averaged adapters of {path}, under the names of {config.kind}")
         return to
     assert config.to is not None
-    write_weights(config.to, to_diffusers(weights) if config.names == "diffusers" else weights)
+    to_diffusers = layout.to_diffusers if config.names == "diffusers" else None
+    write_weights(config.to, to_diffusers(weights) if to_diffusers else weights)
     print(f"{config.to} has the averaged weights of {path}, under the names of {config.kind}")
     return config.to
 
@@ -213,8 +218,8 @@ def run(config: ConvertConfig) -> Path:
     encoder = None if config.autoencoder is None else identify(config.autoencoder) | {"mean": None, "std": None}
     weights = read_weights(config.source, config.part)
     name = config.text_encoder
-    hints = Hints(config.heads, config.size, None if name is None else functools.partial(_empty_caption, name))
-    converted = LAYOUTS[config.kind].read(weights, hints_of(config.source, hints) if is_diffusers(weights) else hints)
+    empty = None if name is None else functools.partial(_empty_caption, name)
+    converted = LAYOUTS[config.kind].read(weights, Hints(config.heads, config.size, config.source, empty))
     check_fit(converted.config, converted.weights)
     if (name is None) != (converted.text is None):
         rule = "it must be named for a model with text" if name is None else "the model has no text"

@@ -65,6 +65,8 @@ class VQGANSettings(BaseSettings):
     scale: float = 0.43
     """Divisor of the latents. The default is StableCascade's and was not measured; see `normalize` of
     models.precompute."""
+    unit_pixels: bool = False
+    """Compute on pixels in [0, 1], as published weights do; clips are in [-1, 1] all the same."""
     discriminator: int = 0
     """Width of the discriminator of an adversarial objective; 0 for none."""
 
@@ -225,6 +227,8 @@ class VQGAN(Autoencoder):
             )
         if x.dim() == 5:
             x = x.transpose(1, 2).flatten(0, 1)
+        if self.config.unit_pixels:
+            x = (x + 1) / 2
         height, width = x.shape[-2:]
         h = embed_patches(x, self.patches)
         h = self._block(self.encoder_high, h, (height // 2, width // 2))
@@ -241,6 +245,8 @@ class VQGAN(Autoencoder):
         h = tokens(self.up(frames(h, (height, width))))
         h = self._block(self.decoder_high, h, (2 * height, 2 * width))
         x = unpatchify(self.pixels(h), (2 * height, 2 * width), (2, 2), self.config.channels)
+        if self.config.unit_pixels:
+            x = 2 * x - 1
         return x if len(shape) == 4 else x.unflatten(0, (shape[0], -1)).transpose(1, 2)
 
     def _block(self, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -20,9 +20,12 @@ Video: frames share all blocks but V, whose rotary embedding tells their order. 
 so does the depthwise convolution over time that C may have: with the weights of an image model a video model makes the
 frames that the image model makes (``inflate.py``).
 
+A caption gives a token for each of its states or, with ``captions``, its first state, the pooled caption, gives
+``condition_tokens``; so does the embedding of a picture. In this order, tokens, pooled caption, picture, they are c.
+
 What differs from StableCascade's code: its further inputs of T ("sca", "crp"), constants unless a caller sets them, are
-left to T's bias; there is no dropout inside the attention; the convolutions that change the resolution are written as
-Linear on 2 x 2 sites. Where there are conditioning tokens, the attention of A is torch's, not a kernel of this project:
+left to T's bias, or with ``further_times`` told 0; there is no dropout inside the attention; the convolutions that change
+the resolution are written as Linear on 2 x 2 sites. Where there are conditioning tokens, the attention of A is torch's, not a kernel of this project:
 its keys come from two places.
 """
 
@@ -42,7 +45,18 @@ from ..protocols import Denoiser, SmallClips, System
 from .cascade_config import SIZES, CascadeConfig, CascadeSettings, with_time
 from .cascade_layers import Condition, Level, Resample, embed_r, mapper, norm, resize_sites, sites
 from .layers import drop_labels, embed_patches
-from .text import Text, drop_captions
+from .text import Text, drop_captions, with_null
+
+
+CONDITIONS = (
+    "class_embedding",
+    "text_mapper",
+    "pooled_mapper",
+    "image_mapper",
+    "null_text",
+    "latent_mapper",
+    "pixel_mapper",
+)
 
 
 class Cascade(Denoiser):
@@ -68,7 +82,16 @@ class Cascade(Denoiser):
             tokens = config.condition_tokens * config.condition_width
             self.class_embedding = nn.Embedding(config.num_classes + 1, tokens)
         if config.text_width:
-            self.text_mapper = nn.Linear(config.text_width, config.condition_width)
+            tokens = config.condition_tokens * config.condition_width
+            if config.captions != "pooled":
+                self.text_mapper = nn.Linear(config.text_width, config.condition_width)
+            if config.captions != "tokens":
+                self.pooled_mapper = nn.Linear(config.text_width, tokens)
+            if config.image_width:
+                self.image_mapper = nn.Linear(config.image_width, tokens)
+            if config.null_tokens:
+                null = torch.empty(config.null_tokens, config.text_width)
+                self.null_text = nn.Parameter(null, requires_grad=False)
         if config.latent_channels:
             self.latent_mapper = mapper(config.latent_channels, widths[0])
         if config.pixel_channels:
@@ -89,9 +112,10 @@ class Cascade(Denoiser):
     def _initialize(self) -> None:
         """Xavier, small at both ends of the residual branches; the model starts as zero, T and V as the identity."""
         for name, parameter in self.named_parameters():
-            if name.endswith(("bias", "grn_weight", "temporal", ".T.mapper.weight", ".V.proj.weight", "output.weight")):
+            zero = ("bias", "grn_weight", "temporal", ".V.proj.weight", "output.weight")
+            if name.endswith(zero) or ".T.mapper" in name:
                 nn.init.zeros_(parameter)
-            elif name.startswith(("class_embedding", "text_mapper", "latent_mapper", "pixel_mapper")):
+            elif name.startswith(CONDITIONS):
                 nn.init.normal_(parameter, std=0.02)
             else:
                 nn.init.xavier_uniform_(parameter, gain=0.02 if name.startswith("embedding") else 1.0)
@@ -120,17 +144,20 @@ class Cascade(Denoiser):
         *,
         low: Tensor | None = None,
         pixels: Tensor | None = None,
+        image: Tensor | None = None,
     ) -> Tensor:
         """What the objective asks for: noise or velocity.
 
         Args:
             x: ``[B, C, T, H, W]``, or ``[B, C, H, W]`` in image mode.
             t: noise levels in [0, 1000], ``[B]``: 1000 r.
-            y: classes ``[B]``, int64, ``null_class`` for none, or captions, a row without a token for none; None if and
-                only if the model has neither classes nor text.
+            y: classes ``[B]``, int64, ``null_class`` for none, or captions; None if and only if the model has neither
+                classes nor text.
             low: what stage C made, ``[B, latent_channels, T, h, w]`` or ``[B, latent_channels, h, w]``, of any h and w;
-                None and zeros mean none. Samples of the null class, or whose caption has no token, go without.
+                None and zeros mean none. Samples of the null class or of the null caption go without.
             pixels: a picture or clip of any size, as ``low``.
+            image: embeddings of pictures beside captions, ``[B, pictures, image_width]``; None means one of zeros, none.
+                Samples of the null caption go without.
 
         Returns:
             x's shape with ``out_channels`` channels.
@@ -138,17 +165,18 @@ class Cascade(Denoiser):
         Raises:
             ValueError: an argument whose shape does not fit the config, or one that is missing or not wanted.
         """
-        self._check(x, t, y, low, pixels)
-        if low is not None and y is not None:
+        self._check(x, t, y, low, pixels, image)
+        if y is not None:
             present = y.tokens.any(1) if isinstance(y, Text) else y.ne(cast(int, self.null_class))
-            low = low * expand(present, low)
+            low = None if low is None else low * expand(present, low)
+            image = None if image is None else image * expand(present, image)
         config, dtype = self.config, next(self.output.parameters()).dtype
         z = norm(embed_patches(x, self.embedding).unflatten(1, config.grid)).to(dtype)
         if config.latent_channels:
             z = z + self._latents(low, z)
         if config.pixel_channels:
             z = z + self._pixels(pixels, z)
-        condition = None if y is None else self._condition(y)
+        condition = None if y is None else self._condition(y, image)
         r = embed_r(t / TIMESTEPS).to(dtype)
 
         outputs: list[Tensor] = []
@@ -166,14 +194,27 @@ class Cascade(Denoiser):
         patches = self.output(norm(z)).flatten(1, 3)
         return unpatchify(patches, config.grid[-len(config.patch) :], config.patch, self.out_channels)
 
-    def _condition(self, y: Tensor | Text) -> Condition:
+    def _condition(self, y: Tensor | Text, image: Tensor | None) -> Condition:
         """Conditioning tokens ``[B, L, condition_width]`` and, for captions, which of them count ``[B, L]``."""
-        share = self.config.class_dropout if self.training else 0.0
-        if isinstance(y, Text):
-            dtype = next(self.text_mapper.parameters()).dtype
-            return norm(self.text_mapper(y.states.to(dtype))), drop_captions(y, share).tokens
-        y = drop_labels(y, self.config.num_classes, share)
-        return norm(self.class_embedding(y).unflatten(-1, (self.config.condition_tokens, -1))), None
+        config, share = self.config, self.config.class_dropout if self.training else 0.0
+        if not isinstance(y, Text):
+            y = drop_labels(y, config.num_classes, share)
+            return norm(self.class_embedding(y).unflatten(-1, (config.condition_tokens, -1))), None
+        y = with_null(y, share, self.null_text) if config.null_tokens else drop_captions(y, share)
+        mask, states = y.tokens, y.states.to(next(self.output.parameters()).dtype)
+        tokens, masks = [], []
+        if config.captions != "pooled":
+            first = int(config.captions == "both")
+            tokens.append(self.text_mapper(states[:, first:]))
+            masks.append(mask[:, first:])
+        if config.captions != "tokens":
+            tokens.append(self.pooled_mapper(states[:, 0]).unflatten(-1, (config.condition_tokens, -1)))
+            masks.append(mask[:, :1].expand(-1, config.condition_tokens))
+        if config.image_width:
+            image = states.new_zeros(len(states), 1, config.image_width) if image is None else image
+            tokens.append(self.image_mapper(image.to(states.dtype)).unflatten(-1, (config.condition_tokens, -1)).flatten(1, 2))
+            masks.append(mask.new_ones(tokens[-1].shape[:2]))
+        return norm(torch.cat(tokens, 1)), torch.cat(masks, 1)
 
     def _latents(self, latents: Tensor | None, z: Tensor) -> Tensor:
         """What they add to the tokens ``z [B, T, H', W', C]``: resized, then mapped."""
@@ -190,7 +231,15 @@ class Cascade(Denoiser):
             return norm(self.pixel_mapper(z.new_zeros(1, 1, 1, 1, self.config.pixel_channels)))
         return resize_sites(norm(self.pixel_mapper(sites(pixels).to(z.dtype))), z.shape[2:4])
 
-    def _check(self, x: Tensor, t: Tensor, y: Tensor | Text | None, low: Tensor | None, pixels: Tensor | None) -> None:
+    def _check(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | Text | None,
+        low: Tensor | None,
+        pixels: Tensor | None,
+        image: Tensor | None,
+    ) -> None:
         config, batch = self.config, len(x)
         expected = (config.channels, *config.input_size)
         if tuple(x.shape[1:]) != expected:
@@ -206,6 +255,8 @@ class Cascade(Denoiser):
                     f"y is a Text of shapes {tuple(y.states.shape)} and {tuple(y.mask.shape)} of {y.mask.dtype}; they "
                     f"must be [{batch}, L, {config.text_width}] and [{batch}, L] of torch.bool"
                 )
+            if 0 < config.null_tokens < y.shape[1]:
+                raise ValueError(f"y has {y.shape[1]} tokens; the null caption has {config.null_tokens}, the most there are")
         elif y is None:
             if config.num_classes or config.text_width:
                 raise ValueError(
@@ -215,6 +266,12 @@ class Cascade(Denoiser):
             raise ValueError("y holds classes, but the model has num_classes = 0")
         elif tuple(y.shape) != (batch,):
             raise ValueError(f"y is of shape {tuple(y.shape)}; it must be [{batch}]")
+        if image is not None and (not isinstance(y, Text) or not config.image_width):
+            raise ValueError(f"image was given; it goes with captions, and image_width is {config.image_width}")
+        if image is not None and (image.dim() != 3 or image.shape[::2] != (batch, config.image_width)):
+            raise ValueError(
+                f"image has shape {tuple(image.shape)}; it must be [{batch}, pictures, {config.image_width}]"
+            )
         for name, option, clips in (("low", "latent_channels", low), ("pixels", "pixel_channels", pixels)):
             if clips is None:
                 continue

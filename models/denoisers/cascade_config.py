@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ..protocols import BaseSettings
 from .layers import Grid
@@ -109,6 +109,15 @@ class CascadeSettings(BaseSettings):
     """Number of tokens per class."""
     class_dropout: float = 0.1
     """Share of labels or captions that training replaces by the null class or an empty caption; guidance needs it."""
+    captions: Literal["tokens", "pooled", "both"] = "tokens"
+    """What is read of captions: their tokens; the first token alone, a pooled caption that gives condition_tokens tokens;
+    or both, the pooled caption first."""
+    null_tokens: int = 0
+    """Rows of a fixed null caption, as published weights have; with 0 the null caption has no token."""
+    image_width: int = 0
+    """Width of the embedding of a picture that may stand beside the caption; 0 for none."""
+    further_times: tuple[str, ...] = ()
+    """Further inputs of T by name, which are told 0: 'sca', and in stage C 'crp', in published weights."""
     latent_channels: int = 0
     """Channels of the clips that condition stage B, `--low` of models.precompute in training; 0 for none. The published
     16 are features of an EfficientNet, which models.precompute does not compute."""
@@ -152,7 +161,7 @@ class CascadeConfig(CascadeSettings):
 
     def __post_init__(self) -> None:
         per_level = ("widths", "heads", "levels", "down", "up", "repeats", "dropout")
-        for name in ("input_size", "patch", *per_level):
+        for name in ("input_size", "patch", "further_times", *per_level):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.input_size) not in (2, 3) or any(n < 1 for n in self.input_size):
             raise ValueError(f"input_size is {self.input_size}; it must be (T, H, W) or (H, W), positive")
@@ -183,9 +192,16 @@ class CascadeConfig(CascadeSettings):
         for name in ("channels", "condition_width", "condition_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("num_classes", "text_width", "latent_channels", "pixel_channels"):
+        for name in ("num_classes", "text_width", "latent_channels", "pixel_channels", "null_tokens", "image_width"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (none) or positive")
+        if self.captions not in ("tokens", "pooled", "both"):
+            raise ValueError(f"captions is {self.captions!r}; it may be 'tokens', 'pooled' or 'both'")
+        for name in ("null_tokens", "image_width"):
+            if getattr(self, name) and not self.text_width:
+                raise ValueError(f"{name} is {getattr(self, name)}; it goes with text")
+        if len(set(self.further_times)) < len(self.further_times) or not all(map(str.isidentifier, self.further_times)):
+            raise ValueError(f"further_times is {self.further_times}; it must be different names")
         for name, shares in (
             ("class_dropout", [self.class_dropout]),
             ("latent_dropout", [self.latent_dropout]),

@@ -90,14 +90,20 @@ class ResBlock(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """T."""
+    """T. Its further inputs have mappers of their own, whose results are added; all are told 0."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, further: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.mapper = nn.Linear(R_CHANNELS, 2 * width)
+        self.further = further
+        for name in further:
+            setattr(self, f"mapper_{name}", nn.Linear(R_CHANNELS, 2 * width))
 
     def forward(self, x: Tensor, r: Tensor) -> Tensor:
-        a, b = self.mapper(r)[:, None, None, None].chunk(2, dim=-1)
+        mapped = self.mapper(r)
+        for name in self.further:
+            mapped = mapped + getattr(self, f"mapper_{name}")(embed_r(r.new_zeros(1)).to(r.dtype))
+        a, b = mapped[:, None, None, None].chunk(2, dim=-1)
         return x * (1 + a) + b
 
 
@@ -155,13 +161,20 @@ class TemporalAttention(nn.Module):
 
 
 class Resample(nn.Module):
-    """LN and Linear to the next level's width: of 2 x 2 sites to one on the way down, of one to 2 x 2 on the way up."""
+    """LN and Linear to the next level's width: of 2 x 2 sites to one on the way down, of one to 2 x 2 on the way up.
+
+    The 2 x 2 sites on the way up share their bias, as those of a transposed convolution do.
+    """
 
     def __init__(self, inputs: int, outputs: int, factor: int, *, up: bool) -> None:
         super().__init__()
         self.factor, self.up = factor, up
-        sites = factor**2
-        self.linear = nn.Linear(inputs, sites * outputs) if up else nn.Linear(sites * inputs, outputs)
+        sites, shared = factor**2, up and factor > 1
+        if up:
+            self.linear = nn.Linear(inputs, sites * outputs, bias=not shared)
+        else:
+            self.linear = nn.Linear(sites * inputs, outputs)
+        self.bias = nn.Parameter(torch.zeros(outputs)) if shared else None
 
     def forward(self, x: Tensor) -> Tensor:
         x, factor = norm(x), self.factor
@@ -169,7 +182,7 @@ class Resample(nn.Module):
             return self.linear(x)
         if self.up:
             x = self.linear(x).unflatten(-1, (factor, factor, -1)).transpose(3, 4)
-            return x.flatten(4, 5).flatten(2, 3)
+            return x.flatten(4, 5).flatten(2, 3) + self.bias
         h, w = (n // factor * factor for n in x.shape[2:4])
         x = x[:, :, :h, :w].unflatten(3, (-1, factor)).unflatten(2, (-1, factor)).transpose(3, 4)
         return self.linear(x.flatten(4))
@@ -190,7 +203,7 @@ class Level(nn.Module):
             if letter == "C":
                 return ResBlock(width, skip, dropout, config.temporal_convolution)
             if letter == "T":
-                return TimestepBlock(width)
+                return TimestepBlock(width, config.further_times)
             if letter == "A":
                 return SpatialAttention(width, heads, condition_width)
             return FeedForward(width, dropout) if letter == "F" else TemporalAttention(width, heads)

@@ -30,6 +30,9 @@ BUCKETS = 300
 BUCKET_RANGE = 10.0
 BUCKET_DECAY = 0.99
 MIN_SNR = 5.0
+PYRAMID_LEVELS = 10
+PYRAMID_CELLS = 16
+PYRAMID_DECAY = 0.75
 
 
 def logsnr(r: Tensor, shift: float = 1.0) -> Tensor:
@@ -48,6 +51,26 @@ def noise_level(value: Tensor) -> Tensor:
 def scales(value: Tensor) -> tuple[Tensor, Tensor]:
     """a and b at lambda."""
     return value.sigmoid().sqrt(), (-value).sigmoid().sqrt()
+
+
+def pyramid(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Noise of x's shape ``[B, C, ..., H, W]``, dtype and device, in cells of several sizes; each frame has its own.
+
+        e = sum of m_i enlarged(e_i) / sqrt(sum of m_i^2)       m_i = 0.75^i, e_i ~ N(0, 1) of H / 2^i x W / 2^i cells
+
+    i is 0 and every later number up to 9 with 1 to 16 cells along both axes. Cells are repeated, so that each element is
+    a standard normal.
+    """
+    noise, squares = gaussian(x, generator), 1.0
+    for i in range(1, PYRAMID_LEVELS):
+        size = tuple(n // 2**i for n in x.shape[-2:])
+        if min(size) < 1:
+            break
+        if max(size) <= PYRAMID_CELLS:
+            coarse = gaussian(x.new_empty(x.shape[:-2].numel(), 1, *size), generator)
+            enlarged = torch.nn.functional.interpolate(coarse, x.shape[-2:], mode="nearest").view(x.shape)
+            noise, squares = noise + PYRAMID_DECAY**i * enlarged, squares + PYRAMID_DECAY ** (2 * i)
+    return noise / math.sqrt(squares)
 
 
 @dataclass(frozen=True)
@@ -78,12 +101,16 @@ class LogSNR:
     """Shift of the logSNR in training: it is lower by 2 log(shift)."""
     sample_shift: float = 1.0
     """Shift of the logSNR in sampling. StableCascade samples stage C with 2 and stage B with 1."""
+    noise: Literal["white", "pyramid"] = "white"
+    """Noise in training: as that of sampling, or with coarser noise added, as StableCascade trains stage B."""
 
     def __post_init__(self) -> None:
         if self.prediction not in ("noise", "velocity"):
             raise ValueError(f"prediction is {self.prediction!r}; it may be 'noise' or 'velocity'")
         if self.weight not in ("p2", "adaptive", "min_snr", "none"):
             raise ValueError(f"weight is {self.weight!r}; it may be 'p2', 'adaptive', 'min_snr' or 'none'")
+        if self.noise not in ("white", "pyramid"):
+            raise ValueError(f"noise is {self.noise!r}; it may be 'white' or 'pyramid'")
         for name in ("shift", "sample_shift"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
@@ -115,7 +142,7 @@ class LogSNR:
         x = at_least_float32(x)
         u = torch.rand(x.shape[0], generator=generator, device=x.device, dtype=x.dtype)
         value = logsnr(1 - 0.999 * u, self.shift)
-        noise = gaussian(x, generator)
+        noise = gaussian(x, generator) if self.noise == "white" else pyramid(x, generator)
         a, b = (expand(scale, x) for scale in scales(value))
         conditions = conditions_of(model, x, None, generator, low)
         prediction = model(a * x + b * noise, noise_level(value) * TIMESTEPS, y, **conditions).to(x.dtype)

@@ -9,16 +9,14 @@ trained, by ``10000^(-i / 128)``. The models here do as Meta's code does.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..denoisers.layers import grid_positions
-from .layout import Hints, shape_of
+from .layout import Hints, settings_beside, shape_of
 
 CLASS = "DiTTransformer2DModel"
 EMBEDDER = "norm1.emb."
@@ -46,30 +44,23 @@ def is_diffusers(weights: Mapping[str, Tensor]) -> bool:
     return "transformer_blocks.0.attn1.to_q.weight" in weights
 
 
-def hints_of(source: Path, hints: Hints) -> Hints:
+def hints_of(hints: Hints) -> Hints:
     """Hints; those that lack come from the ``config.json`` in the folder of the weights, if there is one.
 
     Raises:
         ValueError: a file of another model, or without what lacks.
     """
-    file = (source if source.is_dir() else source.parent) / "config.json"
-    if (hints.heads and hints.size) or not file.is_file():
+    values = {} if hints.heads and hints.size else settings_beside(hints.source, CLASS)
+    if not values:
         return hints
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    of = values.get("_class_name") if isinstance(values, dict) else None
-    if of != CLASS:
-        raise ValueError(f"{file} is of {of}; it must be of {CLASS}")
     numbers = []
     for name in ("num_attention_heads", "sample_size"):
         value = values.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{file} has {name} {value!r}; it must be a positive whole number")
+            raise ValueError(f"config.json has {name} {value!r}; it must be a positive whole number")
         numbers.append(value)
     heads, side = numbers
-    return Hints(hints.heads or heads, hints.size or (side, side))
+    return hints._replace(heads=hints.heads or heads, size=hints.size or (side, side))
 
 
 def from_diffusers(weights: Mapping[str, Tensor], hints: Hints) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from ..denoisers.lora import TABLE, UP
 from ..objectives.ddpm import DDPM
 from ..objectives.flow import FlowMatching
 from ..registry import Config, config_from
-from .diffusers_dit import from_diffusers, is_diffusers
+from .diffusers_dit import from_diffusers, hints_of, is_diffusers
 from .layout import Converted, Hints, depth_of, heads_of, learns_sigma, shape_of, size_of
 
 PATCHES, FRAMES = "x_embedder.proj.weight", "temp_embed"
@@ -55,6 +55,7 @@ def _config(weights: Mapping[str, Tensor], hints: Hints) -> DiTConfig:
 def dit(weights: dict[str, Tensor], hints: Hints) -> Converted:
     """DiT, under Meta's names or those of diffusers: noise and variance of DDPM's linear schedule."""
     if is_diffusers(weights):
+        hints = hints_of(hints)
         weights = from_diffusers(weights, hints)
     return Converted(_config(weights, hints), DDPM(), weights)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,8 @@ class Hints(NamedTuple):
 
     heads: int | None = None
     size: tuple[int, int] | None = None
+    source: Path | None = None
+    """Where the weights are from."""
     empty: Callable[..., Tensor] | None = None
     """What the text encoder makes of no words, ``[L, E]``, by its options; None where no encoder is named."""
 
@@ -46,6 +50,27 @@ class Layout(NamedTuple):
     read: Callable[[dict[str, Tensor], Hints], Converted]
     write: Callable[[Checkpoint], dict[str, Tensor]]
     adapters: Callable[[dict[str, Tensor], Config], dict[str, Tensor]] = _as_they_are
+    to_diffusers: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    """Published names to those of diffusers, where it has the model."""
+
+
+def settings_beside(source: Path | None, kind: str) -> dict[str, Any]:
+    """What the ``config.json`` of diffusers says that lies in the folder of the weights; nothing if there is none.
+
+    Raises:
+        ValueError: a file of another class than ``kind``, or no JSON.
+    """
+    file = None if source is None else (source if source.is_dir() else source.parent) / "config.json"
+    if file is None or not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    of = values.get("_class_name") if isinstance(values, dict) else None
+    if of != kind:
+        raise ValueError(f"{file} is of {of}; it must be of {kind}")
+    return values
 
 
 def shape_of(weights: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...]:

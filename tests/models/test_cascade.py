@@ -213,9 +213,12 @@ class Eager:
             skip = None
             if n:
                 skip = outputs[i]
-                x = self.pointwise(f"up_resample.{n - 1}.linear", ln(x))
+                name = f"up_resample.{n - 1}"
                 if config.downsample:
-                    x = rearrange(x, "b (p q c) h w -> b c (h p) (w q)", p=2, q=2)
+                    weight = rearrange(self.state[f"{name}.linear.weight"], "(p q o) c -> c o p q", p=2, q=2)
+                    x = F.conv_transpose2d(ln(x), weight, self.state[f"{name}.bias"], stride=2)
+                else:
+                    x = self.pointwise(f"{name}.linear", ln(x))
                 x = F.interpolate(x, skip.shape[2:], mode="bilinear", align_corners=True)
             x = self.level(f"up.{n}", i, config.up[n], config.repeats[n], x, r, condition, skip=skip)
         x = rearrange(self.pointwise("output", ln(x)), "b (p q c) h w -> b c (h p) (w q)", p=side, q=side)
@@ -257,7 +260,7 @@ def test_matches_the_stages_written_again(name):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_on_the_kernels(name, dtype, backend, nan_filled):
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = Cascade(CONFIGS[name]).train()
     with torch.no_grad():
         for parameter in model.parameters():
