@@ -41,6 +41,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .data.config import TextConfig
 from .data.encoder import identify
 from .data.text import TextEncoder, identify_text_encoder
+from .denoisers.cascade_config import CascadeConfig, with_time
 from .denoisers.dit import DiTConfig
 from .denoisers.inflate import load_image_weights
 from .denoisers.lora import write_adapters
@@ -145,19 +146,24 @@ def to_video(config: ConvertConfig) -> Path:
     path, checkpoint = open_checkpoint(config.source)
     checkpoint = checkpoint.merged()
     image = config_from(checkpoint.config)
-    if not isinstance(image, DiTConfig) or not image.is_image:
-        raise ValueError(f"{path} is of {checkpoint.config.get('name')!r}; it must be of a DiT for images")
-    attention = config.attention or "factorized"
-    video = dataclasses.replace(
-        image,
-        input_size=(config.frames, *image.input_size),
-        patch=(1, *image.patch),
-        attention=attention,
-        depth=image.depth * (2 if attention == "factorized" else 1),
-    )
+    if not isinstance(image, (DiTConfig, CascadeConfig)) or not image.is_image:
+        raise ValueError(f"{path} is of {checkpoint.config.get('name')!r}; it must be of a DiT or Cascade for images")
+    size = (config.frames, *image.input_size)
+    video: DiTConfig | CascadeConfig
+    if isinstance(image, CascadeConfig):
+        if config.attention is not None:
+            raise ValueError(
+                f"attention is {config.attention!r}; a StableCascade has attention over time behind each over space"
+            )
+        video = with_time(image, input_size=size)
+    else:
+        attention = config.attention or "factorized"
+        depth = image.depth * (2 if attention == "factorized" else 1)
+        patch = (1, *image.patch)
+        video = dataclasses.replace(image, input_size=size, patch=patch, attention=attention, depth=depth)
     torch.manual_seed(0)
     model = build(video)
-    load_image_weights(model, checkpoint.ema, frame_positions=True)
+    load_image_weights(model, checkpoint.ema, frame_positions=isinstance(video, DiTConfig))
     train = from_dict(checkpoint.train)
     train = dataclasses.replace(
         train,

@@ -67,6 +67,8 @@ class SampleConfig(SolverOptions):
     euler_maruyama, heun_sde. A diffusion: ddpm (default), ddim."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is none."""
+    guidance_end: float | None = None
+    """Scale that the guidance goes to over the steps; by default it stays."""
     guidance_channels: int | None = None
     """Number of leading channels to guide; by default all."""
     guidance_rescale: float = 0.0
@@ -108,6 +110,7 @@ class SampleConfig(SolverOptions):
 SAME_NAMES = (
     "solver",
     "guidance",
+    "guidance_end",
     "guidance_channels",
     "guidance_rescale",
     "seed",

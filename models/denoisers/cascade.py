@@ -289,7 +289,7 @@ def systems() -> dict[str, System]:
     result = {}
     for name, shape in SIZES.items():
         image = CascadeSettings(**shape)
-        objective = LogSNR(sample_shift=2.0 if name.startswith("c-") else 1.0)
+        objective = LogSNR(sample_shift=2.0) if name.startswith("c-") else LogSNR(noise="pyramid")
         result[f"cascade-{name}"] = System(image, objective)
         result[f"cascade-{name}/video"] = System(with_time(image), objective)
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from ..protocols import BaseSettings
 from .layers import Grid
@@ -133,10 +133,13 @@ class CascadeSettings(BaseSettings):
         return len(self.patch) == 2
 
 
-def with_time(image: CascadeSettings) -> CascadeSettings:
-    """The video model of an image model's size: V after every A."""
+S = TypeVar("S", bound="CascadeSettings")
+
+
+def with_time(image: S, **changes: Any) -> S:
+    """The video model of an image model's size, with further changes: V after every A."""
     levels = tuple(letters.replace("A", "AV") for letters in image.levels)
-    return dataclasses.replace(image, levels=levels, patch=(1, *image.patch))
+    return dataclasses.replace(image, levels=levels, patch=(1, *image.patch), **changes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from ..objectives.common import at_least_float32, expand
 from ..protocols import Denoiser
 
 
-def rescale(cond: Tensor, null: Tensor, guidance: Tensor | float, share: float, count: int, guided: int) -> Tensor:
+def guide(cond: Tensor, null: Tensor, guidance: Tensor | float, share: float, count: int, guided: int) -> Tensor:
     """The guided prediction, a share of which has the spread of the one with classes.
 
         g = null + w (cond - null)          share g std(cond) / std(g) + (1 - share) g
@@ -32,9 +32,24 @@ def rescale(cond: Tensor, null: Tensor, guidance: Tensor | float, share: float, 
     cond, null = at_least_float32(cond), at_least_float32(null)
     g = cond[:, :count].clone()
     g[:, :guided] = torch.lerp(null[:, :guided], cond[:, :guided], guidance)
+    if not share:
+        return torch.cat((g, cond[:, count:]), dim=1)
     spread, wanted = (expand(part.flatten(1).std(1), g) for part in (g, cond[:, :count]))
     g = g * (share * wanted / spread.clamp_min(1e-9) + 1 - share)
     return torch.cat((g, cond[:, count:]), dim=1)
+
+
+def bound(prediction: Tensor, x: Tensor, of_x: Tensor, of_prediction: Tensor) -> Tensor:
+    """The prediction that points at the same data as this one, but bounded to [-1, 1].
+
+    Args:
+        prediction: ``[B, C, ...]``, or ``[B, 2 C, ...]`` with a learned variance, which stays.
+        x: where it was made.
+        of_x, of_prediction: the weights of both in the data.
+    """
+    count, of_x = x.shape[1], of_x * x
+    data = (of_x + of_prediction * prediction[:, :count]).clamp(-1, 1)
+    return torch.cat(((data - of_x) / of_prediction, prediction[:, count:]), dim=1)
 
 
 class Predictor:

@@ -22,7 +22,7 @@ from ..protocols import Denoiser
 from ..registry import NoiseObjective, Objective
 from . import solvers
 from .plans import count_steps, diffusion_plan, logsnr_plan
-from .predictor import CudaGraphs, Predictor, rescale
+from .predictor import CudaGraphs, Predictor, bound, guide
 from .solvers import FLOW_SOLVERS, NotFinite, Plan, Progress, SolverOptions, Update
 
 SOLVERS = {"flow": FLOW_SOLVERS, "ddpm": ("ddpm", "ddim"), "logsnr": ("ddpm", "ddim")}
@@ -46,10 +46,13 @@ class Solving:
     such as "10,15,20". None only for "dopri5"."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is none and costs half."""
+    guidance_end: float | None = None
+    """Scale that ``guidance`` goes to, in even steps: the last of n steps has 1 / n of ``guidance`` and the rest of this,
+    as StableCascade's pair of scales. None keeps ``guidance``."""
     guidance_channels: int | None = None
     """Guide the first so many channels only; None guides all."""
     guidance_rescale: float = 0.0
-    """Share of the guided prediction that :func:`models.sampling.predictor.rescale` gives the spread of the one with
+    """Share of the guided prediction that :func:`models.sampling.predictor.guide` gives the spread of the one with
     classes; it is computed in PyTorch, not by the op."""
     options: SolverOptions = field(default_factory=SolverOptions)
     """Options of the SDE solvers, of "dopri5" and of "ddim"."""
@@ -59,10 +62,9 @@ class Solving:
     def __post_init__(self) -> None:
         if not 0 <= self.guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale is {self.guidance_rescale}; it must be in [0, 1]")
-        if self.guidance_rescale > 0 and self.guidance == 1:
-            raise ValueError(f"guidance_rescale is {self.guidance_rescale}, but guidance is 1, which is none")
-        if self.guidance_channels is not None and self.guidance == 1:
-            raise ValueError(f"guidance_channels is {self.guidance_channels}, but guidance is 1, which is none")
+        for name in ("guidance_rescale", "guidance_channels", "guidance_end"):
+            if getattr(self, name) and self.guidance == 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but guidance is 1, which is none")
 
     def solver_for(self, objective: Objective) -> str:
         """The solver.
@@ -81,6 +83,8 @@ class Solving:
             names = " and ".join(map(repr, allowed))
             raise ValueError(f"solver is {solver!r}; objective {objective.name!r} has {names}")
         self.options.check(solver)
+        if solver == "dopri5" and self.guidance_end is not None:
+            raise ValueError(f"guidance_end is {self.guidance_end}, but solver 'dopri5' has no even steps")
         if solver == "dopri5" and self.steps is not None:
             raise ValueError(f"steps is {self.steps}, but solver 'dopri5' takes what its tolerances need")
         if solver != "dopri5" and self.steps is None:
@@ -193,12 +197,15 @@ def updater(
     def update(x: Tensor, condition: Tensor, row: Tensor, z: Tensor | None) -> Tensor:
         cond, null = predict(x, condition)
         objective.check(cond, x)
-        if null is not None and request.guidance_rescale > 0:
+        row, data = row[:5], row[5:]
+        if null is not None and (request.guidance_rescale > 0 or len(data)):
             channels = x.shape[1]
             guided = request.guidance_channels or channels
-            cond = rescale(cond, null, request.guidance, request.guidance_rescale, channels, guided)
-            return guided_step(x, cond, row, z=z, backend=backend)
-        return guided_step(x, cond, row, null=null, z=z, channels=request.guidance_channels, backend=backend)
+            cond, null = guide(cond, null, row[0], request.guidance_rescale, channels, guided), None
+        if len(data):
+            cond = bound(at_least_float32(cond), x, *data)
+        channels = None if null is None else request.guidance_channels
+        return guided_step(x, cond, row, null=null, z=z, channels=channels, backend=backend)
 
     return update
 
@@ -216,12 +223,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def plan_of(objective: NoiseObjective, solver: str, request: SampleRequest) -> Plan:
     """The plan of a fixed-step solver of the objective."""
-    steps, guidance = cast(int, request.steps), request.guidance
+    steps = cast(int, request.steps)
+    guidance: float | Tensor = request.guidance
+    if request.guidance_end is not None:
+        count = count_steps(objective, steps)
+        share = torch.arange(count, dtype=torch.float64)[:, None] / count
+        guidance = (1 - share) * request.guidance + share * request.guidance_end
     if isinstance(objective, FlowMatching):
         return solvers.flow_plan(objective, solver, steps, guidance, request.options, reverse=request.reverse)
     if isinstance(objective, LogSNR):
-        return logsnr_plan(objective, solver, steps, guidance, request.options.value("eta"))
-    return diffusion_plan(objective, solver, steps, guidance, request.options.value("eta"))
+        return logsnr_plan(objective, solver, steps, guidance, request.options)
+    return diffusion_plan(objective, solver, steps, guidance, request.options)
 
 
 @torch.no_grad()

@@ -59,10 +59,10 @@ FLOW_SOLVERS = ("euler", "heun", "midpoint", "rk4", "rk4_38", "dopri5", *SDE_SOL
 
 DEFAULTS = {
     **{"diffusion": "sigma", "diffusion_norm": 1.0, "last_step": "mean", "last_step_size": 0.04},
-    **{"rtol": 1e-3, "atol": 1e-6, "eta": 0.0},
+    **{"rtol": 1e-3, "atol": 1e-6, "eta": 0.0, "clip_denoised": False},
 }
 # Which solvers have an option; the others are the SDE's.
-OWNERS = {"rtol": ("dopri5",), "atol": ("dopri5",), "eta": ("ddim",)}
+OWNERS = {"rtol": ("dopri5",), "atol": ("dopri5",), "eta": ("ddim",), "clip_denoised": ("ddpm", "ddim")}
 
 
 # Far beyond any pixel or latent.
@@ -96,6 +96,8 @@ class SolverOptions:
     """dopri5: absolute tolerance; by default 1e-6."""
     eta: float | None = None
     """ddim: noise that a step adds, as a share of ddpm's with the posterior variance; by default 0, which is none."""
+    clip_denoised: bool = False
+    """ddpm and ddim: bound the data that each step predicts to [-1, 1], the range of pixels."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("diffusion", get_args(Diffusion)), ("last_step", get_args(LastStep))):
@@ -119,7 +121,7 @@ class SolverOptions:
         for name in DEFAULTS:
             owners = OWNERS.get(name, SDE_SOLVERS)
             value = getattr(self, name)
-            if value is not None and solver not in owners:
+            if value is not None and value is not False and solver not in owners:
                 raise ValueError(
                     f"{name} is {value!r}, but solver is {solver!r}; only {' and '.join(map(repr, owners))} "
                     f"{'has' if len(owners) == 1 else 'have'} it"
@@ -171,7 +173,8 @@ class Plan(NamedTuple):
     """What a fixed-step solver asks of the model, and what it makes of the answers.
 
     ``times [steps, calls]`` are the model's timesteps and ``coefficients [steps, calls, 5]`` the rows of
-    :func:`minisora_kernels.guided_step`, whose z is an earlier state, or fresh noise if ``noisy`` (Euler-Maruyama;
+    :func:`minisora_kernels.guided_step`, which two numbers may follow: the weights of x and of the prediction in the data,
+    which are then bounded to [-1, 1]. z is an earlier state, or fresh noise if ``noisy`` (Euler-Maruyama;
     DDPM, whose last step has none: ``noisy_end`` is False). ``kicks [steps]`` is how much noise is added before a
     step's first call (Heun's SDE), and ``last`` the timestep and the row of one more call, after the steps. ``earlier``
     is the solver's entry of ``EARLIER``.
@@ -190,12 +193,15 @@ def flow_plan(
     objective: FlowMatching,
     solver: str,
     steps: int,
-    guidance: float,
+    guidance: float | Tensor,
     options: SolverOptions | None = None,
     *,
     reverse: bool = False,
 ) -> Plan:
-    """The plan of every solver in ``TABLEAUX``, on the CPU, in float64; ``reverse``: from data to noise."""
+    """The plan of every solver in ``TABLEAUX``, on the CPU, in float64; ``reverse``: from data to noise.
+
+    ``guidance`` may be ``[steps, 1]``.
+    """
     options, stochastic = options or SolverOptions(), solver in SDE_SOLVERS
     first, end = span(objective, options) if stochastic else objective.interval()
     if reverse:
@@ -223,7 +229,7 @@ def _drift(objective: FlowMatching, options: SolverOptions, t: Tensor) -> tuple[
 
 
 def _last_step(
-    objective: FlowMatching, options: SolverOptions, end: float, guidance: float
+    objective: FlowMatching, options: SolverOptions, end: float, guidance: float | Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """The timestep and the row of the step from ``end`` to t = 1."""
     kind = options.value("last_step")
@@ -235,14 +241,23 @@ def _last_step(
     else:
         slope_x, slope_p = _drift(objective, options, t) if kind == "mean" else objective.weights(t)
         of_x, of_prediction = 1 + (1 - end) * slope_x, (1 - end) * slope_p
-    return t * objective.time_scale, step_rows(guidance, of_x, of_prediction)
+    scale = guidance[-1, 0] if isinstance(guidance, Tensor) else guidance
+    return t * objective.time_scale, step_rows(scale, of_x, of_prediction)
 
 
 def step_rows(
-    guidance: float, of_x: Tensor, of_prediction: Tensor, of_z: Tensor | float = 0.0, slope: Tensor | float = 0.0
+    guidance: float | Tensor,
+    of_x: Tensor,
+    of_prediction: Tensor,
+    of_z: Tensor | float = 0.0,
+    slope: Tensor | float = 0.0,
+    data: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Coefficients of :func:`minisora_kernels.guided_step`, ``[..., 5]`` for of_x ``[...]``."""
-    columns = (guidance, of_x, of_prediction, of_z, slope)
+    """Coefficients of :func:`minisora_kernels.guided_step`, ``[..., 5]`` for of_x ``[...]``.
+
+    With ``data``, the weights of x and of the prediction in it, ``[..., 7]``.
+    """
+    columns = (guidance, of_x, of_prediction, of_z, slope, *(data or ()))
     tensors = (torch.as_tensor(column, dtype=of_x.dtype, device=of_x.device) for column in columns)
     return torch.stack([tensor.expand_as(of_x) for tensor in tensors], dim=-1)
 

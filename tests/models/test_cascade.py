@@ -327,7 +327,7 @@ def test_systems():
     assert video.levels == ("CT", "CT", "CTAV", "CTAV") and video.patch == (1, 2, 2)
     assert with_time(SYSTEMS["cascade-c-1b"].settings) == SYSTEMS["cascade-c-1b/video"].settings
     assert SYSTEMS["cascade-c-1b"].objective == LogSNR(sample_shift=2.0)
-    assert SYSTEMS["cascade-b-tiny"].objective == LogSNR()
+    assert SYSTEMS["cascade-b-tiny"].objective == LogSNR(noise="pyramid")
 
 
 def test_initial_weights():

@@ -10,11 +10,12 @@ import torch
 
 from models.objectives.ddpm import DDPM
 from models.objectives.flow import FlowMatching
-from models.objectives.logsnr import LogSNR, logsnr, noise_level, scales
+from models.objectives.logsnr import LogSNR, logsnr, noise_level, pyramid, scales
 from models.protocols import Denoiser
 from models.sampling.plans import logsnr_plan
-from models.sampling.predictor import rescale
+from models.sampling.predictor import guide
 from models.sampling.sampler import SampleRequest, sample
+from models.sampling.solvers import SolverOptions
 
 CPU = torch.device("cpu")
 MEAN, STD = 1.5, 0.4
@@ -315,19 +316,19 @@ def test_guidance_rescale(objective, channels):
 
 def test_guidance_rescale_is_of_each_sample():
     cond, null = torch.randn(2, 3, 4, 5, generator=generator()).double().unbind(0)
-    both = rescale(cond, null, 4.0, 0.7, 4, 4)
+    both = guide(cond, null, 4.0, 0.7, 4, 4)
     cond[1] *= 100
-    torch.testing.assert_close(rescale(cond, null, 4.0, 0.7, 4, 4)[0], both[0])
+    torch.testing.assert_close(guide(cond, null, 4.0, 0.7, 4, 4)[0], both[0])
     # All of it: the spread of the prediction with classes.
-    torch.testing.assert_close(rescale(cond, null, 4.0, 1.0, 4, 4).flatten(1).std(1), cond.flatten(1).std(1))
-    torch.testing.assert_close(rescale(cond, null, 4.0, 0.0, 4, 4), null + 4 * (cond - null))
+    torch.testing.assert_close(guide(cond, null, 4.0, 1.0, 4, 4).flatten(1).std(1), cond.flatten(1).std(1))
+    torch.testing.assert_close(guide(cond, null, 4.0, 0.0, 4, 4), null + 4 * (cond - null))
 
 
 def test_guidance_rescale_leaves_a_learned_variance_alone():
     cond, null = torch.randn(2, 3, 8, 5, generator=generator()).double().unbind(0)
-    out = rescale(cond, null, 4.0, 0.7, 4, 4)
+    out = guide(cond, null, 4.0, 0.7, 4, 4)
     assert out.shape == cond.shape and torch.equal(out[:, 4:], cond[:, 4:])
-    assert rescale(cond.bfloat16(), null.bfloat16(), 4.0, 0.7, 4, 4).dtype == torch.float32
+    assert guide(cond.bfloat16(), null.bfloat16(), 4.0, 0.7, 4, 4).dtype == torch.float32
 
 
 def test_guidance_rescale_refuses():
@@ -344,7 +345,44 @@ def test_guidance_rescale_refuses():
 @pytest.mark.parametrize("prediction", ["noise", "velocity"])
 def test_ddim_with_all_the_noise_is_ddpm(prediction):
     objective = LogSNR(prediction)
-    ddpm, ddim = logsnr_plan(objective, "ddpm", 9, 2.0), logsnr_plan(objective, "ddim", 9, 2.0, eta=1.0)
+    ddpm, ddim = logsnr_plan(objective, "ddpm", 9, 2.0), logsnr_plan(objective, "ddim", 9, 2.0, SolverOptions(eta=1.0))
     assert torch.equal(ddpm.coefficients, ddim.coefficients) and ddim.noisy and ddpm.noisy
-    half = logsnr_plan(objective, "ddim", 9, 2.0, eta=0.5).coefficients
+    half = logsnr_plan(objective, "ddim", 9, 2.0, SolverOptions(eta=0.5)).coefficients
     torch.testing.assert_close(half[..., 3], ddpm.coefficients[..., 3] / 2)
+
+
+def test_pyramid_noise_has_cells_of_several_sizes():
+    """StableCascade's stage B: 0.75^i times noise of the size over 2^i, where that is 1 to 16, to unit variance."""
+    x = torch.empty(2, 3, 2, 40, 40, dtype=torch.float64)
+    out = pyramid(x, generator(4))
+    draws, expected, squares = generator(4), 0.0, 0.0
+    for i, side in enumerate((40, None, 10, 5, 2, 1)):
+        if side is not None:
+            cells = torch.randn(2 * 3 * 2, side, side, generator=draws, dtype=torch.float64)
+            places = torch.arange(40) * side // 40
+            expected = expected + 0.75**i * cells[:, places][:, :, places].view(x.shape)
+            squares += 0.75 ** (2 * i)
+    torch.testing.assert_close(out, expected / squares**0.5)
+    many = pyramid(torch.empty(4000, 1, 8, 8), generator(5))
+    torch.testing.assert_close(many.var(0), torch.ones(1, 8, 8), rtol=0, atol=0.12)
+    with pytest.raises(ValueError, match="noise is 'pink'; it may be 'white' or 'pyramid'"):
+        LogSNR(noise="pink")
+
+
+def test_training_on_pyramid_noise():
+    """The loss of a model that knows the noise is 0 with the noise that the model was given."""
+    seen = []
+
+    class Model(Denoiser):
+        def forward(self, x, t, y):
+            seen.append((x, t))
+            return torch.zeros_like(x)
+
+    x = torch.zeros(64, 1, 16, 16, dtype=torch.float64)
+    loss = LogSNR(noise="pyramid", weight="none").loss(Model(), x, None, generator(3))
+    ((given, t),) = seen
+    _, b = scales(logsnr(t / 1000))
+    noise = given / b[:, None, None, None]
+    torch.testing.assert_close(loss, noise.square().mean())
+    # Neighbours are alike, which white noise's are not.
+    assert (noise[..., ::2] * noise[..., 1::2]).mean() > 0.5

@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 from models.denoisers.dit import DiT, DiTConfig
 from models.objectives.ddpm import ALL, DDPM
 from models.objectives.flow import FlowMatching
+from models.objectives.logsnr import LogSNR
 from models.protocols import Denoiser
 from models.sampling.plans import count_steps, diffusion_plan
 from models.sampling.predictor import CudaGraphs, Predictor
-from models.sampling.sampler import SOLVERS, SampleRequest, sample
+from models.sampling.sampler import SOLVERS, SampleRequest, plan_of, sample
 from models.sampling.solvers import SolverOptions
 
 MEAN, STD = 1.5, 0.4
@@ -271,6 +272,70 @@ def test_ddim_step_by_step(eta, learned):
         drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64) if i and eta else torch.zeros_like(x)
         x = before.sqrt() * data + (1 - before - sigma**2).sqrt() * predicted + sigma * drawn
     torch.testing.assert_close(out, x)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+def test_clip_denoised_step_by_step(solver, learned):
+    """Five guided steps as Meta's code does them with clip_denoised: the data, then mean or noise from what is left."""
+
+    class Model(Denoiser):
+        null_class = 1
+
+        def forward(self, x, t, y):
+            prediction = torch.where(y[:, None, None] == 1, -0.5 * x.cos(), 0.3 * x.sin())
+            return torch.cat([prediction] + ([x.cos()] if learned else []), dim=1)
+
+    x, generator = noise(), torch.Generator().manual_seed(1)
+    request = SampleRequest(
+        noise=x,
+        y=torch.zeros(len(x), dtype=torch.int64),
+        guidance=3.0,
+        solver=solver,
+        steps=5,
+        generator=torch.Generator().manual_seed(1),
+        options=SolverOptions(clip_denoised=True),
+    )
+    out = sample(Model(), DDPM(), request)
+    full = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    kept, bounded = [0, 250, 500, 749, 999], 0
+    for i in reversed(range(5)):
+        a, before = full[kept[i]], full[kept[i - 1]] if i else torch.tensor(1.0, dtype=torch.float64)
+        guided = -0.5 * x.cos() + 3 * (0.3 * x.sin() + 0.5 * x.cos())
+        data = (x - (1 - a).sqrt() * guided) / a.sqrt()
+        bounded += int((data.abs() > 1).sum())
+        data = data.clamp(-1, 1)
+        share = (x.cos() + 1) / 2
+        if solver == "ddim":
+            x = before.sqrt() * data + (1 - before).sqrt() * (x - a.sqrt() * data) / (1 - a).sqrt()
+            continue
+        beta = 1 - a / before
+        x = (before.sqrt() * beta * data + (1 - beta).sqrt() * (1 - before) * x) / (1 - a)
+        if i:
+            tilde = beta * (1 - before) / (1 - a)
+            variance = beta**share * tilde ** (1 - share) if learned else beta
+            drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            x = x + torch.as_tensor(variance).sqrt() * drawn
+    assert bounded
+    torch.testing.assert_close(out, x)
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(), DDPM(), LogSNR()], ids=str)
+def test_guidance_goes_from_one_scale_to_the_other(objective):
+    """Four steps by themselves, each with the scale 5 r + 2 (1 - r) at r = 1, 0.75, 0.5, 0.25."""
+    model, x, y = Labelled(), noise(), torch.tensor([0, 2])
+    solver = "euler" if objective.name == "flow" else "ddim"
+    asked = {"noise": x, "y": y, "solver": solver, "steps": 4}
+    out = sample(model, objective, SampleRequest(**asked, guidance=5.0, guidance_end=2.0))
+    plans = [plan_of(objective, solver, SampleRequest(**asked, guidance=w)) for w in (5.0, 4.25, 3.5, 2.75)]
+    for i, plan in enumerate(plans):
+        _, a, b, _, _ = plan.coefficients[i, 0]
+        cond, null = model.table[y], model.table[3]
+        x = a * x + b * (null + plan.coefficients[i, 0, 0] * (cond - null))
+    torch.testing.assert_close(out, x)
+    for more, message in (({"solver": "dopri5", "steps": None}, "has no even steps"), ({"guidance": 1.0}, "is none")):
+        with pytest.raises(ValueError, match=f"guidance_end is 2.0, but .*{message}"):
+            sample(model, FlowMatching(), SampleRequest(**asked | {"guidance": 5.0, "guidance_end": 2.0} | more))
 
 
 @pytest.mark.parametrize("objective", DIFFUSIONS, ids=str)
