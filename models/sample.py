@@ -49,7 +49,7 @@ class SampleConfig(SolverOptions):
     `past`."""
     low: Path | None = None
     """Small clips for a second stage: the first stage's samples.npz. W.A.L.T on latents encodes them first;
-    StableCascade also samples without them."""
+    StableCascade takes latents too, and also samples without."""
     low_noise: int = 0
     """Level of the noise in the small clips, W.A.L.T only; at most `model.low_noise` of the training."""
     text_encoder: str | None = None
@@ -84,6 +84,9 @@ class SampleConfig(SolverOptions):
     """Add what LoRA trained to the weights first; else it is computed beside them, in each step."""
     encoder: str | None = None
     """New place of the autoencoder of a model of latents, if it has moved since."""
+    latents: bool = False
+    """Write the latents themselves into samples.npz, and no pictures: those of StableCascade's stage C are `--low` of
+    stage B."""
     fps: int = 8
     """Frames per second of mp4 and GIF."""
     continuations: int = 0
@@ -117,6 +120,7 @@ SAME_NAMES = (
     "batch_size",
     "cuda_graphs",
     "continuations",
+    "latents",
     "low_noise",
 )
 
@@ -270,11 +274,13 @@ def run(config: SampleConfig) -> list[Path]:
     if checkpoint.encoder is None and config.encoder is not None:
         raise ValueError(f"encoder is {config.encoder!r}, but {path} makes pixels, not latents")
     channels = checkpoint.config.get("channels")
-    if checkpoint.encoder is None and channels not in (1, 3):
-        raise ValueError(f"{path} makes latents of {channels} channels and names no autoencoder; convert it with one")
+    if checkpoint.encoder is None and channels not in (1, 3) and not config.latents:
+        raise ValueError(
+            f"{path} makes latents of {channels} channels and names no autoencoder; convert it with one, or use --latents"
+        )
     labels, y = conditions_of(config, checkpoint, train, start, count, device)
     # Before the sampling, so that an encoder that is missing costs no time.
-    decode = None if checkpoint.encoder is None else Decoder(checkpoint.encoder, device, config.encoder)
+    decode = None if checkpoint.encoder is None or config.latents else Decoder(checkpoint.encoder, device, config.encoder)
     model = (checkpoint.merged() if config.merge else checkpoint).build(ema=not config.last_weights).to(device)
     if config.compile:
         model.compile()

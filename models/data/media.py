@@ -161,16 +161,18 @@ def write_samples(
 ) -> list[Path]:
     """The four files for uint8 clips ``[N, T, H, W, C]``: all of them, or none if one cannot be written.
 
-    The npz has ``clips`` and ``labels``, captions or class ids, and besides ids ``classes``, the names that they count.
+    Latents, float32, have the npz alone. The npz has ``clips`` and ``labels``, captions or class ids, and besides ids ``classes``, the names that they count.
 
     Raises:
         ValueError: files that are there already, without ``overwrite``.
         OSError: a file that cannot be written, or another process that writes there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = output_paths(folder)
-    film = mosaic(clips)
-    contents = [_mp4(film, fps), _gif(film, fps), _png(contact_sheet(clips))]
+    contents = []
+    if clips.dtype == np.uint8:
+        film = mosaic(clips)
+        contents = [_mp4(film, fps), _gif(film, fps), _png(contact_sheet(clips))]
+    paths = output_paths(folder)[len(FORMATS) - 1 - len(contents) :]
     arrays: dict[str, Any] = {} if labels is None else {"labels": np.asarray(labels)}
     if classes:
         arrays["classes"] = np.asarray(classes)
@@ -178,9 +180,9 @@ def write_samples(
         if not overwrite:
             refuse_present(folder)
         files = [stack.enter_context(whole_file(path)) for path in paths]
-        for file, content in zip(files[:3], contents, strict=True):
+        for file, content in zip(files[:-1], contents, strict=True):
             file.write(content)
-        np.savez_compressed(files[3], clips=clips, **arrays)
+        np.savez_compressed(files[-1], clips=clips, **arrays)
         for file in files:  # before the first has its name
             file.flush()
             os.fsync(file.fileno())
@@ -209,8 +211,10 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             clips, labels, classes = arrays["clips"], arrays.get("labels"), arrays.get("classes")
     except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an npz with clips: {error}") from error
-    if clips.dtype != np.uint8 or clips.ndim != 5:
-        raise ValueError(f"{path} has clips of {clips.dtype} {list(clips.shape)}; they must be uint8 [N, T, H, W, C]")
+    if clips.dtype not in (np.uint8, np.float32) or clips.ndim != 5:
+        raise ValueError(
+            f"{path} has clips of {clips.dtype} {list(clips.shape)}; they must be uint8 [N, T, H, W, C], or latents, float32"
+        )
     if labels is not None and labels.shape != clips.shape[:1]:
         raise ValueError(f"{path} has labels of shape {list(labels.shape)}; it must be [{len(clips)}]")
     if labels is None or classes is None:

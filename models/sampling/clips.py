@@ -46,6 +46,8 @@ class ClipRequest(Solving):
     """Pixels ``[B, C, T, H, W]`` of the samples of a model of latents."""
     encode: Callable[[Tensor], Tensor] | None = None
     """Latents of uint8 pixels."""
+    latents: bool = False
+    """Return the model's samples as they are, float32, and not as pixels."""
     continuations: int = 0
     """Number of times to extend each clip from its last frames; needs a model trained with past frames."""
     past: Tensor | None = None
@@ -60,6 +62,8 @@ class ClipRequest(Solving):
         if self.continuations < (self.past is not None):
             rule = "not be negative" if self.past is None else "be at least 1 with past"
             raise ValueError(f"continuations is {self.continuations}; it must {rule}")
+        if self.latents and (self.continuations or self.decode is not None):
+            raise ValueError("latents is True; it goes with neither decode nor continuations")
         if self.decode is not None and self.encode is None and self.continuations:
             raise ValueError(f"encode is None; with decode and {self.continuations} continuations it must be given")
         if self.low is not None and self.continuations:
@@ -67,7 +71,7 @@ class ClipRequest(Solving):
 
 
 def sample_clips(model: Denoiser, objective: Objective, request: ClipRequest) -> Tensor:
-    """uint8 ``[count, T, H, W, C]`` from the model, ``batch_size`` clips at a time, on the model's device.
+    """uint8, or with ``latents`` float32, ``[count, T, H, W, C]`` from the model, ``batch_size`` clips at a time.
 
     With ``continuations`` the last frames of a clip are encoded again: W.A.L.T's tokenizer makes its two known latent
     frames of the last 5 frames. The result has them once.
@@ -117,6 +121,8 @@ def _continued(
         one = dataclasses.replace(one, past=(request.encode or to_float)(film[:, :, -overlap:]))
     clip = sample(model, objective, one)
     clip = clip if clip.dim() == 5 else clip.unsqueeze(2)
+    if request.latents:
+        return clip.float()
     frames = to_bytes(clip if request.decode is None else request.decode(clip))
     return frames if film is None else torch.cat((film, frames[:, :, overlap:]), dim=2)
 
@@ -192,13 +198,17 @@ def small_latents(low: Tensor, model: Denoiser, decoder: Decoder, batch_size: in
 
 
 def in_training_units(low: Tensor | None, model: Denoiser, decoder: Decoder | None, batch_size: int) -> Tensor | None:
-    """Small clips, uint8 ``[N, C, T, h, w]``, as the model's training had them: latents, or floats in [-1, 1].
+    """Small clips ``[N, C, T, h, w]``, uint8 or latents, as the model's training had them: latents, or floats in [-1, 1].
 
     Raises:
-        ValueError: as :func:`small_latents`.
+        ValueError: as :func:`small_latents`; latents for a model that is told small clips of its own input.
     """
     if low is None:
         return None
+    if low.is_floating_point():
+        if model.small_clips is not None and model.small_clips.of_input:
+            raise ValueError("low has latents; this model takes clips of uint8")
+        return low
     if decoder is not None and model.small_clips is not None and model.small_clips.of_input:
         return small_latents(low.to(next(model.parameters()).device), model, decoder, batch_size)
     return to_float(low)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from encoders import save_encoder
@@ -11,6 +12,7 @@ from encoders import save_encoder
 from models import checkpoint as checkpoints
 from models.convert import main as convert
 from models.data.text import TextEncoder
+from models.sample import main as sample
 from models.sampling.predictor import Predictor
 
 diffusers = pytest.importorskip("diffusers")
@@ -43,7 +45,7 @@ def stage_c():
     )  # fmt: skip
 
 
-def stage_b():
+def stage_b(effnet=6):
     return randomized(
         diffusers.models.StableCascadeUNet(
             in_channels=4, out_channels=4, patch_size=2, conditioning_dim=24, block_out_channels=(8, 16, 32),
@@ -53,10 +55,16 @@ def stage_b():
                 ("SDCascadeResBlock", "SDCascadeTimestepBlock"),
                 *((("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),) * 2),
             ),
-            clip_text_pooled_in_channels=16, effnet_in_channels=6, pixel_mapper_in_channels=3, dropout=(0.0, 0.1, 0.1),
+            clip_text_pooled_in_channels=16, effnet_in_channels=effnet, pixel_mapper_in_channels=3, dropout=(0.0, 0.1, 0.1),
             timestep_conditioning_type=("sca",), switch_level=None,
         )
     )  # fmt: skip
+
+
+def vqgan():
+    module = sys.modules[diffusers.WuerstchenDecoderPipeline.__module__]  # its place depends on the version
+    sizes = {"embed_dim": 16, "bottleneck_blocks": 2, "num_vq_embeddings": 32, "scale_factor": 0.5}
+    return randomized(module.PaellaVQModel(**sizes))
 
 
 def original_names(weights, stage):
@@ -128,9 +136,7 @@ def test_a_converted_stage_is_diffusers(stage, form, encoder, tmp_path):
 
 
 def test_a_converted_stage_a_is_diffusers(tmp_path):
-    module = sys.modules[diffusers.WuerstchenDecoderPipeline.__module__]  # its place depends on the version
-    sizes = {"embed_dim": 16, "bottleneck_blocks": 2, "num_vq_embeddings": 32, "scale_factor": 0.5}
-    theirs = randomized(module.PaellaVQModel(**sizes))
+    theirs = vqgan()
     with torch.no_grad():
         theirs.down_blocks[3][1].running_mean.normal_()
         theirs.down_blocks[3][1].running_var.uniform_(0.5, 2)
@@ -152,6 +158,38 @@ def test_a_converted_stage_a_is_diffusers(tmp_path):
     safetensors.save_file(weights, tmp_path / "original.safetensors")
     convert(["cascade-a", str(tmp_path / "original.safetensors"), "--out", str(tmp_path / "again")])
     assert checkpoints.latest(tmp_path / "again")[1].config["scale"] == 0.43
+
+
+def test_from_a_prompt_to_a_picture(encoder, tmp_path):
+    a, b, c = (str(tmp_path / stage) for stage in "abc")
+    vqgan().save_pretrained(tmp_path / "vqgan")
+    unet = stage_c()
+    with torch.no_grad():
+        unet.clf[1].weight *= 0.01
+    unet.save_pretrained(tmp_path / "prior")
+    unet = stage_b(effnet=4)
+    with torch.no_grad():
+        unet.clf[1].weight *= 0.01
+    unet.save_pretrained(tmp_path / "decoder")
+    convert(["cascade-a", str(tmp_path / "vqgan"), "--out", a])
+    told = ["--heads", "4", "--text-encoder", encoder]
+    convert(["cascade-b", str(tmp_path / "decoder"), *told, "--size", "8", "16", "--autoencoder", a, "--out", b])
+    convert(["cascade-c", str(tmp_path / "prior"), *told, "--size", "3", "5", "--out", c])
+    with pytest.raises(SystemExit, match="names no autoencoder; convert it with one, or use --latents"):
+        sample([c, "--prompt", "blue", "--steps", "1"])
+    options = ["--prompt", "blue", "a red square", "--count", "2", "--steps", "2", "--guidance", "4"]
+    sample([c, *options, "--latents"])
+    assert [file.name for file in (tmp_path / "c" / "samples").iterdir() if file.suffix != ".lock"] == ["samples.npz"]
+    small = tmp_path / "c" / "samples" / "samples.npz"
+    with np.load(small) as arrays:
+        assert arrays["clips"].shape == (2, 1, 3, 5, 4) and arrays["clips"].dtype == np.float32
+        assert arrays["clips"].std() > 0.1
+    sample([b, "--low", str(small), "--steps", "2", "--guidance", "1.1", "--out", str(tmp_path / "pictures")])
+    with np.load(tmp_path / "pictures" / "samples.npz") as arrays:
+        assert arrays["clips"].shape == (2, 1, 32, 64, 3) and arrays["labels"].tolist() == ["blue", "a red square"]
+    sample([b, "--prompt", "blue", "a red square", "--count", "2", "--steps", "2", "--out", str(tmp_path / "without")])
+    with np.load(tmp_path / "pictures" / "samples.npz") as ours, np.load(tmp_path / "without" / "samples.npz") as other:
+        assert (ours["clips"] != other["clips"]).any()
 
 
 def test_a_stage_becomes_a_video_model(encoder, tmp_path):
