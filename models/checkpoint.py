@@ -107,7 +107,7 @@ class Checkpoint:
         if self.lora.rank:
             package("peft")
         try:
-            with _uninitialised():
+            with uninitialised():
                 model = build(config_from(self.config))
                 if self.lora.rank:
                     adapt(model, self.lora)
@@ -123,7 +123,7 @@ class Checkpoint:
 
 
 @contextlib.contextmanager
-def _uninitialised() -> Iterator[None]:
+def uninitialised() -> Iterator[None]:
     """Modules that are built in this block have parameters that nothing was written to, so that they take no memory.
 
     Source: ``no_init_weights`` of transformers. On the meta device ``normal_`` alone imports 150 MiB of torch.
@@ -205,8 +205,12 @@ def _has_checksum(path: Path) -> bool:
     return True
 
 
-def load(path: str | Path) -> Checkpoint:
+def load(path: str | Path, *, compare: bool = True) -> Checkpoint:
     """Read a checkpoint without executing anything in it. Its tensors are mapped from the file, copied when written to.
+
+    Args:
+        path: of the file.
+        compare: compare the checksum, which reads the whole file. Without, damage to tensors is not seen.
 
     Raises:
         NotACheckpoint: not a file, not whole, damaged, or not a checkpoint.
@@ -218,7 +222,7 @@ def load(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise NotACheckpoint(f"{path} is not a file")
     try:
-        checked = _has_checksum(path)
+        checked = _has_checksum(path) if compare else None
         content = _content(path, checked)
     except (MemoryError, OSError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
@@ -227,18 +231,21 @@ def load(path: str | Path) -> Checkpoint:
             f"not enough memory to read {path}, which takes {path.stat().st_size / 2**20:,.0f} MiB; no damage was found"
         ) from error
     _check_fields(path, content)
-    if not checked:
+    if checked is False:
         _log.warning("%s has no checksum, as older versions wrote it: some damage to it would not be seen", path)
     names = {item.name for item in fields(Checkpoint)}
     return Checkpoint(**{name: value for name, value in content.items() if name in names})
 
 
-def _content(path: Path, checked: bool) -> Any:
-    """What ``torch.save`` wrote; ``checked`` files have the right checksum, so that no error of torch means damage."""
+def _content(path: Path, checked: bool | None) -> Any:
+    """What ``torch.save`` wrote; ``checked`` files have the right checksum, so that no error of torch means damage.
+
+    None is for a file that nobody looked at.
+    """
     if not zipfile.is_zipfile(path):
         raise NotACheckpoint(f"{path} is not a whole checkpoint")
     try:
-        if not checked:
+        if checked is False:
             # torch wrote the sum of every part, and does not look at it.
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
@@ -287,8 +294,10 @@ def _is(value: Any, hint: Any) -> bool:
     return all(_is(part, inner[-1]) for part in parts)
 
 
-def latest(folder: str | Path) -> tuple[Path, Checkpoint]:
+def latest(folder: str | Path, *, compare: bool = True) -> tuple[Path, Checkpoint]:
     """The newest whole checkpoint of a run's folder; what is not whole is skipped with a warning that names it.
+
+    ``compare`` as in :func:`load`.
 
     Raises:
         NotACheckpoint: the folder holds none.
@@ -299,12 +308,12 @@ def latest(folder: str | Path) -> tuple[Path, Checkpoint]:
         _log.warning("%s is skipped: its writing was not finished", leftover)
     for path in sorted(folder.glob("step_*.pt"), reverse=True):
         try:
-            return path, load(path)
+            return path, load(path, compare=compare)
         except NotACheckpoint as reason:
             _log.warning("skipped: %s", reason)
     raise NotACheckpoint(f"{folder} holds no whole checkpoint (step_*.pt)")
 
 
-def open_checkpoint(path: Path) -> tuple[Path, Checkpoint]:
-    """A checkpoint file, or the newest one of a run's folder."""
-    return latest(path) if path.is_dir() else (path, load(path))
+def open_checkpoint(path: Path, *, compare: bool = True) -> tuple[Path, Checkpoint]:
+    """A checkpoint file, or the newest one of a run's folder; ``compare`` as in :func:`load`."""
+    return latest(path, compare=compare) if path.is_dir() else (path, load(path, compare=compare))

@@ -61,7 +61,8 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
         # The folder may have been moved since.
         default = dataclasses.replace(from_dict(resume.train), run=str(given.parent if given.is_file() else given))
     elif start.init is not None:
-        trained = from_dict(checkpoints.open_checkpoint(Path(start.init))[1].train)
+        # The trainer reads the weights, and compares the checksum.
+        trained = from_dict(checkpoints.open_checkpoint(Path(start.init), compare=False)[1].train)
         default = dataclasses.replace(trained, run=default.run, init=start.init, lora=default.lora)
     elif start.config is not None:
         default = load(start.config)

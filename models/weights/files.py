@@ -12,7 +12,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,11 @@ ARCHIVES = (".pt", ".pth", ".bin", ".ckpt")
 INDEX = ".index.json"
 # Where training scripts keep the weights in a file that holds more, the best first.
 PARTS = ("ema", "model", "state_dict", "module")
+SAFETENSORS = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+    torch.bool: "BOOL",
+}
 
 
 def read_weights(path: str | Path, part: str | None = None) -> dict[str, Tensor]:
@@ -127,10 +132,27 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: it could not be written; nothing of it is left.
     """
-    weights = {name: value.detach().contiguous() for name, value in weights.items()}
-    if path.suffix == ".safetensors":
-        with whole_file(path) as file:
-            file.write(package("safetensors.torch").save(weights))
-    else:
-        with whole_file(path) as file:
-            torch.save(weights, file)
+    with whole_file(path) as file:
+        if path.suffix == ".safetensors":
+            _write_safetensors(file, weights)
+        else:
+            torch.save({name: value.detach().contiguous() for name, value in weights.items()}, file)
+
+
+def _write_safetensors(file: IO[bytes], weights: Mapping[str, Tensor]) -> None:
+    """The length of a header, the header, and the tensors one after the other, those of wide elements first.
+
+    What the package writes has been in memory as a whole.
+    """
+    names = sorted(weights, key=lambda name: (-weights[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        value, start = weights[name], end
+        end += value.numel() * value.element_size()
+        header[name] = {"dtype": SAFETENSORS[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        file.write(weights[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy())

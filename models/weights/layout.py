@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, uninitialised
 from ..denoisers.dit import SIZES
 from ..registry import Config, Objective, build
 
@@ -149,7 +148,7 @@ def learns_sigma(head: str, outputs: int, patch: tuple[int, ...], channels: int)
 
 def check_fit(config: Config, weights: Mapping[str, Tensor]) -> None:
     """Raise ValueError with every tensor that is missing, unknown or of another shape than the model's."""
-    with torch.device("meta"):
+    with uninitialised():
         own: dict[str, Any] = build(config).state_dict()
     wrong = [f"missing: {name} {list(own[name].shape)}" for name in sorted(own.keys() - weights.keys())]
     wrong += [f"unknown: {name} {list(weights[name].shape)}" for name in sorted(weights.keys() - own.keys())]

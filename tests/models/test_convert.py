@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +21,13 @@ from models.convert import main as convert
 from models.data.media import write_png
 from models.denoisers.dit import DiT, DiTConfig
 from models.denoisers.layers import frame_positions, grid_positions
+from models.denoisers.stdit import STDiTConfig
+from models.denoisers.walt_config import WALTConfig
+from models.denoisers.walt_resize import resize
 from models.objectives.flow import FlowMatching
 from models.precompute import main as precompute
+from models.registry import build
+from models.runtime.plain import as_plain
 from models.sample import main as sample
 from models.train import main as train
 from models.weights.start import start_from
@@ -134,11 +144,14 @@ def write(kind: str, folder, weights) -> str:
         other = {name: torch.zeros_like(value) for name, value in wrapped.items()}
         torch.save({"model": other, "ema": wrapped, "opt": {"state": {}}, "args": argparse.Namespace(lr=1e-4)}, path)
     else:
-        torch.save(weights, path)
+        torch.save(weights, path, _use_new_zipfile_serialization=kind != "ckpt")  # older torches wrote the other form
     return str(path)
 
 
-@pytest.mark.parametrize("kind", ["pt", "pth", "safetensors", "index.json"])
+KINDS = ["pt", "pth", "safetensors", "index.json", "ckpt"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_converted_dit_is_the_original(kind, tmp_path):
     weights = published()
     convert(["dit", write(kind, tmp_path, weights), "--heads", "3", "--out", str(tmp_path / "run")])
@@ -302,7 +315,7 @@ def test_training_starts_from_weights(tmp_path, caplog):
     assert second.train["init"] == str(tmp_path / "first") and second.step == 1
     for name, value in first.ema.items():
         torch.testing.assert_close(second.model[name], value, rtol=0, atol=1e-10)
-    # Another length and another number of classes: positions anew, rows by name.
+    # Another length and another number of classes: positions interpolated, rows by name.
     (tmp_path / "clips.csv").write_text("path,label\n" + "".join(f"{i}.png,{c}\n" for i, c in enumerate(("7", "new"))))
     for i in range(2):
         write_png(tmp_path / f"{i}.png", np.full((16, 16, 3), 90 * i, np.uint8))
@@ -310,7 +323,7 @@ def test_training_starts_from_weights(tmp_path, caplog):
         train(["--init", str(path), "--data.source", str(tmp_path / "clips.csv"), "--run", str(tmp_path / "c")])
     assert not (tmp_path / "c").exists()
     train(["--init", str(path), "--data.size", "12", "20", "--steps", "1", "--run", str(tmp_path / "d")])
-    assert "the positions of 15 tokens are made anew; the weights had 9" in caplog.text
+    assert "the positions are interpolated for 1 x 3 x 5 tokens; the weights had 1 x 3 x 3" in caplog.text
 
 
 def test_training_starts_from_converted_weights_on_latents(tmp_path):
@@ -346,11 +359,87 @@ def test_classes_keep_their_rows_by_name():
     values = dict(input_size=(4, 4), channels=1, width=8, depth=1, heads=1, patch=(2, 2))
     old, new = DiT(DiTConfig(**values, num_classes=3)), DiT(DiTConfig(**values, num_classes=2))
     before = new.y_embedder.embedding_table.weight.detach().clone()
-    saved = checkpoints.Checkpoint({}, {}, ["a", "b", "c"], 0, {}, old.state_dict(), {}, {})
+    saved = checkpoints.Checkpoint({}, as_plain(old.config), ["a", "b", "c"], 0, {}, old.state_dict(), {}, {})
     start_from(new, saved, ["c", "z"])
     rows, table = new.y_embedder.embedding_table.weight, old.y_embedder.embedding_table.weight
     assert torch.equal(rows[0], table[2]) and torch.equal(rows[1], before[1]) and torch.equal(rows[2], table[3])
     assert torch.equal(new.blocks[0].attn.qkv.weight, old.blocks[0].attn.qkv.weight)
+
+
+SHAPE = {"channels": 1, "width": 16, "depth": 2, "heads": 2, "patch": (1, 2, 2)}
+
+
+def started(config, other, scale=1.0):
+    """A model of config ``other`` that starts from one of ``config``, whose positions in a frame are scaled."""
+    torch.manual_seed(0)
+    old, new = build(config), build(other)
+    with torch.no_grad():
+        for name, parameter in old.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+        if hasattr(old, "pos_embed"):
+            old.pos_embed *= scale
+    start_from(new, checkpoints.Checkpoint({}, as_plain(config), [], 0, {}, old.state_dict(), {}, {}), [])
+    return old.state_dict(), new.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["dit", "concatenation", "latte", "stdit"])
+def test_another_size_and_length_interpolates_the_positions(kind, caplog):
+    special = {"concatenation": {"positions": kind}, "latte": {"attention": "factorized", "late_frames": True}}
+    make = STDiTConfig if kind == "stdit" else functools.partial(DiTConfig, **special.get(kind, {}))
+    before, after = make(input_size=(2, 4, 4), **SHAPE), make(input_size=(3, 4, 8), **SHAPE)
+    old, new = started(before, after, scale=0.5)
+    assert caplog.messages == ["the positions are interpolated for 3 x 2 x 4 tokens; the weights had 2 x 2 x 2"]
+    frame = old["pos_embed"][0, :4].reshape(2, 2, 16)
+    columns = torch.stack((frame[:, 0], 0.75 * frame[:, 0] + 0.25 * frame[:, 1], 0.25 * frame[:, 0] + 0.75 * frame[:, 1],
+                           frame[:, 1]), 1)  # fmt: skip
+    clip = new["pos_embed"].reshape(3, 2, 4, 16)
+    torch.testing.assert_close(clip[0], columns)
+    fresh = build(after).pos_embed.reshape(3, 2, 4, 16)  # later frames differ from it as those of any model do
+    torch.testing.assert_close(clip - clip[:1], fresh - fresh[:1])
+    for name in ("temp_embed", "pos_embed_temporal"):
+        if name in old:
+            torch.testing.assert_close(new[name][:, :2], old[name])
+            assert new[name].shape[1] == 3
+    changed = {name for name in old if old[name].shape != new[name].shape or not torch.equal(old[name], new[name])}
+    assert changed <= {"pos_embed", "temp_embed", "pos_embed_temporal"} and "pos_embed" in changed
+
+
+def test_positions_of_frames_that_are_scaled_are_interpolated():
+    before, after = (STDiTConfig(input_size=(frames, 4, 4), **SHAPE) for frames in (2, 4))
+    torch.manual_seed(0)
+    old, new = build(before), build(after)
+    with torch.no_grad():
+        old.pos_embed_temporal += 1
+    start_from(new, checkpoints.Checkpoint({}, as_plain(before), [], 0, {}, old.state_dict(), {}, {}), [])
+    first, last = old.pos_embed_temporal[0]
+    expected = torch.stack((first, 0.75 * first + 0.25 * last, 0.25 * first + 0.75 * last, last))
+    torch.testing.assert_close(new.pos_embed_temporal[0], expected)
+
+
+def test_walt_starts_on_another_grid():
+    shape = {**SHAPE, "depth": 2, "spatial_window": (4, 4), "spatiotemporal_window": (3, 2, 2)}
+    before, after = WALTConfig(input_size=(3, 8, 8), **shape), WALTConfig(input_size=(5, 16, 8), **shape)
+    old, new = started(before, after)
+    expected = resize(old, before, after)
+    assert all(torch.equal(new[name], expected[name]) for name in expected) and new["pos_space"].shape == (8, 4, 16)
+
+
+def test_init_compares_the_checksum_once(tmp_path, monkeypatch):
+    digits = ["--preset", "digits", "--data.frames", "2", "--data.size", "12", "12", "--preview.count", "1"]
+    digits += ["--model.width", "24", "--model.depth", "1", "--model.heads", "1", "--batch-size", "2", "--steps", "1"]
+    train([*digits, "--run", str(tmp_path / "first")])
+    read, compare = [], checkpoints._has_checksum
+    monkeypatch.setattr(checkpoints, "_has_checksum", lambda path: read.append(path) or compare(path))
+    train(["--init", str(tmp_path / "first"), "--steps", "1", "--run", str(tmp_path / "second")])
+    assert read == [tmp_path / "first" / "step_00000001.pt"]
+    # Damage is seen all the same.
+    content = bytearray(read[0].read_bytes())
+    content[len(content) // 2] ^= 1
+    read[0].write_bytes(content)
+    with pytest.raises(SystemExit, match="its checksum is not that of its content"):
+        train(["--init", str(read[0]), "--steps", "1", "--run", str(tmp_path / "third")])
+    assert not (tmp_path / "third").exists()
 
 
 def test_weights_without_a_training_are_not_resumed(tmp_path):
@@ -448,7 +537,7 @@ def test_an_image_model_becomes_a_video_model(attention, tmp_path):
         assert (video(x, t, y)[:, :, 1] - expected).abs().max() > 0.01  # positions tell the later frames apart
         video.pos_embed.copy_(image.pos_embed.repeat(1, 3, 1))
         torch.testing.assert_close(video(x, t, y), expected[:, :, None].expand(-1, -1, 3, -1, -1), rtol=1e-3, atol=1e-3)
-    with pytest.raises(SystemExit, match="it must be of a DiT for images"):
+    with pytest.raises(SystemExit, match="it must be of a DiT or Cascade for images"):
         convert(["video", str(tmp_path / "video"), "--frames", "2", "--out", str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
 
@@ -469,3 +558,42 @@ def test_options_of_video_that_do_not_fit(arguments, message, capsys):
     with pytest.raises(SystemExit):
         convert(arguments)
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+MEMORY = """
+import sys
+from models.convert import main
+
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
+
+for arguments in (sys.argv[1:7], ["dit", sys.argv[6], "--to", sys.argv[7]]):
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = peak()
+    main(arguments)
+    print("grew by", peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a process")
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_below_twice_the_file(kind, tmp_path):
+    shape = {"width": 512, "depth": 4, "heads": 8, "patch": (2, 2)}
+    model = DiT(DiTConfig(input_size=(SIDE, SIDE), channels=4, num_classes=CLASSES, learn_sigma=True, **shape))
+    file = write(kind, tmp_path, model.state_dict())
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    del model
+    to = "back.pt" if kind == "pt" else "back.safetensors"
+    options = ["dit", file, "--heads", "8", "--out", str(tmp_path / "run"), str(tmp_path / to)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, *options],
+        **{"capture_output": True, "text": True, "env": environment, "check": True, "cwd": Path(__file__).parents[2]},
+    )
+    grew = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("grew by")]
+    assert len(grew) == 2 and max(grew) < 1.7 * size, [bytes / size for bytes in grew]
+    back = safetensors.load_file(tmp_path / to) if kind != "pt" else torch.load(tmp_path / to, weights_only=True)
+    assert sum(value.nbytes for value in back.values()) == size
