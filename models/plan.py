@@ -7,7 +7,7 @@ every tensor that an op makes is counted from its birth to its death. So activat
 with its kernels, autocast and checkpointing, not a formula; tests/models/test_plan.py holds them against a real step.
 
     training = weights + gradients + optimizer (two moments) + EMA, fp32, over the GPUs if sharded, + activations;
-               with --lora-rank gradients, optimizer and EMA of the adapters alone
+               gradients, optimizer and EMA are of what is trained: with --lora-rank of the adapters alone
     sampling = weights + activations of one guided step
     seconds  = FLOPs / (peak FLOP/s * utilization) + bytes moved by the ops / peak bytes/s
 
@@ -235,7 +235,7 @@ def needs(config: PlanConfig, *, training: bool) -> Needs:
         "weights": weights / (config.gpus if config.sharding == "fsdp" else 1),
         "gradients": trained / sharded,
         "optimizer": 2 * trained / sharded,
-        "ema": (trained if config.lora_rank else weights) / sharded,
+        "ema": trained / sharded,
         "activations": activations,
     }
     return Needs(memory, flops, moved)

@@ -51,8 +51,13 @@ class LoRAConfig:
                 raise ValueError(f"lora.{name} is {getattr(self, name)}; it goes with lora.rank, which is 0")
 
     @property
+    def lora_alpha(self) -> float:
+        """The factor of the adapters times their rank, under peft's name."""
+        return self.alpha or self.rank
+
+    @property
     def factor(self) -> float:
-        return (self.alpha or self.rank) / self.rank
+        return self.lora_alpha / self.rank
 
 
 def adapt(model: nn.Module, config: LoRAConfig) -> None:
@@ -77,7 +82,7 @@ def adapt(model: nn.Module, config: LoRAConfig) -> None:
         raise ValueError(f"lora.rank is {config.rank}; {small} is {size}, so it must be at most {min(size)}")
     options = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha or config.rank,
+        lora_alpha=config.lora_alpha,
         target_modules="|".join(map(re.escape, chosen)),
     )
     peft.inject_adapter_in_model(options, model)
@@ -128,7 +133,7 @@ def write_adapters(folder: Path, weights: Mapping[str, Tensor], config: LoRAConf
     options = {
         "peft_type": "LORA",
         "r": config.rank,
-        "lora_alpha": config.alpha or config.rank,
+        "lora_alpha": config.lora_alpha,
         "target_modules": layers,
         "bias": "none",
     }

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoint
 from ..denoisers.cascade_config import CascadeConfig
 from ..objectives.logsnr import LogSNR
-from ..registry import config_from
+from ..registry import Config, config_from
 from .layout import Converted, Hints, empty_caption, shape_of
 from .pairs import Pair, linear, patches, pixels, read, site
 
@@ -222,6 +222,11 @@ def to_stage_c(checkpoint: Checkpoint) -> dict[str, Tensor]:
     Raises: as :func:`to_stage_b`.
     """
     return _write(checkpoint, "c")
+
+
+def no_adapters(adapters: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Raises ValueError: StableCascade's code has other layers than Linears where adapters are here."""
+    raise ValueError("adapters of a StableCascade have no published layers; write the weights, to which they are added")
 
 
 def _from_diffusers(weights: Mapping[str, Tensor], stage: Stage) -> dict[str, Tensor]:

@@ -17,6 +17,6 @@ LAYOUTS = {
     "stdit": Layout(stdit, to_stdit),
     "vdit": Layout(vdit, to_vdit),
     "cascade-a": Layout(stage_a, to_stage_a, to_diffusers=vqgan.to_diffusers),
-    "cascade-b": Layout(stage_b, to_stage_b, to_diffusers=cascade.to_diffusers),
-    "cascade-c": Layout(stage_c, to_stage_c, to_diffusers=cascade.to_diffusers),
+    "cascade-b": Layout(stage_b, to_stage_b, cascade.no_adapters, cascade.to_diffusers),
+    "cascade-c": Layout(stage_c, to_stage_c, cascade.no_adapters, cascade.to_diffusers),
 }

@@ -62,6 +62,20 @@ CONFIGS = {
     "image": replace(STAGE_C, input_size=(5, 7), patch=(1, 1), levels=("CTA", "CAFT"), temporal_convolution=False),
 }
 
+# With what published weights have besides.
+PUBLISHED = {
+    "published C": replace(
+        CONFIGS["image"],
+        num_classes=0,
+        text_width=10,
+        captions="both",
+        null_tokens=4,
+        image_width=6,
+        further_times=("sca", "crp"),
+    ),
+    "published B": replace(STAGE_B, text_width=10, captions="pooled", null_tokens=4, further_times=("sca",)),
+}
+
 BATCHES = 12
 
 
@@ -90,6 +104,8 @@ def inputs(config, dtype=torch.float32, batch=3, seed=1):
         y = Text(
             normal(batch, 4, config.text_width), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0] * 4]).bool()[:batch]
         )
+    if config.image_width:
+        given = {"image": normal(batch, 1, config.image_width)}
     if config.latent_channels:
         given = {"low": normal(batch, 6, *frames, 2, 3), "pixels": normal(batch, 3, *frames, 9, 4)}
     return x, t, y, given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import test_cascade
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from minisora_kernels.modules import is_plain
+from models.denoisers.text import Text
 from models.registry import build
 
 
@@ -59,7 +61,10 @@ def cases():
         yield f"stdit {name}", config, test_stdit.inputs(config)
     for name, (config, images) in test_walt.CASES.items():
         yield f"walt {name}", config, test_walt.inputs(config, images, dtype=torch.float32)
-    for name, config in test_cascade.CONFIGS.items():
+    text = Text(torch.randn(3, 1, 10), torch.ones(3, 1, dtype=torch.bool))
+    config = replace(test_model_kernels.CONFIGS["joint"], num_classes=0, text_width=10)
+    yield "dit text", config, (torch.randn(3, config.channels, *config.input_size), torch.tensor([7.0, 3, 9]), text)
+    for name, config in {**test_cascade.CONFIGS, **test_cascade.PUBLISHED}.items():
         yield f"cascade {name}", config, test_cascade.inputs(config)
 
 

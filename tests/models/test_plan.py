@@ -85,7 +85,7 @@ def test_states_are_shared_as_asked_and_the_work_grows_with_the_clip():
     weights = alone.memory["weights"]
     trained = alone.memory["gradients"]  # all but the positions
     assert trained == weights - 4 * 4 * 16 * 16 * 384
-    assert alone.memory == alone.memory | {"optimizer": 2 * trained, "ema": weights}
+    assert alone.memory == alone.memory | {"optimizer": 2 * trained, "ema": trained}
     zero2 = needs(dataclasses.replace(SMALL, gpus=4, sharding="zero2"), training=True).memory
     assert zero2 == alone.memory | {name: alone.memory[name] / 4 for name in ("gradients", "optimizer", "ema")}
     fsdp = needs(dataclasses.replace(SMALL, gpus=4, sharding="fsdp"), training=True).memory
