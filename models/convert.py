@@ -60,7 +60,9 @@ _log = logging.getLogger(__name__)
 class ConvertConfig:
     """What is converted, and to what."""
 
-    kind: tyro.conf.Positional[Literal["dit", "sit", "latte", "stdit", "vdit", "cascade-a", "cascade-b", "cascade-c", "video"]]
+    kind: tyro.conf.Positional[
+        Literal["dit", "sit", "latte", "stdit", "vdit", "cascade-a", "cascade-b", "cascade-c", "video"]
+    ]
     """Whose weights these are; 'video' makes a video model of an image model."""
     source: tyro.conf.Positional[Path]
     """The published weights; with `video`, `--to` or `--adapters`, a run or a checkpoint."""
@@ -73,13 +75,13 @@ class ConvertConfig:
     autoencoder: str | None = None
     """The autoencoder of the latents: a folder that diffusers wrote, a checkpoint or a run. Sampling needs it."""
     text_encoder: str | None = None
-    """The T5 or CLIP of the captions: a folder, or the hub name of one that is downloaded already. Models with text need
-    it."""
+    """The T5 or CLIP of the captions: a folder, or the hub name of one that is downloaded already. Models with text
+    need it."""
     part: str | None = None
     """Set of weights in a file that has several; by default `ema`, else `model`."""
     heads: int | None = None
-    """Number of attention heads, in StableCascade of the deepest level; needed if the size is not a published one and no
-    `config.json` of diffusers says it."""
+    """Number of attention heads, in StableCascade of the deepest level; needed if the size is not a published one and
+    no `config.json` of diffusers says it."""
     size: tuple[int, int] | None = None
     """Height and width of the latents; by default a square of as many tokens as the weights have positions, and for
     StableCascade those of a picture of 1024 x 1024."""
@@ -88,8 +90,8 @@ class ConvertConfig:
     attention: Literal["factorized", "joint"] | None = None
     """Attention of the video model; by default 'factorized', with a block over time behind each of the image's."""
     names: Literal["published", "diffusers"] = "published"
-    """Names of the tensors that `--to` writes; 'diffusers' are those of its `DiTTransformer2DModel`, `PaellaVQModel` and
-    `StableCascadeUNet`."""
+    """Names of the tensors that `--to` writes; 'diffusers' are those of its `DiTTransformer2DModel`, `PaellaVQModel`
+    and `StableCascadeUNet`."""
 
     def __post_init__(self) -> None:
         if sum(each is not None for each in (self.out, self.to, self.adapters)) != 1:

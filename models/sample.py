@@ -276,11 +276,14 @@ def run(config: SampleConfig) -> list[Path]:
     channels = checkpoint.config.get("channels")
     if checkpoint.encoder is None and channels not in (1, 3) and not config.latents:
         raise ValueError(
-            f"{path} makes latents of {channels} channels and names no autoencoder; convert it with one, or use --latents"
+            f"{path} makes latents of {channels} channels and names no autoencoder; convert it with one, or use "
+            "--latents"
         )
     labels, y = conditions_of(config, checkpoint, train, start, count, device)
     # Before the sampling, so that an encoder that is missing costs no time.
-    decode = None if checkpoint.encoder is None or config.latents else Decoder(checkpoint.encoder, device, config.encoder)
+    decode = (
+        None if checkpoint.encoder is None or config.latents else Decoder(checkpoint.encoder, device, config.encoder)
+    )
     model = (checkpoint.merged() if config.merge else checkpoint).build(ema=not config.last_weights).to(device)
     if config.compile:
         model.compile()

@@ -161,7 +161,8 @@ def write_samples(
 ) -> list[Path]:
     """The four files for uint8 clips ``[N, T, H, W, C]``: all of them, or none if one cannot be written.
 
-    Latents, float32, have the npz alone. The npz has ``clips`` and ``labels``, captions or class ids, and besides ids ``classes``, the names that they count.
+    The npz has ``clips`` and ``labels``, captions or class ids, and besides ids ``classes``, the names that they count.
+    Latents, float32, have the npz alone.
 
     Raises:
         ValueError: files that are there already, without ``overwrite``.
@@ -213,7 +214,8 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise ValueError(f"{path} is not an npz with clips: {error}") from error
     if clips.dtype not in (np.uint8, np.float32) or clips.ndim != 5:
         raise ValueError(
-            f"{path} has clips of {clips.dtype} {list(clips.shape)}; they must be uint8 [N, T, H, W, C], or latents, float32"
+            f"{path} has clips of {clips.dtype} {list(clips.shape)}; they must be uint8 [N, T, H, W, C], or latents in "
+            "float32"
         )
     if labels is not None and labels.shape != clips.shape[:1]:
         raise ValueError(f"{path} has labels of shape {list(labels.shape)}; it must be [{len(clips)}]")

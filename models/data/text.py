@@ -147,7 +147,9 @@ class TextEncoder:
             raise ValueError(f"max_length is {max_length}; text encoder {encoder!r} takes {most} tokens at most")
         if cascade and self.model.config.projection_dim != self.model.config.hidden_size:
             sizes = f"{self.model.config.projection_dim} and {self.model.config.hidden_size}"
-            raise ValueError(f"cascade is True, but pooled output and states of {encoder!r} have widths {sizes}, not one")
+            raise ValueError(
+                f"cascade is True, but pooled output and states of {encoder!r} have widths {sizes}, not one"
+            )
         self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.model = self.model.to(device, self.dtype).eval().requires_grad_(False)
         self.device, self.max_length, self.pooled, self.cascade = device, max_length, pooled, cascade

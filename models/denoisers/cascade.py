@@ -24,9 +24,9 @@ A caption gives a token for each of its states or, with ``captions``, its first 
 ``condition_tokens``; so does the embedding of a picture. In this order, tokens, pooled caption, picture, they are c.
 
 What differs from StableCascade's code: its further inputs of T ("sca", "crp"), constants unless a caller sets them, are
-left to T's bias, or with ``further_times`` told 0; there is no dropout inside the attention; the convolutions that change
-the resolution are written as Linear on 2 x 2 sites. Where there are conditioning tokens, the attention of A is torch's, not a kernel of this project:
-its keys come from two places.
+left to T's bias, or with ``further_times`` told 0; there is no dropout inside the attention; the convolutions that
+change the resolution are written as Linear on 2 x 2 sites. Where there are conditioning tokens, the attention of A is
+torch's, not a kernel of this project: its keys come from two places.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ from .cascade_config import SIZES, CascadeConfig, CascadeSettings, with_time
 from .cascade_layers import Condition, Level, Resample, embed_r, mapper, norm, resize_sites, sites
 from .layers import drop_labels, embed_patches
 from .text import Text, drop_captions, with_null
-
 
 CONDITIONS = (
     "class_embedding",
@@ -156,7 +155,7 @@ class Cascade(Denoiser):
             low: what stage C made, ``[B, latent_channels, T, h, w]`` or ``[B, latent_channels, h, w]``, of any h and w;
                 None and zeros mean none. Samples of the null class or of the null caption go without.
             pixels: a picture or clip of any size, as ``low``.
-            image: embeddings of pictures beside captions, ``[B, pictures, image_width]``; None means one of zeros, none.
+            image: embeddings of pictures beside captions, ``[B, pictures, image_width]``; None means one of zeros.
                 Samples of the null caption go without.
 
         Returns:
@@ -212,7 +211,9 @@ class Cascade(Denoiser):
             masks.append(mask[:, :1].expand(-1, config.condition_tokens))
         if config.image_width:
             image = states.new_zeros(len(states), 1, config.image_width) if image is None else image
-            tokens.append(self.image_mapper(image.to(states.dtype)).unflatten(-1, (config.condition_tokens, -1)).flatten(1, 2))
+            tokens.append(
+                self.image_mapper(image.to(states.dtype)).unflatten(-1, (config.condition_tokens, -1)).flatten(1, 2)
+            )
             masks.append(mask.new_ones(tokens[-1].shape[:2]))
         return norm(torch.cat(tokens, 1)), torch.cat(masks, 1)
 
@@ -256,7 +257,9 @@ class Cascade(Denoiser):
                     f"must be [{batch}, L, {config.text_width}] and [{batch}, L] of torch.bool"
                 )
             if 0 < config.null_tokens < y.shape[1]:
-                raise ValueError(f"y has {y.shape[1]} tokens; the null caption has {config.null_tokens}, the most there are")
+                raise ValueError(
+                    f"y has {y.shape[1]} tokens; the null caption has {config.null_tokens}, the most there are"
+                )
         elif y is None:
             if config.num_classes or config.text_width:
                 raise ValueError(

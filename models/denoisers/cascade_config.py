@@ -110,8 +110,8 @@ class CascadeSettings(BaseSettings):
     class_dropout: float = 0.1
     """Share of labels or captions that training replaces by the null class or an empty caption; guidance needs it."""
     captions: Literal["tokens", "pooled", "both"] = "tokens"
-    """What is read of captions: their tokens; the first token alone, a pooled caption that gives condition_tokens tokens;
-    or both, the pooled caption first."""
+    """What is read of captions: their tokens; the first token alone, a pooled caption that gives condition_tokens
+    tokens; or both, the pooled caption first."""
     null_tokens: int = 0
     """Rows of a fixed null caption, as published weights have; with 0 the null caption has no token."""
     image_width: int = 0

@@ -168,7 +168,7 @@ class Resample(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, factor: int, *, up: bool) -> None:
         super().__init__()
-        self.factor, self.up = factor, up
+        self.factor = factor
         sites, shared = factor**2, up and factor > 1
         if up:
             self.linear = nn.Linear(inputs, sites * outputs, bias=not shared)
@@ -180,7 +180,7 @@ class Resample(nn.Module):
         x, factor = norm(x), self.factor
         if factor == 1:
             return self.linear(x)
-        if self.up:
+        if self.bias is not None:
             x = self.linear(x).unflatten(-1, (factor, factor, -1)).transpose(3, 4)
             return x.flatten(4, 5).flatten(2, 3) + self.bias
         h, w = (n // factor * factor for n in x.shape[2:4])

@@ -165,8 +165,8 @@ class DiTConfig(DiTSettings):
             raise ValueError(f"positions is {self.positions!r}; it may be 'sum' or 'concatenation'")
         if self.positions == "concatenation" and (len(self.input_size) == 2 or self.late_frames or self.width % 16):
             raise ValueError(
-                "positions is 'concatenation'; that is for video, without late_frames, and for a width that is a multiple "
-                f"of 16: it is {self.width}"
+                "positions is 'concatenation'; that is for video without late_frames, and for a width that is a "
+                f"multiple of 16: it is {self.width}"
             )
         for name in ("num_classes", "text_width"):
             if getattr(self, name) < 0:
@@ -277,8 +277,8 @@ class DiT(Denoiser):
             x: ``[B, C, T, H, W]``, or ``[B, C, H, W]`` in image mode, of ``config.input_size`` or, with ``any_size``,
                 of any multiples of the patch.
             t: timesteps in [0, 1000]: ``[B]``, or ``[B, T']`` with one per frame of tokens.
-            y: classes ``[B]``, int64, ``null_class`` for none, or captions of one vector ``[B, 1, E]``; None if and only
-                if the model is unconditional.
+            y: classes ``[B]``, int64, ``null_class`` for none, or captions of one vector ``[B, 1, E]``; None if and
+                only if the model is unconditional.
             modulations: in place of t and y, what :meth:`modulations` made of them, for x's grid if per frame.
 
         Returns:

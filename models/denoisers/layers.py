@@ -40,7 +40,7 @@ def grid_positions(grid: Grid, width: int, *, video: bool) -> Tensor:
 
 
 def concatenated_positions(grid: Grid, width: int) -> Tensor:
-    """Fixed position embedding ``[1, N, width]``, fp32: a quarter of the channels is of the frame, the rest of the place.
+    """Fixed position embedding ``[1, N, width]``, fp32: a quarter of it is of the frame, the rest of the place.
 
     The width is a multiple of 16.
     """

@@ -95,8 +95,8 @@ class STDiTSettings(BaseSettings):
     qk_norm: Literal["rms", "layer"] | None = None
     """Norm of queries and keys over head_dim, with a learned weight, in space and in time."""
     null_tokens: int = 0
-    """Rows of a fixed null caption, of which a dropped caption takes as many as it has tokens; Open-Sora has 120. With 0
-    one learned token is the null caption."""
+    """Rows of a fixed null caption, of which a dropped caption takes as many as it has tokens; Open-Sora has 120. With
+    0 one learned token is the null caption."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,8 +359,8 @@ class STDiT(Denoiser):
                 )
             if 0 < config.null_tokens < states.shape[1]:
                 raise ValueError(
-                    f"y has {states.shape[1]} tokens; the null caption has {config.null_tokens}, so text.max_length must "
-                    "be at most that"
+                    f"y has {states.shape[1]} tokens; the null caption has {config.null_tokens}, so text.max_length "
+                    "must be at most that"
                 )
         elif not isinstance(y, Tensor) or tuple(y.shape) != (batch,):
             got = f"of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"

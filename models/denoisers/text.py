@@ -42,7 +42,8 @@ class Text(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Text:
         """The captions with every tensor replaced by what the function makes of it."""
-        return Text(*(part if part is None else function(part) for part in self))
+        dropped = None if self.dropped is None else function(self.dropped)
+        return Text(function(self.states), function(self.mask), dropped)
 
     def to(self, *arguments: Any, **options: Any) -> Text:
         """On another device; takes what ``Tensor.to`` takes for one."""

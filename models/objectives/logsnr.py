@@ -58,8 +58,8 @@ def pyramid(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
         e = sum of m_i enlarged(e_i) / sqrt(sum of m_i^2)       m_i = 0.75^i, e_i ~ N(0, 1) of H / 2^i x W / 2^i cells
 
-    i is 0 and every later number up to 9 with 1 to 16 cells along both axes. Cells are repeated, so that each element is
-    a standard normal.
+    i is 0 and every later number up to 9 with 1 to 16 cells along both axes. Cells are repeated, so that each element
+    is a standard normal.
     """
     noise, squares = gaussian(x, generator), 1.0
     for i in range(1, PYRAMID_LEVELS):

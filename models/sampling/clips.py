@@ -198,7 +198,7 @@ def small_latents(low: Tensor, model: Denoiser, decoder: Decoder, batch_size: in
 
 
 def in_training_units(low: Tensor | None, model: Denoiser, decoder: Decoder | None, batch_size: int) -> Tensor | None:
-    """Small clips ``[N, C, T, h, w]``, uint8 or latents, as the model's training had them: latents, or floats in [-1, 1].
+    """Small clips ``[N, C, T, h, w]``, uint8 or latents, as the training had them: latents, or floats in [-1, 1].
 
     Raises:
         ValueError: as :func:`small_latents`; latents for a model that is told small clips of its own input.

@@ -47,8 +47,8 @@ class Solving:
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is none and costs half."""
     guidance_end: float | None = None
-    """Scale that ``guidance`` goes to, in even steps: the last of n steps has 1 / n of ``guidance`` and the rest of this,
-    as StableCascade's pair of scales. None keeps ``guidance``."""
+    """Scale that ``guidance`` goes to, in even steps: the last of n steps has 1 / n of ``guidance`` and the rest of
+    this, as StableCascade's pair of scales. None keeps ``guidance``."""
     guidance_channels: int | None = None
     """Guide the first so many channels only; None guides all."""
     guidance_rescale: float = 0.0
@@ -204,8 +204,8 @@ def updater(
             cond, null = guide(cond, null, row[0], request.guidance_rescale, channels, guided), None
         if len(data):
             cond = bound(at_least_float32(cond), x, *data)
-        channels = None if null is None else request.guidance_channels
-        return guided_step(x, cond, row, null=null, z=z, channels=channels, backend=backend)
+        few = None if null is None else request.guidance_channels
+        return guided_step(x, cond, row, null=null, z=z, channels=few, backend=backend)
 
     return update
 

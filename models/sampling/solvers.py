@@ -173,11 +173,11 @@ class Plan(NamedTuple):
     """What a fixed-step solver asks of the model, and what it makes of the answers.
 
     ``times [steps, calls]`` are the model's timesteps and ``coefficients [steps, calls, 5]`` the rows of
-    :func:`minisora_kernels.guided_step`, which two numbers may follow: the weights of x and of the prediction in the data,
-    which are then bounded to [-1, 1]. z is an earlier state, or fresh noise if ``noisy`` (Euler-Maruyama;
-    DDPM, whose last step has none: ``noisy_end`` is False). ``kicks [steps]`` is how much noise is added before a
-    step's first call (Heun's SDE), and ``last`` the timestep and the row of one more call, after the steps. ``earlier``
-    is the solver's entry of ``EARLIER``.
+    :func:`minisora_kernels.guided_step`. Two numbers may follow in a row: the weights of x and of the prediction in the
+    data, which are then bounded to [-1, 1]. z is an earlier state, or fresh noise if ``noisy`` (Euler-Maruyama; DDPM,
+    whose last step has none: ``noisy_end`` is False). ``kicks [steps]`` is how much noise is added before a step's
+    first call (Heun's SDE), and ``last`` the timestep and the row of one more call, after the steps. ``earlier`` is the
+    solver's entry of ``EARLIER``.
     """
 
     times: Tensor

@@ -145,7 +145,9 @@ class TrainConfig:
         model, objective = self.model, self.objective
         model.check_images(self.data.images, text=self.text.encoder is not None)
         if model.pooled_text and self.text.encoder is not None and not self.text.pooled:
-            raise ValueError(f"text.pooled is False; with model {model.name!r}, which takes one vector, it must be True")
+            raise ValueError(
+                f"text.pooled is False; with model {model.name!r}, which takes one vector, it must be True"
+            )
         if self.preview.guidance != 1 and model.class_dropout == 0:
             raise ValueError(
                 f"preview.guidance is {self.preview.guidance}; with model.class_dropout 0 it must be 1, for the null "

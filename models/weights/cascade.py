@@ -1,12 +1,12 @@
 """StableCascade's stages C and B, under the names of its code or of diffusers' ``StableCascadeUNet``.
 
-A tensor here has the values of one there. Convolutions over one site are Linears here, those over 2 x 2 sites Linears of
-four sites, and the channels of a patch come in another order. diffusers has q, k and v apart, and another name for what
-maps stage B's text.
+A tensor here has the values of one there. Convolutions over one site are Linears here, those over 2 x 2 sites Linears
+of four sites, and the channels of a patch come in another order. diffusers has q, k and v apart, and another name for
+what maps stage B's text.
 
-The stages read a CLIP with projection: stage C its states, its pooled output and the embedding of a picture, stage B its
-pooled output. Captions that are dropped are what that CLIP makes of no words. The EfficientNet, of whose features stage C
-makes more and under which stage B is trained, is not here.
+The stages read a CLIP with projection: stage C its states, its pooled output and the embedding of a picture, stage B
+its pooled output. Captions that are dropped are what that CLIP makes of no words. The EfficientNet, whose features
+stage C learns to make and stage B is trained under, is not here.
 
 Heads have 64 channels in all published weights. T's further inputs are told 0.
 
@@ -249,7 +249,7 @@ def _from_diffusers(weights: Mapping[str, Tensor], stage: Stage) -> dict[str, Te
 
 def to_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a stage under the names of diffusers."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, value in weights.items():
         match = re.fullmatch(r"(.+\.attention)\.attn\.in_proj_(weight|bias)", name)
         if match is not None:

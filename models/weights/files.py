@@ -155,4 +155,4 @@ def _write_safetensors(file: IO[bytes], weights: Mapping[str, Tensor]) -> None:
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in names:
-        file.write(weights[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        file.write(weights[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,8 +1,8 @@
 """OpenDiT's VDiT: DiT for video with attention over all tokens; latents of Stable Diffusion's autoencoder.
 
-Its files have the names of ``models/denoisers/dit.py``, but for the positions. These are ``pos_embed_spatial [1, S, D]``
-and ``pos_embed_temporal [1, T, D]``, which are added, or ``pos_embed [1, N, D]``, a concatenation. Either is a function
-of the size; others are refused.
+Its files have the names of ``models/denoisers/dit.py``, but for the positions. These are ``pos_embed_spatial
+[1, S, D]`` and ``pos_embed_temporal [1, T, D]``, which are added, or ``pos_embed [1, N, D]``, a concatenation. Either
+is a function of the size; others are refused.
 
 The caption's one vector is the pooled output of a CLIP, which goes through ``y_embedder.output_projection``. OpenDiT
 trains captions that are dropped as what that CLIP makes of no words. The CLIP itself, which OpenDiT stores too, is left

@@ -1,4 +1,4 @@
-"""StableCascade's stage A, under the names of its code or of diffusers' ``PaellaVQModel``, which names the codes otherwise.
+"""StableCascade's stage A, under the names of its code or of diffusers' ``PaellaVQModel``: the codes' name differs.
 
 Convolutions over one site are Linears here, and the channels of a patch come in another order. Pixels are in [0, 1]
 inside. A ``config.json`` of diffusers says the divisor of the latents, which is 0.43 in StableCascade.

@@ -374,7 +374,7 @@ def started(config, other, scale=1.0):
     torch.manual_seed(0)
     old, new = build(config), build(other)
     with torch.no_grad():
-        for name, parameter in old.named_parameters():
+        for _name, parameter in old.named_parameters():
             if parameter.requires_grad:
                 parameter.normal_()
         if hasattr(old, "pos_embed"):
@@ -391,8 +391,8 @@ def test_another_size_and_length_interpolates_the_positions(kind, caplog):
     old, new = started(before, after, scale=0.5)
     assert caplog.messages == ["the positions are interpolated for 3 x 2 x 4 tokens; the weights had 2 x 2 x 2"]
     frame = old["pos_embed"][0, :4].reshape(2, 2, 16)
-    columns = torch.stack((frame[:, 0], 0.75 * frame[:, 0] + 0.25 * frame[:, 1], 0.25 * frame[:, 0] + 0.75 * frame[:, 1],
-                           frame[:, 1]), 1)  # fmt: skip
+    shares = torch.tensor([1.0, 0.75, 0.25, 0.0])[:, None]
+    columns = shares * frame[:, :1] + (1 - shares) * frame[:, 1:]
     clip = new["pos_embed"].reshape(3, 2, 4, 16)
     torch.testing.assert_close(clip[0], columns)
     fresh = build(after).pos_embed.reshape(3, 2, 4, 16)  # later frames differ from it as those of any model do

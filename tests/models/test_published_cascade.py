@@ -1,4 +1,4 @@
-"""StableCascade's stages: folders of diffusers and files of the original give models that compute what diffusers' do."""
+"""StableCascade's stages: diffusers' folders and the original's files give models that compute what diffusers' do."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def stage_b(effnet=6):
                 ("SDCascadeResBlock", "SDCascadeTimestepBlock"),
                 *((("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),) * 2),
             ),
-            clip_text_pooled_in_channels=16, effnet_in_channels=effnet, pixel_mapper_in_channels=3, dropout=(0.0, 0.1, 0.1),
-            timestep_conditioning_type=("sca",), switch_level=None,
+            clip_text_pooled_in_channels=16, effnet_in_channels=effnet, pixel_mapper_in_channels=3,
+            dropout=(0.0, 0.1, 0.1), timestep_conditioning_type=("sca",), switch_level=None,
         )
     )  # fmt: skip
 
@@ -237,4 +237,6 @@ def test_a_stage_that_does_not_fit(encoder, tmp_path):
     lacks = {key: value for key, value in b.items() if key != "up_blocks.0.2.attention.to_k.weight"}
     assert "must all be there, and have one shape" in refusal("cascade-b", lacks, *text)
     less = {key: value for key, value in b.items() if not key.startswith("down_blocks.1.5.")}
-    assert "down_blocks.1 has blocks 'CTACT'; they must be groups that begin with C" in refusal("cascade-b", less, *text)
+    assert "down_blocks.1 has blocks 'CTACT'; they must be groups that begin with C" in refusal(
+        "cascade-b", less, *text
+    )

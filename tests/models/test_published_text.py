@@ -54,7 +54,7 @@ def published_stdit(text_width):
         shapes[f"blocks.{i}.scale_shift_table"] = (6, WIDTH)
         sizes = {"attn.qkv": (3 * WIDTH, WIDTH), "attn_temp.qkv": (3 * WIDTH, WIDTH), "mlp.fc1": (4 * WIDTH, WIDTH)}
         sizes |= {"cross_attn.kv_linear": (2 * WIDTH, WIDTH), "mlp.fc2": (WIDTH, 4 * WIDTH)}
-        sizes |= {name: (WIDTH, WIDTH) for name in ("attn.proj", "attn_temp.proj", "cross_attn.q_linear")}
+        sizes |= dict.fromkeys(("attn.proj", "attn_temp.proj", "cross_attn.q_linear"), (WIDTH, WIDTH))
         sizes["cross_attn.proj"] = (WIDTH, WIDTH)
         shapes |= linears({f"blocks.{i}.{name}": size for name, size in sizes.items()})
     return draw(shapes)
@@ -262,7 +262,9 @@ def test_a_converted_vdit_is_the_original(together, encoders, tmp_path, capsys):
     captions = pooled(["a red square", "blue"])
     with torch.no_grad():
         # OpenDiT pads the captions of a batch, and encodes no words as any others.
-        padded = pooled.tokenizer(["a red square", "blue", ""], padding="max_length", max_length=77, return_tensors="pt")
+        padded = pooled.tokenizer(
+            ["a red square", "blue", ""], padding="max_length", max_length=77, return_tensors="pt"
+        )
         vectors = pooled.model(input_ids=padded.input_ids).pooler_output
         y = linear(weights, "y_embedder.output_projection", vectors)
         cond, null = Predictor(model, captions, 4.0)(x, t[0])
@@ -281,7 +283,9 @@ def test_a_vdit_with_classes_and_one_with_other_positions(tmp_path):
     goes_back("vdit", weights, tmp_path)
     safetensors.save_file(weights | {"pos_embed_temporal": torch.ones(1, FRAMES, WIDTH)}, tmp_path / "w.safetensors")
     arguments = ["vdit", str(tmp_path / "w.safetensors"), "--heads", str(HEADS), "--out", str(tmp_path / "other")]
-    with pytest.raises(SystemExit, match=r"pos_embed_temporal is not what OpenDiT's code makes for a grid of \(3, 2, 2"):
+    with pytest.raises(
+        SystemExit, match=r"pos_embed_temporal is not what OpenDiT's code makes for a grid of \(3, 2, 2"
+    ):
         convert(arguments)
     safetensors.save_file(published_vdit(16), tmp_path / "w.safetensors")
     with pytest.raises(SystemExit, match="text_encoder must be named: dropped captions are what it makes of no words"):

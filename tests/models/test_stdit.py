@@ -126,7 +126,9 @@ def literal(model, x, t, y):
     if config.num_classes:
         tokens = [w["y_embedder.embedding_table.weight"][label][None] for label in y]
     elif config.text_width:
-        tokens = [states[mask] if mask.any() else w["y_embedder.null"][None] for states, mask in zip(*y[:2], strict=True)]
+        tokens = [
+            states[mask] if mask.any() else w["y_embedder.null"][None] for states, mask in zip(*y[:2], strict=True)
+        ]
         tokens = [mlp(w, "y_embedder.y_proj", own) for own in tokens]
     for i in range(config.depth):
         name = f"blocks.{i}"
@@ -273,10 +275,7 @@ def test_guidance_moves_away_from_the_null_condition(name):
     model = randomized(config).eval()
     x, _, y = inputs(config)
     t = torch.zeros(3)
-    if name == "text":
-        null = y._replace(dropped=torch.tensor([True] * 3))
-    else:
-        null = torch.full_like(y, 5)
+    null = y._replace(dropped=torch.tensor([True] * 3)) if name == "text" else torch.full_like(y, 5)
     with torch.no_grad():
         with_y, without = model(x, t, y), model(x, t, null)
     plain, guided = (
