@@ -51,9 +51,9 @@ class Text(NamedTuple):
 
     def chunk(self, chunks: int) -> list[Text]:
         """The captions in so many parts, as ``Tensor.chunk``."""
-        parts = (self.mask if part is None else part for part in self)
-        pieces = zip(*(part.chunk(chunks) for part in parts), strict=True)
-        return [Text(states, mask, None if self.dropped is None else dropped) for states, mask, dropped in pieces]
+        states, mask = self.states.chunk(chunks), self.mask.chunk(chunks)
+        dropped = [None] * len(mask) if self.dropped is None else self.dropped.chunk(chunks)
+        return [Text(*parts) for parts in zip(states, mask, dropped, strict=True)]
 
     def with_nulls(self) -> Text:
         """The captions, and after them each of them once more, dropped."""

@@ -75,7 +75,7 @@ def _fit_positions(
         sizes = {name: getattr(config, name) for name in ("input_size", "spatial_window", "spatiotemporal_window")}
         resized = dataclasses.replace(before, **sizes)
         weights |= {} if resized == before else resize(weights, before, resized)
-        return [] if resized == before else [_interpolated(before.grid, resized.grid)]
+        return [] if resized == before else [_fitted(before.grid, resized.grid)]
     if before.grid == config.grid:
         return []
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -85,12 +85,12 @@ def _fit_positions(
             weights[name] = (_places if name == POSITIONS else _frames)(
                 own[name], weights[name], before.grid, config.grid
             )
-    return [_interpolated(before.grid, config.grid)] if frozen else []
+    return [_fitted(before.grid, config.grid)] if frozen else []
 
 
-def _interpolated(before: tuple[int, ...], now: tuple[int, ...]) -> str:
+def _fitted(before: tuple[int, ...], now: tuple[int, ...]) -> str:
     sizes = [" x ".join(map(str, grid)) for grid in (now, before)]
-    return f"the positions are interpolated for {sizes[0]} tokens; the weights had {sizes[1]}"
+    return f"the positions are fitted to {sizes[0]} tokens; the weights had {sizes[1]}"
 
 
 def _places(own: Tensor, weights: Tensor, before: tuple[int, ...], now: tuple[int, ...]) -> Tensor:

@@ -99,8 +99,7 @@ def to_vdit(checkpoint: Checkpoint) -> dict[str, Tensor]:
         ValueError: a model that OpenDiT's code does not build.
     """
     config = config_from(checkpoint.config)
-    fits = isinstance(config, DiTConfig) and not config.is_image and config.attention == "joint"
-    if not isinstance(config, DiTConfig) or not fits or config.qk_norm:
+    if not isinstance(config, DiTConfig) or config.is_image or config.attention != "joint" or config.qk_norm:
         raise ValueError("only a DiT for video with joint attention and without qk_norm is OpenDiT's")
     if config.text_width and not config.fixed_null:
         raise ValueError("the null caption was trained; OpenDiT's code has none: it needs a run with fixed_null")

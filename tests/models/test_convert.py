@@ -133,11 +133,11 @@ def write(kind: str, folder, weights) -> str:
     path = folder / f"w.{kind}"
     if kind == "safetensors":
         safetensors.save_file(weights, path)
-    elif kind == "index.json":
-        names = sorted(weights)
-        parts = {f"w-{i}.safetensors": {name: weights[name] for name in names[i::2]} for i in range(2)}
+    elif kind.endswith("index.json"):
+        names, suffix = sorted(weights), "bin" if kind.startswith("bin") else "safetensors"
+        parts = {f"w-{i}.{suffix}": {name: weights[name] for name in names[i::2]} for i in range(2)}
         for name, part in parts.items():
-            safetensors.save_file(part, folder / name)
+            (torch.save if suffix == "bin" else safetensors.save_file)(part, folder / name)
         path.write_text(json.dumps({"weight_map": {name: file for file, part in parts.items() for name in part}}))
     elif kind == "pth":  # of DiT's train.py, in parallel
         wrapped = {f"module.{name}": value for name, value in weights.items()}
@@ -148,7 +148,7 @@ def write(kind: str, folder, weights) -> str:
     return str(path)
 
 
-KINDS = ["pt", "pth", "safetensors", "index.json", "ckpt"]
+KINDS = ["pt", "pth", "safetensors", "index.json", "bin.index.json", "ckpt"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,6 +164,14 @@ def test_a_converted_dit_is_the_original(kind, tmp_path):
     convert(["dit", str(tmp_path / "run"), "--to", str(tmp_path / "back.pt")])
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_another_part_of_a_training_script_s_file(tmp_path):
+    file = write("pth", tmp_path, published())
+    convert(["dit", file, "--heads", "3", "--part", "model", "--out", str(tmp_path / "run")])
+    assert not checkpoints.latest(tmp_path / "run")[1].ema["blocks.0.attn.qkv.weight"].any()
+    with pytest.raises(SystemExit, match=r"part is 'module'; .* has ema, model"):
+        convert(["dit", file, "--heads", "3", "--part", "module", "--out", str(tmp_path / "other")])
 
 
 def test_sit_is_told_t_and_loses_the_channels_that_it_does_not_train(tmp_path, capsys):
@@ -323,7 +331,7 @@ def test_training_starts_from_weights(tmp_path, caplog):
         train(["--init", str(path), "--data.source", str(tmp_path / "clips.csv"), "--run", str(tmp_path / "c")])
     assert not (tmp_path / "c").exists()
     train(["--init", str(path), "--data.size", "12", "20", "--steps", "1", "--run", str(tmp_path / "d")])
-    assert "the positions are interpolated for 1 x 3 x 5 tokens; the weights had 1 x 3 x 3" in caplog.text
+    assert "the positions are fitted to 1 x 3 x 5 tokens; the weights had 1 x 3 x 3" in caplog.text
 
 
 def test_training_starts_from_converted_weights_on_latents(tmp_path):
@@ -389,7 +397,7 @@ def test_another_size_and_length_interpolates_the_positions(kind, caplog):
     make = STDiTConfig if kind == "stdit" else functools.partial(DiTConfig, **special.get(kind, {}))
     before, after = make(input_size=(2, 4, 4), **SHAPE), make(input_size=(3, 4, 8), **SHAPE)
     old, new = started(before, after, scale=0.5)
-    assert caplog.messages == ["the positions are interpolated for 3 x 2 x 4 tokens; the weights had 2 x 2 x 2"]
+    assert caplog.messages == ["the positions are fitted to 3 x 2 x 4 tokens; the weights had 2 x 2 x 2"]
     frame = old["pos_embed"][0, :4].reshape(2, 2, 16)
     shares = torch.tensor([1.0, 0.75, 0.25, 0.0])[:, None]
     columns = shares * frame[:, :1] + (1 - shares) * frame[:, 1:]

@@ -133,6 +133,8 @@ def test_a_converted_stage_is_diffusers(stage, form, encoder, tmp_path):
     assert (objective["sample_shift"], objective["noise"]) == ((2.0, "white") if stage == "c" else (1.0, "pyramid"))
     assert_goes_back(kind, tmp_path / "run", weights)
     assert_goes_back(kind, tmp_path / "run", theirs.state_dict(), ["--names", "diffusers"])
+    with pytest.raises(SystemExit, match="adapters of a StableCascade have no published layers"):
+        convert([kind, str(tmp_path / "run"), "--adapters", str(tmp_path / "adapters")])
 
 
 def test_a_converted_stage_a_is_diffusers(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from models.data.text import TextEncoder
 from models.denoisers.text import Text
 from models.sample import main as sample
 from models.sampling.predictor import Predictor
+from models.train import main as train
 
 pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -189,6 +191,18 @@ def test_training_drops_captions_to_fixed_rows(encoders, tmp_path):
     expected = mlp(dict(model.named_parameters()), "y_embedder.y_proj", model.y_embedder.y_embedding)
     torch.testing.assert_close(states, expected.expand(2, -1, -1))
     assert torch.equal(mask, y.mask) and not model.y_embedder.y_embedding.requires_grad
+
+
+def test_training_goes_on_from_a_converted_stdit(encoders, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sys.modules[__name__], "CHANNELS", 1)
+    convert_and_build("stdit", published_stdit(12), tmp_path, save_encoder(encoders, "t5"))
+    data = ["--data.source", "digits", "--data.frames", "3", "--data.size", "12", "12", "--batch-size", "2"]
+    short = ["--steps", "1", "--preview.count", "1", "--preview.steps", "1", "--run", str(tmp_path / "mine")]
+    train(["--init", str(tmp_path / "run"), *data, *short, "--lora.rank", "2"])
+    assert "the positions are fitted to 3 x 6 x 6 tokens; the weights had 3 x 2 x 2" in caplog.text
+    before, after = (checkpoints.latest(tmp_path / name)[1] for name in ("run", "mine"))
+    name = "y_embedder.y_embedding"
+    assert torch.equal(after.merged().ema[name], before.ema[name]) and after.train["text"]["max_length"] == ROWS
 
 
 def test_clips_from_a_converted_stdit(encoders, tmp_path):
