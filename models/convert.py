@@ -60,7 +60,7 @@ _log = logging.getLogger(__name__)
 class ConvertConfig:
     """What is converted, and to what."""
 
-    kind: tyro.conf.Positional[Literal[(*LAYOUTS, "video")]]  # type: ignore[valid-type]
+    kind: tyro.conf.Positional[Literal[tuple((*LAYOUTS, "video"))]]  # type: ignore[valid-type]
     """Whose weights these are; 'video' makes a video model of an image model."""
     source: tyro.conf.Positional[Path]
     """The published weights; with `video`, `--to` or `--adapters`, a run or a checkpoint."""
