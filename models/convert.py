@@ -54,13 +54,14 @@ from .weights.layout import Hints, check_fit
 from .weights.layouts import LAYOUTS
 
 _log = logging.getLogger(__name__)
+KINDS = (*LAYOUTS, "video")
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
     """What is converted, and to what."""
 
-    kind: tyro.conf.Positional[Literal[tuple((*LAYOUTS, "video"))]]  # type: ignore[valid-type]
+    kind: tyro.conf.Positional[Literal[KINDS]]  # type: ignore[valid-type]
     """Whose weights these are; 'video' makes a video model of an image model."""
     source: tyro.conf.Positional[Path]
     """The published weights; with `video`, `--to` or `--adapters`, a run or a checkpoint."""

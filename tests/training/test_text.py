@@ -507,7 +507,7 @@ def test_a_second_stage_takes_the_captions_of_the_first(tmp_path, folder):
 def test_training_with_text_refuses(tmp_path, folder, caplog):
     encoder = save_encoder(folder, "t5")
     with_text = merge(TINY, {"run": str(tmp_path / "run"), "text": {"encoder": encoder}})
-    with pytest.raises(ValueError, match=r"model 'dit', which takes one vector, it must be True"):
+    with pytest.raises(ValueError, match=r"model 'dit', which takes one vector, text\.pooled must be True"):
         dataclasses.replace(with_text, model=DiTSettings(width=16, heads=2, patch=(1, 8, 8)))
     with pytest.raises(ValueError, match=r"model is 'vqgan', which takes no text, but text\.encoder was given"):
         configure(VQGANSettings(), 1, 2, (16, 16), 0, text_width=12)
