@@ -146,8 +146,8 @@ class TrainConfig:
         model.check_images(self.data.images, text=self.text.encoder is not None)
         if model.pooled_text and self.text.encoder is not None and not self.text.pooled:
             raise ValueError(
-                f"text.encoder is {self.text.encoder!r}; with model {model.name!r}, which takes one vector, text.pooled "
-                "must be True"
+                f"text.encoder is {self.text.encoder!r}; with model {model.name!r}, which takes one vector, "
+                "text.pooled must be True"
             )
         if self.preview.guidance != 1 and model.class_dropout == 0:
             raise ValueError(

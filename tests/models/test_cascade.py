@@ -530,7 +530,7 @@ def test_attributes():
 
 
 def test_config_survives_json():
-    for config in CONFIGS.values():
+    for config in (*CONFIGS.values(), *PUBLISHED.values()):
         assert CascadeConfig(**json.loads(json.dumps(asdict(config)))) == config
 
 
@@ -562,6 +562,10 @@ def test_config_survives_json():
         ({"latent_channels": -1}, "latent_channels"),
         ({"class_dropout": 1.5}, "class_dropout"),
         ({"dropout": (0.0, -0.1)}, "dropout"),
+        ({"captions": "all"}, "captions"),
+        ({"null_tokens": 3}, "null_tokens"),
+        ({"image_width": 3}, "image_width"),
+        ({"further_times": ("sca", "sca")}, "further_times"),
     ],
 )
 def test_config_refuses(change, word):

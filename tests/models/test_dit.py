@@ -15,6 +15,7 @@ from torch import nn
 from minisora_kernels import use_backend
 from models.denoisers.dit import SIZES, DiT, DiTConfig
 from models.denoisers.layers import TimestepEmbedder, grid_positions
+from models.denoisers.text import Text
 
 IMAGE = DiTConfig(
     input_size=(8, 8), patch=(2, 2), channels=4, width=32, depth=2, heads=4, num_classes=10, learn_sigma=True
@@ -470,6 +471,43 @@ def test_config_survives_json():
 def test_config_refuses(change, word):
     with pytest.raises(ValueError, match=f"^{word} is"):
         replace(VIDEO, **change)
+
+
+TEXT = replace(VIDEO, num_classes=0, text_width=6)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_captions_are_one_vector_and_a_null_one(fixed):
+    torch.manual_seed(0)
+    embedder = DiT(replace(TEXT, fixed_null=fixed, class_dropout=0.4)).y_embedder.train()
+    y = Text(torch.randn(2000, 1, 6), torch.ones(2000, 1, dtype=torch.bool))
+    linear, dropped = embedder.output_projection, embedder(y)
+    null, own = linear(embedder.null), linear(y.states[:, 0])
+    is_null = (dropped - null).abs().amax(1) < 1e-5
+    torch.testing.assert_close(dropped[~is_null], own[~is_null])
+    assert is_null.float().mean().item() == pytest.approx(0.4, abs=0.05)
+    dropped.sum().backward()
+    assert (embedder.null.grad is None) == fixed
+    torch.testing.assert_close(embedder.eval()(y), own)
+    nulls = embedder(y._replace(dropped=torch.ones(2000, dtype=torch.bool)))
+    torch.testing.assert_close(nulls, null.expand_as(nulls))
+    nothing = embedder(Text(y.states, torch.zeros_like(y.mask)))
+    torch.testing.assert_close(nothing, nulls)
+
+
+def test_a_model_with_text_takes_captions_only():
+    x, t, y = inputs(VIDEO)
+    for bad, message in ((y, "y is a Tensor"), (Text(torch.ones(3, 2, 6), torch.ones(3, 2).bool()), "y is a Text of")):
+        with pytest.raises(ValueError, match=rf"{message}.*; it must be a Text of shape \(3, 1, 6\)"):
+            DiT(TEXT)(x, t, bad)
+    for change, message in (
+        ({"positions": "product"}, "positions is 'product'"),
+        ({"positions": "concatenation", "width": 72}, "positions is 'concatenation'; that is for video"),
+        ({"num_classes": 3}, "text_width is 6 and num_classes 3; one must be 0"),
+        ({"text_width": 0, "fixed_null": True}, "fixed_null is True; it goes with text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(TEXT, **change)
 
 
 def test_forward_refuses():

@@ -374,6 +374,8 @@ def test_attributes_and_json():
         ({"class_dropout": 1.5}, "class_dropout"),
         ({"qk_norm": "batch"}, "qk_norm"),
         ({"text_width": -1}, "text_width"),
+        ({"null_tokens": -1}, "null_tokens"),
+        ({"null_tokens": 3, "text_width": 0}, "null_tokens"),
         ({"num_classes": 3}, "text_width"),
     ],
 )
