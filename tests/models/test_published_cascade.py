@@ -12,8 +12,12 @@ from encoders import save_encoder
 from models import checkpoint as checkpoints
 from models.convert import main as convert
 from models.data.text import TextEncoder
+from models.denoisers.cascade_config import SIZES
+from models.runtime.plain import as_plain
 from models.sample import main as sample
 from models.sampling.predictor import Predictor
+from models.weights.layout import Hints, check_fit
+from models.weights.layouts import LAYOUTS
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -135,6 +139,41 @@ def test_a_converted_stage_is_diffusers(stage, form, encoder, tmp_path):
     assert_goes_back(kind, tmp_path / "run", theirs.state_dict(), ["--names", "diffusers"])
     with pytest.raises(SystemExit, match="adapters of a StableCascade have no published layers"):
         convert([kind, str(tmp_path / "run"), "--adapters", str(tmp_path / "adapters")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["c-1b", "b-700m"])
+def test_the_published_sizes_are_told_by_their_shapes(size):
+    """Of the smaller ones, without memory: the settings, and every name and shape there and back."""
+    known, stage = SIZES[size], size[0]
+    types = {"C": "SDCascadeResBlock", "T": "SDCascadeTimestepBlock", "A": "SDCascadeAttnBlock"}
+    options = {
+        "conditioning_dim": known["condition_width"],
+        "block_out_channels": known["widths"],
+        "num_attention_heads": known["heads"],
+        "down_num_layers_per_block": known["down"],
+        "up_num_layers_per_block": known["up"],
+        "up_blocks_repeat_mappers": known["repeats"],
+        "down_blocks_repeat_mappers": (1,) * len(known["widths"]),
+        "block_types_per_layer": tuple(tuple(types[letter] for letter in letters) for letters in known["levels"]),
+        "clip_text_pooled_in_channels": 1280,
+        "dropout": known["dropout"],
+    }
+    if stage == "c":
+        options |= {"clip_text_in_channels": 1280, "clip_image_in_channels": 768, "switch_level": (False,)}
+    else:
+        options |= {"in_channels": 4, "out_channels": 4, "patch_size": 2, "effnet_in_channels": 16}
+        options |= {"pixel_mapper_in_channels": 3, "timestep_conditioning_type": ("sca",)}
+    with torch.device("meta"):
+        theirs = diffusers.models.StableCascadeUNet(**options).state_dict()
+        hints = Hints(empty=lambda **_: torch.empty(78, 1280))
+        converted = LAYOUTS[f"cascade-{stage}"].read(dict(theirs), hints)
+    check_fit(converted.config, converted.weights)
+    assert {name: getattr(converted.config, name) for name in known} == known
+    saved = checkpoints.Checkpoint({}, as_plain(converted.config), [], 0, {}, converted.weights, {}, {})
+    layout = LAYOUTS[f"cascade-{stage}"]
+    back = layout.to_diffusers(layout.write(saved))
+    assert {name: value.shape for name, value in back.items()} == {name: v.shape for name, v in theirs.items()}
 
 
 def test_a_converted_stage_a_is_diffusers(tmp_path):
