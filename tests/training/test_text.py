@@ -191,6 +191,35 @@ def test_encoders_refuse(folder, tmp_path, monkeypatch):
 
 
 @needs_transformers
+def test_what_stable_cascade_reads_of_clip(folder):
+    from safetensors.torch import load_file, save_file
+
+    path = save_encoder(folder, "clip-projection")
+    encoder = TextEncoder(path, max_length=12, cascade=True)
+    y = encoder(["a red square", ""])
+    assert y.shape == (2, encoder.length, encoder.width) == (2, 13, 16) and y.mask.all()
+    assert torch.equal(y.states[1], encoder.empty())
+    tokens = encoder.tokenizer(["a red square"], padding="max_length", max_length=12, return_tensors="pt")
+    with torch.no_grad():
+        output = encoder.model(tokens.input_ids, attention_mask=tokens.attention_mask)
+        normed = encoder.model.text_model.final_layer_norm(y.states[0, 1:])
+    torch.testing.assert_close(y.states[0, :1], output.text_embeds)
+    torch.testing.assert_close(normed, output.last_hidden_state[0])
+    with pytest.raises(ValueError, match=r"cascade is True, but text encoder .* is a T5; it goes with a CLIP"):
+        TextEncoder(save_encoder(folder, "t5"), max_length=8, cascade=True)
+    with pytest.raises(ValueError, match="cascade is True, but pooled is True too"):
+        TextEncoder(path, max_length=8, cascade=True, pooled=True)
+    with pytest.raises(ValueError, match="have widths 512 and 16, not one"):
+        shutil.copytree(path, folder / "wide")
+        config = json.loads((folder / "wide" / "config.json").read_text())
+        (folder / "wide" / "config.json").write_text(json.dumps(config | {"projection_dim": 512}))
+        weights = load_file(folder / "wide" / "model.safetensors")
+        weights["text_projection.weight"] = torch.zeros(512, 16)
+        save_file(weights, folder / "wide" / "model.safetensors", metadata={"format": "pt"})
+        TextEncoder(str(folder / "wide"), max_length=8, cascade=True)
+
+
+@needs_transformers
 def test_weights_that_are_missing_are_not_made_up(folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
