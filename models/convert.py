@@ -89,8 +89,8 @@ class ConvertConfig:
     attention: Literal["factorized", "joint"] | None = None
     """Attention of the video model; by default 'factorized', with a block over time behind each of the image's."""
     names: Literal["published", "diffusers"] = "published"
-    """Names of the tensors that `--to` writes; 'diffusers' are those of its `DiTTransformer2DModel`, `PaellaVQModel`
-    and `StableCascadeUNet`."""
+    """Names of the tensors that `--to` and `--adapters` write; 'diffusers' are those of its `DiTTransformer2DModel`,
+    `PaellaVQModel` and `StableCascadeUNet`."""
 
     def __post_init__(self) -> None:
         if sum(each is not None for each in (self.out, self.to, self.adapters)) != 1:
@@ -106,9 +106,9 @@ class ConvertConfig:
                 others = "video" if name in ours else "out, and not with video"
                 raise ValueError(f"{name} is {getattr(self, name)}; it goes with {others}")
         known = self.kind in LAYOUTS and LAYOUTS[self.kind].to_diffusers is not None
-        if self.names == "diffusers" and (self.to is None or not known):
+        if self.names == "diffusers" and (self.out is not None or not known):
             names = ", ".join(kind for kind, layout in LAYOUTS.items() if layout.to_diffusers is not None)
-            raise ValueError(f"names is 'diffusers'; it goes with to, and with {names}")
+            raise ValueError(f"names is 'diffusers'; it goes with to or adapters, and with {names}")
         if self.to is not None and self.to.suffix not in (".safetensors", ".pt"):
             raise ValueError(f"to is {str(self.to)!r}; its suffix must be .safetensors or .pt")
 
@@ -127,14 +127,16 @@ def publish(config: ConvertConfig) -> Path:
     layout = LAYOUTS[config.kind]
     weights = layout.write(checkpoint.merged())
     if config.adapters is not None:
-        write_adapters(to, layout.adapters(checkpoint.ema, config_from(checkpoint.config)), checkpoint.lora)
-        print(f"{to} has the averaged adapters of {path}, under the names of {config.kind}")
-        return to
-    assert config.to is not None
-    to_diffusers = layout.to_diffusers if config.names == "diffusers" else None
-    write_weights(config.to, to_diffusers(weights) if to_diffusers else weights)
-    print(f"{config.to} has the averaged weights of {path}, under the names of {config.kind}")
-    return config.to
+        weights |= layout.adapters(checkpoint.ema, config_from(checkpoint.config))
+    if config.names == "diffusers" and layout.to_diffusers is not None:
+        weights = layout.to_diffusers(weights)
+    if config.adapters is not None:
+        write_adapters(to, weights, checkpoint.lora)
+    else:
+        write_weights(to, weights)
+    what, names = "weights" if config.adapters is None else "adapters", f"{config.names} names"
+    print(f"{to} has the averaged {what} of {path}, under the {names} of {config.kind}")
+    return to
 
 
 def to_video(config: ConvertConfig) -> Path:

@@ -98,7 +98,7 @@ def from_diffusers(weights: Mapping[str, Tensor], hints: Hints) -> dict[str, Ten
 
 
 def to_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of Meta's DiT under the names of diffusers."""
+    """The tensors of Meta's DiT under the names of diffusers, with those of adapters beside them."""
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     found: dict[str, Tensor] = {}
     for name, value in weights.items():
@@ -109,8 +109,9 @@ def to_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif match is None and name != "pos_embed":
             found[_renamed(name, {ours: theirs for theirs, ours in OUTSIDE.items()})] = value
         elif match is not None and match[2].startswith("attn.qkv."):
-            kind = match[2].rpartition(".")[2]
-            for part, rows in zip(PARTS, value.chunk(3), strict=True):
+            kind = match[2].removeprefix("attn.qkv.")
+            # What an adapter reads is for all three; what it adds, and a weight, has rows for each.
+            for part, rows in zip(PARTS, [value] * 3 if kind.startswith("lora_A") else value.chunk(3), strict=True):
                 found[f"transformer_blocks.{match[1]}.attn1.to_{part}.{kind}"] = rows.clone()
         elif match is not None:
             theirs = _renamed(match[2], {ours: theirs for theirs, ours in BLOCK.items()})

@@ -182,6 +182,33 @@ def test_peft_reads_the_adapters(published):
     assert not (folder / "none").exists()
 
 
+def test_peft_reads_the_adapters_onto_the_model_of_diffusers(tmp_path):
+    """On every Linear: of blocks, where q, k and v are apart, and of the embedder, which stands in every block."""
+    from test_convert import in_diffusers
+
+    theirs = in_diffusers()
+    theirs.save_pretrained(tmp_path / "transformer")
+    convert(["dit", str(tmp_path / "transformer"), "--out", str(tmp_path / "dit")])
+    _, base = checkpoints.latest(tmp_path / "dit")
+    model = base.build().eval()
+    adapt(model, LoRAConfig(rank=2))
+    randomise_adapters(model)
+    state = model.state_dict()
+    tuned = base.train | {"lora": {"rank": 2}, "init": str(tmp_path / "dit")}
+    (tmp_path / "mine").mkdir()
+    checkpoints.save(tmp_path / "mine", dataclasses.replace(base, train=tuned, model=state, ema=state), keep=1)
+    convert(["dit", str(tmp_path / "mine"), "--adapters", str(tmp_path / "adapters"), "--names", "diffusers"])
+    x = torch.randn(2, base.config["channels"], *base.config["input_size"])
+    t, y = torch.tensor([3, 500]), torch.tensor([0, 1])
+    with torch.no_grad():
+        before = theirs(x, t, class_labels=y).sample
+        adapted = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapters"))
+        after = adapted(x, t, class_labels=y).sample
+        ours = model(x, t.float(), y)
+    assert (after - before).abs().max() > 0.01
+    torch.testing.assert_close(after, ours, rtol=1e-4, atol=1e-5)
+
+
 def test_peft_reads_the_adapters_of_sit(tmp_path):
     from test_convert import published as weights
     from test_convert import write
