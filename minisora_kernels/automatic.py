@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
-from . import backends
+from . import backends, shortcut
 
 _log = logging.getLogger("minisora_kernels")
 _logged: set[tuple[str, str, str]] = set()
@@ -218,6 +218,7 @@ def forget() -> None:
 def _forget_orders() -> None:
     _orders.clear()
     _of_calls.clear()
+    shortcut.forget()
 
 
 def _log_once(op: str, name: str, reason: str) -> None:

@@ -24,12 +24,19 @@ _choice = _Choice()
 
 def forced(default: str | None) -> str | None:
     """The name that :func:`force` set for this thread, or else the default."""
+    if torch.compiler.is_compiling():
+        return default if _choice.name == _INHERITED else _choice.name
+    return forced_eagerly(default)
+
+
+def forced_eagerly(default: str | None) -> str | None:
+    """The same for who knows that nothing is traced."""
     name = _choice.name
     if name != _INHERITED:
         return name
     # The backward on a GPU, which may run a forward again, is in a thread of autograd's. torch hands it the state of
     # the thread that called backward().
-    if not torch.compiler.is_compiling() and torch._C._is_key_in_tls(_KEY):
+    if torch._C._is_key_in_tls(_KEY):
         handed = torch._C._get_obj_in_tls(_KEY)
         if handed is not None and handed[0] != threading.get_ident():
             return handed[1]

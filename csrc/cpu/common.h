@@ -88,14 +88,28 @@ inline Tensor with_huge_pages(Tensor tensor) {
   return tensor;
 }
 
-inline Tensor empty_like_shape(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return with_huge_pages(
-      torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype));
+// Dense, on the device of `like`. torch::stable::new_empty goes through the dispatcher by the op's name, which takes
+// longer than a small kernel.
+inline Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t step = 1;
+  for (size_t dim = shape.size(); dim-- > 0;) {
+    strides[dim] = step;
+    step *= std::max<int64_t>(shape[dim], 1);
+  }
+  int32_t device, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, index, &made));
+  return with_huge_pages(Tensor(made));
 }
 
 // The tensor of a gradient that is asked for by its dtype; else one without elements.
 inline Tensor empty_if_asked(
-    const Tensor& like, std::initializer_list<int64_t> shape, const std::optional<ScalarType>& dtype) {
+    const Tensor& like, const std::vector<int64_t>& shape, const std::optional<ScalarType>& dtype) {
   return dtype ? empty_like_shape(like, shape, *dtype) : empty_like_shape(like, {0}, like.scalar_type());
 }
 

@@ -7,6 +7,9 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <functional>
+#include <numeric>
+
 namespace minisora {
 namespace {
 
@@ -100,7 +103,7 @@ Matrix rows_of_own(const Tensor& own, T* data, int64_t row, int64_t rows, int64_
   return Matrix(own, data + row * columns, rows, columns, columns, 1);
 }
 
-// The rows of a dense matrix from `row` on.
+// The rows of a dense matrix from `row` on. A tensor with more dimensions is the matrix of its last one.
 template <class T>
 Matrix rows_of(const Tensor& like, T* data, int64_t row, int64_t rows, int64_t columns) {
   return Matrix(like, data + row * columns, rows, columns, columns, 1);
@@ -131,16 +134,20 @@ std::tuple<Tensor, Tensor> gelu_mlp_fwd(
     const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
     const std::optional<Tensor>& b2, bool exact, bool keep) {
   check_dtype(x, "x");
-  STD_TORCH_CHECK(x.dim() == 2, "x must be [tokens, D]");
+  STD_TORCH_CHECK(x.dim() >= 1, "x must be [..., D]");
   STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
   STD_TORCH_CHECK(w1.dim() == 2 && w2.dim() == 2, "w1 and w2 must be matrices");
-  const int64_t tokens = x.size(0), width = x.size(1), hidden = w1.size(0), out_width = w2.size(0);
+  std::vector<int64_t> shape(x.dim());
+  for (int64_t dim = 0; dim < x.dim(); ++dim) shape[dim] = x.size(dim);
+  const int64_t width = shape.back(), hidden = w1.size(0), out_width = w2.size(0);
+  shape.back() = out_width;
+  const int64_t tokens = std::accumulate(shape.begin(), shape.end() - 1, int64_t{1}, std::multiplies<>());
   check_weight(w1, "w1", x, hidden, width);
   check_weight(w2, "w2", x, out_width, hidden);
   check_bias(b1, "b1", x, hidden);
   check_bias(b2, "b2", x, out_width);
   const int64_t chunk = chunk_of(tokens, w1.scalar_type());
-  Tensor y = empty_like_shape(x, {tokens, out_width}, x.scalar_type());
+  Tensor y = empty_like_shape(x, shape, x.scalar_type());
   Tensor h = empty_like_shape(x, {keep ? tokens : 0, keep ? hidden : 0}, x.scalar_type());
   const Tensor a = empty_like_shape(x, {chunk, hidden}, x.scalar_type());
   const Matrix up = Matrix::transposed(w1), down = Matrix::transposed(w2);
@@ -160,7 +167,7 @@ std::tuple<Tensor, Tensor> gelu_mlp_fwd(
           store(activation + first * hidden + i, form.value(value), count);
         });
       });
-      product(rows_of_own(y, out, row, rows, out_width), rows_of_own(a, activation, 0, rows, hidden), down, b2);
+      product(rows_of(y, out, row, rows, out_width), rows_of_own(a, activation, 0, rows, hidden), down, b2);
     }
   });
   return {y, h};

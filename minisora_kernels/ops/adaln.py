@@ -39,6 +39,7 @@ from ..modulation import (
     rows,
     triton_refusal,
 )
+from ..shortcut import shortcut
 
 
 def reference(
@@ -151,6 +152,7 @@ def _triton(x, shift, scale, weight, bias):
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "cuda": _cuda, "triton": _triton}
 
 
+@shortcut
 def adaln(
     x: Tensor,
     shift: Tensor | None = None,

@@ -14,6 +14,7 @@ Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415).
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from ..backends import define, kernels, register_fake
 from ..checks import cast, check_tensor, kernel_refusal, linear_dtype
 from ..derivatives import once
 from ..flops import formula
+from ..shortcut import shortcut
 
 
 def reference(
@@ -44,6 +46,7 @@ define(
     "gelu_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool exact, bool keep) "
     "-> (Tensor y, Tensor h)"
 )
+# x is [..., D], h is [tokens, hidden].
 # What is not asked for comes back without elements: dx without w1; dh and db1 without w2.
 define(
     "gelu_mlp_bwd(Tensor dy, Tensor h, Tensor? w1, Tensor? w2, bool exact, bool need_a, bool need_dh, bool need_b1) "
@@ -53,7 +56,9 @@ define(
 
 @register_fake("gelu_mlp_fwd")
 def _(x, w1, b1, w2, b2, exact, keep):
-    return x.new_empty(x.shape[0], w2.shape[0]), x.new_empty((x.shape[0], w1.shape[0]) if keep else (0, 0))
+    tokens = x.shape[:-1]
+    h = (math.prod(tokens), w1.shape[0]) if keep else (0, 0)
+    return x.new_empty(*tokens, w2.shape[0]), x.new_empty(h)
 
 
 @register_fake("gelu_mlp_bwd")
@@ -68,7 +73,7 @@ def _(dy, h, w1, w2, exact, need_a, need_dh, need_b1):
 
 @formula("gelu_mlp_fwd")
 def _(x, w1, b1, w2, b2, *options, **out):
-    return 2 * x[0] * w1[0] * (w1[1] + w2[0])
+    return 2 * math.prod(x[:-1]) * w1[0] * (w1[1] + w2[0])
 
 
 @formula("gelu_mlp_bwd")
@@ -82,12 +87,12 @@ class _GeluMLP(torch.autograd.Function):
         need_x, need_w1, need_b1, need_w2, _ = ctx.needs_input_grad[:5]
         inner = need_x or need_w1 or need_b1
         keep = inner or need_w2
-        y, h = kernels(backend).gelu_mlp_fwd(x.reshape(-1, x.shape[-1]).contiguous(), w1, b1, w2, b2, exact, keep)
+        y, h = kernels(backend).gelu_mlp_fwd(x.contiguous(), w1, b1, w2, b2, exact, keep)
         ctx.backend, ctx.shape, ctx.exact = backend, x.shape, exact
         ctx.save_for_backward(
             x if need_w1 else None, w1 if need_x else None, w2 if inner else None, h if keep else None
         )
-        return y.view(*x.shape[:-1], w2.shape[0])
+        return y
 
     @staticmethod
     @once
@@ -117,6 +122,7 @@ def _kernels(x, *_):
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
 
 
+@shortcut
 def gelu_mlp(
     x: Tensor,
     w1: Tensor,

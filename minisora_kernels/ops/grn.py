@@ -32,6 +32,7 @@ from ..backends import define, kernels, register_fake
 from ..checks import beside, check_tensor, compute_dtype, kernel_refusal, number, whole
 from ..derivatives import once
 from ..modulation import asked_for, check_tokens, gradient_dtype
+from ..shortcut import shortcut
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False, eps: float = 1e-6) -> Tensor:
@@ -100,6 +101,7 @@ def _kernels(x, weight, bias):
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
 
 
+@shortcut
 def grn(
     x: Tensor,
     weight: Tensor,

@@ -26,6 +26,7 @@ from ..checks import cast, check_tensor, kernel_refusal, linear_dtype
 from ..derivatives import once
 from ..flops import formula
 from ..modulation import asked_for, gradient_dtype
+from ..shortcut import shortcut
 
 
 def patches(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -235,6 +236,7 @@ def _check(x, weight, bias, pos) -> tuple[Tensor, Tensor, Tensor | None]:
     return x, weight, pos
 
 
+@shortcut
 def patch_embed(
     x: Tensor,
     weight: Tensor,

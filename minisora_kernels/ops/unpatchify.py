@@ -19,6 +19,7 @@ from ..backends import define, kernels, register_fake
 from ..checks import kernel_refusal, sizes, whole
 from ..derivatives import once
 from ..modulation import check_tokens
+from ..shortcut import shortcut
 
 
 def reference(
@@ -70,6 +71,7 @@ def _kernels(tokens):
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
 
 
+@shortcut
 def unpatchify(
     tokens: Tensor,
     grid: Sequence[int],

@@ -12,6 +12,8 @@ differ from one that keeps h.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -119,7 +121,7 @@ def gelu_mlp_fwd(
     h = F.linear(x, w1, b1)
     a = torch.empty_like(h) if keep else h
     _forward_plan(h.numel(), h.dtype, exact, h.get_device())(h, a)
-    return F.linear(a, w2, b2), h if keep else h.new_empty(0, 0)
+    return F.linear(a, w2, b2), h.view(math.prod(x.shape[:-1]), w1.shape[0]) if keep else h.new_empty(0, 0)
 
 
 @plan

@@ -257,7 +257,7 @@ def test_raw_ops_refuse_what_they_cannot_index(backend):
     given |= {"w2": torch.randn(8, 20), "b2": torch.randn(8)}
     for name, bad in (
         ("x", torch.randn(4, 24)[:, ::2]),
-        ("x", torch.randn(12)),
+        ("x", torch.tensor(1.0)),
         ("x", torch.randn(4, 12).double()),
         ("w1", torch.randn(20, 11)),
         ("w1", torch.randn(20, 12).bfloat16()),

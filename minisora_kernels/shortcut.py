@@ -1,0 +1,211 @@
+"""A call without gradients that is like an earlier one goes straight to its raw op.
+
+Checks and the choice of a backend take longer than a small kernel. What they find depends on the signature of a call
+alone: the class, dtype, device, shape and strides of each tensor, what dispatches it (autocast, a transform, a mode),
+the other arguments, and the backend that is forced. So the first call of a signature is recorded: which raw op it
+called, with what, and what of its results it returned. Later ones compare the signature, in one call of torch's guard,
+and call the raw op. Any other call, with every error, takes the way of the first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from operator import is_, itemgetter
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._C._dynamo.guards import TensorGuards
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import backends
+from .forcing import forced_eagerly
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Signatures that are kept per op, forced backend and names of arguments; the last come first.
+KEPT = 8
+
+_NUMBERS = (type(None), bool, int, float, str)
+_all: list[dict[tuple, list[_Path]]] = []
+
+
+class _Path(NamedTuple):
+    """A recorded call. Its values are the arguments, by position, then by name. A getter of all is None."""
+
+    check: Callable[..., bool]
+    tensors: Callable[[tuple], tuple] | None
+    constants: Callable[[tuple], tuple]  # the other values
+    given: tuple
+    raw: Callable[..., Any] | None  # None: the call takes the long way
+    picked: Callable[[tuple], tuple] | None = None  # the leading arguments of the raw op
+    views: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()  # which of them are views: size and stride
+    rest: tuple = ()  # the other arguments
+    finish: Callable[[Any], Any] | None = None
+
+
+def shortcut(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate an op whose result depends on its arguments, the choice of a backend and autocast alone."""
+    paths: dict[tuple, list[_Path]] = {}
+    _all.append(paths)
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **options: P.kwargs) -> R:
+        if is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return function(*arguments, **options)
+        name = forced_eagerly(backends.FORCED)
+        if options:
+            values: tuple = (*arguments, *options.values())
+            key: tuple = (name, len(arguments), *options)
+        else:
+            values, key = arguments, (name, len(arguments))
+        for check, tensors, constants, given, raw, picked, views, rest, finish in paths.get(key, ()):
+            if not check(*(values if tensors is None else tensors(values))):
+                continue
+            if given and not _same(constants(values), given):
+                continue
+            if raw is None:
+                return function(*arguments, **options)
+            found = values if picked is None else picked(values)
+            if views:
+                found = list(found)
+                for place, size, stride in views:
+                    found[place] = found[place].as_strided(size, stride)
+                found = tuple(found)
+            result = raw(*found + rest)
+            return result if finish is None else finish(result)
+        if _can_record(values):
+            return _record(paths.setdefault(key, []), function, values, arguments, options)
+        return function(*arguments, **options)
+
+    return call
+
+
+def forget() -> None:
+    """Record every call anew: the choice of backends may be another now."""
+    for paths in _all:
+        paths.clear()
+
+
+def _same(values: tuple, given: tuple) -> bool:
+    """Whether constants are the same, and of the same types: True is no 1."""
+    return all(map(is_, values, given)) or _exact(values) == _exact(given)
+
+
+def _exact(values: tuple) -> list[tuple]:
+    return [(type(value), value, *map(type, value if isinstance(value, tuple) else ())) for value in values]
+
+
+def _can_record(values: tuple) -> bool:
+    """Whether tensors are torch's own, not empty, apart in memory, and no state but that of the signature counts."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() or not tensors:
+        return False
+    for value in values:
+        if isinstance(value, Tensor):
+            if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or not value.numel():
+                return False
+            if value.is_cuda and value.dtype == torch.float32:  # the choice depends on a setting of torch's too
+                return False
+        elif isinstance(value, tuple):
+            if not all(type(item) in _NUMBERS for item in value):
+                return False
+        elif type(value) not in _NUMBERS:
+            return False
+    if torch.is_autocast_enabled(tensors[0].device.type):  # its dtype is in no signature
+        return False
+    return len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+
+
+class _Seen(TorchDispatchMode):
+    """The raw ops that are called: with what, and what they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple, Any]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.namespace in ("minisora", "minisora_triton"):
+            self.calls.append((function, args, result))
+        return result
+
+
+def _record(kept: list[_Path], function: Callable, values: tuple, arguments: tuple, options: dict) -> Any:
+    """Call ``function``, and keep how to come to its result the next time."""
+    places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    others = [i for i in range(len(values)) if i not in places]
+    tensors = [values[i] for i in places]
+    check = TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+    ).check
+    with _Seen() as seen:
+        result = function(*arguments, **options)
+    constants = _getter(others)
+    signature = check, _getter(places) if others else None, constants, constants(values)
+    replay = _replay(seen.calls[0], values, places, result) if len(seen.calls) == 1 else None
+    kept.insert(0, _Path(*signature, None) if replay is None else _Path(*signature, *replay))
+    del kept[KEPT:]
+    return result
+
+
+def _getter(places: list[int | None]) -> Callable[[tuple], tuple]:
+    """What takes the values of these places, and None for None."""
+    if None in places:
+        inner = itemgetter(*(-1 if place is None else place for place in places))
+        return lambda values: inner((*values, None))
+    if len(places) > 1:
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))  # a single one would be no tuple
+
+
+def _replay(call: tuple[Any, tuple, Any], values: tuple, places: list[int], result: Any) -> tuple | None:
+    """What of a :class:`_Path` leads from the values to the result; None if another way than this was taken."""
+    raw, arguments, results = call
+    starts = {values[i].data_ptr(): i for i in places}
+    picked: list[int | None] = []
+    views = []
+    head = 1 + max(i for i, argument in enumerate(arguments) if isinstance(argument, Tensor))
+    for place, argument in enumerate(arguments[:head]):
+        if argument is None:
+            picked.append(None)
+            continue
+        if not isinstance(argument, Tensor) or argument.data_ptr() not in starts:
+            return None
+        source = starts[argument.data_ptr()]
+        value = values[source]
+        if argument.dtype != value.dtype:
+            return None
+        picked.append(source)
+        if argument.shape != value.shape or argument.stride() != value.stride():
+            views.append((place, tuple(argument.shape), argument.stride()))
+    finish = _finish(results, result)
+    if finish is False:
+        return None
+    get = None if picked == list(range(len(values))) else _getter(picked)
+    return raw._op, get, tuple(views), arguments[head:], finish
+
+
+def _finish(results: Any, result: Any) -> Any:
+    """What makes the op's result of the raw op's; None for nothing, False if this cannot tell."""
+    if result is results:
+        return None
+    returned = results if isinstance(results, tuple) else (results,)
+    if isinstance(result, tuple):
+        chosen = [i for each in result for i, one in enumerate(returned) if one is each]
+        return itemgetter(*chosen) if len(chosen) == len(result) > 1 else False
+    for i, one in enumerate(returned):
+        if one is result:
+            return itemgetter(i)
+        if one.data_ptr() == result.data_ptr() and one.is_contiguous() and result.is_contiguous():
+            shape = tuple(result.shape)
+            if one is results:
+                return lambda out: out.view(shape)
+            return lambda out: out[i].view(shape)
+    return False
