@@ -19,8 +19,8 @@ MODULATION = ("gate", "shift", "scale")
 PARAMETERS = (*MODULATION, "weight", "bias")
 NAMES = {
     "adaln": ("x", "shift", "scale", "weight", "bias"),
-    "gate_residual": ("x", "branch", "gate"),
-    "gate_residual_adaln": ("x", "branch", "gate", "shift", "scale", "weight", "bias"),
+    "gate_residual": ("x", "branch", "gate", "branch_bias"),
+    "gate_residual_adaln": ("x", "branch", "gate", "branch_bias", "shift", "scale", "weight", "bias"),
 }
 TOKENS = 48
 PER_SAMPLE, PER_TOKEN = (1, 1, 1), (TOKENS,) * 3
@@ -34,6 +34,7 @@ class Form:
     name: str
     rows: Triple = PER_SAMPLE
     affine: bool = False
+    branch_bias: bool = False
     norm: str = "layer"
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     absent: Sequence[str] = ()
@@ -65,12 +66,17 @@ FORMS = (
     Form("fp32 modulation", affine=True, dtypes=dict.fromkeys(PARAMETERS, torch.float32)),
     Form("fp32 stream", dtypes={"x": torch.float32}),
     Form("fp32 stream per token", PER_TOKEN, dtypes={"x": torch.float32}),
+    Form("branch bias", affine=True, branch_bias=True),
+    Form("branch bias per token", PER_TOKEN, branch_bias=True),
+    Form("branch bias, no gate", branch_bias=True, absent=("gate",)),
 )
 
 
 def _modulated(op: str, width: int, form: Form, dtype: torch.dtype) -> Problem:
     shapes: dict[str, tuple[int, ...]] = {"x": (2, TOKENS, width), "branch": (2, TOKENS, width)}
     shapes |= {name: (2, count, width) for name, count in zip(MODULATION, form.rows, strict=True)}
+    if form.branch_bias:
+        shapes["branch_bias"] = (width,)
     if form.affine:
         shapes |= {"weight": (width,)} if form.norm == "rms" else {"weight": (width,), "bias": (width,)}
     names = [name for name in NAMES[op] if name in shapes and name not in form.absent]
@@ -84,6 +90,8 @@ def _modulated(op: str, width: int, form: Form, dtype: torch.dtype) -> Problem:
 
 def differs(op: str, form: Form) -> bool:
     """Whether the form says anything of an op's own tensors, and leaves a gradient to compute."""
+    if form.branch_bias:
+        return op != "adaln"
     if op == "gate_residual" and (form.affine or form.norm == "rms"):
         return False
     particular, own = {*form.absent, *form.frozen}, set(NAMES[op])

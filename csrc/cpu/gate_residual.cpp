@@ -4,43 +4,46 @@
 namespace minisora {
 namespace {
 
-// y = x + gate * branch, for G tokens
+// y = x + gate * (branch + bias), for G tokens
 template <int G, class TX, class TB, class How>
-void add_gated(const TX* x, const TB* branch, const float* gates, TX* y, int64_t width, How how) {
+void add_gated(const TX* x, const TB* branch, const float* bias, const float* gates, TX* y, int64_t width, How how) {
   for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
-    const Vec gate = load(gates + i, count);
+    const Vec gate = load(gates + i, count), offset = load(bias + i, count);
     for_group<G>([&](int r) MINISORA_INLINE {
-      const int64_t j = r * width + i;
-      how.put(
-          y + j, at::vec::fmadd(gate, load_ahead<G>(branch, r, i, width, count), load_ahead<G>(x, r, i, width, count)),
-          count);
+      const Vec added = load_ahead<G>(branch, r, i, width, count) + offset;
+      how.put(y + r * width + i, at::vec::fmadd(gate, added, load_ahead<G>(x, r, i, width, count)), count);
     });
   });
 }
 
-// dbranch = gate * dy, dgate += dy * branch, for G tokens; what is null is not asked for
+// dbranch = gate * dy, dgate += dy * (branch + bias), sum_dy += dy, for G tokens; what is null is not asked for
 template <int G, class TY, class TB, class How>
 void add_gated_backward(
-    const TY* dy, const TB* branch, const float* gates, TB* dbranch, float* dgate, int64_t width, How how) {
+    const TY* dy, const TB* branch, const float* bias, const float* gates, TB* dbranch, float* dgate, float* sum_dy,
+    int64_t width, How how) {
   for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
-    const Vec gate = load(gates + i, count);
-    Vec total(0.0f);
+    const Vec gate = load(gates + i, count), offset = load(bias + i, count);
+    Vec total(0.0f), total_dy(0.0f);
     for_group<G>([&](int r) MINISORA_INLINE {
       const int64_t j = r * width + i;
       const Vec g = load_ahead<G>(dy, r, i, width, count);
-      if (dgate != nullptr) total = at::vec::fmadd(g, load_ahead<G>(branch, r, i, width, count), total);
+      if (dgate != nullptr) total = at::vec::fmadd(g, load_ahead<G>(branch, r, i, width, count) + offset, total);
+      total_dy = total_dy + g;
       if (dbranch != nullptr) how.put(dbranch + j, g * gate, count);
     });
     if (dgate != nullptr) store(dgate + i, load(dgate + i, count) + total, count);
+    if (sum_dy != nullptr) store(sum_dy + i, load(sum_dy + i, count) + total_dy, count);
   });
 }
 
-Tensor gate_residual_fwd(const Tensor& x, const Tensor& branch, std::optional<Tensor> gate) {
+Tensor gate_residual_fwd(
+    const Tensor& x, const Tensor& branch, std::optional<Tensor> gate, std::optional<Tensor> branch_bias) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [B, N, D]");
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   check_dense(x, "x", {batch, tokens, width});
   check_dense(branch, "branch", {batch, tokens, width});
   const Rows gate_rows(gate, "gate", 1.0f, batch, tokens, width);
+  const auto offset = affine(branch_bias, "branch_bias", kNoBias, width);
   Tensor y = empty_like_shape(x, {batch, tokens, width}, x.scalar_type());
   const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) {
     gate_rows.read(b, n, 0.0f, gain.data(), width);
@@ -56,16 +59,17 @@ Tensor gate_residual_fwd(const Tensor& x, const Tensor& branch, std::optional<Te
           batch, tokens, gate_rows.count, [&] { return std::vector<float>(width); }, read,
           [&](std::vector<float>& gain, int64_t token, auto group) {
             const int64_t at = token * width;
-            add_gated<group>(in + at, add + at, gain.data(), out + at, width, how);
+            add_gated<group>(in + at, add + at, offset.data(), gain.data(), out + at, width, how);
           });
     });
   });
   return y;
 }
 
-std::tuple<Tensor, Tensor> gate_residual_bwd(
-    const Tensor& dy, std::optional<Tensor> branch, std::optional<Tensor> gate, std::optional<ScalarType> branch_dtype,
-    std::optional<ScalarType> gate_dtype, int64_t gate_rows) {
+std::tuple<Tensor, Tensor, Tensor> gate_residual_bwd(
+    const Tensor& dy, std::optional<Tensor> branch, std::optional<Tensor> gate, std::optional<Tensor> branch_bias,
+    std::optional<ScalarType> branch_dtype, std::optional<ScalarType> gate_dtype, int64_t gate_rows,
+    std::optional<ScalarType> bias_dtype) {
   STD_TORCH_CHECK(dy.dim() == 3, "dy must be [B, N, D]");
   const int64_t batch = dy.size(0), tokens = dy.size(1), width = dy.size(2);
   check_dense(dy, "dy", {batch, tokens, width});
@@ -73,9 +77,12 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(
   STD_TORCH_CHECK(
       branch.has_value() == gate_dtype.has_value(), "the gradient of gate needs branch, which no other does");
   const Rows gates(gate, "gate", 1.0f, batch, tokens, width);
+  const auto offset = affine(branch_bias, "branch_bias", kNoBias, width);
   const int64_t rows = common_rows({gates.count, gate_rows});
   Tensor dbranch = empty_if_asked(dy, {batch, tokens, width}, branch_dtype);
   RowGradient dgate("gate", gate_dtype, gate_rows, rows, dy);
+  AffineGradient dbias(bias_dtype, dy);
+  const int dy_sum = gate_dtype ? 1 : 0; // the place of the sum of dy, behind that of the gate
   const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) { gates.read(b, n, 0.0f, gain.data(), width); };
 
   with_types(
@@ -87,19 +94,21 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(
         auto* out = data_if<TB>(branch_dtype.has_value(), dbranch);
         with_put(past_caches(out, dbranch.numel(), width), [&](auto how) {
           sum_over_rows(
-              gate_dtype ? 1 : 0, batch, tokens, rows, width, [&] { return std::vector<float>(width); }, read,
+              dy_sum + bias_dtype.has_value(), batch, tokens, rows, width, [&] { return std::vector<float>(width); },
+              read,
               [&](std::vector<float>& gain, int64_t token, auto group, float** sums) {
                 const int64_t at = token * width;
                 add_gated_backward<group>(
-                    grad + at, added ? added + at : added, gain.data(), out ? out + at : out, sums[0], width, how);
+                    grad + at, added ? added + at : added, offset.data(), gain.data(), out ? out + at : out,
+                    gate_dtype ? sums[0] : nullptr, bias_dtype ? sums[dy_sum] : nullptr, width, how);
               },
-              [](std::vector<float>&, int64_t, float**) {},
+              [&](std::vector<float>& gain, int64_t task, float** sums) { dbias.add(task, gain.data(), sums[dy_sum]); },
               [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) {
                 dgate.set(b, row, first, last, sums[0]);
               });
         });
       });
-  return {dbranch, dgate.result()};
+  return {dbranch, dgate.result(), dbias.result()};
 }
 
 } // namespace

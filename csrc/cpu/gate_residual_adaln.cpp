@@ -14,20 +14,19 @@ void widen(const T* in, float* out, int64_t size) {
   for_columns(size, [&](int64_t i, auto count) MINISORA_INLINE { store(out + i, load(in + i, count), count); });
 }
 
-// residual = x + gate * branch and its statistics, for G tokens. The residual is rounded to x's dtype before the norm
-// reads it, as the two separate ops do. It goes to memory and to `copy`, from which the norm reads it.
+// residual = x + gate * (branch + bias) and its statistics, for G tokens. The residual is rounded to x's dtype before
+// the norm reads it, as the two separate ops do. It goes to memory and to `copy`, from which the norm reads it.
 template <int G, class TX, class TB, class How>
 void add_gated(
-    const TX* x, const TB* branch, const float* gates, TX* residual, TX* copy, int64_t width, bool rms, float eps,
-    float* mean, float* rstd, How how) {
+    const TX* x, const TB* branch, const float* bias, const float* gates, TX* residual, TX* copy, int64_t width,
+    bool rms, float eps, float* mean, float* rstd, How how) {
   Sum sums[G];
   for_columns(width, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
-    const Vec gate = load(gates + i, count);
+    const Vec gate = load(gates + i, count), offset = load(bias + i, count);
     for_group<G>([&](int r) MINISORA_INLINE {
       const int64_t j = r * width + i;
-      const Vec gated =
-          at::vec::fmadd(gate, load_ahead<G>(branch, r, i, width, count), load_ahead<G>(x, r, i, width, count));
-      const Vec rounded = round_to<TX>(gated);
+      const Vec added = load_ahead<G>(branch, r, i, width, count) + offset;
+      const Vec rounded = round_to<TX>(at::vec::fmadd(gate, added, load_ahead<G>(x, r, i, width, count)));
       how.put(residual + j, rounded, count);
       store(copy + j, rounded, count);
       Vec& sum = sums[r].part[chain<G>(u)];
@@ -37,38 +36,42 @@ void add_gated(
   statistics(copy, sums, width, rms, eps, mean, rstd);
 }
 
-// dx = g = dresidual + dx of adaln, dbranch = gate * g, dgate += g * branch, for G tokens; what is null is not asked
-// for
+// dx = g = dresidual + dx of adaln, dbranch = gate * g, dgate += g * (branch + bias), sum_g += g, for G tokens; what is
+// null is not asked for
 template <int G, class TX, class TY, class TB, class How>
 void add_gated_backward(
     const AdaLNBackward<G>& backward, const TX* dresidual, const TX* residual, const TY* dy, const TB* branch,
-    const float* gains, const float* gates, TX* dx, TB* dbranch, float* dgate, int64_t width, How how) {
+    const float* bias, const float* gains, const float* gates, TX* dx, TB* dbranch, float* dgate, float* sum_g,
+    int64_t width, How how) {
   for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
-    const Vec gain = load(gains + i, count), gate = load(gates + i, count);
-    Vec total(0.0f);
+    const Vec gain = load(gains + i, count), gate = load(gates + i, count), offset = load(bias + i, count);
+    Vec total(0.0f), total_g(0.0f);
     for_group<G>([&](int r) MINISORA_INLINE {
       const int64_t j = r * width + i;
       const Vec g = load_ahead<G>(dresidual, r, i, width, count) +
                     backward.dx(r, load(residual + j, count), load(dy + j, count), gain);
-      if (dgate != nullptr) total = at::vec::fmadd(g, load_ahead<G>(branch, r, i, width, count), total);
+      if (dgate != nullptr) total = at::vec::fmadd(g, load_ahead<G>(branch, r, i, width, count) + offset, total);
+      total_g = total_g + g;
       if (dx != nullptr) how.put(dx + j, g, count);
       if (dbranch != nullptr) how.put(dbranch + j, g * gate, count);
     });
     if (dgate != nullptr) store(dgate + i, load(dgate + i, count) + total, count);
+    if (sum_g != nullptr) store(sum_g + i, load(sum_g + i, count) + total_g, count);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
-    const Tensor& x, const Tensor& branch, std::optional<Tensor> gate, std::optional<Tensor> shift,
-    std::optional<Tensor> scale, std::optional<Tensor> weight, std::optional<Tensor> bias, bool rms, double eps,
-    ScalarType out_dtype) {
+    const Tensor& x, const Tensor& branch, std::optional<Tensor> gate, std::optional<Tensor> branch_bias,
+    std::optional<Tensor> shift, std::optional<Tensor> scale, std::optional<Tensor> weight, std::optional<Tensor> bias,
+    bool rms, double eps, ScalarType out_dtype) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [B, N, D]");
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   check_dense(x, "x", {batch, tokens, width});
   check_dense(branch, "branch", {batch, tokens, width});
   const Rows gate_rows(gate, "gate", 1.0f, batch, tokens, width),
       shift_rows(shift, "shift", 0.0f, batch, tokens, width), scale_rows(scale, "scale", 0.0f, batch, tokens, width);
-  const auto w = affine(weight, "weight", 1.0f, width), c = affine(bias, "bias", 0.0f, width);
+  const auto w = affine(weight, "weight", 1.0f, width), c = affine(bias, "bias", 0.0f, width),
+             offset = affine(branch_bias, "branch_bias", kNoBias, width);
   Tensor residual = empty_like_shape(x, {batch, tokens, width}, x.scalar_type());
   Tensor y = empty_like_shape(x, {batch, tokens, width}, out_dtype);
   Tensor mean = empty_like_shape(x, {batch, tokens}, ScalarType::Float),
@@ -98,8 +101,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
           auto *out = static_cast<TX*>(residual_data), *copy = reinterpret_cast<TX*>(s.group.data());
           with_put(past_caches(out, residual.numel(), width), [&](auto how) {
             add_gated<G>(
-                in + at, added + at, s.gate.data(), out + at, copy, width, rms, static_cast<float>(eps), means + token,
-                rstds + token, how);
+                in + at, added + at, offset.data(), s.gate.data(), out + at, copy, width, rms, static_cast<float>(eps),
+                means + token, rstds + token, how);
           });
         });
         with_type(x_dtype, [&](auto x_tag) {
@@ -115,11 +118,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
   return {residual, y, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_bwd(
     const Tensor& dresidual, const Tensor& dy, const Tensor& residual, std::optional<Tensor> branch,
-    std::optional<Tensor> gate, std::optional<Tensor> scale, std::optional<Tensor> weight, std::optional<Tensor> bias,
-    const Tensor& mean, const Tensor& rstd, bool rms, bool need_x, std::optional<ScalarType> dbranch_dtype,
-    std::optional<ScalarType> gate_dtype, int64_t gate_rows, std::optional<ScalarType> shift_dtype, int64_t shift_rows,
+    std::optional<Tensor> gate, std::optional<Tensor> branch_bias, std::optional<Tensor> scale,
+    std::optional<Tensor> weight, std::optional<Tensor> bias, const Tensor& mean, const Tensor& rstd, bool rms,
+    bool need_x, std::optional<ScalarType> dbranch_dtype, std::optional<ScalarType> gate_dtype, int64_t gate_rows,
+    std::optional<ScalarType> branch_bias_dtype, std::optional<ScalarType> shift_dtype, int64_t shift_rows,
     std::optional<ScalarType> scale_dtype, int64_t scale_rows, std::optional<ScalarType> weight_dtype,
     std::optional<ScalarType> bias_dtype) {
   STD_TORCH_CHECK(residual.dim() == 3, "residual must be [B, N, D]");
@@ -135,7 +139,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
   check_statistic(rstd, "rstd", {batch, tokens});
   const Rows gates(gate, "gate", 1.0f, batch, tokens, width), shift(std::nullopt, "shift", 0.0f, batch, tokens, width),
       scales(scale, "scale", 0.0f, batch, tokens, width);
-  const auto w = affine(weight, "weight", 1.0f, width), c = affine(bias, "bias", 0.0f, width);
+  const auto w = affine(weight, "weight", 1.0f, width), c = affine(bias, "bias", 0.0f, width),
+             offset = affine(branch_bias, "branch_bias", kNoBias, width);
   const int64_t rows = common_rows({gates.count, scales.count, gate_rows, shift_rows, scale_rows});
   const ScalarType x_dtype = residual.scalar_type(), y_dtype = dy.scalar_type(),
                    branch_dtype = branch ? branch->scalar_type() : dbranch_dtype.value_or(x_dtype);
@@ -144,29 +149,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
   RowGradient dgate("gate", gate_dtype, gate_rows, rows, residual),
       dshift("shift", shift_dtype, shift_rows, rows, residual),
       dscale("scale", scale_dtype, scale_rows, rows, residual);
-  AffineGradient dweight(weight_dtype, residual), dbias(bias_dtype, residual);
+  AffineGradient dweight(weight_dtype, residual), dbias(bias_dtype, residual),
+      dbranch_bias(branch_bias_dtype, residual);
   const float* means = static_cast<const float*>(mean.const_data_ptr());
   const float* rstds = static_cast<const float*>(rstd.const_data_ptr());
   const void* residual_data = residual.const_data_ptr();
   const void* dresidual_data = dresidual.const_data_ptr();
   const void* dy_data = dy.const_data_ptr();
   const void* branch_data = branch ? branch->const_data_ptr() : nullptr;
-  // Which gradients are asked for: those before the norm, and sums. The sum of the gate stands behind the others.
-  const bool through = need_x || dbranch_dtype || gate_dtype,
+  // Which gradients are asked for: those before the norm, and sums. The sums of the gate, and of what goes to x, stand
+  // behind the others.
+  const bool through = need_x || dbranch_dtype || gate_dtype || branch_bias_dtype,
              modulation = shift_dtype || scale_dtype || weight_dtype || bias_dtype;
-  const int gate_sum = modulation ? 2 : 0;
+  const int gate_sum = modulation ? 2 : 0, x_sum = gate_sum + gate_dtype.has_value();
 
   const auto read = [&](Scratch& s, int64_t b, int64_t n) {
     gates.read(b, n, 0.0f, s.gate.data(), width);
     s.read(shift, scales, w, c, b, n);
   };
   sum_over_rows(
-      gate_sum + gate_dtype.has_value(), batch, tokens, rows, width, [&] { return Scratch(width); }, read,
+      x_sum + branch_bias_dtype.has_value(), batch, tokens, rows, width, [&] { return Scratch(width); }, read,
       [&](Scratch& s, int64_t token, auto group, float** sums) {
         constexpr int G = group;
         const int64_t at = token * width;
         float *sum_dy = modulation ? sums[0] : nullptr, *sum_dy_h = modulation ? sums[1] : nullptr,
-              *sum_gate = gate_dtype ? sums[gate_sum] : nullptr;
+              *sum_gate = gate_dtype ? sums[gate_sum] : nullptr, *sum_x = branch_bias_dtype ? sums[x_sum] : nullptr;
         const auto run = [&](auto x_tag, auto branch_tag, const auto* grad_y) {
           using TX = decltype(x_tag);
           using TB = decltype(branch_tag);
@@ -181,8 +188,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
           with_put(streamed, [&](auto how) {
             add_gated_backward<G>(
                 backward, grad, in, grad_y, branch_data ? static_cast<const TB*>(branch_data) + at : nullptr,
-                s.gain.data(), s.gate.data(), out ? out + at : out, out_branch ? out_branch + at : out_branch, sum_gate,
-                width, how);
+                offset.data(), s.gain.data(), s.gate.data(), out ? out + at : out,
+                out_branch ? out_branch + at : out_branch, sum_gate, sum_x, width, how);
           });
         };
         with_types(x_dtype, branch_dtype, [&](auto x_tag, auto branch_tag) {
@@ -197,6 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
       [&](Scratch& s, int64_t task, float** sums) {
         dweight.add(task, s.one_plus_scale.data(), sums[1]);
         dbias.add(task, s.one_plus_scale.data(), sums[0]);
+        dbranch_bias.add(task, s.gate.data(), sums[x_sum]);
       },
       [&](int64_t b, int64_t row, int64_t first, int64_t last, float** sums) {
         dgate.set(b, row, first, last, sums[gate_sum]);
@@ -205,7 +213,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
         for (int64_t i = first; i < last; ++i) sums[1][i] = w[i] * sums[1][i] + c[i] * sums[0][i];
         dscale.set(b, row, first, last, sums[1]);
       });
-  return {dx, dbranch, dgate.result(), dshift.result(), dscale.result(), dweight.result(), dbias.result()};
+  return {dx,
+          dbranch,
+          dgate.result(),
+          dbranch_bias.result(),
+          dshift.result(),
+          dscale.result(),
+          dweight.result(),
+          dbias.result()};
 }
 
 } // namespace

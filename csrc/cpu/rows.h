@@ -60,6 +60,9 @@ struct Rows {
   }
 };
 
+// What a branch has in place of a bias: it leaves every number as it is, -0 too.
+constexpr float kNoBias = -0.0f;
+
 // An affine parameter [D] in fp32, or `absent` without one.
 inline std::vector<float> affine(
     const std::optional<Tensor>& parameter, const char* name, float absent, int64_t width) {
@@ -187,7 +190,7 @@ void add_up(int64_t count, int64_t columns, float* out, Terms terms) {
   for (int64_t i = 0; i < columns; ++i) out[i] = static_cast<float>(total[i]);
 }
 
-constexpr int kSums = 3; // the most vectors that a kernel sums
+constexpr int kSums = 4; // the most vectors that a kernel sums
 
 // Sums `kinds` vectors of width D over the tokens of every row. A task takes one chunk of tokens and splits it into
 // runs of one row. It calls
@@ -324,7 +327,8 @@ class RowGradient {
   std::vector<float> sums_;
 };
 
-// dweight and dbias [D]: one partial sum per chunk, added in the order of the chunks; nothing if it is not asked for.
+// The gradient of a parameter [D] of all tokens: one partial sum per chunk, added in the order of the chunks; nothing
+// if it is not asked for.
 class AffineGradient {
  public:
   AffineGradient(const std::optional<ScalarType>& dtype, const Tensor& x)
@@ -333,13 +337,12 @@ class AffineGradient {
         partial_(asked_ ? chunk_count(x.size(0), x.size(1)) * width_ : 0),
         gradient_(empty_if_asked(x, {width_}, dtype)) {}
 
-  // partial sum of the chunk += (1 + scale) * sum of the run
-  void add(int64_t task, const float* one_plus_scale, const float* sum) {
+  // partial sum of the chunk += factor * sum of the run
+  void add(int64_t task, const float* factor, const float* sum) {
     if (!asked_) return;
     float* out = partial_.data() + task * width_;
     for_columns(width_, [&](int64_t i, auto count) MINISORA_INLINE {
-      store(
-          out + i, at::vec::fmadd(load(one_plus_scale + i, count), load(sum + i, count), load(out + i, count)), count);
+      store(out + i, at::vec::fmadd(load(factor + i, count), load(sum + i, count), load(out + i, count)), count);
     });
   }
 

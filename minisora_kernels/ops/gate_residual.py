@@ -1,12 +1,16 @@
 """Gated residual: add a branch to the tokens; a gate that depends on the condition weights each channel.
 
-    y = x + gate * branch            token n reads row n // (N / R)
+    y = x + gate * (branch + branch_bias)            token n reads row n // (N / R)
 
 Source: Peebles & Xie 2022 (arXiv 2212.09748), the alpha of adaLN-Zero.
 
-Backward. The sum is fp32; it runs over the tokens of a row in a fixed order.
+The branch ends in a Linear. Where its bias comes here as ``branch_bias`` and the Linear is called without, no pass of
+its own reads the gradient of the branch for the gradient of the bias.
 
-    dx = dy                          dbranch = gate * dy            dgate = sum dy * branch
+Backward. Sums are fp32; they run over the tokens of a row, or over all of them, in a fixed order.
+
+    dx = dy                          dbranch = gate * dy
+    dgate = sum dy * (branch + branch_bias)                         dbranch_bias = sum gate * dy
 """
 
 from __future__ import annotations
@@ -20,77 +24,107 @@ from .. import backends
 from ..backends import define, kernels, register_fake
 from ..checks import beside, kernel_refusal
 from ..derivatives import once
-from ..modulation import asked_for, broadcast, check_tokens, gradient_dtype, row_gradient, rows, triton_refusal
+from ..modulation import (
+    affine,
+    asked_for,
+    broadcast,
+    check_tokens,
+    gradient_dtype,
+    row_gradient,
+    row_sums,
+    rows,
+    triton_refusal,
+)
+from ..shortcut import shortcut
 
 
-def reference(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+def reference(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None = None) -> Tensor:
     """The equation in plain PyTorch. ``gate`` is ``[B, R, D]`` or None."""
+    if branch_bias is not None:
+        branch = (branch + branch_bias).to(branch.dtype)
     if gate is None:
         return (x + branch).to(x.dtype)
     branch_rows, gain = broadcast(branch, gate)
     return (x + (gain * branch_rows).flatten(1, 2)).to(x.dtype)
 
 
-define("gate_residual_fwd(Tensor x, Tensor branch, Tensor? gate) -> Tensor")
+define("gate_residual_fwd(Tensor x, Tensor branch, Tensor? gate, Tensor? branch_bias) -> Tensor")
 # A gradient without a dtype is not asked for and comes back without elements; what it alone reads may be None.
 define(
-    "gate_residual_bwd(Tensor dy, Tensor? branch, Tensor? gate, ScalarType? dbranch, ScalarType? dgate, "
-    "SymInt gate_rows) -> (Tensor dbranch, Tensor dgate)"
+    "gate_residual_bwd(Tensor dy, Tensor? branch, Tensor? gate, Tensor? branch_bias, ScalarType? dbranch, "
+    "ScalarType? dgate, SymInt gate_rows, ScalarType? dbranch_bias) "
+    "-> (Tensor dbranch, Tensor dgate, Tensor dbranch_bias)"
 )
 
 
 @register_fake("gate_residual_fwd")
-def _(x, branch, gate):
+def _(x, branch, gate, branch_bias):
     return x.new_empty(x.shape)
 
 
 @register_fake("gate_residual_bwd")
-def _(dy, branch, gate, dbranch, dgate, gate_rows):
-    batch, _, width = dy.shape
-    return (
-        dy.new_empty(0) if dbranch is None else dy.new_empty(dy.shape, dtype=dbranch),
-        dy.new_empty(0) if dgate is None else dy.new_empty((batch, gate_rows, width), dtype=dgate),
-    )
+def _(dy, branch, gate, branch_bias, *asked):
+    return tuple(gate_gradients(dy, *asked))
+
+
+def gate_gradients(x: Tensor, branch, gate, gate_rows, branch_bias) -> list[Tensor]:
+    """Empty tensors for the gradients that are asked for."""
+    batch, _, width = x.shape
+    shapes = ((branch, x.shape), (gate, (batch, gate_rows, width)), (branch_bias, (width,)))
+    return [x.new_empty(0) if dtype is None else x.new_empty(shape, dtype=dtype) for dtype, shape in shapes]
 
 
 class _GateResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, branch, gate, backend):
-        y = kernels(backend).gate_residual_fwd(x, branch, gate)
-        need_x, need_branch, need_gate = ctx.needs_input_grad[:3]
-        if not (need_x or need_branch or need_gate):
+    def forward(ctx: Any, x, branch, gate, branch_bias, backend):
+        y = kernels(backend).gate_residual_fwd(x, branch, gate, branch_bias)
+        need_x, need_branch, need_gate, need_bias = ctx.needs_input_grad[:4]
+        if not (need_x or need_branch or need_gate or need_bias):
             return y
         ctx.backend = backend
         ctx.asked = gradient_dtype(branch, need_branch), *row_gradient(gate, need_gate)
-        ctx.save_for_backward(branch if need_gate else None, gate if need_branch else None)
+        ctx.bias = gradient_dtype(branch_bias, need_bias)
+        ctx.save_for_backward(
+            branch if need_gate else None,
+            gate if need_branch or need_bias else None,
+            branch_bias if need_gate else None,
+        )
         return y
 
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Any):
-        branch, gate = ctx.saved_tensors
-        dy, needs = gradients[0].contiguous(), ctx.needs_input_grad[:3]
+        branch, gate, branch_bias = ctx.saved_tensors
+        dy, needs = gradients[0].contiguous(), ctx.needs_input_grad[:4]
         if branch is None and gate is None:  # the gradient of a sum
-            return *asked_for(needs, (dy, dy if ctx.asked[0] is None else dy.to(ctx.asked[0]), dy)), None
-        found = kernels(ctx.backend).gate_residual_bwd(dy, branch, gate, *ctx.asked)
+            dbranch = None if ctx.asked[0] is None else dy.to(ctx.asked[0])
+            dbias = None if ctx.bias is None else row_sums(dy, 1).sum((0, 1)).to(ctx.bias)
+            return *asked_for(needs, (dy, dbranch, None, dbias)), None
+        found = kernels(ctx.backend).gate_residual_bwd(dy, branch, gate, branch_bias, *ctx.asked, ctx.bias)
         return *asked_for(needs, (dy, *found)), None
 
 
-def _kernels(x, branch, gate):
-    return kernel_refusal(x=x, branch=branch, gate=gate)
+def _kernels(x, branch, gate, branch_bias):
+    return kernel_refusal(x=x, branch=branch, gate=gate, branch_bias=branch_bias)
 
 
-def _triton(x, branch, gate):
-    return triton_refusal(x, branch=branch, gate=gate)
+def _triton(x, branch, gate, branch_bias):
+    return triton_refusal(x, branch=branch, gate=gate, branch_bias=branch_bias)
 
 
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
 
 
+@shortcut
 def gate_residual(
-    x: Tensor, branch: Tensor, gate: Tensor | None = None, *, backend: backends.Name | None = None
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None = None,
+    *,
+    branch_bias: Tensor | None = None,
+    backend: backends.Name | None = None,
 ) -> Tensor:
-    """Gated residual: ``y = x + gate * branch``.
+    """Gated residual: ``y = x + gate * (branch + branch_bias)``.
 
     Every tensor is differentiable. The kernels compute in fp32 and round once.
 
@@ -103,6 +137,8 @@ def gate_residual(
         gate: ``[B, D]`` has one row per sample; ``[B, R, D]`` has R rows, where R divides N. With 1 in place of B all
             samples share the rows. Strided views are read in place. The dtype may differ from x's. None adds the
             branch as it is.
+        branch_bias: Bias ``[D]`` of the Linear that made ``branch``, which is then called without. Its gradient comes
+            from the pass over the gradient of y, where the Linear would make one of its own. The dtype may differ.
         backend: Backend to run, or None for the automatic choice.
 
     Returns:
@@ -117,11 +153,20 @@ def gate_residual(
         >>> x, branch, gate = torch.ones(1, 4, 8), torch.ones(1, 4, 8), torch.full((1, 8), 0.5)
         >>> gate_residual(x, branch, gate)[0, 0, 0]
         tensor(1.5000)
+
+        The last bias of an MLP, handed on:
+
+        >>> fc1, fc2 = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+        >>> mlp = minisora_kernels.gelu_mlp(x, fc1.weight, fc1.bias, fc2.weight, None)
+        >>> gate_residual(x, mlp, gate, branch_bias=fc2.bias).shape
+        torch.Size([1, 4, 8])
     """
     check_tokens("gate_residual", "x", x)
     check_tokens("gate_residual", "branch", branch, like=x)
     gate = rows("gate_residual", "gate", gate, x)
-    chosen = backends.choose("gate_residual", BACKENDS, x.device, backend, x, branch, gate)
+    branch_bias = affine("gate_residual", "branch_bias", branch_bias, x)
+    chosen = backends.choose("gate_residual", BACKENDS, x.device, backend, x, branch, gate, branch_bias)
     if chosen == "reference":
-        return reference(x, branch, gate)
-    return backends.apply(_GateResidual, x.contiguous(), beside(branch, x.dtype).contiguous(), gate, chosen)
+        return reference(x, branch, gate, branch_bias)
+    tokens = x.contiguous(), beside(branch, x.dtype).contiguous()
+    return backends.apply(_GateResidual, *tokens, gate, branch_bias, chosen)

@@ -1,13 +1,14 @@
 """Gated residual, then adaptive layer norm, in one pass: what joins two branches of a DiT block.
 
-    x' = x + gate * branch
+    x' = x + gate * (branch + branch_bias)
     y  = adaln(x', shift, scale)     rows, norms and affine weights as in ops/adaln.py
 
 x' is rounded to x's dtype before the norm reads it, as the two separate ops do.
 
 Backward. g is dx' plus the dx of adaln at (x', dy).
 
-    dx = g                           dbranch = gate * g             dgate = sum g * branch
+    dx = g                           dbranch = gate * g
+    dgate = sum g * (branch + branch_bias)                          dbranch_bias = sum gate * g
 
 dshift, dscale, dweight and dbias follow as in ops/adaln.py.
 """
@@ -36,6 +37,7 @@ from ..modulation import (
     rows,
     triton_refusal,
 )
+from ..shortcut import shortcut
 from . import adaln, gate_residual
 
 
@@ -46,13 +48,14 @@ def reference(
     shift: Tensor | None,
     scale: Tensor | None,
     *,
+    branch_bias: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     norm: Norm = "layer",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """The two references, one after the other. ``gate``, ``shift`` and ``scale`` are ``[B, R, D]`` or None."""
-    residual = gate_residual.reference(x, branch, gate)
+    residual = gate_residual.reference(x, branch, gate, branch_bias)
     y = adaln.reference(residual, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
     return residual, y.to(output_dtype(x, branch))
 
@@ -64,21 +67,23 @@ def output_dtype(x: Tensor, branch: Tensor) -> torch.dtype:
 
 
 define(
-    "gate_residual_adaln_fwd(Tensor x, Tensor branch, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, "
-    "Tensor? bias, bool rms, float eps, ScalarType out_dtype) -> (Tensor residual, Tensor y, Tensor mean, Tensor rstd)"
+    "gate_residual_adaln_fwd(Tensor x, Tensor branch, Tensor? gate, Tensor? branch_bias, Tensor? shift, Tensor? scale, "
+    "Tensor? weight, Tensor? bias, bool rms, float eps, ScalarType out_dtype) "
+    "-> (Tensor residual, Tensor y, Tensor mean, Tensor rstd)"
 )
 # A gradient that is not asked for (False, no dtype) comes back without elements; what it alone reads may be None.
 define(
-    "gate_residual_adaln_bwd(Tensor dresidual, Tensor dy, Tensor residual, Tensor? branch, Tensor? gate, Tensor? scale,"
-    " Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool rms, bool need_x, ScalarType? dbranch, "
-    "ScalarType? dgate, SymInt gate_rows, ScalarType? dshift, SymInt shift_rows, ScalarType? dscale, "
-    "SymInt scale_rows, ScalarType? dweight, ScalarType? dbias) -> (Tensor dx, Tensor dbranch, Tensor dgate, "
-    "Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias)"
+    "gate_residual_adaln_bwd(Tensor dresidual, Tensor dy, Tensor residual, Tensor? branch, Tensor? gate, "
+    "Tensor? branch_bias, Tensor? scale, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool rms, "
+    "bool need_x, ScalarType? dbranch, ScalarType? dgate, SymInt gate_rows, ScalarType? dbranch_bias, "
+    "ScalarType? dshift, SymInt shift_rows, ScalarType? dscale, SymInt scale_rows, ScalarType? dweight, "
+    "ScalarType? dbias) -> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dbranch_bias, Tensor dshift, "
+    "Tensor dscale, Tensor dweight, Tensor dbias)"
 )
 
 
 @register_fake("gate_residual_adaln_fwd")
-def _(x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype):
+def _(x, branch, gate, branch_bias, shift, scale, weight, bias, rms, eps, out_dtype):
     statistic = x.new_empty(x.shape[:2], dtype=torch.float32)
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), statistic, torch.empty_like(statistic)
 
@@ -90,6 +95,7 @@ def _(
     residual,
     branch,
     gate,
+    branch_bias,
     scale,
     weight,
     bias,
@@ -97,41 +103,39 @@ def _(
     rstd,
     rms,
     need_x,
-    dbranch,
-    dgate,
-    gate_rows,
-    *rest,
+    *asked,
 ):
-    batch, _, width = residual.shape
     return (
         residual.new_empty(residual.shape if need_x else 0),
-        residual.new_empty(0) if dbranch is None else residual.new_empty(residual.shape, dtype=dbranch),
-        residual.new_empty(0) if dgate is None else residual.new_empty((batch, gate_rows, width), dtype=dgate),
-        *adaln.parameter_gradients(residual, *rest),
+        *gate_residual.gate_gradients(residual, *asked[:4]),
+        *adaln.parameter_gradients(residual, *asked[4:]),
     )
 
 
 class _GateResidualAdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, backend):
+    def forward(ctx: Any, x, branch, gate, branch_bias, shift, scale, weight, bias, rms, eps, out_dtype, backend):
         residual, y, mean, rstd = kernels(backend).gate_residual_adaln_fwd(
-            x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype
+            x, branch, gate, branch_bias, shift, scale, weight, bias, rms, eps, out_dtype
         )
-        need_x, need_branch, need_gate, need_shift, need_scale, need_weight, need_bias = ctx.needs_input_grad[:7]
-        through = need_x or need_branch or need_gate
+        need_x, need_branch, need_gate, need_branch_bias = ctx.needs_input_grad[:4]
+        need_shift, need_scale, need_weight, need_bias = ctx.needs_input_grad[4:8]
+        through = need_x or need_branch or need_gate or need_branch_bias
         if not (through or need_shift or need_scale or need_weight or need_bias):
             return residual, y
         if not through:
             ctx.mark_non_differentiable(residual)
         ctx.rms, ctx.backend = rms, backend
-        ctx.gated = gradient_dtype(branch, need_branch), *row_gradient(gate, need_gate)
+        ctx.branch = gradient_dtype(branch, need_branch)
+        ctx.gate = *row_gradient(gate, need_gate), gradient_dtype(branch_bias, need_branch_bias)
         ctx.rows = (*row_gradient(shift, need_shift), *row_gradient(scale, need_scale))
         ctx.affine = gradient_dtype(weight, need_weight), gradient_dtype(bias, need_bias)
         normed = through or need_scale or need_weight
         ctx.save_for_backward(
             residual if normed else None,
             branch if need_gate else None,
-            gate if need_branch else None,
+            gate if need_branch or need_branch_bias else None,
+            branch_bias if need_gate else None,
             scale if through or need_weight or need_bias else None,
             weight if through or need_scale else None,
             bias if need_scale else None,
@@ -143,32 +147,35 @@ class _GateResidualAdaLN(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Any):
-        residual, branch, gate, scale, weight, bias, mean, rstd = ctx.saved_tensors
+        residual, branch, gate, branch_bias, scale, weight, bias, mean, rstd = ctx.saved_tensors
         dresidual, dy = (gradient.contiguous() for gradient in gradients)
         if residual is None:
             dshift, dbias = offset_gradients(dy, scale, ctx.rows[:2], ctx.affine[1])
-            return None, None, None, dshift, None, None, dbias, *(None,) * 4
-        needs, (branch_dtype, *gate_asked) = ctx.needs_input_grad[:7], ctx.gated
+            return *(None,) * 4, dshift, None, None, dbias, *(None,) * 4
+        needs, branch_dtype = ctx.needs_input_grad[:8], ctx.branch
         ungated = branch_dtype is not None and gate is None  # its gradient is that of x
         dx, dbranch, *parameters = kernels(ctx.backend).gate_residual_adaln_bwd(
-            dresidual, dy, residual, branch, gate, scale, weight, bias, mean, rstd, ctx.rms, needs[0] or ungated,
-            None if ungated else branch_dtype, *gate_asked, *ctx.rows, *ctx.affine,
+            dresidual, dy, residual, branch, gate, branch_bias, scale, weight, bias, mean, rstd, ctx.rms,
+            needs[0] or ungated, None if ungated else branch_dtype, *ctx.gate, *ctx.rows, *ctx.affine,
         )  # fmt: skip
         dbranch = dx.to(branch_dtype) if ungated else dbranch
         return *asked_for(needs, (dx, dbranch, *parameters)), *(None,) * 4
 
 
-def _kernels(x, branch, gate, shift, scale, weight, bias):
-    return kernel_refusal(x=x, branch=branch, gate=gate, shift=shift, scale=scale, weight=weight, bias=bias)
+def _kernels(x, branch, gate, branch_bias, shift, scale, weight, bias):
+    tensors = dict(branch=branch, gate=gate, branch_bias=branch_bias, shift=shift, scale=scale)
+    return kernel_refusal(x=x, **tensors, weight=weight, bias=bias)
 
 
-def _triton(x, branch, gate, shift, scale, weight, bias):
-    return triton_refusal(x, branch=branch, gate=gate, shift=shift, scale=scale, weight=weight, bias=bias)
+def _triton(x, branch, gate, branch_bias, shift, scale, weight, bias):
+    tensors = dict(branch=branch, gate=gate, branch_bias=branch_bias, shift=shift, scale=scale)
+    return triton_refusal(x, **tensors, weight=weight, bias=bias)
 
 
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
 
 
+@shortcut
 def gate_residual_adaln(
     x: Tensor,
     branch: Tensor,
@@ -176,13 +183,14 @@ def gate_residual_adaln(
     shift: Tensor | None = None,
     scale: Tensor | None = None,
     *,
+    branch_bias: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     norm: Norm = "layer",
     eps: float = 1e-6,
     backend: backends.Name | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gated residual and the norm that reads it: ``x' = x + gate * branch``, ``y = adaln(x', shift, scale)``.
+    """Gated residual and the norm that reads it: ``x' = x + gate * (branch + branch_bias)``, ``y = adaln(x', ...)``.
 
     Every tensor is differentiable. x' is rounded to x's dtype before the norm reads it.
 
@@ -198,6 +206,7 @@ def gate_residual_adaln(
             it is.
         shift: Offset after the norm; the same shapes, with an R of its own. None adds nothing.
         scale: Factor after the norm, less 1; the same shapes, with an R of its own. None multiplies by 1.
+        branch_bias: Bias ``[D]`` of the Linear that made ``branch``, as in :func:`gate_residual`.
         weight: Affine weight ``[D]`` of the norm.
         bias: Affine bias ``[D]`` of the norm; only with ``norm="layer"``.
         norm: ``"layer"`` or ``"rms"``.
@@ -226,13 +235,16 @@ def gate_residual_adaln(
     eps = number(op, "eps", eps, 0)
     made_of = (shift, scale, weight, bias)
     gate, shift, scale = rows(op, "gate", gate, x), rows(op, "shift", shift, x), rows(op, "scale", scale, x)
+    branch_bias = affine(op, "branch_bias", branch_bias, x)
     weight, bias = affine(op, "weight", weight, x), affine(op, "bias", bias, x)
-    chosen = backends.choose(op, BACKENDS, x.device, backend, x, branch, gate, shift, scale, weight, bias)
+    parameters = gate, branch_bias, shift, scale, weight, bias
+    chosen = backends.choose(op, BACKENDS, x.device, backend, x, branch, *parameters)
     if chosen == "reference":
-        residual, y = reference(x, branch, gate, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
+        affine_norm = dict(branch_bias=branch_bias, weight=weight, bias=bias)
+        residual, y = reference(x, branch, gate, shift, scale, **affine_norm, norm=norm, eps=eps)
     else:
         options = (norm == "rms", eps, output_dtype(x, branch), chosen)
         tokens = x.contiguous(), beside(branch, x.dtype).contiguous()
-        residual, y = backends.apply(_GateResidualAdaLN, *tokens, gate, shift, scale, weight, bias, *options)
+        residual, y = backends.apply(_GateResidualAdaLN, *tokens, *parameters, *options)
     remember(y, (residual, *made_of), norm, eps)
     return residual, y

@@ -133,6 +133,7 @@ def store_sum(out_ptr, sums_ptr, SLOT: tl.constexpr, value, column, mask, tile: 
 
 
 DEPTH, COLUMNS = 64, 32  # a tile of the second stage: 64 loads of 128 bytes in flight
+SUMS = 6  # the most gradients that it adds up
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def _add_up(partial_ptr, out_ptr, rows, count, WIDTH: tl.constexpr, DEPTH: tl.co
         store(out_ptr + row * WIDTH + column, tl.sum(sums, 0)[None, :].to(tl.float32), column < WIDTH)
 
 
-@triton.jit(do_not_specialize=["runs", "rows0", "rows1", "rows2", "rows3", "rows4"])
+@triton.jit(do_not_specialize=["runs", "rows0", "rows1", "rows2", "rows3", "rows4", "rows5"])
 def _add_up_all(
     sums_ptr,
     out0_ptr,
@@ -157,12 +158,14 @@ def _add_up_all(
     out2_ptr,
     out3_ptr,
     out4_ptr,
+    out5_ptr,
     runs,
     rows0,
     rows1,
     rows2,
     rows3,
     rows4,
+    rows5,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -182,6 +185,9 @@ def _add_up_all(
     if out4_ptr is not None:
         if tl.program_id(1) == 4:
             _add_up(sums_ptr + 4 * slots, out4_ptr, rows4, runs // rows4, WIDTH, DEPTH, COLUMNS)
+    if out5_ptr is not None:
+        if tl.program_id(1) == 5:
+            _add_up(sums_ptr + 5 * slots, out5_ptr, rows5, runs // rows5, WIDTH, DEPTH, COLUMNS)
 
 
 class Runs:
@@ -216,9 +222,9 @@ class Runs:
 
     @property
     def added(self) -> tuple[int | None, ...]:
-        """The parameters whose gradients the second stage takes, in its order; None to fill up its five."""
+        """The parameters whose gradients the second stage takes, in its order; None to fill up its six."""
         order = [place for place, slot in enumerate(self.slots) if slot is not None]
-        return (*order, *(None,) * (5 - len(order)))
+        return (*order, *(None,) * (SUMS - len(order)))
 
     @property
     def sums(self) -> tuple[int, int]:
@@ -226,12 +232,21 @@ class Runs:
         return len(self._rows) * self.count, self._width
 
     def second_stage(self) -> Launch | None:
-        """Adds up what the runs left, in one launch for all: takes the partial sums, and five gradients or None."""
+        """Adds up what the runs left, in one launch for all: takes the partial sums, and six gradients or None."""
         if not self._rows:
             return None
         grid = (max(self._rows) * triton.cdiv(self._width, COLUMNS), len(self._rows))
-        rows = self._rows + [1] * (5 - len(self._rows))
+        rows = self._rows + [1] * (SUMS - len(self._rows))
         return Launch(_add_up_all, grid, self.count, *rows, self._width, DEPTH, COLUMNS)
+
+
+class Backward(NamedTuple):
+    """The launches of a backward, the size of the partial sums between them, and whose gradients the second adds up."""
+
+    first: Launch
+    sums: tuple[int, int]
+    second: Launch | None
+    added: tuple[int | None, ...]
 
 
 def strides_of(name: str, parameter: Like | None) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from ._launch import Launch, Like, dense, plan, signature
 from ._rows import (
     BACKWARD,
     FORWARD,
+    Backward,
     Runs,
     add,
     chunks,
@@ -50,6 +51,7 @@ def _fwd(
     x_ptr,
     branch_ptr,
     gate_ptr,
+    branch_bias_ptr,
     shift_ptr,
     scale_ptr,
     weight_ptr,
@@ -94,6 +96,8 @@ def _fwd(
         x = load(x_ptr + here, mask)
         if branch_ptr is not None:
             branch = load(branch_ptr + here, mask)
+            if branch_bias_ptr is not None:
+                branch += load(branch_bias_ptr + column[c], mask)
             if gate_ptr is not None:
                 branch *= load(gate + column[c], mask)
             x += branch
@@ -137,6 +141,7 @@ def _bwd(
     x_ptr,
     branch_ptr,
     gate_ptr,
+    branch_bias_ptr,
     scale_ptr,
     weight_ptr,
     bias_ptr,
@@ -145,6 +150,7 @@ def _bwd(
     dx_ptr,
     dbranch_ptr,
     dgate_ptr,
+    dbranch_bias_ptr,
     dshift_ptr,
     dscale_ptr,
     dweight_ptr,
@@ -167,6 +173,7 @@ def _bwd(
     SHIFT_PER_TOKEN: tl.constexpr,
     SCALE_PER_TOKEN: tl.constexpr,
     GATE_SLOT: tl.constexpr,
+    BRANCH_BIAS_SLOT: tl.constexpr,
     SHIFT_SLOT: tl.constexpr,
     SCALE_SLOT: tl.constexpr,
     WEIGHT_SLOT: tl.constexpr,
@@ -184,6 +191,7 @@ def _bwd(
     sum_da = zeros(tile)
     sum_h = zeros(tile)  # of dy * h, or of da * h where every token has a scale of its own
     sum_gate = zeros(tile)
+    sum_branch = zeros(tile)
 
     for first in range(begin, end, tile.rows):
         token = first + member
@@ -249,15 +257,22 @@ def _bwd(
                 if dresidual_ptr is not None:
                     dx += load(dresidual_ptr + here, mask)
                 if dgate_ptr is not None:
-                    dgate = dx * load(branch_ptr + here, mask)
+                    branch = load(branch_ptr + here, mask)
+                    if branch_bias_ptr is not None:
+                        branch += load(branch_bias_ptr + column[c], mask)
+                    dgate = dx * branch
                     if GATE_PER_TOKEN:
                         store(dgate_ptr + here, dgate, mask)
                     else:
                         sum_gate = add(sum_gate, c, dgate)
-                if dbranch_ptr is not None:
-                    store(dbranch_ptr + here, dx * load(gate + column[c], mask), mask)
                 if dx_ptr is not None:
                     store(dx_ptr + here, dx, mask)
+                if gate_ptr is not None:
+                    dx *= load(gate + column[c], mask)
+                if dbranch_ptr is not None:
+                    store(dbranch_ptr + here, dx, mask)
+                if dbranch_bias_ptr is not None:
+                    sum_branch = add(sum_branch, c, dx)
 
     for c in tl.static_range(chunks(tile)):
         mask = mask_of(True, column[c], tile, c)
@@ -285,12 +300,15 @@ def _bwd(
             store_sum(dbias_ptr, sums_ptr, BIAS_SLOT, total, column[c], mask, tile)
         if dgate_ptr is not None and not GATE_PER_TOKEN:
             store_sum(dgate_ptr, sums_ptr, GATE_SLOT, tl.sum(sum_gate[c], 0)[None], column[c], mask, tile)
+        if dbranch_bias_ptr is not None:
+            total = tl.sum(sum_branch[c], 0)[None]
+            store_sum(dbranch_bias_ptr, sums_ptr, BRANCH_BIAS_SLOT, total, column[c], mask, tile)
 
 
 @plan
-def _forward_plan(x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, device) -> Launch:
+def _forward_plan(x, branch, gate, branch_bias, shift, scale, weight, bias, rms, eps, out_dtype, device) -> Launch:
     x, branch = dense("x", x), dense("branch", branch)
-    for name, parameter in (("weight", weight), ("bias", bias)):
+    for name, parameter in (("branch_bias", branch_bias), ("weight", weight), ("bias", bias)):
         dense(name, parameter)
     gate, shift, scale = (None if each is None else Like(*each) for each in (gate, shift, scale))
     batch, tokens, width = x.shape
@@ -316,6 +334,7 @@ def forward(
     x: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
+    branch_bias: Tensor | None,
     shift: Tensor | None,
     scale: Tensor | None,
     weight: Tensor | None,
@@ -330,19 +349,10 @@ def forward(
     mean = x.new_empty(x.shape[:2], dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if x.numel():
-        inputs = (x, branch, gate, shift, scale, weight, bias)
+        inputs = (x, branch, gate, branch_bias, shift, scale, weight, bias)
         launch = _forward_plan(*map(signature, inputs), rms, eps, out_dtype, x.get_device())
         launch(*inputs, residual, y, mean, rstd)
     return residual, y, mean, rstd
-
-
-class Backward(NamedTuple):
-    """The launches of a backward, the size of the partial sums between them, and whose gradients the second adds up."""
-
-    first: Launch
-    sums: tuple[int, int]
-    second: Launch | None
-    added: tuple[int | None, ...]
 
 
 class Asked(NamedTuple):
@@ -352,6 +362,7 @@ class Asked(NamedTuple):
     branch: torch.dtype | None
     gate: torch.dtype | None
     gate_rows: int
+    branch_bias: torch.dtype | None
     shift: torch.dtype | None
     shift_rows: int
     scale: torch.dtype | None
@@ -361,10 +372,12 @@ class Asked(NamedTuple):
 
 
 @plan
-def _backward_plan(dresidual, dy, x, branch, gate, scale, weight, bias, mean, rstd, rms, asked, device) -> Backward:
+def _backward_plan(
+    dresidual, dy, x, branch, gate, branch_bias, scale, weight, bias, mean, rstd, rms, asked, device
+) -> Backward:
     dy, x, branch = dense("dy", dy), dense("x", x), dense("branch", branch)
     weight, bias = dense("weight", weight), dense("bias", bias)
-    for name, each in (("dresidual", dresidual), ("mean", mean), ("rstd", rstd)):
+    for name, each in (("dresidual", dresidual), ("branch_bias", branch_bias), ("mean", mean), ("rstd", rstd)):
         dense(name, each)
     gate, scale = gate and Like(*gate), scale and Like(*scale)
     batch, tokens, width = x.shape
@@ -376,11 +389,11 @@ def _backward_plan(dresidual, dy, x, branch, gate, scale, weight, bias, mean, rs
     written += [like.dtype for like, each in zip(read, per_token, strict=True) if each and like is not None]
     held = [dy.dtype, x.dtype, asked.branch, branch and branch.dtype, *written]
     tile, warps = tile_of(width, max_itemsize(*(dtype for dtype in held if dtype is not None)), *BACKWARD)
-    shapes: list[tuple[int, ...] | None] = [
-        None if dtype is None else (batch, rows, width) for dtype, rows in gradients
+    gate_shape, *shapes = [None if dtype is None else (batch, rows, width) for dtype, rows in gradients]
+    bias_shape, *affine = [
+        None if dtype is None else (width,) for dtype in (asked.branch_bias, asked.weight, asked.bias)
     ]
-    shapes += [None if dtype is None else (width,) for dtype in (asked.weight, asked.bias)]
-    runs = Runs(x.shape, tile, [count for count in counts if count], shapes)
+    runs = Runs(x.shape, tile, [count for count in counts if count], (gate_shape, bias_shape, *shapes, *affine))
     summed_shift = asked.shift is not None and not per_token[1]
     summed_scale, summed_bias = (each is not None and not per_token[2] for each in (asked.scale, asked.bias))
     first = Launch(
@@ -394,7 +407,7 @@ def _backward_plan(dresidual, dy, x, branch, gate, scale, weight, bias, mean, rs
         *strides_of("gate", gate),
         *strides_of("scale", scale),
         rms,
-        asked.x or asked.branch is not None or asked.gate is not None,
+        asked.x or any(dtype is not None for dtype in (asked.branch, asked.gate, asked.branch_bias)),
         summed_shift or summed_bias or (summed_scale and bias is not None),
         summed_scale or (asked.weight is not None and not per_token[2]),
         *per_token,
@@ -411,6 +424,7 @@ def backward(
     x: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
+    branch_bias: Tensor | None,
     scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -419,15 +433,17 @@ def backward(
     rms: bool,
     asked: Asked,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, branch, gate, shift, scale, weight and bias; ``x`` is what was normalised."""
-    inputs = (dresidual, dy, x, branch, gate, scale, weight, bias, mean, rstd)
+    """The gradients of x, branch, gate and what follows; ``x`` is what was normalised."""
+    inputs = (dresidual, dy, x, branch, gate, branch_bias, scale, weight, bias, mean, rstd)
     dx = torch.empty_like(x) if asked.x else None
     dbranch = None if asked.branch is None else torch.empty_like(x, dtype=asked.branch)
     gradients = [
         gradient_of(x, asked.gate_rows, asked.gate),
+        _affine_gradient(x, asked.branch_bias),
         gradient_of(x, asked.shift_rows, asked.shift),
         gradient_of(x, asked.scale_rows, asked.scale),
-        *(None if dtype is None else x.new_empty(x.shape[2], dtype=dtype) for dtype in (asked.weight, asked.bias)),
+        _affine_gradient(x, asked.weight),
+        _affine_gradient(x, asked.bias),
     ]
     if x.numel() == 0:
         return dx, dbranch, *(None if gradient is None else gradient.zero_() for gradient in gradients)
@@ -439,12 +455,16 @@ def backward(
     return dx, dbranch, *gradients
 
 
+def _affine_gradient(x: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    return None if dtype is None else x.new_empty(x.shape[2], dtype=dtype)
+
+
 def adaln_fwd(x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
-    return forward(x, None, None, *arguments)[1:]
+    return forward(x, None, None, None, *arguments)[1:]
 
 
 def adaln_bwd(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     scale, weight, bias, mean, rstd, rms, need_x, *asked = arguments
-    tensors = (None, dy, x, None, None, scale, weight, bias, mean, rstd)
-    gradients = backward(*tensors, rms, Asked(need_x, None, None, 0, *asked))
-    return given(x, (gradients[0], *gradients[3:]))
+    tensors = (None, dy, x, None, None, None, scale, weight, bias, mean, rstd)
+    gradients = backward(*tensors, rms, Asked(need_x, None, None, 0, None, *asked))
+    return given(x, (gradients[0], *gradients[4:]))

@@ -1,8 +1,9 @@
 """gate_residual: equation and derivation in minisora_kernels/ops/gate_residual.py.
 
 Forward: a program takes some tokens, reads x and the branch once and writes y once. Backward: a program takes a run of
-tokens that share a row of the gate, reads dy and the branch once, writes dbranch once and adds up dgate in fp32
-registers; _rows.py adds up the runs. The gradient of a gate with a row a token is written with its token.
+tokens that share a row of the gate, reads dy and the branch once, writes dbranch once and adds up dgate and the
+gradient of the bias in fp32 registers; _rows.py adds up the runs. The gradient of a gate with a row a token is written
+with its token.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ._launch import Launch, Like, dense, plan, signature
 from ._rows import (
     BACKWARD,
     FORWARD,
+    Backward,
     Runs,
     add,
     chunks,
@@ -36,7 +38,19 @@ from ._rows import (
 
 
 @triton.jit(do_not_specialize=["count", "tokens", "gate_tokens"])
-def _fwd(x_ptr, branch_ptr, gate_ptr, y_ptr, count, tokens, gate_tokens, gate_sample, gate_row, tile: tl.constexpr):
+def _fwd(
+    x_ptr,
+    branch_ptr,
+    gate_ptr,
+    branch_bias_ptr,
+    y_ptr,
+    count,
+    tokens,
+    gate_tokens,
+    gate_sample,
+    gate_row,
+    tile: tl.constexpr,
+):
     column = columns(tile)
     token = tl.program_id(0) * tile.rows + tl.arange(0, tile.rows)[:, None, None]
     live = token < count
@@ -47,6 +61,8 @@ def _fwd(x_ptr, branch_ptr, gate_ptr, y_ptr, count, tokens, gate_tokens, gate_sa
         mask = mask_of(live, column[c], tile, c)
         here = at + column[c]
         gated = load(branch_ptr + here, mask)
+        if branch_bias_ptr is not None:
+            gated += load(branch_bias_ptr + column[c], mask)
         if gate_ptr is not None:
             gated *= load(gate + column[c], mask)
         store(y_ptr + here, load(x_ptr + here, mask) + gated, mask)
@@ -57,8 +73,10 @@ def _bwd(
     dy_ptr,
     branch_ptr,
     gate_ptr,
+    branch_bias_ptr,
     dbranch_ptr,
     dgate_ptr,
+    dbranch_bias_ptr,
     sums_ptr,
     tokens,
     row_tokens,
@@ -67,7 +85,8 @@ def _bwd(
     gate_sample,
     gate_row,
     PER_TOKEN: tl.constexpr,
-    SLOT: tl.constexpr,
+    GATE_SLOT: tl.constexpr,
+    BIAS_SLOT: tl.constexpr,
     tile: tl.constexpr,
 ):
     column = columns(tile)
@@ -75,7 +94,8 @@ def _bwd(
     begin, end, sample, place = run_of(tokens, row_tokens, run_tokens)
     if gate_ptr is not None and not PER_TOKEN:
         gate = row_of(gate_ptr, gate_sample, gate_row, sample, place, gate_tokens)
-    sums = zeros(tile)
+    sum_gate = zeros(tile)
+    sum_bias = zeros(tile)
     for first in range(begin, end, tile.rows):
         token = first + member
         live = token < end
@@ -86,68 +106,83 @@ def _bwd(
             mask = mask_of(live, column[c], tile, c)
             here = at + column[c]
             dy = load(dy_ptr + here, mask)
-            if dbranch_ptr is not None:
-                store(dbranch_ptr + here, dy * load(gate + column[c], mask), mask)
+            if gate_ptr is not None:
+                dbranch = dy * load(gate + column[c], mask)
+                if dbranch_ptr is not None:
+                    store(dbranch_ptr + here, dbranch, mask)
+                if dbranch_bias_ptr is not None:
+                    sum_bias = add(sum_bias, c, dbranch)
             if dgate_ptr is not None:
-                dgate = dy * load(branch_ptr + here, mask)
+                branch = load(branch_ptr + here, mask)
+                if branch_bias_ptr is not None:
+                    branch += load(branch_bias_ptr + column[c], mask)
                 if PER_TOKEN:
-                    store(dgate_ptr + here, dgate, mask)
+                    store(dgate_ptr + here, dy * branch, mask)
                 else:
-                    sums = add(sums, c, dgate)
-    if dgate_ptr is not None and not PER_TOKEN:
-        for c in tl.static_range(chunks(tile)):
-            mask = mask_of(True, column[c], tile, c)
-            store_sum(dgate_ptr, sums_ptr, SLOT, tl.sum(sums[c], 0)[None], column[c], mask, tile)
+                    sum_gate = add(sum_gate, c, dy * branch)
+    for c in tl.static_range(chunks(tile)):
+        mask = mask_of(True, column[c], tile, c)
+        if dgate_ptr is not None and not PER_TOKEN:
+            store_sum(dgate_ptr, sums_ptr, GATE_SLOT, tl.sum(sum_gate[c], 0)[None], column[c], mask, tile)
+        if dbranch_bias_ptr is not None:
+            store_sum(dbranch_bias_ptr, sums_ptr, BIAS_SLOT, tl.sum(sum_bias[c], 0)[None], column[c], mask, tile)
 
 
 @plan
-def _forward_plan(x, branch, gate, device) -> Launch:
+def _forward_plan(x, branch, gate, branch_bias, device) -> Launch:
     x, branch, gate = dense("x", x), dense("branch", branch), gate and Like(*gate)
+    dense("branch_bias", branch_bias)
     batch, tokens, width = x.shape
     tile, warps = tile_of(width, max_itemsize(x.dtype, branch.dtype), *FORWARD)
     numbers = (batch * tokens, tokens, tokens_per_row(gate, tokens), *strides_of("gate", gate))
     return Launch(_fwd, (triton.cdiv(batch * tokens, tile.rows),), *numbers, constants(tile), num_warps=warps)
 
 
-def gate_residual_fwd(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+def gate_residual_fwd(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None) -> Tensor:
     y = torch.empty_like(x)
     if x.numel():
-        launch = _forward_plan(signature(x), signature(branch), signature(gate), x.get_device())
-        launch(x, branch, gate, y)
+        inputs = (x, branch, gate, branch_bias)
+        _forward_plan(*map(signature, inputs), x.get_device())(*inputs, y)
     return y
 
 
 @plan
-def _backward_plan(dy, branch, gate, dbranch, gate_rows, device) -> tuple[Launch, tuple[int, int], Launch | None]:
+def _backward_plan(dy, branch, gate, branch_bias, dbranch, gate_rows, need_bias, device) -> Backward:
     """``dbranch``: its dtype, or None. ``gate_rows``: rows of dgate, or 0."""
     dy, branch, gate = dense("dy", dy), dense("branch", branch), gate and Like(*gate)
+    dense("branch_bias", branch_bias)
     batch, tokens, width = dy.shape
     dtypes = {dtype for dtype in (dy.dtype, dbranch, branch and branch.dtype) if dtype is not None}
     tile, warps = tile_of(width, max_itemsize(*dtypes), *BACKWARD)
     rows = gate_rows if gate is None else gate.shape[1]
-    runs = Runs(dy.shape, tile, (rows,), ((batch, rows, width) if gate_rows else None,))
+    gradients = ((batch, rows, width) if gate_rows else None, (width,) if need_bias else None)
+    runs = Runs(dy.shape, tile, (rows,), gradients)
     per_row = tokens // rows
     numbers = (tokens, runs.row_tokens, runs.run_tokens, per_row, *strides_of("gate", gate))
     first = Launch(_bwd, (runs.count,), *numbers, per_row == 1, *runs.slots, constants(tile), num_warps=warps)
-    return first, runs.sums, runs.second_stage()
+    return Backward(first, runs.sums, runs.second_stage(), runs.added)
 
 
 def gate_residual_bwd(
     dy: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
+    branch_bias: Tensor | None,
     dbranch_dtype: torch.dtype | None,
     gate_dtype: torch.dtype | None,
     gate_rows: int,
+    bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
     dbranch = None if dbranch_dtype is None else torch.empty_like(dy, dtype=dbranch_dtype)
-    dgate = gradient_of(dy, gate_rows, gate_dtype)
+    dbias = None if bias_dtype is None else dy.new_empty(dy.shape[2], dtype=bias_dtype)
+    gradients = gradient_of(dy, gate_rows, gate_dtype), dbias
     if dy.numel() == 0:
-        return given(dy, (dbranch, None if dgate is None else dgate.zero_()))
-    inputs = (signature(dy), signature(branch), signature(gate))
-    first, size, second = _backward_plan(*inputs, dbranch_dtype, gate_rows, dy.get_device())
-    sums = None if second is None else dy.new_empty(size, dtype=torch.float32)
-    first(dy, branch, gate, dbranch, dgate, sums)
-    if second is not None:
-        second(sums, dgate, None, None, None, None)
-    return given(dy, (dbranch, dgate))
+        return given(dy, (dbranch, *(None if gradient is None else gradient.zero_() for gradient in gradients)))
+    inputs = (dy, branch, gate, branch_bias)
+    asked = dbranch_dtype, gate_rows, dbias is not None
+    launches = _backward_plan(*map(signature, inputs), *asked, dy.get_device())
+    sums = None if launches.second is None else dy.new_empty(launches.sums, dtype=torch.float32)
+    launches.first(*inputs, dbranch, *gradients, sums)
+    if launches.second is not None:
+        launches.second(sums, *(None if i is None else gradients[i] for i in launches.added))
+    return given(dy, (dbranch, *gradients))

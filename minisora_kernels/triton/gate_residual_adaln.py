@@ -1,8 +1,8 @@
 """gate_residual_adaln: the kernels of adaln.py, with a branch to add first.
 
 Forward, a program reads x and the branch once and writes the residual and y once; the residual is rounded before it is
-normalised. Backward, it reads the gradient of the residual too, writes dbranch and adds up dgate: six activations pass
-through memory, where the two ops one after the other take nine.
+normalised. Backward, it reads the gradient of the residual too, writes dbranch and adds up dgate and dbranch_bias: six
+activations pass through memory, where the two ops one after the other take nine.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ def gate_residual_adaln_fwd(
     x: Tensor,
     branch: Tensor,
     gate: Tensor | None,
+    branch_bias: Tensor | None,
     shift: Tensor | None,
     scale: Tensor | None,
     weight: Tensor | None,
@@ -28,7 +29,7 @@ def gate_residual_adaln_fwd(
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    return adaln.forward(x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype)
+    return adaln.forward(x, branch, gate, branch_bias, shift, scale, weight, bias, rms, eps, out_dtype)
 
 
 def gate_residual_adaln_bwd(
@@ -37,6 +38,7 @@ def gate_residual_adaln_bwd(
     residual: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
+    branch_bias: Tensor | None,
     scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -46,5 +48,5 @@ def gate_residual_adaln_bwd(
     *asked: Any,
 ) -> tuple[Tensor, ...]:
     wanted = adaln.Asked(*asked)
-    tensors = (dresidual, dy, residual, branch, gate, scale, weight, bias, mean, rstd)
+    tensors = (dresidual, dy, residual, branch, gate, branch_bias, scale, weight, bias, mean, rstd)
     return given(residual, adaln.backward(*tensors, rms, wanted))

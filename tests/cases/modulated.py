@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from minisora_kernels.verify.cases import Case, random_tensors
-from minisora_kernels.verify.cases.modulated import modulated
+from minisora_kernels.verify.cases.modulated import modulated, with_bias
 
 
 def cases(draw: int) -> Iterator[Case]:
@@ -37,6 +37,17 @@ def cases(draw: int) -> Iterator[Case]:
     ]
     for row in table:
         yield from modulated(random, *row)
+    biased: list[tuple] = [
+        ("branch-bias", 2, 37, 40, 1, 1, True, "layer", {}),
+        ("branch-bias-per-token", 2, 19, 24, 19, 19, False, "rms", {}),
+        ("branch-bias-mixed-rows", 3, 12, 7, 6, 4, False, "layer", {"branch_bias": torch.float32}),
+        ("branch-bias-a-clip", 1, 4096, 8, 1, 1, False, "layer", {}),
+        ("branch-bias-no-tokens", 2, 0, 16, 1, 1, True, "layer", {}),
+    ]
+    for row in biased:
+        yield from with_bias(random, *row)
+    for case in with_bias(random, "branch-bias-without-gate", 2, 18, 40, 1, 1):
+        yield replace(case, tensors={name: tensor for name, tensor in case.tensors.items() if name != "gate"})
     # Parameters that are not there, and rows that all samples share.
     for case in modulated(random, "without", 2, 18, 40, 3, 2, True):
         absent = [name for name in ("gate", "shift", "scale") if name in case.tensors]

@@ -25,9 +25,13 @@ MODULATED |= {"weight": "x scale statistics", "bias": "scale"}
 # Per op and gradient: the inputs that it takes, and what the forward made (MADE).
 KEPT = {
     "adaln": MODULATED,
-    "gate_residual": {"x": "", "branch": "gate", "gate": "branch"},
+    "gate_residual": {"x": "", "branch": "gate", "gate": "branch branch_bias", "branch_bias": "gate"},
     "gate_residual_adaln": {name: kept.replace("x ", "residual ") for name, kept in MODULATED.items()}
-    | {"branch": "residual scale weight statistics gate", "gate": "residual scale weight statistics branch"},
+    | {
+        "branch": "residual scale weight statistics gate",
+        "gate": "residual scale weight statistics branch branch_bias",
+        "branch_bias": "residual scale weight statistics gate",
+    },
     "gelu_mlp": {"x": "w1 w2 h", "w1": "x w2 h", "b1": "w2 h", "w2": "h", "b2": ""},
     "grn": {"x": "x weight norms", "weight": "x norms", "bias": ""},
     "patch_embed": {"x": "weight", "weight": "x", "bias": "", "pos": ""},
@@ -61,6 +65,7 @@ def chosen() -> list[Case]:
                 "pixels",
                 "without-scale",
                 "without-gate",
+                "branch-bias",
                 "shared",
                 "exact",
             ):
@@ -158,8 +163,8 @@ def test_no_gradient_is_computed_that_is_not_asked_for(case: Case, backend: str)
 # Per backward the results in turn, each by the inputs whose gradients take it.
 RETURNS = {
     "adaln_bwd": ("x", "shift", "scale", "weight", "bias"),
-    "gate_residual_bwd": ("branch", "gate"),
-    "gate_residual_adaln_bwd": ("x", "branch", "gate", "shift", "scale", "weight", "bias"),
+    "gate_residual_bwd": ("branch", "gate", "branch_bias"),
+    "gate_residual_adaln_bwd": ("x", "branch", "gate", "branch_bias", "shift", "scale", "weight", "bias"),
     "gelu_mlp_bwd": ("x", "w2", "w1", "b1"),
     "grn_bwd": ("x", "weight", "bias"),
     "patch_embed_bwd": ("weight", "bias", "pos"),

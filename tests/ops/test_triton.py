@@ -221,7 +221,7 @@ def test_no_length_batch_or_number_of_rows_compiles_a_kernel_anew(op: str, launc
 @pytest.mark.parametrize("op", OPS)
 def test_tokens_too_wide_for_a_program_are_refused_by_their_shape(op: str, device: str):
     table = importlib.import_module(f"minisora_kernels.ops.{op}").BACKENDS
-    arguments = {"adaln": 5, "gate_residual": 3, "gate_residual_adaln": 7}[op] - 1
+    arguments = {"adaln": 5, "gate_residual": 4, "gate_residual_adaln": 8}[op] - 1
     for width, refused in ((8192, False), (8193, True), (32768, True)):
         x = torch.empty(1, 1, width, device=device)
         reason = table["triton"](x, *(None,) * arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -14,8 +15,8 @@ from . import Case, Random, random_tensors, width_of
 
 MODULATED = {
     "adaln": ("x", "shift", "scale", "weight", "bias"),
-    "gate_residual": ("x", "branch", "gate"),
-    "gate_residual_adaln": ("x", "branch", "gate", "shift", "scale", "weight", "bias"),
+    "gate_residual": ("x", "branch", "gate", "branch_bias"),
+    "gate_residual_adaln": ("x", "branch", "gate", "branch_bias", "shift", "scale", "weight", "bias"),
 }
 
 
@@ -54,6 +55,13 @@ def modulated(
         )
 
 
+def with_bias(random: Random, *row: Any) -> Iterator[Case]:
+    """The same through the two ops that take the bias of the branch."""
+    for case in modulated(random, *row):
+        if "branch" in case.tensors:
+            yield replace(case, tensors=case.tensors | {"branch_bias": random(case.tensors["x"].shape[2])})
+
+
 def cases() -> list[Case]:
     """What :mod:`..right` checks: every kernel and every branch of its launcher, on as few numbers as show it."""
     random = random_tensors(0)
@@ -67,6 +75,7 @@ def cases() -> list[Case]:
         next(modulated(random, "per-token", 2, 19, 24, 19, 19, False, "rms")),
         *(replace(case, layout="chunked") for case in modulated(random, "chunked", 2, 18, 96, 1, 1)),
         *(replace(case, layout="chunked") for case in modulated(random, "chunked-frames", 2, 18, 24, 3, 3, True)),
+        *with_bias(random, "branch-bias", 2, 37, 40, 1, 1, True),
         *(replace(case, layout="offset") for case in modulated(random, "offset", 2, 17, 96, 1, 1, True)),
     ]
 
