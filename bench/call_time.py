@@ -67,10 +67,10 @@ def calls() -> dict[str, tuple[Call, Call]]:
     }
 
 
-def least(functions: Sequence[Call]) -> list[float]:
+def least(functions: Sequence[Call], rounds: int = ROUNDS) -> list[float]:
     """Microseconds of a call of each function, the least of the rounds."""
     found = [float("inf")] * len(functions)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for i, function in enumerate(functions):
             start = perf_counter()
             for _ in range(CALLS):

@@ -23,6 +23,7 @@ import importlib.util
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,9 +145,37 @@ def register_fake(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
+class _Watch(threading.local):
+    """Who is told of the raw ops that this thread calls: a list of their overloads, arguments and results, or None."""
+
+    def __init__(self) -> None:  # in every thread; Dynamo would not guard on an attribute of the class
+        self.calls: list[tuple[Any, tuple, Any]] | None = None
+
+
+watch = _Watch()
+
+
+class _Watched:
+    """The raw ops of a library, which note their calls."""
+
+    def __init__(self, library: Any, calls: list[tuple[Any, tuple, Any]]) -> None:
+        self._library, self._calls = library, calls
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        raw = getattr(self._library, name).default
+
+        def call(*arguments: Any) -> Any:
+            result = raw(*arguments)
+            self._calls.append((raw, arguments, result))
+            return result
+
+        return call
+
+
 def kernels(name: str) -> Any:
     """The raw ops of backend ``name``, as attributes."""
-    return torch.ops.minisora_triton if name == "triton" else torch.ops.minisora
+    library = torch.ops.minisora_triton if name == "triton" else torch.ops.minisora
+    return library if watch.calls is None else _Watched(library, watch.calls)
 
 
 def build_record() -> dict:

@@ -6,16 +6,13 @@ all of this package: it is filled when somebody imports that module, and not bef
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from collections.abc import Callable
 
 import torch
 
 from .backends import LIBRARIES
+from .on_import import when_imported
 
 Formula = Callable[..., int]
 _TABLE = "torch.utils.flop_counter"
@@ -41,27 +38,9 @@ def _register(name: str) -> None:
     register_flop_formula(packets)(_formulas[name])
 
 
-class _OnImport(MetaPathFinder):
-    """Fills torch's table right after its module was imported."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != _TABLE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_fill(module: ModuleType) -> None:
-                execute(module)
-                for each in _formulas:
-                    _register(each)
-
-            setattr(spec.loader, "exec_module", execute_and_fill)  # noqa: B010 - a method to mypy
-        return spec
+def _register_all() -> None:
+    for name in _formulas:
+        _register(name)
 
 
-if _TABLE not in sys.modules:
-    sys.meta_path.insert(0, _OnImport())
+when_imported(_TABLE, _register_all)

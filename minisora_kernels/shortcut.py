@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import backends
 from .forcing import forced_eagerly
@@ -121,20 +120,6 @@ def _can_record(values: tuple) -> bool:
     return len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
 
 
-class _Seen(TorchDispatchMode):
-    """The raw ops that are called: with what, and what they return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple, Any]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function.namespace in ("minisora", "minisora_triton"):
-            self.calls.append((function, args, result))
-        return result
-
-
 def _record(kept: list[_Path], function: Callable, values: tuple, arguments: tuple, options: dict) -> Any:
     """Call ``function``, and keep how to come to its result the next time."""
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
@@ -145,11 +130,15 @@ def _record(kept: list[_Path], function: Callable, values: tuple, arguments: tup
         dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
         dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
     ).check
-    with _Seen() as seen:
+    calls: list[tuple[Any, tuple, Any]] = []
+    backends.watch.calls = calls
+    try:
         result = function(*arguments, **options)
+    finally:
+        backends.watch.calls = None
     constants = _getter(others)
     signature = check, _getter(places) if others else None, constants, constants(values)
-    replay = _replay(seen.calls[0], values, places, result) if len(seen.calls) == 1 else None
+    replay = _replay(calls[0], values, places, result) if len(calls) == 1 else None
     kept.insert(0, _Path(*signature, None) if replay is None else _Path(*signature, *replay))
     del kept[KEPT:]
     return result

@@ -16,7 +16,7 @@ FILES = [
     ROOT / "tests" / "conftest.py",
 ]
 # Attributes of torch's objects: a walk over the source does not know the type of what stands before them.
-ATTRIBUTES = {"_schema", "_cdata", "_version"}
+ATTRIBUTES = {"_schema", "_cdata", "_version", "_op"}
 
 
 def is_private(name: str) -> bool:

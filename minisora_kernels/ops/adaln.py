@@ -39,6 +39,7 @@ from ..modulation import (
     rows,
     triton_refusal,
 )
+from ..sharding import token_local
 from ..shortcut import shortcut
 
 
@@ -79,6 +80,9 @@ define(
     "bool need_x, ScalarType? dshift, SymInt shift_rows, ScalarType? dscale, SymInt scale_rows, ScalarType? dweight, "
     "ScalarType? dbias) -> (Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias)"
 )
+
+
+token_local("adaln")
 
 
 @register_fake("adaln_fwd")

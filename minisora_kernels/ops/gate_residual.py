@@ -35,6 +35,7 @@ from ..modulation import (
     rows,
     triton_refusal,
 )
+from ..sharding import token_local
 from ..shortcut import shortcut
 
 
@@ -48,13 +49,16 @@ def reference(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tenso
     return (x + (gain * branch_rows).flatten(1, 2)).to(x.dtype)
 
 
-define("gate_residual_fwd(Tensor x, Tensor branch, Tensor? gate, Tensor? branch_bias) -> Tensor")
+define("gate_residual_fwd(Tensor x, Tensor branch, Tensor? gate, Tensor? branch_bias) -> (Tensor y)")
 # A gradient without a dtype is not asked for and comes back without elements; what it alone reads may be None.
 define(
     "gate_residual_bwd(Tensor dy, Tensor? branch, Tensor? gate, Tensor? branch_bias, ScalarType? dbranch, "
     "ScalarType? dgate, SymInt gate_rows, ScalarType? dbranch_bias) "
     "-> (Tensor dbranch, Tensor dgate, Tensor dbranch_bias)"
 )
+
+
+token_local("gate_residual")
 
 
 @register_fake("gate_residual_fwd")
@@ -104,11 +108,11 @@ class _GateResidual(torch.autograd.Function):
         return *asked_for(needs, (dy, *found)), None
 
 
-def _kernels(x, branch, gate, branch_bias):
+def _kernels(x, branch, gate, branch_bias=None):
     return kernel_refusal(x=x, branch=branch, gate=gate, branch_bias=branch_bias)
 
 
-def _triton(x, branch, gate, branch_bias):
+def _triton(x, branch, gate, branch_bias=None):
     return triton_refusal(x, branch=branch, gate=gate, branch_bias=branch_bias)
 
 
@@ -157,8 +161,9 @@ def gate_residual(
         The last bias of an MLP, handed on:
 
         >>> fc1, fc2 = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
-        >>> mlp = minisora_kernels.gelu_mlp(x, fc1.weight, fc1.bias, fc2.weight, None)
-        >>> gate_residual(x, mlp, gate, branch_bias=fc2.bias).shape
+        >>> from minisora_kernels import gelu_mlp
+        >>> branch = gelu_mlp(x, fc1.weight, fc1.bias, fc2.weight, None)
+        >>> gate_residual(x, branch, gate, branch_bias=fc2.bias).shape
         torch.Size([1, 4, 8])
     """
     check_tokens("gate_residual", "x", x)

@@ -37,6 +37,7 @@ from ..modulation import (
     rows,
     triton_refusal,
 )
+from ..sharding import token_local
 from ..shortcut import shortcut
 from . import adaln, gate_residual
 
@@ -80,6 +81,9 @@ define(
     "ScalarType? dbias) -> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dbranch_bias, Tensor dshift, "
     "Tensor dscale, Tensor dweight, Tensor dbias)"
 )
+
+
+token_local("gate_residual_adaln")
 
 
 @register_fake("gate_residual_adaln_fwd")
@@ -162,12 +166,12 @@ class _GateResidualAdaLN(torch.autograd.Function):
         return *asked_for(needs, (dx, dbranch, *parameters)), *(None,) * 4
 
 
-def _kernels(x, branch, gate, branch_bias, shift, scale, weight, bias):
+def _kernels(x, branch, gate, shift, scale, weight, bias, branch_bias=None):
     tensors = dict(branch=branch, gate=gate, branch_bias=branch_bias, shift=shift, scale=scale)
     return kernel_refusal(x=x, **tensors, weight=weight, bias=bias)
 
 
-def _triton(x, branch, gate, branch_bias, shift, scale, weight, bias):
+def _triton(x, branch, gate, shift, scale, weight, bias, branch_bias=None):
     tensors = dict(branch=branch, gate=gate, branch_bias=branch_bias, shift=shift, scale=scale)
     return triton_refusal(x, **tensors, weight=weight, bias=bias)
 
@@ -237,14 +241,15 @@ def gate_residual_adaln(
     gate, shift, scale = rows(op, "gate", gate, x), rows(op, "shift", shift, x), rows(op, "scale", scale, x)
     branch_bias = affine(op, "branch_bias", branch_bias, x)
     weight, bias = affine(op, "weight", weight, x), affine(op, "bias", bias, x)
-    parameters = gate, branch_bias, shift, scale, weight, bias
-    chosen = backends.choose(op, BACKENDS, x.device, backend, x, branch, *parameters)
+    call = x, branch, gate, shift, scale, weight, bias, branch_bias
+    chosen = backends.choose(op, BACKENDS, x.device, backend, *call)
     if chosen == "reference":
-        affine_norm = dict(branch_bias=branch_bias, weight=weight, bias=bias)
-        residual, y = reference(x, branch, gate, shift, scale, **affine_norm, norm=norm, eps=eps)
+        biases = dict(branch_bias=branch_bias, bias=bias)
+        residual, y = reference(x, branch, gate, shift, scale, **biases, weight=weight, norm=norm, eps=eps)
     else:
         options = (norm == "rms", eps, output_dtype(x, branch), chosen)
         tokens = x.contiguous(), beside(branch, x.dtype).contiguous()
+        parameters = gate, branch_bias, shift, scale, weight, bias
         residual, y = backends.apply(_GateResidualAdaLN, *tokens, *parameters, *options)
     remember(y, (residual, *made_of), norm, eps)
     return residual, y

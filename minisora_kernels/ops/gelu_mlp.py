@@ -26,6 +26,7 @@ from ..backends import define, kernels, register_fake
 from ..checks import cast, check_tensor, kernel_refusal, linear_dtype
 from ..derivatives import once
 from ..flops import formula
+from ..sharding import token_local
 from ..shortcut import shortcut
 
 
@@ -52,6 +53,9 @@ define(
     "gelu_mlp_bwd(Tensor dy, Tensor h, Tensor? w1, Tensor? w2, bool exact, bool need_a, bool need_dh, bool need_b1) "
     "-> (Tensor dx, Tensor a, Tensor dh, Tensor db1)"
 )
+
+
+token_local("gelu_mlp", matrix=True)
 
 
 @register_fake("gelu_mlp_fwd")
@@ -147,7 +151,8 @@ def gelu_mlp(
         w1: First weight, ``[hidden, D]``, as nn.Linear stores it.
         b1: First bias, ``[hidden]``, or None.
         w2: Second weight, ``[D_out, hidden]``.
-        b2: Second bias, ``[D_out]``, or None.
+        b2: Second bias, ``[D_out]``, or None. A gated residual that reads y may take it instead: ``branch_bias`` of
+            :func:`gate_residual`.
         approximate: Form of GELU, in torch's words: ``"tanh"``, or ``"none"`` for the exact form.
         backend: Backend to run, or None for the automatic choice.
 

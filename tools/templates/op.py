@@ -20,6 +20,7 @@ from .. import backends
 from ..backends import define, kernels, register_fake
 from ..checks import check_tensor, kernel_refusal, number
 from ..derivatives import once
+from ..shortcut import shortcut
 
 
 def reference(x: Tensor, scale: float) -> Tensor:
@@ -60,6 +61,7 @@ def _kernels(x):
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
 
 
+@shortcut
 def new_op(x: Tensor, scale: float, *, backend: backends.Name | None = None) -> Tensor:
     """``scale * x``. Differentiable in x.
 

@@ -1,0 +1,154 @@
+"""A repeated call takes the shortcut to its raw op, and differs in nothing: results, errors, backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES
+from conftest import DEVICE
+from test_ops import outputs
+from torch import Tensor
+
+import minisora_kernels as mk
+from minisora_kernels import automatic, backends, shortcut
+
+pytestmark = pytest.mark.skipif(
+    backends.unavailable("cpu") is not None or DEVICE != "cpu", reason="no CPU kernels serve here"
+)
+OPS = ("adaln", "gate_residual", "gate_residual_adaln", "gelu_mlp", "grn", "patch_embed", "unpatchify")
+
+
+@pytest.fixture(autouse=True)
+def afresh() -> None:
+    shortcut.forget()
+
+
+def recorded(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the call takes the long way."""
+    ways: list[str] = []
+    choose = backends.choose
+    monkeypatch.setattr(backends, "choose", lambda op, *rest, **more: (ways.append(op), choose(op, *rest, **more))[1])
+    call()
+    monkeypatch.setattr(backends, "choose", choose)
+    return bool(ways)
+
+
+def tokens(seed: int = 0, *shape: int) -> Tensor:
+    return torch.randn(shape or (2, 12, 16), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.op in OPS and case.name != "a-clip"], ids=str)
+def test_the_same_bits_from_other_tensors(case, dtype: torch.dtype):
+    """The second call has other numbers in tensors of the same signature."""
+    with torch.no_grad():
+        first = {name: leaf.detach() for name, leaf in case.leaves(dtype).items()}
+        case.call(first, backend="cpu")
+        second = case.laid({name: (leaf * 0.5 + 0.25).to(leaf.dtype) for name, leaf in first.items()})
+        found = outputs(case.call(second, backend="cpu"))
+        shortcut.forget()
+        expected = outputs(case.call(second, backend="cpu"))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape and ours.stride() == theirs.stride() and ours.dtype == theirs.dtype
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+
+@torch.no_grad()
+def test_what_takes_it(monkeypatch):
+    x, row, bias = tokens(), tokens(1, 2, 16), tokens(2, 16)
+    calls: dict[str, Callable[[], Any]] = {
+        "rows without a dimension": lambda: mk.adaln(x, row, tokens(3, 2, 16)),
+        "shared rows": lambda: mk.adaln(x, row[:1]),
+        "names": lambda: mk.gate_residual(x, branch=tokens(4), gate=row, branch_bias=bias),
+        "None": lambda: mk.gate_residual_adaln(x, tokens(4), None, row, eps=1e-5),
+        "a grid": lambda: mk.unpatchify(x, (1, 3, 4), (1, 2, 2), 4),
+        "a vector": lambda: mk.gelu_mlp(x[0, 0], tokens(5, 32, 16), None, tokens(6, 8, 32), tokens(7, 8)),
+    }
+    for name, call in calls.items():
+        assert recorded(call, monkeypatch), name
+        assert not recorded(call, monkeypatch), name
+
+
+@torch.no_grad()
+def test_what_does_not(monkeypatch):
+    x, row = tokens(), tokens(1, 2, 16)
+    mk.adaln(x, row, tokens(2, 2, 16), eps=1)
+    others: dict[str, Callable[[], Any]] = {
+        "one tensor twice": lambda: mk.adaln(x, row, row, eps=1),
+        "other strides": lambda: mk.adaln(x.transpose(0, 1).contiguous().transpose(0, 1), row, tokens(2, 2, 16), eps=1),
+        "another dtype": lambda: mk.adaln(x, row.bfloat16(), tokens(2, 2, 16), eps=1),
+        "another eps": lambda: mk.adaln(x, row, tokens(2, 2, 16), eps=1e-6),
+        "a parameter": lambda: mk.adaln(torch.nn.Parameter(x), row, tokens(2, 2, 16), eps=1),
+        "no tokens": lambda: mk.adaln(x[:, :0], row, tokens(2, 2, 16), eps=1),
+        "float64": lambda: mk.adaln(x.double(), row, tokens(2, 2, 16), eps=1),
+    }
+    for name, call in others.items():
+        assert recorded(call, monkeypatch), name
+    same = lambda: mk.adaln(x, row, tokens(2, 2, 16), eps=1)  # noqa: E731
+    assert not recorded(same, monkeypatch)
+    for around in (torch.enable_grad(), torch.autocast("cpu"), mk.use_backend("reference")):
+        with around:
+            assert recorded(same, monkeypatch), around
+    assert not recorded(same, monkeypatch)
+    automatic.forget()
+    assert recorded(same, monkeypatch)
+
+
+@torch.no_grad()
+def test_errors_are_those_of_the_first_call():
+    x, row = tokens(), tokens(1, 2, 16)
+    mk.adaln(x, row, eps=1)
+    mk.unpatchify(x, (1, 3, 4), (1, 2, 2), 4, channels_first=True)
+    wrong: list[tuple[Callable[[], Any], type[Exception], str]] = [
+        (lambda: mk.adaln(x, row, eps=True), TypeError, "adaln: eps is True; it must be a number"),
+        (lambda: mk.adaln(x, row, eps=-1), ValueError, "adaln: eps is -1.0; it must be finite"),
+        (lambda: mk.adaln(x, row[:, :8], eps=1), ValueError, "adaln: shift has shape"),
+        (lambda: mk.adaln(x, row.int(), eps=1), TypeError, "adaln: shift has dtype torch.int32"),
+        (lambda: mk.adaln(x, row, eps=1, backend="none"), ValueError, "backend is 'none'"),
+        (lambda: mk.unpatchify(x, (True, 3, 4), (1, 2, 2), 4, channels_first=True), TypeError, "grid is True"),
+        (lambda: mk.unpatchify(x, (1, 3, 4), (1, 2, 2), 4, channels_first=1), TypeError, "channels_first is 1"),
+        (lambda: mk.adaln(x, row, 1.0), TypeError, "adaln: scale must be a tensor, got float"),
+        (lambda: mk.adaln(x, row, epsilon=1), TypeError, "unexpected keyword argument 'epsilon'"),
+    ]
+    for _ in range(2):
+        for call, error, message in wrong:
+            with pytest.raises(error, match=message):
+                call()
+
+
+@torch.no_grad()
+def test_a_list_that_changes_is_read_anew():
+    grid = [1, 3, 4]
+    for _ in range(2):
+        grid[:] = [1, 3, 4]
+        assert mk.unpatchify(tokens(), grid, (1, 2, 2), 4).shape == (2, 4, 1, 6, 8)
+        grid[:] = [1, 4, 3]
+        assert mk.unpatchify(tokens(), grid, (1, 2, 2), 4).shape == (2, 4, 1, 8, 6)
+
+
+@torch.no_grad()
+def test_transforms_and_modes_see_the_op():
+    x, row = tokens(), tokens(1, 2, 16)
+    expected = mk.gate_residual(x, x * 2, row)
+    mk.gate_residual(x, x * 2, row)
+    torch.testing.assert_close(torch.func.vmap(mk.gate_residual)(x[None], (x * 2)[None], row[None]), expected[None])
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = mode.from_tensor(x), mode.from_tensor(x), mode.from_tensor(row)
+        assert type(mk.gate_residual(*fake)) is torch._subclasses.FakeTensor
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="forward mode AD"):  # a raw op would drop the derivative
+            mk.gate_residual(dual, x * 2, row)
+
+
+@torch.no_grad()
+def test_as_many_signatures_as_are_kept(monkeypatch):
+    x = [tokens(0, 1, count + 1, 16) for count in range(2 * shortcut.KEPT)]
+    for each in x:
+        mk.adaln(each)
+    taken = [not recorded(lambda each=each: mk.adaln(each), monkeypatch) for each in x[-shortcut.KEPT :]]
+    assert all(taken)
+    assert recorded(lambda: mk.adaln(x[0]), monkeypatch)
