@@ -10,7 +10,7 @@ and call the raw op. Any other call, with every error, takes the way of the firs
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import is_, itemgetter
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -70,11 +70,8 @@ def shortcut(function: Callable[P, R]) -> Callable[P, R]:
             if raw is None:
                 return function(*arguments, **options)
             found = values if picked is None else picked(values)
-            if views:
-                found = list(found)
-                for place, size, stride in views:
-                    found[place] = found[place].as_strided(size, stride)
-                found = tuple(found)
+            for place, size, stride in views:
+                found = (*found[:place], found[place].as_strided(size, stride), *found[place + 1 :])
             result = raw(*found + rest)
             return result if finish is None else finish(result)
         if _can_record(values):
@@ -127,9 +124,9 @@ def _record(kept: list[_Path], function: Callable, values: tuple, arguments: tup
     tensors = [values[i] for i in places]
     check = TensorGuards(
         *tensors,
-        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
-        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
-    ).check
+        dynamic_dims_sizes=[[*tensor.shape] for tensor in tensors],  # type: ignore[misc]
+        dynamic_dims_strides=[[*tensor.stride()] for tensor in tensors],  # type: ignore[misc]
+    ).check  # the stub knows lists of numbers where torch takes a list per tensor
     calls: list[tuple[Any, tuple, Any]] = []
     backends.watch.calls = calls
     try:
@@ -144,14 +141,15 @@ def _record(kept: list[_Path], function: Callable, values: tuple, arguments: tup
     return result
 
 
-def _getter(places: list[int | None]) -> Callable[[tuple], tuple]:
+def _getter(places: Sequence[int | None]) -> Callable[[tuple], tuple]:
     """What takes the values of these places, and None for None."""
-    if None in places:
+    there = [place for place in places if place is not None]
+    if len(there) < len(places):
         inner = itemgetter(*(-1 if place is None else place for place in places))
         return lambda values: inner((*values, None))
-    if len(places) > 1:
-        return itemgetter(*places)
-    return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))  # a single one would be no tuple
+    if len(there) > 1:
+        return itemgetter(*there)
+    return itemgetter(slice(there[0], there[0] + 1) if there else slice(0))  # a single one would be no tuple
 
 
 def _replay(call: tuple[Any, tuple, Any], values: tuple, places: list[int], result: Any) -> tuple | None:

@@ -153,6 +153,9 @@ class _GateResidualAdaLN(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any):
         residual, branch, gate, branch_bias, scale, weight, bias, mean, rstd = ctx.saved_tensors
         dresidual, dy = (gradient.contiguous() for gradient in gradients)
+        if type(dresidual) is not type(dy):  # for what nobody read, autograd makes plain zeros, of a DTensor too
+            dresidual = torch.zeros_like(dy, dtype=dresidual.dtype) if type(dresidual) is Tensor else dresidual
+            dy = torch.zeros_like(dresidual, dtype=dy.dtype) if type(dy) is Tensor else dy
         if residual is None:
             dshift, dbias = offset_gradients(dy, scale, ctx.rows[:2], ctx.affine[1])
             return *(None,) * 4, dshift, None, None, dbias, *(None,) * 4
