@@ -157,7 +157,7 @@ def _join(reader: Reader, put: dict[fx.Node, Site], choice: Choice) -> None:
             continue
         x, branch, rows = (value(each) for each in gate.args)
         shift, scale, weight, bias = (value(each) for each in norm.args[1:])
-        call = dict(x=x, branch=branch, gate=rows, shift=shift, scale=scale, weight=weight, bias=bias)
+        call = dict(x=x, branch=branch, gate=rows, branch_bias=None, shift=shift, scale=scale, weight=weight, bias=bias)
         result = value(norm)
         try:
             name, _ = choice.serve("gate_residual_adaln", call, result is not None and result.requires_grad, "")

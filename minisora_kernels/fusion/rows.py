@@ -262,7 +262,7 @@ def match_gate(node: fx.Node) -> Match | None:
             calls.gate_residual,
             (x, branch, part),
             dict(dtype=dtype(result)),
-            dict(x=x, branch=branch, gate=part),
+            dict(x=x, branch=branch, gate=part, branch_bias=None),
         )
     return None
 
