@@ -85,6 +85,48 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Queries or keys ``[batch, count, heads, head_dim]``, and whose angles they turn by: a token's, or a head's.
+
+    ``rope`` is "", "token" or "head".
+    """
+
+    name: str
+    batch: int
+    count: int
+    heads: int
+    head_dim: int
+    across: bool = False
+    rope: str = "token"
+    quick: bool = False
+    dtypes: tuple[str, ...] = DTYPES
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Queries ``[batch, count, heads, head_dim]`` and ``keys`` tokens that they attend to.
+
+    With ``padded`` some keys of each sample do not count, half of them in the last one. With ``turned`` there are a
+    norm across heads and rotary tables.
+    """
+
+    name: str
+    batch: int
+    count: int
+    keys: int
+    heads: int
+    head_dim: int
+    padded: bool = False
+    turned: bool = False
+    quick: bool = False
+    dtypes: tuple[str, ...] = DTYPES
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.keys - self.keys * (b + 1) // (2 * self.batch) for b in range(self.batch)]
+
+
+@dataclass(frozen=True)
 class Patches:
     """A video ``[batch, channels, T, H, W]`` and its patches of ``width`` channels."""
 
@@ -154,6 +196,10 @@ def elements(shape: Any) -> int:
         return 2 * shape.batch * shape.count * shape.width
     if isinstance(shape, Windows):
         return 4 * shape.batch * prod(shape.grid) * shape.heads * shape.head_dim
+    if isinstance(shape, Heads):
+        return 2 * shape.batch * shape.count * shape.heads * shape.head_dim
+    if isinstance(shape, Keys):
+        return 2 * shape.batch * (shape.count + shape.keys) * shape.heads * shape.head_dim
     if isinstance(shape, Patches):
         return 2 * shape.batch * shape.channels * prod(shape.size)
     if isinstance(shape, Responses):

@@ -46,10 +46,13 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return out.masked_fill(none[:, None, None], 0.0).transpose(1, 2).flatten(2)
 
 
-define("attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? index, float scale) -> (Tensor out, Tensor softmax)")
 define(
-    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor? lengths, Tensor? index, float scale, "
-    "bool need_q, bool need_k, bool need_v) -> (Tensor dq, Tensor dk, Tensor dv)"
+    "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? index, float scale) "
+    "-> (Tensor out, Tensor softmax)"
+)
+define(
+    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor? lengths, "
+    "Tensor? index, float scale, bool need_q, bool need_k, bool need_v) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
 
@@ -83,8 +86,8 @@ def _(dout, q, k, *call, **out):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q, k, v, q_weight, k_weight, q_bias, k_bias, lengths, index, cos, sin, norm, across_heads, interleaved,
-        eps, scale, backend,
+        ctx: Any, q, k, v, q_weight, k_weight, q_bias, k_bias, lengths, index, cos, sin, norm, across_heads,
+        interleaved, eps, scale, backend,
     ):  # fmt: skip
         ctx.constants = norm, across_heads, interleaved, eps, scale, backend
         parameters = (q_weight, k_weight, q_bias, k_bias)
@@ -152,9 +155,12 @@ def _triton(q, *others):
 
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
 
+# What a record tells apart: all keys count and nothing else is asked for, some keys do not, or norm or rotation.
+DETAILS = ("plain", "padded", "norm")
+
 ROUTES = (
-    "cpu: the kernel of window_attention, on one window per sample whose keys are other tokens. triton: blocks of queries "
-    "and keys; norm and rotation have a pass of their own, norm_rope."
+    "cpu: the kernel of window_attention, on one window per sample whose keys are other tokens. triton: blocks of "
+    "queries and keys. norm and rotation have a pass of their own, norm_rope."
 )
 
 
@@ -247,8 +253,8 @@ def attention(
         if not fits or part.shape[1] < 1:
             batch, _, heads, head_dim = q.shape
             raise ValueError(
-                f"{op}: {name} has shape {tuple(part.shape)}; it must be [B, M, heads, head_dim] = [{batch}, M, {heads}, "
-                f"{head_dim}] with M at least 1"
+                f"{op}: {name} has shape {tuple(part.shape)}; it must be [B, M, heads, head_dim] = "
+                f"[{batch}, M, {heads}, {head_dim}] with M at least 1"
             )
     if v.shape != k.shape:
         raise ValueError(f"{op}: v has shape {tuple(v.shape)}; it must be that of k, {tuple(k.shape)}")
@@ -267,8 +273,8 @@ def attention(
     if rope is not None:
         if k.shape[1] != q.shape[1]:
             raise ValueError(
-                f"{op}: rope turns q and k alike, but q has {q.shape[1]} tokens and k has {k.shape[1]}; norm_rope turns "
-                "one of them"
+                f"{op}: rope turns q and k alike, but q has {q.shape[1]} tokens and k has {k.shape[1]}; norm_rope "
+                "turns one of them"
             )
         rope = check_rope(op, rope, q, "q")
     dtype = compute_dtype(q)
@@ -277,7 +283,9 @@ def attention(
             raise TypeError(f"{op}: {name} has dtype {part.dtype}, q has {q.dtype}; they must be the same")
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     parameters = (q_weight, k_weight, q_bias, k_bias)
-    chosen = backends.choose(op, BACKENDS, q.device, backend, q, k, v, *parameters)
+    padded = lengths is not None or mask is not None
+    detail = DETAILS[2 if qk_norm is not None or rope is not None else padded]
+    chosen = backends.choose(op, BACKENDS, q.device, backend, q, k, v, *parameters, detail=detail)
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
             options: Any = dict(norm=qk_norm, across_heads=across_heads, rope=rope, eps=eps)

@@ -244,20 +244,30 @@ class _NormRope(torch.autograd.Function):
 
 
 def _kernels(x, weight, bias):
+    if x.shape[-1] % 2:
+        return f"head_dim is {x.shape[-1]}; the kernels take even ones"
     return kernel_refusal(x=x, weight=weight, bias=bias)
 
 
-# Triton keeps a token's heads in the registers of a program.
+# Triton keeps a token's heads in the registers of a program, both sides rounded up to powers of two: 64 heads of 128.
 TRITON_WIDEST = 8192
 
 
 def _triton(x, weight, bias):
-    if x.shape[-2] * x.shape[-1] > TRITON_WIDEST:
-        return f"heads x head_dim is {x.shape[-2] * x.shape[-1]}; Triton's kernels take up to {TRITON_WIDEST}"
+    heads, head_dim = x.shape[-2:]
+    held = 1 << ((heads - 1).bit_length() + (head_dim - 1).bit_length())
+    if held > TRITON_WIDEST:
+        return (
+            f"heads x head_dim is {heads} x {head_dim}; Triton's kernels take up to {TRITON_WIDEST}, both rounded up "
+            "to powers of two"
+        )
     return _kernels(x, weight, bias)
 
 
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
+
+# What a record tells apart: a norm over each head, or rotation alone; or one across heads.
+DETAILS = ("per head", "across")
 
 
 def check_rope(op: str, rope: object, x: Tensor, name: str) -> Rope:
@@ -279,9 +289,9 @@ def check_rope(op: str, rope: object, x: Tensor, name: str) -> Rope:
         if not fits or full.shape[1] != tokens or full.shape[3] != half:
             hint = "; Rope.from_pairs takes such tables" if table.shape[-1:] == (head_dim,) else ""
             raise ValueError(
-                f"{op}: {table_name} has shape {tuple(table.shape)}; it may be [N, head_dim / 2], [N, heads, head_dim / "
-                f"2] or [B, N, heads, head_dim / 2] with B = {batch} or 1, N = {tokens}, heads = {heads} or 1 and "
-                f"head_dim / 2 = {half}{hint}"
+                f"{op}: {table_name} has shape {tuple(table.shape)}; it may be [N, head_dim / 2], [N, heads, "
+                f"head_dim / 2] or [B, N, heads, head_dim / 2] with B = {batch} or 1, N = {tokens}, heads = {heads} or "
+                f"1 and head_dim / 2 = {half}{hint}"
             )
         if table.requires_grad:
             raise ValueError(f"{op}: {table_name} requires a gradient; the rotary tables are constants")
@@ -315,9 +325,7 @@ def tables(rope: Rope | None) -> tuple[Tensor | None, Tensor | None, bool]:
     return rope.cos.float().contiguous(), rope.sin.float().contiguous(), rope.interleaved
 
 
-def check_norm(
-    op: str, norm_name: str, norm: object, like: tuple[Tensor, str], **parameters: Tensor | None
-) -> None:
+def check_norm(op: str, norm_name: str, norm: object, like: tuple[Tensor, str], **parameters: Tensor | None) -> None:
     """Raise unless the norm is one, and its parameters are ``[head_dim]`` or ``[heads, head_dim]``.
 
     ``like`` is a tensor ``[..., heads, head_dim]`` and its name.
@@ -393,7 +401,8 @@ def norm_rope(
     eps = number(op, "eps", eps, 0)
     rope = None if rope is None else check_rope(op, rope, x, "x")
     x = x.to(compute_dtype(x))
-    chosen = backends.choose(op, BACKENDS, x.device, backend, x, weight, bias)
+    detail = DETAILS[across_heads and norm is not None]
+    chosen = backends.choose(op, BACKENDS, x.device, backend, x, weight, bias, detail=detail)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return reference(
@@ -403,5 +412,3 @@ def norm_rope(
     return backends.apply(
         _NormRope, in_rows(x), dense(weight), dense(bias), cos, sin, NORMS[norm], across_heads, interleaved, eps, chosen
     )
-
-

@@ -126,6 +126,7 @@ define(
     "-> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight, Tensor dbias)"
 )
 
+
 @register_fake("window_attention_fwd")
 def _(qkv, t, h, w, wt, wh, ww, q_weight, k_weight, norm, cos, sin, interleaved, bias, scale, eps):
     batch, tokens, _, heads, head_dim = qkv.shape

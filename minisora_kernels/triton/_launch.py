@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, reduce
+from math import gcd
 from operator import or_
 from types import CodeType
 from typing import Any, NamedTuple, TypeVar, overload
@@ -74,6 +75,32 @@ def dense(name: str, tensor: tuple | None) -> Like | None:
             raise ValueError(f"{name} must be contiguous, got strides {like.stride}")
         step *= size
     return like
+
+
+class Strides(NamedTuple):
+    """Strides in units that a kernel is compiled for, so that it knows how its rows are aligned; see `strides_of`."""
+
+    unit: int
+    steps: tuple[int, ...]
+
+
+def strides_of(**named: Like) -> Strides:
+    """Of all axes but the last of tensors ``[..., head_dim]``, in units that are a power of two, 16 at most.
+
+    Triton looks whether a number is a multiple of 16, no further: rows of 72 channels it would read one by one. Axes of
+    one place have no stride.
+
+    Raises:
+        ValueError: the last axis has one.
+    """
+    steps: list[int] = []
+    for name, like in named.items():
+        if like.stride[-1] != 1:
+            raise ValueError(f"{name} must have stride 1 over head_dim, got strides {like.stride}")
+        places = zip(like.shape[:-1], like.stride[:-1], strict=True)
+        steps += [stride if size > 1 else 0 for size, stride in places]
+    unit = gcd(16, *steps)
+    return Strides(unit, tuple(step // unit for step in steps))
 
 
 @overload

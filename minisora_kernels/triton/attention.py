@@ -2,7 +2,7 @@
 
 Forward: a program takes a block of queries of one head through the keys that count, with an online softmax. Backward:
 one launch takes blocks of queries (dq), a second one blocks of keys (dk, dv). Both make the scores again, so nothing is
-added up across programs. The first also leaves delta for the second.
+added up across programs. The first leaves what the second needs of each query, side by side.
 
 A place of a key is its position in the sample, or in the order of the index, in which those that count are the first.
 No program reads a key from behind them; their gradients are zeros.
@@ -19,13 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import constants, precision_of
-from ._launch import Launch, Like, dense, empty_gradient, plan, signature
+from ._launch import Launch, Like, dense, empty_gradient, plan, signature, strides_of
 from ._window_rows import (
     Piece,
     add_product,
     exp,
     inner,
     load_rows,
+    narrow_pieces,
     row_sums,
     scaled,
     store_rows,
@@ -33,6 +34,7 @@ from ._window_rows import (
     zeros,
 )
 
+# None of these was measured on a GPU.
 # Wider heads take more registers than blocks and warps of this many channels leave.
 NARROW = 80
 
@@ -43,6 +45,7 @@ class Form(NamedTuple):
     head_dim: int
     pieces: tuple[Piece, ...]
     precision: str  # of products, see `precision_of`
+    unit: int  # of strides, see `strides_of`
 
 
 class Tile(NamedTuple):
@@ -57,10 +60,20 @@ class Tile(NamedTuple):
 def tiles_of(dtype: torch.dtype, head_dim: int) -> tuple[Tile, Tile]:
     """Of the forward and of the backward, as registers and shared memory allow."""
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
-    if head_dim > NARROW:
-        return Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)
-    return Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)
+        return Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)
+    return Tile(128, 64, 8, 2), Tile(64 if head_dim > NARROW else 128, 32, 8, 2)
+
+
+def pieces_of(dtype: torch.dtype, head_dim: int) -> tuple[Piece, ...]:
+    """float32, without tensor cores, takes a row in pieces: a product keeps those that it multiplies in registers."""
+    return narrow_pieces(0, head_dim, 32) if dtype == torch.float32 else wide_pieces(0, head_dim)
+
+
+# A length is no reason to compile again, and strides have units.
+NUMBERS = [
+    *("tokens", "keys", "q_sample", "q_token", "q_head", "k_sample", "k_token", "k_head"),
+    *("v_sample", "v_token", "v_head"),
+]
 
 
 @triton.jit
@@ -82,13 +95,18 @@ def _tokens(index, sample, place, valid, keys):
 
 
 @triton.jit
-def _load_softmax(softmax, at, valid):
-    """What is kept of each query: maximum and 1 / sum; such that a query that is not there weighs nothing."""
-    greatest = tl.load(softmax + 2 * at, mask=valid, other=float("inf"))
-    return greatest, tl.div_rn(1.0, tl.load(softmax + 2 * at + 1, mask=valid, other=1.0))
+def _head(pointer, sample, head, of_sample, of_head, FORM: tl.constexpr):
+    """Where the first token of a head is."""
+    return pointer + (sample * of_sample + head * of_head) * FORM.unit
 
 
-@triton.jit(do_not_specialize=["tokens", "keys"])
+@triton.jit
+def _load(pointer, token, of_token, valid, FORM: tl.constexpr):
+    """Rows of a head."""
+    return load_rows(pointer, token * of_token * FORM.unit, valid, FORM.pieces)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
     q, k, v, out, softmax, lengths, index, tokens, keys, heads, q_sample, q_token, q_head, k_sample, k_token, k_head,
     v_sample, v_token, v_head, scale, FORM: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
@@ -96,14 +114,14 @@ def forward_kernel(
     blocks = tl.cdiv(tokens, BLOCK)
     head = (tl.program_id(0) // blocks % heads).to(tl.int64)
     sample = (tl.program_id(0) // blocks // heads).to(tl.int64)
-    q += sample * q_sample + head * q_head
-    k += sample * k_sample + head * k_head
-    v += sample * v_sample + head * v_head
+    q = _head(q, sample, head, q_sample, q_head, FORM)
+    k = _head(k, sample, head, k_sample, k_head, FORM)
+    v = _head(v, sample, head, v_sample, v_head, FORM)
     count = _counting(lengths, sample, keys)
 
     place = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     valid = place < tokens
-    queries = load_rows(q, place * q_token, valid, FORM.pieces)
+    queries = _load(q, place, q_token, valid, FORM)
     greatest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     acc = zeros(BLOCK, FORM.pieces)
@@ -111,14 +129,14 @@ def forward_kernel(
         key = start + tl.arange(0, INNER)
         here = key < count
         token = _tokens(index, sample, key, here, keys)
-        s = inner(queries, load_rows(k, token * k_token, here, FORM.pieces), FORM) * scale
+        s = inner(queries, _load(k, token, k_token, here, FORM), FORM) * scale
         s = tl.where(here[None, :], s, float("-inf"))
         top = tl.maximum(greatest, tl.max(s, 1))
         shrink = exp(greatest - top)
         p = exp(s - top[:, None])
         total = total * shrink + tl.sum(p, 1)
         acc = scaled(acc, shrink[:, None])
-        acc = add_product(acc, p, load_rows(v, token * v_token, here, FORM.pieces), FORM)
+        acc = add_product(acc, p, _load(v, token, v_token, here, FORM), FORM)
         greatest = top
     greatest = tl.where(count > 0, greatest, 0.0)
     total = tl.where(count > 0, total, 1.0)
@@ -128,12 +146,12 @@ def forward_kernel(
     tl.store(softmax + pair, tl.join(greatest, total), mask=valid[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens", "keys"])
+@triton.jit(do_not_specialize=NUMBERS)
 def query_kernel(
-    dout, q, k, v, out, softmax, lengths, index, delta, dq, tokens, keys, heads, q_sample, q_token, q_head, k_sample,
+    dout, q, k, v, out, softmax, lengths, index, kept, dq, tokens, keys, heads, q_sample, q_token, q_head, k_sample,
     k_token, k_head, v_sample, v_token, v_head, scale, FORM: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """delta [B, N, heads], rowsum(dout * out); and dq, if it is asked for."""
+    """What is kept of each query, [B, heads, 3, N]: maximum, 1 / sum and rowsum(dout * out); and dq, if asked for."""
     blocks = tl.cdiv(tokens, BLOCK)
     head = (tl.program_id(0) // blocks % heads).to(tl.int64)
     sample = (tl.program_id(0) // blocks // heads).to(tl.int64)
@@ -141,30 +159,34 @@ def query_kernel(
     valid = place < tokens
     row = (sample * tokens + place) * heads + head
     d = load_rows(dout, row * FORM.head_dim, valid, FORM.pieces)
-    sums = row_sums(d, load_rows(out, row * FORM.head_dim, valid, FORM.pieces))
-    tl.store(delta + row, sums, mask=valid)
+    delta = row_sums(d, load_rows(out, row * FORM.head_dim, valid, FORM.pieces))
+    top = tl.load(softmax + 2 * row, mask=valid, other=0.0)
+    inverse = tl.div_rn(1.0, tl.load(softmax + 2 * row + 1, mask=valid, other=1.0))
+    kept += (sample * heads + head) * 3 * tokens + place
+    tl.store(kept, top, mask=valid)
+    tl.store(kept + tokens, inverse, mask=valid)
+    tl.store(kept + 2 * tokens, delta, mask=valid)
     if dq is not None:
-        k += sample * k_sample + head * k_head
-        v += sample * v_sample + head * v_head
+        k = _head(k, sample, head, k_sample, k_head, FORM)
+        v = _head(v, sample, head, v_sample, v_head, FORM)
         count = _counting(lengths, sample, keys)
-        queries = load_rows(q + sample * q_sample + head * q_head, place * q_token, valid, FORM.pieces)
-        top, inverse = _load_softmax(softmax, row, valid)
+        queries = _load(_head(q, sample, head, q_sample, q_head, FORM), place, q_token, valid, FORM)
         acc = zeros(BLOCK, FORM.pieces)
         for start in range(0, count, INNER):
             key = start + tl.arange(0, INNER)
             here = key < count
             token = _tokens(index, sample, key, here, keys)
-            rows = load_rows(k, token * k_token, here, FORM.pieces)
+            rows = _load(k, token, k_token, here, FORM)
             s = tl.where(here[None, :], inner(queries, rows, FORM) * scale, float("-inf"))
             p = exp(s - top[:, None]) * inverse[:, None]
-            dp = inner(d, load_rows(v, token * v_token, here, FORM.pieces), FORM)
-            acc = add_product(acc, p * (dp - sums[:, None]), rows, FORM)
+            dp = inner(d, _load(v, token, v_token, here, FORM), FORM)
+            acc = add_product(acc, p * (dp - delta[:, None]), rows, FORM)
         store_rows(dq, row * FORM.head_dim, valid, scaled(acc, scale), FORM.pieces)
 
 
-@triton.jit(do_not_specialize=["tokens", "keys"])
+@triton.jit(do_not_specialize=NUMBERS)
 def key_kernel(
-    dout, q, k, v, softmax, lengths, index, delta, dk, dv, tokens, keys, heads, q_sample, q_token, q_head, k_sample,
+    dout, q, k, v, lengths, index, kept, dk, dv, tokens, keys, heads, q_sample, q_token, q_head, k_sample,
     k_token, k_head, v_sample, v_token, v_head, scale, FORM: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """dk and dv, if they are asked for; scores are [keys, queries]."""
@@ -176,26 +198,27 @@ def key_kernel(
     place = first + tl.arange(0, BLOCK)
     here = place < count
     token = _tokens(index, sample, place, place < keys, keys)
-    q += sample * q_sample + head * q_head
-    rows = load_rows(k + sample * k_sample + head * k_head, token * k_token, here, FORM.pieces)
+    q = _head(q, sample, head, q_sample, q_head, FORM)
+    kept += (sample * heads + head) * 3 * tokens
+    rows = _load(_head(k, sample, head, k_sample, k_head, FORM), token, k_token, here, FORM)
     if dk is not None:
-        values = load_rows(v + sample * v_sample + head * v_head, token * v_token, here, FORM.pieces)
+        values = _load(_head(v, sample, head, v_sample, v_head, FORM), token, v_token, here, FORM)
         dkeys = zeros(BLOCK, FORM.pieces)
     if dv is not None:
         dvalues = zeros(BLOCK, FORM.pieces)
     for start in range(0, tl.where(first < count, tokens, 0), INNER):
         query = (start + tl.arange(0, INNER)).to(tl.int64)
         valid = query < tokens
-        at = (sample * tokens + query) * heads + head
-        queries = load_rows(q, query * q_token, valid, FORM.pieces)
-        d = load_rows(dout, at * FORM.head_dim, valid, FORM.pieces)
-        top, inverse = _load_softmax(softmax, at, valid)
+        queries = _load(q, query, q_token, valid, FORM)
+        d = load_rows(dout, ((sample * tokens + query) * heads + head) * FORM.head_dim, valid, FORM.pieces)
+        top = tl.load(kept + query, mask=valid, other=float("inf"))  # a query that is not there weighs nothing
+        inverse = tl.load(kept + tokens + query, mask=valid, other=0.0)
         p = exp(inner(rows, queries, FORM) * scale - top[None, :]) * inverse[None, :]
         if dv is not None:
             dvalues = add_product(dvalues, p, d, FORM)
         if dk is not None:
-            deltas = tl.load(delta + at, mask=valid, other=0.0)
-            dkeys = add_product(dkeys, p * (inner(values, d, FORM) - deltas[None, :]), queries, FORM)
+            delta = tl.load(kept + 2 * tokens + query, mask=valid, other=0.0)
+            dkeys = add_product(dkeys, p * (inner(values, d, FORM) - delta[None, :]), queries, FORM)
     # A block that keys fill in part has numbers for the others too.
     at = ((sample * keys + token) * heads + head) * FORM.head_dim
     if dk is not None:
@@ -212,8 +235,9 @@ class Call:
         self.batch, self.tokens, self.heads, head_dim = q.shape
         self.keys = k.shape[1]
         self._forward, self._backward = tiles_of(q.dtype, head_dim)
-        self._form = constants(Form(head_dim, wide_pieces(0, head_dim), precision))
-        self._numbers = (self.tokens, self.keys, self.heads, *q.stride[:3], *k.stride[:3], *v.stride[:3], scale)
+        strides = strides_of(q=q, k=k, v=v)
+        self._form = constants(Form(head_dim, pieces_of(q.dtype, head_dim), precision, strides.unit))
+        self._numbers = (self.tokens, self.keys, self.heads, *strides.steps, scale)
 
     def _launch(self, kernel, rows: int, tile: Tile) -> Launch:
         return Launch(
@@ -236,15 +260,11 @@ class Call:
 
 @plan
 def _call(q, k, v, lengths, index, scale, precision, device) -> Call:
-    likes = {name: Like._make(tensor) for name, tensor in (("q", q), ("k", k), ("v", v))}
-    for name, like in likes.items():
-        if like.stride[3] != 1:
-            raise ValueError(f"{name} must have stride 1 over head_dim, got strides {like.stride}")
     for name, numbers in (("lengths", lengths), ("index", index)):
         like = dense(name, numbers)
         if like is not None and like.dtype != torch.int64:
             raise ValueError(f"{name} must be int64, got {like.dtype}")
-    return Call(**likes, scale=scale, precision=precision)
+    return Call(*map(Like._make, (q, k, v)), scale, precision)
 
 
 @plan
@@ -270,8 +290,9 @@ def attention_bwd(
     call = _backward(*inputs, scale, precision_of(q.dtype), q.get_device())
     asked = zip((q, k, v), (need_q, need_k, need_v), strict=True)
     dq, dk, dv = (empty_gradient(tensor) if need else None for tensor, need in asked)
-    delta = softmax.new_empty(softmax.shape[:3])
-    call.of_queries(dout, q, k, v, out, softmax, lengths, index, delta, dq)
+    batch, tokens, heads, _ = softmax.shape
+    kept = softmax.new_empty(batch, heads, 3, tokens)
+    call.of_queries(dout, q, k, v, out, softmax, lengths, index, kept, dq)
     if dk is not None or dv is not None:
-        call.of_keys(dout, q, k, v, softmax, lengths, index, delta, dk, dv)
+        call.of_keys(dout, q, k, v, lengths, index, kept, dk, dv)
     return tuple(q.new_empty(0) if grad is None else grad for grad in (dq, dk, dv))

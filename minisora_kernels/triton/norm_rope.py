@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import constants, inverse_root, load
-from ._launch import Launch, Like, dense, empty_gradient, plan, signature
+from ._launch import Launch, Like, dense, empty_gradient, plan, signature, strides_of
 from ._parts import sum_parts
 from ._window_rows import (
     Piece,
@@ -59,6 +59,11 @@ class Form(NamedTuple):
     bias_step: int
     table_samples: bool  # whether each sample has angles of its own, and each head
     table_heads: bool
+    unit: int  # of the strides of x, see `strides_of`
+
+
+# A length is no reason to compile again, and strides have a unit.
+NUMBERS = ["count", "tokens", "x_sample", "x_token", "x_head"]
 
 
 @triton.jit
@@ -71,10 +76,10 @@ def _tile(first, end, group, FORM: tl.constexpr):
 
 
 @triton.jit
-def _strided(token, head, tokens, of_sample, of_token, of_head):
+def _strided(token, head, tokens, of_sample, of_token, of_head, FORM: tl.constexpr):
     """Where the rows of x begin."""
     place = (token // tokens).to(tl.int64) * of_sample + (token % tokens).to(tl.int64) * of_token
-    return place + head.to(tl.int64) * of_head
+    return (place + head.to(tl.int64) * of_head) * FORM.unit
 
 
 @triton.jit
@@ -131,13 +136,13 @@ def _normed(rows, valid, eps, FORM: tl.constexpr):
     return scaled(x, rstd), rstd
 
 
-@triton.jit(do_not_specialize=["count", "tokens"])
+@triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
     x, y, weight, bias, cos, sin, count, tokens, x_sample, x_token, x_head, eps, GROUPS: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
     token, head, valid = _tile(tl.program_id(0) // GROUPS * FORM.tokens, count, tl.program_id(0) % GROUPS, FORM)
-    rows = load_rows(x, _strided(token, head, tokens, x_sample, x_token, x_head), valid, FORM.qk)
+    rows = load_rows(x, _strided(token, head, tokens, x_sample, x_token, x_head, FORM), valid, FORM.qk)
     rows = [row.to(tl.float32) for row in rows]
     if FORM.norm != 0:
         rows, _ = _normed(rows, valid, eps, FORM)
@@ -161,7 +166,7 @@ def _store_parts(parts, run, group, total, FORM: tl.constexpr):
         tl.store(parts + at, each, mask=channels((head < FORM.heads)[:, None], FORM.qk[i]))
 
 
-@triton.jit(do_not_specialize=["count", "tokens", "length"])
+@triton.jit(do_not_specialize=[*NUMBERS, "length"])
 def backward_kernel(
     dy, x, dx, weight_parts, bias_parts, weight, cos, sin, count, tokens, length, x_sample, x_token, x_head, eps,
     GROUPS: tl.constexpr, FORM: tl.constexpr,
@@ -176,7 +181,7 @@ def backward_kernel(
         grad = [row.to(tl.float32) for row in load_rows(dy, _dense(token, head, FORM), valid, FORM.qk)]
         grad = turn(grad, _angles(cos, sin, token, head, tokens, valid, FORM), FORM.interleaved, True)
         if FORM.norm != 0:
-            rows = load_rows(x, _strided(token, head, tokens, x_sample, x_token, x_head), valid, FORM.qk)
+            rows = load_rows(x, _strided(token, head, tokens, x_sample, x_token, x_head, FORM), valid, FORM.qk)
             rows, rstd = _normed(rows, valid, eps, FORM)
             if weight_parts is not None:
                 dweight = sums(dweight, products(grad, rows))
@@ -211,7 +216,8 @@ class Call:
         interleaved: bool, eps: float,
     ) -> None:  # fmt: skip
         self.batch, self.tokens, heads, head_dim = x.shape
-        self.strides, self.eps = x.stride[:3], eps
+        strides = strides_of(x=x)
+        self.steps, self.eps = strides.steps, eps
         halves = cos is not None and not interleaved
         half = head_dim // 2
         pieces = wide_pieces(0, half) + wide_pieces(half, head_dim) if halves else wide_pieces(0, head_dim)
@@ -228,7 +234,7 @@ class Call:
         self.groups = triton.cdiv(heads, held)
         self.form = Form(
             norm, across, not halves, heads, head_dim, pieces, tokens, held, weight_step, bias_step,
-            cos is not None and cos.shape[0] > 1, cos is not None and cos.shape[2] > 1,
+            cos is not None and cos.shape[0] > 1, cos is not None and cos.shape[2] > 1, strides.unit,
         )  # fmt: skip
         count = self.batch * self.tokens
         run = min(max(triton.cdiv(count * self.groups, PROGRAMS), MIN_RUN), MAX_RUN)
@@ -240,26 +246,23 @@ class Call:
         count = self.batch * self.tokens
         return Launch(
             forward_kernel, (triton.cdiv(count, self.form.tokens) * self.groups,),
-            count, self.tokens, *self.strides, self.eps, self.groups, constants(self.form), num_warps=self.warps,
+            count, self.tokens, *self.steps, self.eps, self.groups, constants(self.form), num_warps=self.warps,
         )  # fmt: skip
 
     @cached_property
     def backward(self) -> Launch:
         return Launch(
             backward_kernel, (self.runs * self.groups,),
-            self.batch * self.tokens, self.tokens, self.run, *self.strides, self.eps, self.groups,
+            self.batch * self.tokens, self.tokens, self.run, *self.steps, self.eps, self.groups,
             constants(self.form), num_warps=self.warps,
         )  # fmt: skip
 
 
 @plan
 def _call(x, weight, bias, cos, sin, norm, across, interleaved, eps, device) -> Call:
-    like = Like._make(x)
-    if like.stride[3] != 1:
-        raise ValueError(f"x must have stride 1 over head_dim, got strides {like.stride}")
     dense("sin", sin)
     parameters = (dense("weight", weight), dense("bias", bias), dense("cos", cos))
-    return Call(like, *parameters, norm, across, interleaved, eps)
+    return Call(Like._make(x), *parameters, norm, across, interleaved, eps)
 
 
 @plan
@@ -270,9 +273,7 @@ def _backward(dy, *call) -> Call:
 
 def norm_rope_fwd(x, weight, bias, norm, across_heads, cos, sin, interleaved, eps) -> Tensor:
     tensors = (weight, bias, cos, sin)
-    call = _call(
-        signature(x), *map(signature, tensors), norm, across_heads, interleaved, eps, x.get_device()
-    )
+    call = _call(signature(x), *map(signature, tensors), norm, across_heads, interleaved, eps, x.get_device())
     y = empty_gradient(x)
     call.forward(x, y, *tensors)
     return y
