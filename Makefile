@@ -133,7 +133,7 @@ ON_NEWEST := PYTHONPATH=$(CACHE)/triton-$(NEWEST)
 INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2
 
 gpu-interpreted:
-	$(ON_NEWEST) $(INTERPRETED) tests/ops/test_ops.py tests/models/test_model_kernels.py tests/ops/test_grn.py tests/ops/test_approximate.py tests/ops/test_triton*.py
+	$(ON_NEWEST) $(INTERPRETED) tests/ops/test_ops.py tests/models/test_model_kernels.py tests/ops/test_grn.py tests/ops/test_attention.py tests/ops/test_norm_rope.py tests/ops/test_approximate.py tests/ops/test_triton*.py
 
 # Every case of every op, forward and backward.
 gpu-interpreted-oldest:

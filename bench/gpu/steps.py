@@ -40,7 +40,10 @@ from bench.harness import record
 from minisora_kernels.__main__ import ops
 from minisora_kernels.commands import command
 
-TESTS = ("tests/ops/test_ops.py", "tests/ops/test_grn.py", "tests/models/test_model_kernels.py")
+TESTS = (
+    *("tests/ops/test_ops.py", "tests/ops/test_grn.py", "tests/ops/test_attention.py", "tests/ops/test_norm_rope.py"),
+    "tests/models/test_model_kernels.py",
+)
 WINDOWS = ("temporal", "spatial", "joint", "W.A.L.T")
 MODELS = "model"
 LIMIT = 300  # seconds of a step

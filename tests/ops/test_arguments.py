@@ -9,11 +9,13 @@ import pytest
 import torch
 from conftest import KERNEL_BACKENDS
 from torch.autograd import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import minisora_kernels as mk
 
 X, ROW, WEIGHT = torch.randn(2, 8, 16), torch.randn(2, 16), torch.rand(16)
 QKV = torch.randn(1, 8, 3, 2, 8)
+Q, ANGLE = QKV[:, :, 0], torch.randn(8, 4)
 CLIP, KERNEL = torch.randn(1, 2, 2, 4, 4), torch.randn(16, 2, 1, 2, 2)
 W1, W2 = torch.randn(24, 16), torch.randn(16, 24)
 
@@ -21,10 +23,12 @@ W1, W2 = torch.randn(24, 16), torch.randn(16, 24)
 CALLS = {
     "adaln": (X, lambda x, **o: mk.adaln(x, ROW, ROW, **o)),
     "adaln of a strided x": (X, lambda x, **o: mk.adaln(x.transpose(1, 2), ROW[:, :8], ROW[:, :8], **o)),
+    "attention": (Q, lambda x, **o: mk.attention(x, x, Q, **o)),
     "gate_residual": (X, lambda x, **o: mk.gate_residual(X, x, ROW + x[:, 0], **o)),
     "gate_residual_adaln": (X, lambda x, **o: mk.gate_residual_adaln(x, x, ROW, ROW, ROW, **o)[1]),
     "gelu_mlp": (X, lambda x, **o: mk.gelu_mlp(x, W1, None, W2, None, **o)),
     "grn": (X, lambda x, **o: mk.grn(x, WEIGHT, WEIGHT, **o)),
+    "norm_rope": (Q, lambda x, **o: mk.norm_rope(x, norm="rms", rope=mk.Rope(ANGLE.cos(), ANGLE.sin()), **o)),
     "patch_embed": (CLIP, lambda x, **o: mk.patch_embed(x, KERNEL, **o).square()),
     "unpatchify": (X, lambda x, **o: mk.unpatchify(x, (2, 2, 2), (1, 2, 2), 4, **o).square()),
     "window_attention": (QKV, lambda x, **o: mk.window_attention(x, (2, 2, 2), (1, 2, 2), **o)),
@@ -88,7 +92,8 @@ def test_the_reference_serves_inside_the_transforms_of_torch_func(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ops of torch without a rule for batches
         torch.testing.assert_close(torch.vmap(call)(torch.stack((x, -x)))[1], call(-x, **exact))
-    torch.testing.assert_close(torch.func.jvp(call, (x,), (x,))[0], call(x, **exact))
+    with sdpa_kernel(SDPBackend.MATH):  # torch's fused attention has no forward-mode derivative
+        torch.testing.assert_close(torch.func.jvp(call, (x,), (x,))[0], call(x, **exact))
     assert torch.func.jacrev(call)(x).shape == (*call(x).shape, *x.shape)
 
 
@@ -141,11 +146,14 @@ def test_parameters_that_are_not_dense_are_refused_by_name():
 
 NUMBERS = {
     "adaln": lambda v: mk.adaln(X, ROW, ROW, eps=v),
+    "attention": lambda v: mk.attention(Q, Q, Q, qk_norm="rms", eps=v),
     "gate_residual_adaln": lambda v: mk.gate_residual_adaln(X, X, ROW, ROW, ROW, eps=v),
     "grn": lambda v: mk.grn(X, WEIGHT, WEIGHT, eps=v),
+    "norm_rope": lambda v: mk.norm_rope(Q, norm="rms", eps=v),
     "window_attention": lambda v: mk.window_attention(QKV, (2, 2, 2), (1, 2, 2), qk_norm="rms", eps=v),
 }
 SCALES = {
+    "attention: scale": lambda v: mk.attention(Q, Q, Q, scale=v),
     "window_attention: scale": lambda v: mk.window_attention(QKV, (2, 2, 2), (1, 2, 2), scale=v),
     "rope_3d: theta": lambda v: mk.rope_3d((2, 2, 2), 8, theta=v),
     "guided_step: coefficients.guidance": lambda v: mk.guided_step(X, X, mk.Coefficients(guidance=v)),

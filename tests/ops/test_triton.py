@@ -185,8 +185,7 @@ def test_chunks_of_a_projection_are_not_copied(op: str, launches):
     assert read == wanted
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_no_length_batch_or_number_of_rows_compiles_a_kernel_anew(op: str, launches):
+def keys_of(launches: list) -> list[tuple]:
     """What Triton would look up a compiled kernel by, taken from the arguments of the launches."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
@@ -201,6 +200,11 @@ def test_no_length_batch_or_number_of_rows_compiles_a_kernel_anew(op: str, launc
         )
         return kernel.fn.__qualname__, tuple(specialization), tuple(options.items())
 
+    return [key(*launch) for launch in launches]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_length_batch_or_number_of_rows_compiles_a_kernel_anew(op: str, launches):
     keys = []
     for batch, tokens, rows in ((1, 48, 1), (2, 50, 1), (3, 200, 5), (4, 257, 1)):
         launches.clear()
@@ -208,7 +212,7 @@ def test_no_length_batch_or_number_of_rows_compiles_a_kernel_anew(op: str, launc
         leaves = case.leaves(BF16)
         result = outputs(case.call(leaves, backend="triton"))
         torch.autograd.backward(result, [torch.ones_like(value) for value in result])
-        keys.append([key(*launch) for launch in launches])
+        keys.append(keys_of(launches))
     assert len(keys[0]) == 3  # forward, backward, the second stage of the sums
     for other in keys[1:]:
         assert other == keys[0]
