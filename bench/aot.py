@@ -47,9 +47,9 @@ RECORD = RESULTS / "aot.json"
 GROWTH = 1.1
 # Of 362 kernels four had other registers on sm_86 than on sm_89, none had other spills or shared memory.
 WHOLLY = "sm_90"
-# Bound by their products, windows of more than 32 tokens and float32 without tensor cores may spill a little; all
+# Bound by their products, attention to more than 32 tokens and float32 without tensor cores may spill a little; all
 # others are bound by memory and must not.
-COMPUTE_BOUND = re.compile(r"window_attention \w+ (forward|backward|dbias)_kernel|patch_embed float32")
+COMPUTE_BOUND = re.compile(r"(window_)?attention \w+ (forward|backward|dbias|query|key)_kernel|patch_embed float32")
 # Those that should not and do: what matches a whole name, architecture first, by at most so many bytes a thread, with
 # the reason beside it.
 SPILLING: dict[str, int] = {
@@ -59,6 +59,7 @@ SPILLING: dict[str, int] = {
     r"sm_90 (adaln|gate_residual_adaln) bfloat16 _bwd: frozen tokens": 8,
     # A token of 8192 channels, or four parameters of a token: the columns of a thread and their sums do not fit.
     r"sm_90 (adaln|gate_residual_adaln) \w+ _bwd: (D 8192|affine per token)": 128,
+    r"sm_90 norm_rope \w+ norm_backward_kernel: 64x128 across heads layer": 8,
     # Several windows in a tile, or heads of 96 and 128: rows, their norm and three products are alive at once.
     r"sm_90 window_attention bfloat16 short_backward_kernel: (temporal (5|16|24)|edges) .*": 48,
     # The same with a layer norm, or rotated by halves: the means, and both halves of a row, are alive besides.

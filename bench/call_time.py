@@ -29,6 +29,7 @@ def calls() -> dict[str, tuple[Call, Call]]:
     shift, scale, gate = torch.randn(3, 1, 1, 16).unbind(0)
     w1, b1, w2, b2 = torch.randn(32, 16), torch.randn(32), torch.randn(16, 32), torch.randn(16)
     qkv = torch.randn(1, 4, 3, 2, 8)
+    q, k, v = qkv.unbind(2)
     video, weight, bias = torch.randn(1, 4, 1, 4, 4), torch.randn(16, 4, 1, 2, 2), torch.randn(16)
     weights, biases = torch.randn(16), torch.randn(16)
 
@@ -45,6 +46,7 @@ def calls() -> dict[str, tuple[Call, Call]]:
 
     return {
         "adaln": (lambda: mk.adaln(x, shift, scale), lambda: normed(x)),
+        "attention": (lambda: mk.attention(q, k, v), attended),
         "gate_residual": (lambda: mk.gate_residual(x, branch, gate), lambda: x + gate * branch),
         "gate_residual_adaln": (
             lambda: mk.gate_residual_adaln(x, branch, gate, shift, scale),
@@ -55,6 +57,10 @@ def calls() -> dict[str, tuple[Call, Call]]:
             lambda: F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2),
         ),
         "grn": (lambda: mk.grn(x, weights, biases), responded),
+        "norm_rope": (
+            lambda: mk.norm_rope(q, norm="rms", weight=weights[:8]),
+            lambda: F.rms_norm(q, (8,), weights[:8], 1e-6),
+        ),
         "patch_embed": (
             lambda: mk.patch_embed(video, weight, bias),
             lambda: F.conv3d(video, weight, bias, stride=(1, 2, 2)).flatten(2).transpose(1, 2),

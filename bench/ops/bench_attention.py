@@ -54,7 +54,7 @@ TRAFFIC = {
             "out": 1,
             "dout": partial(_backward, once="", looped="q", rows="k"),
             "q": partial(_backward, once="q", looped="q", rows="k"),
-            "softmax": partial(_backward, once="q", looped="q", rows="k"),
+            "softmax": 1,
             "k": partial(_backward, once="k", looped="k", rows="q"),
             "v": partial(_backward, once="v", looped="k", rows="q"),
         },

@@ -365,7 +365,7 @@ def norm_rope(
     as text and video with weights of their own, and attention of another library. All is computed in fp32 and rounded
     once.
 
-    Sources: Dehghani et al. 2023 (arXiv 2302.05442); Su et al. 2021 (arXiv 2104.09864).
+    Source: QK-norm, Dehghani et al. 2023 (arXiv 2302.05442); the rotation, Su et al. 2021 (arXiv 2104.09864).
 
     Args:
         x: ``[B, N, heads, head_dim]``, strided as it comes; float16, bfloat16, float32, or float64 on the reference.

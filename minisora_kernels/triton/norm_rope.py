@@ -137,7 +137,7 @@ def _normed(rows, valid, eps, FORM: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def forward_kernel(
+def norm_forward_kernel(
     x, y, weight, bias, cos, sin, count, tokens, x_sample, x_token, x_head, eps, GROUPS: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +167,7 @@ def _store_parts(parts, run, group, total, FORM: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, "length"])
-def backward_kernel(
+def norm_backward_kernel(
     dy, x, dx, weight_parts, bias_parts, weight, cos, sin, count, tokens, length, x_sample, x_token, x_head, eps,
     GROUPS: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
@@ -245,14 +245,14 @@ class Call:
     def forward(self) -> Launch:
         count = self.batch * self.tokens
         return Launch(
-            forward_kernel, (triton.cdiv(count, self.form.tokens) * self.groups,),
+            norm_forward_kernel, (triton.cdiv(count, self.form.tokens) * self.groups,),
             count, self.tokens, *self.steps, self.eps, self.groups, constants(self.form), num_warps=self.warps,
         )  # fmt: skip
 
     @cached_property
     def backward(self) -> Launch:
         return Launch(
-            backward_kernel, (self.runs * self.groups,),
+            norm_backward_kernel, (self.runs * self.groups,),
             self.batch * self.tokens, self.tokens, self.run, *self.steps, self.eps, self.groups,
             constants(self.form), num_warps=self.warps,
         )  # fmt: skip

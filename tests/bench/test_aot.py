@@ -92,6 +92,8 @@ def test_what_may_spill_is_what_products_bind_or_what_is_named(monkeypatch):
     for kernel, complains in (
         ("window_attention bfloat16 backward_kernel: spatial", False),
         ("window_attention bfloat16 short_backward_kernel: temporal", True),
+        ("attention bfloat16 key_kernel: head_dim 72", False),
+        ("attention bfloat16 norm_backward_kernel: norm", True),
         ("patch_embed float32 _fwd: pixels", False),
         ("patch_embed bfloat16 _fwd: pixels", True),
         (NAME, True),

@@ -78,7 +78,10 @@ class Recorder(TorchDispatchMode):
 
 FIRST = {case.op: case for case in reversed(CASES)}
 FURTHER = [
-    case for case in CASES if (case.op, case.name) in {("patch_embed", "pixels"), ("window_attention", "long-bias")}
+    case
+    for case in CASES
+    if (case.op, case.name)
+    in {("attention", "several-blocks"), ("patch_embed", "pixels"), ("window_attention", "long-bias")}
 ]
 
 
