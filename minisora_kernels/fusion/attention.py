@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from ..ops.attention import DETAILS as APART_DETAILS
 from ..ops.window_attention import DETAILS, SHORT
 from . import calls
 from .graph import VIEWS, Nodes, argument, beneath, dtype, equal, kind, order_of, pair, shape, storage, value
@@ -153,7 +154,7 @@ def _match(
             (*inputs, mask, *parameters, *tables),
             dict(rotation=rotation, flat=sides[0].flat),
             dict(zip(("q", "k", "v"), shapes, strict=True)) | dict(zip(names, parameters, strict=True)),
-            detail=ATTENTION_DETAILS[norm is not None or rotation is not None],
+            detail=APART_DETAILS[2 if norm is not None or rotation is not None else mask is not None],
             mask=mask,
         )
         if norm is not None:
@@ -321,10 +322,6 @@ def _width(node: fx.Node) -> int:
 def _hint(size: Any) -> int:
     """A size, or what it was when the graph was captured."""
     return size if isinstance(size, int) else size.node.hint if isinstance(size, torch.SymInt) else 0
-
-
-# Of a record: plain attention, or with a norm or rotation.
-ATTENTION_DETAILS = ("plain", "norm")
 
 
 def one_linear(qkv: list[Permuted]) -> tuple[fx.Node | None, Nodes]:
