@@ -30,6 +30,7 @@ from minisora_kernels.commands import command
 
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
+from .parallel.ranks import is_first, launcher
 from .registry import OBJECTIVES
 from .runtime.allocator import reuse_large_allocations
 from .runtime.arguments import read
@@ -57,13 +58,15 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
         path, resume = (given, checkpoints.load(given)) if given.is_file() else checkpoints.latest(given)
         if not resume.optimizer:
             raise ValueError(f"{path} has weights only, of no training; start one from them with --init {given}")
-        print(f"resuming from {path}")
+        if is_first():
+            print(f"resuming from {path}")
         # The folder may have been moved since.
         default = dataclasses.replace(from_dict(resume.train), run=str(given.parent if given.is_file() else given))
     elif start.init is not None:
         # The trainer reads the weights, and compares the checksum.
         trained = from_dict(checkpoints.open_checkpoint(Path(start.init), compare=False)[1].train)
-        default = dataclasses.replace(trained, run=default.run, init=start.init, lora=default.lora)
+        own = {name: getattr(default, name) for name in ("run", "lora", "parallel")}
+        default = dataclasses.replace(trained, init=start.init, **own)
     elif start.config is not None:
         default = load(start.config)
     elif start.preset is not None:
@@ -101,17 +104,19 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
 
 @command()
 def main(arguments: list[str]) -> None:
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if is_first() else logging.ERROR)
     reuse_large_allocations()
     try:
         config, resume = parse(arguments)
         path = train(config, resume)
     except Stopped as stopped:
-        run = shlex.quote(str(stopped.path.parent))
-        print(f"{stopped}\ncontinue with: python -m {__package__}.train --resume {run}", file=sys.stderr)
+        if is_first():
+            run = shlex.quote(str(stopped.path.parent))
+            print(f"{stopped}\ncontinue with: {launcher()} {__package__}.train --resume {run}", file=sys.stderr)
         sys.exit(stopped.status)
-    follows = "measure" if config.model.autoencoder else "sample"
-    print(f"trained: {path}\n{follows} with: python -m {__package__}.{follows} {path.parent}")
+    if is_first():
+        follows = "measure" if config.model.autoencoder else "sample"
+        print(f"trained: {path}\n{follows} with: python -m {__package__}.{follows} {path.parent}")
 
 
 if __name__ == "__main__":

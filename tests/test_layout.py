@@ -123,6 +123,7 @@ def test_bench_imports_nothing_of_tests():
 # From the lowest to the highest: a file imports from its own room and from lower ones.
 ROOMS = (
     "runtime",
+    "parallel",
     "protocols",
     "objectives",
     "denoisers",

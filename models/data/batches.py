@@ -77,15 +77,25 @@ class Batches(Prefetching):
     uint8 clips are brought to [-1, 1], float clips are left as they are. The samples of consecutive steps run through
     the source in a new random order every epoch; what is random in item ``index`` of epoch ``epoch`` comes from
     ``(seed, epoch, index)``.
+
+    Args:
+        source: of the clips.
+        batch_size: samples of a batch.
+        seed: of the order and of what is random in an item.
+        prefetch: batches that are made ahead.
+        rows: the places in a batch that are read; by default all.
     """
 
-    def __init__(self, source: Source, batch_size: int, seed: int, prefetch: int = 2) -> None:
+    def __init__(
+        self, source: Source, batch_size: int, seed: int, prefetch: int = 2, rows: Sequence[int] | None = None
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be positive")
         if len(source) < 1:
             raise ValueError("the source has no clip")
         super().__init__(prefetch)
         self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.rows = range(batch_size) if rows is None else rows
         self._order = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> np.ndarray:
@@ -93,8 +103,8 @@ class Batches(Prefetching):
 
     def make(self, step: int) -> Batch:
         clips, labels, low = [], [], []
-        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, place = divmod(position, len(self.source))
+        for row in self.rows:
+            epoch, place = divmod(step * self.batch_size + row, len(self.source))
             index = int(self._order(epoch)[place])
             clip, label = self.source.clip(index, np.random.default_rng((self.seed, epoch, index)))
             clips.append(clip)
@@ -121,12 +131,20 @@ class BucketBatches(Prefetching):
     bucket, whatever lies between them, are those of :class:`Batches`.
     """
 
-    def __init__(self, sources: Sequence[Source], batch_sizes: Sequence[int], seed: int, prefetch: int = 2) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        batch_sizes: Sequence[int],
+        seed: int,
+        prefetch: int = 2,
+        rows: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         super().__init__(prefetch)
         self.seed = seed
+        own = rows or [range(size) for size in batch_sizes]
         self.buckets = [
-            Batches(source, size, bucket_seed(seed, number), prefetch=0)
-            for number, (source, size) in enumerate(zip(sources, batch_sizes, strict=True))
+            Batches(source, size, bucket_seed(seed, number), prefetch=0, rows=part)
+            for number, (source, size, part) in enumerate(zip(sources, batch_sizes, own, strict=True))
         ]
         self._counts = [-(-len(bucket.source) // bucket.batch_size) for bucket in self.buckets]
         self._order = functools.lru_cache(maxsize=2)(self._shuffle)

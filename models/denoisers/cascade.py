@@ -41,6 +41,7 @@ from minisora_kernels import unpatchify
 
 from ..objectives.common import TIMESTEPS, expand
 from ..objectives.logsnr import LogSNR
+from ..parallel import draws
 from ..protocols import Denoiser, SmallClips, System
 from .cascade_config import SIZES, CascadeConfig, CascadeSettings, with_time
 from .cascade_layers import Condition, Level, Resample, embed_r, mapper, norm, resize_sites, sites
@@ -222,7 +223,7 @@ class Cascade(Denoiser):
         if latents is None:
             return norm(self.latent_mapper(z.new_zeros(1, 1, 1, 1, self.config.latent_channels)))
         if self.training and self.config.latent_dropout > 0:
-            kept = torch.rand(len(latents), device=latents.device) >= self.config.latent_dropout
+            kept = draws.rand(len(latents), device=latents.device) >= self.config.latent_dropout
             latents = latents * expand(kept, latents)
         return norm(self.latent_mapper(resize_sites(sites(latents).to(z.dtype), z.shape[2:4])))
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from minisora_kernels import Rope, grn, rope_3d, window_attention
 
 from ..objectives.common import at_least_float32
+from ..parallel import draws
 from .cascade_config import CascadeConfig
 from .layers import outputs_from
 
@@ -65,7 +66,7 @@ class Channelwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.expand(x).flatten(1, 3)
         hidden = grn(hidden, self.grn_weight, self.grn_bias, groups=x.shape[1], activation="gelu")
-        return self.contract(self.dropout(hidden)).unflatten(1, x.shape[1:4])
+        return self.contract(draws.dropout(hidden, self.dropout.p, self.training)).unflatten(1, x.shape[1:4])
 
 
 class ResBlock(nn.Module):

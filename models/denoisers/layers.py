@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minisora_kernels import patch_embed, window_attention
 from minisora_kernels.modules import is_plain, mlp
 
+from ..parallel import draws
 from .text import Text, with_null
 
 Grid = tuple[int, int, int]
@@ -104,7 +105,7 @@ class TimestepEmbedder(nn.Module):
 
 def drop_labels(y: Tensor, null_class: int, share: float) -> Tensor:
     """Classes of any shape, each replaced by the null class with probability ``share``."""
-    return torch.where(torch.rand(y.shape, device=y.device) < share, null_class, y) if share > 0 else y
+    return torch.where(draws.rand(y.shape, device=y.device) < share, null_class, y) if share > 0 else y
 
 
 class LabelEmbedder(nn.Module):

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..parallel import draws
+
 
 class Text(NamedTuple):
     """A batch of encoded captions; a model takes it as ``y``.
@@ -71,7 +73,7 @@ def drop_captions(y: Text, share: float) -> Text:
     """``y`` with each caption dropped with probability ``share``, drawn from torch's generator of y's device."""
     if share <= 0:
         return y
-    dropped = torch.rand(y.mask.shape[:-1], device=y.mask.device) < share
+    dropped = draws.rand(y.mask.shape[:-1], device=y.mask.device) < share
     return y._replace(dropped=dropped if y.dropped is None else dropped | y.dropped)
 
 

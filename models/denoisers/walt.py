@@ -53,6 +53,7 @@ from minisora_kernels import (
 
 from ..objectives.common import alpha_bars, at, expand, gaussian
 from ..objectives.ddpm import DDPM
+from ..parallel import draws
 from ..protocols import Denoiser, SmallClips, System
 from .dit import SIZES
 from .layers import (
@@ -367,14 +368,14 @@ class WALT(Denoiser):
         given: dict[str, Tensor] = {}
         if config.past:
             k = config.known_frames
-            told = torch.rand(batch, generator=generator, device=x.device) < config.past
-            count = torch.randint(1, k + 1, (batch,), generator=generator, device=x.device)
+            told = draws.rand(batch, generator=generator, device=x.device) < config.past
+            count = draws.randint(1, k + 1, batch, generator=generator, device=x.device)
             given |= {"past": x[:, :, :k], "past_frames": count * told}
         if config.low_resolution:
-            low_t = torch.randint(config.low_noise + 1, (batch,), generator=generator, device=x.device)
+            low_t = draws.randint(0, config.low_noise + 1, batch, generator=generator, device=x.device)
             given |= {"low": augment(F.avg_pool3d(x, (1, 2, 2)), low_t, generator), "low_t": low_t}
         if config.self_conditioning:
-            told = torch.rand(batch, generator=generator, device=x.device) < config.self_conditioning
+            told = draws.rand(batch, generator=generator, device=x.device) < config.self_conditioning
             kind = x.device.type
             with (
                 torch.no_grad(),

@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..parallel import draws
+
 TIMESTEPS = 1000
 Model = Callable[..., Tensor]
 
@@ -65,7 +67,7 @@ def check_shape(prediction: Tensor, x: Tensor, objective: str) -> None:
 
 def gaussian(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal noise of x's shape, dtype and device."""
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return draws.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

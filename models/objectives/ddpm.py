@@ -22,6 +22,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..parallel import draws
+from ..parallel.draws import of_all
 from .common import TIMESTEPS, Model, alpha_bars, at, at_least_float32, conditions_of, expand, gaussian
 
 # Of the loss-aware timesteps: losses remembered of each, and the share of the draws that stays even.
@@ -207,9 +209,9 @@ class DDPM:
             if not memory:
                 raise ValueError(f"memory is {memory}; with timesteps 'loss_aware' it must be what memory() returned")
             p = probabilities(memory)
-            t = torch.multinomial(p, x.shape[0], replacement=True, generator=generator)
+            t = draws.multinomial(p, x.shape[0], generator=generator)
         else:
-            t = torch.randint(TIMESTEPS, (x.shape[0],), generator=generator, device=x.device)
+            t = draws.randint(0, TIMESTEPS, x.shape[0], generator=generator, device=x.device)
         noise = gaussian(x, generator)
         signal, sigma = at(tables.alpha_bar.sqrt(), t, x), at((1 - tables.alpha_bar).sqrt(), t, x)
         x_t = signal * x + sigma * noise
@@ -226,7 +228,7 @@ class DDPM:
             denoised = of_x * x_t + of_prediction * prediction.detach()
             losses = losses + self.variational_bound(tables, x, x_t, t, denoised, fraction)
         if self.timesteps == "loss_aware" and memory:
-            remember(memory, t, losses.detach())
+            remember(memory, of_all(t), of_all(losses.detach()))
             losses = losses / (TIMESTEPS * p[t])
         return losses.mean()
 

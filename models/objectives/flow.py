@@ -31,6 +31,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ..parallel import draws
 from .common import TIMESTEPS, Model, at_least_float32, check_shape, conditions_of, expand, gaussian
 
 Prediction = Literal["velocity", "data", "score", "noise"]
@@ -199,9 +200,9 @@ class FlowMatching:
         """
         x = at_least_float32(x)
         if self.timesteps == "uniform":
-            t = torch.rand(x.shape[0], generator=generator, device=x.device, dtype=x.dtype)
+            t = draws.rand(x.shape[0], generator=generator, device=x.device, dtype=x.dtype)
         else:
-            normal = torch.randn(x.shape[0], generator=generator, device=x.device, dtype=x.dtype)
+            normal = draws.randn(x.shape[0], generator=generator, device=x.device, dtype=x.dtype)
             t = (self.logit_mean + self.logit_std * normal).sigmoid()
         first, last = self.interval(training=True)
         t = first + (last - first) * t

@@ -20,6 +20,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..parallel import draws
+from ..parallel.draws import of_all
 from .common import TIMESTEPS, Model, at_least_float32, check_shape, conditions_of, expand, gaussian
 
 OFFSET = 0.008
@@ -140,7 +142,7 @@ class LogSNR:
         if self.weight == "adaptive" and (memory is None or "losses" not in memory):
             raise ValueError("memory is without 'losses'; weight 'adaptive' needs what memory(device) returned")
         x = at_least_float32(x)
-        u = torch.rand(x.shape[0], generator=generator, device=x.device, dtype=x.dtype)
+        u = draws.rand(x.shape[0], generator=generator, device=x.device, dtype=x.dtype)
         value = logsnr(1 - 0.999 * u, self.shift)
         noise = gaussian(x, generator) if self.noise == "white" else pyramid(x, generator)
         a, b = (expand(scale, x) for scale in scales(value))
@@ -156,10 +158,10 @@ class LogSNR:
         weights = (1 / kept[bucket]).clamp(1e-7, 1e7)
         with torch.no_grad():
             # A product with the buckets' indicator adds in a fixed order on every device.
-            inside = torch.nn.functional.one_hot(bucket, BUCKETS).to(kept.dtype)
+            inside = torch.nn.functional.one_hot(of_all(bucket), BUCKETS).to(kept.dtype)
             count = inside.sum(0)
             with torch.autocast(x.device.type, enabled=False):
-                mean = losses.detach().to(kept.dtype) @ inside / count.clamp_min(1)
+                mean = of_all(losses.detach()).to(kept.dtype) @ inside / count.clamp_min(1)
             kept.copy_(torch.where(count > 0, BUCKET_DECAY * kept + (1 - BUCKET_DECAY) * mean, kept))
         return (weights * losses).mean()
 

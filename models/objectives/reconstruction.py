@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..parallel import draws
 from ..protocols import Autoencoder
 from .common import at_least_float32
 
@@ -133,7 +134,7 @@ class Reconstruction:
         x = at_least_float32(x)
         self.check_discriminator(model.discriminator is not None)
         shape = model.noise_shape(x) if model.training else None
-        noise = None if shape is None else torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
+        noise = None if shape is None else draws.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
         reconstruction, penalty = model(x) if noise is None else model(x, noise)
         reconstruction = reconstruction.to(x.dtype)
         error = reconstruction - x

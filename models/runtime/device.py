@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 
 import torch
@@ -11,13 +12,17 @@ from minisora_kernels import backends, use_backend
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for ``--device``. A CUDA device is the current one of the process from now on, with TF32 products.
+    """The device for ``--device``: of 'cuda' under torchrun the one with the number of the process on its machine.
+
+    A CUDA device is the current one of the process from now on, with TF32 products.
 
     Raises:
         ValueError: a device that is none of these, or not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if match is None:
         raise ValueError(f"device is {name!r}; it may be 'auto', 'cpu', 'cuda' or 'cuda:N'")

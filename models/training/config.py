@@ -12,6 +12,7 @@ from ..denoisers.lora import LoRAConfig
 from ..objectives.ddpm import DDPM
 from ..objectives.flow import FlowMatching
 from ..objectives.reconstruction import Reconstruction
+from ..parallel.config import ParallelConfig
 from ..registry import Objective, Settings
 from ..runtime.plain import merge
 
@@ -96,6 +97,7 @@ class TrainConfig:
     """Most tokens per optimizer step, with buckets only; they set the number of samples."""
     accumulation: int = 1
     """Number of parts of a batch, computed one after the other to save memory."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: Literal["fp32", "bf16"] = "fp32"
     """'bf16' is autocast; weights, EMA and optimizer stay fp32. On CUDA 'fp32' uses TF32 products."""
     checkpointing: bool = False
@@ -130,8 +132,7 @@ class TrainConfig:
             raise ValueError(f"optimizer.ema is {self.optimizer.ema}; it must be in [0, 1)")
         if self.data.buckets and self.batch_tokens < 1:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; with data.buckets it must be at least 1")
-        if not self.batch_tokens and self.batch_size % self.accumulation:
-            raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
+        self._check_shares()
         if self.lora.rank and self.init is None:
             raise ValueError(f"lora.rank is {self.lora.rank}; it needs init, the weights that stay as they are")
         if self.lora.rank and self.model.autoencoder:
@@ -139,6 +140,20 @@ class TrainConfig:
                 f"lora.rank is {self.lora.rank}; with model {self.model.name!r}, an autoencoder, it must be 0"
             )
         self._check_model()
+
+    def _check_shares(self) -> None:
+        """That each part of a batch has the same number of samples, and each rank of a part."""
+        shares = self.accumulation * self.parallel.data
+        if self.batch_tokens or not self.batch_size % shares:
+            return
+        if self.parallel.data == 1:
+            raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
+        near = self.batch_size // shares * shares
+        sizes = f"{near} or {near + shares}" if near else str(shares)
+        raise ValueError(
+            f"parallel.data is {self.parallel.data} and accumulation {self.accumulation}; batch_size "
+            f"{self.batch_size} must be a multiple of {shares}, for instance {sizes}"
+        )
 
     def _check_model(self) -> None:
         """That the model fits the data and the objective."""
@@ -173,6 +188,17 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     return merge(TrainConfig(), values)
 
 
-# What a continuation may change: what does not touch the losses, but for the rounding of another backend or GPU, and
-# where the data and the text encoder are, if the checkpoint can tell that they are the same.
-RESUMABLE = {"encoder", "steps", "save_every", "keep", "log_every", "preview", "backend", "verify", "device"}
+# What a continuation may change: what does not touch the losses, but for the rounding of another backend, GPU or number
+# of ranks, and where the data and the text encoder are, if the checkpoint can tell that they are the same.
+RESUMABLE = {
+    "encoder",
+    "steps",
+    "save_every",
+    "keep",
+    "log_every",
+    "preview",
+    "backend",
+    "verify",
+    "device",
+    "parallel",
+}

@@ -12,15 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import checkpoint as checkpoints
 from ..checkpoint import Checkpoint
+from ..parallel.ranks import Ranks, open_ranks
 from ..runtime.device import check_backend, choose_device
 from ..runtime.files import locked, write_whole
 from ..runtime.plain import as_plain
 from ..runtime.verification import serving
 from ..sampling.solvers import NotFinite
 from .config import TrainConfig, from_dict
-from .log import Log
+from .log import Log, Step
 from .trainer import Trainer
 
 _log = logging.getLogger(__name__)
@@ -90,94 +93,132 @@ def train(config: TrainConfig, resume: Checkpoint | None = None) -> Path:
         OSError: a checkpoint that could not be written, or a run folder that another process writes to.
         Stopped: SIGTERM, SIGHUP or Ctrl-C.
     """
+    device = choose_device(config.device)
+    check_backend(config.backend, device)
+    with open_ranks(config.parallel, device) as ranks:
+        return _train_on(ranks, device, config, resume)
+
+
+def _train_on(ranks: Ranks, device: torch.device, config: TrainConfig, resume: Checkpoint | None) -> Path:
+    """As :func:`train`; nothing that the ranks share outlives this call."""
     folder = Path(config.run)
     stored = {} if resume is None else resume.served
-    with contextlib.ExitStack() as lock:
-        if folder.exists():
-            if not folder.is_dir():
-                raise ValueError(f"run is {config.run!r}, which is a file; it must be a folder")
-            lock.enter_context(locked(folder))
-            if resume is None and not is_unsaved(folder):
-                go_on = f"continue it with --resume {folder}, or " if any(folder.glob("step_*.pt")) else ""
-                raise ValueError(f"{folder} exists already; {go_on}choose another --run")
-        device = choose_device(config.device)
-        check_backend(config.backend, device)
-        with serving(device, config.backend, config.verify, stored):
-            trainer = Trainer(config, resume)
-            try:
-                # The first batch proves that there is data before anything is written.
-                trainer.batches.batch(trainer.step)
-                if not folder.exists():
-                    folder.mkdir(parents=True)
-                    lock.enter_context(locked(folder))
-                return _train(trainer, folder, fresh=resume is None)
-            finally:
-                trainer.batches.close()
+    ranks.agree({"the configuration": config, "the step": None if resume is None else resume.step})
+    with contextlib.ExitStack() as stack:
+        if ranks.first:
+            _take(folder, stack, fresh=resume is None)
+            stack.enter_context(serving(device, config.backend, config.verify, stored))
+        ranks.any(False)  # the others wait until the folder is taken and the kernels are verified
+        if not ranks.first:
+            stack.enter_context(serving(device, config.backend, "never", stored))
+        trainer = Trainer(config, resume, ranks)
+        try:
+            # The first batch proves that there is data before anything is written.
+            trainer.batches.batch(trainer.step)
+            if ranks.first and not folder.exists():
+                folder.mkdir(parents=True)
+                stack.enter_context(locked(folder))
+            return _train(trainer, folder, fresh=resume is None)
+        finally:
+            trainer.batches.close()
 
 
-class _Saves:
-    """The checkpoints of a run that trains."""
+def _take(folder: Path, stack: contextlib.ExitStack, *, fresh: bool) -> None:
+    """Lock the folder, where it is there, until the stack ends; a fresh run may not have one with a run in it."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"run is {str(folder)!r}, which is a file; it must be a folder")
+    stack.enter_context(locked(folder))
+    if fresh and not is_unsaved(folder):
+        go_on = f"continue it with --resume {folder}, or " if any(folder.glob("step_*.pt")) else ""
+        raise ValueError(f"{folder} exists already; {go_on}choose another --run")
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
+
+class _Files:
+    """What a run that trains leaves in its folder; the first rank writes it."""
+
+    def __init__(self, trainer: Trainer, folder: Path, *, fresh: bool) -> None:
+        config = trainer.config
         self.trainer, self.folder = trainer, folder
         self.path = checkpoints.path_of(folder, trainer.step)
+        self.log: Log | None = None
+        if not trainer.ranks.first:
+            return
+        write_whole(folder / "config.json", (json.dumps(as_plain(config), indent=2) + "\n").encode())
+        if fresh:
+            self._save()
+        else:
+            set_aside(folder, trainer.step)
+        self.log = Log(folder, trainer.step, config.steps, config.log_every)
+
+    def add(self, step: Step) -> None:
+        """Note the step that was just made."""
+        if self.log is not None:
+            self.log.add(self.trainer.step - 1, step, self.trainer.tokens, self.trainer.batches.waited)
 
     def save(self) -> None:
-        self.path = checkpoints.path_of(self.folder, self.trainer.step)  # so that a failure is not tried once more
+        """Write the lines of the steps so far, then the checkpoint."""
+        self.path = checkpoints.path_of(self.folder, self.trainer.step)
+        if self.log is not None:
+            self.log.flush()
+            self._save()
+
+    def _save(self) -> None:
         checkpoints.save(self.folder, self.trainer.checkpoint(), self.trainer.config.keep)
 
-    def rescue(self, log: Log) -> None:
+    def rescue(self) -> None:
         """Save the steps since the last checkpoint, for an error ends the run; the error itself is the caller's."""
-        if not self.trainer.sound or self.path == checkpoints.path_of(self.folder, self.trainer.step):
+        # A checkpoint of this step is there, or could not be written.
+        saved = self.path == checkpoints.path_of(self.folder, self.trainer.step)
+        if self.log is None or saved or not self.trainer.sound:
             return
         try:
-            log.flush()
             self.save()
             _log.warning("saved %s; once the cause is gone, go on with --resume %s", self.path, self.folder)
         except Exception as error:
             _log.warning("the steps since the last checkpoint are lost: %s", error)
+
+    def preview(self) -> None:
+        """Write samples of the averaged model."""
+        if self.log is None:
+            return
+        try:
+            sheet = self.trainer.preview()
+        except NotFinite as error:  # of an average that has learned little yet, or of too much guidance
+            _log.warning("no preview after step %d: %s", self.trainer.step, error)
+        else:
+            self.log.preview(self.trainer.step, sheet)
+
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()
 
 
 def _train(trainer: Trainer, folder: Path, *, fresh: bool) -> Path:
     config = trainer.config
     if not fresh and trainer.step >= config.steps:
         raise ValueError(f"{folder} is complete, at step {trainer.step} of {config.steps}")
-    write_whole(folder / "config.json", (json.dumps(as_plain(config), indent=2) + "\n").encode())
-    saves = _Saves(trainer, folder)
-    if fresh:
-        saves.save()
-    else:
-        set_aside(folder, trainer.step)
-    log = Log(folder, trainer.step, config.steps, config.log_every)
+    files = _Files(trainer, folder, fresh=fresh)
     try:
-        with stop_signals() as stop:
+        with stop_signals() as received:
             trainer.model.train()
             while trainer.step < config.steps:
-                step = trainer.train_step()
-                log.add(trainer.step - 1, step, trainer.tokens, trainer.batches.waited)
+                files.add(trainer.train_step())
                 last = trainer.step == config.steps
+                stop = trainer.ranks.any(bool(received))
                 if last or stop or trainer.step % config.save_every == 0:
-                    log.flush()
-                    saves.save()
+                    files.save()
                 if stop and not last:
-                    raise Stopped(stop[0], saves.path)
+                    raise Stopped(received[0] if received else signal.SIGTERM, files.path)
                 if last or (config.preview.every and trainer.step % config.preview.every == 0):
-                    _preview(trainer, log)
+                    files.preview()
     except Exception:
-        saves.rescue(log)
+        files.rescue()
         raise
     finally:
-        log.close()
-    return saves.path
-
-
-def _preview(trainer: Trainer, log: Log) -> None:
-    try:
-        sheet = trainer.preview()
-    except NotFinite as error:  # of an average that has learned little yet, or of too much guidance
-        _log.warning("no preview after step %d: %s", trainer.step, error)
-    else:
-        log.preview(trainer.step, sheet)
+        files.close()
+    return files.path
 
 
 def set_aside(folder: Path, step: int) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from ..data.wrappers import WithImages
 from ..denoisers.lora import adapt, share_frozen
 from ..denoisers.text import Text
 from ..objectives.reconstruction import Reconstruction
+from ..parallel.draws import sharing
+from ..parallel.ranks import Ranks
+from ..parallel.replicas import Loss, replicas, without_sums
 from ..registry import build, config_from, configure
 from ..runtime.device import choose_device
 from ..runtime.plain import as_plain
@@ -42,11 +46,13 @@ _log = logging.getLogger(__name__)
 class Trainer:
     """A run between two steps: model, optimizer, EMA, random generators, the loss's memory and place in the data.
 
-    ``resume`` continues from a checkpoint. Raises ValueError for a configuration that does not fit together.
+    ``resume`` continues from a checkpoint, ``ranks`` are the processes that train together. Raises ValueError for a
+    configuration that does not fit together.
     """
 
-    def __init__(self, config: TrainConfig, resume: Checkpoint | None = None) -> None:
+    def __init__(self, config: TrainConfig, resume: Checkpoint | None = None, ranks: Ranks | None = None) -> None:
         self.config, self.device = config, choose_device(config.device)
+        self.ranks = ranks or Ranks()
         data = config.data
         self.source: Source = open_source(data)
         self.data_digest: str | None = self.source.digest
@@ -69,14 +75,7 @@ class Trainer:
             raise ValueError(f"preview.guidance is {config.preview.guidance}; without classes or text it must be 1")
         channels, frames, height, width = self.source.shape
         built_from = configure(config.model, channels, frames, (height, width), len(self.classes), text_width)
-        torch.manual_seed(config.seed)
-        self.model = build(built_from).to(self.device)
-        if config.init is not None and resume is None:
-            rows_train = config.lora.classes or not config.lora.rank
-            start = open_checkpoint(Path(config.init))[1].merged()
-            start_from(self.model, start, self.classes, rows_train=rows_train)
-        if config.lora.rank:
-            adapt(self.model, config.lora)
+        self.model = self._model(built_from, fresh=resume is None)
         # What a checkpoint has and a forward may change, as the statistics of a batch norm.
         kept = self.model.state_dict().keys()
         self.buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
@@ -104,6 +103,22 @@ class Trainer:
             self._restore(resume)
         if config.compile:
             self.model.compile()
+        self.loss = replicas(Loss(self.model, self.objective), self.ranks)
+        if self.ranks.mesh is not None:
+            self._rehearse()
+
+    def _model(self, built_from: Any, *, fresh: bool) -> Any:
+        """The model, with the weights that a fresh run starts from."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        model = build(built_from).to(self.device)
+        if config.init is not None and fresh:
+            rows_train = config.lora.classes or not config.lora.rank
+            start = open_checkpoint(Path(config.init))[1].merged()
+            start_from(model, start, self.classes, rows_train=rows_train)
+        if config.lora.rank:
+            adapt(model, config.lora)
+        return model
 
     def _reads_low(self) -> bool:
         """Whether batches have small clips for the model; those that do not fit it are refused.
@@ -140,7 +155,7 @@ class Trainer:
             if config.batch_tokens:
                 raise ValueError(f"batch_tokens is {config.batch_tokens}; it is for buckets only, use batch_size")
             source = WithImages(self.source, config.data.images) if config.data.images else self.source
-            return Batches(source, config.batch_size, config.seed)
+            return Batches(source, config.batch_size, config.seed, rows=self._rows(config.batch_size))
         if not config.batch_tokens:
             raise ValueError(f"batch_tokens is 0; {config.data.source} has buckets, so it must be at least 1")
         named = "data.buckets"
@@ -157,14 +172,18 @@ class Trainer:
                 raise ValueError(message) from error
         sources = self.source.split(config.data.buckets)
         sizes = []
+        parts = config.accumulation * self.ranks.share.ranks
         for source in sources:
             tokens = self._tokens(source.shape[1:])
-            count = config.batch_tokens // tokens // config.accumulation * config.accumulation
+            count = config.batch_tokens // tokens // parts * parts
             if not count:
-                needed = f"{config.accumulation} sample{'s' * (config.accumulation > 1)} of {tokens} tokens"
+                needed = f"{parts} sample{'s' * (parts > 1)} of {tokens} tokens"
                 raise ValueError(f"batch_tokens is {config.batch_tokens}; bucket {source.shape[1:]} needs {needed}")
             sizes.append(count)
-        return BucketBatches(sources, sizes, config.seed)
+        return BucketBatches(sources, sizes, config.seed, rows=[self._rows(size) for size in sizes])
+
+    def _rows(self, batch_size: int) -> list[int]:
+        return self.ranks.share.rows(batch_size, self.config.accumulation)
 
     def _tokens(self, size: tuple[int, ...]) -> int:
         """Tokens of a sample of this many cells per axis."""
@@ -230,15 +249,11 @@ class Trainer:
         Raises:
             ValueError: a loss or a gradient that is not finite, or data that cannot be read.
         """
-        generators, memory, buffers = self._generators(), self._copies(self.memory), self._copies(self.buffers)
+        undo = self._undo()
         try:
             loss, norm = self._gradients()
         except BaseException:
-            self.optimizer.zero_grad()
-            self._set_generators(generators)
-            self.memory = memory
-            for name, buffer in self.buffers.items():
-                buffer.copy_(buffers[name])
+            undo()
             raise
         self.sound = False
         rate = learning_rate(self.config, self.step)
@@ -251,11 +266,35 @@ class Trainer:
         self.sound = True
         return Step(loss, norm, rate)
 
+    def _undo(self) -> Callable[[], None]:
+        """What brings back all that :meth:`_gradients` changes, as it is now."""
+        generators, memory, buffers = self._generators(), self._copies(self.memory), self._copies(self.buffers)
+        tokens = self.tokens
+
+        def undo() -> None:
+            self.optimizer.zero_grad()
+            self._set_generators(generators)
+            self.memory, self.tokens = memory, tokens
+            for name, buffer in self.buffers.items():
+                buffer.copy_(buffers[name])
+
+        return undo
+
+    def _rehearse(self) -> None:
+        """Compute the gradients of the next step once, for nothing.
+
+        DDP orders its sums by the first backward that it sees. Without a rehearsal the first step of a resumed run
+        would be summed in another order than that of a run that was not stopped.
+        """
+        undo = self._undo()
+        self._gradients()
+        undo()
+
     def _gradients(self) -> tuple[Tensor, Tensor]:
         """The loss of the next batch and the norm of its gradient, which is clipped."""
         config = self.config
         x, y, low = self.batches.batch(self.step)
-        tokens = len(x) * self._tokens(x.shape[2:])
+        tokens = len(x) * self.ranks.share.ranks * self._tokens(x.shape[2:])
         x = x.to(self.device, non_blocking=True)
         low = low.to(self.device, non_blocking=True) if low is not None and self.reads_low else None
         if config.model.is_image:
@@ -269,11 +308,14 @@ class Trainer:
         for i, part in enumerate(x.chunk(config.accumulation)):
             part_labels = None if labels is None else labels.chunk(config.accumulation)[i]
             part_low = None if low is None else low.chunk(config.accumulation)[i]
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = self.objective.loss(self.model, part, part_labels, self.generator, self.memory, part_low)
-            loss = loss / config.accumulation
-            loss.backward()
+            last = i == config.accumulation - 1
+            with sharing(self.ranks.share), contextlib.nullcontext() if last else without_sums(self.loss):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    loss = self.loss(part, part_labels, self.generator, self.memory, part_low)
+                loss = loss / config.accumulation
+                loss.backward()
             total += loss.detach()
+        total = self.ranks.mean(total)
         norm = nn.utils.clip_grad_norm_(self.trained, config.optimizer.clip or math.inf, foreach=True)
         # Read back before the update, for it would spoil weights and average; GradScaler waits here as well.
         if not math.isfinite(total.item()) or not math.isfinite(norm.item()):

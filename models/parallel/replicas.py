@@ -1,0 +1,52 @@
+"""Data parallel training: every rank has the whole model, and gradients are the mean over the ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .ranks import Ranks
+
+
+class Loss(nn.Module):
+    """The loss of a model as a module, so that DDP sees one forward, however often the loss calls the model."""
+
+    def __init__(self, model: nn.Module, objective: Any) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, *arguments: Any) -> Tensor:
+        """``objective.loss(model, *arguments)``."""
+        return self.objective.loss(self.model, *arguments)
+
+
+def replicas(loss: Loss, ranks: Ranks) -> nn.Module:
+    """The loss whose backward leaves the mean of the ranks' gradients; as it is for one process.
+
+    Raises:
+        ValueError: a model with a batch norm, whose statistics would be those of a rank's samples alone.
+    """
+    if ranks.mesh is None:
+        return loss
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    for name, module in loss.model.named_modules():
+        if isinstance(module, norms):
+            raise ValueError(
+                f"parallel.data is {ranks.share.ranks}; with the batch norm {name!r} of the model it must be 1, for "
+                "its statistics are those of the whole batch"
+            )
+    return DistributedDataParallel(
+        loss,
+        process_group=ranks.mesh.get_group("data"),
+        gradient_as_bucket_view=True,
+        # A discriminator that joins later has no gradient before.
+        find_unused_parameters=getattr(loss.objective, "adversarial_start", 0) > 0,
+    )
+
+
+def without_sums(loss: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """In the block a backward adds to this rank's gradients, which the next one outside takes the mean of."""
+    return loss.no_sync() if isinstance(loss, DistributedDataParallel) else contextlib.nullcontext()

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+
+from models.checkpoint import latest
+from models.data.batches import Batches
+from models.data.config import DataConfig
+from models.data.moving_digits import MovingDigits
+from models.denoisers.dit import DiTSettings
+from models.objectives.ddpm import DDPM
+from models.objectives.logsnr import LogSNR
+from models.parallel import draws
+from models.parallel.config import ParallelConfig
+from models.parallel.draws import Share, sharing
+from models.parallel.ranks import check_size
+from models.runtime.plain import merge
+from models.training.config import OptimizerConfig, PreviewConfig, TrainConfig
+from models.training.run import train
+
+ROOT = Path(__file__).parent.parent.parent
+TINY = TrainConfig(
+    data=DataConfig(frames=2),
+    model=DiTSettings(width=16, depth=2, heads=2, patch=(1, 8, 8), class_dropout=0.5),
+    optimizer=OptimizerConfig(learning_rate=1e-2, clip=0.5, ema=0.9),
+    preview=PreviewConfig(count=1, steps=1),
+    steps=6,
+    batch_size=8,
+    save_every=3,
+    device="cpu",
+)
+
+
+def losses(folder: Path) -> list[tuple[float, float]]:
+    """Loss and gradient norm of every step."""
+    with open(folder / "losses.csv", newline="") as file:
+        return [(float(row["loss"]), float(row["gradient_norm"])) for row in csv.DictReader(file)]
+
+
+def trained(folder: Path, ranks: int = 1, **changes) -> Path:
+    """The folder of a run on so many ranks, which goes on if it is there."""
+    config = merge(TINY, {"run": str(folder), "parallel": {"data": ranks}} | changes)
+    resume = latest(folder)[1] if folder.exists() else None
+    if ranks == 1:
+        train(config, resume)
+    else:
+        on_ranks(ranks, lambda: train(config, resume))
+    return folder
+
+
+def assert_same_state(one: Path, other: Path, **tolerance) -> None:
+    a, b = (latest(folder)[1] for folder in (one, other))
+    assert a.step == b.step
+    for first, second in ((a.model, b.model), (a.ema, b.ema), (a.memory, b.memory)):
+        for name, value in first.items():
+            torch.testing.assert_close(second[name], value, msg=name, **tolerance)
+    for name, value in a.rng.items():
+        assert torch.equal(value, b.rng[name]), name
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_losses_do_not_depend_on_the_number_of_ranks(ranks: int, tmp_path: Path):
+    one = losses(trained(tmp_path / "one", accumulation=2))
+    folder = trained(tmp_path / "some", ranks, accumulation=2)
+    assert len(one) == 6
+    torch.testing.assert_close(losses(folder), one, rtol=2e-5, atol=0)
+    assert_same_state(tmp_path / "one", folder, rtol=1e-3, atol=1e-4)
+    assert losses(trained(tmp_path / "again", ranks, accumulation=2)) == losses(folder)
+
+
+def test_a_run_goes_on_with_the_same_bits_and_on_another_number_of_ranks(tmp_path: Path):
+    whole = losses(trained(tmp_path / "whole", 4))
+    stopped = trained(tmp_path / "stopped", 4, steps=3)
+    assert losses(trained(stopped, 4)) == whole
+    assert_same_state(tmp_path / "whole", stopped, rtol=0, atol=0)
+    other = trained(tmp_path / "other", 2, steps=3)
+    torch.testing.assert_close(losses(trained(other, 1)), whole, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("objective", [DDPM(timesteps="loss_aware"), LogSNR(weight="adaptive")])
+def test_what_an_objective_remembers_is_of_all_ranks(objective, tmp_path: Path):
+    folders = []
+    for ranks in (1, 2):
+        config = dataclasses.replace(
+            TINY, objective=objective, run=str(tmp_path / str(ranks)), parallel=ParallelConfig(ranks), steps=2
+        )
+        on_ranks(ranks, lambda config=config: train(config))
+        folders.append(Path(config.run))
+    assert latest(folders[0])[1].memory
+    assert_same_state(*folders, rtol=1e-3, atol=1e-4)
+
+
+def test_ranks_divide_what_one_process_reads_and_draws():
+    source = MovingDigits(frames=1, size=(16, 16))
+    whole = Batches(source, 8, seed=3, prefetch=0).batch(5)
+    parts = [Batches(source, 8, 3, 0, Share(rank, 2).rows(8, parts=2)).batch(5) for rank in range(2)]
+    # Two parts of four samples, of which each rank has two.
+    assert Share(1, 2).rows(8, parts=2) == [2, 3, 6, 7]
+    for name in ("clips", "labels"):
+        first, second = (getattr(part, name).chunk(2) for part in parts)
+        assert torch.equal(torch.cat((first[0], second[0], first[1], second[1])), getattr(whole, name))
+
+    def drawn(count: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.ones(count, 3)
+        return [
+            draws.rand(count, generator=generator),
+            draws.randn((count, 3), generator=generator),
+            draws.randint(2, 9, count, generator=generator),
+            draws.multinomial(torch.ones(7), count, generator=generator),
+            draws.dropout(x, 0.5, True),
+        ]
+
+    torch.manual_seed(0)
+    together = drawn(6)
+    apart = []
+    for rank in range(3):
+        torch.manual_seed(0)
+        with sharing(Share(rank, 3)):
+            apart.append(drawn(2))
+    for one, *others in zip(together, *apart, strict=True):
+        assert torch.equal(torch.cat(others), one)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(monkeypatch, tmp_path: Path):
+    with pytest.raises(ValueError, match="batch_size 8 must be a multiple of 6, for instance 6 or 12"):
+        merge(TINY, {"parallel": {"data": 3}, "accumulation": 2})
+    with pytest.raises(ValueError, match=r"parallel.data is 0; it must be at least 1"):
+        ParallelConfig(data=0)
+    with pytest.raises(ValueError, match=r"there is one process; start 2 with torchrun .*--nproc-per-node 2 -m --"):
+        train(merge(TINY, {"parallel": {"data": 2}, "run": str(tmp_path / "run")}))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(
+        ValueError, match=r"parallel.data is 1, but torchrun started 4 processes; use --parallel.data 4"
+    ):
+        check_size(ParallelConfig())
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_with_different_configurations_are_refused(tmp_path: Path):
+    def differ() -> None:
+        seed = int(os.environ["RANK"])
+        train(merge(TINY, {"parallel": {"data": 2}, "run": str(tmp_path / "run"), "seed": seed}))
+
+    with pytest.raises(RuntimeError, match=r"the configuration is .* on rank 0 and .* on rank 1"):
+        on_ranks(2, differ)
+    assert not (tmp_path / "run").exists()
+
+
+def torchrun(folder: Path, ranks: int, *options: str) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "--",
+    ]
+    command += ["models.train", "--parallel.data", str(ranks), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    log = open(folder.with_suffix(".log"), "a")  # noqa: SIM115 - the process has it
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+def long_run(folder: Path) -> subprocess.Popen:
+    """A run on two ranks whose end nobody waits for, after its first steps; it saves only when it has to."""
+    options = "--preset digits --data.frames 1 --data.size 16 16 --model.width 16 --model.depth 1 --model.heads 2"
+    options += " --model.patch 1 8 8 --batch-size 4 --steps 1000000 --save-every 1000000 --log-every 1"
+    options += " --optimizer.schedule constant"
+    process = torchrun(folder, 2, *options.split(), "--run", str(folder))
+    deadline = time.monotonic() + 120
+    while not (folder / "losses.csv").exists() or len(losses(folder)) < 5:
+        assert time.monotonic() < deadline and process.poll() is None, folder.with_suffix(".log").read_text()
+        time.sleep(0.1)
+    return process
+
+
+def children(process: subprocess.Popen) -> dict[int, int]:
+    """The processes that it started, by rank."""
+    found = {}
+    for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        environment = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+        found |= {int(line[5:]): int(number) for line in environment if line.startswith(b"RANK=")}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_stops_all_and_loses_nothing_that_was_saved(victim: int, tmp_path: Path):
+    folder = tmp_path / "run"
+    process = long_run(folder)
+    os.kill(children(process)[victim], signal.SIGKILL)
+    assert process.wait(60) != 0
+    _, saved = latest(folder)
+    # Rank 0 saves the last whole step when it loses another rank.
+    assert saved.step == 0 if victim == 0 else saved.step >= 5
+    assert torchrun(folder, 1, "--resume", str(folder), "--steps", str(saved.step + 2)).wait(120) == 0
+    assert latest(folder)[1].step == saved.step + 2
+    assert len(losses(folder)) == saved.step + 2
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path):
+    folder = tmp_path / "run"
+    process = long_run(folder)
+    os.kill(children(process)[1], signal.SIGTERM)
+    assert process.wait(60) != 0
+    log = folder.with_suffix(".log").read_text()
+    step = latest(folder)[1].step
+    assert step >= 5 and len(losses(folder)) == step
+    assert f"stopped by SIGTERM; saved {folder}/step_{step:08d}.pt" in log
+    assert f"torchrun --standalone --nproc-per-node 2 -m -- models.train --resume {folder}" in log
+    assert log.count("continue with") == 1
