@@ -93,6 +93,13 @@ class Model(nn.Module):
         """Tokens of a sample of ``config.input_size``."""
         return math.prod(self.config.grid)
 
+    def units(self) -> list[list[nn.Module]]:
+        """What a sharded training gathers and frees together, in the order of forward; the rest is one unit more.
+
+        Forward calls every module of a unit, and reads its parameters inside of these calls only.
+        """
+        return []
+
     @property
     def small_clips(self) -> SmallClips | None:
         """What a second stage is told as ``low``; None for other models."""

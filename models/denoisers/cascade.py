@@ -194,6 +194,9 @@ class Cascade(Denoiser):
         patches = self.output(norm(z)).flatten(1, 3)
         return unpatchify(patches, config.grid[-len(config.patch) :], config.patch, self.out_channels)
 
+    def units(self) -> list[list[nn.Module]]:
+        return [[level] for level in (*self.down, *self.up)]
+
     def _condition(self, y: Tensor | Text, image: Tensor | None) -> Condition:
         """Conditioning tokens ``[B, L, condition_width]`` and, for captions, which of them count ``[B, L]``."""
         config, share = self.config, self.config.class_dropout if self.training else 0.0

@@ -314,6 +314,11 @@ class DiT(Denoiser):
         patches = grid[-len(self.config.patch) :]
         return unpatchify(self.final_layer.linear(y), patches, self.config.patch, self.out_channels)
 
+    def units(self) -> list[list[nn.Module]]:
+        # The modulations of all blocks are computed before the first block.
+        blocks: Any = self.blocks
+        return [*([block.adaLN_modulation] for block in blocks), *([block.attn, block.mlp] for block in blocks)]
+
     def _grid(self, x: Tensor) -> Grid:
         """Tokens per axis of x."""
         config = self.config

@@ -335,6 +335,10 @@ class STDiT(Denoiser):
             pos_time = None
         return unpatchify(self.final_layer.linear(y), self.config.grid, self.config.patch, self.out_channels)
 
+    def units(self) -> list[list[nn.Module]]:
+        # The tables of the blocks are read before the first block.
+        return [list(block.children()) for block in self.blocks]
+
     def _check(self, x: Tensor, t: Tensor, y: Tensor | Text | None) -> None:
         config, batch = self.config, len(x)
         expected = (config.channels, *config.input_size)

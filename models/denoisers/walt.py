@@ -195,6 +195,9 @@ class WALT(Denoiser):
         grid = config.grid[0] + images, *config.grid[1:]
         return unpatchify(self.final_layer.linear(y), grid, config.patch, self.out_channels)
 
+    def units(self) -> list[list[nn.Module]]:
+        return [list(block.children()) for block in self.blocks]
+
     def _embed(
         self, x: Tensor, images: int, previous: Tensor | None, low: Tensor | None, known: Tensor | None
     ) -> Tensor:

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The processes of a run, which torchrun starts: one per GPU.
+    """The processes of a run, which torchrun starts: one per GPU, as many as the product of the numbers.
 
     Raises:
         ValueError: a number that is less than 1.
     """
 
     data: int = 1
-    """Groups of GPUs, each with its own samples of a batch; it must divide the samples of a part of the batch."""
+    """Number of copies of the model, each with its own samples of a batch."""
+    shard: int = 1
+    """Number of GPUs that a copy's weights, gradients, averages and optimizer states are divided among, each of which
+    has its own samples too (FSDP2)."""
 
     def __post_init__(self) -> None:
-        for name in ("data",):
-            if getattr(self, name) < 1:
-                raise ValueError(f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
+        for name, number in self.axes.items():
+            if number < 1:
+                raise ValueError(f"parallel.{name} is {number}; it must be at least 1")
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The numbers by name, in the order of the mesh: neighbours share most."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @property
     def size(self) -> int:
         """The number of processes."""
-        return self.data
+        return math.prod(self.axes.values())
+
+    @property
+    def shares(self) -> int:
+        """The number of shares that the samples of a batch are divided into."""
+        return self.data * self.shard
+
+    def __str__(self) -> str:
+        return " x ".join(f"parallel.{name} {number}" for name, number in self.axes.items())

@@ -42,11 +42,14 @@ def check_size(config: ParallelConfig) -> None:
         return
     if started == 1:
         raise ValueError(
-            f"parallel.data is {config.data}, but there is one process; start {wanted} with torchrun --standalone "
-            f"--nproc-per-node {wanted} -m -- models.train, or use --parallel.data 1"
+            f"there is one process, but {config} is {wanted}; start {wanted} with torchrun --standalone "
+            f"--nproc-per-node {wanted} -m -- models.train, or use 1 for each"
         )
+    fits = [
+        f"--parallel.{name} {started * n // wanted}" for name, n in config.axes.items() if started * n % wanted == 0
+    ]
     raise ValueError(
-        f"parallel.data is {config.data}, but torchrun started {started} processes; use --parallel.data {started}, or "
+        f"torchrun started {started} processes, but {config} is {wanted}; use {', or '.join([*fits, ''])}"
         f"--nproc-per-node {wanted}"
     )
 
@@ -55,17 +58,21 @@ class Ranks:
     """This process among those that train together; the only one without ``mesh``.
 
     Attributes:
-        mesh: of the processes, with the axis "data".
+        mesh: of the processes, with the axes of :class:`ParallelConfig`.
         rank: this process; 0 is the one that writes.
         share: the samples that this process has.
+        sharded: whether a model is divided among ranks.
     """
 
-    def __init__(self, mesh: DeviceMesh | None = None) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: DeviceMesh | None = None, share: Share | None = None) -> None:
+        self.mesh, self.share = mesh, share or Share()
         self.rank = 0 if mesh is None else dist.get_rank()
-        self.share = (
-            Share() if mesh is None else Share(mesh.get_local_rank("data"), mesh.size(), mesh.get_group("data"))
-        )
+        self.sharded = mesh is not None and mesh["shard"].size() > 1
+
+    def axes(self, *names: str) -> DeviceMesh:
+        """The part of the mesh with these axes, but for those of one process; at least the last."""
+        assert self.mesh is not None
+        return self.mesh[tuple(name for name in names if self.mesh[name].size() > 1) or names[-1]]
 
     @property
     def first(self) -> bool:
@@ -113,6 +120,7 @@ def open_ranks(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
     # What is agreed on in a step is a number of the host: on GPUs it takes gloo's way.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE, device_id=device if device.type == "cuda" else None)
-    yield Ranks(init_device_mesh(device.type, (config.data,), mesh_dim_names=("data",)))
+    mesh = init_device_mesh(device.type, tuple(config.axes.values()), mesh_dim_names=tuple(config.axes))
+    yield Ranks(mesh, Share(dist.get_rank(), config.shares, dist.group.WORLD))
     dist.barrier()
     dist.destroy_process_group()

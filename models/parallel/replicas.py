@@ -1,4 +1,7 @@
-"""Data parallel training: every rank has the whole model, and gradients are the mean over the ranks."""
+"""The loss on all ranks: each computes that of its own samples, and gradients are the mean over the ranks.
+
+Without shards every rank has the whole model, and DDP takes the mean; else FSDP2 does (``shards.py``).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .ranks import Ranks
+from .shards import is_sharded
+from .shards import without_sums as without_sums_of
 
 
 class Loss(nn.Module):
@@ -35,18 +40,22 @@ def replicas(loss: Loss, ranks: Ranks) -> nn.Module:
     for name, module in loss.model.named_modules():
         if isinstance(module, norms):
             raise ValueError(
-                f"parallel.data is {ranks.share.ranks}; with the batch norm {name!r} of the model it must be 1, for "
-                "its statistics are those of the whole batch"
+                f"{ranks.share.ranks} ranks have samples of their own; with the batch norm {name!r} of the model it "
+                "must be one, for its statistics are those of the whole batch"
             )
+    if ranks.sharded:
+        return loss
     return DistributedDataParallel(
         loss,
-        process_group=ranks.mesh.get_group("data"),
+        process_group=ranks.share.group,
         gradient_as_bucket_view=True,
         # A discriminator that joins later has no gradient before.
         find_unused_parameters=getattr(loss.objective, "adversarial_start", 0) > 0,
     )
 
 
-def without_sums(loss: nn.Module) -> contextlib.AbstractContextManager[None]:
+def without_sums(loss: Any) -> contextlib.AbstractContextManager[None]:
     """In the block a backward adds to this rank's gradients, which the next one outside takes the mean of."""
-    return loss.no_sync() if isinstance(loss, DistributedDataParallel) else contextlib.nullcontext()
+    if isinstance(loss, DistributedDataParallel):
+        return loss.no_sync()
+    return without_sums_of(loss.model) if is_sharded(loss.model) else contextlib.nullcontext()

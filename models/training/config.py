@@ -133,6 +133,8 @@ class TrainConfig:
         if self.data.buckets and self.batch_tokens < 1:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; with data.buckets it must be at least 1")
         self._check_shares()
+        if self.parallel.shard > 1 and self.compile:
+            raise ValueError(f"compile is True; with parallel.shard {self.parallel.shard} it must be False")
         if self.lora.rank and self.init is None:
             raise ValueError(f"lora.rank is {self.lora.rank}; it needs init, the weights that stay as they are")
         if self.lora.rank and self.model.autoencoder:
@@ -143,15 +145,15 @@ class TrainConfig:
 
     def _check_shares(self) -> None:
         """That each part of a batch has the same number of samples, and each rank of a part."""
-        shares = self.accumulation * self.parallel.data
+        shares = self.accumulation * self.parallel.shares
         if self.batch_tokens or not self.batch_size % shares:
             return
-        if self.parallel.data == 1:
+        if self.parallel.shares == 1:
             raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}")
         near = self.batch_size // shares * shares
         sizes = f"{near} or {near + shares}" if near else str(shares)
         raise ValueError(
-            f"parallel.data is {self.parallel.data} and accumulation {self.accumulation}; batch_size "
+            f"{self.parallel} ranks have samples of their own in {self.accumulation} parts of a batch; batch_size "
             f"{self.batch_size} must be a multiple of {shares}, for instance {sizes}"
         )
 

@@ -7,6 +7,7 @@ import math
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ..parallel.shards import local
 from .config import TrainConfig
 
 
@@ -31,7 +32,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     update = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
     both = zip(ema.parameters(), model.parameters(), strict=True)
     averages, trained = zip(*((average, own) for average, own in both if own.requires_grad), strict=True)
-    update(list(averages), list(trained), step)
+    update([local(average) for average in averages], [local(own) for own in trained], step)
     if statistics(ema):
         update(statistics(ema), statistics(model), step)
 

@@ -143,14 +143,14 @@ class _Files:
         self.trainer, self.folder = trainer, folder
         self.path = checkpoints.path_of(folder, trainer.step)
         self.log: Log | None = None
-        if not trainer.ranks.first:
-            return
-        write_whole(folder / "config.json", (json.dumps(as_plain(config), indent=2) + "\n").encode())
+        if trainer.ranks.first:
+            write_whole(folder / "config.json", (json.dumps(as_plain(config), indent=2) + "\n").encode())
         if fresh:
-            self._save()
-        else:
+            self.save()
+        elif trainer.ranks.first:
             set_aside(folder, trainer.step)
-        self.log = Log(folder, trainer.step, config.steps, config.log_every)
+        if trainer.ranks.first:
+            self.log = Log(folder, trainer.step, config.steps, config.log_every)
 
     def add(self, step: Step) -> None:
         """Note the step that was just made."""
@@ -160,18 +160,18 @@ class _Files:
     def save(self) -> None:
         """Write the lines of the steps so far, then the checkpoint."""
         self.path = checkpoints.path_of(self.folder, self.trainer.step)
+        checkpoint = self.trainer.checkpoint()
         if self.log is not None:
             self.log.flush()
-            self._save()
-
-    def _save(self) -> None:
-        checkpoints.save(self.folder, self.trainer.checkpoint(), self.trainer.config.keep)
+        if self.trainer.ranks.first:
+            checkpoints.save(self.folder, checkpoint, self.trainer.config.keep)
 
     def rescue(self) -> None:
         """Save the steps since the last checkpoint, for an error ends the run; the error itself is the caller's."""
         # A checkpoint of this step is there, or could not be written.
         saved = self.path == checkpoints.path_of(self.folder, self.trainer.step)
-        if self.log is None or saved or not self.trainer.sound:
+        # What is divided among ranks cannot be gathered when one of them is gone.
+        if self.log is None or saved or not self.trainer.sound or self.trainer.ranks.sharded:
             return
         try:
             self.save()
@@ -180,15 +180,16 @@ class _Files:
             _log.warning("the steps since the last checkpoint are lost: %s", error)
 
     def preview(self) -> None:
-        """Write samples of the averaged model."""
-        if self.log is None:
+        """Write samples of the averaged model, which all ranks draw if they have a part of it each."""
+        if self.log is None and not self.trainer.ranks.sharded:
             return
         try:
             sheet = self.trainer.preview()
         except NotFinite as error:  # of an average that has learned little yet, or of too much guidance
             _log.warning("no preview after step %d: %s", self.trainer.step, error)
         else:
-            self.log.preview(self.trainer.step, sheet)
+            if self.log is not None:
+                self.log.preview(self.trainer.step, sheet)
 
     def close(self) -> None:
         if self.log is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from minisora_kernels import automatic
 
@@ -31,6 +32,7 @@ from ..objectives.reconstruction import Reconstruction
 from ..parallel.draws import sharing
 from ..parallel.ranks import Ranks
 from ..parallel.replicas import Loss, replicas, without_sums
+from ..parallel.shards import divided, shard, whole
 from ..registry import build, config_from, configure
 from ..runtime.device import choose_device
 from ..runtime.plain import as_plain
@@ -75,22 +77,21 @@ class Trainer:
             raise ValueError(f"preview.guidance is {config.preview.guidance}; without classes or text it must be 1")
         channels, frames, height, width = self.source.shape
         built_from = configure(config.model, channels, frames, (height, width), len(self.classes), text_width)
-        self.model = self._model(built_from, fresh=resume is None)
+        if resume is not None:
+            self._refuse(resume, built_from)
+        self.model, self.ema = self._models(built_from, resume)
         # What a checkpoint has and a forward may change, as the statistics of a batch norm.
         kept = self.model.state_dict().keys()
         self.buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
         self.reads_low = self._reads_low()
-        self.model.checkpointing = config.checkpointing
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.ema = copy.deepcopy(self.model, share_frozen(self.model)).eval().requires_grad_(False)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            trained,
+            self.trained,
             lr=config.optimizer.learning_rate,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self.trained = trained
         self.objective = config.objective
         self.memory = self.objective.memory(self.device)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
@@ -104,21 +105,30 @@ class Trainer:
         if config.compile:
             self.model.compile()
         self.loss = replicas(Loss(self.model, self.objective), self.ranks)
-        if self.ranks.mesh is not None:
+        if self.ranks.mesh is not None and not self.ranks.sharded:
             self._rehearse()
 
-    def _model(self, built_from: Any, *, fresh: bool) -> Any:
-        """The model, with the weights that a fresh run starts from."""
+    def _models(self, built_from: Any, resume: Checkpoint | None) -> tuple[Any, Any]:
+        """The model and its average, with the weights that the run starts from or goes on with."""
         config = self.config
         torch.manual_seed(config.seed)
         model = build(built_from).to(self.device)
-        if config.init is not None and fresh:
+        if config.init is not None and resume is None:
             rows_train = config.lora.classes or not config.lora.rank
             start = open_checkpoint(Path(config.init))[1].merged()
             start_from(model, start, self.classes, rows_train=rows_train)
         if config.lora.rank:
             adapt(model, config.lora)
-        return model
+        if resume is not None:
+            model.load_state_dict(resume.model)
+        model.checkpointing = config.checkpointing
+        ema = copy.deepcopy(model, {} if self.ranks.sharded else share_frozen(model)).eval().requires_grad_(False)
+        if resume is not None:
+            ema.load_state_dict(resume.ema)
+        if self.ranks.sharded:
+            for each in (model, ema):
+                shard(each, self.ranks, bf16=config.precision == "bf16")
+        return model, ema
 
     def _reads_low(self) -> bool:
         """Whether batches have small clips for the model; those that do not fit it are refused.
@@ -195,10 +205,11 @@ class Trainer:
             raise ValueError(f"text.encoder is {text!r}, but {data} has neither captions nor classes")
         return TextEncoder(**dataclasses.asdict(self.config.text), device=self.device)
 
-    def _restore(self, saved: Checkpoint) -> None:
+    def _refuse(self, saved: Checkpoint, config: Any) -> None:
+        """Raises ValueError for a checkpoint of other data, or of another model than ``config`` builds."""
         if saved.text_encoder is not None and self.text_encoder is not None:
             refuse_another(self.text_encoder, saved.text_encoder)
-        built_from = as_plain(self.model.config)
+        built_from = as_plain(config)
         # Older files lack newer fields; those get their defaults.
         was_built_from = as_plain(config_from(saved.config))
         if was_built_from != built_from or saved.classes != self.classes:
@@ -218,22 +229,26 @@ class Trainer:
             raise ValueError(
                 f"the run drew random numbers on {was}, which {self.device.type} cannot continue; use --device {was}"
             )
-        self.model.load_state_dict(saved.model)
-        self.ema.load_state_dict(saved.ema)
-        self.optimizer.load_state_dict(saved.optimizer)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        self.optimizer.load_state_dict(divided(saved.optimizer, self.trained))
         self._set_generators(saved.rng)
         self.memory = {name: value.to(self.device) for name, value in saved.memory.items()}
         self.step = saved.step
 
     def checkpoint(self) -> Checkpoint:
+        """The state of the run, which the first rank has whole; with shards every rank has to call this."""
+        model, ema, optimizer = (
+            whole(part.state_dict(), keep=self.ranks.first) for part in (self.model, self.ema, self.optimizer)
+        )
         return Checkpoint(
             train=as_plain(self.config),
             config=as_plain(self.model.config),
             classes=self.classes,
             step=self.step,
-            model=self.model.state_dict(),
-            ema=self.ema.state_dict(),
-            optimizer=self.optimizer.state_dict(),
+            model=model,
+            ema=ema,
+            optimizer=optimizer,
             rng=self._generators(),
             encoder=self.encoder,
             memory=self.memory,
@@ -317,6 +332,7 @@ class Trainer:
             total += loss.detach()
         total = self.ranks.mean(total)
         norm = nn.utils.clip_grad_norm_(self.trained, config.optimizer.clip or math.inf, foreach=True)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # Read back before the update, for it would spoil weights and average; GradScaler waits here as well.
         if not math.isfinite(total.item()) or not math.isfinite(norm.item()):
             raise ValueError(

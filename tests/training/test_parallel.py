@@ -47,10 +47,10 @@ def losses(folder: Path) -> list[tuple[float, float]]:
         return [(float(row["loss"]), float(row["gradient_norm"])) for row in csv.DictReader(file)]
 
 
-def trained(folder: Path, ranks: int = 1, **changes) -> Path:
+def trained(folder: Path, data: int = 1, shard: int = 1, **changes) -> Path:
     """The folder of a run on so many ranks, which goes on if it is there."""
-    config = merge(TINY, {"run": str(folder), "parallel": {"data": ranks}} | changes)
-    resume = latest(folder)[1] if folder.exists() else None
+    config = merge(TINY, {"run": str(folder), "parallel": {"data": data, "shard": shard}} | changes)
+    resume, ranks = latest(folder)[1] if folder.exists() else None, config.parallel.size
     if ranks == 1:
         train(config, resume)
     else:
@@ -68,23 +68,30 @@ def assert_same_state(one: Path, other: Path, **tolerance) -> None:
         assert torch.equal(value, b.rng[name]), name
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_losses_do_not_depend_on_the_number_of_ranks(ranks: int, tmp_path: Path):
+SLOW = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((4, 1), (2, 2))]
+
+
+@pytest.mark.parametrize(("data", "shard"), [(2, 1), (1, 2), *SLOW])
+def test_the_losses_do_not_depend_on_the_number_of_ranks(data: int, shard: int, tmp_path: Path):
     one = losses(trained(tmp_path / "one", accumulation=2))
-    folder = trained(tmp_path / "some", ranks, accumulation=2)
+    folder = trained(tmp_path / "some", data, shard, accumulation=2)
     assert len(one) == 6
     torch.testing.assert_close(losses(folder), one, rtol=2e-5, atol=0)
     assert_same_state(tmp_path / "one", folder, rtol=1e-3, atol=1e-4)
-    assert losses(trained(tmp_path / "again", ranks, accumulation=2)) == losses(folder)
+    assert losses(trained(tmp_path / "again", data, shard, accumulation=2)) == losses(folder)
 
 
-def test_a_run_goes_on_with_the_same_bits_and_on_another_number_of_ranks(tmp_path: Path):
-    whole = losses(trained(tmp_path / "whole", 4))
-    stopped = trained(tmp_path / "stopped", 4, steps=3)
-    assert losses(trained(stopped, 4)) == whole
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "shard"), [(4, 1), (2, 2)])
+def test_a_run_goes_on_with_the_same_bits_and_on_other_ranks(data: int, shard: int, tmp_path: Path):
+    whole = losses(trained(tmp_path / "whole", data, shard))
+    stopped = trained(tmp_path / "stopped", data, shard, steps=3)
+    assert losses(trained(stopped, data, shard)) == whole
     assert_same_state(tmp_path / "whole", stopped, rtol=0, atol=0)
-    other = trained(tmp_path / "other", 2, steps=3)
-    torch.testing.assert_close(losses(trained(other, 1)), whole, rtol=2e-5, atol=0)
+    other = trained(tmp_path / "other", 2, steps=2)
+    for steps, ranks in ((3, (1, 2)), (4, (1, 1)), (6, (2, 2))):
+        trained(other, *ranks, steps=steps)
+    torch.testing.assert_close(losses(other), whole, rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("objective", [DDPM(timesteps="loss_aware"), LogSNR(weight="adaptive")])
@@ -137,13 +144,17 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch, tmp_path: Pat
         merge(TINY, {"parallel": {"data": 3}, "accumulation": 2})
     with pytest.raises(ValueError, match=r"parallel.data is 0; it must be at least 1"):
         ParallelConfig(data=0)
-    with pytest.raises(ValueError, match=r"there is one process; start 2 with torchrun .*--nproc-per-node 2 -m --"):
+    with pytest.raises(
+        ValueError, match=r"there is one process, but .* is 2; start 2 with torchrun .*--nproc-per-node 2 -m --"
+    ):
         train(merge(TINY, {"parallel": {"data": 2}, "run": str(tmp_path / "run")}))
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(
-        ValueError, match=r"parallel.data is 1, but torchrun started 4 processes; use --parallel.data 4"
+        ValueError, match=r"4 processes, but .* is 2; use --parallel.data 4, or --parallel.shard 2, or --n"
     ):
-        check_size(ParallelConfig())
+        check_size(ParallelConfig(data=2))
+    with pytest.raises(ValueError, match=r"compile is True; with parallel.shard 2 it must be False"):
+        merge(TINY, {"parallel": {"shard": 2}, "compile": True})
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,84 @@
+"""Sharded training: weights, gradients, averages and optimizer states divided among ranks, by FSDP2.
+
+A unit is gathered before it runs, freed after, and gathered once more for its backward; its gradients are summed and
+divided when its backward is over. The model says which modules make a unit (:meth:`models.protocols.Model.units`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .ranks import Ranks
+
+
+def shard(model: Any, ranks: Ranks, *, bf16: bool) -> None:
+    """Divide the model's parameters among the ranks of the axis "shard", in place; the axis "data" has copies.
+
+    With ``bf16`` units are gathered in bfloat16, which autocast would round their weights to anyway. What belongs to no
+    unit stays float32, inputs are not rounded, and gradients are summed in float32.
+    """
+    mesh = ranks.axes("data", "shard")
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for unit in model.units():
+        fully_shard(unit, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())
+    fully_shard(model, mesh=mesh)
+    if hasattr(model, "modulations"):
+        register_fsdp_forward_method(model, "modulations")
+    # Of outputs that are views: no block writes into them.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view", category=UserWarning)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+@contextlib.contextmanager
+def without_sums(model: Any) -> Iterator[None]:
+    """In the block a backward adds to this rank's gradients of a sharded model, which stay whole until the next one."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a parameter; all of one that is not divided."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(state: Any, *, keep: bool) -> Any:
+    """A state with whole tensors in place of divided ones; of those that are divided only ranks that ``keep`` get them.
+
+    Every rank has to call it. A whole tensor is on the CPU, one at a time on the device.
+    """
+    if isinstance(state, DTensor):
+        gathered = state.full_tensor()
+        return gathered.cpu() if keep else gathered.new_empty(0)
+    if isinstance(state, dict):
+        return {key: whole(value, keep=keep) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value, keep=keep) for value in state]
+    return state
+
+
+def divided(state: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
+    """The state of an optimizer with whole tensors, divided as its ``parameters`` are."""
+    parts = {}
+    for number, values in state["state"].items():
+        like = parameters[number]
+        parts[number] = {
+            name: distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+            if isinstance(like, DTensor) and value.shape == like.shape
+            else value
+            for name, value in values.items()
+        }
+    return state | {"state": parts}

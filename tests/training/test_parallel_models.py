@@ -1,0 +1,136 @@
+"""Gradients of every family that the trainer has: of several ranks, against one process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from models.autoencoders.tokenizer import CausalTokenizer, TokenizerConfig
+from models.denoisers.cascade import Cascade, CascadeConfig
+from models.denoisers.dit import DiT, DiTConfig
+from models.denoisers.stdit import STDiT, STDiTConfig
+from models.denoisers.text import Text, rows
+from models.denoisers.walt import WALT, WALTConfig
+from models.objectives.ddpm import DDPM
+from models.objectives.reconstruction import Reconstruction
+from models.parallel.config import ParallelConfig
+from models.parallel.draws import sharing
+from models.parallel.ranks import Ranks, open_ranks
+from models.parallel.replicas import Loss, replicas
+from models.parallel.shards import shard, whole
+
+BATCH = 4
+SHAPE: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "channels": 3, "patch": (1, 4, 4)}
+VIDEO = {**SHAPE, "input_size": (4, 8, 8)}
+WALT_SHAPE = {**SHAPE, "input_size": (5, 8, 8)}
+STAGE = {
+    "widths": (16, 32),
+    "heads": (2, 2),
+    "levels": ("CTA", "CTAV"),
+    "down": (1, 1),
+    "up": (1, 1),
+    "repeats": (1, 1),
+}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "dit": lambda: DiT(DiTConfig(**VIDEO, num_classes=3, class_dropout=0.5, learn_sigma=True)),
+    "latte": lambda: DiT(DiTConfig(**VIDEO, num_classes=3, attention="factorized", qk_norm="rms", late_frames=True)),
+    "stdit": lambda: STDiT(STDiTConfig(**VIDEO, num_classes=3)),
+    "stdit, text": lambda: STDiT(STDiTConfig(**VIDEO, text_width=8, class_dropout=0.5)),
+    "walt": lambda: WALT(WALTConfig(**WALT_SHAPE, num_classes=3, past=0.5, self_conditioning=0.5)),
+    "walt, text": lambda: WALT(WALTConfig(**WALT_SHAPE, text_width=8, low_resolution=True)),
+    "cascade": lambda: Cascade(
+        CascadeConfig(input_size=(4, 8, 8), channels=3, num_classes=3, patch=(1, 1, 1), **STAGE)
+    ),
+    "tokenizer": lambda: CausalTokenizer(
+        TokenizerConfig(
+            input_size=(5, 16, 16), channels=3, width=8, multipliers=(1, 2), temporal_strides=(2,), groups=4
+        )
+    ),
+}
+
+
+def made(name: str) -> tuple[nn.Module, Any, torch.Tensor, Any]:
+    """The model with weights that leave no gradient out, its objective, and a batch."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(BATCH, 3, *model.config.input_size)
+    y: Any = torch.randint(3, (BATCH,))
+    if "text" in name:
+        y = Text(torch.randn(BATCH, 5, 8), torch.arange(5) < torch.tensor([[5], [2], [0], [1]]))
+    return model, Reconstruction() if name == "tokenizer" else DDPM(prediction="velocity"), x, y
+
+
+def gradients(loss: nn.Module, ranks: Ranks, x: torch.Tensor, y: Any, *, bf16: bool) -> tuple[float, list[Any]]:
+    """The loss of the batch and its gradients, of which this rank computes its samples."""
+    torch.manual_seed(3)
+    own = torch.tensor(ranks.share.rows(BATCH, 1))
+    with sharing(ranks.share):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            value = loss(x[own], rows(y, own), torch.Generator().manual_seed(1), {})
+        value.backward()
+    found = [None if p.grad is None else p.grad.clone() for p in loss.parameters()]
+    return ranks.mean(value.detach()).item(), found
+
+
+def worst(name: str, config: ParallelConfig, *, checkpointing: bool = False, bf16: bool = False) -> tuple[float, float]:
+    """The relative error of the loss and the largest one of a gradient, on the processes of ``config``."""
+
+    def compare() -> tuple[float, float]:
+        model, objective, x, y = made(name)
+        expected, exact = gradients(Loss(copy.deepcopy(model), objective), Ranks(), x, y, bf16=bf16)
+        with open_ranks(config, torch.device("cpu")) as ranks:
+            model.checkpointing = checkpointing
+            if ranks.sharded:
+                shard(model, ranks, bf16=bf16)
+                assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+            got, parts = gradients(replicas(Loss(model, objective), ranks), ranks, x, y, bf16=bf16)
+            errors = [0.0]
+            for right, part in zip(exact, whole(parts, keep=True), strict=True):
+                assert (right is None) == (part is None)
+                if right is not None:
+                    errors.append(((part - right).norm() / right.norm().clamp_min(1e-6)).item())
+        return abs(got - expected) / expected, max(errors)
+
+    return on_ranks(config.size, compare)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_shards_have_the_gradients_of_one_process(name: str):
+    loss, gradient = worst(name, ParallelConfig(shard=2), checkpointing=True)
+    assert loss < 1e-6 and gradient < 2e-5
+
+
+@pytest.mark.parametrize("name", ["latte", "stdit", "walt"])
+def test_shards_recompute_norms_as_one_process_does(name: str):
+    loss, gradient = worst(name, ParallelConfig(shard=2))
+    assert loss < 1e-6 and gradient < 2e-5
+
+
+@pytest.mark.slow
+def test_sharded_copies_have_the_gradients_of_one_process():
+    loss, gradient = worst("dit", ParallelConfig(data=2, shard=2))
+    assert loss < 1e-6 and gradient < 2e-5
+
+
+@pytest.mark.parametrize("name", ["cascade", "walt"])
+def test_copies_have_the_gradients_of_one_process(name: str):
+    loss, gradient = worst(name, ParallelConfig(data=2))
+    assert loss < 1e-6 and gradient < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dit", "stdit", "walt"])
+def test_in_bfloat16_shards_have_the_loss_of_one_process(name: str):
+    loss, gradient = worst(name, ParallelConfig(shard=2), bf16=True)
+    assert loss < 1e-3 and gradient < 0.05
