@@ -100,6 +100,10 @@ class Model(nn.Module):
         """
         return []
 
+    def divisible(self) -> dict[str, int]:
+        """What ranks that divide the tokens of a sample must divide, by name; nothing for a model that cannot."""
+        return {}
+
     @property
     def small_clips(self) -> SmallClips | None:
         """What a second stage is told as ``low``; None for other models."""

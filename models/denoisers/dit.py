@@ -52,6 +52,7 @@ from minisora_kernels import (
 
 from ..objectives.ddpm import DDPM
 from ..objectives.flow import FlowMatching
+from ..parallel import sequence
 from ..protocols import BaseSettings, Denoiser, System
 from .layers import (
     MLP,
@@ -297,7 +298,9 @@ class DiT(Denoiser):
             rows = self._split(modulations, x.shape[0], grid[0])
 
         # Under autocast the embedding comes out in half precision; the residual stream keeps the parameters' dtype.
-        x = self.x_embedder(x, self._positions_at(grid)).to(self.pos_embed.dtype)
+        rows = [sequence.own(row, 1) if row.dim() == 3 else row for row in rows]
+        positions = sequence.own(self._positions_at(grid), 1)
+        x = self.x_embedder(sequence.own(x, 2), positions).to(self.pos_embed.dtype)
         vectors, last = modulations_of(rows, self.config.width)
         y = adaln(x, vectors[0].shift_msa, vectors[0].scale_msa)
         for block, own, (shift, scale, *_) in zip(self.blocks, vectors, [*vectors[1:], last], strict=True):
@@ -308,16 +311,25 @@ class DiT(Denoiser):
             else:
                 x, y = block(x, y, own, shift, scale, grid=grid)
             if self.config.late_frames and block is self.blocks[0]:
-                x = (x.unflatten(1, (grid[0], -1)) + self._frames_at(grid[0])[:, :, None]).flatten(1, 2)
+                frames = sequence.own(self._frames_at(grid[0]), 1)
+                x = (x.unflatten(1, (frames.shape[1], -1)) + frames[:, :, None]).flatten(1, 2)
                 y = adaln(x, shift, scale)
 
-        patches = grid[-len(self.config.patch) :]
-        return unpatchify(self.final_layer.linear(y), patches, self.config.patch, self.out_channels)
+        patches = (grid[0] // sequence.ranks(), *grid[1:])[-len(self.config.patch) :]
+        return sequence.joined(unpatchify(self.final_layer.linear(y), patches, self.config.patch, self.out_channels), 2)
 
     def units(self) -> list[list[nn.Module]]:
         # The modulations of all blocks are computed before the first block.
         blocks: Any = self.blocks
         return [*([block.adaLN_modulation] for block in blocks), *([block.attn, block.mlp] for block in blocks)]
+
+    def divisible(self) -> dict[str, int]:
+        config = self.config
+        if len(config.patch) == 2:
+            return {}
+        frames, height, width = config.grid
+        by_heads = {"heads": config.heads} if config.attention == "joint" else {"places of a frame": height * width}
+        return {"frames of tokens": frames, **by_heads}
 
     def _grid(self, x: Tensor) -> Grid:
         """Tokens per axis of x."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minisora_kernels import patch_embed, window_attention
 from minisora_kernels.modules import is_plain, mlp
 
-from ..parallel import draws
+from ..parallel import draws, sequence
 from .text import Text, with_null
 
 Grid = tuple[int, int, int]
@@ -171,13 +171,29 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (Scale(head_dim) for _ in range(2))
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
-        grid = grid or self.grid
+        """Tokens of the ``grid`` to the same; of this rank's frames of it, where ranks divide them."""
+        t, h, w = grid or self.grid
+        if sequence.ranks() == 1:
+            return self.proj(self._attend(self._heads(x), (t, h, w)))
+        frames = t // sequence.ranks()
+        if not self.whole[0]:
+            return self.proj(self._attend(self._heads(x), (frames, h, w)))
+        if self.whole[1] or self.whole[2]:
+            qkv = sequence.swap(self._heads(x), split=3, join=1)
+            return self.proj(sequence.swap(self._attend(qkv, (t, h, w)), split=1, join=2))
+        # Over time: the norm's output is exchanged rather than q, k and v, for it is a third of them.
+        x = sequence.swap(x.unflatten(1, (frames, -1)), split=2, join=1)
+        y = self.proj(self._attend(self._heads(x.flatten(1, 2)), (t, x.shape[2], 1)))
+        return sequence.swap(y.unflatten(1, (t, -1)), split=1, join=2).flatten(1, 2)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """Queries, keys and values ``[B, N, 3, heads, head_dim]``."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1))
+
+    def _attend(self, qkv: Tensor, grid: Grid) -> Tensor:
         window = [n if whole else 1 for n, whole in zip(grid, self.whole, strict=True)]
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         q_weight, k_weight = (None, None) if self.qk_norm is None else (self.q_norm.weight, self.k_norm.weight)
-        return self.proj(
-            window_attention(qkv, grid, window, q_weight=q_weight, k_weight=k_weight, qk_norm=self.qk_norm)
-        )
+        return window_attention(qkv, grid, window, q_weight=q_weight, k_weight=k_weight, qk_norm=self.qk_norm)
 
 
 class MLP(nn.Module):

@@ -56,6 +56,7 @@ from minisora_kernels import adaln, gate_residual, gate_residual_adaln, recomput
 from minisora_kernels.modules import mlp
 
 from ..objectives.ddpm import DDPM
+from ..parallel import sequence
 from ..protocols import BaseSettings, Denoiser, System
 from .dit import SIZES, DiTConfig
 from .layers import (
@@ -312,6 +313,7 @@ class STDiT(Denoiser):
         dtype = self.pos_embed.dtype
         c = self.t_embedder(t, dtype)
         t0 = self.t_block(c)
+        c, t0 = (sequence.own(row, 1) if row.dim() == 3 else row for row in (c, t0))
         text, mask = None, None
         if isinstance(self.y_embedder, CaptionEmbedder):
             text, mask = self.y_embedder(y)
@@ -319,11 +321,12 @@ class STDiT(Denoiser):
             text = self.y_embedder(y)[:, None]
 
         # Under autocast the embedding comes out in half precision; the residual stream keeps the parameters' dtype.
-        x = self.x_embedder(x, self.pos_embed).to(dtype)
+        x = self.x_embedder(sequence.own(x, 2), sequence.own(self.pos_embed, 1)).to(dtype)
         tables = [cast(Block, block).scale_shift_table for block in self.blocks]
         vectors = [Modulation(*(t0 + table.flatten()).chunk(6, dim=-1)) for table in tables]
         last = [c + row for row in self.final_layer.scale_shift_table]
-        pos_time: Tensor | None = self.pos_embed_temporal.repeat_interleave(math.prod(self.config.grid[1:]), dim=1)
+        frames = sequence.own(self.pos_embed_temporal, 1)
+        pos_time: Tensor | None = frames.repeat_interleave(math.prod(self.config.grid[1:]), dim=1)
         y = adaln(x, vectors[0].shift_msa, vectors[0].scale_msa)
         for block, own, (shift, scale, *_) in zip(self.blocks, vectors, [*vectors[1:], last], strict=True):
             arguments = (x, y, (text, mask), pos_time, own, shift, scale)
@@ -333,11 +336,16 @@ class STDiT(Denoiser):
             else:
                 x, y = block(*arguments)
             pos_time = None
-        return unpatchify(self.final_layer.linear(y), self.config.grid, self.config.patch, self.out_channels)
+        grid = frames.shape[1], *self.config.grid[1:]
+        return sequence.joined(unpatchify(self.final_layer.linear(y), grid, self.config.patch, self.out_channels), 2)
 
     def units(self) -> list[list[nn.Module]]:
         # The tables of the blocks are read before the first block.
         return [list(block.children()) for block in self.blocks]
+
+    def divisible(self) -> dict[str, int]:
+        frames, height, width = self.config.grid
+        return {"frames of tokens": frames, "places of a frame": height * width}
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor | Text | None) -> None:
         config, batch = self.config, len(x)

@@ -38,6 +38,7 @@ not: the table's width of 9216 at 52 layers would be 53 B parameters, and the tr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -53,7 +54,7 @@ from minisora_kernels import (
 
 from ..objectives.common import alpha_bars, at, expand, gaussian
 from ..objectives.ddpm import DDPM
-from ..parallel import draws
+from ..parallel import draws, sequence
 from ..protocols import Denoiser, SmallClips, System
 from .dit import SIZES
 from .layers import (
@@ -184,6 +185,7 @@ class WALT(Denoiser):
 
         # Under autocast the embedding comes out in half precision; the residual stream keeps the parameters' dtype.
         x = self._embed(x, images, previous, low, self._known(x, past, past_frames) if config.past else None)
+        x = sequence.own(x, 1)
         y = adaln(x, vectors[0].shift_msa, vectors[0].scale_msa)
         for block, own, (shift, scale, *_) in zip(self.blocks, vectors, [*vectors[1:], last], strict=True):
             arguments = (x, y, text, mask, own, shift, scale)
@@ -193,7 +195,12 @@ class WALT(Denoiser):
             else:
                 x, y = block(*arguments)
         grid = config.grid[0] + images, *config.grid[1:]
-        return unpatchify(self.final_layer.linear(y), grid, config.patch, self.out_channels)
+        patches = sequence.joined(self.final_layer.linear(y), 1)
+        return unpatchify(patches, grid, config.patch, self.out_channels)
+
+    def divisible(self) -> dict[str, int]:
+        config = self.config
+        return {} if config.text_width else {"tokens": math.prod(config.grid), "heads": config.heads}
 
     def units(self) -> list[list[nn.Module]]:
         return [list(block.children()) for block in self.blocks]

@@ -17,6 +17,7 @@ from minisora_kernels import (
     window_attention,
 )
 
+from ..parallel import sequence
 from .layers import MLP, Grid, Modulation, Scale, outputs_from
 from .walt_config import WALTConfig
 
@@ -45,11 +46,13 @@ class Attention(nn.Module):
         self.register_buffer("places", relative_places(self.window), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        # Ranks that divide the tokens exchange them for heads: windows and padding stay as they are.
+        qkv = sequence.swap(self.qkv(x).unflatten(-1, (3, self.heads, -1)), split=3, join=1)
         # The backward of embedding sums in a fixed order, which that of indexing need not.
         bias = F.embedding(self.places, self.bias_table.t()).permute(2, 0, 1)
+        bias = sequence.own(bias, 0)
         _, h, w = self.grid
-        grid = (x.shape[1] // (h * w), h, w) if self.spatial else self.grid
+        grid = (qkv.shape[1] // (h * w), h, w) if self.spatial else self.grid
         tokens = math.prod(grid)
         weights = self.q_norm.weight, self.k_norm.weight
         out = window_attention(
@@ -57,7 +60,8 @@ class Attention(nn.Module):
         )
         # Images: what attends to itself alone gets its own v.
         alone = qkv[:, tokens:, 2].flatten(2)
-        return self.proj(torch.cat((out, alone), dim=1) if alone.shape[1] else out)
+        out = torch.cat((out, alone), dim=1) if alone.shape[1] else out
+        return self.proj(sequence.swap(out, split=1, join=2))
 
 
 class CrossAttention(nn.Module):

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from .config import ParallelConfig
 from .draws import Share
+from .sequence import Line
 
 # A rank waits this long for the others, which write a checkpoint or a preview meanwhile.
 PATIENCE = timedelta(minutes=30)
@@ -55,24 +56,36 @@ def check_size(config: ParallelConfig) -> None:
 
 
 class Ranks:
-    """This process among those that train together; the only one without ``mesh``.
+    """This process among those that train together; the only one by default.
 
     Attributes:
-        mesh: of the processes, with the axes of :class:`ParallelConfig`.
+        size: the number of processes.
         rank: this process; 0 is the one that writes.
         share: the samples that this process has.
-        sharded: whether a model is divided among ranks.
+        line: the ranks that have the same samples, and divide their tokens.
+        mesh: that a model is divided over, by all ranks of a copy of it, with an axis for copies if there are several;
+            None if it is not divided.
     """
 
-    def __init__(self, mesh: DeviceMesh | None = None, share: Share | None = None) -> None:
-        self.mesh, self.share = mesh, share or Share()
-        self.rank = 0 if mesh is None else dist.get_rank()
-        self.sharded = mesh is not None and mesh["shard"].size() > 1
+    def __init__(self, config: ParallelConfig = ParallelConfig(), device: str = "cpu") -> None:  # noqa: B008 - frozen
+        self.size, self.rank = config.size, 0
+        self.share, self.line, self.mesh = Share(), Line(), None
+        if self.size == 1:
+            return
+        self.rank = dist.get_rank()
+        parts = init_device_mesh(device, (config.shares, config.sequence), mesh_dim_names=("share", "sequence"))
+        share, line = parts["share"], parts["sequence"]
+        self.share = Share(share.get_local_rank(), share.size(), share.get_group())
+        self.line = Line(line.get_local_rank(), line.size(), line.get_group())
+        if config.shard > 1:
+            axes = {"data": config.data, "shard": config.shard * config.sequence}
+            axes = {name: number for name, number in axes.items() if number > 1}
+            self.mesh = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
-    def axes(self, *names: str) -> DeviceMesh:
-        """The part of the mesh with these axes, but for those of one process; at least the last."""
-        assert self.mesh is not None
-        return self.mesh[tuple(name for name in names if self.mesh[name].size() > 1) or names[-1]]
+    @property
+    def sharded(self) -> bool:
+        """Whether a model is divided among ranks."""
+        return self.mesh is not None
 
     @property
     def first(self) -> bool:
@@ -81,14 +94,14 @@ class Ranks:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of the ranks' values."""
-        if self.mesh is not None:
+        if self.size > 1:
             dist.all_reduce(value)
-            value /= self.mesh.size()
+            value /= self.size
         return value
 
     def any(self, flag: bool) -> bool:
         """Whether any rank has it set."""
-        if self.mesh is None:
+        if self.size == 1:
             return flag
         flags = torch.tensor(int(flag))
         dist.all_reduce(flags)
@@ -96,9 +109,9 @@ class Ranks:
 
     def agree(self, values: dict[str, Any]) -> None:
         """Raises ValueError on every rank if a value is not the same on all."""
-        if self.mesh is None:
+        if self.size == 1:
             return
-        all_values: list[Any] = [None] * self.mesh.size()
+        all_values: list[Any] = [None] * self.size
         dist.all_gather_object(all_values, values)
         for name, value in all_values[0].items():
             for rank, others in enumerate(all_values):
@@ -120,7 +133,6 @@ def open_ranks(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
     # What is agreed on in a step is a number of the host: on GPUs it takes gloo's way.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE, device_id=device if device.type == "cuda" else None)
-    mesh = init_device_mesh(device.type, tuple(config.axes.values()), mesh_dim_names=tuple(config.axes))
-    yield Ranks(mesh, Share(dist.get_rank(), config.shares, dist.group.WORLD))
+    yield Ranks(config, device.type)
     dist.barrier()
     dist.destroy_process_group()

@@ -34,7 +34,7 @@ def replicas(loss: Loss, ranks: Ranks) -> nn.Module:
     Raises:
         ValueError: a model with a batch norm, whose statistics would be those of a rank's samples alone.
     """
-    if ranks.mesh is None:
+    if ranks.size == 1:
         return loss
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     for name, module in loss.model.named_modules():
@@ -47,7 +47,6 @@ def replicas(loss: Loss, ranks: Ranks) -> nn.Module:
         return loss
     return DistributedDataParallel(
         loss,
-        process_group=ranks.share.group,
         gradient_as_bucket_view=True,
         # A discriminator that joins later has no gradient before.
         find_unused_parameters=getattr(loss.objective, "adversarial_start", 0) > 0,

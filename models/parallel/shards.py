@@ -20,12 +20,12 @@ from .ranks import Ranks
 
 
 def shard(model: Any, ranks: Ranks, *, bf16: bool) -> None:
-    """Divide the model's parameters among the ranks of the axis "shard", in place; the axis "data" has copies.
+    """Divide the model's parameters over ``ranks.mesh``, in place.
 
     With ``bf16`` units are gathered in bfloat16, which autocast would round their weights to anyway. What belongs to no
     unit stays float32, inputs are not rounded, and gradients are summed in float32.
     """
-    mesh = ranks.axes("data", "shard")
+    mesh = ranks.mesh
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for unit in model.units():
         fully_shard(unit, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())

@@ -32,13 +32,14 @@ from ..objectives.reconstruction import Reconstruction
 from ..parallel.draws import sharing
 from ..parallel.ranks import Ranks
 from ..parallel.replicas import Loss, replicas, without_sums
+from ..parallel.sequence import check_divisible, dividing
 from ..parallel.shards import divided, shard, whole
 from ..registry import build, config_from, configure
 from ..runtime.device import choose_device
 from ..runtime.plain import as_plain
 from ..sampling.clips import ClipRequest, sample_clips
 from ..weights.start import start_from
-from .config import TrainConfig
+from .config import TrainConfig, from_dict
 from .log import Step
 from .optimizer import learning_rate, update_ema
 
@@ -83,6 +84,7 @@ class Trainer:
         # What a checkpoint has and a forward may change, as the statistics of a batch norm.
         kept = self.model.state_dict().keys()
         self.buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
+        check_divisible(config.parallel.sequence, self.model.divisible())
         self.reads_low = self._reads_low()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -105,7 +107,7 @@ class Trainer:
         if config.compile:
             self.model.compile()
         self.loss = replicas(Loss(self.model, self.objective), self.ranks)
-        if self.ranks.mesh is not None and not self.ranks.sharded:
+        if self.ranks.size > 1 and not self.ranks.sharded:
             self._rehearse()
 
     def _models(self, built_from: Any, resume: Checkpoint | None) -> tuple[Any, Any]:
@@ -171,6 +173,8 @@ class Trainer:
         named = "data.buckets"
         if cells:
             named = f"data.source {config.data.source!r}, whose buckets are in cells of latents,"
+        if self.ranks.line.ranks > 1:
+            raise ValueError(f"{named} has several sizes; with parallel.sequence it must have one")
         if not self.model.takes_any_size:
             raise ValueError(f"{named} needs a model for inputs of any size; {config.model.name!r} has one size")
         self.model.any_size = True
@@ -181,8 +185,13 @@ class Trainer:
                 message = f"{named} has {(frames, height, width)}, which the model cannot take: {error}"
                 raise ValueError(message) from error
         sources = self.source.split(config.data.buckets)
-        sizes = []
-        parts = config.accumulation * self.ranks.share.ranks
+        sizes = self._bucket_sizes(sources, self.ranks.share.ranks)
+        return BucketBatches(sources, sizes, config.seed, rows=[self._rows(size) for size in sizes])
+
+    def _bucket_sizes(self, sources: list[Source], shares: int) -> list[int]:
+        """Samples of a batch of each bucket, a multiple of its parts and of the ranks that have shares of these."""
+        config, sizes = self.config, []
+        parts = config.accumulation * shares
         for source in sources:
             tokens = self._tokens(source.shape[1:])
             count = config.batch_tokens // tokens // parts * parts
@@ -190,7 +199,7 @@ class Trainer:
                 needed = f"{parts} sample{'s' * (parts > 1)} of {tokens} tokens"
                 raise ValueError(f"batch_tokens is {config.batch_tokens}; bucket {source.shape[1:]} needs {needed}")
             sizes.append(count)
-        return BucketBatches(sources, sizes, config.seed, rows=[self._rows(size) for size in sizes])
+        return sizes
 
     def _rows(self, batch_size: int) -> list[int]:
         return self.ranks.share.rows(batch_size, self.config.accumulation)
@@ -231,6 +240,15 @@ class Trainer:
             )
 
     def _restore(self, saved: Checkpoint) -> None:
+        if isinstance(self.batches, BucketBatches):
+            shares = from_dict(saved.train).parallel.shares
+            sizes = [bucket.batch_size for bucket in self.batches.buckets]
+            before = self._bucket_sizes([bucket.source for bucket in self.batches.buckets], shares)
+            if sizes != before:
+                raise ValueError(
+                    f"{self.config.parallel} makes batches of {sizes} samples of the buckets; the run had {before}, so "
+                    f"parallel.data x parallel.shard must be {shares}, as before"
+                )
         self.optimizer.load_state_dict(divided(saved.optimizer, self.trained))
         self._set_generators(saved.rng)
         self.memory = {name: value.to(self.device) for name, value in saved.memory.items()}
@@ -324,11 +342,16 @@ class Trainer:
             part_labels = None if labels is None else labels.chunk(config.accumulation)[i]
             part_low = None if low is None else low.chunk(config.accumulation)[i]
             last = i == config.accumulation - 1
-            with sharing(self.ranks.share), contextlib.nullcontext() if last else without_sums(self.loss):
+            with (
+                sharing(self.ranks.share),
+                dividing(self.ranks.line),
+                contextlib.nullcontext() if last else without_sums(self.loss),
+            ):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     loss = self.loss(part, part_labels, self.generator, self.memory, part_low)
                 loss = loss / config.accumulation
-                loss.backward()
+                # Of the ranks that divide a sample the mean of gradients is taken, where their sum is asked for.
+                (loss * self.ranks.line.ranks).backward()
             total += loss.detach()
         total = self.ranks.mean(total)
         norm = nn.utils.clip_grad_norm_(self.trained, config.optimizer.clip or math.inf, foreach=True)

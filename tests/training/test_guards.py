@@ -80,7 +80,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(tmp_path, monkeypatch):
     for accumulation in (1, 2, 4):
         trainer = Trainer(merge(TINY, {"run": str(tmp_path), "accumulation": accumulation, "optimizer": {"clip": 0}}))
         randomize(trainer.model)
-        trainer.objective = type("Fixed", (), {"name": "flow", "loss": staticmethod(fixed_loss)})()
+        trainer.loss.objective = type("Fixed", (), {"name": "flow", "loss": staticmethod(fixed_loss)})()
         results.append(gradients(trainer, monkeypatch))
         trainer.batches.close()
     for other in results[1:]:

@@ -916,7 +916,7 @@ def test_stage_b_is_told_the_small_clip_of_its_sample(tmp_path, monkeypatch, acc
             seen.append((x, y, low))
             return model(x, torch.full((len(x),), 500.0), y, low=low).square().mean()
 
-    trainer.objective = Looks()
+    trainer.loss.objective = Looks()
     for _ in range(2):
         trainer.train_step()
     trainer.batches.close()

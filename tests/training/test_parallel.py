@@ -47,9 +47,10 @@ def losses(folder: Path) -> list[tuple[float, float]]:
         return [(float(row["loss"]), float(row["gradient_norm"])) for row in csv.DictReader(file)]
 
 
-def trained(folder: Path, data: int = 1, shard: int = 1, **changes) -> Path:
+def trained(folder: Path, copies: int = 1, shard: int = 1, sequence: int = 1, **changes) -> Path:
     """The folder of a run on so many ranks, which goes on if it is there."""
-    config = merge(TINY, {"run": str(folder), "parallel": {"data": data, "shard": shard}} | changes)
+    parallel = {"data": copies, "shard": shard, "sequence": sequence}
+    config = merge(TINY, {"run": str(folder), "parallel": parallel} | changes)
     resume, ranks = latest(folder)[1] if folder.exists() else None, config.parallel.size
     if ranks == 1:
         train(config, resume)
@@ -68,28 +69,28 @@ def assert_same_state(one: Path, other: Path, **tolerance) -> None:
         assert torch.equal(value, b.rng[name]), name
 
 
-SLOW = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((4, 1), (2, 2))]
+SLOW = [pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((4, 1, 1), (2, 2, 1), (1, 1, 2), (1, 2, 2))]
 
 
-@pytest.mark.parametrize(("data", "shard"), [(2, 1), (1, 2), *SLOW])
-def test_the_losses_do_not_depend_on_the_number_of_ranks(data: int, shard: int, tmp_path: Path):
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), *SLOW])
+def test_the_losses_do_not_depend_on_the_number_of_ranks(sizes: tuple[int, int, int], tmp_path: Path):
     one = losses(trained(tmp_path / "one", accumulation=2))
-    folder = trained(tmp_path / "some", data, shard, accumulation=2)
+    folder = trained(tmp_path / "some", *sizes, accumulation=2)
     assert len(one) == 6
     torch.testing.assert_close(losses(folder), one, rtol=2e-5, atol=0)
     assert_same_state(tmp_path / "one", folder, rtol=1e-3, atol=1e-4)
-    assert losses(trained(tmp_path / "again", data, shard, accumulation=2)) == losses(folder)
+    assert losses(trained(tmp_path / "again", *sizes, accumulation=2)) == losses(folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("data", "shard"), [(4, 1), (2, 2)])
-def test_a_run_goes_on_with_the_same_bits_and_on_other_ranks(data: int, shard: int, tmp_path: Path):
-    whole = losses(trained(tmp_path / "whole", data, shard))
-    stopped = trained(tmp_path / "stopped", data, shard, steps=3)
-    assert losses(trained(stopped, data, shard)) == whole
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 2, 1), (1, 2, 2)])
+def test_a_run_goes_on_with_the_same_bits_and_on_other_ranks(sizes: tuple[int, int, int], tmp_path: Path):
+    whole = losses(trained(tmp_path / "whole", *sizes))
+    stopped = trained(tmp_path / "stopped", *sizes, steps=3)
+    assert losses(trained(stopped, *sizes)) == whole
     assert_same_state(tmp_path / "whole", stopped, rtol=0, atol=0)
     other = trained(tmp_path / "other", 2, steps=2)
-    for steps, ranks in ((3, (1, 2)), (4, (1, 1)), (6, (2, 2))):
+    for steps, ranks in ((3, (1, 2)), (4, (1, 1)), (6, (1, 1, 2))):
         trained(other, *ranks, steps=steps)
     torch.testing.assert_close(losses(other), whole, rtol=2e-5, atol=0)
 
@@ -105,6 +106,19 @@ def test_what_an_objective_remembers_is_of_all_ranks(objective, tmp_path: Path):
         folders.append(Path(config.run))
     assert latest(folders[0])[1].memory
     assert_same_state(*folders, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_ranks_share_the_batches_of_every_bucket(tmp_path: Path):
+    sizes = {"buckets": [[2, 16, 16], [4, 16, 24], [1, 24, 16]]}
+    one = trained(tmp_path / "one", steps=4, batch_tokens=48, data=sizes)
+    two = trained(tmp_path / "two", 2, steps=4, batch_tokens=48, data=sizes)
+    torch.testing.assert_close(losses(two), losses(one), rtol=2e-5, atol=0)
+    odd = trained(tmp_path / "odd", 2, steps=3, batch_tokens=60, data=sizes)
+    with pytest.raises(
+        ValueError, match=r"batches of \[7, 2, 10\] samples .* the run had \[6, 2, 10\], so .* must be 2"
+    ):
+        trained(odd, 1, batch_tokens=60, data=sizes)
 
 
 def test_ranks_divide_what_one_process_reads_and_draws():
@@ -149,9 +163,7 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch, tmp_path: Pat
     ):
         train(merge(TINY, {"parallel": {"data": 2}, "run": str(tmp_path / "run")}))
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(
-        ValueError, match=r"4 processes, but .* is 2; use --parallel.data 4, or --parallel.shard 2, or --n"
-    ):
+    with pytest.raises(ValueError, match=r"4 processes, but .* is 2; use --parallel.data 4, or --parallel.shard 2, or"):
         check_size(ParallelConfig(data=2))
     with pytest.raises(ValueError, match=r"compile is True; with parallel.shard 2 it must be False"):
         merge(TINY, {"parallel": {"shard": 2}, "compile": True})

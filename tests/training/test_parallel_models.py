@@ -20,16 +20,18 @@ from models.denoisers.text import Text, rows
 from models.denoisers.walt import WALT, WALTConfig
 from models.objectives.ddpm import DDPM
 from models.objectives.reconstruction import Reconstruction
+from models.parallel import draws
 from models.parallel.config import ParallelConfig
 from models.parallel.draws import sharing
 from models.parallel.ranks import Ranks, open_ranks
 from models.parallel.replicas import Loss, replicas
+from models.parallel.sequence import check_divisible, dividing, own
 from models.parallel.shards import shard, whole
 
 BATCH = 4
 SHAPE: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "channels": 3, "patch": (1, 4, 4)}
-VIDEO = {**SHAPE, "input_size": (4, 8, 8)}
-WALT_SHAPE = {**SHAPE, "input_size": (5, 8, 8)}
+VIDEO = {**SHAPE, "heads": 4, "input_size": (4, 8, 8)}
+WALT_SHAPE = {**SHAPE, "heads": 4, "input_size": (5, 8, 8)}
 STAGE = {
     "widths": (16, 32),
     "heads": (2, 2),
@@ -59,7 +61,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def made(name: str) -> tuple[nn.Module, Any, torch.Tensor, Any]:
     """The model with weights that leave no gradient out, its objective, and a batch."""
     torch.manual_seed(0)
-    model = MODELS[name]()
+    model = MODELS[name.removesuffix(", frames")]()
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.1)
@@ -67,17 +69,18 @@ def made(name: str) -> tuple[nn.Module, Any, torch.Tensor, Any]:
     y: Any = torch.randint(3, (BATCH,))
     if "text" in name:
         y = Text(torch.randn(BATCH, 5, 8), torch.arange(5) < torch.tensor([[5], [2], [0], [1]]))
-    return model, Reconstruction() if name == "tokenizer" else DDPM(prediction="velocity"), x, y
+    objective = DDPM(prediction="velocity")
+    return model, Reconstruction() if name == "tokenizer" else PerFrame() if "frames" in name else objective, x, y
 
 
 def gradients(loss: nn.Module, ranks: Ranks, x: torch.Tensor, y: Any, *, bf16: bool) -> tuple[float, list[Any]]:
     """The loss of the batch and its gradients, of which this rank computes its samples."""
     torch.manual_seed(3)
     own = torch.tensor(ranks.share.rows(BATCH, 1))
-    with sharing(ranks.share):
+    with sharing(ranks.share), dividing(ranks.line):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             value = loss(x[own], rows(y, own), torch.Generator().manual_seed(1), {})
-        value.backward()
+        (value * ranks.line.ranks).backward()
     found = [None if p.grad is None else p.grad.clone() for p in loss.parameters()]
     return ranks.mean(value.detach()).item(), found
 
@@ -134,3 +137,47 @@ def test_copies_have_the_gradients_of_one_process(name: str):
 def test_in_bfloat16_shards_have_the_loss_of_one_process(name: str):
     loss, gradient = worst(name, ParallelConfig(shard=2), bf16=True)
     assert loss < 1e-3 and gradient < 0.05
+
+
+class PerFrame:
+    """Squares of what a model predicts, with a timestep for each frame."""
+
+    def loss(self, model: Any, x: torch.Tensor, y: Any, *_: Any) -> torch.Tensor:
+        return model(x, draws.rand((len(x), x.shape[2])) * 1000, y).square().mean()
+
+
+MORE = [ParallelConfig(sequence=4), ParallelConfig(data=2, sequence=2), ParallelConfig(shard=2, sequence=2)]
+
+
+@pytest.mark.parametrize(
+    "config", [ParallelConfig(sequence=2), *(pytest.param(config, marks=pytest.mark.slow) for config in MORE)], ids=str
+)
+@pytest.mark.parametrize("name", ["dit", "latte", "stdit, text", "walt"])
+def test_ranks_that_divide_tokens_have_the_gradients_of_one_process(name: str, config: ParallelConfig):
+    loss, gradient = worst(name, config, checkpointing=config.data > 1)
+    assert loss < 1e-6 and gradient < 2e-5
+
+
+@pytest.mark.parametrize("name", ["latte, frames", "stdit, frames"])
+def test_modulation_of_each_frame_is_divided_with_the_frames(name: str):
+    loss, gradient = worst(name, ParallelConfig(sequence=2))
+    assert loss < 1e-6 and gradient < 2e-5
+
+
+def test_what_ranks_cannot_divide_is_refused_with_what_they_can():
+    message = r"sequence is 4; it must divide frames of tokens \(6\), heads \(4\): it may be 1, 2$"
+    with pytest.raises(ValueError, match=message):
+        check_divisible(4, DiT(DiTConfig(**VIDEO | {"input_size": (6, 8, 8)})).divisible())
+    with pytest.raises(ValueError, match="sequence is 2; this model cannot divide its tokens, so it must be 1"):
+        check_divisible(2, MODELS["cascade"]().divisible())
+    check_divisible(4, MODELS["stdit"]().divisible())
+
+
+def test_a_rank_has_its_frames_only():
+    """What one rank computes depends on its frames alone, but for attention over time."""
+
+    def places() -> list[int]:
+        with open_ranks(ParallelConfig(sequence=2), torch.device("cpu")) as ranks, dividing(ranks.line):
+            return own(torch.arange(4)[None], 1).flatten().tolist()
+
+    assert on_ranks(2, places) == [[0, 1], [2, 3]]

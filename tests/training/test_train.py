@@ -135,7 +135,7 @@ def test_accumulation_computes_the_same_step(tmp_path):
         torch.nn.init.normal_(
             trainer.model.final_layer.linear.weight, std=0.1, generator=torch.Generator().manual_seed(0)
         )
-        trainer.objective = Deterministic()
+        trainer.loss.objective = Deterministic()
         losses.append(trainer.train_step()[0].item())
         weights.append([parameter.grad is None for parameter in trainer.trained])
         trainer.batches.close()
