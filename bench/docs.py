@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -240,7 +241,9 @@ def plans(results: Path) -> list[str]:
             f"{plan[part]['seconds']:.3g} s"
             for part in ("training", "sampling")
         ]
-        gpus = f"{config['gpus']} x {config['gpu']}"
+        axes = {name: number for name, number in config["parallel"].items() if number > 1}
+        gpus = f"{math.prod(axes.values())} x {config['gpu']}"
+        gpus = ", ".join([gpus, " x ".join(f"{name} {number}" for name, number in axes.items())]) if axes else gpus
         clip = " x ".join(map(str, (config["frames"], *config["size"])))
         rows.append((f"`{config['model']}`", clip, gpus, *cells))
     lines = markdown(("model", "clip", "GPUs", "a training step", "sampling in 50 steps"), rows)

@@ -15,16 +15,18 @@ import torch
 
 from bench.harness import record
 from minisora_kernels.commands import command
+from models.parallel.config import ParallelConfig
 from models.plan import PlanConfig, available, needs, seconds
 
 PATH = record.RESULTS / "plans.json"
 FRAMES_PER_SECOND = 24
-# Model, GPUs; each for 3 and for 10 seconds.
+ONE = ParallelConfig()
+# Model, GPU, and how GPUs share the work; for 3 seconds, then for 10.
 GOALS = (
-    ("latte-xl/1x2x2", 8, "a100-80g"),
-    ("latte-xl/1x2x2", 4, "a6000-48g"),
-    ("latte-xl/1x2x2", 1, "rtx4090-24g"),
-    ("latte-b/1x2x2", 1, "rtx4090-24g"),
+    ("latte-xl/1x2x2", "a100-80g", ParallelConfig(shard=8), ParallelConfig(shard=4, sequence=2)),
+    ("latte-xl/1x2x2", "a6000-48g", ParallelConfig(shard=4), ParallelConfig(shard=2, sequence=2)),
+    ("latte-xl/1x2x2", "rtx4090-24g", ONE, ONE),
+    ("latte-b/1x2x2", "rtx4090-24g", ONE, ONE),
 )
 
 
@@ -36,13 +38,12 @@ def configs() -> list[PlanConfig]:
             gpu=gpu,
             frames=length * FRAMES_PER_SECOND,
             size=(480, 848),
-            gpus=gpus,
-            sharding="fsdp" if gpus > 1 else "none",
+            parallel=parallel,
             backend="kernels",
             checkpointing=True,
         )
-        for model, gpus, gpu in GOALS
-        for length in (3, 10)
+        for model, gpu, *options in GOALS
+        for length, parallel in zip((3, 10), options, strict=True)
     ]
 
 

@@ -1,27 +1,29 @@
 """``python -m models.plan``: does training or sampling of such clips fit into such GPUs, and how fast could it be?
 
-    python -m models.plan --model latte-xl/1x2x2 --frames 72 --size 480 848 --gpu a100-80g --gpus 8 --sharding fsdp
+    python -m models.plan --model latte-xl/1x2x2 --frames 72 --size 480 848 --gpu a100-80g --parallel.shard 8
 
 Nothing is allocated: the model runs on fake tensors, which have shapes but no memory, forward and backward, while
 every tensor that an op makes is counted from its birth to its death. So activations are those that this code keeps,
 with its kernels, autocast and checkpointing, not a formula; tests/models/test_plan.py holds them against a real step.
 
     training = weights + gradients + optimizer (two moments) + EMA, fp32, over the GPUs if sharded, + activations;
-               gradients, optimizer and EMA are of what is trained: with --lora-rank of the adapters alone
+               gradients, optimizer and EMA are of what is trained, with --lora-rank of the adapters alone; but a sharded EMA
+               is of all;
+               with --parallel.shard + gathered: what belongs to no unit, and the two largest units (parallel/shards.py)
     sampling = weights + activations of one guided step
     seconds  = FLOPs / (peak FLOP/s * utilization) + bytes moved by the ops / peak bytes/s
 
 A training step is a forward and a backward of the model; what an objective adds, as the first pass of a model with
 self-conditioning, is not in it. The peaks are the vendors' figures for dense bfloat16 products with fp32 sums, and for
 memory; the utilization is an assumption to be replaced by a measurement on that GPU. Not counted: what the allocator
-loses between blocks, workspaces of libraries, an autoencoder (encode beforehand, decode in tiles), the weights that
-FSDP gathers for a block, and that GPUs wait for each other.
+loses between blocks, workspaces of libraries, an autoencoder (encode beforehand, decode in tiles), the gradients of a
+unit before they are divided, and that GPUs wait for each other. Sampling is that of one GPU.
 """
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -34,6 +36,8 @@ from minisora_kernels.commands import command
 from minisora_kernels.counters import Counter
 
 from .denoisers.lora import LoRAConfig, adapt
+from .parallel.config import ParallelConfig
+from .parallel.sequence import Line, check_divisible, dividing
 from .protocols import Model
 from .registry import SYSTEMS, build, configure
 from .runtime.arguments import read
@@ -76,12 +80,8 @@ class PlanConfig:
     classes: int = 1000
     """Number of classes."""
     batch_size: int = 1
-    """Clips per GPU."""
-    gpus: int = 1
-    """Number of GPUs."""
-    sharding: Literal["none", "zero2", "fsdp"] = "none"
-    """What the GPUs share: 'zero2' shards gradients, optimizer and EMA; 'fsdp' also the weights. An estimate only:
-    models.train runs on one GPU."""
+    """Clips per GPU, or per group of GPUs that divide the tokens of a clip."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     backend: Literal["reference", "kernels"] = "reference"
     """Plain PyTorch, or the kernels."""
     checkpointing: bool = False
@@ -180,10 +180,31 @@ def _allocate(model: torch.nn.Module) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _run(config: PlanConfig, *, training: bool, backend: str) -> tuple[list[int], int, int, int]:
-    """Parameters, all and trained, the most bytes of activations, FLOPs and bytes moved of one step."""
-    with FakeTensorMode(), use_backend(backend):
+def _gathered(model: Model, *, bf16: bool) -> int:
+    """Bytes of the weights that a sharded model has whole at a time: what no unit has, and the two largest units."""
+    units = [[id(p) for module in unit for p in module.parameters()] for unit in model.units()]
+    inside = {number for unit in units for number in unit}
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    largest = sorted(sum(sizes[number] for number in unit) for unit in units)[-2:]
+    return 4 * (sum(sizes.values()) - sum(sizes[number] for number in inside)) + (2 if bf16 else 4) * sum(largest)
+
+
+class Run(NamedTuple):
+    """Of one step: bytes of weights, of those that are trained, of activations and of gathered weights; the work."""
+
+    weights: int
+    trained: int
+    activations: int
+    gathered: int
+    flops: int
+    moved: int
+
+
+def _run(config: PlanConfig, *, training: bool, backend: str) -> Run:
+    line = Line(ranks=config.parallel.sequence if training else 1)
+    with FakeTensorMode(), use_backend(backend), dividing(line):
         model, x, t, y = _model(config, training=training)
+        check_divisible(line.ranks, model.divisible())
         model.train(training)
         model.checkpointing = config.checkpointing
         if not training:
@@ -198,8 +219,9 @@ def _run(config: PlanConfig, *, training: bool, backend: str) -> tuple[list[int]
             if training:
                 loss.backward()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        parameters = [sum(parameter.numel() for parameter in part) for part in (model.parameters(), trained)]
-    return parameters, alive.peak, counter.flops, counter.moved
+        weights, learned = (4 * sum(parameter.numel() for parameter in part) for part in (model.parameters(), trained))
+        gathered = _gathered(model, bf16=config.precision == "bf16")
+    return Run(weights, learned, alive.peak, gathered, counter.flops, counter.moved)
 
 
 def needs(config: PlanConfig, *, training: bool) -> Needs:
@@ -208,7 +230,7 @@ def needs(config: PlanConfig, *, training: bool) -> Needs:
     Raises:
         ValueError: sizes that the model does not take.
     """
-    for name in ("frames", "batch_size", "gpus", "steps", "channels"):
+    for name in ("frames", "batch_size", "steps", "channels"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     for name in ("size", "compression"):
@@ -221,24 +243,25 @@ def needs(config: PlanConfig, *, training: bool) -> Needs:
     for name, low, high in (("utilization", 0.01, 1.0), ("reserve", 0.0, 0.9)):
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be in [{low}, {high}]")
-    if config.sharding != "none" and config.gpus == 1:
-        raise ValueError(f"sharding is {config.sharding!r}, but gpus is 1: there is nothing to share")
     backend = "cpu" if config.backend == "kernels" else "reference"  # whose memory is that of the other kernels
-    parameters, activations, flops, moved = _run(config, training=training, backend=backend)
+    run = _run(config, training=training, backend=backend)
+    flops = run.flops
     if backend != "reference":  # it has the same products, in ops whose FLOPs torch knows
-        _, _, flops, _ = _run(config, training=training, backend="reference")
-    weights, trained = (4 * count for count in parameters)
+        flops = _run(config, training=training, backend="reference").flops
     if not training:
-        return Needs({"weights": weights, "activations": activations}, flops, moved)
-    sharded = config.gpus if config.sharding != "none" else 1
+        return Needs({"weights": run.weights, "activations": run.activations}, flops, run.moved)
+    parallel = config.parallel
+    parts = parallel.shard * parallel.sequence if parallel.shard > 1 else 1
     memory = {
-        "weights": weights / (config.gpus if config.sharding == "fsdp" else 1),
-        "gradients": trained / sharded,
-        "optimizer": 2 * trained / sharded,
-        "ema": trained / sharded,
-        "activations": activations,
+        "weights": run.weights / parts,
+        "gradients": run.trained / parts,
+        "optimizer": 2 * run.trained / parts,
+        "ema": (run.trained if parts == 1 else run.weights) / parts,
+        "activations": run.activations,
     }
-    return Needs(memory, flops, moved)
+    if parts > 1:
+        memory["gathered"] = run.gathered
+    return Needs(memory, flops, run.moved)
 
 
 def seconds(need: Needs, config: PlanConfig) -> float:
@@ -249,10 +272,11 @@ def seconds(need: Needs, config: PlanConfig) -> float:
 
 def report(config: PlanConfig) -> str:
     """The plan in words and numbers; every assumption is named."""
-    gpu = GPUS[config.gpu]
+    gpu, parallel = GPUS[config.gpu], config.parallel
+    divided = f" of {parallel}" if parallel.size > 1 else ""
     lines = [
-        f"{config.model}, {config.frames} frames of {config.size[0]}x{config.size[1]}, {config.batch_size} a GPU, "
-        f"{config.precision}, {config.backend}, on {config.gpus} x {config.gpu}",
+        f"{config.model}, {config.frames} frames of {config.size[0]}x{config.size[1]}, {config.batch_size} at a time, "
+        f"{config.precision}, {config.backend}, on {parallel.size} x {config.gpu}{divided}",
         f"peaks: {gpu.memory / 1e9:.0f} GB, {gpu.flops / 1e12:.0f} TFLOP/s bfloat16, {gpu.bandwidth / 1e9:.0f} GB/s "
         f"({gpu.source}); assumed: {config.utilization:.0%} of the FLOP/s, {config.reserve:.0%} of the memory reserved",
     ]
@@ -266,7 +290,7 @@ def report(config: PlanConfig) -> str:
             f"{available(config) / 1e9:.1f} GB"
         )
         if training:
-            clips = config.batch_size * config.gpus / step
+            clips = config.batch_size * parallel.shares / step
             lines.append(
                 f"  {need.flops / 1e12:.1f} TFLOP and {need.moved / 1e9:.0f} GB moved a step: {step:.2f} s, "
                 f"{clips:.2f} clips/s"

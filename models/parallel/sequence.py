@@ -26,7 +26,10 @@ from torch import Tensor
 
 
 class Line(NamedTuple):
-    """The ranks that divide the tokens of the same samples, in the order of the frames; ``group`` is theirs."""
+    """The ranks that divide the tokens of the same samples, in the order of the frames; ``group`` is theirs.
+
+    Without a group nothing is sent, for shapes and sizes alone.
+    """
 
     rank: int = 0
     ranks: int = 1
@@ -86,7 +89,8 @@ class _Join(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
         ctx.dim = dim
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(_line.ranks)]
-        dist.all_gather(parts, x.contiguous(), group=_line.group)
+        if _line.group is not None:
+            dist.all_gather(parts, x.contiguous(), group=_line.group)
         return torch.cat(parts, dim)
 
     @staticmethod
@@ -109,5 +113,6 @@ class _Swap(torch.autograd.Function):
 def _exchanged(x: Tensor, split: int, join: int) -> Tensor:
     sent = torch.stack(x.chunk(_line.ranks, split))
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=_line.group)
+    if _line.group is not None:
+        dist.all_to_all_single(received, sent, group=_line.group)
     return torch.cat(received.unbind(), join)

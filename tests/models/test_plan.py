@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from models.parallel.config import ParallelConfig
 from models.plan import GPUS, PlanConfig, main, needs, seconds
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,8 +22,9 @@ import json, sys
 import torch
 from minisora_kernels import use_backend
 from models import plan
+from models.runtime.plain import merge
 values = json.loads(sys.argv[1])
-config, training = plan.PlanConfig(**values["config"]), values["training"]
+config, training = merge(plan.PlanConfig("latte-s/1x2x2", "h200"), values["config"]), values["training"]
 torch.manual_seed(0)
 
 def step():
@@ -86,10 +88,19 @@ def test_states_are_shared_as_asked_and_the_work_grows_with_the_clip():
     trained = alone.memory["gradients"]  # all but the positions
     assert trained == weights - 4 * 4 * 16 * 16 * 384
     assert alone.memory == alone.memory | {"optimizer": 2 * trained, "ema": trained}
-    zero2 = needs(dataclasses.replace(SMALL, gpus=4, sharding="zero2"), training=True).memory
-    assert zero2 == alone.memory | {name: alone.memory[name] / 4 for name in ("gradients", "optimizer", "ema")}
-    fsdp = needs(dataclasses.replace(SMALL, gpus=4, sharding="fsdp"), training=True).memory
-    assert fsdp == zero2 | {"weights": weights / 4}
+    copies = needs(dataclasses.replace(SMALL, parallel=ParallelConfig(data=4)), training=True).memory
+    assert copies == alone.memory
+    shards = needs(dataclasses.replace(SMALL, parallel=ParallelConfig(shard=4)), training=True).memory
+    states = {name: alone.memory[name] / 4 for name in ("weights", "gradients", "optimizer")}
+    states["ema"] = weights / 4  # the positions too
+    # In bfloat16 the two largest units, attention and MLP of a block; what is outside of the blocks, in float32.
+    block, modulation = 12 * 384**2 + 9 * 384, (384 + 1) * 6 * 384
+    outside = weights - 4 * 12 * (block + modulation)
+    assert shards == alone.memory | states | {"gathered": outside + 2 * 2 * block}
+    divided = needs(dataclasses.replace(SMALL, parallel=ParallelConfig(sequence=2)), training=True)
+    assert divided.memory == alone.memory | {"activations": divided.memory["activations"]}
+    assert 0.5 < divided.memory["activations"] / alone.memory["activations"] < 0.6
+    assert 0.5 < divided.flops / alone.flops < 0.55
     longer = needs(dataclasses.replace(SMALL, frames=8), training=True)
     assert 1.9 < longer.flops / alone.flops < 2.1 and seconds(longer, SMALL) > seconds(alone, SMALL)
     assert needs(dataclasses.replace(SMALL, checkpointing=True), training=True).flops > 1.2 * alone.flops
@@ -109,7 +120,7 @@ def test_the_program_says_whether_it_fits(capsys):
         ({"size": (250, 256)}, "must be a multiple of compression 8"),
         ({"frames": 4, "compression": (4, 8)}, "must be 1 \\+ a multiple"),
         ({"frames": 0}, "frames is 0; it must be at least 1"),
-        ({"sharding": "fsdp"}, "there is nothing to share"),
+        ({"parallel": ParallelConfig(sequence=3)}, "sequence is 3; it must divide frames of tokens .4., places"),
         ({"utilization": 1.5}, "utilization is 1.5"),
         ({"model": "dit-s/2"}, "that of an image model"),
     ],
