@@ -92,7 +92,9 @@ def test_the_block_of_one_s_own_computes_what_it_did_before():
 
 def commands(page: Path) -> list[list[str]]:
     lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    found = [words for line in lines if (words := shlex.split(line, comments=True))]
+    # What torchrun starts, as python would start it.
+    return [["python", "-m", *words[words.index("--") + 1 :]] if words[0] == "torchrun" else words for words in found]
 
 
 # What the pages name before it is there: a target of make, a sub-command. Each entry goes when its target comes.
