@@ -21,10 +21,11 @@ from .data.encoder import Decoder
 from .data.media import read_samples, refuse_present, write_samples
 from .data.text import TextEncoder, identify_text_encoder, refuse_another
 from .denoisers.text import Text
+from .parallel.config import ParallelConfig
+from .parallel.ranks import is_first, open_ranks, processes, serving_on
 from .runtime.allocator import reuse_large_allocations
 from .runtime.arguments import read
 from .runtime.device import check_backend, choose_device
-from .runtime.verification import serving
 from .sampling.clips import ClipRequest, in_training_units, sample_clips
 from .sampling.solvers import SolverOptions
 from .training.config import TrainConfig, from_dict
@@ -206,6 +207,8 @@ def start_of(config: SampleConfig) -> tuple[Start, int]:
     for name, value in (("count", count), ("batch_size", config.batch_size), ("fps", config.fps)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
+    if count < processes():
+        raise ValueError(f"count is {count}; each of {processes()} processes needs at least one clip")
     if config.fps > 1000:
         raise ValueError(f"fps is {config.fps}; it must be at most 1000")
     if clips is not None and count > len(clips):
@@ -255,7 +258,7 @@ def conditions_of(
 
 
 def run(config: SampleConfig) -> list[Path]:
-    """Sample as configured; returns the files.
+    """Sample as configured, on all processes that torchrun started; returns the files, on the first.
 
     Raises:
         ValueError: a file that is not a checkpoint or does not match, output that is there already, or an option that
@@ -288,7 +291,8 @@ def run(config: SampleConfig) -> list[Path]:
     if config.compile:
         model.compile()
     with (
-        serving(device, config.backend, config.verify),
+        open_ranks(ParallelConfig(data=processes()), device) as ranks,
+        serving_on(ranks, device, config.backend, config.verify),
         torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
     ):
         request = ClipRequest(
@@ -296,14 +300,18 @@ def run(config: SampleConfig) -> list[Path]:
             y=y,
             steps=50 if config.steps is None and config.solver != "dopri5" else config.steps,
             options=config,
-            progress=True,
+            progress=ranks.first,
+            share=ranks.share,
             decode=decode,
             encode=None if decode is None else decode.encode,
             past=start.past(config),
             low=in_training_units(start.low(config), model, decode, config.batch_size),
             **{name: getattr(config, name) for name in SAME_NAMES},
         )
-        clips = sample_clips(model, train.objective, request)
+        parts = ranks.joined(sample_clips(model, train.objective, request))
+    if not parts:
+        return []
+    clips = torch.cat(parts)
     paths = write_samples(folder, clips.numpy(), labels, checkpoint.classes, config.fps, overwrite=config.overwrite)
     print(f"{count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
     if isinstance(labels, list):
@@ -317,7 +325,7 @@ def run(config: SampleConfig) -> list[Path]:
 
 @command()
 def main(arguments: list[str]) -> None:
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if is_first() else logging.ERROR)
     reuse_large_allocations()
     run(read(SampleConfig, f"python -m {__package__}.sample", __doc__, arguments))
 

@@ -33,6 +33,10 @@ class Share(NamedTuple):
         own = part // self.ranks
         return [i * part + self.rank * own + row for i in range(parts) for row in range(own)]
 
+    def part(self, count: int) -> range:
+        """The clips that this rank draws of ``count``."""
+        return range(self.rank * count // self.ranks, (self.rank + 1) * count // self.ranks)
+
 
 # Not a context variable: autograd recomputes what was checkpointed in threads of its own.
 _share = Share()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from ..runtime.verification import serving
 from .config import ParallelConfig
 from .draws import Share
 from .sequence import Line
@@ -117,6 +118,27 @@ class Ranks:
             for rank, others in enumerate(all_values):
                 if others[name] != value:
                     raise ValueError(f"{name} is {value!r} on rank 0 and {others[name]!r} on rank {rank}")
+
+    def joined(self, values: Any) -> list[Any]:
+        """The ranks' values in their order, on the first rank; nothing on the others."""
+        if self.size == 1:
+            return [values]
+        found: list[Any] = [None] * self.size
+        dist.gather_object(values, found if self.first else None)
+        return found if self.first else []
+
+
+@contextlib.contextmanager
+def serving_on(
+    ranks: Ranks, device: torch.device, backend: str, verify: str, stored: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """As :func:`models.runtime.verification.serving`; the first rank verifies the kernels, and the others wait."""
+    if not ranks.first:
+        ranks.any(False)
+    with serving(device, backend, verify if ranks.first else "never", stored):
+        if ranks.first:
+            ranks.any(False)
+        yield
 
 
 @contextlib.contextmanager

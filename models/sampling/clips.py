@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from ..data.encoder import Decoder
 from ..data.pixels import shrink, to_bytes, to_float
 from ..denoisers.text import Text, rows
+from ..parallel.draws import Share
 from ..protocols import Denoiser
 from ..registry import Objective
 from ..runtime.progress import progress_bar
@@ -56,6 +58,8 @@ class ClipRequest(Solving):
     """For a second stage, the small clips ``[count, C, T, h, w]`` in the units of its training."""
     low_noise: int = 0
     """Level of the noise that the small clips get, also drawn from ``seed``."""
+    share: Share = field(default_factory=Share)
+    """The rank that draws, which makes a part of the clips. Solvers that draw noise draw other noise on each rank."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +76,8 @@ class ClipRequest(Solving):
 
 def sample_clips(model: Denoiser, objective: Objective, request: ClipRequest) -> Tensor:
     """uint8, or with ``latents`` float32, ``[count, T, H, W, C]`` from the model, ``batch_size`` clips at a time.
+
+    With a ``share`` they are the clips of that rank, in the order of the ranks, and as many as it has.
 
     With ``continuations`` the last frames of a clip are encoded again: W.A.L.T's tokenizer makes its two known latent
     frames of the last 5 frames. The result has them once.
@@ -91,12 +97,15 @@ def sample_clips(model: Denoiser, objective: Objective, request: ClipRequest) ->
     if request.low is not None:
         low = model.small_clip_arguments(request.low.to(device), request.low_noise, generator)
     overlap = _overlap(model, request) if request.continuations else 0
-    starts = range(0, count, request.batch_size)
+    own = request.share.part(count)
+    starts = own[:: request.batch_size]
+    if request.share.rank:
+        generator.manual_seed(int(np.random.SeedSequence((request.seed, request.share.rank)).generate_state(1)[0]))
     calls = films * (1 if request.steps is None else count_steps(objective, request.steps))
     result = []
     with progress_bar(total=len(starts) * calls, desc="sampling", disable=not request.progress) as bar:
         for start in starts:
-            part = slice(start, start + request.batch_size)
+            part = slice(start, min(start + request.batch_size, own.stop))
             y = None if request.y is None else rows(request.y, part).to(device)
             one = SampleRequest(
                 **{item.name: getattr(request, item.name) for item in dataclasses.fields(Solving)},

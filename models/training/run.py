@@ -16,11 +16,10 @@ import torch
 
 from .. import checkpoint as checkpoints
 from ..checkpoint import Checkpoint
-from ..parallel.ranks import Ranks, open_ranks
+from ..parallel.ranks import Ranks, open_ranks, serving_on
 from ..runtime.device import check_backend, choose_device
 from ..runtime.files import locked, write_whole
 from ..runtime.plain import as_plain
-from ..runtime.verification import serving
 from ..sampling.solvers import NotFinite
 from .config import TrainConfig, from_dict
 from .log import Log, Step
@@ -107,10 +106,7 @@ def _train_on(ranks: Ranks, device: torch.device, config: TrainConfig, resume: C
     with contextlib.ExitStack() as stack:
         if ranks.first:
             _take(folder, stack, fresh=resume is None)
-            stack.enter_context(serving(device, config.backend, config.verify, stored))
-        ranks.any(False)  # the others wait until the folder is taken and the kernels are verified
-        if not ranks.first:
-            stack.enter_context(serving(device, config.backend, "never", stored))
+        stack.enter_context(serving_on(ranks, device, config.backend, config.verify, stored))
         trainer = Trainer(config, resume, ranks)
         try:
             # The first batch proves that there is data before anything is written.

@@ -99,7 +99,7 @@ def test_states_are_shared_as_asked_and_the_work_grows_with_the_clip():
     assert shards == alone.memory | states | {"gathered": outside + 2 * 2 * block}
     divided = needs(dataclasses.replace(SMALL, parallel=ParallelConfig(sequence=2)), training=True)
     assert divided.memory == alone.memory | {"activations": divided.memory["activations"]}
-    assert 0.5 < divided.memory["activations"] / alone.memory["activations"] < 0.6
+    assert 0.5 < divided.memory["activations"] / alone.memory["activations"] < 0.65
     assert 0.5 < divided.flops / alone.flops < 0.55
     longer = needs(dataclasses.replace(SMALL, frames=8), training=True)
     assert 1.9 < longer.flops / alone.flops < 2.1 and seconds(longer, SMALL) > seconds(alone, SMALL)

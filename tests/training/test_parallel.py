@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ranks import on_ranks
@@ -25,6 +26,8 @@ from models.parallel.config import ParallelConfig
 from models.parallel.draws import Share, sharing
 from models.parallel.ranks import check_size
 from models.runtime.plain import merge
+from models.sample import SampleConfig
+from models.sample import run as sample
 from models.training.config import OptimizerConfig, PreviewConfig, TrainConfig
 from models.training.run import train
 
@@ -106,6 +109,22 @@ def test_what_an_objective_remembers_is_of_all_ranks(objective, tmp_path: Path):
         folders.append(Path(config.run))
     assert latest(folders[0])[1].memory
     assert_same_state(*folders, rtol=1e-3, atol=1e-4)
+
+
+def test_ranks_divide_the_clips_that_are_sampled(tmp_path: Path):
+    model = trained(tmp_path / "run", steps=2)
+
+    def sampled(name: str, **options) -> np.ndarray:
+        config = SampleConfig(model, out=tmp_path / name, count=5, steps=2, batch_size=2, device="cpu", **options)
+        files = on_ranks(2 if name.startswith("two") else 1, lambda: sample(config))
+        assert files[1:] in ([], [[]])
+        with np.load(next(file for file in files[0] if file.suffix == ".npz")) as content:
+            return content["clips"]
+
+    assert np.array_equal(sampled("two"), sampled("one"))
+    noisy = sampled("two noisy", solver="euler_maruyama"), sampled("noisy", solver="euler_maruyama")
+    # The first rank has the first two clips, and draws the noise that one process draws for them.
+    assert np.array_equal(noisy[0][:2], noisy[1][:2]) and not np.array_equal(noisy[0][2:4], noisy[1][2:4])
 
 
 @pytest.mark.slow
