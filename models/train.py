@@ -90,8 +90,9 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
         moved = default
         if resume.text_encoder is not None and config.text.encoder is not None:
             moved = dataclasses.replace(moved, text=dataclasses.replace(moved.text, encoder=config.text.encoder))
-        if resume.data_digest is not None:
-            moved = dataclasses.replace(moved, data=dataclasses.replace(moved.data, source=config.data.source))
+        source = moved.data.source if resume.data_digest is None else config.data.source
+        data = dataclasses.replace(moved.data, source=source, workers=config.data.workers)
+        moved = dataclasses.replace(moved, data=data)
         names = [item.name for item in dataclasses.fields(config)]
         changed = [name for name in names if getattr(config, name) != getattr(moved, name)]
         refused = [name for name in changed if name not in RESUMABLE]

@@ -6,15 +6,18 @@ What is in a batch never depends on what was read before, so a resumed run sees 
 from __future__ import annotations
 
 import functools
+import signal
+import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from .pixels import to_float
 from .source import Source
@@ -28,17 +31,21 @@ class Batch(NamedTuple):
     low: Tensor | None = None
 
 
-class Prefetching(ABC):
-    """Batches by step; those of the ``prefetch`` steps after the one that is asked for are made ahead by a thread.
+class Prefetching(ABC, Dataset[Batch]):
+    """Batches by step; those of the ``prefetch`` steps after the one that is asked for are made ahead.
 
-    ``waited`` is how many seconds :meth:`batch` took in all.
+    A thread makes them, or ``workers`` processes, each with a copy of what the source keeps in memory. ``waited`` is
+    how many seconds :meth:`batch` took in all.
     """
 
-    def __init__(self, prefetch: int) -> None:
-        self.prefetch = prefetch
+    def __init__(self, prefetch: int, workers: int = 0) -> None:
+        self.prefetch, self.workers = prefetch, workers
         self.waited = 0.0
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch and not workers else None
         self._ahead: dict[int, Future[Batch]] = {}
+        # Of the processes: the batches that follow, and the last one that was taken, with its step.
+        self._coming: Iterator[Batch] | None = None
+        self._taken: tuple[int, Batch] | None = None
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step."""
@@ -48,7 +55,32 @@ class Prefetching(ABC):
         finally:
             self.waited += time.perf_counter() - start
 
+    def __getitem__(self, step: int) -> Batch:
+        return self.make(step)
+
+    def _of_processes(self, step: int) -> Batch:
+        taken = self._taken
+        if taken is not None and taken[0] == step:
+            return taken[1]
+        if self._coming is None or taken is None or taken[0] + 1 != step:
+            loader = DataLoader(
+                self,
+                batch_size=None,
+                sampler=range(step, sys.maxsize),
+                num_workers=self.workers,
+                collate_fn=_as_it_is,
+                multiprocessing_context="fork",
+                worker_init_fn=_ignore_signals,
+                prefetch_factor=max(1, self.prefetch // self.workers),
+                generator=torch.Generator(),  # else it would draw from the generator that drops labels
+            )
+            self._coming = iter(loader)
+        self._taken = step, next(self._coming)
+        return self._taken[1]
+
     def _batch(self, step: int) -> Batch:
+        if self.workers:
+            return self._of_processes(step)
         if self._pool is None:
             return self.make(step)
         for wanted in range(step, step + self.prefetch + 1):
@@ -60,13 +92,24 @@ class Prefetching(ABC):
         return made.result()
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread or the processes."""
+        self._coming = None
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
     @abstractmethod
     def make(self, step: int) -> Batch:
         """The batch, made now."""
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_signals(_: int) -> None:
+    """What ends the run leaves its processes at work until the run has saved; they end with it."""
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class Batches(Prefetching):
@@ -84,16 +127,23 @@ class Batches(Prefetching):
         seed: of the order and of what is random in an item.
         prefetch: batches that are made ahead.
         rows: the places in a batch that are read; by default all.
+        workers: processes that make them; 0 for a thread.
     """
 
     def __init__(
-        self, source: Source, batch_size: int, seed: int, prefetch: int = 2, rows: Sequence[int] | None = None
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int,
+        prefetch: int = 2,
+        rows: Sequence[int] | None = None,
+        workers: int = 0,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be positive")
         if len(source) < 1:
             raise ValueError("the source has no clip")
-        super().__init__(prefetch)
+        super().__init__(prefetch, workers)
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.rows = range(batch_size) if rows is None else rows
         self._order = functools.lru_cache(maxsize=2)(self._shuffle)
@@ -138,8 +188,9 @@ class BucketBatches(Prefetching):
         seed: int,
         prefetch: int = 2,
         rows: Sequence[Sequence[int]] | None = None,
+        workers: int = 0,
     ) -> None:
-        super().__init__(prefetch)
+        super().__init__(prefetch, workers)
         self.seed = seed
         own = rows or [range(size) for size in batch_sizes]
         self.buckets = [

@@ -33,12 +33,14 @@ class DataConfig:
     """Number of evenly spaced starts of a clip in a file; 0 allows every frame."""
     cache_megabytes: int = 2048
     """Memory for decoded frames, in MB."""
+    workers: int = 0
+    """Number of processes that read and decode clips ahead, per GPU; 0 is a thread. Each has a cache of its own."""
     images: int = 0
     """Number of independent images after the frames of each clip, for a model that trains on both ('walt'). They are
     random frames of clips; for latents, first frames."""
 
     def __post_init__(self) -> None:
-        least = {"frames": 1, "reduce": 1, "stride": 1, "positions": 0, "cache_megabytes": 0, "images": 0}
+        least = {"frames": 1, "reduce": 1, "stride": 1, "positions": 0, "cache_megabytes": 0, "workers": 0, "images": 0}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {smallest}")

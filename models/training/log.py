@@ -74,10 +74,11 @@ class Log:
         start: the first step, 0-based.
         steps: of the whole run.
         every: steps from one entry to the next.
+        processes: that train together; with several the tokens per second of each are logged too.
     """
 
-    def __init__(self, folder: Path, start: int, steps: int, every: int) -> None:
-        self.folder, self.every = folder, every
+    def __init__(self, folder: Path, start: int, steps: int, every: int, processes: int = 1) -> None:
+        self.folder, self.every, self.processes = folder, every, processes
         self.losses = Losses(folder / "losses.csv", start)
         self.board = Board(folder, start)
         self.bar = progress_bar(total=steps, initial=start, desc=folder.name, unit="step")
@@ -115,11 +116,14 @@ class Log:
             "tokens/s": speed,
             "seconds of waiting for data": wait,
         }
+        if self.processes > 1:
+            values["tokens/s per process"] = speed / self.processes
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         self.board.flush()
         mean = sum(row[1] for row in rows) / len(rows)
-        text = f"loss {mean:.4f}, {speed:,.0f} tokens/s, {wait:.3f} s per step for data"
+        each = f" on {self.processes} processes" if self.processes > 1 else ""
+        text = f"loss {mean:.4f}, {speed:,.0f} tokens/s{each}, {wait:.3f} s per step for data"
         self.bar.set_postfix_str(text, refresh=False)
         self.since = time.perf_counter()
 

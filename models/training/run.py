@@ -146,7 +146,7 @@ class _Files:
         elif trainer.ranks.first:
             set_aside(folder, trainer.step)
         if trainer.ranks.first:
-            self.log = Log(folder, trainer.step, config.steps, config.log_every)
+            self.log = Log(folder, trainer.step, config.steps, config.log_every, trainer.ranks.size)
 
     def add(self, step: Step) -> None:
         """Note the step that was just made."""

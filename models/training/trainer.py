@@ -167,7 +167,8 @@ class Trainer:
             if config.batch_tokens:
                 raise ValueError(f"batch_tokens is {config.batch_tokens}; it is for buckets only, use batch_size")
             source = WithImages(self.source, config.data.images) if config.data.images else self.source
-            return Batches(source, config.batch_size, config.seed, rows=self._rows(config.batch_size))
+            rows = self._rows(config.batch_size)
+            return Batches(source, config.batch_size, config.seed, rows=rows, workers=config.data.workers)
         if not config.batch_tokens:
             raise ValueError(f"batch_tokens is 0; {config.data.source} has buckets, so it must be at least 1")
         named = "data.buckets"
@@ -186,7 +187,8 @@ class Trainer:
                 raise ValueError(message) from error
         sources = self.source.split(config.data.buckets)
         sizes = self._bucket_sizes(sources, self.ranks.share.ranks)
-        return BucketBatches(sources, sizes, config.seed, rows=[self._rows(size) for size in sizes])
+        rows_of = [self._rows(size) for size in sizes]
+        return BucketBatches(sources, sizes, config.seed, rows=rows_of, workers=config.data.workers)
 
     def _bucket_sizes(self, sources: list[Source], shares: int) -> list[int]:
         """Samples of a batch of each bucket, a multiple of its parts and of the ranks that have shares of these."""

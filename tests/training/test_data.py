@@ -298,6 +298,27 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert not torch.equal(x, Batches(source, 3, seed=6, prefetch=0).batch(0)[0])
 
 
+def test_processes_make_the_batches_that_a_thread_makes():
+    source = MovingDigits(frames=2, size=(16, 16))
+    plain, processes = Batches(source, 3, 5, prefetch=0), Batches(source, 3, 5, workers=2)
+    before = torch.get_rng_state()
+    # In order, once more, back, and ahead.
+    for step in (4, 4, 5, 6, 2, 9):
+        for one, other in zip(plain.batch(step), processes.batch(step), strict=True):
+            assert one is other is None or torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before)
+    processes.close()
+
+    class Broken(MovingDigits):
+        def clip(self, index, rng):
+            raise ValueError(f"clip {index} cannot be read")
+
+    broken = Batches(Broken(frames=2, size=(16, 16)), 3, 5, workers=1)
+    with pytest.raises(ValueError, match=r"clip \d+ cannot be read"):
+        broken.batch(0)
+    broken.close()
+
+
 def test_an_epoch_sees_every_item_once_and_the_next_one_differs():
     class Numbers(Source):
         classes = ()
