@@ -156,8 +156,8 @@ class TrainConfig:
         near = self.batch_size // shares * shares
         sizes = f"{near} or {near + shares}" if near else str(shares)
         raise ValueError(
-            f"{self.parallel} ranks have samples of their own in {self.accumulation} parts of a batch; batch_size "
-            f"{self.batch_size} must be a multiple of {shares}, for instance {sizes}"
+            f"batch_size is {self.batch_size}; with {self.parallel} and accumulation {self.accumulation} it must be a "
+            f"multiple of {shares}, for instance {sizes}"
         )
 
     def _check_model(self) -> None:

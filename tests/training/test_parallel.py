@@ -173,7 +173,7 @@ def test_ranks_divide_what_one_process_reads_and_draws():
 
 
 def test_what_does_not_fit_is_refused_with_what_would(monkeypatch, tmp_path: Path):
-    with pytest.raises(ValueError, match="batch_size 8 must be a multiple of 6, for instance 6 or 12"):
+    with pytest.raises(ValueError, match=r"batch_size is 8; .* it must be a multiple of 6, for instance 6 or 12"):
         merge(TINY, {"parallel": {"data": 3}, "accumulation": 2})
     with pytest.raises(ValueError, match=r"parallel.data is 0; it must be at least 1"):
         ParallelConfig(data=0)
@@ -264,4 +264,4 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path):
     assert step >= 5 and len(losses(folder)) == step
     assert f"stopped by SIGTERM; saved {folder}/step_{step:08d}.pt" in log
     assert f"torchrun --standalone --nproc-per-node 2 -m -- models.train --resume {folder}" in log
-    assert log.count("continue with") == 1
+    assert log.count("continue with") == 1 and "tokens/s on 2 processes" in log

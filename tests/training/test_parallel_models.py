@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.autoencoders.tokenizer import CausalTokenizer, TokenizerConfig
 from models.denoisers.cascade import Cascade, CascadeConfig
@@ -137,6 +139,63 @@ def test_copies_have_the_gradients_of_one_process(name: str):
 def test_in_bfloat16_shards_have_the_loss_of_one_process(name: str):
     loss, gradient = worst(name, ParallelConfig(shard=2), bf16=True)
     assert loss < 1e-3 and gradient < 0.05
+
+
+class Sent(TorchDispatchMode):
+    """Numbers that a rank gives to the collectives inside the block, by the collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::").removesuffix("_base_").strip("_")
+            given = args[0] if name in ("allreduce", "broadcast") else args[1]
+            self.counts[name] += sum(x.numel() for x in (given if isinstance(given, list) else [given]))
+        return func(*args, **(kwargs or {}))
+
+
+def sent(name: str, config: ParallelConfig) -> tuple[Counter[str], int, int, int]:
+    """What a rank sends in a step; its numbers of the model's units and of the rest; those of all that is trained."""
+
+    def step() -> tuple[Counter[str], int, int, int]:
+        model, objective, x, y = made(name)
+
+        def held(parameters: Iterable[nn.Parameter]) -> int:
+            """Numbers of a shard: FSDP2 divides the first axis, and fills the last part up."""
+            return sum(-(-len(p) // config.shard) * p[0].numel() for p in parameters)
+
+        units = held(p for unit in model.units() for module in unit for p in module.parameters())
+        every = held(model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        with open_ranks(config, torch.device("cpu")) as ranks:
+            if ranks.sharded:
+                shard(model, ranks, bf16=False)
+            loss = replicas(Loss(model, objective), ranks)
+            gradients(loss, ranks, x, y, bf16=False)
+            with Sent() as counter:
+                gradients(loss, ranks, x, y, bf16=False)
+        del counter.counts["broadcast"]  # DDP's own, in its second step
+        return counter.counts, units, every - units, trained
+
+    return on_ranks(config.size, step)[0]
+
+
+def test_a_step_sends_what_the_docs_say():
+    mean_of_the_loss = 1
+    counts, _, _, trained = sent("latte", ParallelConfig(data=2))
+    assert counts == {"allreduce": trained + mean_of_the_loss}
+    # Units are gathered for the forward and for the backward, the rest once.
+    counts, units, rest, trained = sent("latte", ParallelConfig(shard=2))
+    assert counts == {"allgather": units + units + rest, "reduce_scatter": trained, "allreduce": mean_of_the_loss}
+    # One of the two blocks has attention over time: tokens of two frames there and back, forward and backward.
+    tokens, prediction = BATCH * 2 * 4 * 32, BATCH * 3 * 2 * 8 * 8
+    counts, _, _, trained = sent("latte", ParallelConfig(sequence=2))
+    assert counts == {"alltoall": 4 * tokens, "allgather": prediction, "allreduce": trained + mean_of_the_loss}
+    # Joint attention, of two blocks: q, k and v there, the result back.
+    counts, _, _, trained = sent("dit", ParallelConfig(sequence=2))
+    assert counts["alltoall"] == 2 * 2 * (3 + 1) * tokens
 
 
 class PerFrame:
