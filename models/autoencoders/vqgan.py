@@ -36,6 +36,7 @@ from minisora_kernels import adaln, gate_residual, gate_residual_adaln, unpatchi
 
 from ..denoisers.layers import embed_patches
 from ..objectives.reconstruction import Reconstruction
+from ..parallel.norms import batch_norm
 from ..protocols import Autoencoder, BaseSettings, System
 from .discriminator import PatchDiscriminator
 
@@ -234,7 +235,7 @@ class VQGAN(Autoencoder):
         h = self._block(self.encoder_high, h, (height // 2, width // 2))
         h = tokens(self.down(frames(h, (height // 2, width // 2))))
         h = self._block(self.encoder_low, h, (height // 4, width // 4))
-        return self.norm(self.to_latents(h).flatten(0, 1)).unflatten(0, (len(x), -1))
+        return batch_norm(self.norm, self.to_latents(h).flatten(0, 1)).unflatten(0, (len(x), -1))
 
     def _decode(self, z: Tensor, shape: Sequence[int]) -> Tensor:
         """Images or clips of that shape from ``z [F, h w, c]``, not scaled."""

@@ -53,6 +53,11 @@ def sharing(share: Share) -> Iterator[None]:
         _share = before
 
 
+def current() -> Share:
+    """The share of the block that is running."""
+    return _share
+
+
 def _all(shape: int | Sequence[int]) -> tuple[int, ...]:
     """The shape with the samples of all ranks."""
     first, *others = (shape,) if isinstance(shape, int) else shape

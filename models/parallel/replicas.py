@@ -29,21 +29,8 @@ class Loss(nn.Module):
 
 
 def replicas(loss: Loss, ranks: Ranks) -> nn.Module:
-    """The loss whose backward leaves the mean of the ranks' gradients; as it is for one process.
-
-    Raises:
-        ValueError: a model with a batch norm, whose statistics would be those of a rank's samples alone.
-    """
-    if ranks.size == 1:
-        return loss
-    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    for name, module in loss.model.named_modules():
-        if isinstance(module, norms):
-            raise ValueError(
-                f"{ranks.share.ranks} ranks have samples of their own; with the batch norm {name!r} of the model it "
-                "must be one, for its statistics are those of the whole batch"
-            )
-    if ranks.sharded:
+    """The loss whose backward leaves the mean of the ranks' gradients; as it is for one process, and for shards."""
+    if ranks.size == 1 or ranks.sharded:
         return loss
     return DistributedDataParallel(
         loss,

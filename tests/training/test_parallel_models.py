@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.autoencoders.tokenizer import CausalTokenizer, TokenizerConfig
+from models.autoencoders.vqgan import VQGAN, VQGANConfig
 from models.denoisers.cascade import Cascade, CascadeConfig
 from models.denoisers.dit import DiT, DiTConfig
 from models.denoisers.stdit import STDiT, STDiTConfig
@@ -28,7 +29,7 @@ from models.parallel.draws import sharing
 from models.parallel.ranks import Ranks, open_ranks
 from models.parallel.replicas import Loss, replicas
 from models.parallel.sequence import check_divisible, dividing, own
-from models.parallel.shards import shard, whole
+from models.parallel.shards import local, shard, whole
 
 BATCH = 4
 SHAPE: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "channels": 3, "patch": (1, 4, 4)}
@@ -52,11 +53,28 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "cascade": lambda: Cascade(
         CascadeConfig(input_size=(4, 8, 8), channels=3, num_classes=3, patch=(1, 1, 1), **STAGE)
     ),
+    "vqgan": lambda: VQGAN(
+        VQGANConfig(input_size=(2, 16, 16), channels=3, width=8, blocks=1, codes=64, discriminator=4)
+    ),
     "tokenizer": lambda: CausalTokenizer(
         TokenizerConfig(
             input_size=(5, 16, 16), channels=3, width=8, multipliers=(1, 2), temporal_strides=(2,), groups=4
         )
     ),
+}
+
+
+class PerFrame:
+    """Squares of what a model predicts, with a timestep for each frame."""
+
+    def loss(self, model: Any, x: torch.Tensor, y: Any, *_: Any) -> torch.Tensor:
+        return model(x, draws.rand((len(x), x.shape[2])) * 1000, y).square().mean()
+
+
+OBJECTIVES = {
+    "vqgan": Reconstruction(adversarial_weight=0.1),
+    "tokenizer": Reconstruction(),
+    "frames": PerFrame(),
 }
 
 
@@ -71,8 +89,7 @@ def made(name: str) -> tuple[nn.Module, Any, torch.Tensor, Any]:
     y: Any = torch.randint(3, (BATCH,))
     if "text" in name:
         y = Text(torch.randn(BATCH, 5, 8), torch.arange(5) < torch.tensor([[5], [2], [0], [1]]))
-    objective = DDPM(prediction="velocity")
-    return model, Reconstruction() if name == "tokenizer" else PerFrame() if "frames" in name else objective, x, y
+    return model, OBJECTIVES.get(name.rpartition(", ")[2], DDPM(prediction="velocity")), x, y
 
 
 def gradients(loss: nn.Module, ranks: Ranks, x: torch.Tensor, y: Any, *, bf16: bool) -> tuple[float, list[Any]]:
@@ -98,12 +115,14 @@ def worst(name: str, config: ParallelConfig, *, checkpointing: bool = False, bf1
             if ranks.sharded:
                 shard(model, ranks, bf16=bf16)
                 assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+                kept = sum(local(parameter).numel() for parameter in model.parameters())
+                assert kept < 0.6 * sum(parameter.numel() for parameter in model.parameters())
             got, parts = gradients(replicas(Loss(model, objective), ranks), ranks, x, y, bf16=bf16)
             errors = [0.0]
             for right, part in zip(exact, whole(parts, keep=True), strict=True):
                 assert (right is None) == (part is None)
                 if right is not None:
-                    errors.append(((part - right).norm() / right.norm().clamp_min(1e-6)).item())
+                    errors.append(((part - right).norm() / right.norm().clamp_min(1e-4)).item())
         return abs(got - expected) / expected, max(errors)
 
     return on_ranks(config.size, compare)[0]
@@ -128,7 +147,7 @@ def test_sharded_copies_have_the_gradients_of_one_process():
     assert loss < 1e-6 and gradient < 2e-5
 
 
-@pytest.mark.parametrize("name", ["cascade", "walt"])
+@pytest.mark.parametrize("name", ["cascade", "walt", "vqgan"])
 def test_copies_have_the_gradients_of_one_process(name: str):
     loss, gradient = worst(name, ParallelConfig(data=2))
     assert loss < 1e-6 and gradient < 2e-5
@@ -196,13 +215,6 @@ def test_a_step_sends_what_the_docs_say():
     # Joint attention, of two blocks: q, k and v there, the result back.
     counts, _, _, trained = sent("dit", ParallelConfig(sequence=2))
     assert counts["alltoall"] == 2 * 2 * (3 + 1) * tokens
-
-
-class PerFrame:
-    """Squares of what a model predicts, with a timestep for each frame."""
-
-    def loss(self, model: Any, x: torch.Tensor, y: Any, *_: Any) -> torch.Tensor:
-        return model(x, draws.rand((len(x), x.shape[2])) * 1000, y).square().mean()
 
 
 MORE = [ParallelConfig(sequence=4), ParallelConfig(data=2, sequence=2), ParallelConfig(shard=2, sequence=2)]
