@@ -30,7 +30,7 @@ def forced(default: str | None) -> str | None:
 
 
 def forced_eagerly(default: str | None) -> str | None:
-    """The same for who knows that nothing is traced."""
+    """As :func:`forced`, for a caller that knows that nothing is traced."""
     name = _choice.name
     if name != _INHERITED:
         return name

@@ -15,7 +15,7 @@ from operator import is_, itemgetter
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -25,6 +25,7 @@ from .forcing import forced_eagerly
 
 P = ParamSpec("P")
 R = TypeVar("R")
+View = tuple[int, tuple[int, ...], tuple[int, ...]]  # its place, size and stride
 
 # Signatures that are kept per op, forced backend and names of arguments; the last come first.
 KEPT = 8
@@ -42,7 +43,7 @@ class _Path(NamedTuple):
     given: tuple
     raw: Callable[..., Any] | None  # None: the call takes the long way
     picked: Callable[[tuple], tuple] | None = None  # the leading arguments of the raw op
-    views: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()  # which of them are views: size and stride
+    views: tuple[View, ...] = ()  # those of them that are views
     rest: tuple = ()  # the other arguments
     finish: Callable[[Any], Any] | None = None
 
@@ -54,7 +55,7 @@ def shortcut(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*arguments: P.args, **options: P.kwargs) -> R:
-        if is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if is_compiling() or is_grad_enabled() or forward_ad._current_level >= 0:
             return function(*arguments, **options)
         name = forced_eagerly(backends.FORCED)
         if options:
@@ -70,8 +71,8 @@ def shortcut(function: Callable[P, R]) -> Callable[P, R]:
             if raw is None:
                 return function(*arguments, **options)
             found = values if picked is None else picked(values)
-            for place, size, stride in views:
-                found = (*found[:place], found[place].as_strided(size, stride), *found[place + 1 :])
+            if views:
+                found = _viewed(found, views)
             result = raw(*found + rest)
             return result if finish is None else finish(result)
         if _can_record(values):
@@ -85,6 +86,13 @@ def forget() -> None:
     """Record every call anew: the choice of backends may be another now."""
     for paths in _all:
         paths.clear()
+
+
+def _viewed(found: tuple, views: tuple[View, ...]) -> tuple:
+    arguments = list(found)
+    for place, size, stride in views:
+        arguments[place] = found[place].as_strided(size, stride)
+    return tuple(arguments)
 
 
 def _same(values: tuple, given: tuple) -> bool:
