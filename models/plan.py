@@ -7,8 +7,8 @@ every tensor that an op makes is counted from its birth to its death. So activat
 with its kernels, autocast and checkpointing, not a formula; tests/models/test_plan.py holds them against a real step.
 
     training = weights + gradients + optimizer (two moments) + EMA, fp32, over the GPUs if sharded, + activations;
-               gradients, optimizer and EMA are of what is trained, with --lora-rank of the adapters alone; but a sharded EMA
-               is of all;
+               gradients, optimizer and EMA are of what is trained, with --lora-rank of the adapters alone, but for a
+               sharded EMA, which is of all;
                with --parallel.shard + gathered: what belongs to no unit, and the two largest units (parallel/shards.py)
     sampling = weights + activations of one guided step
     seconds  = FLOPs / (peak FLOP/s * utilization) + bytes moved by the ops / peak bytes/s

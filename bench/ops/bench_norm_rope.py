@@ -57,7 +57,8 @@ def _rows(
     rope = None
     if angles:
         shape = {"token": (300,), "head": (300, heads), "sample": (2, 300, 1)}[angles]
-        rope = mk.Rope(*(meta(torch.float32, *shape, head_dim // 2) for _ in range(2)), not halves)
+        cos, sin = (meta(torch.float32, *shape, head_dim // 2) for _ in range(2))
+        rope = mk.Rope(cos, sin, not halves)
     constants: dict[str, Any] = {name: tensors.pop(name) for name in frozen}
     return Problem(tensors, lambda t: mk.norm_rope(**t, **constants, norm=norm, across_heads=across, rope=rope))
 

@@ -106,22 +106,15 @@ class _Attention(torch.autograd.Function):
         turned = _turned((q, k), parameters, cos, sin, *ctx.constants)
         needs = (need_q or any(need_parameters[::2]), need_k or any(need_parameters[1::2]), need_v)
         found = raw.attention_bwd(gradients[0].contiguous(), *turned, v, out, softmax, lengths, index, scale, *needs)
-        dq, dk, dv = asked_for(needs, found)
+        *dqk, dv = asked_for(needs, found)
         dparameters: list[Tensor | None] = [None] * 4
-        if norm or cos is not None:
-            made = []
-            for i, (x, grad, need) in enumerate(((q, dq, need_q), (k, dk, need_k))):
-                if grad is None:
-                    made.append(None)
-                    continue
-                asked = (need, need_parameters[i], need_parameters[2 + i])
-                back = raw.norm_rope_bwd(
-                    grad, x, parameters[i], parameters[2 + i], norm, across_heads, cos, sin, interleaved, eps, *asked
-                )
-                grad, dparameters[i], dparameters[2 + i] = asked_for(asked, back)
-                made.append(grad)
-            dq, dk = made
-        return dq, dk, dv, *dparameters, *(None,) * 10
+        for i, (x, need) in enumerate(((q, need_q), (k, need_k))):
+            if dqk[i] is None or not (norm or cos is not None):
+                continue
+            weight, bias, asked = parameters[i], parameters[2 + i], (need, need_parameters[i], need_parameters[2 + i])
+            back = raw.norm_rope_bwd(dqk[i], x, weight, bias, norm, across_heads, cos, sin, interleaved, eps, *asked)
+            dqk[i], dparameters[i], dparameters[2 + i] = asked_for(asked, back)
+        return *dqk, dv, *dparameters, *(None,) * 10
 
 
 def _turned(

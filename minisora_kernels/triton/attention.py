@@ -264,7 +264,7 @@ def _call(q, k, v, lengths, index, scale, precision, device) -> Call:
         like = dense(name, numbers)
         if like is not None and like.dtype != torch.int64:
             raise ValueError(f"{name} must be int64, got {like.dtype}")
-    return Call(*map(Like._make, (q, k, v)), scale, precision)
+    return Call(Like._make(q), Like._make(k), Like._make(v), scale, precision)
 
 
 @plan
