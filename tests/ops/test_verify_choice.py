@@ -127,9 +127,10 @@ def test_a_record_covers_a_precision_once_it_has_every_op_in_it():
 
 
 @needs_cpu
-def test_windows_and_patches_have_regimes_of_their_own(holds):
+def test_windows_patches_and_heads_have_regimes_of_their_own(holds):
     holds()
     qkv = torch.randn(1, 72, 3, 1, 8)
+    q, k, v = qkv.unbind(2)
     bias = torch.randn(1, 72, 72)
     names = {
         "short plain": lambda: mk.window_attention(qkv, (2, 6, 6), (2, 1, 1)),
@@ -139,6 +140,11 @@ def test_windows_and_patches_have_regimes_of_their_own(holds):
         "long bias": lambda: mk.window_attention(qkv, (2, 6, 6), (2, 6, 6), bias=bias),
         "short": lambda: mk.patch_embed(torch.randn(1, 4, 4, 4), torch.randn(8, 4, 2, 2)),
         "long": lambda: mk.patch_embed(torch.randn(1, 4, 16, 16), torch.randn(8, 4, 16, 16)),
+        "plain": lambda: mk.attention(q, k, v),
+        "padded": lambda: mk.attention(q, k, v, lengths=torch.tensor([5])),
+        "norm": lambda: mk.attention(q, k, v, lengths=torch.tensor([5]), qk_norm="rms"),
+        "per head": lambda: mk.norm_rope(q, norm="rms"),
+        "across": lambda: mk.norm_rope(q, norm="rms", across_heads=True),
     }
     with automatic.keep({}):
         for call in names.values():
