@@ -68,6 +68,7 @@ FORMS = (
     Form("fp32 stream per token", PER_TOKEN, dtypes={"x": torch.float32}),
     Form("branch bias", affine=True, branch_bias=True),
     Form("branch bias per token", PER_TOKEN, branch_bias=True),
+    Form("branch bias, frozen branch", branch_bias=True, frozen=("branch",)),
     Form("branch bias, no gate", branch_bias=True, absent=("gate",)),
 )
 
