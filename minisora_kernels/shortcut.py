@@ -16,12 +16,16 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
-from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import backends
 from .forcing import forced_eagerly
+
+try:
+    from torch._C._dynamo import guards
+except ImportError:  # private: without it every call takes the long way
+    guards = None  # type: ignore[assignment]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -107,7 +111,9 @@ def _exact(values: tuple) -> list[tuple]:
 def _can_record(values: tuple) -> bool:
     """Whether tensors are torch's own, not empty, apart in memory, and no state but that of the signature counts."""
     tensors = [value for value in values if isinstance(value, Tensor)]
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() or not tensors:
+    if not tensors or guards is None:
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
     for value in values:
         if isinstance(value, Tensor):
@@ -130,7 +136,7 @@ def _record(kept: list[_Path], function: Callable, values: tuple, arguments: tup
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
     others = [i for i in range(len(values)) if i not in places]
     tensors = [values[i] for i in places]
-    check = TensorGuards(
+    check = guards.TensorGuards(
         *tensors,
         dynamic_dims_sizes=[[*tensor.shape] for tensor in tensors],  # type: ignore[misc]
         dynamic_dims_strides=[[*tensor.stride()] for tensor in tensors],  # type: ignore[misc]

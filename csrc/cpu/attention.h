@@ -177,9 +177,7 @@ struct Problem {
     return static_cast<const int64_t*>(given->const_data_ptr());
   }
 
-  float factor_of(const Tensor& q) const {
-    return kPairs && q.scalar_type() == ScalarType::BFloat16 ? 1.0f : scale;
-  }
+  float factor_of(const Tensor& q) const { return kPairs && q.scalar_type() == ScalarType::BFloat16 ? 1.0f : scale; }
 
   std::vector<float> weights(const std::optional<Tensor>& weight, const char* name, float factor) const {
     std::vector<float> out(heads * width, factor);
@@ -503,7 +501,8 @@ struct Parts {
   static Parts packed(T* qkv, const Problem& p) {
     const int64_t all = p.heads * p.width, token = 3 * all;
     Parts parts{{}, p.batch * p.tokens * token};
-    for (int i = 0; i < 3; ++i) parts.part[i] = {qkv == nullptr ? nullptr : qkv + i * all, p.tokens * token, token, p.width};
+    for (int i = 0; i < 3; ++i)
+      parts.part[i] = {qkv == nullptr ? nullptr : qkv + i * all, p.tokens * token, token, p.width};
     return parts;
   }
 
@@ -538,7 +537,7 @@ struct Gathered {
     const int64_t matrices = backward ? 4 : 3, raws = backward && p.norm != kNone ? 2 : 0;
     const int64_t longer = std::max(p.length, p.keys);
     const int64_t bytes = (2 * keys + (matrices - 2) * queries) * row * sizeof(S) +
-        std::max(queries, keys) * (raws + results) * p.width * sizeof(T);
+                          std::max(queries, keys) * (raws + results) * p.width * sizeof(T);
     const int64_t most = std::clamp<int64_t>(kGathered / bytes, 1, p.heads);
     const int64_t chunks = (p.heads + most - 1) / most; // of nearly equal size
     heads = (p.heads + chunks - 1) / chunks;
@@ -614,8 +613,8 @@ struct Gathered {
 
   void write(const Window& w, const Parts<T>& to, int64_t b) const {
     const int64_t size = (last - first) * p.width;
-    const bool streamed = p.heads * p.width % size == 0 &&
-        std::all_of(to.part, to.part + results, [&](const auto& part) {
+    const bool streamed =
+        p.heads * p.width % size == 0 && std::all_of(to.part, to.part + results, [&](const auto& part) {
           return past_caches(part.data, to.size, size);
         });
     with_put(streamed, [&](auto how) {

@@ -135,4 +135,14 @@ template <class T>
 using KernelOf = Float32;
 #endif
 
+// Compiled once, with window_attention.cpp.
+#define MINISORA_ATTENTION(extern_or_nothing, T)                                                              \
+  extern_or_nothing template void forward<KernelOf<T>, T>(const Problem&, const Parts<const T>&, T*, float*); \
+  extern_or_nothing template void backward<KernelOf<T>, T>(                                                   \
+      const Problem&, const T*, const Parts<const T>&, const T*, const float*, const Parts<T>&, Partial&);
+
+MINISORA_ATTENTION(extern, float)
+MINISORA_ATTENTION(extern, BFloat16)
+MINISORA_ATTENTION(extern, Half)
+
 } // namespace minisora

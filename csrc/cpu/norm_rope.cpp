@@ -112,8 +112,7 @@ class Row {
       for_columns(p_.span, [&](int64_t i, auto count, auto u) MINISORA_INLINE {
         const Vec h = load(row + i, count);
         Vec d = load(g + i, count);
-        if (dgain != nullptr)
-          store(dgain + first + i, at::vec::fmadd(d, h, load(dgain + first + i, count)), count);
+        if (dgain != nullptr) store(dgain + first + i, at::vec::fmadd(d, h, load(dgain + first + i, count)), count);
         if (dbias != nullptr) store(dbias + first + i, d + load(dbias + first + i, count), count);
         if (!p_.gain.empty()) d = d * load(p_.gain.data() + first + i, count);
         store(g + i, d, count);
@@ -272,7 +271,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_rope_bwd(
         float* dgain = need_weight ? sums.data() + task * 2 * all : nullptr;
         float* dbias = need_bias ? sums.data() + (task * 2 + 1) * all : nullptr;
         for (int64_t token = task * per_task; token < std::min(tokens, (task + 1) * per_task); ++token)
-          row.backward(grad + token * all, p.row(from, token), token, need_x ? to + token * all : nullptr, dgain, dbias);
+          row.backward(
+              grad + token * all, p.row(from, token), token, need_x ? to + token * all : nullptr, dgain, dbias);
       }
     });
   });

@@ -3,6 +3,11 @@
 #include "attention_kernels.h"
 
 namespace minisora {
+
+MINISORA_ATTENTION(, float)
+MINISORA_ATTENTION(, BFloat16)
+MINISORA_ATTENTION(, Half)
+
 namespace {
 
 // The gradient of a norm's weight, [head_dim] or [heads, head_dim], if there are sums of it: gain = factor * weight.
@@ -54,8 +59,8 @@ std::tuple<Tensor, Tensor> window_attention_fwd(
   with_type(qkv.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     forward<KernelOf<T>>(
-        p, Parts<const T>::packed(static_cast<const T*>(qkv.const_data_ptr()), p), static_cast<T*>(out.mutable_data_ptr()),
-        static_cast<float*>(softmax.mutable_data_ptr()));
+        p, Parts<const T>::packed(static_cast<const T*>(qkv.const_data_ptr()), p),
+        static_cast<T*>(out.mutable_data_ptr()), static_cast<float*>(softmax.mutable_data_ptr()));
   });
   return {out, softmax};
 }
@@ -81,8 +86,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
     using T = decltype(tag);
     backward<KernelOf<T>>(
         p, static_cast<const T*>(dout.const_data_ptr()),
-        Parts<const T>::packed(static_cast<const T*>(qkv.const_data_ptr()), p), static_cast<const T*>(out.const_data_ptr()),
-        static_cast<const float*>(softmax.const_data_ptr()), Parts<T>::packed(data_if<T>(need_qkv, dqkv), p), partial);
+        Parts<const T>::packed(static_cast<const T*>(qkv.const_data_ptr()), p),
+        static_cast<const T*>(out.const_data_ptr()), static_cast<const float*>(softmax.const_data_ptr()),
+        Parts<T>::packed(data_if<T>(need_qkv, dqkv), p), partial);
   });
   return {
       dqkv, weight_gradient(q_weight, qkv, partial.gain[0].get(), partial.gains(), p.q_factor),

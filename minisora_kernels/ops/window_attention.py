@@ -41,6 +41,7 @@ from ..checks import check_tensor, compute_dtype, kernel_refusal, number, sizes
 from ..derivatives import once
 from ..flops import formula
 from ..modulation import Norm, asked_for
+from ..shortcut import shortcut
 from .norm_rope import NORMS, Rope, check_flag, check_norm, normalise, rotate
 
 Grid = tuple[int, int, int]
@@ -258,6 +259,7 @@ def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[
     return (t, h, w), (wt, wh, ww)
 
 
+@shortcut
 def window_attention(
     qkv: Tensor,
     grid: Sequence[int],

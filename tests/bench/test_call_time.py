@@ -13,7 +13,7 @@ BOUND = 2.2
 
 
 @pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="no CPU kernels")
-@pytest.mark.parametrize("op", sorted(set(call_time.calls()) - {"window_attention"}))
+@pytest.mark.parametrize("op", sorted(call_time.calls()))
 def test_a_call_without_gradients(op: str):
     pair = call_time.calls()[op]
     ratios = []

@@ -19,7 +19,10 @@ from minisora_kernels import automatic, backends, shortcut
 pytestmark = pytest.mark.skipif(
     backends.unavailable("cpu") is not None or DEVICE != "cpu", reason="no CPU kernels serve here"
 )
-OPS = ("adaln", "gate_residual", "gate_residual_adaln", "gelu_mlp", "grn", "patch_embed", "unpatchify")
+OPS = (
+    *("adaln", "gate_residual", "gate_residual_adaln", "gelu_mlp"),
+    *("grn", "patch_embed", "unpatchify", "window_attention"),
+)
 
 
 @pytest.fixture(autouse=True)
