@@ -79,6 +79,7 @@ def launches() -> Iterator[Launch]:
         yield rows(f"no parameters {where}", (12, 64), "rms", (), "", across=across)
         for frozen in (("x",), ("weight",), ("bias",)):
             yield rows(f"frozen {frozen[0]} {where}", (12, 64), "layer", both, "", across=across, frozen=frozen)
+    yield rows("angles per head", (12, 64), "rms", weight, "head", across=True)
     for halves in (False, True):
         yield rows(f"rotary alone, {'halves' if halves else 'pairs'}", (12, 72), None, (), "token", halves=halves)
 

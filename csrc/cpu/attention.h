@@ -150,8 +150,14 @@ struct Problem {
     STD_TORCH_CHECK(heads > 0 && width > 0 && width % 8 == 0, "head_dim must be a multiple of 8, got ", width);
     lengths = numbers(lengths_, "lengths", {batch});
     index = numbers(index_, "index", {batch, keys});
-    for (int64_t i = 0; index && i < batch * keys; ++i)
-      STD_TORCH_CHECK(0 <= index[i] && index[i] < keys, "index has ", index[i], ", which is no key");
+    for (int64_t b = 0; index && b < batch; ++b) {
+      std::vector<bool> seen(keys);
+      for (int64_t i = b * keys; i < (b + 1) * keys; ++i) {
+        STD_TORCH_CHECK(0 <= index[i] && index[i] < keys, "index has ", index[i], ", which is no key");
+        STD_TORCH_CHECK(!seen[index[i]], "index has ", index[i], " twice in a sample");
+        seen[index[i]] = true;
+      }
+    }
     windows = 1, length = tokens, apart = true;
     q_factor = factor_of(q);
     gain[0].assign(heads * width, q_factor);

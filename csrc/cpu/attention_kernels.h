@@ -1,8 +1,8 @@
 // The kernels of attention and window_attention.
 //
-// They gather the heads of a window into dense rows, and applies norm and rotary
-// embedding on the way. It attends in blocks of kSide queries by kSide keys. A block of scores is transposed: a row per
-// key, a lane per query. So the softmax over the keys needs no sum across lanes.
+// They gather the heads of a window into dense rows, and apply norm and rotary embedding on the way. They attend in
+// blocks of kSide queries by kSide keys. A block of scores is transposed: a row per key, a lane per query. So the
+// softmax over the keys needs no sum across lanes.
 #pragma once
 
 #include "attention.h"

@@ -289,8 +289,8 @@ def norm_rope_bwd(
     shape = (call.runs, call.form.heads, call.form.head_dim)
     parts = [x.new_empty(shape, dtype=torch.float32) if need else None for need in (need_weight, need_bias)]
     call.backward(dy, x, dx, *parts, weight, cos, sin)
-    found = [empty_gradient(p) if part is not None else None for p, part in zip((weight, bias), parts, strict=True)]
-    sums = [(part, out) for part, out in zip(parts, found, strict=True) if part is not None and out is not None]
-    sum_parts(*sums)
-    dweight, dbias = found
-    return tuple(x.new_empty(0) if grad is None else grad for grad in (dx, dweight, dbias))
+    dweight = empty_gradient(weight) if need_weight else x.new_empty(0)
+    dbias = empty_gradient(bias) if need_bias else x.new_empty(0)
+    sums_of = zip(parts, (dweight, dbias), strict=True)
+    sum_parts(*(None if part is None else (part, total) for part, total in sums_of))
+    return x.new_empty(0) if dx is None else dx, dweight, dbias

@@ -381,6 +381,7 @@ def test_the_raw_ops_check_what_they_get():
         "index must have size 4": {"index": order[:, :3]},
         "index has 4, which is no key": {"index": order + 1},
         "index has -1, which is no key": {"index": order - 1},
+        "index has 1 twice in a sample": {"index": order.clamp(min=1)},
     }.items():
         with pytest.raises(RuntimeError, match=message):
             call(**options)
