@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .modulation import Norm
 from .ops.adaln import adaln
+from .ops.attention import attention
 from .ops.gate_residual import gate_residual
 from .ops.gelu_mlp import gelu_mlp
 from .ops.patch_embed import patch_embed
@@ -177,3 +178,30 @@ class WindowAttention(nn.Module):
             eps=self.eps,
         )
         return self.proj(y)
+
+
+class CrossAttention(nn.Module):
+    """Attention of tokens to text, with the state dict of PixArt's ``MultiHeadCrossAttention``, which STDiT has too.
+
+    Args:
+        dim: Width of a token, and of the text.
+        heads: Number of heads; it divides ``dim``.
+
+    Examples:
+        >>> x, text = torch.randn(2, 24, 64), torch.randn(2, 7, 64)
+        >>> CrossAttention(64, 4)(x, text, lengths=torch.tensor([7, 3])).shape
+        torch.Size([2, 24, 64])
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"CrossAttention: heads is {heads}; it must divide dim = {dim}")
+        self.heads = heads
+        self.q_linear, self.kv_linear, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, text: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Tokens ``[B, N, D]`` and text ``[B, M, D]``, of which ``lengths [B]`` or ``mask [B, M]`` say what counts."""
+        k, v = self.kv_linear(text).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        q = self.q_linear(x).unflatten(-1, (self.heads, -1))
+        return self.proj(attention(q, k, v, lengths=lengths, mask=mask))

@@ -40,6 +40,24 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(2, 24, 32))
 
 
+class MultiHeadCrossAttention(nn.Module):
+    """PixArt's, whose text is padded to one length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_linear, self.kv_linear, self.proj = nn.Linear(32, 32), nn.Linear(32, 64), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        q = self.q_linear(x).view(2, 24, 4, 8).transpose(1, 2)
+        k, v = self.kv_linear(text).view(2, 10, 2, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=COUNTING[:, None, None])
+        return self.proj(y.transpose(1, 2).reshape(2, 24, 32))
+
+
+TEXT = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(3))
+COUNTING = torch.arange(10) < torch.tensor([10, 4])[:, None]
+
+
 def modulated(norm: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
     shift, scale = rows[:, None].chunk(2, dim=-1)
     return norm(x) * (1 + scale) + shift
@@ -76,6 +94,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Call, Callable[[], nn.Module], C
         modules.GatedResidual,
         lambda module, x, y, rows: module(x, y, rows[:, :32]),
         (X, X.flip(1), ROWS),
+    ),
+    "CrossAttention": (
+        MultiHeadCrossAttention,
+        lambda module, x, text: module(x, text),
+        lambda: modules.CrossAttention(32, 4),
+        lambda module, x, text: module(x, text, mask=COUNTING),
+        (X, TEXT),
     ),
     "WindowAttention": (
         Attention,
@@ -137,6 +162,7 @@ def test_an_adapter_or_a_hook_on_a_linear_of_the_mlp_runs():
         (lambda: modules.PatchEmbed3d(4, 32, (2, 2)), r"patch is \(2, 2\); it must be three numbers"),
         (lambda: modules.AdaLayerNorm(32, norm="batch"), "norm is 'batch'; it may be 'layer' or 'rms'"),
         (lambda: modules.AdaLayerNorm(32, norm="rms", elementwise_affine=True, bias=True), "bias is True"),
+        (lambda: modules.CrossAttention(32, 0), "heads is 0; it must divide dim = 32"),
         (lambda: modules.WindowAttention(32, 5), "heads is 5; it must divide dim = 32"),
         (lambda: modules.WindowAttention(32, 4, qk_norm="batch"), "qk_norm is 'batch'"),
     ],
