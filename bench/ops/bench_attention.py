@@ -1,6 +1,6 @@
 """``attention``: video tokens to text, video and padded text together, and Wan's self-attention with its norm.
 
-``SDPA`` is the same call of torch's attention without a mask: what code bases pay that attend to padding too.
+The reference is torch's scaled_dot_product_attention, with a mask where text is padded.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import minisora_kernels as mk
 from bench.gpu.launches import BOTH, HALF, TF32, Launch, meta
@@ -28,37 +26,32 @@ SHAPES = (
 )
 
 
-def _passes(name: str, values: dict[str, Any], backward: bool) -> int:
-    """How often the other side is read: once by each block of ``name``'s rows."""
+def _blocks(values: dict[str, Any], of: str, backward: bool) -> int:
+    """Blocks of the tokens of q or k: each passes over the other side."""
     from minisora_kernels.triton import attention
 
     tile = attention.tiles_of(values["q"].dtype, values["q"].shape[-1])[backward]
-    return -(-values[name].shape[1] // tile.block)
+    return -(-values[of].shape[1] // tile.block)
 
 
-_KEYS = partial(_passes, "q", backward=False)
+def _forward(values: dict[str, Any]) -> int:
+    return _blocks(values, "q", False)
 
 
-def _backward(values: dict[str, Any], once: str, looped: str, rows: str) -> int:
-    """Reads of a tensor: once by the kernel that keeps its rows, and by each block of the other kernel."""
-    keys = values["need_k"] or values["need_v"]
-    kept = {"q": values["need_q"], "k": keys, "v": values["need_k"], "": True}[once]
-    return kept + _passes(rows, values, True) * (values["need_q"] if looped == "k" else keys)
+def _queries(values: dict[str, Any]) -> int:
+    return 1 + _blocks(values, "k", True)
+
+
+def _keys(values: dict[str, Any]) -> int:
+    return 1 + _blocks(values, "q", True)
 
 
 TRAFFIC = {
-    # Keys and values are read again by each block of queries; a head's come from the caches. All keys count.
-    "attention_fwd": Traffic({"q": 1, "k": _KEYS, "v": _KEYS}, {"out": 1, "softmax": 1}),
+    # What is read more than once comes from the caches: the keys and values of a head. All keys count here, and all
+    # gradients are asked for: one kernel keeps a block of queries, the other one of keys.
+    "attention_fwd": Traffic({"q": 1, "k": _forward, "v": _forward}, {"out": 1, "softmax": 1}),
     "attention_bwd": Traffic(
-        {
-            "out": 1,
-            "dout": partial(_backward, once="", looped="q", rows="k"),
-            "q": partial(_backward, once="q", looped="q", rows="k"),
-            "softmax": 1,
-            "k": partial(_backward, once="k", looped="k", rows="q"),
-            "v": partial(_backward, once="v", looped="k", rows="q"),
-        },
-        {"dq": 1, "dk": 1, "dv": 1},
+        {"out": 1, "softmax": 1, "dout": _queries, "q": _queries, "k": _keys, "v": _keys}, {"dq": 1, "dk": 1, "dv": 1}
     ),
 }
 
@@ -74,11 +67,6 @@ def problem(shape: Keys, dtype: torch.dtype, device: torch.device) -> Problem:
         inputs |= {name: random(*sides, scale=0.1, shift=1.0) for name in ("q_weight", "k_weight")}
         options |= {"qk_norm": "rms", "across_heads": True}
         options["rope"] = mk.rope_3d((1, 1, shape.count), shape.head_dim, device=device)
-
-    def sdpa(t: dict[str, Tensor]) -> Tensor:
-        q, k, v = (t[name].transpose(1, 2) for name in "qkv")
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
     return Problem(inputs, lambda t: mk.attention(**t, **options))
 
 

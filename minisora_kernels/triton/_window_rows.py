@@ -1,4 +1,4 @@
-"""What the kernels of window_attention share: where a window's tokens lie, rows of one head, norm and rotation.
+"""What the kernels of attention share: where a window's tokens lie, rows of one head, norm and rotation.
 
 A row, the head_dim channels of one head of a token, is held as a tuple of pieces whose widths are powers of two, as
 Triton's tensors must be: 72 channels take 64 + 16, where one tensor would take 128. A product over channels is the sum
