@@ -321,6 +321,20 @@ def fuse(results: Path, machine: str) -> list[str]:
     ]
 
 
+def worth(results: Path, machine: str) -> list[str]:
+    """The same in short: training steps in bfloat16."""
+    record = json.loads((results / machine / "fuse.json").read_text())
+    columns = ("fuse", "fuse, compile", "compile")
+    rows = []
+    for case in record["cases"]:
+        if (case["dtype"], case["direction"]) == ("bfloat16", "fwd+bwd"):
+            found = (case["ratios"].get(column) for column in columns)
+            cells = (NO_RATIO if number is None else f"{number:.2f}" for number in found)
+            rows.append((case["model"], *cells, f"{case['kept']['full']:.2f}"))
+    header = ("model of diffusers", "fuse", "fuse, Inductor", "Inductor alone", "bytes kept")
+    return ["", *markdown(header, rows), ""]
+
+
 TABLES: dict[str, Callable[..., list[str]]] = {
     function.__name__: function
     for function in (
@@ -338,6 +352,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
         inductor,
         host,
         fuse,
+        worth,
     )
 }
 # The table that shows a record, by the name of its file.
