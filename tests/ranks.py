@@ -1,4 +1,8 @@
-"""Functions that run in several processes connected by gloo, for tests: forked, so that nothing is imported again."""
+"""Functions that run in several processes connected by gloo, for tests.
+
+They are forked from a server that has imported what they need and computed nothing. A process that has computed has
+threads, and a copy of it can wait for them forever.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import cloudpickle
 import torch
-import torch._dynamo  # of DDP, once rather than in every process
+
+# torch._dynamo is of DDP.
+IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "models.sample", "models.train", "pytest"]
 
 
 def on_ranks(count: int, function: Callable[[], Any]) -> list[Any]:
@@ -22,11 +29,13 @@ def on_ranks(count: int, function: Callable[[], Any]) -> list[Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    work = cloudpickle.dumps(function)  # which takes lambdas
     pipes = [context.Pipe(duplex=False) for _ in range(count)]
     started = []
     for rank, (_, end) in enumerate(pipes):
-        started.append(context.Process(target=_work, args=(rank, count, port, function, end)))
+        started.append(context.Process(target=_work, args=(rank, count, port, work, end)))
         started[-1].start()
         end.close()
     results = []
@@ -44,12 +53,12 @@ def on_ranks(count: int, function: Callable[[], Any]) -> list[Any]:
     return [value for _, value in results]
 
 
-def _work(rank: int, count: int, port: int, function: Callable[[], Any], end: Any) -> None:
+def _work(rank: int, count: int, port: int, work: bytes, end: Any) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     try:
-        answer = True, function()
+        answer = True, cloudpickle.loads(work)()
     except BaseException:
         answer = False, traceback.format_exc()
     end.send(answer)
