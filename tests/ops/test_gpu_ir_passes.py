@@ -25,7 +25,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 NAMES = {
     "adaln-lcm-rows": BF16,
     "gate_residual_adaln-lcm-rows": BF16,
-    "attention-mask": BF16,
+    "attention-cross": BF16,
     "norm_rope-layer-across": BF16,
     "window_attention-temporal": BF16,
     "patch_embed-image": BF16,
