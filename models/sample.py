@@ -203,6 +203,8 @@ def start_of(config: SampleConfig) -> tuple[Start, int]:
         raise ValueError("past and low were given; a model goes on from clips or makes them large, not both")
     file = config.past or config.low
     clips, labels = (None, None) if file is None else read_samples(file)
+    if config.past is not None and clips is not None and clips.dtype != "uint8":
+        raise ValueError(f"{file} has clips of {clips.dtype} {list(clips.shape)}; they must be uint8 [N, T, H, W, C]")
     count = (8 if clips is None else len(clips)) if config.count is None else config.count
     for name, value in (("count", count), ("batch_size", config.batch_size), ("fps", config.fps)):
         if value < 1:
@@ -314,13 +316,15 @@ def run(config: SampleConfig) -> list[Path]:
     clips = torch.cat(parts)
     paths = write_samples(folder, clips.numpy(), labels, checkpoint.classes, config.fps, overwrite=config.overwrite)
     print(f"{count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
-    if isinstance(labels, list):
-        print("prompts:", ", ".join(map(repr, labels)))
-    elif labels is not None:
-        print("classes:", ", ".join(checkpoint.classes[i] for i in labels))
-    for file in paths:
-        print(f"  {file}")
+    print(*said_of(labels, checkpoint), *(f"  {file}" for file in paths), sep="\n")
     return paths
+
+
+def said_of(labels: Tensor | list[str] | None, checkpoint: Checkpoint) -> list[str]:
+    """What clips are of, in a line, if there is anything to say."""
+    if isinstance(labels, list):
+        return ["prompts: " + ", ".join(map(repr, labels))]
+    return [] if labels is None else ["classes: " + ", ".join(checkpoint.classes[i] for i in labels)]
 
 
 @command()

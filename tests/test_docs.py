@@ -202,4 +202,4 @@ def test_every_dependency_is_listed_with_its_licence():
 def test_the_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
-    assert len(text.split()) <= 1200
+    assert sum(any(map(str.isalnum, word)) for word in text.split()) <= 1200  # not the bars of tables
