@@ -532,7 +532,9 @@ def test_tables_of_diffusers(interleaved: bool):
     assert found.interleaved == interleaved
     with pytest.raises(ValueError, match=r"cos has two angles for a pair of channels; with interleaved="):
         Rope.from_pairs(*both, interleaved=not interleaved)
-    with pytest.raises(ValueError, match=r"sin has shape \(24,\); it must be \[N, head_dim\], \[N, heads, head_dim\] or"):
+    with pytest.raises(
+        ValueError, match=r"sin has shape \(24,\); it must be \[N, head_dim\], \[N, heads, head_dim\] or"
+    ):
         Rope.from_pairs(both[0], both[1][:, 0], interleaved=interleaved)
     with pytest.raises(TypeError, match=r"Rope\.from_pairs: cos must be a tensor, got list"):
         Rope.from_pairs([], both[1])
