@@ -45,9 +45,9 @@ def test_a_model_is_measured_and_recorded(tmp_path: Path, capsys: pytest.Capture
     assert fuse.main([*words.split(), str(path)]) == 0
     forward, both = json.loads(path.read_text())["cases"]
     assert forward["ratios"].keys() == {"fuse"} and forward["seconds"]["eager"] > 0
-    assert both["found"]["window_attention"] == 2 and both["found"]["gelu_mlp"] == 3
+    assert both["found"]["attention"] == 4 and both["found"]["gelu_mlp"] == 3
     assert 0 < both["kept"]["full"] < 1 and 0 < both["kept"]["LoRA"] < 2
-    assert any("cross-attention" in each for each in both["left"])
+    assert both["left"] == {}
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
