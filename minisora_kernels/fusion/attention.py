@@ -267,17 +267,23 @@ def _unrotated(node: fx.Node) -> Side:
     return Side(side, rotated=found, flat=True, trail=(*passed, *found.trail))
 
 
-def _joined(side: Permuted) -> tuple[Permuted, Nodes]:
-    """A side before its heads were split and moved, and the nodes that do it."""
-    node, order, split = side.node, side.order, side.split
+def _unmoved(side: Permuted) -> tuple[Permuted, Nodes]:
+    """A side before its heads and tokens were swapped, and the nodes that do it."""
+    node, order = side.node, side.order
     trail: Nodes = []
-    while split is None and (swap := order_of(node)) == (0, 2, 1, 3):  # heads and tokens
+    while side.split is None and (swap := order_of(node)) == (0, 2, 1, 3):
         trail.append(node)
         node, order = node.args[0], tuple(swap[axis] for axis in order)  # type: ignore[assignment]
-    if split is None and (split := _split_of(node)) is not None:
-        trail.append(node)
-        node = node.args[0]  # type: ignore[assignment]
-    return Permuted(node, order, split), trail
+    return Permuted(node, order, side.split), trail
+
+
+def _joined(side: Permuted) -> tuple[Permuted, Nodes]:
+    """A side before its heads were split and moved, and the nodes that do it."""
+    moved, trail = _unmoved(side)
+    split = None if moved.split is not None else _split_of(moved.node)
+    if split is None:
+        return moved, trail
+    return Permuted(moved.node.args[0], moved.order, split), [*trail, moved.node]  # type: ignore[arg-type]
 
 
 def _split_of(node: fx.Node) -> tuple[int, int] | None:
@@ -294,17 +300,11 @@ def _split_of(node: fx.Node) -> tuple[int, int] | None:
 
 def _unnormed(side: Side, v: fx.Node) -> Side:
     """A side before a norm, over each head or across all of them; as it is where there is none."""
-    moved, passed = side.input, []  # type: tuple[Permuted, Nodes]
-    found = None
-    if moved.split is None:
-        while (swap := order_of(moved.node)) == (0, 2, 1, 3):
-            passed.append(moved.node)
-            moved = Permuted(moved.node.args[0], tuple(swap[axis] for axis in moved.order))  # type: ignore[arg-type]
-        found = find_norm(moved.node, [])
-        if found is None:
-            moved, passed = _joined(side.input)
-    if found is None and moved.split is not None:
-        found = find_norm(moved.node, [])
+    moved, passed = _unmoved(side.input)
+    found = find_norm(moved.node, []) if moved.split is None else None
+    if found is None:
+        moved, passed = _joined(side.input)
+        found = None if moved.split is None else find_norm(moved.node, [])
     if found is None or dtype(found[0].x) != dtype(v):
         return side
     norm, trail = found

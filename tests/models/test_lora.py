@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -182,6 +183,19 @@ def test_peft_reads_the_adapters(published):
     assert not (folder / "none").exists()
 
 
+def adapted_run(start: Path, folder: Path) -> tuple[checkpoints.Checkpoint, torch.nn.Module]:
+    """The checkpoint of a run, and the model of a new one in ``folder`` that has adapters on all its Linears."""
+    _, base = checkpoints.latest(start)
+    model = base.build().eval()
+    adapt(model, LoRAConfig(rank=2))
+    randomise_adapters(model)
+    state = model.state_dict()
+    tuned = base.train | {"lora": {"rank": 2}, "init": str(start)}
+    folder.mkdir()
+    checkpoints.save(folder, dataclasses.replace(base, train=tuned, model=state, ema=state), keep=1)
+    return base, model
+
+
 def test_peft_reads_the_adapters_onto_the_model_of_diffusers(tmp_path):
     """On every Linear: of blocks, where q, k and v are apart, and of the embedder, which stands in every block."""
     from test_convert import in_diffusers
@@ -189,14 +203,7 @@ def test_peft_reads_the_adapters_onto_the_model_of_diffusers(tmp_path):
     theirs = in_diffusers()
     theirs.save_pretrained(tmp_path / "transformer")
     convert(["dit", str(tmp_path / "transformer"), "--out", str(tmp_path / "dit")])
-    _, base = checkpoints.latest(tmp_path / "dit")
-    model = base.build().eval()
-    adapt(model, LoRAConfig(rank=2))
-    randomise_adapters(model)
-    state = model.state_dict()
-    tuned = base.train | {"lora": {"rank": 2}, "init": str(tmp_path / "dit")}
-    (tmp_path / "mine").mkdir()
-    checkpoints.save(tmp_path / "mine", dataclasses.replace(base, train=tuned, model=state, ema=state), keep=1)
+    base, model = adapted_run(tmp_path / "dit", tmp_path / "mine")
     convert(["dit", str(tmp_path / "mine"), "--adapters", str(tmp_path / "adapters"), "--names", "diffusers"])
     x = torch.randn(2, base.config["channels"], *base.config["input_size"])
     t, y = torch.tensor([3, 500]), torch.tensor([0, 1])
@@ -214,14 +221,7 @@ def test_peft_reads_the_adapters_of_sit(tmp_path):
     from test_convert import write
 
     convert(["sit", write("pt", tmp_path, weights()), "--heads", "3", "--out", str(tmp_path / "sit")])
-    _, base = checkpoints.latest(tmp_path / "sit")
-    model = base.build().eval()
-    adapt(model, LoRAConfig(rank=2))
-    randomise_adapters(model)
-    state = model.state_dict()
-    tuned = base.train | {"lora": {"rank": 2}, "init": str(tmp_path / "sit")}
-    (tmp_path / "mine").mkdir()
-    checkpoints.save(tmp_path / "mine", dataclasses.replace(base, train=tuned, model=state, ema=state), keep=1)
+    base, model = adapted_run(tmp_path / "sit", tmp_path / "mine")
     convert(["sit", str(tmp_path / "mine"), "--adapters", str(tmp_path / "adapters")])
     # SiT's own code builds twice the channels and drops the second half.
     config = dataclasses.replace(config_from(base.config), learn_sigma=True)
