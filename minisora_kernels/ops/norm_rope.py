@@ -270,14 +270,20 @@ BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "trit
 DETAILS = ("per head", "across")
 
 
-def check_rope(op: str, rope: object, x: Tensor, name: str) -> Rope:
-    """``rope`` with tables of four axes in fp32, for ``x [B, N, heads, head_dim]``."""
+def check_pairs(op: str, rope: object, head_dim: int) -> Rope:
+    """``rope``, which must be one, for heads whose channels are pairs."""
     if not isinstance(rope, Rope):
         raise TypeError(f"{op}: rope must be a Rope(cos, sin, interleaved), got {type(rope).__name__}")
     check_flag(op, "rope.interleaved", rope.interleaved)
-    batch, tokens, heads, head_dim = x.shape
     if head_dim % 2:
         raise ValueError(f"{op}: rope needs an even head_dim, got {head_dim}")
+    return rope
+
+
+def check_rope(op: str, rope: object, x: Tensor, name: str) -> Rope:
+    """``rope`` with tables of four axes, for ``x [B, N, heads, head_dim]``."""
+    batch, tokens, heads, head_dim = x.shape
+    rope = check_pairs(op, rope, head_dim)
     tables = []
     for table_name, table in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
         check_tensor(op, table_name, table, x, name)

@@ -42,7 +42,7 @@ from ..derivatives import once
 from ..flops import formula
 from ..modulation import Norm, asked_for
 from ..shortcut import shortcut
-from .norm_rope import NORMS, Rope, check_flag, check_norm, normalise, rotate
+from .norm_rope import NORMS, Rope, check_norm, check_pairs, normalise, rotate
 
 Grid = tuple[int, int, int]
 
@@ -234,11 +234,7 @@ def _check(qkv, grid, window, q_weight, k_weight, qk_norm, rope, bias) -> tuple[
     if bias is not None:
         check_tensor(op, "bias", bias, qkv, "qkv")
     if rope is not None:
-        if not isinstance(rope, Rope):
-            raise TypeError(f"{op}: rope must be a Rope(cos, sin, interleaved), got {type(rope).__name__}")
-        check_flag(op, "rope.interleaved", rope.interleaved)
-        if head_dim % 2:
-            raise ValueError(f"{op}: rope needs an even head_dim, got {head_dim}")
+        check_pairs(op, rope, head_dim)
         for name, angles in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
             check_tensor(op, name, angles, qkv, "qkv")
             if tuple(angles.shape) != (tokens, head_dim // 2):
