@@ -20,7 +20,7 @@ BUILD = mkdir -p build/native && $(BIN)/python setup.py --quiet build_ext --inpl
 INSTALL = $(BIN)/pip install --quiet --no-build-isolation -e
 
 .PHONY: dev op new-op native
-.PHONY: gpu-interpreted gpu-interpreted-oldest gpu-approximate gpu-compiled gpu-compiled-oldest gpu-compiled-newest
+.PHONY: gpu-interpreted gpu-interpreted-oldest gpu-approximate gpu-compiled gpu-compiled-oldest gpu-compiled-newest gpu-cuda
 .PHONY: demo digits systems test test-slow bench bench-quick docs docs-serve docs-check lint types format
 .PHONY: check-gpu-code clean
 
@@ -118,8 +118,7 @@ format: $(VENV)/.installed
 # is emulated, and csrc is compiled against the headers of the oldest torch too. Triton keeps what it has compiled.
 check-gpu-code: $(CACHE)/triton-$(OLDEST)/.installed $(CACHE)/triton-$(NEWEST)/.installed
 	$(MAKE) --no-print-directory gpu-interpreted gpu-interpreted-oldest gpu-approximate
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=target gpu-compiled-oldest gpu-compiled-newest
-	$(MAKE) --no-print-directory gpu-compiled
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target gpu-compiled gpu-compiled-oldest gpu-compiled-newest gpu-cuda
 
 # Another checkout may be making the same: each makes its own, and the first to be done names it.
 KEEP = touch $(@D).$$$$/.installed && { mv -nT $(@D).$$$$ $(@D); rm -rf $(@D).$$$$; }
@@ -151,6 +150,8 @@ gpu-compiled-newest:
 
 gpu-compiled:
 	$(BIN)/python -m pytest tests/bench/test_aot.py
+
+gpu-cuda:
 	MINISORA_OLDEST_HEADERS=$$($(BIN)/python tests/packaging/oldest_torch.py $(CACHE)) $(BIN)/python -m pytest tests/packaging/test_cuda_build.py
 
 # Triton's kernels as Triton compiles them, executed on CPU tensors by ttsem, and Triton's passes one by one: two processes

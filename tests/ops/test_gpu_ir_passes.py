@@ -23,7 +23,6 @@ from ttsem import _fakedriver, harness, minimize, sanitize, validate
 
 BF16, F32 = torch.bfloat16, torch.float32
 NAMES = {
-    "adaln-lcm-rows": BF16,
     "gate_residual_adaln-lcm-rows": BF16,
     "attention-cross": BF16,
     "norm_rope-layer-across": BF16,
