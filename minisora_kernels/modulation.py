@@ -1,4 +1,7 @@
-"""Row groups: shift, scale and gate have R rows for N tokens. Token n reads row ``n // (N // R)``."""
+"""Row groups: shift, scale and gate have R rows for N tokens.
+
+Token n reads row ``n // (N // R)``, or the row that an index names.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_compiling
 
 from .checks import check_tensor, kernel_refusal
 
@@ -38,16 +42,16 @@ def check_tokens(op: str, name: str, x: Tensor, like: Tensor | None = None) -> N
 
 
 @overload
-def rows(op: str, name: str, parameter: None, x: Tensor) -> None: ...
+def rows(op: str, name: str, parameter: None, x: Tensor, by_index: bool = False) -> None: ...
 @overload
-def rows(op: str, name: str, parameter: Tensor, x: Tensor) -> Tensor: ...
+def rows(op: str, name: str, parameter: Tensor, x: Tensor, by_index: bool = False) -> Tensor: ...
 @overload
-def rows(op: str, name: str, parameter: Tensor | None, x: Tensor) -> Tensor | None: ...
-def rows(op: str, name: str, parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    """``parameter`` as ``[B, R, D]``, or None. ``[B, D]`` has one row per sample; R must divide x's number of tokens.
+def rows(op: str, name: str, parameter: Tensor | None, x: Tensor, by_index: bool = False) -> Tensor | None: ...
+def rows(op: str, name: str, parameter: Tensor | None, x: Tensor, by_index: bool = False) -> Tensor | None:
+    """``parameter`` as ``[B, R, D]``, or None. ``[B, D]`` has one row per sample.
 
-    B may be 1: all samples share the rows. The result is a view if the stride over D is 1, as in a chunk of a
-    projection. Otherwise it is a copy.
+    R must divide x's number of tokens, unless tokens find their rows ``by_index``. B may be 1: all samples share the
+    rows. The result is a view if the stride over D is 1, as in a chunk of a projection. Otherwise it is a copy.
     """
     if parameter is None:
         return None
@@ -62,11 +66,55 @@ def rows(op: str, name: str, parameter: Tensor | None, x: Tensor) -> Tensor | No
             f"samples, and D = {width}"
         )
     r = shape[1]
-    if r == 0 or tokens % r:
+    if r == 0 and by_index:
+        raise ValueError(f"{op}: {name} has no rows; with an index it needs one at least")
+    if not by_index and (r == 0 or tokens % r):
         raise ValueError(f"{op}: {name} has {r} rows; the number must divide the {tokens} tokens of x")
     if shape[0] != batch:
         parameter = parameter.expand(batch, r, width)
     return parameter if parameter.stride(2) == 1 else parameter.contiguous()
+
+
+def row_index(op: str, index: Tensor | None, x: Tensor, **parameters: Tensor | None) -> Tensor | None:
+    """``index [N]`` or ``[B, N]`` as int64: the row of each token in ``parameters``, which :func:`rows` made.
+
+    Looks at the numbers on a CPU alone, and where they are there: not in a trace.
+    """
+    if index is None:
+        return None
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{op}: index must be a tensor, got {type(index).__name__}")
+    if index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: index has dtype {index.dtype}; it may be int64 or int32")
+    if index.device != x.device:
+        raise ValueError(f"{op}: index is on {index.device}, x is on {x.device}; they must be on one device")
+    batch, tokens, _ = x.shape
+    if tuple(index.shape) not in ((tokens,), (batch, tokens)):
+        raise ValueError(
+            f"{op}: index has shape {tuple(index.shape)}; it may be [N] or [B, N] with B = {batch} and N = {tokens}"
+        )
+    counts = {name: parameter.shape[1] for name, parameter in parameters.items() if parameter is not None}
+    if not counts:
+        raise ValueError(f"{op}: index needs {' or '.join(parameters)}, whose rows it names")
+    if len(set(counts.values())) > 1:
+        numbers = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(f"{op}: with an index all must have the same number of rows; it is {numbers}")
+    known = index.is_cpu and type(index) is Tensor and index.numel() > 0
+    if known and not is_compiling() and not torch._C._are_functorch_transforms_active():
+        least, most = (int(end) for end in torch.aminmax(index))
+        last = next(iter(counts.values())) - 1
+        if least < 0 or most > last:
+            raise ValueError(f"{op}: index has {least if least < 0 else most}; it may be from 0 to {last}")
+    return index.to(torch.int64).contiguous()
+
+
+def row_of_each(parameter: Tensor | None, index: Tensor | None) -> Tensor | None:
+    """``parameter [B, R, D]`` gathered as ``[B, N, D]`` if there is an index, else as it is."""
+    if parameter is None or index is None:
+        return parameter
+    if index.dim() == 1:
+        return parameter.index_select(1, index)
+    return parameter.gather(1, index.unsqueeze(2).expand(-1, -1, parameter.shape[2]))
 
 
 def row_gradient(parameter: Tensor | None, needed: bool) -> tuple[torch.dtype | None, int]:
@@ -136,7 +184,7 @@ def identity(tensor: Tensor | None) -> tuple | None:
 
 def remember(y: Tensor, made_of: tuple[Tensor | None, ...], norm: str, eps: float) -> None:
     """Note on ``y`` what a norm made it of, as the caller named it, for :func:`.recompute_adaln`."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not is_compiling():
         setattr(y, MADE_OF, (*map(identity, made_of), norm, eps))
 
 

@@ -12,8 +12,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from . import backends
 from .checks import number
-from .modulation import Norm, identity, origin, rows
+from .modulation import Norm, identity, origin, row_index, rows
 from .ops import adaln
+
+_NAMES = ("x", "shift", "scale", "weight", "bias", "index", "norm", "eps")
 
 
 def _check_origin(y: Tensor, given: tuple[Any, ...]) -> None:
@@ -22,7 +24,7 @@ def _check_origin(y: Tensor, given: tuple[Any, ...]) -> None:
         raise ValueError("recompute_adaln: y is not what adaln or gate_residual_adaln returned with gradients enabled")
     if made_of == given:
         return
-    for name, one, other in zip(("x", "shift", "scale", "weight", "bias", "norm", "eps"), made_of, given, strict=True):
+    for name, one, other in zip(_NAMES, made_of, given, strict=True):
         if one != other:
             said = f" {other!r}, not {one!r}" if name in ("norm", "eps") else " another"
             raise ValueError(f"recompute_adaln: y was made of other arguments than these: {name} is{said}")
@@ -37,6 +39,7 @@ def recompute_adaln(
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    index: Tensor | None = None,
     norm: Norm = "layer",
     eps: float = 1e-6,
 ) -> Iterator[None]:
@@ -59,6 +62,7 @@ def recompute_adaln(
         scale: The op's argument.
         weight: The op's argument.
         bias: The op's argument.
+        index: The op's argument.
         norm: The op's argument.
         eps: The op's argument.
 
@@ -77,9 +81,13 @@ def recompute_adaln(
     if y.shape != x.shape:
         raise ValueError(f"recompute_adaln: y has shape {tuple(y.shape)}, x {tuple(x.shape)}; y must be adaln of x")
     eps = number("recompute_adaln", "eps", eps, 0)
-    named = x, shift, scale, weight, bias
-    shift, scale = rows("recompute_adaln", "shift", shift, x), rows("recompute_adaln", "scale", scale, x)
-    backend: Any = backends.choose("adaln", adaln.BACKENDS, x.device, None, x, shift, scale, weight, bias)
+    named = x, shift, scale, weight, bias, index
+    shift, scale = (
+        rows("recompute_adaln", name, parameter, x, index is not None)
+        for name, parameter in (("shift", shift), ("scale", scale))
+    )
+    index = row_index("recompute_adaln", index, x, shift=shift, scale=scale)
+    backend: Any = backends.choose("adaln", adaln.BACKENDS, x.device, None, x, shift, scale, weight, bias, index)
     wider = y.element_size() > x.element_size()
     if backend == "reference" or wider or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         yield
@@ -90,7 +98,7 @@ def recompute_adaln(
         )
     _check_origin(y, (*map(identity, named), norm, eps))
     storage, dtype, device, version = y.untyped_storage()._cdata, y.dtype, y.device.type, y._version
-    made_of = tuple(None if tensor is None else tensor.detach() for tensor in (x, shift, scale, weight, bias))
+    made_of = tuple(None if tensor is None else tensor.detach() for tensor in (x, shift, scale, weight, bias, index))
     versions = [tensor._version for tensor in made_of if tensor is not None]
 
     def pack(tensor: Tensor) -> Any:
@@ -104,12 +112,13 @@ def recompute_adaln(
             return kept
         if versions != [tensor._version for tensor in made_of if tensor is not None]:
             raise RuntimeError(
-                "recompute_adaln: x, shift, scale, weight or bias was changed in place since the forward"
+                "recompute_adaln: x, shift, scale, weight, bias or index was changed in place since the forward"
             )
-        (x, shift, scale, weight, bias), view = kept
+        (x, shift, scale, weight, bias, index), view = kept
         # y's dtype differs from x's under autocast, and where the residual stream is wider than the branches.
         with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != x.dtype):
-            again = adaln.adaln(x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, backend=backend)
+            options = dict(index=index, norm=norm, eps=eps, backend=backend)
+            again = adaln.adaln(x, shift, scale, weight=weight, bias=bias, **options)
         return again.as_strided(*view)
 
     with saved_tensors_hooks(pack, unpack):

@@ -1,8 +1,8 @@
 """How DTensor may shard what the token-local ops take, along a dimension of a mesh: by sample, or by token.
 
     by sample    tokens and rows are split alike; a parameter [D] is whole, and its gradient a sum over the devices
-    by token     tokens are split; rows are whole, and their gradients sums, too. Only with one row a sample: a device
-                 cannot tell which rows its tokens read
+    by token     tokens are split; rows are whole, and their gradients sums, too. Only with one row a sample, or with an
+                 index, which is split with the tokens: a device cannot tell else which rows its tokens read
 
 ``gelu_mlp`` is split by sample, or by token where its tokens are a matrix. Its weights are whole.
 
@@ -45,6 +45,10 @@ def _rule(overload: Any, matrix: bool) -> Callable[..., list[tuple[list, list]]]
         split = {"tokens": Shard(dim), "rows": Shard(0) if dim == 0 else Replicate(), "parameter": Replicate()}
         sums = {"tokens": Shard(dim), "rows": Shard(0) if dim == 0 else Partial(), "parameter": Partial()}
         given = [split[_kind(name)] if hasattr(arguments[name], "placements") else None for name in names]
+        if hasattr(arguments.get("index"), "placements"):  # [N], or [B, N]
+            places = len(arguments["index"].shape)
+            along = Shard(dim) if places == 2 else Shard(0) if dim == 1 else Replicate()
+            given[names.index("index")] = along
         return [sums[_kind(name)] if asked(arguments, name) else Replicate() for name in results], given
 
     def asked(arguments: dict[str, Any], result: str) -> bool:
@@ -59,7 +63,7 @@ def _rule(overload: Any, matrix: bool) -> Callable[..., list[tuple[list, list]]]
             found.append(placements(arguments, 0))
             counts = [value.shape[1] for name, value in arguments.items() if name in ROWS and value is not None]
             counts += [value for name, value in arguments.items() if name.endswith("_rows")]
-            if all(count <= 1 for count in counts):
+            if arguments.get("index") is not None or all(count <= 1 for count in counts):
                 found.append(placements(arguments, 1))
         elif len(tokens.shape) == 2 or (len(tokens.shape) > 2 and tokens.shape[0] % tokens.mesh.size() == 0):
             found.append(placements(arguments, 0))  # h has the tokens of all samples in one dimension

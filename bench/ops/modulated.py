@@ -29,12 +29,13 @@ WIDTHS = (7, 768, 1024, 1151, 3072)
 
 @dataclass(frozen=True)
 class Form:
-    """What a call may differ in. ``dtypes`` are those of single tensors, ``frozen`` get no gradient."""
+    """What a call may differ in. ``index`` is the shape of one, ``frozen`` get no gradient."""
 
     name: str
     rows: Triple = PER_SAMPLE
     affine: bool = False
     branch_bias: bool = False
+    index: tuple[int, ...] = ()
     norm: str = "layer"
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     absent: Sequence[str] = ()
@@ -70,6 +71,10 @@ FORMS = (
     Form("branch bias per token", PER_TOKEN, branch_bias=True),
     Form("branch bias, frozen branch", branch_bias=True, frozen=("branch",)),
     Form("branch bias, no gate", branch_bias=True, absent=("gate",)),
+    Form("index", (3, 3, 3), affine=True, index=(TOKENS,)),
+    Form("index per sample", (3, 3, 3), index=(2, TOKENS)),
+    Form("index, no scale", (3, 3, 3), affine=True, index=(TOKENS,), absent=("scale",)),
+    Form("index, branch bias", (3, 3, 3), affine=True, branch_bias=True, index=(TOKENS,)),
 )
 
 
@@ -84,6 +89,7 @@ def _modulated(op: str, width: int, form: Form, dtype: torch.dtype) -> Problem:
     tensors = {name: meta(form.dtypes.get(name, dtype), *shapes[name]) for name in names}
     options: dict[str, Any] = dict.fromkeys(name for name in NAMES[op] if name in form.absent)
     options |= {} if op == "gate_residual" else {"norm": form.norm}
+    options |= {"index": meta(torch.int64, *form.index)} if form.index else {}
     # Not as the problem's constants: of those bench.aot launches the gradients too.
     options |= {name: tensors.pop(name) for name in names if name in form.frozen}
     return Problem(tensors, lambda t: getattr(mk, op)(**t, **options))

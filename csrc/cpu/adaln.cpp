@@ -6,12 +6,14 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
     const Tensor& x, std::optional<Tensor> shift, std::optional<Tensor> scale, std::optional<Tensor> weight,
-    std::optional<Tensor> bias, bool rms, double eps, ScalarType out_dtype) {
+    std::optional<Tensor> bias, std::optional<Tensor> index, bool rms, double eps, ScalarType out_dtype) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [B, N, D]");
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   check_dense(x, "x", {batch, tokens, width});
-  const Rows shift_rows(shift, "shift", 0.0f, batch, tokens, width),
-      scale_rows(scale, "scale", 0.0f, batch, tokens, width);
+  const int64_t divided = index ? 0 : tokens;
+  const Rows shift_rows(shift, "shift", 0.0f, batch, divided, width),
+      scale_rows(scale, "scale", 0.0f, batch, divided, width);
+  const Division division(index, batch, tokens, common_rows({shift_rows.count, scale_rows.count}));
   const auto w = affine(weight, "weight", 1.0f, width), c = affine(bias, "bias", 0.0f, width);
   Tensor y = empty_like_shape(x, {batch, tokens, width}, out_dtype);
   Tensor mean = empty_like_shape(x, {batch, tokens}, ScalarType::Float),
@@ -23,9 +25,11 @@ std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
     const auto* in = static_cast<const decltype(x_tag)*>(x.const_data_ptr());
     auto* out = static_cast<decltype(y_tag)*>(y.mutable_data_ptr());
     const bool streamed = past_caches(out, y.numel(), width);
-    const auto read = [&](AdaLNScratch& s, int64_t b, int64_t n) { s.read(shift_rows, scale_rows, w, c, b, n); };
+    const auto read = [&](AdaLNScratch& s, int64_t b, int64_t row) {
+      s.read(shift_rows, scale_rows, w, c, b, row, division);
+    };
     for_tokens(
-        batch, tokens, common_rows({shift_rows.count, scale_rows.count}), [&] { return AdaLNScratch(width); }, read,
+        batch, tokens, division, [&] { return AdaLNScratch(width); }, read,
         [&](AdaLNScratch& s, int64_t token, auto group) {
           constexpr int G = group;
           const auto* from = in + token * width;
@@ -47,8 +51,8 @@ std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_bwd(
     const Tensor& dy, const Tensor& x, std::optional<Tensor> scale, std::optional<Tensor> weight,
-    std::optional<Tensor> bias, const Tensor& mean, const Tensor& rstd, bool rms, bool need_x,
-    std::optional<ScalarType> shift_dtype, int64_t shift_rows, std::optional<ScalarType> scale_dtype,
+    std::optional<Tensor> bias, const Tensor& mean, const Tensor& rstd, std::optional<Tensor> index, bool rms,
+    bool need_x, std::optional<ScalarType> shift_dtype, int64_t shift_rows, std::optional<ScalarType> scale_dtype,
     int64_t scale_rows, std::optional<ScalarType> weight_dtype, std::optional<ScalarType> bias_dtype) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [B, N, D]");
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
@@ -57,11 +61,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_bwd(
   check_statistic(mean, "mean", {batch, tokens});
   check_statistic(rstd, "rstd", {batch, tokens});
   const Rows shift(std::nullopt, "shift", 0.0f, batch, tokens, width),
-      scales(scale, "scale", 0.0f, batch, tokens, width);
+      scales(scale, "scale", 0.0f, batch, index ? 0 : tokens, width);
   const auto w = affine(weight, "weight", 1.0f, width), c = affine(bias, "bias", 0.0f, width);
-  const int64_t rows = common_rows({scales.count, shift_rows, scale_rows});
+  const Division division(index, batch, tokens, common_rows({scales.count, shift_rows, scale_rows}));
   Tensor dx = empty_if_asked(x, {batch, tokens, width}, need_x ? std::optional(x.scalar_type()) : std::nullopt);
-  RowGradient dshift("shift", shift_dtype, shift_rows, rows, x), dscale("scale", scale_dtype, scale_rows, rows, x);
+  RowGradient dshift("shift", shift_dtype, shift_rows, division, x),
+      dscale("scale", scale_dtype, scale_rows, division, x);
   AffineGradient dweight(weight_dtype, x), dbias(bias_dtype, x);
   const bool summed = shift_dtype || scale_dtype || weight_dtype || bias_dtype;
   const float* means = static_cast<const float*>(mean.const_data_ptr());
@@ -73,9 +78,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_bwd(
     const auto* grad = static_cast<const decltype(y_tag)*>(dy.const_data_ptr());
     auto* out = data_if<TX>(need_x, dx);
     const bool streamed = past_caches(out, dx.numel(), width);
-    const auto read = [&](AdaLNScratch& s, int64_t b, int64_t n) { s.read(shift, scales, w, c, b, n); };
+    const auto read = [&](AdaLNScratch& s, int64_t b, int64_t row) { s.read(shift, scales, w, c, b, row, division); };
     sum_over_rows(
-        summed ? 2 : 0, batch, tokens, rows, width, [&] { return AdaLNScratch(width); }, read,
+        summed ? 2 : 0, batch, tokens, division, width, [&] { return AdaLNScratch(width); }, read,
         [&](AdaLNScratch& s, int64_t token, auto group, float** sums) {
           constexpr int G = group;
           const int64_t at = token * width;

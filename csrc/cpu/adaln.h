@@ -15,9 +15,9 @@ struct AdaLNScratch {
   // gain = weight * (1 + scale), offset = bias * (1 + scale) + shift
   void read(
       const Rows& shift, const Rows& scale, const std::vector<float>& weight, const std::vector<float>& bias, int64_t b,
-      int64_t n) {
-    scale.read(b, n, 1.0f, one_plus_scale.data(), width);
-    shift.read(b, n, 0.0f, offset.data(), width);
+      int64_t row, const Division& division) {
+    scale.read(b, row, division, 1.0f, one_plus_scale.data(), width);
+    shift.read(b, row, division, 0.0f, offset.data(), width);
     for (int64_t i = 0; i < width; ++i) {
       gain[i] = weight[i] * one_plus_scale[i];
       offset[i] += bias[i] * one_plus_scale[i];

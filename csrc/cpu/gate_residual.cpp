@@ -37,16 +37,18 @@ void add_gated_backward(
 }
 
 Tensor gate_residual_fwd(
-    const Tensor& x, const Tensor& branch, std::optional<Tensor> gate, std::optional<Tensor> branch_bias) {
+    const Tensor& x, const Tensor& branch, std::optional<Tensor> gate, std::optional<Tensor> branch_bias,
+    std::optional<Tensor> index) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [B, N, D]");
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   check_dense(x, "x", {batch, tokens, width});
   check_dense(branch, "branch", {batch, tokens, width});
-  const Rows gate_rows(gate, "gate", 1.0f, batch, tokens, width);
+  const Rows gate_rows(gate, "gate", 1.0f, batch, index ? 0 : tokens, width);
+  const Division division(index, batch, tokens, gate_rows.count);
   const auto offset = affine(branch_bias, "branch_bias", kNoBias, width);
   Tensor y = empty_like_shape(x, {batch, tokens, width}, x.scalar_type());
-  const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) {
-    gate_rows.read(b, n, 0.0f, gain.data(), width);
+  const auto read = [&](std::vector<float>& gain, int64_t b, int64_t row) {
+    gate_rows.read(b, row, division, 0.0f, gain.data(), width);
   };
 
   with_types(x.scalar_type(), branch.scalar_type(), [&](auto x_tag, auto branch_tag) {
@@ -56,7 +58,7 @@ Tensor gate_residual_fwd(
     auto* out = static_cast<TX*>(y.mutable_data_ptr());
     with_put(past_caches(out, y.numel(), width), [&](auto how) {
       for_tokens(
-          batch, tokens, gate_rows.count, [&] { return std::vector<float>(width); }, read,
+          batch, tokens, division, [&] { return std::vector<float>(width); }, read,
           [&](std::vector<float>& gain, int64_t token, auto group) {
             const int64_t at = token * width;
             add_gated<group>(in + at, add + at, offset.data(), gain.data(), out + at, width, how);
@@ -68,22 +70,24 @@ Tensor gate_residual_fwd(
 
 std::tuple<Tensor, Tensor, Tensor> gate_residual_bwd(
     const Tensor& dy, std::optional<Tensor> branch, std::optional<Tensor> gate, std::optional<Tensor> branch_bias,
-    std::optional<ScalarType> branch_dtype, std::optional<ScalarType> gate_dtype, int64_t gate_rows,
-    std::optional<ScalarType> bias_dtype) {
+    std::optional<Tensor> index, std::optional<ScalarType> branch_dtype, std::optional<ScalarType> gate_dtype,
+    int64_t gate_rows, std::optional<ScalarType> bias_dtype) {
   STD_TORCH_CHECK(dy.dim() == 3, "dy must be [B, N, D]");
   const int64_t batch = dy.size(0), tokens = dy.size(1), width = dy.size(2);
   check_dense(dy, "dy", {batch, tokens, width});
   if (branch) check_dense(*branch, "branch", {batch, tokens, width});
   STD_TORCH_CHECK(
       branch.has_value() == gate_dtype.has_value(), "the gradient of gate needs branch, which no other does");
-  const Rows gates(gate, "gate", 1.0f, batch, tokens, width);
+  const Rows gates(gate, "gate", 1.0f, batch, index ? 0 : tokens, width);
   const auto offset = affine(branch_bias, "branch_bias", kNoBias, width);
-  const int64_t rows = common_rows({gates.count, gate_rows});
+  const Division division(index, batch, tokens, common_rows({gates.count, gate_rows}));
   Tensor dbranch = empty_if_asked(dy, {batch, tokens, width}, branch_dtype);
-  RowGradient dgate("gate", gate_dtype, gate_rows, rows, dy);
+  RowGradient dgate("gate", gate_dtype, gate_rows, division, dy);
   AffineGradient dbias(bias_dtype, dy);
   const int dy_sum = gate_dtype ? 1 : 0; // the place of the sum of dy, behind that of the gate
-  const auto read = [&](std::vector<float>& gain, int64_t b, int64_t n) { gates.read(b, n, 0.0f, gain.data(), width); };
+  const auto read = [&](std::vector<float>& gain, int64_t b, int64_t row) {
+    gates.read(b, row, division, 0.0f, gain.data(), width);
+  };
 
   with_types(
       dy.scalar_type(), branch ? branch->scalar_type() : branch_dtype.value_or(dy.scalar_type()),
@@ -94,8 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> gate_residual_bwd(
         auto* out = data_if<TB>(branch_dtype.has_value(), dbranch);
         with_put(past_caches(out, dbranch.numel(), width), [&](auto how) {
           sum_over_rows(
-              dy_sum + bias_dtype.has_value(), batch, tokens, rows, width, [&] { return std::vector<float>(width); },
-              read,
+              dy_sum + bias_dtype.has_value(), batch, tokens, division, width,
+              [&] { return std::vector<float>(width); }, read,
               [&](std::vector<float>& gain, int64_t token, auto group, float** sums) {
                 const int64_t at = token * width;
                 add_gated_backward<group>(

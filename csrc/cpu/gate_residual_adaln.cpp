@@ -63,13 +63,15 @@ void add_gated_backward(
 std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
     const Tensor& x, const Tensor& branch, std::optional<Tensor> gate, std::optional<Tensor> branch_bias,
     std::optional<Tensor> shift, std::optional<Tensor> scale, std::optional<Tensor> weight, std::optional<Tensor> bias,
-    bool rms, double eps, ScalarType out_dtype) {
+    std::optional<Tensor> index, bool rms, double eps, ScalarType out_dtype) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [B, N, D]");
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   check_dense(x, "x", {batch, tokens, width});
   check_dense(branch, "branch", {batch, tokens, width});
-  const Rows gate_rows(gate, "gate", 1.0f, batch, tokens, width),
-      shift_rows(shift, "shift", 0.0f, batch, tokens, width), scale_rows(scale, "scale", 0.0f, batch, tokens, width);
+  const int64_t divided = index ? 0 : tokens;
+  const Rows gate_rows(gate, "gate", 1.0f, batch, divided, width),
+      shift_rows(shift, "shift", 0.0f, batch, divided, width), scale_rows(scale, "scale", 0.0f, batch, divided, width);
+  const Division division(index, batch, tokens, common_rows({gate_rows.count, shift_rows.count, scale_rows.count}));
   const auto w = affine(weight, "weight", 1.0f, width), c = affine(bias, "bias", 0.0f, width),
              offset = affine(branch_bias, "branch_bias", kNoBias, width);
   Tensor residual = empty_like_shape(x, {batch, tokens, width}, x.scalar_type());
@@ -84,13 +86,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
   void* y_data = y.mutable_data_ptr();
   const ScalarType x_dtype = x.scalar_type(), branch_dtype = branch.scalar_type();
 
-  const auto read = [&](Scratch& s, int64_t b, int64_t n) {
-    gate_rows.read(b, n, 0.0f, s.gate.data(), width);
-    s.read(shift_rows, scale_rows, w, c, b, n);
+  const auto read = [&](Scratch& s, int64_t b, int64_t row) {
+    gate_rows.read(b, row, division, 0.0f, s.gate.data(), width);
+    s.read(shift_rows, scale_rows, w, c, b, row, division);
   };
   for_tokens(
-      batch, tokens, common_rows({gate_rows.count, shift_rows.count, scale_rows.count}), [&] { return Scratch(width); },
-      read,
+      batch, tokens, division, [&] { return Scratch(width); }, read,
       [&](Scratch& s, int64_t token, auto group) {
         constexpr int G = group;
         const int64_t at = token * width;
@@ -121,11 +122,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_fwd(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_adaln_bwd(
     const Tensor& dresidual, const Tensor& dy, const Tensor& residual, std::optional<Tensor> branch,
     std::optional<Tensor> gate, std::optional<Tensor> branch_bias, std::optional<Tensor> scale,
-    std::optional<Tensor> weight, std::optional<Tensor> bias, const Tensor& mean, const Tensor& rstd, bool rms,
-    bool need_x, std::optional<ScalarType> dbranch_dtype, std::optional<ScalarType> gate_dtype, int64_t gate_rows,
-    std::optional<ScalarType> branch_bias_dtype, std::optional<ScalarType> shift_dtype, int64_t shift_rows,
-    std::optional<ScalarType> scale_dtype, int64_t scale_rows, std::optional<ScalarType> weight_dtype,
-    std::optional<ScalarType> bias_dtype) {
+    std::optional<Tensor> weight, std::optional<Tensor> bias, const Tensor& mean, const Tensor& rstd,
+    std::optional<Tensor> index, bool rms, bool need_x, std::optional<ScalarType> dbranch_dtype,
+    std::optional<ScalarType> gate_dtype, int64_t gate_rows, std::optional<ScalarType> branch_bias_dtype,
+    std::optional<ScalarType> shift_dtype, int64_t shift_rows, std::optional<ScalarType> scale_dtype,
+    int64_t scale_rows, std::optional<ScalarType> weight_dtype, std::optional<ScalarType> bias_dtype) {
   STD_TORCH_CHECK(residual.dim() == 3, "residual must be [B, N, D]");
   const int64_t batch = residual.size(0), tokens = residual.size(1), width = residual.size(2);
   check_dense(residual, "residual", {batch, tokens, width});
@@ -137,18 +138,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_
       branch.has_value() == gate_dtype.has_value(), "the gradient of gate needs branch, which no other does");
   check_statistic(mean, "mean", {batch, tokens});
   check_statistic(rstd, "rstd", {batch, tokens});
-  const Rows gates(gate, "gate", 1.0f, batch, tokens, width), shift(std::nullopt, "shift", 0.0f, batch, tokens, width),
-      scales(scale, "scale", 0.0f, batch, tokens, width);
+  const int64_t divided = index ? 0 : tokens;
+  const Rows gates(gate, "gate", 1.0f, batch, divided, width),
+      shift(std::nullopt, "shift", 0.0f, batch, divided, width), scales(scale, "scale", 0.0f, batch, divided, width);
   const auto w = affine(weight, "weight", 1.0f, width), c = affine(bias, "bias", 0.0f, width),
              offset = affine(branch_bias, "branch_bias", kNoBias, width);
-  const int64_t rows = common_rows({gates.count, scales.count, gate_rows, shift_rows, scale_rows});
+  const Division division(
+      index, batch, tokens, common_rows({gates.count, scales.count, gate_rows, shift_rows, scale_rows}));
   const ScalarType x_dtype = residual.scalar_type(), y_dtype = dy.scalar_type(),
                    branch_dtype = branch ? branch->scalar_type() : dbranch_dtype.value_or(x_dtype);
   Tensor dx = empty_if_asked(residual, {batch, tokens, width}, need_x ? std::optional(x_dtype) : std::nullopt);
   Tensor dbranch = empty_if_asked(residual, {batch, tokens, width}, dbranch_dtype);
-  RowGradient dgate("gate", gate_dtype, gate_rows, rows, residual),
-      dshift("shift", shift_dtype, shift_rows, rows, residual),
-      dscale("scale", scale_dtype, scale_rows, rows, residual);
+  RowGradient dgate("gate", gate_dtype, gate_rows, division, residual),
+      dshift("shift", shift_dtype, shift_rows, division, residual),
+      dscale("scale", scale_dtype, scale_rows, division, residual);
   AffineGradient dweight(weight_dtype, residual), dbias(bias_dtype, residual),
       dbranch_bias(branch_bias_dtype, residual);
   const float* means = static_cast<const float*>(mean.const_data_ptr());
@@ -163,12 +166,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_
              modulation = shift_dtype || scale_dtype || weight_dtype || bias_dtype;
   const int gate_sum = modulation ? 2 : 0, x_sum = gate_sum + gate_dtype.has_value();
 
-  const auto read = [&](Scratch& s, int64_t b, int64_t n) {
-    gates.read(b, n, 0.0f, s.gate.data(), width);
-    s.read(shift, scales, w, c, b, n);
+  const auto read = [&](Scratch& s, int64_t b, int64_t row) {
+    gates.read(b, row, division, 0.0f, s.gate.data(), width);
+    s.read(shift, scales, w, c, b, row, division);
   };
   sum_over_rows(
-      x_sum + branch_bias_dtype.has_value(), batch, tokens, rows, width, [&] { return Scratch(width); }, read,
+      x_sum + branch_bias_dtype.has_value(), batch, tokens, division, width, [&] { return Scratch(width); }, read,
       [&](Scratch& s, int64_t token, auto group, float** sums) {
         constexpr int G = group;
         const int64_t at = token * width;

@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> grn_fwd(
     const auto* in = static_cast<const TX*>(x.const_data_ptr());
     auto* out = static_cast<decltype(y_tag)*>(y.mutable_data_ptr());
     sum_over_rows(
-        1, frames, sites, 1, width, [] { return 0; }, [](int, int64_t, int64_t) {},
+        1, frames, sites, Division(sites), width, [] { return 0; }, [](int, int64_t, int64_t) {},
         [&](int, int64_t token, auto group, float** sums) {
           add_squares<GELU, group>(in + token * width, sums[0], width);
         },
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> grn_fwd(
     };
     with_put(past_caches(out, y.numel(), width), [&](auto how) {
       for_tokens(
-          frames, sites, 1, [&] { return std::vector<float>(width); }, read,
+          frames, sites, Division(sites), [&] { return std::vector<float>(width); }, read,
           [&](std::vector<float>& gain, int64_t token, auto group) {
             apply<GELU, group>(in + token * width, gain.data(), c.data(), out + token * width, width, how);
           });
@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> grn_bwd(
     const auto* grad = static_cast<const TY*>(dy.const_data_ptr());
     auto* out = data_if<TX>(need_x, dx);
     sum_over_rows(
-        kinds, frames, sites, 1, width, [] { return 0; }, [](int, int64_t, int64_t) {},
+        kinds, frames, sites, Division(sites), width, [] { return 0; }, [](int, int64_t, int64_t) {},
         [&](int, int64_t token, auto group, float** sums) {
           add_products<GELU, group>(in + token * width, grad + token * width, sums[0], sums[1], width);
         },
@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> grn_bwd(
     };
     with_put(past_caches(out, dx.numel(), width), [&](auto how) {
       for_tokens(
-          frames, sites, 1, [&] { return FrameRows(width); }, read,
+          frames, sites, Division(sites), [&] { return FrameRows(width); }, read,
           [&](FrameRows& rows, int64_t token, auto group) {
             const int64_t at = token * width;
             apply_backward<GELU, group>(in + at, grad + at, rows.gain.data(), rows.pull.data(), out + at, width, how);

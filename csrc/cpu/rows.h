@@ -18,14 +18,74 @@ inline void check_rows(int64_t count, const char* name, int64_t tokens) {
 // Norms by their number in a schema.
 enum Norm : int64_t { kNone = 0, kRms = 1, kLayer = 2 };
 
-// A modulation parameter [B, R, D] with any strides over B and R; the row of token n is n / (N / R). Without one its
-// rows are `absent`.
+// Which tokens of a sample have which row: N / R neighbours, or those that an index [N] or [B, N] names. Places count
+// the tokens of a sample in the order of their rows; the tokens of a row keep their order.
+class Division {
+ public:
+  const int64_t rows;
+  const bool by_index;
+
+  explicit Division(int64_t tokens) : Division(std::nullopt, 0, tokens, 1) {}
+
+  Division(const std::optional<Tensor>& index, int64_t batch, int64_t tokens, int64_t rows)
+      : rows(rows), by_index(index.has_value()), tokens_(tokens), per_row_(tokens / rows) {
+    if (!index) return;
+    shared_ = index->dim() == 1;
+    STD_TORCH_CHECK(
+        (shared_ || (index->dim() == 2 && index->size(0) == batch)) && index->size(index->dim() - 1) == tokens,
+        "index must be [N] or [B, N]");
+    STD_TORCH_CHECK(
+        index->scalar_type() == ScalarType::Long && index->is_contiguous(), "index must be contiguous int64");
+    const int64_t samples = shared_ ? 1 : batch;
+    index_ = static_cast<const int64_t*>(index->const_data_ptr());
+    first_.resize(samples * (rows + 1));
+    order_.resize(samples * tokens);
+    std::vector<int64_t> next(rows);
+    for (int64_t b = 0; b < samples; ++b) {
+      const int64_t* of_token = index_ + b * tokens;
+      int64_t* first = first_.data() + b * (rows + 1);
+      for (int64_t n = 0; n < tokens; ++n) {
+        const int64_t row = of_token[n];
+        STD_TORCH_CHECK(row >= 0 && row < rows, "index names row ", row, " of ", rows);
+        ++first[row + 1];
+      }
+      std::partial_sum(first, first + rows + 1, first);
+      std::copy_n(first, rows, next.begin());
+      for (int64_t n = 0; n < tokens; ++n) order_[b * tokens + next[of_token[n]]++] = n;
+    }
+  }
+
+  int64_t row(int64_t b, int64_t place) const {
+    return by_index ? index_[sample(b) * tokens_ + order_[sample(b) * tokens_ + place]] : place / per_row_;
+  }
+
+  // The first place of a row; that of row R is N.
+  int64_t begin(int64_t b, int64_t row) const {
+    return by_index ? first_[sample(b) * (rows + 1) + row] : row * per_row_;
+  }
+
+  // The token of a place, counted over all samples.
+  int64_t token(int64_t b, int64_t place) const {
+    return b * tokens_ + (by_index ? order_[sample(b) * tokens_ + place] : place);
+  }
+
+ private:
+  int64_t sample(int64_t b) const { return shared_ ? 0 : b; }
+
+  int64_t tokens_, per_row_;
+  bool shared_ = false;
+  const int64_t* index_ = nullptr;
+  std::vector<int64_t> first_, order_;
+};
+
+// A modulation parameter [B, R, D] with any strides over B and R. Without one its rows are `absent`.
 struct Rows {
   float absent;
   const char* data = nullptr;
   ScalarType dtype = ScalarType::Float;
-  int64_t count = 1, element = 4, batch_stride = 0, row_stride = 0, tokens_per_row = 1;
+  int64_t count = 1, element = 4, batch_stride = 0, row_stride = 0;
 
+  // `tokens` is what the rows divide: 0 with an index.
   Rows(const std::optional<Tensor>& given, const char* name, float absent, int64_t batch, int64_t tokens, int64_t width)
       : absent(absent) {
     if (!given) return;
@@ -41,18 +101,17 @@ struct Rows {
     element = dtype == ScalarType::Float ? 4 : 2;
     batch_stride = parameter.stride(0);
     row_stride = parameter.stride(1);
-    tokens_per_row = std::max<int64_t>(tokens / count, 1);
   }
 
-  // out = offset + the row of token n, in fp32
-  void read(int64_t b, int64_t n, float offset, float* out, int64_t width) const {
+  // out = offset + the row of the tokens in row `row` of a division, in fp32
+  void read(int64_t b, int64_t row, const Division& division, float offset, float* out, int64_t width) const {
     if (data == nullptr) {
       std::fill_n(out, width, absent + offset);
       return;
     }
-    const char* row = data + element * (b * batch_stride + n / tokens_per_row * row_stride);
+    const char* from = data + element * (b * batch_stride + row * count / division.rows * row_stride);
     with_type(dtype, [&](auto tag) {
-      const auto* p = reinterpret_cast<const decltype(tag)*>(row);
+      const auto* p = reinterpret_cast<const decltype(tag)*>(from);
       for_columns(width, [&](int64_t i, auto count) MINISORA_INLINE {
         store(out + i, load(p + i, count) + Vec(offset), count);
       });
@@ -142,34 +201,42 @@ inline int64_t common_rows(std::initializer_list<int64_t> counts) {
   return rows;
 }
 
-// f(n, group) for the tokens [n, stop) of one row, in groups.
+// f(token, group) for the places [n, stop) of one row, in groups of neighbours. Tokens count over all samples.
 template <class F>
-inline void for_groups(int64_t n, int64_t stop, F&& f) {
-  for (; n + kGroup <= stop; n += kGroup) f(n, Group<kGroup>{});
-  for (; n < stop; ++n) f(n, Group<1>{});
+inline void for_groups(const Division& division, int64_t b, int64_t n, int64_t stop, F&& f) {
+  while (n < stop) {
+    const int64_t token = division.token(b, n);
+    if (n + kGroup <= stop && division.token(b, n + kGroup - 1) == token + kGroup - 1) {
+      f(token, Group<kGroup>{});
+      n += kGroup;
+    } else {
+      f(token, Group<1>{});
+      ++n;
+    }
+  }
 }
 
-// Calls read(scratch, b, n) when token n starts a row that is new to the thread, then f(scratch, token, group) for its
-// tokens, counted over all samples. The shape alone determines the groups, because a group's sums have an order of
-// their own.
+// Calls read(scratch, b, row) when a row starts that is new to the thread, then f(scratch, token, group) for its
+// tokens. The shape and the index alone determine the groups, because a group's sums have an order of their own.
 template <class Scratch, class Read, class F>
-void for_tokens(int64_t batch, int64_t tokens, int64_t rows, Scratch make_scratch, Read read, F f) {
+void for_tokens(int64_t batch, int64_t tokens, const Division& division, Scratch make_scratch, Read read, F f) {
   if (batch == 0 || tokens == 0) return;
   constexpr int64_t task_size = 4 * kGroup;
-  const int64_t per_row = tokens / rows, all = batch * tokens;
+  const int64_t all = batch * tokens;
   torch::stable::parallel_for(0, (all + task_size - 1) / task_size, 1, [&](int64_t begin, int64_t end) {
     auto scratch = make_scratch();
     int64_t row = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t last = std::min(all, (task + 1) * task_size);
       for (int64_t i = task * task_size; i < last;) {
-        if (i / per_row != row) {
-          row = i / per_row;
-          read(scratch, i / tokens, i % tokens);
+        const int64_t b = i / tokens, n = i % tokens, here = division.row(b, n);
+        if (b * division.rows + here != row) {
+          row = b * division.rows + here;
+          read(scratch, b, here);
         }
-        const int64_t stop = std::min(last, (row + 1) * per_row);
-        for_groups(i, stop, [&](int64_t token, auto group) { f(scratch, token, group); });
-        i = stop;
+        const int64_t count = std::min(last - i, division.begin(b, here + 1) - n);
+        for_groups(division, b, n, n + count, [&](int64_t token, auto group) { f(scratch, token, group); });
+        i += count;
       }
     }
     _mm_sfence();
@@ -192,21 +259,21 @@ void add_up(int64_t count, int64_t columns, float* out, Terms terms) {
 
 constexpr int kSums = 4; // the most vectors that a kernel sums
 
-// Sums `kinds` vectors of width D over the tokens of every row. A task takes one chunk of tokens and splits it into
+// Sums `kinds` vectors of width D over the tokens of every row. A task takes one chunk of places and splits it into
 // runs of one row. It calls
-//   read(scratch, b, n)                      before the first token n of a run
+//   read(scratch, b, row)                    before the first token of a run
 //   add(scratch, token, group, sums)         for its tokens, counted over all samples; adds to sums[0..kinds)
 //   end_run(scratch, chunk, sums)            after the last
 // Then finish(b, row, first, last, sums) gets the complete sums of a row for columns [first, last). A row within one
 // chunk is finished there. The others leave partial sums, at most two per chunk, which a second stage adds in order.
 template <class Scratch, class Read, class Add, class EndRun, class Finish>
 void sum_over_rows(
-    int kinds, int64_t batch, int64_t tokens, int64_t rows, int64_t width, Scratch make_scratch, Read read, Add add,
-    EndRun end_run, Finish finish) {
+    int kinds, int64_t batch, int64_t tokens, const Division& division, int64_t width, Scratch make_scratch, Read read,
+    Add add, EndRun end_run, Finish finish) {
   if (batch == 0 || tokens == 0) return;
-  const int64_t per_row = tokens / rows;
+  const int64_t rows = division.rows;
   const int64_t chunks = (tokens + kChunk - 1) / kChunk;
-  const bool spanning = kinds > 0 && kChunk % per_row != 0;
+  const bool spanning = kinds > 0 && (division.by_index || kChunk % (tokens / rows) != 0);
   // Not a std::vector: each number is written before it is read, and zeros would cost as much as the sums.
   const std::unique_ptr<float[]> partial(spanning ? new float[batch * chunks * 2 * kinds * width] : nullptr);
   const auto slot = [&](int64_t b, int64_t chunk, bool began_here) {
@@ -225,18 +292,16 @@ void sum_over_rows(
       const int64_t b = task / chunks, chunk = task % chunks;
       const int64_t last = std::min(tokens, (chunk + 1) * kChunk);
       for (int64_t n = chunk * kChunk; n < last;) {
-        const int64_t row = n / per_row;
-        const int64_t stop = std::min(last, (row + 1) * per_row);
+        const int64_t row = division.row(b, n), end = division.begin(b, row + 1), stop = std::min(last, end);
         std::fill(accumulator.begin(), accumulator.end(), 0.0f);
-        read(scratch, b, n);
-        for_groups(
-            b * tokens + n, b * tokens + stop, [&](int64_t token, auto group) { add(scratch, token, group, sums); });
+        read(scratch, b, row);
+        for_groups(division, b, n, stop, [&](int64_t token, auto group) { add(scratch, token, group, sums); });
         const int64_t start = n;
         n = stop;
         if (kinds == 0) continue;
         end_run(scratch, task, sums);
-        const bool began_here = start == row * per_row;
-        if (began_here && stop == (row + 1) * per_row) {
+        const bool began_here = start == division.begin(b, row);
+        if (began_here && stop == end) {
           finish(b, row, 0, width, sums);
         } else {
           std::copy(accumulator.begin(), accumulator.end(), slot(b, chunk, began_here));
@@ -254,13 +319,14 @@ void sum_over_rows(
     parts(accumulator.data(), sums);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / (rows * blocks), row = task / blocks % rows, block = task % blocks;
-      const int64_t first_chunk = row * per_row / kChunk, last_chunk = ((row + 1) * per_row - 1) / kChunk;
-      if (first_chunk == last_chunk) continue;
+      const int64_t begin = division.begin(b, row), end = division.begin(b, row + 1);
+      const int64_t first_chunk = begin / kChunk, last_chunk = (end - 1) / kChunk;
+      if (begin == end || first_chunk == last_chunk) continue;
       const int64_t first = block * kBlock, last = std::min(width, first + kBlock);
       for (int k = 0; k < kinds; ++k) {
         add_up(last_chunk - first_chunk + 1, last - first, sums[k] + first, [&](int64_t i) {
           const int64_t chunk = first_chunk + i;
-          return slot(b, chunk, row * per_row >= chunk * kChunk) + k * width + first;
+          return slot(b, chunk, begin >= chunk * kChunk) + k * width + first;
         });
       }
       finish(b, row, first, last, sums);
@@ -268,21 +334,21 @@ void sum_over_rows(
   });
 }
 
-// The gradient of a parameter with R rows, from sums over a finer (or equal) division into `fine` rows; nothing if it
-// is not asked for.
+// The gradient of a parameter with R rows, from sums over a finer (or equal) division; nothing if it is not asked for.
 class RowGradient {
  public:
   RowGradient(
-      const char* name, const std::optional<ScalarType>& dtype, int64_t rows, int64_t fine, const Tensor& tokens)
+      const char* name, const std::optional<ScalarType>& dtype, int64_t rows, const Division& division,
+      const Tensor& tokens)
       : asked_(dtype.has_value()),
         batch_(tokens.size(0)),
-        rows_(asked_ ? rows : fine),
-        fine_(fine),
+        rows_(asked_ ? rows : division.rows),
+        fine_(division.rows),
         width_(tokens.size(2)),
         gradient_(empty_if_asked(tokens, {batch_, rows_, width_}, dtype)),
-        sums_(rows_ == fine ? 0 : batch_ * fine * width_) {
-    if (asked_) check_rows(rows, name, tokens.size(1));
-    if (tokens.size(1) == 0) torch::stable::zero_(gradient_);
+        sums_(rows_ == fine_ ? 0 : batch_ * fine_ * width_) {
+    if (asked_) check_rows(rows, name, division.by_index ? 0 : tokens.size(1));
+    if (tokens.size(1) == 0 || division.by_index) torch::stable::zero_(gradient_); // of rows that have no token
   }
 
   // The complete sum of fine row `row`, columns [first, last).

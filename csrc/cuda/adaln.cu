@@ -598,7 +598,8 @@ struct Gradient {
 
 std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
     const Tensor& x, std::optional<Tensor> shift, std::optional<Tensor> scale, std::optional<Tensor> weight,
-    std::optional<Tensor> bias, bool rms, double eps, ScalarType out_dtype) {
+    std::optional<Tensor> bias, std::optional<Tensor> index, bool rms, double eps, ScalarType out_dtype) {
+  STD_TORCH_CHECK(!index, "the CUDA kernels take no index");
   const Shape shape(x);
   const Modulation modulation = modulation_of(shift, scale, weight, bias, shape, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -619,9 +620,10 @@ std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_bwd(
     const Tensor& dy, const Tensor& x, std::optional<Tensor> scale, std::optional<Tensor> weight,
-    std::optional<Tensor> bias, const Tensor& mean, const Tensor& rstd, bool rms, bool need_x,
-    std::optional<ScalarType> shift_dtype, int64_t shift_rows, std::optional<ScalarType> scale_dtype,
+    std::optional<Tensor> bias, const Tensor& mean, const Tensor& rstd, std::optional<Tensor> index, bool rms,
+    bool need_x, std::optional<ScalarType> shift_dtype, int64_t shift_rows, std::optional<ScalarType> scale_dtype,
     int64_t scale_rows, std::optional<ScalarType> weight_dtype, std::optional<ScalarType> bias_dtype) {
+  STD_TORCH_CHECK(!index, "the CUDA kernels take no index");
   const Shape shape(x);
   const auto [batch, tokens, width] = shape;
   check_dense(dy, "dy", {batch, tokens, width}, x);

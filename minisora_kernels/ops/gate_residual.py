@@ -1,6 +1,6 @@
 """Gated residual: add a branch to the tokens; a gate that depends on the condition weights each channel.
 
-    y = x + gate * (branch + branch_bias)            token n reads row n // (N / R)
+    y = x + gate * (branch + branch_bias)            token n reads row n // (N / R), or row index[n]
 
 Source: Peebles & Xie 2022 (arXiv 2212.09748), the alpha of adaLN-Zero.
 
@@ -31,6 +31,8 @@ from ..modulation import (
     check_tokens,
     gradient_dtype,
     row_gradient,
+    row_index,
+    row_of_each,
     row_sums,
     rows,
     triton_refusal,
@@ -39,8 +41,11 @@ from ..sharding import token_local
 from ..shortcut import shortcut
 
 
-def reference(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None = None) -> Tensor:
-    """The equation in plain PyTorch. ``gate`` is ``[B, R, D]`` or None."""
+def reference(
+    x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None = None, index: Tensor | None = None
+) -> Tensor:
+    """The equation in plain PyTorch. ``gate`` is ``[B, R, D]`` or None, ``index`` int64 or None."""
+    gate = row_of_each(gate, index)
     if branch_bias is not None:
         branch = (branch + branch_bias).to(branch.dtype)
     if gate is None:
@@ -49,11 +54,11 @@ def reference(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tenso
     return (x + (gain * branch_rows).flatten(1, 2)).to(x.dtype)
 
 
-define("gate_residual_fwd(Tensor x, Tensor branch, Tensor? gate, Tensor? branch_bias) -> (Tensor y)")
+define("gate_residual_fwd(Tensor x, Tensor branch, Tensor? gate, Tensor? branch_bias, Tensor? index) -> (Tensor y)")
 # A gradient without a dtype is not asked for and comes back without elements; what it alone reads may be None.
 define(
-    "gate_residual_bwd(Tensor dy, Tensor? branch, Tensor? gate, Tensor? branch_bias, ScalarType? dbranch, "
-    "ScalarType? dgate, SymInt gate_rows, ScalarType? dbranch_bias) "
+    "gate_residual_bwd(Tensor dy, Tensor? branch, Tensor? gate, Tensor? branch_bias, Tensor? index, "
+    "ScalarType? dbranch, ScalarType? dgate, SymInt gate_rows, ScalarType? dbranch_bias) "
     "-> (Tensor dbranch, Tensor dgate, Tensor dbranch_bias)"
 )
 
@@ -62,12 +67,12 @@ token_local("gate_residual")
 
 
 @register_fake("gate_residual_fwd")
-def _(x, branch, gate, branch_bias):
+def _(x, branch, gate, branch_bias, index):
     return x.new_empty(x.shape)
 
 
 @register_fake("gate_residual_bwd")
-def _(dy, branch, gate, branch_bias, *asked):
+def _(dy, branch, gate, branch_bias, index, *asked):
     return tuple(gate_gradients(dy, *asked))
 
 
@@ -80,8 +85,8 @@ def gate_gradients(x: Tensor, branch, gate, gate_rows, branch_bias) -> list[Tens
 
 class _GateResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, branch, gate, branch_bias, backend):
-        y = kernels(backend).gate_residual_fwd(x, branch, gate, branch_bias)
+    def forward(ctx: Any, x, branch, gate, branch_bias, index, backend):
+        y = kernels(backend).gate_residual_fwd(x, branch, gate, branch_bias, index)
         need_x, need_branch, need_gate, need_bias = ctx.needs_input_grad[:4]
         if not (need_x or need_branch or need_gate or need_bias):
             return y
@@ -92,27 +97,28 @@ class _GateResidual(torch.autograd.Function):
             branch if need_gate else None,
             gate if need_branch or need_bias else None,
             branch_bias if need_gate else None,
+            index if need_gate or need_branch or need_bias else None,
         )
         return y
 
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Any):
-        branch, gate, branch_bias = ctx.saved_tensors
+        branch, gate, branch_bias, index = ctx.saved_tensors
         dy, needs = gradients[0].contiguous(), ctx.needs_input_grad[:4]
         if branch is None and gate is None:  # the gradient of a sum
             dbranch = None if ctx.asked[0] is None else dy.to(ctx.asked[0])
             dbias = None if ctx.bias is None else row_sums(dy, 1).sum((0, 1)).to(ctx.bias)
-            return *asked_for(needs, (dy, dbranch, None, dbias)), None
-        found = kernels(ctx.backend).gate_residual_bwd(dy, branch, gate, branch_bias, *ctx.asked, ctx.bias)
-        return *asked_for(needs, (dy, *found)), None
+            return *asked_for(needs, (dy, dbranch, None, dbias)), None, None
+        found = kernels(ctx.backend).gate_residual_bwd(dy, branch, gate, branch_bias, index, *ctx.asked, ctx.bias)
+        return *asked_for(needs, (dy, *found)), None, None
 
 
-def _kernels(x, branch, gate, branch_bias=None):
+def _kernels(x, branch, gate, branch_bias=None, index=None):
     return kernel_refusal(x=x, branch=branch, gate=gate, branch_bias=branch_bias)
 
 
-def _triton(x, branch, gate, branch_bias=None):
+def _triton(x, branch, gate, branch_bias=None, index=None):
     return triton_refusal(x, branch=branch, gate=gate, branch_bias=branch_bias)
 
 
@@ -126,6 +132,7 @@ def gate_residual(
     gate: Tensor | None = None,
     *,
     branch_bias: Tensor | None = None,
+    index: Tensor | None = None,
     backend: backends.Name | None = None,
 ) -> Tensor:
     """Gated residual: ``y = x + gate * (branch + branch_bias)``.
@@ -143,15 +150,17 @@ def gate_residual(
             branch as it is.
         branch_bias: Bias ``[D]`` of the Linear that made ``branch``, which is then called without. Its gradient comes
             from the pass over the gradient of y, where the Linear would make one of its own. The dtype may differ.
+        index: The row of each token in ``gate``, ``[N]`` or ``[B, N]``, int64 or int32. R may then be any.
         backend: Backend to run, or None for the automatic choice.
 
     Returns:
         ``[B, N, D]`` in x's dtype.
 
     Raises:
-        ValueError: A shape or device does not fit, or the chosen backend refuses the call.
+        ValueError: A shape or device does not fit, ``index`` names a row that is not there, or the chosen backend
+            refuses the call.
         TypeError: An argument is not a dense floating-point tensor, or an option not a number.
-        RuntimeError: The chosen backend is not available.
+        RuntimeError: The chosen backend is not available, or ``index`` is wrong in a later call; see :func:`adaln`.
 
     Examples:
         >>> x, branch, gate = torch.ones(1, 4, 8), torch.ones(1, 4, 8), torch.full((1, 8), 0.5)
@@ -168,10 +177,11 @@ def gate_residual(
     """
     check_tokens("gate_residual", "x", x)
     check_tokens("gate_residual", "branch", branch, like=x)
-    gate = rows("gate_residual", "gate", gate, x)
+    gate = rows("gate_residual", "gate", gate, x, index is not None)
+    index = row_index("gate_residual", index, x, gate=gate)
     branch_bias = affine("gate_residual", "branch_bias", branch_bias, x)
-    chosen = backends.choose("gate_residual", BACKENDS, x.device, backend, x, branch, gate, branch_bias)
+    chosen = backends.choose("gate_residual", BACKENDS, x.device, backend, x, branch, gate, branch_bias, index)
     if chosen == "reference":
-        return reference(x, branch, gate, branch_bias)
+        return reference(x, branch, gate, branch_bias, index)
     tokens = x.contiguous(), beside(branch, x.dtype).contiguous()
-    return backends.apply(_GateResidual, *tokens, gate, branch_bias, chosen)
+    return backends.apply(_GateResidual, *tokens, gate, branch_bias, index, chosen)

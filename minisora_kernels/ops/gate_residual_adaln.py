@@ -34,6 +34,7 @@ from ..modulation import (
     offset_gradients,
     remember,
     row_gradient,
+    row_index,
     rows,
     triton_refusal,
 )
@@ -52,12 +53,13 @@ def reference(
     branch_bias: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    index: Tensor | None = None,
     norm: Norm = "layer",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """The two references, one after the other. ``gate``, ``shift`` and ``scale`` are ``[B, R, D]`` or None."""
-    residual = gate_residual.reference(x, branch, gate, branch_bias)
-    y = adaln.reference(residual, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps)
+    residual = gate_residual.reference(x, branch, gate, branch_bias, index)
+    y = adaln.reference(residual, shift, scale, weight=weight, bias=bias, index=index, norm=norm, eps=eps)
     return residual, y.to(output_dtype(x, branch))
 
 
@@ -69,17 +71,17 @@ def output_dtype(x: Tensor, branch: Tensor) -> torch.dtype:
 
 define(
     "gate_residual_adaln_fwd(Tensor x, Tensor branch, Tensor? gate, Tensor? branch_bias, Tensor? shift, Tensor? scale, "
-    "Tensor? weight, Tensor? bias, bool rms, float eps, ScalarType out_dtype) "
+    "Tensor? weight, Tensor? bias, Tensor? index, bool rms, float eps, ScalarType out_dtype) "
     "-> (Tensor residual, Tensor y, Tensor mean, Tensor rstd)"
 )
 # A gradient that is not asked for (False, no dtype) comes back without elements; what it alone reads may be None.
 define(
     "gate_residual_adaln_bwd(Tensor dresidual, Tensor dy, Tensor residual, Tensor? branch, Tensor? gate, "
-    "Tensor? branch_bias, Tensor? scale, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool rms, "
-    "bool need_x, ScalarType? dbranch, ScalarType? dgate, SymInt gate_rows, ScalarType? dbranch_bias, "
-    "ScalarType? dshift, SymInt shift_rows, ScalarType? dscale, SymInt scale_rows, ScalarType? dweight, "
-    "ScalarType? dbias) -> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dbranch_bias, Tensor dshift, "
-    "Tensor dscale, Tensor dweight, Tensor dbias)"
+    "Tensor? branch_bias, Tensor? scale, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+    "Tensor? index, bool rms, bool need_x, ScalarType? dbranch, ScalarType? dgate, SymInt gate_rows, "
+    "ScalarType? dbranch_bias, ScalarType? dshift, SymInt shift_rows, ScalarType? dscale, SymInt scale_rows, "
+    "ScalarType? dweight, ScalarType? dbias) -> (Tensor dx, Tensor dbranch, Tensor dgate, "
+    "Tensor dbranch_bias, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias)"
 )
 
 
@@ -87,7 +89,7 @@ token_local("gate_residual_adaln")
 
 
 @register_fake("gate_residual_adaln_fwd")
-def _(x, branch, gate, branch_bias, shift, scale, weight, bias, rms, eps, out_dtype):
+def _(x, branch, gate, branch_bias, shift, scale, weight, bias, index, rms, eps, out_dtype):
     statistic = x.new_empty(x.shape[:2], dtype=torch.float32)
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), statistic, torch.empty_like(statistic)
 
@@ -105,6 +107,7 @@ def _(
     bias,
     mean,
     rstd,
+    index,
     rms,
     need_x,
     *asked,
@@ -118,9 +121,11 @@ def _(
 
 class _GateResidualAdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, branch, gate, branch_bias, shift, scale, weight, bias, rms, eps, out_dtype, backend):
+    def forward(
+        ctx: Any, x, branch, gate, branch_bias, shift, scale, weight, bias, index, rms, eps, out_dtype, backend
+    ):
         residual, y, mean, rstd = kernels(backend).gate_residual_adaln_fwd(
-            x, branch, gate, branch_bias, shift, scale, weight, bias, rms, eps, out_dtype
+            x, branch, gate, branch_bias, shift, scale, weight, bias, index, rms, eps, out_dtype
         )
         need_x, need_branch, need_gate, need_branch_bias = ctx.needs_input_grad[:4]
         need_shift, need_scale, need_weight, need_bias = ctx.needs_input_grad[4:8]
@@ -134,47 +139,51 @@ class _GateResidualAdaLN(torch.autograd.Function):
         ctx.gate = *row_gradient(gate, need_gate), gradient_dtype(branch_bias, need_branch_bias)
         ctx.rows = (*row_gradient(shift, need_shift), *row_gradient(scale, need_scale))
         ctx.affine = gradient_dtype(weight, need_weight), gradient_dtype(bias, need_bias)
-        normed = through or need_scale or need_weight
+        gated = gate is not None and (need_branch or need_branch_bias)
+        scaled = scale is not None and (through or need_weight or need_bias)
+        divided = index is not None and (need_gate or need_shift or need_scale or gated or scaled)
+        normed = through or need_scale or need_weight or divided
         ctx.save_for_backward(
             residual if normed else None,
             branch if need_gate else None,
-            gate if need_branch or need_branch_bias else None,
+            gate if gated else None,
             branch_bias if need_gate else None,
-            scale if through or need_weight or need_bias else None,
+            scale if scaled else None,
             weight if through or need_scale else None,
             bias if need_scale else None,
             mean if normed else None,
             rstd if normed else None,
+            index if divided else None,
         )
         return residual, y
 
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Any):
-        residual, branch, gate, branch_bias, scale, weight, bias, mean, rstd = ctx.saved_tensors
+        residual, branch, gate, branch_bias, scale, weight, bias, mean, rstd, index = ctx.saved_tensors
         dresidual, dy = (gradient.contiguous() for gradient in gradients)
         if type(dresidual) is not type(dy):  # for what nobody read, autograd makes plain zeros, of a DTensor too
             dresidual = torch.zeros_like(dy, dtype=dresidual.dtype) if type(dresidual) is Tensor else dresidual
             dy = torch.zeros_like(dresidual, dtype=dy.dtype) if type(dy) is Tensor else dy
         if residual is None:
             dshift, dbias = offset_gradients(dy, scale, ctx.rows[:2], ctx.affine[1])
-            return *(None,) * 4, dshift, None, None, dbias, *(None,) * 4
+            return *(None,) * 4, dshift, None, None, dbias, *(None,) * 5
         needs, branch_dtype = ctx.needs_input_grad[:8], ctx.branch
         ungated = branch_dtype is not None and gate is None  # its gradient is that of x
         dx, dbranch, *parameters = kernels(ctx.backend).gate_residual_adaln_bwd(
-            dresidual, dy, residual, branch, gate, branch_bias, scale, weight, bias, mean, rstd, ctx.rms,
+            dresidual, dy, residual, branch, gate, branch_bias, scale, weight, bias, mean, rstd, index, ctx.rms,
             needs[0] or ungated, None if ungated else branch_dtype, *ctx.gate, *ctx.rows, *ctx.affine,
         )  # fmt: skip
         dbranch = dx.to(branch_dtype) if ungated else dbranch
-        return *asked_for(needs, (dx, dbranch, *parameters)), *(None,) * 4
+        return *asked_for(needs, (dx, dbranch, *parameters)), *(None,) * 5
 
 
-def _kernels(x, branch, gate, shift, scale, weight, bias, branch_bias=None):
+def _kernels(x, branch, gate, shift, scale, weight, bias, branch_bias=None, index=None):
     tensors = dict(branch=branch, gate=gate, branch_bias=branch_bias, shift=shift, scale=scale)
     return kernel_refusal(x=x, **tensors, weight=weight, bias=bias)
 
 
-def _triton(x, branch, gate, shift, scale, weight, bias, branch_bias=None):
+def _triton(x, branch, gate, shift, scale, weight, bias, branch_bias=None, index=None):
     tensors = dict(branch=branch, gate=gate, branch_bias=branch_bias, shift=shift, scale=scale)
     return triton_refusal(x, **tensors, weight=weight, bias=bias)
 
@@ -193,6 +202,7 @@ def gate_residual_adaln(
     branch_bias: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    index: Tensor | None = None,
     norm: Norm = "layer",
     eps: float = 1e-6,
     backend: backends.Name | None = None,
@@ -216,6 +226,8 @@ def gate_residual_adaln(
         branch_bias: Bias ``[D]`` of the Linear that made ``branch``, as in :func:`gate_residual`.
         weight: Affine weight ``[D]`` of the norm.
         bias: Affine bias ``[D]`` of the norm; only with ``norm="layer"``.
+        index: The row of each token in ``gate``, ``shift`` and ``scale``, ``[N]`` or ``[B, N]``, int64 or int32. They
+            then have the same R, which may be any.
         norm: ``"layer"`` or ``"rms"``.
         eps: Constant added to the variance, or to the mean square of ``"rms"``.
         backend: Backend to run, or None for the automatic choice.
@@ -224,9 +236,10 @@ def gate_residual_adaln(
         ``(x', y)``, both ``[B, N, D]``. x' has x's dtype; y has the branch's, or autocast's inside autocast.
 
     Raises:
-        ValueError: A shape, device or option does not fit, or the chosen backend refuses the call.
+        ValueError: A shape, device or option does not fit, ``index`` names a row that is not there, or the chosen
+            backend refuses the call.
         TypeError: An argument is not a dense floating-point tensor, or an option not a number.
-        RuntimeError: The chosen backend is not available.
+        RuntimeError: The chosen backend is not available, or ``index`` is wrong in a later call; see :func:`adaln`.
 
     Examples:
         >>> x, branch = torch.randn(2, 12, 64), torch.randn(2, 12, 64)
@@ -234,25 +247,36 @@ def gate_residual_adaln(
         >>> x, y = gate_residual_adaln(x, branch, gate, shift, scale)
         >>> y.shape
         torch.Size([2, 12, 64])
+
+        Four tokens of text and eight of video, with rows of their own:
+
+        >>> gate, shift, scale = torch.randn(2, 2, 3 * 64).chunk(3, dim=-1)
+        >>> kind = torch.tensor([0] * 4 + [1] * 8)
+        >>> x, y = gate_residual_adaln(x, branch, gate, shift, scale, index=kind)
     """
     op = "gate_residual_adaln"
     check_tokens(op, "x", x)
     check_tokens(op, "branch", branch, like=x)
     check_norm(op, norm, bias)
     eps = number(op, "eps", eps, 0)
-    made_of = (shift, scale, weight, bias)
-    gate, shift, scale = rows(op, "gate", gate, x), rows(op, "shift", shift, x), rows(op, "scale", scale, x)
+    made_of = (shift, scale, weight, bias, index)
+    gate, shift, scale = (
+        rows(op, name, parameter, x, index is not None)
+        for name, parameter in (("gate", gate), ("shift", shift), ("scale", scale))
+    )
+    index = row_index(op, index, x, gate=gate, shift=shift, scale=scale)
     branch_bias = affine(op, "branch_bias", branch_bias, x)
     weight, bias = affine(op, "weight", weight, x), affine(op, "bias", bias, x)
-    call = x, branch, gate, shift, scale, weight, bias, branch_bias
+    call = x, branch, gate, shift, scale, weight, bias, branch_bias, index
     chosen = backends.choose(op, BACKENDS, x.device, backend, *call)
     if chosen == "reference":
         biases = dict(branch_bias=branch_bias, bias=bias)
-        residual, y = reference(x, branch, gate, shift, scale, **biases, weight=weight, norm=norm, eps=eps)
+        options = dict(index=index, norm=norm, eps=eps)
+        residual, y = reference(x, branch, gate, shift, scale, **biases, weight=weight, **options)
     else:
-        options = (norm == "rms", eps, output_dtype(x, branch), chosen)
+        numbers = (norm == "rms", eps, output_dtype(x, branch), chosen)
         tokens = x.contiguous(), beside(branch, x.dtype).contiguous()
-        parameters = gate, branch_bias, shift, scale, weight, bias
-        residual, y = backends.apply(_GateResidualAdaLN, *tokens, *parameters, *options)
+        parameters = gate, branch_bias, shift, scale, weight, bias, index
+        residual, y = backends.apply(_GateResidualAdaLN, *tokens, *parameters, *numbers)
     remember(y, (residual, *made_of), norm, eps)
     return residual, y

@@ -8,6 +8,11 @@ over D is one within the thread, then one over the lanes, which needs no shared 
 
 A sum over tokens has two stages: a program adds up a run of neighbouring tokens in registers and leaves a partial sum,
 a second kernel adds those of a row. Runs, and so the order of every sum, depend on shapes and dtypes alone.
+
+With an index of the tokens' rows, a kernel first sorts the tokens by row. Runs are then of neighbours in that order:
+one begins at every multiple of its length, and one more where a row begins between two of those. So their number, which
+the host must know, depends on shapes alone, and the order of a sum on the index too. What an index has beyond the rows
+is taken for the nearest row.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import load, store
-from ._launch import Launch, Like
+from ._launch import Launch, Like, dense
 
 # The most columns of a token that a thread holds, and the most tokens that a program takes at a time. A backward, with
 # sums for two or three parameters in registers too, has room for two to four blocks of it on a multiprocessor, and
@@ -98,6 +103,57 @@ def row_of(parameter, sample_stride, row_stride, sample, token, row_tokens):
 
 
 @triton.jit
+def row_by_index(index, token, mask, rows):
+    """The row that an index names for a token."""
+    row = tl.load(index + token, mask, other=0)
+    return tl.minimum(tl.maximum(row, 0), rows - 1).to(tl.int32)
+
+
+SORTED = 1024  # tokens that a program of the sort looks at in one go
+
+
+@triton.jit(do_not_specialize=["tokens", "rows"])
+def _sort(index_ptr, first_ptr, order_ptr, tokens, rows, BLOCK: tl.constexpr):
+    """The tokens of one row of one sample, in their order, behind those of the rows before; and where they begin."""
+    row = tl.program_id(0)
+    sample = tl.program_id(1).to(tl.int64)
+    index = index_ptr + sample * tokens
+    order = order_ptr + sample * tokens
+    first = first_ptr + sample * (rows + 1)
+    before = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, tokens, BLOCK):
+        token = begin + tl.arange(0, BLOCK)
+        named = tl.where(token < tokens, row_by_index(index, token, token < tokens, rows), rows)
+        before += (named < row).to(tl.int32)
+    place = tl.sum(before, 0)
+    tl.store(first + row, place)
+    if row == rows - 1:
+        tl.store(first + rows, tokens)
+    for begin in range(0, tokens, BLOCK):
+        token = begin + tl.arange(0, BLOCK)
+        named = tl.where(token < tokens, row_by_index(index, token, token < tokens, rows), rows)
+        here = (named == row).to(tl.int32)
+        tl.store(order + place + tl.cumsum(here, 0) - 1, token, here != 0)
+        place += tl.sum(here, 0)
+
+
+@triton.jit
+def sorted_run_of(index_ptr, first_ptr, order_ptr, index_sample, first_sample, index_rows, tokens, run_tokens):
+    """This program's run of sorted tokens: its first place and the one after its last, its sample, and its row."""
+    blocks = tl.cdiv(tokens, run_tokens)
+    sample = tl.program_id(0) // (blocks + index_rows)
+    number = tl.program_id(0) % (blocks + index_rows)
+    whole = number < blocks  # begins at a multiple of the length
+    index = index_ptr + sample.to(tl.int64) * index_sample
+    token = tl.load(order_ptr + sample.to(tl.int64) * index_sample + number * run_tokens, whole, other=0)
+    row = tl.where(whole, row_by_index(index, token, whole, index_rows), number - blocks)
+    first = first_ptr + sample.to(tl.int64) * first_sample + row
+    begin = tl.where(whole, number * run_tokens, tl.load(first))
+    end = tl.minimum((begin // run_tokens + 1) * run_tokens, tl.load(first + 1))
+    return begin, tl.where(whole | (begin % run_tokens != 0), end, begin), sample, row
+
+
+@triton.jit
 def run_of(tokens, row_tokens, run_tokens):
     """This program's run: its first token and the one after its last, over all samples; its sample, and begin there."""
     row_runs = tl.cdiv(row_tokens, run_tokens)
@@ -137,20 +193,53 @@ SUMS = 6  # the most gradients that it adds up
 
 
 @triton.jit
-def _add_up(partial_ptr, out_ptr, rows, count, WIDTH: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Adds up ``count`` partial sums for each of ``rows`` rows; in float64, for a long clip has thousands of them."""
-    blocks: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+def _add_up(
+    partial_ptr,
+    out_ptr,
+    first_ptr,
+    rows,
+    count,
+    blocks,
+    run_tokens,
+    index_rows,
+    first_sample,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Adds up ``count`` partial sums for each of ``rows`` rows; in float64, for a long clip has thousands of them.
+
+    With an index, rows have the sums of the blocks that begin in them, and one more.
+    """
+    columns: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    row = (tl.program_id(0) // columns).to(tl.int64)
     if row < rows:
-        column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        column = tl.program_id(0) % columns * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        start = row * count
+        last = start + count - 1
+        if first_ptr is not None:
+            if rows > 1:  # else all sums are of the one row, or of what has none
+                sample = row // index_rows
+                first = first_ptr + sample * first_sample + row % index_rows
+                begin = tl.cdiv(tl.load(first), run_tokens)
+                start = sample * (blocks + index_rows)
+                last = start + blocks + row % index_rows
+                start += begin
+                count = tl.cdiv(tl.load(first + 1), run_tokens) - begin + 1
         sums = tl.zeros([DEPTH, COLUMNS], tl.float64)
-        for first in range(0, count, DEPTH):
-            run = first + tl.arange(0, DEPTH)[:, None]
-            sums += load(partial_ptr + (row * count + run) * WIDTH + column, (run < count) & (column < WIDTH))
+        for begin in range(0, count, DEPTH):
+            run = begin + tl.arange(0, DEPTH)[:, None]
+            at = start + run
+            if first_ptr is not None:
+                at = tl.where(run < count - 1, at, last)
+            sums += load(partial_ptr + at * WIDTH + column, (run < count) & (column < WIDTH))
         store(out_ptr + row * WIDTH + column, tl.sum(sums, 0)[None, :].to(tl.float32), column < WIDTH)
 
 
-@triton.jit(do_not_specialize=["runs", "rows0", "rows1", "rows2", "rows3", "rows4", "rows5"])
+_NUMBERS = ("runs", "rows0", "rows1", "rows2", "rows3", "rows4", "rows5")
+
+
+@triton.jit(do_not_specialize=[*_NUMBERS, "blocks", "run_tokens", "index_rows", "first_sample"])
 def _add_up_all(
     sums_ptr,
     out0_ptr,
@@ -159,6 +248,7 @@ def _add_up_all(
     out3_ptr,
     out4_ptr,
     out5_ptr,
+    first_ptr,
     runs,
     rows0,
     rows1,
@@ -166,28 +256,33 @@ def _add_up_all(
     rows3,
     rows4,
     rows5,
+    blocks,
+    run_tokens,
+    index_rows,
+    first_sample,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     slots = runs.to(tl.int64) * WIDTH
+    by = (blocks, run_tokens, index_rows, first_sample)
     if tl.program_id(1) == 0:
-        _add_up(sums_ptr, out0_ptr, rows0, runs // rows0, WIDTH, DEPTH, COLUMNS)
+        _add_up(sums_ptr, out0_ptr, first_ptr, rows0, runs // rows0, *by, WIDTH, DEPTH, COLUMNS)
     if out1_ptr is not None:
         if tl.program_id(1) == 1:
-            _add_up(sums_ptr + slots, out1_ptr, rows1, runs // rows1, WIDTH, DEPTH, COLUMNS)
+            _add_up(sums_ptr + slots, out1_ptr, first_ptr, rows1, runs // rows1, *by, WIDTH, DEPTH, COLUMNS)
     if out2_ptr is not None:
         if tl.program_id(1) == 2:
-            _add_up(sums_ptr + 2 * slots, out2_ptr, rows2, runs // rows2, WIDTH, DEPTH, COLUMNS)
+            _add_up(sums_ptr + 2 * slots, out2_ptr, first_ptr, rows2, runs // rows2, *by, WIDTH, DEPTH, COLUMNS)
     if out3_ptr is not None:
         if tl.program_id(1) == 3:
-            _add_up(sums_ptr + 3 * slots, out3_ptr, rows3, runs // rows3, WIDTH, DEPTH, COLUMNS)
+            _add_up(sums_ptr + 3 * slots, out3_ptr, first_ptr, rows3, runs // rows3, *by, WIDTH, DEPTH, COLUMNS)
     if out4_ptr is not None:
         if tl.program_id(1) == 4:
-            _add_up(sums_ptr + 4 * slots, out4_ptr, rows4, runs // rows4, WIDTH, DEPTH, COLUMNS)
+            _add_up(sums_ptr + 4 * slots, out4_ptr, first_ptr, rows4, runs // rows4, *by, WIDTH, DEPTH, COLUMNS)
     if out5_ptr is not None:
         if tl.program_id(1) == 5:
-            _add_up(sums_ptr + 5 * slots, out5_ptr, rows5, runs // rows5, WIDTH, DEPTH, COLUMNS)
+            _add_up(sums_ptr + 5 * slots, out5_ptr, first_ptr, rows5, runs // rows5, *by, WIDTH, DEPTH, COLUMNS)
 
 
 class Runs:
@@ -197,25 +292,36 @@ class Runs:
     where one is not asked for. A parameter with a row a token has no sums: its gradient is written token by token, and
     its rows cut nothing. Where others have different rows, the coarser one gets a partial sum for each row of the
     finer. Where a run has a row of its own, its sum is the gradient. The gradients of the others have a slot each in
-    one tensor of partial sums.
+    one tensor of partial sums. With an ``index`` all rows are of one number, and all gradients have a slot.
     """
 
     def __init__(
-        self, shape: torch.Size, tile: Tile, rows: Sequence[int], gradients: Sequence[tuple[int, ...] | None]
+        self,
+        shape: torch.Size,
+        tile: Tile,
+        rows: Sequence[int],
+        gradients: Sequence[tuple[int, ...] | None],
+        index: Like | None,
     ) -> None:
         batch, tokens, self._width = shape
         summed = [gradient[1] for gradient in gradients if gradient is not None and len(gradient) == 3]
-        count = lcm(*(number for number in (*rows, *summed) if number != tokens))
-        self.row_tokens = tokens // count
+        self._index = index
+        if index is None:
+            count = lcm(*(number for number in (*rows, *summed) if number != tokens))
+            self.row_tokens, self.index_rows = tokens // count, 0
+        else:
+            self.row_tokens, self.index_rows = tokens, max(*rows, *summed, 1)
         run_tokens = min(max(triton.cdiv(batch * tokens, RUNS), MIN_RUN), MAX_RUN)
         self.run_tokens = min(triton.cdiv(run_tokens, tile.rows) * tile.rows, self.row_tokens)
-        self.count = batch * count * triton.cdiv(self.row_tokens, self.run_tokens)
+        self._blocks = triton.cdiv(self.row_tokens, self.run_tokens)
+        self.count = batch * count * self._blocks if index is None else batch * (self._blocks + self.index_rows)
         # per parameter the slot of its partial sums, if it has any
         self.slots: list[int | None] = []
         self._rows: list[int] = []
         for gradient in gradients:
             numbers = 0 if gradient is None else prod(gradient)
-            partial = numbers not in (0, self.count * self._width, batch * tokens * self._width)
+            whole = (self.count * self._width, batch * tokens * self._width) if index is None else ()
+            partial = numbers not in (0, *whole)
             self.slots.append(len(self._rows) if partial else None)
             if partial:
                 self._rows.append(numbers // self._width)
@@ -231,22 +337,56 @@ class Runs:
         """Size of the tensor of partial sums, in fp32."""
         return len(self._rows) * self.count, self._width
 
+    @property
+    def strides(self) -> tuple[int, int]:
+        """From one sample to the next in an index, and in the places where the rows of the sorted tokens begin."""
+        if self._index is None or len(self._index.shape) == 1:
+            return 0, 0
+        return self._index.shape[1], self.index_rows + 1
+
+    def sort(self) -> Launch | None:
+        """Sorts the tokens: takes the index, and what :class:`Backward` allocates."""
+        if self._index is None:
+            return None
+        samples, tokens = (1, *self._index.shape)[-2:]
+        return Launch(_sort, (self.index_rows, samples), tokens, self.index_rows, SORTED)
+
     def second_stage(self) -> Launch | None:
-        """Adds up what the runs left, in one launch for all: takes the partial sums, and six gradients or None."""
+        """Adds up what the runs left, in one launch for all: takes the sums, six gradients or None, begins of rows."""
         if not self._rows:
             return None
         grid = (max(self._rows) * triton.cdiv(self._width, COLUMNS), len(self._rows))
         rows = self._rows + [1] * (SUMS - len(self._rows))
-        return Launch(_add_up_all, grid, self.count, *rows, self._width, DEPTH, COLUMNS)
+        division = self._blocks, self.run_tokens, self.index_rows, self.strides[1]
+        return Launch(_add_up_all, grid, self.count, *rows, *division, self._width, DEPTH, COLUMNS)
 
 
-class Backward(NamedTuple):
-    """The launches of a backward, the size of the partial sums between them, and whose gradients the second adds up."""
+class Backward:
+    """The launches of a backward, called one after the other."""
 
-    first: Launch
-    sums: tuple[int, int]
-    second: Launch | None
-    added: tuple[int | None, ...]
+    def __init__(self, first: Launch, runs: Runs) -> None:
+        self._sort, self._first, self._second = runs.sort(), first, runs.second_stage()
+        self._sums, self._added, self._rows = runs.sums, runs.added, runs.index_rows
+
+    def __call__(
+        self,
+        inputs: Sequence[Tensor | None],
+        index: Tensor | None,
+        outputs: Sequence[Tensor | None],
+        gradients: Sequence[Tensor | None],
+        like: Tensor,
+    ) -> None:
+        """Fills ``outputs`` and ``gradients``; what is between is on the device of ``like``."""
+        first = order = sums = None
+        if self._sort is not None and index is not None:
+            first = index.new_empty((*index.shape[:-1], self._rows + 1), dtype=torch.int32)
+            order = torch.empty_like(index, dtype=torch.int32)
+            self._sort(index, first, order)
+        if self._second is not None:
+            sums = like.new_empty(self._sums, dtype=torch.float32)
+        self._first(*inputs, index, first, order, *outputs, *gradients, sums)
+        if self._second is not None:
+            self._second(sums, *(None if i is None else gradients[i] for i in self._added), first)
 
 
 def strides_of(name: str, parameter: Like | None) -> tuple[int, int]:
@@ -272,8 +412,16 @@ def given(like: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def tokens_per_row(parameter: Like | None, tokens: int) -> int:
-    return 1 if parameter is None else tokens // parameter.shape[1]
+def tokens_per_row(parameter: Like | None, tokens: int, index: Like | None) -> int:
+    return 1 if parameter is None or index is not None else tokens // parameter.shape[1]
+
+
+def dense_index(index: tuple | None, *parameters: Like | None) -> tuple[Like | None, int, int]:
+    """An index, from one sample's to the next, and the number of rows that it names."""
+    like = dense("index", index)
+    if like is None:
+        return None, 0, 0
+    return like, like.shape[1] if len(like.shape) == 2 else 0, max(each.shape[1] for each in parameters if each)
 
 
 def max_itemsize(*dtypes: torch.dtype) -> int:

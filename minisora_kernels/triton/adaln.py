@@ -10,6 +10,7 @@ activation once, writes dx (and dbranch) once and keeps fp32 sums in registers. 
 
 of which every run leaves a partial sum, to be added up by the second stage in _rows.py. A parameter with a row a token
 needs no sum: the gradient of the row is written with its token. Batches and rows per frame cost what one row costs.
+With an index of rows, runs are of tokens that _rows.py has sorted.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ from ._rows import (
     add,
     chunks,
     columns,
+    dense_index,
     given,
     gradient_of,
     mask_of,
     max_itemsize,
     padded,
+    row_by_index,
     row_of,
     run_of,
+    sorted_run_of,
     store_sum,
     strides_of,
     tile_of,
@@ -46,7 +50,17 @@ from ._rows import (
 )
 
 
-@triton.jit(do_not_specialize=["count", "tokens", "gate_tokens", "shift_tokens", "scale_tokens"])
+@triton.jit(
+    do_not_specialize=[
+        "count",
+        "tokens",
+        "index_sample",
+        "index_rows",
+        "gate_tokens",
+        "shift_tokens",
+        "scale_tokens",
+    ]
+)
 def _fwd(
     x_ptr,
     branch_ptr,
@@ -56,6 +70,7 @@ def _fwd(
     scale_ptr,
     weight_ptr,
     bias_ptr,
+    index_ptr,
     residual_ptr,
     y_ptr,
     mean_ptr,
@@ -63,6 +78,8 @@ def _fwd(
     eps,
     count,
     tokens,
+    index_sample,
+    index_rows,
     gate_tokens,
     shift_tokens,
     scale_tokens,
@@ -81,6 +98,8 @@ def _fwd(
     at = token.to(tl.int64) * tile.width
     sample = token // tokens
     place = token - sample * tokens
+    if index_ptr is not None:
+        place = row_by_index(index_ptr + sample.to(tl.int64) * index_sample, place, live, index_rows)
     if shift_ptr is not None:
         shift = row_of(shift_ptr, shift_sample, shift_row, sample, place, shift_tokens)
     if scale_ptr is not None:
@@ -134,7 +153,18 @@ def _fwd(
         store(y_ptr + at + column[c], y, mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "row_tokens", "run_tokens", "gate_tokens", "scale_tokens"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "row_tokens",
+        "run_tokens",
+        "index_rows",
+        "index_sample",
+        "first_sample",
+        "gate_tokens",
+        "scale_tokens",
+    ]
+)
 def _bwd(
     dresidual_ptr,
     dy_ptr,
@@ -147,6 +177,9 @@ def _bwd(
     bias_ptr,
     mean_ptr,
     rstd_ptr,
+    index_ptr,
+    first_ptr,
+    order_ptr,
     dx_ptr,
     dbranch_ptr,
     dgate_ptr,
@@ -159,6 +192,9 @@ def _bwd(
     tokens,
     row_tokens,
     run_tokens,
+    index_rows,
+    index_sample,
+    first_sample,
     gate_tokens,
     scale_tokens,
     gate_sample,
@@ -182,7 +218,12 @@ def _bwd(
 ):
     column = columns(tile)
     member = tl.arange(0, tile.rows)[:, None, None]
-    begin, end, sample, place = run_of(tokens, row_tokens, run_tokens)
+    if order_ptr is None:
+        begin, end, sample, place = run_of(tokens, row_tokens, run_tokens)
+    else:
+        begin, end, sample, place = sorted_run_of(
+            index_ptr, first_ptr, order_ptr, index_sample, first_sample, index_rows, tokens, run_tokens
+        )
     if scale_ptr is not None and not SCALE_PER_TOKEN:
         scale = row_of(scale_ptr, scale_sample, scale_row, sample, place, scale_tokens)
     if gate_ptr is not None and not GATE_PER_TOKEN:
@@ -196,6 +237,9 @@ def _bwd(
     for first in range(begin, end, tile.rows):
         token = first + member
         live = token < end
+        if order_ptr is not None:
+            order = order_ptr + sample.to(tl.int64) * index_sample
+            token = sample * tokens + tl.load(order + token, live, other=0)
         at = token.to(tl.int64) * tile.width
         if scale_ptr is not None and SCALE_PER_TOKEN:
             scale = row_of(scale_ptr, scale_sample, scale_row, sample, place + token - begin, 1)
@@ -306,11 +350,14 @@ def _bwd(
 
 
 @plan
-def _forward_plan(x, branch, gate, branch_bias, shift, scale, weight, bias, rms, eps, out_dtype, device) -> Launch:
+def _forward_plan(
+    x, branch, gate, branch_bias, shift, scale, weight, bias, index, rms, eps, out_dtype, device
+) -> Launch:
     x, branch = dense("x", x), dense("branch", branch)
     for name, parameter in (("branch_bias", branch_bias), ("weight", weight), ("bias", bias)):
         dense(name, parameter)
     gate, shift, scale = (None if each is None else Like(*each) for each in (gate, shift, scale))
+    index, *division = dense_index(index, gate, shift, scale)
     batch, tokens, width = x.shape
     dtypes = (x.dtype, out_dtype) if branch is None else (x.dtype, branch.dtype, out_dtype)
     tile, warps = tile_of(width, max_itemsize(*dtypes), *FORWARD)
@@ -320,7 +367,8 @@ def _forward_plan(x, branch, gate, branch_bias, shift, scale, weight, bias, rms,
         eps,
         batch * tokens,
         tokens,
-        *(tokens_per_row(parameter, tokens) for parameter in (gate, shift, scale)),
+        *division,
+        *(tokens_per_row(parameter, tokens, index) for parameter in (gate, shift, scale)),
         *strides_of("gate", gate),
         *strides_of("shift", shift),
         *strides_of("scale", scale),
@@ -339,6 +387,7 @@ def forward(
     scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    index: Tensor | None,
     rms: bool,
     eps: float,
     out_dtype: torch.dtype,
@@ -349,7 +398,7 @@ def forward(
     mean = x.new_empty(x.shape[:2], dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if x.numel():
-        inputs = (x, branch, gate, branch_bias, shift, scale, weight, bias)
+        inputs = (x, branch, gate, branch_bias, shift, scale, weight, bias, index)
         launch = _forward_plan(*map(signature, inputs), rms, eps, out_dtype, x.get_device())
         launch(*inputs, residual, y, mean, rstd)
     return residual, y, mean, rstd
@@ -373,18 +422,18 @@ class Asked(NamedTuple):
 
 @plan
 def _backward_plan(
-    dresidual, dy, x, branch, gate, branch_bias, scale, weight, bias, mean, rstd, rms, asked, device
+    dresidual, dy, x, branch, gate, branch_bias, scale, weight, bias, mean, rstd, index, rms, asked, device
 ) -> Backward:
     dy, x, branch = dense("dy", dy), dense("x", x), dense("branch", branch)
     weight, bias = dense("weight", weight), dense("bias", bias)
     for name, each in (("dresidual", dresidual), ("branch_bias", branch_bias), ("mean", mean), ("rstd", rstd)):
         dense(name, each)
-    gate, scale = gate and Like(*gate), scale and Like(*scale)
+    gate, scale, index = gate and Like(*gate), scale and Like(*scale), dense("index", index)
     batch, tokens, width = x.shape
     gradients = ((asked.gate, asked.gate_rows), (asked.shift, asked.shift_rows), (asked.scale, asked.scale_rows))
     read = (gate, None, scale)
     counts = [rows if like is None else like.shape[1] for (_, rows), like in zip(gradients, read, strict=True)]
-    per_token = [count == tokens for count in counts]
+    per_token = [count == tokens and index is None for count in counts]
     written = [dtype for (dtype, _), each in zip(gradients, per_token, strict=True) if each]
     written += [like.dtype for like, each in zip(read, per_token, strict=True) if each and like is not None]
     held = [dy.dtype, x.dtype, asked.branch, branch and branch.dtype, *written]
@@ -393,7 +442,7 @@ def _backward_plan(
     bias_shape, *affine = [
         None if dtype is None else (width,) for dtype in (asked.branch_bias, asked.weight, asked.bias)
     ]
-    runs = Runs(x.shape, tile, [count for count in counts if count], (gate_shape, bias_shape, *shapes, *affine))
+    runs = Runs(x.shape, tile, [count for count in counts if count], (gate_shape, bias_shape, *shapes, *affine), index)
     summed_shift = asked.shift is not None and not per_token[1]
     summed_scale, summed_bias = (each is not None and not per_token[2] for each in (asked.scale, asked.bias))
     first = Launch(
@@ -402,8 +451,10 @@ def _backward_plan(
         tokens,
         runs.row_tokens,
         runs.run_tokens,
-        tokens_per_row(gate, tokens),
-        tokens_per_row(scale, tokens),
+        runs.index_rows,
+        *runs.strides,
+        tokens_per_row(gate, tokens, index),
+        tokens_per_row(scale, tokens, index),
         *strides_of("gate", gate),
         *strides_of("scale", scale),
         rms,
@@ -415,7 +466,7 @@ def _backward_plan(
         constants(tile),
         num_warps=warps,
     )
-    return Backward(first, runs.sums, runs.second_stage(), runs.added)
+    return Backward(first, runs)
 
 
 def backward(
@@ -430,6 +481,7 @@ def backward(
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    index: Tensor | None,
     rms: bool,
     asked: Asked,
 ) -> tuple[Tensor | None, ...]:
@@ -447,11 +499,8 @@ def backward(
     ]
     if x.numel() == 0:
         return dx, dbranch, *(None if gradient is None else gradient.zero_() for gradient in gradients)
-    launches = _backward_plan(*map(signature, inputs), rms, asked, x.get_device())
-    sums = None if launches.second is None else x.new_empty(launches.sums, dtype=torch.float32)
-    launches.first(*inputs, dx, dbranch, *gradients, sums)
-    if launches.second is not None:
-        launches.second(sums, *(None if i is None else gradients[i] for i in launches.added))
+    launches = _backward_plan(*map(signature, (*inputs, index)), rms, asked, x.get_device())
+    launches(inputs, index, (dx, dbranch), gradients, x)
     return dx, dbranch, *gradients
 
 
@@ -464,7 +513,7 @@ def adaln_fwd(x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
 
 
 def adaln_bwd(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    scale, weight, bias, mean, rstd, rms, need_x, *asked = arguments
-    tensors = (None, dy, x, None, None, None, scale, weight, bias, mean, rstd)
+    scale, weight, bias, mean, rstd, index, rms, need_x, *asked = arguments
+    tensors = (None, dy, x, None, None, None, scale, weight, bias, mean, rstd, index)
     gradients = backward(*tensors, rms, Asked(need_x, None, None, 0, None, *asked))
     return given(x, (gradients[0], *gradients[4:]))

@@ -3,7 +3,7 @@
 Forward: a program takes some tokens, reads x and the branch once and writes y once. Backward: a program takes a run of
 tokens that share a row of the gate, reads dy and the branch once, writes dbranch once and adds up dgate and the
 gradient of the bias in fp32 registers; _rows.py adds up the runs. The gradient of a gate with a row a token is written
-with its token.
+with its token. With an index of rows, runs are of tokens that _rows.py has sorted.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from ._rows import (
     add,
     chunks,
     columns,
+    dense_index,
     given,
     gradient_of,
     mask_of,
     max_itemsize,
+    row_by_index,
     row_of,
     run_of,
+    sorted_run_of,
     store_sum,
     strides_of,
     tile_of,
@@ -37,15 +40,18 @@ from ._rows import (
 )
 
 
-@triton.jit(do_not_specialize=["count", "tokens", "gate_tokens"])
+@triton.jit(do_not_specialize=["count", "tokens", "index_sample", "index_rows", "gate_tokens"])
 def _fwd(
     x_ptr,
     branch_ptr,
     gate_ptr,
     branch_bias_ptr,
+    index_ptr,
     y_ptr,
     count,
     tokens,
+    index_sample,
+    index_rows,
     gate_tokens,
     gate_sample,
     gate_row,
@@ -55,8 +61,12 @@ def _fwd(
     token = tl.program_id(0) * tile.rows + tl.arange(0, tile.rows)[:, None, None]
     live = token < count
     at = token.to(tl.int64) * tile.width
+    sample = token // tokens
+    place = token % tokens
+    if index_ptr is not None:
+        place = row_by_index(index_ptr + sample.to(tl.int64) * index_sample, place, live, index_rows)
     if gate_ptr is not None:
-        gate = row_of(gate_ptr, gate_sample, gate_row, token // tokens, token % tokens, gate_tokens)
+        gate = row_of(gate_ptr, gate_sample, gate_row, sample, place, gate_tokens)
     for c in tl.static_range(chunks(tile)):
         mask = mask_of(live, column[c], tile, c)
         here = at + column[c]
@@ -68,12 +78,25 @@ def _fwd(
         store(y_ptr + here, load(x_ptr + here, mask) + gated, mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "row_tokens", "run_tokens", "gate_tokens"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "row_tokens",
+        "run_tokens",
+        "index_rows",
+        "index_sample",
+        "first_sample",
+        "gate_tokens",
+    ]
+)
 def _bwd(
     dy_ptr,
     branch_ptr,
     gate_ptr,
     branch_bias_ptr,
+    index_ptr,
+    first_ptr,
+    order_ptr,
     dbranch_ptr,
     dgate_ptr,
     dbranch_bias_ptr,
@@ -81,6 +104,9 @@ def _bwd(
     tokens,
     row_tokens,
     run_tokens,
+    index_rows,
+    index_sample,
+    first_sample,
     gate_tokens,
     gate_sample,
     gate_row,
@@ -91,7 +117,12 @@ def _bwd(
 ):
     column = columns(tile)
     member = tl.arange(0, tile.rows)[:, None, None]
-    begin, end, sample, place = run_of(tokens, row_tokens, run_tokens)
+    if order_ptr is None:
+        begin, end, sample, place = run_of(tokens, row_tokens, run_tokens)
+    else:
+        begin, end, sample, place = sorted_run_of(
+            index_ptr, first_ptr, order_ptr, index_sample, first_sample, index_rows, tokens, run_tokens
+        )
     if gate_ptr is not None and not PER_TOKEN:
         gate = row_of(gate_ptr, gate_sample, gate_row, sample, place, gate_tokens)
     sum_gate = zeros(tile)
@@ -99,6 +130,9 @@ def _bwd(
     for first in range(begin, end, tile.rows):
         token = first + member
         live = token < end
+        if order_ptr is not None:
+            order = order_ptr + sample.to(tl.int64) * index_sample
+            token = sample * tokens + tl.load(order + token, live, other=0)
         at = token.to(tl.int64) * tile.width
         if gate_ptr is not None and PER_TOKEN:
             gate = row_of(gate_ptr, gate_sample, gate_row, sample, place + token - begin, 1)
@@ -129,38 +163,43 @@ def _bwd(
 
 
 @plan
-def _forward_plan(x, branch, gate, branch_bias, device) -> Launch:
+def _forward_plan(x, branch, gate, branch_bias, index, device) -> Launch:
     x, branch, gate = dense("x", x), dense("branch", branch), gate and Like(*gate)
     dense("branch_bias", branch_bias)
+    index, *division = dense_index(index, gate)
     batch, tokens, width = x.shape
     tile, warps = tile_of(width, max_itemsize(x.dtype, branch.dtype), *FORWARD)
-    numbers = (batch * tokens, tokens, tokens_per_row(gate, tokens), *strides_of("gate", gate))
+    numbers = (batch * tokens, tokens, *division, tokens_per_row(gate, tokens, index), *strides_of("gate", gate))
     return Launch(_fwd, (triton.cdiv(batch * tokens, tile.rows),), *numbers, constants(tile), num_warps=warps)
 
 
-def gate_residual_fwd(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None) -> Tensor:
+def gate_residual_fwd(
+    x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None, index: Tensor | None
+) -> Tensor:
     y = torch.empty_like(x)
     if x.numel():
-        inputs = (x, branch, gate, branch_bias)
+        inputs = (x, branch, gate, branch_bias, index)
         _forward_plan(*map(signature, inputs), x.get_device())(*inputs, y)
     return y
 
 
 @plan
-def _backward_plan(dy, branch, gate, branch_bias, dbranch, gate_rows, need_bias, device) -> Backward:
+def _backward_plan(dy, branch, gate, branch_bias, index, dbranch, gate_rows, need_bias, device) -> Backward:
     """``dbranch``: its dtype, or None. ``gate_rows``: rows of dgate, or 0."""
     dy, branch, gate = dense("dy", dy), dense("branch", branch), gate and Like(*gate)
     dense("branch_bias", branch_bias)
+    index = dense("index", index)
     batch, tokens, width = dy.shape
     dtypes = {dtype for dtype in (dy.dtype, dbranch, branch and branch.dtype) if dtype is not None}
     tile, warps = tile_of(width, max_itemsize(*dtypes), *BACKWARD)
     rows = gate_rows if gate is None else gate.shape[1]
     gradients = ((batch, rows, width) if gate_rows else None, (width,) if need_bias else None)
-    runs = Runs(dy.shape, tile, (rows,), gradients)
-    per_row = tokens // rows
-    numbers = (tokens, runs.row_tokens, runs.run_tokens, per_row, *strides_of("gate", gate))
-    first = Launch(_bwd, (runs.count,), *numbers, per_row == 1, *runs.slots, constants(tile), num_warps=warps)
-    return Backward(first, runs.sums, runs.second_stage(), runs.added)
+    runs = Runs(dy.shape, tile, (rows,), gradients, index)
+    per_token = rows == tokens and index is None
+    numbers = (tokens, runs.row_tokens, runs.run_tokens, runs.index_rows, *runs.strides)
+    numbers += (1 if index else tokens // rows, *strides_of("gate", gate))
+    first = Launch(_bwd, (runs.count,), *numbers, per_token, *runs.slots, constants(tile), num_warps=warps)
+    return Backward(first, runs)
 
 
 def gate_residual_bwd(
@@ -168,6 +207,7 @@ def gate_residual_bwd(
     branch: Tensor | None,
     gate: Tensor | None,
     branch_bias: Tensor | None,
+    index: Tensor | None,
     dbranch_dtype: torch.dtype | None,
     gate_dtype: torch.dtype | None,
     gate_rows: int,
@@ -180,9 +220,6 @@ def gate_residual_bwd(
         return given(dy, (dbranch, *(None if gradient is None else gradient.zero_() for gradient in gradients)))
     inputs = (dy, branch, gate, branch_bias)
     asked = dbranch_dtype, gate_rows, dbias is not None
-    launches = _backward_plan(*map(signature, inputs), *asked, dy.get_device())
-    sums = None if launches.second is None else dy.new_empty(launches.sums, dtype=torch.float32)
-    launches.first(*inputs, dbranch, *gradients, sums)
-    if launches.second is not None:
-        launches.second(sums, *(None if i is None else gradients[i] for i in launches.added))
+    launches = _backward_plan(*map(signature, (*inputs, index)), *asked, dy.get_device())
+    launches(inputs, index, (dbranch,), gradients, dy)
     return given(dy, (dbranch, *gradients))

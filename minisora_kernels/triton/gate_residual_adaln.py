@@ -25,11 +25,12 @@ def gate_residual_adaln_fwd(
     scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    index: Tensor | None,
     rms: bool,
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    return adaln.forward(x, branch, gate, branch_bias, shift, scale, weight, bias, rms, eps, out_dtype)
+    return adaln.forward(x, branch, gate, branch_bias, shift, scale, weight, bias, index, rms, eps, out_dtype)
 
 
 def gate_residual_adaln_bwd(
@@ -44,9 +45,10 @@ def gate_residual_adaln_bwd(
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    index: Tensor | None,
     rms: bool,
     *asked: Any,
 ) -> tuple[Tensor, ...]:
     wanted = adaln.Asked(*asked)
-    tensors = (dresidual, dy, residual, branch, gate, branch_bias, scale, weight, bias, mean, rstd)
+    tensors = (dresidual, dy, residual, branch, gate, branch_bias, scale, weight, bias, mean, rstd, index)
     return given(residual, adaln.backward(*tensors, rms, wanted))

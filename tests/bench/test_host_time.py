@@ -66,9 +66,9 @@ with host_time.stubbed() as stub:
     weight = torch.ones(40)
     def call(x):
         seen.clear()
-        y, mean, rstd = launches.adaln_fwd(x, shift, scale, weight, None, True, 1e-3, torch.float32)
+        y, mean, rstd = launches.adaln_fwd(x, shift, scale, weight, None, None, True, 1e-3, torch.float32)
         asked = (True, shift.dtype, 1, scale.dtype, 1, weight.dtype, None)
-        grads = launches.adaln_bwd(y, x, scale, weight, None, mean, rstd, True, *asked)
+        grads = launches.adaln_bwd(y, x, scale, weight, None, mean, rstd, None, True, *asked)
         at = [t.data_ptr() for t in (x, shift, scale, weight, y, mean, rstd, *grads[:4])]
         return list(seen), at
     _, here = kept = call(x)
@@ -99,7 +99,7 @@ with host_time.stubbed() as stub:
     used = []
     for shift in (0, 0, 1, 8, 1, 0):
         compiled.clear()
-        torch.ops.minisora_triton.gate_residual_fwd(x[shift:shift + 1920].view(2, 24, 40), branch, gate, None)
+        torch.ops.minisora_triton.gate_residual_fwd(x[shift:shift + 1920].view(2, 24, 40), branch, gate, None, None)
         used.append(compiled[-1].hash)
     print(json.dumps(used))
 """)
@@ -114,7 +114,7 @@ from triton.runtime.jit import JITFunction
 run, through = JITFunction.run, []
 with host_time.stubbed() as stub:
     x, gate = torch.randn(2, 24, 40), torch.randn(2, 1, 40)
-    call = lambda: torch.ops.minisora_triton.gate_residual_fwd(x, x.clone(), gate, None)
+    call = lambda: torch.ops.minisora_triton.gate_residual_fwd(x, x.clone(), gate, None, None)
     call(), call()
     replaced = lambda self, *args, **options: (through.append(self.__name__), run(self, *args, **options))[1]
     with patch.object(JITFunction, "run", replaced):
@@ -134,7 +134,7 @@ through = []
 with patch.object(JITFunction, "run", lambda self, *args, **options: through.append(self.__name__)):
     from minisora_kernels.triton.gate_residual import gate_residual_fwd
     x, gate = torch.empty(2, 24, 40, device="meta"), torch.empty(2, 1, 40, device="meta")
-    gate_residual_fwd(x, x, gate, None), gate_residual_fwd(x, x, gate, None)
+    gate_residual_fwd(x, x, gate, None, None), gate_residual_fwd(x, x, gate, None, None)
 print(json.dumps(through))
 """) == ["_fwd", "_fwd"]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from minisora_kernels.verify.cases import Case, random_tensors
-from minisora_kernels.verify.cases.modulated import modulated, with_bias
+from minisora_kernels.verify.cases.modulated import by_index, modulated, with_bias
 
 
 def cases(draw: int) -> Iterator[Case]:
@@ -37,6 +37,20 @@ def cases(draw: int) -> Iterator[Case]:
     ]
     for row in table:
         yield from modulated(random, *row)
+    # name, B, N, D, rows, what else
+    named: list[tuple] = [
+        ("index-of-one-row", 2, 17, 24, 1, {}),
+        ("index", 3, 150, 33, 3, dict(affine=True)),
+        ("index-per-sample", 2, 70, 96, 5, dict(each=True, norm="rms")),
+        ("index-of-rows-without-tokens", 1, 19, 16, 30, dict(each=True, affine=True)),
+        ("index-of-a-row-a-token", 2, 19, 16, 19, {}),
+        ("index-fp32-modulation", 2, 65, 48, 2, dict(dtypes=dict.fromkeys(("shift", "gate"), torch.float32))),
+        ("index-a-clip", 1, 4096, 8, 4, dict(affine=True)),
+        ("index-no-tokens", 2, 0, 16, 2, dict(affine=True)),
+        ("index-empty-batch", 0, 5, 16, 2, dict(each=True)),
+    ]
+    for *row, more in named:
+        yield from by_index(random, *row, **more)
     biased: list[tuple] = [
         ("branch-bias", 2, 37, 40, 1, 1, True, "layer", {}),
         ("branch-bias-per-token", 2, 19, 24, 19, 19, False, "rms", {}),

@@ -264,9 +264,9 @@ def inputs(shape: tuple, dtypes: tuple, offset: int = 0, padding: int = 0) -> di
 def emulate(ops, tensors: dict[str, Tensor | None], norm: str) -> dict[str, Tensor]:
     parameters = [tensors[name] for name in ("shift", "scale", "weight", "bias")]
     dy, x = tensors["dy"], tensors["x"]
-    y, mean, rstd = ops.adaln_fwd(x, *parameters, norm == "rms", 1e-6, dy.dtype)
+    y, mean, rstd = ops.adaln_fwd(x, *parameters, None, norm == "rms", 1e-6, dy.dtype)
     dx, *gradients = ops.adaln_bwd(
-        dy, x, *parameters[1:], mean, rstd, norm == "rms", True, *row_gradient(tensors["shift"], True),
+        dy, x, *parameters[1:], mean, rstd, None, norm == "rms", True, *row_gradient(tensors["shift"], True),
         *row_gradient(tensors["scale"], True), *(None if p is None else p.dtype for p in parameters[2:]),
     )  # fmt: skip
     return {"y": y, "x": dx} | dict(zip(("shift", "scale", "weight", "bias"), gradients, strict=True))
@@ -293,17 +293,17 @@ def test_emulated_kernels_compute_what_is_asked_for(emulated, shape: tuple, nan_
     tensors, norm = inputs(shape, DTYPES["bf16"]), shape[-1]
     dy, x, shift, scale, weight, bias = (tensors[name] for name in ("dy", "x", "shift", "scale", "weight", "bias"))
     whole = emulate(emulated, tensors, norm)
-    _, mean, rstd = emulated.adaln_fwd(x, shift, scale, weight, bias, norm == "rms", 1e-6, dy.dtype)
-    saved = (mean, rstd, norm == "rms")
+    _, mean, rstd = emulated.adaln_fwd(x, shift, scale, weight, bias, None, norm == "rms", 1e-6, dy.dtype)
+    saved = (mean, rstd, None, norm == "rms")
     dx, *others = emulated.adaln_bwd(dy, x, scale, weight, None, *saved, True, None, 0, None, 0, None, None)
     assert torch.equal(dx, whole["x"]) and not any(other.numel() for other in others)
     asked = (*row_gradient(shift, True), *row_gradient(scale, True))
     dx, dshift, dscale, *others = emulated.adaln_bwd(dy, x, None, weight, bias, *saved, False, *asked, None, None)
     assert torch.equal(dshift, whole["shift"]) and torch.equal(dscale, whole["scale"])
     assert not any(other.numel() for other in (dx, *others))
-    plain = emulated.adaln_fwd(x, None, None, weight, bias, norm == "rms", 1e-6, dy.dtype)[0]
+    plain = emulated.adaln_fwd(x, None, None, weight, bias, None, norm == "rms", 1e-6, dy.dtype)[0]
     zeros = torch.zeros_like(shift), torch.zeros_like(scale)
-    assert torch.equal(plain, emulated.adaln_fwd(x, *zeros, weight, bias, norm == "rms", 1e-6, dy.dtype)[0])
+    assert torch.equal(plain, emulated.adaln_fwd(x, *zeros, weight, bias, None, norm == "rms", 1e-6, dy.dtype)[0])
 
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=list(DTYPES))

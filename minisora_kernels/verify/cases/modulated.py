@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import minisora_kernels as mk
 
@@ -31,6 +32,7 @@ def modulated(
     affine: bool = False,
     norm: str = "layer",
     dtypes: dict[str, torch.dtype] | None = None,
+    index: Tensor | None = None,
 ) -> Iterator[Case]:  # one argument a column of the tables
     """The same tokens ``[batch, tokens, width]`` through adaln, gate_residual and gate_residual_adaln."""
     tensors = {
@@ -50,9 +52,34 @@ def modulated(
             op,
             name,
             {key: value for key, value in tensors.items() if key in names},
-            lambda t, op=op, options=options, **kwargs: getattr(mk, op)(**t, **options, **kwargs),
+            partial(_call, op, options, index),
             {key: value for key, value in (dtypes or {}).items() if key in names},
         )
+
+
+def _call(op: str, options: dict[str, str], index: Tensor | None, tensors: dict[str, Tensor], **more: Any) -> Any:
+    if index is not None:
+        more["index"] = index.to(tensors["x"].device)
+    return getattr(mk, op)(**tensors, **options, **more)
+
+
+def by_index(
+    random: Random,
+    name: str,
+    batch: int,
+    tokens: int,
+    width: int,
+    rows: int,
+    *,
+    each: bool = False,
+    affine: bool = False,
+    norm: str = "layer",
+    dtypes: dict[str, torch.dtype] | None = None,
+) -> Iterator[Case]:
+    """The same with an index of the rows: of ``each`` sample its own, in which every token draws its row."""
+    numbers = random(batch, tokens) if each else random(tokens)
+    index = ((numbers * 997).long() % rows).contiguous()
+    yield from modulated(random, name, batch, tokens, width, rows, rows, affine, norm, dtypes, index)
 
 
 def with_bias(random: Random, *row: Any) -> Iterator[Case]:
@@ -76,6 +103,8 @@ def cases() -> list[Case]:
         *(replace(case, layout="chunked") for case in modulated(random, "chunked", 2, 18, 96, 1, 1)),
         *(replace(case, layout="chunked") for case in modulated(random, "chunked-frames", 2, 18, 24, 3, 3, True)),
         *with_bias(random, "branch-bias", 2, 37, 40, 1, 1, True),
+        *by_index(random, "index", 2, 70, 40, 3, affine=True),
+        *by_index(random, "index-per-sample", 2, 37, 1152, 40, each=True),
         *(replace(case, layout="offset") for case in modulated(random, "offset", 2, 17, 96, 1, 1, True)),
     ]
 
