@@ -29,6 +29,38 @@ def test_the_equation_token_by_token(backend, norm, rows):
             torch.testing.assert_close(y[b, n], h * (1 + scale[b, row]) + shift[b, row])
 
 
+@pytest.mark.parametrize("each", (False, True), ids=("shared", "per sample"))
+def test_an_index_names_the_row_of_a_token(each):
+    """Values and gradients are those of a gather; rows that no token has get zeros, not what was in memory."""
+    index = torch.randint(4, (2, 12) if each else (12,))
+    index[index == 2] = 3
+    shift, scale = torch.randn(2, 2, 5, 8, requires_grad=True).unbind(0)
+    gathered = [torch.stack([rows[b, index[b] if each else index] for b in range(2)]) for rows in (shift, scale)]
+    theirs = mk.adaln(X, *gathered)
+    expected = torch.autograd.grad(theirs.square().sum(), (shift, scale), retain_graph=True)
+    for backend in ("reference", None):
+        for given in (index, index.int()):
+            ours = mk.adaln(X, shift, scale, index=given, backend=backend)
+            torch.testing.assert_close(ours, theirs)
+            gradients = torch.autograd.grad(ours.square().sum(), (shift, scale), retain_graph=True)
+            for one, other in zip(gradients, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+                assert (one[:, [2, 4]] == 0).all()
+
+
+def test_an_index_out_of_range_is_an_error_on_every_way_to_the_kernel():
+    rows, good, bad = torch.randn(2, 3, 8), torch.arange(12) % 3, torch.arange(12) % 4
+    with torch.no_grad():
+        for _ in range(3):  # the third goes straight to the raw op
+            mk.adaln(X, rows, rows, index=good)
+        with pytest.raises((RuntimeError, ValueError), match=r"index .*3"):
+            mk.adaln(X, rows, rows, index=bad)
+        with pytest.raises((RuntimeError, ValueError, IndexError), match="index"):
+            mk.adaln(X, rows, rows, index=-good)
+    with pytest.raises((RuntimeError, IndexError), match="index"):
+        torch.compile(mk.adaln, backend="eager")(X, rows, rows, index=bad)
+
+
 def test_the_row_comes_from_the_token_at_every_batch_size():
     """The fault of a known kernel, which took the row from the program's index: right at batch 1, wrong beyond."""
     for batch in (1, 2, 3, 8):
@@ -74,6 +106,15 @@ def test_a_constant_token_stays_finite():
             "bias must be None with norm='rms', because an RMS norm has no bias",
         ),
         (dict(norm="batch"), ValueError, "norm is 'batch'; it may be 'layer' or 'rms'"),
+        (dict(index=[0] * 12), TypeError, "index must be a tensor, got list"),
+        (dict(index=torch.zeros(12)), TypeError, "index has dtype torch.float32; it may be int64 or int32"),
+        (dict(index=torch.zeros(2, 6).long()), ValueError, r"index has shape \(2, 6\); it may be \[N\] or \[B, N\]"),
+        (dict(index=torch.arange(12)), ValueError, "index has 11; it may be from 0 to 0"),
+        (dict(index=torch.arange(12) - 11), ValueError, "index has -11; it may be from 0 to 0"),
+        (dict(index=torch.zeros(12).long().to("meta")), ValueError, "index is on meta, x is on cpu"),
+        (dict(index=torch.zeros(12).long(), shift=X), ValueError, "the same number of rows; it is shift 12, scale 1"),
+        (dict(index=torch.zeros(12).long(), shift=None, scale=None), ValueError, "index needs shift or scale"),
+        (dict(index=torch.zeros(12).long(), shift=X[:, :0]), ValueError, "shift has no rows"),
     ],
 )
 def test_errors_name_the_argument(arguments, error, message):

@@ -67,6 +67,25 @@ def test_reference_compile_and_sampling_are_left_alone():
         step(*given)
 
 
+def test_an_index_is_read_again():
+    x, _, _, rows, _, weight = leaves()
+    index, results = torch.arange(N) % 3, []
+    for again in (True, False):
+        y = mk.adaln(x, rows, rows, index=index)
+        if again:
+            with mk.recompute_adaln(y, x, rows, rows, index=index):
+                z = F.linear(y, weight)
+        else:
+            z = F.linear(y, weight)
+        results.append(torch.autograd.grad(z.square().sum(), (x, rows, weight)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    with (
+        pytest.raises(ValueError, match="index is another"),
+        mk.recompute_adaln(y, x, rows, rows, index=index.clone()),
+    ):
+        pass
+
+
 def test_a_y_of_another_shape_is_named():
     x, _, gate, *_ = leaves()
     message = r"recompute_adaln: y has shape \(2, 12, 8\), x \(2, 12, 16\)"

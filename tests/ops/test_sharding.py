@@ -25,7 +25,10 @@ CALLS = {
         t["x"], t["branch"], t["gate"], branch_bias=t["branch_bias"], backend="cpu"
     ),
     "gate_residual_adaln": lambda t: mk.gate_residual_adaln(
-        t["x"], t["branch"], t["gate"], t["shift"], t["scale"], branch_bias=t["branch_bias"], backend="cpu"
+        *(t[name] for name in ("x", "branch", "gate", "shift", "scale")),
+        branch_bias=t["branch_bias"],
+        index=t.get("index"),
+        backend="cpu",
     )[1],
     "gelu_mlp": lambda t: mk.gelu_mlp(t["x"], t["w1"], t["b1"], t["w2"], t["b2"], backend="cpu"),
 }
@@ -39,7 +42,7 @@ def tensors(rows: int) -> dict[str, Tensor]:
     return found | {"w1": torch.randn(16, D), "b1": torch.randn(16), "w2": torch.randn(D, 16), "b2": torch.randn(D)}
 
 
-def compare(op: str, dim: int, rows: int = 1, frozen: tuple[str, ...] = ()) -> bool:
+def compare(op: str, dim: int, rows: int = 1, frozen: tuple[str, ...] = (), index: Tensor | None = None) -> bool:
     """Whether the result is split as the tokens are; values and gradients are those of one process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -48,9 +51,12 @@ def compare(op: str, dim: int, rows: int = 1, frozen: tuple[str, ...] = ()) -> b
     plain = {name: value.requires_grad_(name not in frozen) for name, value in tensors(rows).items()}
     split = {}
     for name, value in plain.items():
-        whole = value.dim() < 3 or (dim == 1 and value.shape[1] == 1)
+        whole = value.dim() < 3 or (dim == 1 and (value.shape[1] == 1 or (index is not None and value.shape[1] != N)))
         placement = Replicate() if whole else Shard(dim)
         split[name] = distribute_tensor(value.detach().clone(), mesh, [placement]).requires_grad_(name not in frozen)
+    if index is not None:
+        along = Shard(dim) if index.dim() == 2 else Shard(0) if dim == 1 else Replicate()
+        plain["index"], split["index"] = index, distribute_tensor(index, mesh, [along])
     expected, found = CALLS[op](plain), CALLS[op](split)
     expected.square().sum().backward()
     found.square().sum().backward()
@@ -71,6 +77,9 @@ def on_this_process(rank: int, store: str) -> None:
             assert compare(op, 1), op
             assert compare(op, 1, frozen=("x", "branch")), op  # the same call but for what is asked for
             assert not compare(op, 1, rows=3), op  # a device cannot tell the rows of its tokens: it gets all
+        for index in (torch.arange(N) % 3, torch.arange(B * N).view(B, N) % 3):
+            for dim in (0, 1):
+                assert compare("gate_residual_adaln", dim, rows=3, index=index), (index.shape, dim)
         compare("gelu_mlp", 1)
     finally:
         dist.destroy_process_group()
