@@ -109,8 +109,8 @@ def row_index(op: str, index: Tensor | None, x: Tensor, **parameters: Tensor | N
 
 
 def row_of_each(parameter: Tensor | None, index: Tensor | None) -> Tensor | None:
-    """``parameter [B, R, D]`` gathered as ``[B, N, D]`` if there is an index, else as it is."""
-    if parameter is None or index is None:
+    """``parameter [B, R, D]`` gathered as ``[B, N, D]``; as it is without an index, or without tokens."""
+    if parameter is None or index is None or index.shape[-1] == 0:
         return parameter
     if index.dim() == 1:
         return parameter.index_select(1, index)
