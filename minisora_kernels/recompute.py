@@ -117,8 +117,8 @@ def recompute_adaln(
         (x, shift, scale, weight, bias, index), view = kept
         # y's dtype differs from x's under autocast, and where the residual stream is wider than the branches.
         with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != x.dtype):
-            options = dict(index=index, norm=norm, eps=eps, backend=backend)
-            again = adaln.adaln(x, shift, scale, weight=weight, bias=bias, **options)
+            tensors = dict(weight=weight, bias=bias, index=index)
+            again = adaln.adaln(x, shift, scale, **tensors, norm=norm, eps=eps, backend=backend)
         return again.as_strided(*view)
 
     with saved_tensors_hooks(pack, unpack):

@@ -270,13 +270,12 @@ def gate_residual_adaln(
     call = x, branch, gate, shift, scale, weight, bias, branch_bias, index
     chosen = backends.choose(op, BACKENDS, x.device, backend, *call)
     if chosen == "reference":
-        biases = dict(branch_bias=branch_bias, bias=bias)
-        options = dict(index=index, norm=norm, eps=eps)
-        residual, y = reference(x, branch, gate, shift, scale, **biases, weight=weight, **options)
+        tensors = dict(branch_bias=branch_bias, weight=weight, bias=bias, index=index)
+        residual, y = reference(x, branch, gate, shift, scale, **tensors, norm=norm, eps=eps)
     else:
-        numbers = (norm == "rms", eps, output_dtype(x, branch), chosen)
+        options = (norm == "rms", eps, output_dtype(x, branch), chosen)
         tokens = x.contiguous(), beside(branch, x.dtype).contiguous()
         parameters = gate, branch_bias, shift, scale, weight, bias, index
-        residual, y = backends.apply(_GateResidualAdaLN, *tokens, *parameters, *numbers)
+        residual, y = backends.apply(_GateResidualAdaLN, *tokens, *parameters, *options)
     remember(y, (residual, *made_of), norm, eps)
     return residual, y
