@@ -100,8 +100,12 @@ class Model(nn.Module):
         """
         return []
 
-    def divisible(self) -> dict[str, int]:
-        """What ranks that divide the tokens of a sample must divide, by name; nothing for a model that cannot."""
+    def divisible(self, images: int = 0) -> dict[str, int]:
+        """What ranks that divide the tokens of a sample get parts of, by name; nothing for a model without tokens.
+
+        Args:
+            images: how many follow each clip.
+        """
         return {}
 
     @property

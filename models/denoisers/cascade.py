@@ -41,7 +41,7 @@ from minisora_kernels import unpatchify
 
 from ..objectives.common import TIMESTEPS, expand
 from ..objectives.logsnr import LogSNR
-from ..parallel import draws
+from ..parallel import draws, sequence
 from ..protocols import Denoiser, SmallClips, System
 from .cascade_config import SIZES, CascadeConfig, CascadeSettings, with_time
 from .cascade_layers import Condition, Level, Resample, embed_r, mapper, norm, resize_sites, sites
@@ -171,7 +171,9 @@ class Cascade(Denoiser):
             low = None if low is None else low * expand(present, low)
             image = None if image is None else image * expand(present, image)
         config, dtype = self.config, next(self.output.parameters()).dtype
-        z = norm(embed_patches(x, self.embedding).unflatten(1, config.grid)).to(dtype)
+        count, *others = config.grid
+        x = sequence.own(x, 2, count)
+        z = norm(embed_patches(x, self.embedding).unflatten(1, (-1, *others))).to(dtype)
         if config.latent_channels:
             z = z + self._latents(low, z)
         if config.pixel_channels:
@@ -191,8 +193,13 @@ class Cascade(Denoiser):
                 skip = outputs[-1 - i]
                 z = resize_sites(self.up_resample[i - 1](z).to(dtype), skip.shape[2:4])
             z = level(z, r, condition, skip, self.checkpointing)
-        patches = self.output(norm(z)).flatten(1, 3)
-        return unpatchify(patches, config.grid[-len(config.patch) :], config.patch, self.out_channels)
+        grid = z.shape[1:4][-len(config.patch) :]
+        x = unpatchify(self.output(norm(z)).flatten(1, 3), grid, config.patch, self.out_channels)
+        return sequence.joined(x, 2, count)
+
+    def divisible(self, images: int = 0) -> dict[str, int]:
+        places = min(math.prod(grid[1:]) for grid in self.config.grids)
+        return {"frames of tokens": self.config.grid[0], "places of a frame": places}
 
     def units(self) -> list[list[nn.Module]]:
         return [[level] for level in (*self.down, *self.up)]
@@ -228,13 +235,14 @@ class Cascade(Denoiser):
         if self.training and self.config.latent_dropout > 0:
             kept = draws.rand(len(latents), device=latents.device) >= self.config.latent_dropout
             latents = latents * expand(kept, latents)
-        return norm(self.latent_mapper(resize_sites(sites(latents).to(z.dtype), z.shape[2:4])))
+        latents = sequence.own(sites(latents), 1)
+        return norm(self.latent_mapper(resize_sites(latents.to(z.dtype), z.shape[2:4])))
 
     def _pixels(self, pixels: Tensor | None, z: Tensor) -> Tensor:
         """The same of a picture: mapped, then resized."""
         if pixels is None:
             return norm(self.pixel_mapper(z.new_zeros(1, 1, 1, 1, self.config.pixel_channels)))
-        return resize_sites(norm(self.pixel_mapper(sites(pixels).to(z.dtype))), z.shape[2:4])
+        return resize_sites(norm(self.pixel_mapper(sequence.own(sites(pixels), 1).to(z.dtype))), z.shape[2:4])
 
     def _check(
         self,

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from minisora_kernels import Rope, grn, rope_3d, window_attention
 
 from ..objectives.common import at_least_float32
-from ..parallel import draws
+from ..parallel import draws, sequence
 from .cascade_config import CascadeConfig
 from .layers import outputs_from
 
@@ -52,11 +52,22 @@ def resize_sites(x: Tensor, size: Sequence[int]) -> Tensor:
     return frames.movedim(1, -1).unflatten(0, x.shape[:2]).to(x.dtype)
 
 
+def whole_films(x: Tensor, frames: int) -> Tensor:
+    """``[B, t, H, W, C]``, this rank's of the frames, as all frames ``[B, T, sites, C]`` of its sites."""
+    return sequence.swap(x.flatten(2, 3), split=2, join=1, count=frames)
+
+
+def own_frames(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Back from :func:`whole_films`, to frames of this height and width."""
+    return sequence.swap(x, split=1, join=2, count=math.prod(size)).unflatten(2, tuple(size))
+
+
 class Channelwise(nn.Module):
     """Linear, GELU, GRN, dropout, Linear: the second half of C, and all of F."""
 
-    def __init__(self, inputs: int, width: int, dropout: float) -> None:
+    def __init__(self, inputs: int, width: int, dropout: float, frames: int) -> None:
         super().__init__()
+        self.frames = frames
         self.expand = nn.Linear(inputs, 4 * width)
         self.grn_weight = nn.Parameter(torch.zeros(4 * width))
         self.grn_bias = nn.Parameter(torch.zeros(4 * width))
@@ -66,24 +77,28 @@ class Channelwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.expand(x).flatten(1, 3)
         hidden = grn(hidden, self.grn_weight, self.grn_bias, groups=x.shape[1], activation="gelu")
-        return self.contract(draws.dropout(hidden, self.dropout.p, self.training)).unflatten(1, x.shape[1:4])
+        hidden = hidden.unflatten(1, x.shape[1:4])
+        return self.contract(draws.dropout(hidden, self.dropout.p, self.training, self.frames))
 
 
 class ResBlock(nn.Module):
     """C. With ``skip`` channels it reads the output of the level on the way down."""
 
-    def __init__(self, width: int, skip: int, dropout: float, temporal: bool) -> None:
+    def __init__(self, width: int, skip: int, dropout: float, temporal: bool, frames: int) -> None:
         super().__init__()
+        self.frames = frames
         self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.temporal = nn.Parameter(torch.zeros(3, width)) if temporal else None
-        self.channelwise = Channelwise(width + skip, width, dropout)
+        self.channelwise = Channelwise(width + skip, width, dropout, frames)
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         y = self.depthwise(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1).unflatten(0, x.shape[:2])
         if self.temporal is not None:
             past, present, future = self.temporal.to(y.dtype)
-            padded = F.pad(y, (0, 0, 0, 0, 0, 0, 1, 1))
+            y = whole_films(y, self.frames)
+            padded = F.pad(y, (0, 0, 0, 0, 1, 1))
             y = y + past * padded[:, :-2] + present * y + future * padded[:, 2:]
+            y = own_frames(y, x.shape[2:4])
         y = norm(y)
         if skip is not None:
             y = torch.cat((y, skip.to(y.dtype)), dim=-1)
@@ -138,9 +153,9 @@ class SpatialAttention(nn.Module):
 class FeedForward(nn.Module):
     """F."""
 
-    def __init__(self, width: int, dropout: float) -> None:
+    def __init__(self, width: int, dropout: float, frames: int) -> None:
         super().__init__()
-        self.channelwise = Channelwise(width, width, dropout)
+        self.channelwise = Channelwise(width, width, dropout, frames)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.channelwise(norm(x))
@@ -155,10 +170,14 @@ class TemporalAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        grid = x.shape[1:4]
-        qkv = self.qkv(norm(x).flatten(1, 3)).unflatten(-1, (3, self.heads, -1))
-        return x + self.proj(window_attention(qkv, grid, (grid[0], 1, 1), rope=rope)).unflatten(1, grid)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``cos`` and ``sin [T, sites, head_dim / 2]`` are of all frames, and the same at each site."""
+        films = whole_films(norm(x), len(cos))
+        grid = *films.shape[1:3], 1
+        qkv = self.qkv(films.flatten(1, 2)).unflatten(-1, (3, self.heads, -1))
+        rope = Rope(*(table[:, : grid[1]].flatten(0, 1) for table in (cos, sin)))
+        y = self.proj(window_attention(qkv, grid, (grid[0], 1, 1), rope=rope)).unflatten(1, grid[:2])
+        return x + own_frames(y, x.shape[2:4])
 
 
 class Resample(nn.Module):
@@ -199,15 +218,16 @@ class Level(nn.Module):
         super().__init__()
         width, heads, dropout = config.widths[level], config.heads[level], config.dropout[level]
         condition_width = config.condition_width if config.num_classes or config.text_width else 0
+        frames = config.grid[0]
 
         def block(letter: str, skip: int) -> nn.Module:
             if letter == "C":
-                return ResBlock(width, skip, dropout, config.temporal_convolution)
+                return ResBlock(width, skip, dropout, config.temporal_convolution, frames)
             if letter == "T":
                 return TimestepBlock(width, config.further_times)
             if letter == "A":
                 return SpatialAttention(width, heads, condition_width)
-            return FeedForward(width, dropout) if letter == "F" else TemporalAttention(width, heads)
+            return FeedForward(width, dropout, frames) if letter == "F" else TemporalAttention(width, heads)
 
         letters = config.levels[level]
         self.groups = nn.ModuleList(
@@ -218,8 +238,8 @@ class Level(nn.Module):
         if "V" in letters:
             head_dim = width // heads
             rope = rope_3d(config.grids[level], head_dim, split=(head_dim, 0, 0))
-            self.register_buffer("cos", rope.cos, persistent=False)
-            self.register_buffer("sin", rope.sin, persistent=False)
+            self.register_buffer("cos", rope.cos.unflatten(0, (frames, -1)), persistent=False)
+            self.register_buffer("sin", rope.sin.unflatten(0, (frames, -1)), persistent=False)
 
     def forward(
         self, x: Tensor, r: Tensor, condition: Condition | None, skip: Tensor | None, checkpointing: bool
@@ -244,7 +264,7 @@ class Level(nn.Module):
             elif letter == "A":
                 x = block(x, condition)
             elif letter == "V":
-                x = block(x, Rope(self.cos, self.sin))
+                x = block(x, self.cos, self.sin)
             else:
                 x = block(x)
         return x

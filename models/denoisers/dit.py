@@ -299,8 +299,8 @@ class DiT(Denoiser):
 
         # Under autocast the embedding comes out in half precision; the residual stream keeps the parameters' dtype.
         rows = [sequence.own(row, 1) if row.dim() == 3 else row for row in rows]
-        positions = sequence.own(self._positions_at(grid), 1)
-        x = self.x_embedder(sequence.own(x, 2), positions).to(self.pos_embed.dtype)
+        positions = sequence.own(self._positions_at(grid), 1, grid[0])
+        x = self.x_embedder(sequence.own(x, 2, grid[0]), positions).to(self.pos_embed.dtype)
         vectors, last = modulations_of(rows, self.config.width)
         y = adaln(x, vectors[0].shift_msa, vectors[0].scale_msa)
         for block, own, (shift, scale, *_) in zip(self.blocks, vectors, [*vectors[1:], last], strict=True):
@@ -315,18 +315,17 @@ class DiT(Denoiser):
                 x = (x.unflatten(1, (frames.shape[1], -1)) + frames[:, :, None]).flatten(1, 2)
                 y = adaln(x, shift, scale)
 
-        patches = (grid[0] // sequence.ranks(), *grid[1:])[-len(self.config.patch) :]
-        return sequence.joined(unpatchify(self.final_layer.linear(y), patches, self.config.patch, self.out_channels), 2)
+        patches = (sequence.part(grid[0]), *grid[1:])[-len(self.config.patch) :]
+        x = unpatchify(self.final_layer.linear(y), patches, self.config.patch, self.out_channels)
+        return sequence.joined(x, 2, grid[0])
 
     def units(self) -> list[list[nn.Module]]:
         # The modulations of all blocks are computed before the first block.
         blocks: Any = self.blocks
         return [*([block.adaLN_modulation] for block in blocks), *([block.attn, block.mlp] for block in blocks)]
 
-    def divisible(self) -> dict[str, int]:
+    def divisible(self, images: int = 0) -> dict[str, int]:
         config = self.config
-        if len(config.patch) == 2:
-            return {}
         frames, height, width = config.grid
         by_heads = {"heads": config.heads} if config.attention == "joint" else {"places of a frame": height * width}
         return {"frames of tokens": frames, **by_heads}

@@ -175,16 +175,18 @@ class Attention(nn.Module):
         t, h, w = grid or self.grid
         if sequence.ranks() == 1:
             return self.proj(self._attend(self._heads(x), (t, h, w)))
-        frames = t // sequence.ranks()
+        frames = sequence.part(t)
         if not self.whole[0]:
             return self.proj(self._attend(self._heads(x), (frames, h, w)))
         if self.whole[1] or self.whole[2]:
-            qkv = sequence.swap(self._heads(x), split=3, join=1)
-            return self.proj(sequence.swap(self._attend(qkv, (t, h, w)), split=1, join=2))
+            qkv = sequence.swap(self._heads(x).unflatten(1, (frames, -1)), split=4, join=1, count=t)
+            y = self._attend(qkv.flatten(1, 2), (t, h, w)).unflatten(-1, (qkv.shape[4], -1))
+            y = sequence.swap(y.unflatten(1, (t, -1)), split=1, join=3, count=self.heads)
+            return self.proj(y.flatten(3).flatten(1, 2))
         # Over time: the norm's output is exchanged rather than q, k and v, for it is a third of them.
-        x = sequence.swap(x.unflatten(1, (frames, -1)), split=2, join=1)
+        x = sequence.swap(x.unflatten(1, (frames, -1)), split=2, join=1, count=t)
         y = self.proj(self._attend(self._heads(x.flatten(1, 2)), (t, x.shape[2], 1)))
-        return sequence.swap(y.unflatten(1, (t, -1)), split=1, join=2).flatten(1, 2)
+        return sequence.swap(y.unflatten(1, (t, -1)), split=1, join=2, count=h * w).flatten(1, 2)
 
     def _heads(self, x: Tensor) -> Tensor:
         """Queries, keys and values ``[B, N, 3, heads, head_dim]``."""

@@ -321,7 +321,8 @@ class STDiT(Denoiser):
             text = self.y_embedder(y)[:, None]
 
         # Under autocast the embedding comes out in half precision; the residual stream keeps the parameters' dtype.
-        x = self.x_embedder(sequence.own(x, 2), sequence.own(self.pos_embed, 1)).to(dtype)
+        count = self.config.grid[0]
+        x = self.x_embedder(sequence.own(x, 2, count), sequence.own(self.pos_embed, 1, count)).to(dtype)
         tables = [cast(Block, block).scale_shift_table for block in self.blocks]
         vectors = [Modulation(*(t0 + table.flatten()).chunk(6, dim=-1)) for table in tables]
         last = [c + row for row in self.final_layer.scale_shift_table]
@@ -337,13 +338,14 @@ class STDiT(Denoiser):
                 x, y = block(*arguments)
             pos_time = None
         grid = frames.shape[1], *self.config.grid[1:]
-        return sequence.joined(unpatchify(self.final_layer.linear(y), grid, self.config.patch, self.out_channels), 2)
+        x = unpatchify(self.final_layer.linear(y), grid, self.config.patch, self.out_channels)
+        return sequence.joined(x, 2, count)
 
     def units(self) -> list[list[nn.Module]]:
         # The tables of the blocks are read before the first block.
         return [list(block.children()) for block in self.blocks]
 
-    def divisible(self) -> dict[str, int]:
+    def divisible(self, images: int = 0) -> dict[str, int]:
         frames, height, width = self.config.grid
         return {"frames of tokens": frames, "places of a frame": height * width}
 

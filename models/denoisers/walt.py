@@ -185,22 +185,25 @@ class WALT(Denoiser):
 
         # Under autocast the embedding comes out in half precision; the residual stream keeps the parameters' dtype.
         x = self._embed(x, images, previous, low, self._known(x, past, past_frames) if config.past else None)
-        x = sequence.own(x, 1)
+        grid = config.grid[0] + images, *config.grid[1:]
+        # Ranks divide the tokens; with images by frames, for each frame may have a modulation of its own.
+        pieces = grid[0] if images else math.prod(grid)
+        x = sequence.own(x, 1, pieces)
         y = adaln(x, vectors[0].shift_msa, vectors[0].scale_msa)
         for block, own, (shift, scale, *_) in zip(self.blocks, vectors, [*vectors[1:], last], strict=True):
-            arguments = (x, y, text, mask, own, shift, scale)
+            arguments = (x, y, text, mask, own, shift, scale, pieces)
             if self.checkpointing and torch.is_grad_enabled():
                 # A layer draws no random numbers, so there is no generator state to restore.
                 x, y = checkpoint(block, *arguments, False, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, y = block(*arguments)
-        grid = config.grid[0] + images, *config.grid[1:]
-        patches = sequence.joined(self.final_layer.linear(y), 1)
+        patches = sequence.joined(self.final_layer.linear(y), 1, pieces)
         return unpatchify(patches, grid, config.patch, self.out_channels)
 
-    def divisible(self) -> dict[str, int]:
-        config = self.config
-        return {} if config.text_width else {"tokens": math.prod(config.grid), "heads": config.heads}
+    def divisible(self, images: int = 0) -> dict[str, int]:
+        frames, height, width = self.config.grid
+        divided = {"frames and images": frames + images} if images else {"tokens": frames * height * width}
+        return {**divided, "heads": self.config.heads}
 
     def units(self) -> list[list[nn.Module]]:
         return [list(block.children()) for block in self.blocks]
@@ -251,7 +254,7 @@ class WALT(Denoiser):
         others = first.unsqueeze(-2) + torch.einsum("...lr,lor->...lo", low_rank, self.lora_up)
         rows = [first, *others.unbind(-2), self.final_layer.adaLN_modulation(c)]
         if c.dim() == 3 and frame is not None:
-            rows = [row.index_select(1, frame) for row in rows]
+            rows = [sequence.own(row.index_select(1, frame), 1) for row in rows]
         return modulations_of(rows, self.config.width)
 
     def _text(self, y: Tensor | Text | None, batch: int, images: int, frame: Tensor | None) -> tuple[Tensor, Tensor]:

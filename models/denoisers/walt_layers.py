@@ -30,6 +30,18 @@ def relative_places(window: Grid) -> Tensor:
     return (t * (2 * window[1] - 1) + h) * (2 * window[2] - 1) + w
 
 
+def heads_of_all_tokens(x: Tensor, pieces: int) -> Tensor:
+    """``[B, n, c, heads, d]`` of this rank's of ``pieces`` of the tokens, as ``[B, N, c, own heads, d]``."""
+    x = x.unflatten(1, (sequence.part(pieces), -1))
+    return sequence.swap(x, split=4, join=1, count=pieces).flatten(1, 2)
+
+
+def tokens_of_all_heads(x: Tensor, heads: int, pieces: int) -> Tensor:
+    """``[B, N, own heads, d]`` as ``[B, n, heads d]``."""
+    x = x.unflatten(1, (pieces, -1))
+    return sequence.swap(x, split=1, join=3, count=heads).flatten(3).flatten(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention in windows, with QK-norm and a learned bias for each relative position."""
 
@@ -45,9 +57,9 @@ class Attention(nn.Module):
         self.bias_table = nn.Parameter(torch.empty(config.heads, math.prod(2 * n - 1 for n in self.window)))
         self.register_buffer("places", relative_places(self.window), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pieces: int) -> Tensor:
         # Ranks that divide the tokens exchange them for heads: windows and padding stay as they are.
-        qkv = sequence.swap(self.qkv(x).unflatten(-1, (3, self.heads, -1)), split=3, join=1)
+        qkv = heads_of_all_tokens(self.qkv(x).unflatten(-1, (3, self.heads, -1)), pieces)
         # The backward of embedding sums in a fixed order, which that of indexing need not.
         bias = F.embedding(self.places, self.bias_table.t()).permute(2, 0, 1)
         bias = sequence.own(bias, 0)
@@ -61,7 +73,7 @@ class Attention(nn.Module):
         # Images: what attends to itself alone gets its own v.
         alone = qkv[:, tokens:, 2].flatten(2)
         out = torch.cat((out, alone), dim=1) if alone.shape[1] else out
-        return self.proj(sequence.swap(out, split=1, join=2))
+        return self.proj(tokens_of_all_heads(out.unflatten(-1, (qkv.shape[3], -1)), self.heads, pieces))
 
 
 class CrossAttention(nn.Module):
@@ -78,24 +90,23 @@ class CrossAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.q_norm, self.k_norm = (nn.LayerNorm(head_dim, eps=1e-6, bias=False) for _ in range(2))
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """``x [B, N, D]``; text ``[B, S, L, D]`` and its mask ``[B, S, L]``, S = 1, or one text a frame."""
-        batch, tokens, width = x.shape
-        q, k, v = self._heads(self._to_windows(self.qkv(self.norm(x))), 3)
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor, pieces: int) -> Tensor:
+        """``x [B, n, D]``; text ``[B, S, L, D]`` and its mask ``[B, S, L]``, S = 1, or one text a frame."""
+        qkv = heads_of_all_tokens(self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)), pieces)
+        batch, tokens, _, heads, head_dim = qkv.shape
+        q, k, v = self._to_windows(qkv.flatten(2)).unflatten(-1, (3, heads, head_dim)).unbind(-3)
         windows = k.shape[1]
-        more = outputs_from(self.qkv, text, width).repeat_interleave(windows // text.shape[1], dim=1)
-        text_k, text_v = self._heads(more, 2)
+        more = outputs_from(self.qkv, text, x.shape[-1]).unflatten(-1, (2, self.heads, head_dim))
+        more = sequence.own(more, -2).repeat_interleave(windows // text.shape[1], dim=1)
+        text_k, text_v = more.unbind(-3)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(torch.cat((k, text_k), dim=2)).to(v.dtype)
         v = torch.cat((v, text_v), dim=2)
         inside = self._to_windows(mask.new_ones(batch, tokens, 1)).squeeze(-1)
         allowed = torch.cat((inside, mask.repeat_interleave(windows // mask.shape[1], dim=1)), dim=2)
         q, k, v = (part.flatten(0, 1).transpose(1, 2) for part in (q, k, v))  # [B windows, heads, L, head_dim]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed.flatten(0, 1)[:, None, None])
-        return self.proj(self._to_tokens(out.transpose(1, 2).flatten(2).unflatten(0, (batch, windows)), tokens))
-
-    def _heads(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
-        """``[..., count D]`` as ``count`` times ``[..., heads, head_dim]``."""
-        return x.unflatten(-1, (count, self.heads, -1)).unbind(-3)
+        out = self._to_tokens(out.transpose(1, 2).flatten(2).unflatten(0, (batch, windows)), tokens)
+        return self.proj(tokens_of_all_heads(out.unflatten(-1, (heads, head_dim)), self.heads, pieces))
 
     def _to_windows(self, x: Tensor) -> Tensor:
         """``[B, N, D]`` as ``[B, windows, wt wh ww, D]``, padded with zeros."""
@@ -133,15 +144,16 @@ class Block(nn.Module):
         own: Modulation,
         next_shift: Tensor,
         next_scale: Tensor,
+        pieces: int,
         recompute_norms: bool = True,
     ) -> tuple[Tensor, Tensor]:
         with recompute_adaln(y, x, own.shift_msa, own.scale_msa) if recompute_norms else nullcontext():
-            branch = self.attn(y)
+            branch = self.attn(y, pieces)
         if self.cross is None:
             x, y = gate_residual_adaln(x, branch, own.gate_msa, own.shift_mlp, own.scale_mlp)
         else:
             x = gate_residual(x, branch, own.gate_msa)
-            x = x + self.cross(x, text, mask)
+            x = x + self.cross(x, text, mask, pieces)
             y = adaln(x, own.shift_mlp, own.scale_mlp)
         with recompute_adaln(y, x, own.shift_mlp, own.scale_mlp) if recompute_norms else nullcontext():
             branch = self.mlp(y)

@@ -20,7 +20,7 @@ class ParallelConfig:
     """Number of GPUs that a copy's weights, gradients, averages and optimizer states are divided among, each of which
     has its own samples too (FSDP2)."""
     sequence: int = 1
-    """Number of GPUs that divide the tokens of the same samples; it must divide the frames of tokens and what the
+    """Number of GPUs that divide the tokens of the same samples; at most the frames of tokens, and at most what the
     model's attention exchanges: places of a frame, or heads."""
 
     def __post_init__(self) -> None:

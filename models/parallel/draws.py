@@ -19,6 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import sequence
+
 
 class Share(NamedTuple):
     """That of ``rank`` among ``ranks`` with samples of their own; ``group`` is theirs."""
@@ -88,12 +90,12 @@ def multinomial(p: Tensor, count: int, **options: Any) -> Tensor:
     return _own(torch.multinomial(p, _all(count)[0], True, **options))
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """``F.dropout`` of ``x [B, ...]``."""
-    if _share.ranks == 1 or not training or not p:
+def dropout(x: Tensor, p: float, training: bool, frames: int) -> Tensor:
+    """``F.dropout`` of ``x [B, T, ...]``, of all ``frames`` or of this rank's."""
+    if _share.ranks * sequence.ranks() == 1 or not training or not p:
         return F.dropout(x, p, training)
-    kept = torch.empty(_all(x.shape), dtype=x.dtype, device=x.device).bernoulli_(1 - p)
-    return x * (_own(kept) / (1 - p))
+    kept = torch.empty(_all((len(x), frames, *x.shape[2:])), dtype=x.dtype, device=x.device).bernoulli_(1 - p)
+    return x * (sequence.own(_own(kept), 1) / (1 - p))
 
 
 def of_all(values: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Sequence parallel training: the tokens of a sample divided among ranks.
 
-Tokens ``[B, T * H * W, D]`` are divided by frames, time slowest: each of K ranks has ``T / K`` frames of the samples.
-What works on single tokens, and attention inside a frame, needs nothing else. Other attention takes one all-to-all, and
-one back:
+Tokens ``[B, T * H * W, D]`` are divided by frames, time slowest: each of K ranks has ``T / K`` frames of the samples,
+and of a number that K does not divide the first ranks have one more. What works on single tokens, and attention inside
+a frame, needs nothing else. Other attention takes one all-to-all, and one back:
 
     over time    T / K frames, all places    ->    all frames, H W / K places    (DSP)
     joint        N / K tokens, all heads     ->    all tokens, heads / K         (Ulysses)
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -57,62 +58,85 @@ def ranks() -> int:
 
 
 def check_divisible(ranks: int, counts: Mapping[str, int]) -> None:
-    """Raises ValueError unless so many ranks divide all of the counts, which are known by name, and there are any."""
+    """Raises ValueError unless each of so many ranks gets a part of all of the counts, which are known by name."""
     if ranks == 1:
         return
     if not counts:
-        raise ValueError(f"parallel.sequence is {ranks}; this model cannot divide its tokens, so it must be 1")
-    common = math.gcd(*counts.values())
-    if common % ranks:
+        raise ValueError(f"parallel.sequence is {ranks}; it must be 1, for an autoencoder has no tokens to divide")
+    most = min(counts.values())
+    if ranks > most:
         named = ", ".join(f"{name} ({count})" for name, count in counts.items())
-        allowed = [str(n) for n in range(1, common + 1) if common % n == 0]
-        raise ValueError(f"parallel.sequence is {ranks}; it must divide {named}: it may be {', '.join(allowed)}")
+        raise ValueError(f"parallel.sequence is {ranks}; each rank needs a part of {named}: it must be at most {most}")
 
 
-def own(x: Tensor, dim: int) -> Tensor:
-    """This rank's part of what every rank has whole."""
-    return x.chunk(_line.ranks, dim)[_line.rank] if _line.ranks > 1 else x
+def _sizes(count: int) -> list[int]:
+    """How many of ``count`` each rank has."""
+    even, more = divmod(count, _line.ranks)
+    return [even + (rank < more) for rank in range(_line.ranks)]
 
 
-def joined(x: Tensor, dim: int) -> Tensor:
-    """The whole of which ``x`` is this rank's part; the gradient is that of the own part."""
-    return _Join.apply(x, dim) if _line.ranks > 1 else x
+def part(count: int) -> int:
+    """How many of ``count`` this rank has."""
+    return _sizes(count)[_line.rank]
 
 
-def swap(x: Tensor, split: int, join: int) -> Tensor:
-    """The axis ``split`` divided and the axis ``join`` whole, where it was the other way round: one all-to-all."""
-    return _Swap.apply(x, split, join) if _line.ranks > 1 else x
+def own(x: Tensor, dim: int, count: int | None = None) -> Tensor:
+    """This rank's part of what every rank has whole; the axis has ``count`` equal pieces, by default of size 1."""
+    if _line.ranks == 1:
+        return x
+    pieces = x.shape[dim] if count is None else count
+    return x.split([n * (x.shape[dim] // pieces) for n in _sizes(pieces)], dim)[_line.rank]
+
+
+def joined(x: Tensor, dim: int, count: int) -> Tensor:
+    """The whole, whose axis has ``count`` pieces, of this rank's part; the gradient is that of the own part."""
+    return _Join.apply(x, dim, count) if _line.ranks > 1 else x
+
+
+def swap(x: Tensor, split: int, join: int, count: int) -> Tensor:
+    """The axis ``split`` divided and the axis ``join`` whole, of size ``count``, where it was the other way round."""
+    return _Swap.apply(x, split, join, count) if _line.ranks > 1 else x
 
 
 class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
-        ctx.dim = dim
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(_line.ranks)]
+    def forward(ctx: Any, x: Tensor, dim: int, count: int) -> Tensor:
+        ctx.axis = dim, count
+        sizes = [n * (x.shape[dim] // part(count)) for n in _sizes(count)]
+        # A collective of equal parts: those that lack a piece are filled up.
+        filled = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, sizes[0] - x.shape[dim])).contiguous()
+        parts = [torch.empty_like(filled) for _ in sizes]
         if _line.group is not None:
-            dist.all_gather(parts, x.contiguous(), group=_line.group)
-        return torch.cat(parts, dim)
+            dist.all_gather(parts, filled, group=_line.group)
+        return torch.cat([each.narrow(dim, 0, size) for each, size in zip(parts, sizes, strict=True)], dim)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return own(gradient, ctx.dim), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return own(gradient, *ctx.axis), None, None
 
 
 class _Swap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, split: int, join: int) -> Tensor:
-        ctx.axes = split, join
-        return _exchanged(x, split, join)
+    def forward(ctx: Any, x: Tensor, split: int, join: int, count: int) -> Tensor:
+        ctx.axes = split, join, x.shape[split]
+        return _exchanged(x, split, join, count)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        split, join = ctx.axes
-        return _exchanged(gradient, join, split), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        split, join, count = ctx.axes
+        return _exchanged(gradient, join, split, count), None, None, None
 
 
-def _exchanged(x: Tensor, split: int, join: int) -> Tensor:
-    sent = torch.stack(x.chunk(_line.ranks, split))
-    received = torch.empty_like(sent)
+def _exchanged(x: Tensor, split: int, join: int, count: int) -> Tensor:
+    sent = x.movedim(split, 0).contiguous()
+    shapes = []
+    for n in _sizes(count):
+        shape = list(x.shape)
+        shape[join], shape[split] = n, part(x.shape[split])
+        shapes.append([shape.pop(split), *shape])
+    sizes = [math.prod(shape) for shape in shapes]
+    received = x.new_empty(sum(sizes))
     if _line.group is not None:
-        dist.all_to_all_single(received, sent, group=_line.group)
-    return torch.cat(received.unbind(), join)
+        dist.all_to_all_single(received, sent, sizes, _sizes(x.shape[split]), group=_line.group)
+    parts = zip(received.split(sizes), shapes, strict=True)
+    return torch.cat([each.view(shape).movedim(0, split) for each, shape in parts], join)

@@ -136,8 +136,6 @@ class TrainConfig:
         for name in ("shard", "sequence"):
             if self.compile and self.parallel.axes[name] > 1:
                 raise ValueError(f"compile is True; with parallel.{name} {self.parallel.axes[name]} it must be False")
-        if self.data.images and self.parallel.sequence > 1:
-            raise ValueError(f"data.images is {self.data.images}; with parallel.sequence > 1 it must be 0")
         if self.lora.rank and self.init is None:
             raise ValueError(f"lora.rank is {self.lora.rank}; it needs init, the weights that stay as they are")
         if self.lora.rank and self.model.autoencoder:

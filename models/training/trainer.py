@@ -84,7 +84,7 @@ class Trainer:
         # What a checkpoint has and a forward may change, as the statistics of a batch norm.
         kept = self.model.state_dict().keys()
         self.buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
-        check_divisible(config.parallel.sequence, self.model.divisible())
+        check_divisible(config.parallel.sequence, self.model.divisible(config.data.images))
         self.reads_low = self._reads_low()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(

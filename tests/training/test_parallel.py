@@ -174,7 +174,7 @@ def test_ranks_divide_what_one_process_reads_and_draws():
             draws.randn((count, 3), generator=generator),
             draws.randint(2, 9, count, generator=generator),
             draws.multinomial(torch.ones(7), count, generator=generator),
-            draws.dropout(x, 0.5, True),
+            draws.dropout(x, 0.5, True, 3),
         ]
 
     torch.manual_seed(0)

@@ -33,6 +33,8 @@ from models.parallel.shards import local, shard, whole
 
 BATCH = 4
 SHAPE: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "channels": 3, "patch": (1, 4, 4)}
+# Two ranks divide neither the 5 frames nor the 5 heads, and four ranks not the 6 places of a frame either.
+UNEVEN = {**SHAPE, "width": 40, "heads": 5, "input_size": (5, 8, 12)}
 VIDEO = {**SHAPE, "heads": 4, "input_size": (4, 8, 8)}
 WALT_SHAPE = {**SHAPE, "heads": 4, "input_size": (5, 8, 8)}
 STAGE = {
@@ -55,6 +57,24 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "vqgan": lambda: VQGAN(
         VQGANConfig(input_size=(2, 16, 16), channels=3, width=8, blocks=1, codes=64, discriminator=4)
+    ),
+    "uneven dit": lambda: DiT(DiTConfig(**UNEVEN, num_classes=3, class_dropout=0.5, learn_sigma=True)),
+    "uneven dit of one token a frame": lambda: DiT(DiTConfig(**UNEVEN | {"input_size": (5, 4, 4)}, num_classes=3)),
+    "uneven latte": lambda: DiT(DiTConfig(**UNEVEN, num_classes=3, attention="factorized", late_frames=True)),
+    "uneven stdit": lambda: STDiT(STDiTConfig(**UNEVEN, num_classes=3)),
+    "uneven stdit, text": lambda: STDiT(STDiTConfig(**UNEVEN, text_width=8, class_dropout=0.5)),
+    "uneven walt": lambda: WALT(WALTConfig(**UNEVEN, num_classes=3, past=0.5, self_conditioning=0.5)),
+    "uneven walt, images": lambda: WALT(WALTConfig(**UNEVEN, num_classes=3)),
+    "uneven walt, text": lambda: WALT(WALTConfig(**UNEVEN, text_width=8, low_resolution=True)),
+    "uneven cascade": lambda: Cascade(
+        CascadeConfig(
+            input_size=(5, 5, 7),
+            channels=3,
+            num_classes=3,
+            patch=(1, 1, 1),
+            temporal_convolution=True,
+            **STAGE | {"dropout": (0.1, 0.1)},
+        )
     ),
     "tokenizer": lambda: CausalTokenizer(
         TokenizerConfig(
@@ -82,11 +102,13 @@ def made(name: str) -> tuple[nn.Module, Any, torch.Tensor, Any]:
     """The model with weights that leave no gradient out, its objective, and a batch."""
     torch.manual_seed(0)
     model = MODELS[name.removesuffix(", frames")]()
+    images = 2 if "images" in name else 0
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.1)
-    x = torch.randn(BATCH, 3, *model.config.input_size)
-    y: Any = torch.randint(3, (BATCH,))
+    frames, height, width = model.config.input_size
+    x = torch.randn(BATCH, 3, frames + images, height, width)
+    y: Any = torch.randint(3, (BATCH, 1 + images) if images else (BATCH,))
     if "text" in name:
         y = Text(torch.randn(BATCH, 5, 8), torch.arange(5) < torch.tensor([[5], [2], [0], [1]]))
     return model, OBJECTIVES.get(name.rpartition(", ")[2], DDPM(prediction="velocity")), x, y
@@ -104,60 +126,63 @@ def gradients(loss: nn.Module, ranks: Ranks, x: torch.Tensor, y: Any, *, bf16: b
     return ranks.mean(value.detach()).item(), found
 
 
-def worst(name: str, config: ParallelConfig, *, checkpointing: bool = False, bf16: bool = False) -> tuple[float, float]:
-    """The relative error of the loss and the largest one of a gradient, on the processes of ``config``."""
+def worst(
+    *names: str, config: ParallelConfig, checkpointing: bool = False, bf16: bool = False
+) -> dict[str, tuple[float, float]]:
+    """Of each model the relative error of the loss and the largest one of a gradient, on the processes of ``config``."""
 
-    def compare() -> tuple[float, float]:
+    def compare(name: str, ranks: Ranks) -> tuple[float, float]:
         model, objective, x, y = made(name)
         expected, exact = gradients(Loss(copy.deepcopy(model), objective), Ranks(), x, y, bf16=bf16)
-        with open_ranks(config, torch.device("cpu")) as ranks:
-            model.checkpointing = checkpointing
-            if ranks.sharded:
-                shard(model, ranks, bf16=bf16)
-                assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-                kept = sum(local(parameter).numel() for parameter in model.parameters())
-                assert kept < 0.6 * sum(parameter.numel() for parameter in model.parameters())
-            got, parts = gradients(replicas(Loss(model, objective), ranks), ranks, x, y, bf16=bf16)
-            errors = [0.0]
-            for right, part in zip(exact, whole(parts, keep=True), strict=True):
-                assert (right is None) == (part is None)
-                if right is not None:
-                    errors.append(((part - right).norm() / right.norm().clamp_min(1e-4)).item())
+        model.checkpointing = checkpointing
+        if ranks.sharded:
+            shard(model, ranks, bf16=bf16)
+            assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+            kept = sum(local(parameter).numel() for parameter in model.parameters())
+            assert kept < 0.6 * sum(parameter.numel() for parameter in model.parameters())
+        got, parts = gradients(replicas(Loss(model, objective), ranks), ranks, x, y, bf16=bf16)
+        errors = [0.0]
+        for right, part in zip(exact, whole(parts, keep=True), strict=True):
+            assert (right is None) == (part is None)
+            if right is not None:
+                errors.append(((part - right).norm() / right.norm().clamp_min(1e-4)).item())
         return abs(got - expected) / expected, max(errors)
 
-    return on_ranks(config.size, compare)[0]
+    def compare_all() -> dict[str, tuple[float, float]]:
+        with open_ranks(config, torch.device("cpu")) as ranks:
+            return {name: compare(name, ranks) for name in names}
+
+    return on_ranks(config.size, compare_all)[0]
+
+
+def agree(*names: str, config: ParallelConfig, checkpointing: bool = False) -> None:
+    """Asserts that loss and gradients are those of one process."""
+    for name, (loss, gradient) in worst(*names, config=config, checkpointing=checkpointing).items():
+        assert loss < 1e-6 and gradient < 2e-5, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_shards_have_the_gradients_of_one_process(name: str):
-    loss, gradient = worst(name, ParallelConfig(shard=2), checkpointing=True)
-    assert loss < 1e-6 and gradient < 2e-5
+def test_shards_have_the_gradients_of_one_process():
+    agree(*(name for name in MODELS if "uneven" not in name), config=ParallelConfig(shard=2), checkpointing=True)
 
 
-@pytest.mark.parametrize("name", ["latte", "stdit", "walt"])
-def test_shards_recompute_norms_as_one_process_does(name: str):
-    loss, gradient = worst(name, ParallelConfig(shard=2))
-    assert loss < 1e-6 and gradient < 2e-5
+def test_shards_recompute_norms_as_one_process_does():
+    agree("latte", "stdit", "walt", config=ParallelConfig(shard=2))
 
 
 @pytest.mark.slow
 def test_sharded_copies_have_the_gradients_of_one_process():
-    loss, gradient = worst("dit", ParallelConfig(data=2, shard=2))
-    assert loss < 1e-6 and gradient < 2e-5
+    agree("dit", config=ParallelConfig(data=2, shard=2))
 
 
-@pytest.mark.parametrize("name", ["cascade", "walt", "vqgan"])
-def test_copies_have_the_gradients_of_one_process(name: str):
-    loss, gradient = worst(name, ParallelConfig(data=2))
-    assert loss < 1e-6 and gradient < 2e-5
+def test_copies_have_the_gradients_of_one_process():
+    agree("cascade", "walt", "vqgan", config=ParallelConfig(data=2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dit", "stdit", "walt"])
-def test_in_bfloat16_shards_have_the_loss_of_one_process(name: str):
-    loss, gradient = worst(name, ParallelConfig(shard=2), bf16=True)
-    assert loss < 1e-3 and gradient < 0.05
+def test_in_bfloat16_shards_have_the_loss_of_one_process():
+    for name, (loss, gradient) in worst("dit", "stdit", "walt", config=ParallelConfig(shard=2), bf16=True).items():
+        assert loss < 1e-3 and gradient < 0.05, name
 
 
 class Sent(TorchDispatchMode):
@@ -217,31 +242,30 @@ def test_a_step_sends_what_the_docs_say():
     assert counts["alltoall"] == 2 * 2 * (3 + 1) * tokens
 
 
+DIVIDED = ["uneven dit", "uneven latte", "uneven stdit, text", "uneven walt", "uneven walt, text", "uneven cascade"]
+# A modulation for each frame, or for each token, which here are the same.
+ROWS = ["uneven latte, frames", "uneven stdit, frames", "uneven walt, images", "uneven dit of one token a frame, frames"]
 MORE = [ParallelConfig(sequence=4), ParallelConfig(data=2, sequence=2), ParallelConfig(shard=2, sequence=2)]
 
 
 @pytest.mark.parametrize(
     "config", [ParallelConfig(sequence=2), *(pytest.param(config, marks=pytest.mark.slow) for config in MORE)], ids=str
 )
-@pytest.mark.parametrize("name", ["dit", "latte", "stdit, text", "walt"])
-def test_ranks_that_divide_tokens_have_the_gradients_of_one_process(name: str, config: ParallelConfig):
-    loss, gradient = worst(name, config, checkpointing=config.data > 1)
-    assert loss < 1e-6 and gradient < 2e-5
+def test_ranks_that_divide_tokens_have_the_gradients_of_one_process(config: ParallelConfig):
+    agree(*DIVIDED, *ROWS, "walt", config=config, checkpointing=config.data > 1)
 
 
-@pytest.mark.parametrize("name", ["latte, frames", "stdit, frames"])
-def test_modulation_of_each_frame_is_divided_with_the_frames(name: str):
-    loss, gradient = worst(name, ParallelConfig(sequence=2))
-    assert loss < 1e-6 and gradient < 2e-5
-
-
-def test_what_ranks_cannot_divide_is_refused_with_what_they_can():
-    message = r"sequence is 4; it must divide frames of tokens \(6\), heads \(4\): it may be 1, 2$"
+def test_more_ranks_than_parts_are_refused_with_how_many_there_may_be():
+    message = r"sequence is 8; each rank needs a part of frames of tokens \(5\), heads \(4\): it must be at most 4$"
     with pytest.raises(ValueError, match=message):
-        check_divisible(4, DiT(DiTConfig(**VIDEO | {"input_size": (6, 8, 8)})).divisible())
-    with pytest.raises(ValueError, match="sequence is 2; this model cannot divide its tokens, so it must be 1"):
-        check_divisible(2, MODELS["cascade"]().divisible())
-    check_divisible(4, MODELS["stdit"]().divisible())
+        check_divisible(8, DiT(DiTConfig(**VIDEO | {"input_size": (5, 8, 8)})).divisible())
+    image = DiT(DiTConfig(**SHAPE | {"patch": (2, 2)}, input_size=(8, 8)))
+    with pytest.raises(ValueError, match=r"frames of tokens \(1\), heads \(2\): it must be at most 1$"):
+        check_divisible(2, image.divisible())
+    with pytest.raises(ValueError, match="sequence is 2; it must be 1, for an autoencoder has no tokens to divide"):
+        check_divisible(2, MODELS["vqgan"]().divisible())
+    with pytest.raises(ValueError, match=r"frames and images \(7\)"):
+        check_divisible(8, MODELS["uneven walt"]().divisible(images=2))
 
 
 def test_a_rank_has_its_frames_only():
@@ -249,6 +273,6 @@ def test_a_rank_has_its_frames_only():
 
     def places() -> list[int]:
         with open_ranks(ParallelConfig(sequence=2), torch.device("cpu")) as ranks, dividing(ranks.line):
-            return own(torch.arange(4)[None], 1).flatten().tolist()
+            return own(torch.arange(5)[None], 1).flatten().tolist()
 
-    assert on_ranks(2, places) == [[0, 1], [2, 3]]
+    assert on_ranks(2, places) == [[0, 1, 2], [3, 4]]
