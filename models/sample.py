@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -21,8 +21,9 @@ from .data.encoder import Decoder
 from .data.media import read_samples, refuse_present, write_samples
 from .data.text import TextEncoder, identify_text_encoder, refuse_another
 from .denoisers.text import Text
-from .parallel.config import ParallelConfig
+from .parallel.config import ParallelConfig, SamplingConfig
 from .parallel.ranks import is_first, open_ranks, processes, serving_on
+from .parallel.sequence import check_divisible, dividing
 from .runtime.allocator import reuse_large_allocations
 from .runtime.arguments import read
 from .runtime.device import check_backend, choose_device
@@ -108,6 +109,8 @@ class SampleConfig(SolverOptions):
     """On CUDA 'auto' verifies the kernels first where that was not done, with backend 'auto' only."""
     device: str = "auto"
     """Device: 'cpu', 'cuda', 'cuda:1' and so on. 'auto' is CUDA if there is a device, else the CPU."""
+    parallel: SamplingConfig = field(default_factory=SamplingConfig)
+    """The processes that torchrun started: how they share the clips."""
 
 
 # Options of the command that the request has under the same name.
@@ -193,6 +196,19 @@ class Start(NamedTuple):
         return None if config.low is None or self.clips is None else self.clips.permute(0, 4, 1, 2, 3)
 
 
+def shares_of(config: SampleConfig) -> ParallelConfig:
+    """How the processes share the clips.
+
+    Raises:
+        ValueError: a number that does not divide them, or an option that does not go with divided tokens.
+    """
+    parallel = config.parallel.among(processes())
+    for name in ("compile", "cuda_graphs"):
+        if getattr(config, name) and parallel.sequence > 1:
+            raise ValueError(f"{name} is True; with parallel.sequence {parallel.sequence} it must be False")
+    return parallel
+
+
 def start_of(config: SampleConfig) -> tuple[Start, int]:
     """What sampling starts from, and how many clips it makes.
 
@@ -209,8 +225,10 @@ def start_of(config: SampleConfig) -> tuple[Start, int]:
     for name, value in (("count", count), ("batch_size", config.batch_size), ("fps", config.fps)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    if count < processes():
-        raise ValueError(f"count is {count}; each of {processes()} processes needs at least one clip")
+    shares = shares_of(config).data
+    if count < shares:
+        group = "processes" if config.parallel.sequence == 1 else f"groups of {config.parallel.sequence} processes"
+        raise ValueError(f"count is {count}; each of {shares} {group} needs at least one clip")
     if config.fps > 1000:
         raise ValueError(f"fps is {config.fps}; it must be at most 1000")
     if clips is not None and count > len(clips):
@@ -290,11 +308,13 @@ def run(config: SampleConfig) -> list[Path]:
         None if checkpoint.encoder is None or config.latents else Decoder(checkpoint.encoder, device, config.encoder)
     )
     model = (checkpoint.merged() if config.merge else checkpoint).build(ema=not config.last_weights).to(device)
+    check_divisible(config.parallel.sequence, model.divisible())
     if config.compile:
         model.compile()
     with (
-        open_ranks(ParallelConfig(data=processes()), device) as ranks,
+        open_ranks(shares_of(config), device) as ranks,
         serving_on(ranks, device, config.backend, config.verify),
+        dividing(ranks.line),
         torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
     ):
         request = ClipRequest(
@@ -310,10 +330,12 @@ def run(config: SampleConfig) -> list[Path]:
             low=in_training_units(start.low(config), model, decode, config.batch_size),
             **{name: getattr(config, name) for name in SAME_NAMES},
         )
-        parts = ranks.joined(sample_clips(model, train.objective, request))
+        clips = sample_clips(model, train.objective, request)
+        # All ranks that divide the tokens have the same clips.
+        parts = ranks.joined(clips if ranks.line.rank == 0 else None)
     if not parts:
         return []
-    clips = torch.cat(parts)
+    clips = torch.cat([part for part in parts if part is not None])
     paths = write_samples(folder, clips.numpy(), labels, checkpoint.classes, config.fps, overwrite=config.overwrite)
     print(f"{count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
     print(*said_of(labels, checkpoint), *(f"  {file}" for file in paths), sep="\n")

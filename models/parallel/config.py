@@ -7,6 +7,37 @@ from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    """How the processes that torchrun started share the clips to sample.
+
+    Raises:
+        ValueError: a number that is less than 1.
+    """
+
+    sequence: int = 1
+    """Number of GPUs that divide the tokens of the same clips; the GPUs in all are a multiple of it, and divide the
+    clips."""
+
+    def __post_init__(self) -> None:
+        if self.sequence < 1:
+            raise ValueError(f"parallel.sequence is {self.sequence}; it must be at least 1")
+
+    def among(self, processes: int) -> ParallelConfig:
+        """The shares of so many processes.
+
+        Raises:
+            ValueError: a number of processes that is no multiple of ``sequence``.
+        """
+        if processes % self.sequence:
+            allowed = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
+            raise ValueError(
+                f"parallel.sequence is {self.sequence}; it must divide the number of processes, {processes}: it may "
+                f"be {allowed}"
+            )
+        return ParallelConfig(data=processes // self.sequence, sequence=self.sequence)
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """The processes of a run, which torchrun starts: one per GPU, as many as the product of the numbers.
 

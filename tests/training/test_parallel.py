@@ -24,7 +24,7 @@ from models.objectives.ddpm import DDPM
 from models.objectives.logsnr import LogSNR
 from models.objectives.reconstruction import Reconstruction
 from models.parallel import draws
-from models.parallel.config import ParallelConfig
+from models.parallel.config import ParallelConfig, SamplingConfig
 from models.parallel.draws import Share, sharing
 from models.parallel.ranks import check_size
 from models.runtime.plain import merge
@@ -132,15 +132,19 @@ def test_ranks_divide_the_clips_that_are_sampled(tmp_path: Path):
 
     def sampled(name: str, **options) -> np.ndarray:
         config = SampleConfig(model, out=tmp_path / name, count=5, steps=2, batch_size=2, device="cpu", **options)
-        files = on_ranks(2 if name.startswith("two") else 1, lambda: sample(config))
-        assert files[1:] in ([], [[]])
+        files = on_ranks({"two": 2, "four": 4}.get(name.split()[0], 1), lambda: sample(config))
+        assert not any(files[1:])
         with np.load(next(file for file in files[0] if file.suffix == ".npz")) as content:
             return content["clips"]
 
-    assert np.array_equal(sampled("two"), sampled("one"))
+    one = sampled("one")
+    assert np.array_equal(sampled("two"), one)
     noisy = sampled("two noisy", solver="euler_maruyama"), sampled("noisy", solver="euler_maruyama")
     # The first rank has the first two clips, and draws the noise that one process draws for them.
     assert np.array_equal(noisy[0][:2], noisy[1][:2]) and not np.array_equal(noisy[0][2:4], noisy[1][2:4])
+    # Two pairs, which divide the frames of a clip: bytes that a rounding decides may differ by one.
+    pairs = sampled("four in pairs", parallel=SamplingConfig(sequence=2))
+    assert np.abs(pairs.astype(int) - one).max() <= 1 and (pairs == one).mean() > 0.99
 
 
 @pytest.mark.slow
@@ -200,6 +204,12 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch, tmp_path: Pat
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match=r"4 processes, but .* is 2; use --parallel.data 4, or --parallel.shard 2, or"):
         check_size(ParallelConfig(data=2))
+    with pytest.raises(ValueError, match=r"sequence is 3; it must divide the number of processes, 4: .* 1, 2, 4$"):
+        sample(SampleConfig(tmp_path, parallel=SamplingConfig(sequence=3)))
+    with pytest.raises(ValueError, match=r"count is 1; each of 2 groups of 2 processes needs at least one clip"):
+        sample(SampleConfig(tmp_path, parallel=SamplingConfig(sequence=2), count=1))
+    with pytest.raises(ValueError, match=r"compile is True; with parallel.sequence 4 it must be False"):
+        sample(SampleConfig(tmp_path, parallel=SamplingConfig(sequence=4), compile=True))
     with pytest.raises(ValueError, match=r"compile is True; with parallel.shard 2 it must be False"):
         merge(TINY, {"parallel": {"shard": 2}, "compile": True})
     assert not (tmp_path / "run").exists()
