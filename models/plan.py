@@ -12,17 +12,23 @@ with its kernels, autocast and checkpointing, not a formula; tests/models/test_p
                with --parallel.shard + gathered: what belongs to no unit, and the two largest units (parallel/shards.py)
     sampling = weights + activations of one guided step
     seconds  = FLOPs / (peak FLOP/s * utilization) + bytes moved by the ops / peak bytes/s
+    received = bytes that a GPU gets from others in a step, by collective (Collective)
 
 A training step is a forward and a backward of the model; what an objective adds, as the first pass of a model with
 self-conditioning, is not in it. The peaks are the vendors' figures for dense bfloat16 products with fp32 sums, and for
 memory; the utilization is an assumption to be replaced by a measurement on that GPU. Not counted: what the allocator
 loses between blocks, workspaces of libraries, an autoencoder (encode beforehand, decode in tiles), the gradients of a
-unit before they are divided, and that GPUs wait for each other. Sampling is that of one GPU.
+unit before they are divided, and that GPUs wait for each other (``bench/scale.py`` estimates that). Sampling is that of
+one GPU, or of those that divide the tokens of a clip. tests/training/test_parallel_plan.py holds memory and bytes
+against steps of 2 and 4 processes.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections import Counter as Counts
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +44,7 @@ from minisora_kernels.counters import Counter
 from .denoisers.lora import LoRAConfig, adapt
 from .parallel.config import ParallelConfig
 from .parallel.sequence import Line, check_divisible, dividing
+from .parallel.shards import held
 from .protocols import Model
 from .registry import SYSTEMS, build, configure
 from .runtime.arguments import read
@@ -130,12 +137,39 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
+class Collective(NamedTuple):
+    """Bytes that a GPU gives to the collectives of one kind in a step, among ``ranks`` GPUs.
+
+    What it receives, in rings of n ranks that each are given g bytes:
+
+        allgather         (n - 1) g        of the others' parts
+        reduce_scatter    (n - 1) g / n    of sums that become its part
+        allreduce         2 (n - 1) g / n  a reduce_scatter, then an allgather
+        alltoall          (n - 1) g / n    all but its own
+
+    Source of the ring's counts: Patarasuk and Yuan 2009, J. Parallel Distrib. Comput. 69.
+    """
+
+    kind: str
+    what: str
+    ranks: int
+    given: int
+
+    @property
+    def received(self) -> float:
+        """Bytes that the GPU receives."""
+        n = self.ranks
+        share = {"allgather": n - 1.0, "reduce_scatter": (n - 1) / n, "allreduce": 2 * (n - 1) / n}
+        return self.given * share.get(self.kind, (n - 1) / n)
+
+
 class Needs(NamedTuple):
-    """Of one GPU: bytes by what holds them, FLOPs, and bytes moved by the ops."""
+    """Of one GPU: bytes by what holds them, FLOPs, bytes moved by the ops, and what it sends."""
 
     memory: dict[str, float]
     flops: int
     moved: int
+    collectives: tuple[Collective, ...] = ()
 
     @property
     def total(self) -> float:
@@ -180,28 +214,27 @@ def _allocate(model: torch.nn.Module) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _gathered(model: Model, *, bf16: bool) -> int:
-    """Bytes of the weights that a sharded model has whole at a time: what no unit has, and the two largest units."""
-    units = [[id(p) for module in unit for p in module.parameters()] for unit in model.units()]
-    inside = {number for unit in units for number in unit}
-    sizes = {id(p): p.numel() for p in model.parameters()}
-    largest = sorted(sum(sizes[number] for number in unit) for unit in units)[-2:]
-    return 4 * (sum(sizes.values()) - sum(sizes[number] for number in inside)) + (2 if bf16 else 4) * sum(largest)
+class Parameter(NamedTuple):
+    """Its shape, the number of the unit that has it, None for none, and whether it is trained."""
+
+    shape: tuple[int, ...]
+    unit: int | None
+    trained: bool
 
 
 class Run(NamedTuple):
-    """Of one step: bytes of weights, of those that are trained, of activations and of gathered weights; the work."""
+    """Of one step: bytes of activations, FLOPs, bytes moved, and what ranks that divide tokens give to collectives."""
 
-    weights: int
-    trained: int
     activations: int
-    gathered: int
     flops: int
     moved: int
+    parameters: tuple[Parameter, ...]
+    given: dict[str, int]
 
 
 def _run(config: PlanConfig, *, training: bool, backend: str) -> Run:
-    line = Line(ranks=config.parallel.sequence if training else 1)
+    given: Counts[str] = Counts()
+    line = Line(ranks=config.parallel.sequence, given=given)
     with FakeTensorMode(), use_backend(backend), dividing(line):
         model, x, t, y = _model(config, training=training)
         check_divisible(line.ranks, model.divisible())
@@ -218,10 +251,48 @@ def _run(config: PlanConfig, *, training: bool, backend: str) -> Run:
                 loss = model(x, t, y).square().mean()
             if training:
                 loss.backward()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        weights, learned = (4 * sum(parameter.numel() for parameter in part) for part in (model.parameters(), trained))
-        gathered = _gathered(model, bf16=config.precision == "bf16")
-    return Run(weights, learned, alive.peak, gathered, counter.flops, counter.moved)
+    return Run(alive.peak, counter.flops, counter.moved, parameters_of(model), given)
+
+
+def parameters_of(model: Model) -> tuple[Parameter, ...]:
+    """What :func:`collectives` asks of a model."""
+    unit_of = {id(p): i for i, unit in enumerate(model.units()) for module in unit for p in module.parameters()}
+    return tuple(Parameter(tuple(p.shape), unit_of.get(id(p)), p.requires_grad) for p in model.parameters())
+
+
+def _held(parameters: Iterable[Parameter], parts: int) -> int:
+    """Numbers of parameters that each of so many GPUs holds."""
+    return sum(held(p.shape, parts) for p in parameters)
+
+
+def collectives(
+    parameters: tuple[Parameter, ...], given: dict[str, int], parallel: ParallelConfig, *, bf16: bool
+) -> tuple[Collective, ...]:
+    """What a GPU sends in a training step of one part (``accumulation`` 1): :mod:`models.parallel` in numbers.
+
+        copies     allreduce of the trained weights' gradients, fp32
+        shards     allgather of the units for the forward and for the backward, of the rest once;
+                   reduce_scatter of the gradients, fp32; allreduce of their parts among copies
+        sequence   alltoall in attention that crosses frames, allgather of the prediction: ``given``, bytes; its
+                   gradients are summed with those of copies or shards
+
+    Not counted: numbers that ranks agree on, a few bytes, and the buffers that DDP broadcasts once.
+    """
+    parts = _parts(parallel)
+    found = []
+    if parts > 1:
+        rest = _held((p for p in parameters if p.unit is None), parts)
+        units = _held(parameters, parts) - rest
+        gradients = 4 * _held((p for p in parameters if p.trained), parts)
+        found.append(Collective("allgather", "weights", parts, (4 if bf16 else 8) * units + 4 * rest))
+        found.append(Collective("reduce_scatter", "gradients", parts, parts * gradients))
+        found.append(Collective("allreduce", "gradients", parallel.data, gradients))
+    else:
+        gradients = 4 * sum(math.prod(p.shape) for p in parameters if p.trained)
+        found.append(Collective("allreduce", "gradients", parallel.size, gradients))
+    for kind, what in (("alltoall", "activations"), ("allgather", "prediction")):
+        found.append(Collective(kind, what, parallel.sequence, given.get(kind, 0)))
+    return tuple(each for each in found if each.ranks > 1 and each.given)
 
 
 def needs(config: PlanConfig, *, training: bool) -> Needs:
@@ -248,20 +319,42 @@ def needs(config: PlanConfig, *, training: bool) -> Needs:
     flops = run.flops
     if backend != "reference":  # it has the same products, in ops whose FLOPs torch knows
         flops = _run(config, training=training, backend="reference").flops
-    if not training:
-        return Needs({"weights": run.weights, "activations": run.activations}, flops, run.moved)
     parallel = config.parallel
-    parts = parallel.shard * parallel.sequence if parallel.shard > 1 else 1
-    memory = {
-        "weights": run.weights / parts,
-        "gradients": run.trained / parts,
-        "optimizer": 2 * run.trained / parts,
-        "ema": (run.trained if parts == 1 else run.weights) / parts,
-        "activations": run.activations,
+    if not training:
+        exchanged = collectives((), run.given, parallel, bf16=False)
+        weights = 4 * _held(run.parameters, 1)
+        return Needs({"weights": weights, "activations": run.activations}, flops, run.moved, exchanged)
+    bf16 = config.precision == "bf16"
+    memory = states(run.parameters, parallel, bf16=bf16) | {"activations": run.activations}
+    return Needs(memory, flops, run.moved, collectives(run.parameters, run.given, parallel, bf16=bf16))
+
+
+def states(parameters: tuple[Parameter, ...], parallel: ParallelConfig, *, bf16: bool) -> dict[str, float]:
+    """Bytes of a training on a GPU, without activations.
+
+    ``gathered`` is what a sharded model has whole at a time: what no unit has, and the two largest units.
+    """
+    parts = _parts(parallel)
+    weights = 4 * _held(parameters, parts)
+    trained = 4 * _held((p for p in parameters if p.trained), parts)
+    found: dict[str, float] = {
+        "weights": weights,
+        "gradients": trained,
+        "optimizer": 2 * trained,
+        "ema": trained if parts == 1 else weights,
     }
     if parts > 1:
-        memory["gathered"] = run.gathered
-    return Needs(memory, flops, run.moved)
+        sizes: Counts[int | None] = Counts()
+        for p in parameters:
+            sizes[p.unit] += parts * held(p.shape, parts)
+        rest = sizes.pop(None, 0)
+        found["gathered"] = 4 * rest + (2 if bf16 else 4) * sum(sorted(sizes.values())[-2:])
+    return found
+
+
+def _parts(parallel: ParallelConfig) -> int:
+    """How many GPUs a copy of the model is divided among."""
+    return parallel.shard * parallel.sequence if parallel.shard > 1 else 1
 
 
 def seconds(need: Needs, config: PlanConfig) -> float:
@@ -297,6 +390,12 @@ def report(config: PlanConfig) -> str:
             )
         else:
             lines.append(f"  {config.steps} guided steps: {config.steps * step:.1f} s for {config.batch_size} clips")
+        if need.collectives:
+            each = " + ".join(
+                f"{one.what} {one.received / 1e9:.3f} ({one.kind} over {one.ranks})" for one in need.collectives
+            )
+            received = sum(one.received for one in need.collectives)
+            lines.append(f"  each GPU receives {received / 1e9:.3f} GB a step: {each}")
     return "\n".join(lines)
 
 

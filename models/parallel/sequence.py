@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -29,12 +30,13 @@ from torch import Tensor
 class Line(NamedTuple):
     """The ranks that divide the tokens of the same samples, in the order of the frames; ``group`` is theirs.
 
-    Without a group nothing is sent, for shapes and sizes alone.
+    Without a group nothing is sent. ``given`` counts the bytes that this rank gives to each collective, sent or not.
     """
 
     rank: int = 0
     ranks: int = 1
     group: dist.ProcessGroup | None = None
+    given: Counter[str] | None = None
 
 
 # As in draws.py, not a context variable.
@@ -98,6 +100,11 @@ def swap(x: Tensor, split: int, join: int, count: int) -> Tensor:
     return _Swap.apply(x, split, join, count) if _line.ranks > 1 else x
 
 
+def _count(collective: str, x: Tensor) -> None:
+    if _line.given is not None:
+        _line.given[collective] += x.nbytes
+
+
 class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, count: int) -> Tensor:
@@ -108,6 +115,7 @@ class _Join(torch.autograd.Function):
         parts = [torch.empty_like(filled) for _ in sizes]
         if _line.group is not None:
             dist.all_gather(parts, filled, group=_line.group)
+        _count("allgather", filled)
         return torch.cat([each.narrow(dim, 0, size) for each, size in zip(parts, sizes, strict=True)], dim)
 
     @staticmethod
@@ -138,5 +146,6 @@ def _exchanged(x: Tensor, split: int, join: int, count: int) -> Tensor:
     received = x.new_empty(sum(sizes))
     if _line.group is not None:
         dist.all_to_all_single(received, sent, sizes, _sizes(x.shape[split]), group=_line.group)
+    _count("alltoall", sent)
     parts = zip(received.split(sizes), shapes, strict=True)
     return torch.cat([each.view(shape).movedim(0, split) for each, shape in parts], join)

@@ -7,16 +7,36 @@ divided when its backward is over. The model says which modules make a unit (:me
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from .ranks import Ranks
+
+
+def divided_axis(shape: Sequence[int], parts: int) -> int:
+    """The axis of a parameter that is divided: the first, unless it is shorter than ``parts``, and another is even.
+
+    The first may be uneven, which FSDP2 fills up. Positions ``[1, N, D]`` would be filled up to ``parts`` times as
+    many.
+    """
+    if shape and shape[0] < parts:
+        return next((axis for axis, size in enumerate(shape) if size % parts == 0), 0)
+    return 0
+
+
+def held(shape: Sequence[int], parts: int) -> int:
+    """Numbers that each rank holds of a parameter."""
+    if not shape:
+        return 1
+    axis = divided_axis(shape, parts)
+    return -(-shape[axis] // parts) * math.prod(shape) // shape[axis]
 
 
 def shard(model: Any, ranks: Ranks, *, bf16: bool) -> None:
@@ -26,10 +46,17 @@ def shard(model: Any, ranks: Ranks, *, bf16: bool) -> None:
     unit stays float32, inputs are not rounded, and gradients are summed in float32.
     """
     mesh = ranks.mesh
+    assert mesh is not None
+    parts = mesh.size(mesh.ndim - 1)
+
+    def placed(parameter: nn.Parameter) -> Shard:
+        return Shard(divided_axis(parameter.shape, parts))
+
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for unit in model.units():
-        fully_shard(unit, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())
-    fully_shard(model, mesh=mesh)
+        policy_of_unit = policy if bf16 else MixedPrecisionPolicy()
+        fully_shard(unit, mesh=mesh, shard_placement_fn=placed, mp_policy=policy_of_unit)
+    fully_shard(model, mesh=mesh, shard_placement_fn=placed)
     if hasattr(model, "modulations"):
         register_fsdp_forward_method(model, "modulations")
     # Of outputs that are views: no block writes into them.

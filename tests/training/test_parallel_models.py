@@ -30,6 +30,7 @@ from models.parallel.ranks import Ranks, open_ranks
 from models.parallel.replicas import Loss, replicas
 from models.parallel.sequence import check_divisible, dividing, own
 from models.parallel.shards import local, shard, whole
+from models.plan import collectives, parameters_of
 
 BATCH = 4
 SHAPE: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "channels": 3, "patch": (1, 4, 4)}
@@ -186,7 +187,7 @@ def test_in_bfloat16_shards_have_the_loss_of_one_process():
 
 
 class Sent(TorchDispatchMode):
-    """Numbers that a rank gives to the collectives inside the block, by the collective."""
+    """Bytes that a rank gives to the collectives inside the block, by the collective."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,50 +197,57 @@ class Sent(TorchDispatchMode):
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::").removesuffix("_base_").strip("_")
             given = args[0] if name in ("allreduce", "broadcast") else args[1]
-            self.counts[name] += sum(x.numel() for x in (given if isinstance(given, list) else [given]))
+            self.counts[name] += sum(x.nbytes for x in (given if isinstance(given, list) else [given]))
         return func(*args, **(kwargs or {}))
 
 
-def sent(name: str, config: ParallelConfig) -> tuple[Counter[str], int, int, int]:
-    """What a rank sends in a step; its numbers of the model's units and of the rest; those of all that is trained."""
+def sent(name: str, config: ParallelConfig) -> Counter[str]:
+    """What a rank gives to the collectives of a step, in bytes: as many as the plan says."""
 
-    def step() -> tuple[Counter[str], int, int, int]:
+    def step() -> Counter[str]:
         model, objective, x, y = made(name)
-
-        def held(parameters: Iterable[nn.Parameter]) -> int:
-            """Numbers of a shard: FSDP2 divides the first axis, and fills the last part up."""
-            return sum(-(-len(p) // config.shard) * p[0].numel() for p in parameters)
-
-        units = held(p for unit in model.units() for module in unit for p in module.parameters())
-        every = held(model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         with open_ranks(config, torch.device("cpu")) as ranks:
+            ranks.line = ranks.line._replace(given=Counter())
+            parameters = parameters_of(model)
             if ranks.sharded:
                 shard(model, ranks, bf16=False)
             loss = replicas(Loss(model, objective), ranks)
             gradients(loss, ranks, x, y, bf16=False)
+            ranks.line.given.clear()
             with Sent() as counter:
                 gradients(loss, ranks, x, y, bf16=False)
         del counter.counts["broadcast"]  # DDP's own, in its second step
-        return counter.counts, units, every - units, trained
+        counter.counts["allreduce"] -= 4  # the mean of the loss
+        planned: Counter[str] = Counter()
+        for each in collectives(parameters, ranks.line.given, config, bf16=False):
+            planned[each.kind] += each.given
+        assert +counter.counts == planned
+        return planned
 
     return on_ranks(config.size, step)[0]
 
 
-def test_a_step_sends_what_the_docs_say():
-    mean_of_the_loss = 1
-    counts, _, _, trained = sent("latte", ParallelConfig(data=2))
-    assert counts == {"allreduce": trained + mean_of_the_loss}
+def test_a_step_sends_what_the_plan_and_the_docs_say():
+    model = made("latte")[0]
+    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    units = 4 * sum(p.numel() for unit in model.units() for module in unit for p in module.parameters())
+    rest = 4 * sum(p.numel() for p in model.parameters()) - units
+    assert sent("latte", ParallelConfig(data=2)) == {"allreduce": trained}
     # Units are gathered for the forward and for the backward, the rest once.
-    counts, units, rest, trained = sent("latte", ParallelConfig(shard=2))
-    assert counts == {"allgather": units + units + rest, "reduce_scatter": trained, "allreduce": mean_of_the_loss}
+    gathered = (units + units + rest) // 2
+    assert sent("latte", ParallelConfig(shard=2)) == {"allgather": gathered, "reduce_scatter": trained}
     # One of the two blocks has attention over time: tokens of two frames there and back, forward and backward.
-    tokens, prediction = BATCH * 2 * 4 * 32, BATCH * 3 * 2 * 8 * 8
-    counts, _, _, trained = sent("latte", ParallelConfig(sequence=2))
-    assert counts == {"alltoall": 4 * tokens, "allgather": prediction, "allreduce": trained + mean_of_the_loss}
+    tokens, prediction = 4 * BATCH * 2 * 4 * 32, 4 * BATCH * 3 * 2 * 8 * 8
+    one_way = {"alltoall": 4 * tokens, "allgather": prediction, "allreduce": trained}
+    assert sent("latte", ParallelConfig(sequence=2)) == one_way
     # Joint attention, of two blocks: q, k and v there, the result back.
-    counts, _, _, trained = sent("dit", ParallelConfig(sequence=2))
-    assert counts["alltoall"] == 2 * 2 * (3 + 1) * tokens
+    assert sent("dit", ParallelConfig(sequence=2))["alltoall"] == 2 * 2 * (3 + 1) * tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [ParallelConfig(data=2, shard=2), ParallelConfig(shard=2, sequence=2)], ids=str)
+def test_a_step_of_four_ranks_sends_what_the_plan_says(config: ParallelConfig):
+    sent("uneven latte", config)
 
 
 DIVIDED = ["uneven dit", "uneven latte", "uneven stdit, text", "uneven walt", "uneven walt, text", "uneven cascade"]
