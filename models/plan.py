@@ -8,7 +8,7 @@ with its kernels, autocast and checkpointing, not a formula; tests/models/test_p
 
     training = weights + gradients + optimizer (two moments) + EMA, fp32, over the GPUs if sharded, + activations;
                gradients, optimizer and EMA are of what is trained, with --lora-rank of the adapters alone, but for a
-               sharded EMA, which is of all;
+               sharded EMA, which is of all; of the gradients, those that are there when there is most in all;
                with --parallel.shard + gathered: what belongs to no unit, and the two largest units (parallel/shards.py)
     sampling = weights + activations of one guided step
     seconds  = FLOPs / (peak FLOP/s * utilization) + bytes moved by the ops / peak bytes/s
@@ -132,6 +132,11 @@ class Alive(TorchDispatchMode):
                     weakref.finalize(storage, self._freed, key, storage.nbytes())
         return result
 
+    def mark(self) -> int:
+        """The most bytes since the last mark."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
     def _freed(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
@@ -223,9 +228,14 @@ class Parameter(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Of one step: bytes of activations, FLOPs, bytes moved, and what ranks that divide tokens give to collectives."""
+    """Of one step: bytes of activations, FLOPs, bytes moved, and what ranks that divide tokens give to collectives.
+
+    ``arrivals`` are the gradients in the order of the backward: the most bytes of activations since the last one, and
+    the number of the parameter.
+    """
 
     activations: int
+    arrivals: tuple[tuple[int, int], ...]
     flops: int
     moved: int
     parameters: tuple[Parameter, ...]
@@ -243,15 +253,23 @@ def _run(config: PlanConfig, *, training: bool, backend: str) -> Run:
         if not training:
             x, t = torch.cat((x, x)), torch.cat((t, t))
             y = None if y is None else torch.cat((y, y))
+        arrivals: list[tuple[int, int]] = []
+        numbers = {id(parameter): number for number, parameter in enumerate(model.parameters())}
+
+        def arrived(parameter: torch.Tensor) -> None:
+            parameter.grad = None  # gradients are counted by themselves
+            arrivals.append((alive.mark(), numbers[id(parameter)]))
+
         for parameter in model.parameters():
-            if parameter.requires_grad:  # gradients are counted by themselves
-                parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(arrived)
         with Counter() as counter, Alive() as alive, torch.set_grad_enabled(training):
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
                 loss = model(x, t, y).square().mean()
             if training:
                 loss.backward()
-    return Run(alive.peak, counter.flops, counter.moved, parameters_of(model), given)
+    activations = max([alive.peak, *(peak for peak, _ in arrivals)])
+    return Run(activations, tuple(arrivals), counter.flops, counter.moved, parameters_of(model), given)
 
 
 def parameters_of(model: Model) -> tuple[Parameter, ...]:
@@ -325,27 +343,34 @@ def needs(config: PlanConfig, *, training: bool) -> Needs:
         weights = 4 * _held(run.parameters, 1)
         return Needs({"weights": weights, "activations": run.activations}, flops, run.moved, exchanged)
     bf16 = config.precision == "bf16"
-    memory = states(run.parameters, parallel, bf16=bf16) | {"activations": run.activations}
+    memory = states(run, parallel, bf16=bf16)
     return Needs(memory, flops, run.moved, collectives(run.parameters, run.given, parallel, bf16=bf16))
 
 
-def states(parameters: tuple[Parameter, ...], parallel: ParallelConfig, *, bf16: bool) -> dict[str, float]:
-    """Bytes of a training on a GPU, without activations.
+def states(run: Run, parallel: ParallelConfig, *, bf16: bool) -> dict[str, float]:
+    """Bytes of a training on a GPU, by what holds them.
 
-    ``gathered`` is what a sharded model has whole at a time: what no unit has, and the two largest units.
+    ``gradients`` is what they add to the activations at the moment when there is most of both; copies have all of them
+    all the time, in DDP's buckets. ``gathered`` is what a sharded model has whole at a time: what no unit has, and the
+    two largest units.
     """
     parts = _parts(parallel)
-    weights = 4 * _held(parameters, parts)
-    trained = 4 * _held((p for p in parameters if p.trained), parts)
+    weights = 4 * _held(run.parameters, parts)
+    trained = 4 * _held((p for p in run.parameters if p.trained), parts)
+    most = there = 0
+    for activations, number in run.arrivals:
+        most = max(most, there + activations)
+        there += 4 * _held([run.parameters[number]], parts)
     found: dict[str, float] = {
         "weights": weights,
-        "gradients": trained,
+        "gradients": trained if parts == 1 < parallel.size else max(most, there) - run.activations,
         "optimizer": 2 * trained,
         "ema": trained if parts == 1 else weights,
+        "activations": run.activations,
     }
     if parts > 1:
         sizes: Counts[int | None] = Counts()
-        for p in parameters:
+        for p in run.parameters:
             sizes[p.unit] += parts * held(p.shape, parts)
         rest = sizes.pop(None, 0)
         found["gathered"] = 4 * rest + (2 if bf16 else 4) * sum(sorted(sizes.values())[-2:])
