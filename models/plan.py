@@ -319,6 +319,15 @@ def needs(config: PlanConfig, *, training: bool) -> Needs:
     Raises:
         ValueError: sizes that the model does not take.
     """
+    return needs_of(work(config, training=training), config, training=training)
+
+
+def work(config: PlanConfig, *, training: bool) -> Run:
+    """The step that :func:`needs` prices; of ``parallel`` it depends on ``sequence`` alone, and not on the GPU.
+
+    Raises:
+        ValueError: as :func:`needs`.
+    """
     for name in ("frames", "batch_size", "steps", "channels"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
@@ -334,17 +343,21 @@ def needs(config: PlanConfig, *, training: bool) -> Needs:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be in [{low}, {high}]")
     backend = "cpu" if config.backend == "kernels" else "reference"  # whose memory is that of the other kernels
     run = _run(config, training=training, backend=backend)
-    flops = run.flops
     if backend != "reference":  # it has the same products, in ops whose FLOPs torch knows
-        flops = _run(config, training=training, backend="reference").flops
+        run = run._replace(flops=_run(config, training=training, backend="reference").flops)
+    return run
+
+
+def needs_of(run: Run, config: PlanConfig, *, training: bool) -> Needs:
+    """What each GPU needs for a step whose :func:`work` is known."""
     parallel = config.parallel
     if not training:
         exchanged = collectives((), run.given, parallel, bf16=False)
         weights = 4 * _held(run.parameters, 1)
-        return Needs({"weights": weights, "activations": run.activations}, flops, run.moved, exchanged)
+        return Needs({"weights": weights, "activations": run.activations}, run.flops, run.moved, exchanged)
     bf16 = config.precision == "bf16"
     memory = states(run, parallel, bf16=bf16)
-    return Needs(memory, flops, run.moved, collectives(run.parameters, run.given, parallel, bf16=bf16))
+    return Needs(memory, run.flops, run.moved, collectives(run.parameters, run.given, parallel, bf16=bf16))
 
 
 def states(run: Run, parallel: ParallelConfig, *, bf16: bool) -> dict[str, float]:

@@ -252,7 +252,12 @@ def test_a_step_of_four_ranks_sends_what_the_plan_says(config: ParallelConfig):
 
 DIVIDED = ["uneven dit", "uneven latte", "uneven stdit, text", "uneven walt", "uneven walt, text", "uneven cascade"]
 # A modulation for each frame, or for each token, which here are the same.
-ROWS = ["uneven latte, frames", "uneven stdit, frames", "uneven walt, images", "uneven dit of one token a frame, frames"]
+ROWS = [
+    "uneven latte, frames",
+    "uneven stdit, frames",
+    "uneven walt, images",
+    "uneven dit of one token a frame, frames",
+]
 MORE = [ParallelConfig(sequence=4), ParallelConfig(data=2, sequence=2), ParallelConfig(shard=2, sequence=2)]
 
 
