@@ -241,14 +241,58 @@ def plans(results: Path) -> list[str]:
             f"{plan[part]['seconds']:.3g} s"
             for part in ("training", "sampling")
         ]
-        axes = {name: number for name, number in config["parallel"].items() if number > 1}
-        gpus = f"{math.prod(axes.values())} x {config['gpu']}"
-        gpus = ", ".join([gpus, " x ".join(f"{name} {number}" for name, number in axes.items())]) if axes else gpus
+        gpus = f"{math.prod(config['parallel'].values())} x {config['gpu']}"
+        gpus = ", ".join(part for part in (gpus, _axes(config["parallel"])) if part)
         clip = " x ".join(map(str, (config["frames"], *config["size"])))
         rows.append((f"`{config['model']}`", clip, gpus, *cells))
     lines = markdown(("model", "clip", "GPUs", "a training step", "sampling in 50 steps"), rows)
     versions = f"torch {record['versions']['torch']}, commit {record['commit']}"
     return ["", f"`python -m bench.plans`, {versions}; **not run on a GPU**.", "", *lines, ""]
+
+
+def scale(results: Path) -> list[str]:
+    """Which parallelism to take on many GPUs, and where the time of a step goes."""
+    record = json.loads((results / "scale.json").read_text())
+    rows = []
+    for step in record["steps"]:
+        place = f"{step['gpus']} x {step['gpu']}", f"{step['frames']} frames"
+        if "step" not in step:
+            rows.append((*place, "nothing fits", *[""] * 5))
+            continue
+        times = step["step"]
+        rows.append(
+            (
+                *place,
+                _axes(step["parallel"]),
+                f"{step['bytes'] / 1e9:.0f} GB",
+                f"{times['compute']:.2f} s",
+                f"{step['received'] / 1e9:.1f} GB, {times['transfer']:.2f} s",
+                f"{times['exposed']:.2f} s",
+                f"{step['clips_per_second']:.3g}",
+            )
+        )
+    assumed = record["assumed"]
+    header = ("GPUs", "clip", "take", "memory", "compute", "received", "waiting", "clips/s")
+    return [
+        "",
+        f"`python -m bench.scale`, {record['model']} at {' x '.join(map(str, record['size']))}, torch "
+        f"{record['versions']['torch']}, commit {record['commit']}; **estimated, not run**. Assumed: "
+        f"{assumed['utilization']:.0%} of the peak FLOP/s, {assumed['link_efficiency']:.0%} of the links, at most "
+        f"{assumed['most_clips']} clips per step.",
+        "",
+        *markdown(header, rows),
+        "",
+        *(
+            f"- {each['gpu']}, {each['per_node']} per node: {each['link'] / 1e9:.0f} GB/s in a node, "
+            f"{each['network'] / 1e9:.3g} GB/s per GPU between nodes. {each['source']}."
+            for each in record["clusters"]
+        ),
+        "",
+    ]
+
+
+def _axes(parallel: dict[str, int]) -> str:
+    return " x ".join(f"{name} {number}" for name, number in parallel.items() if number > 1)
 
 
 def inductor(results: Path) -> list[str]:
@@ -349,6 +393,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
         digits,
         compiled,
         plans,
+        scale,
         inductor,
         host,
         fuse,
@@ -362,6 +407,7 @@ SHOWN_BY = {
     "digits.json": "digits",
     "aot.json": "compiled",
     "plans.json": "plans",
+    "scale.json": "scale",
     "inductor.json": "inductor",
     "host.json": "host",
     "fuse.json": "fuse",

@@ -1,4 +1,4 @@
-"""``python -m bench.scale``: estimated steps of 8, 64 and 512 GPUs on clips of 3 and 10 seconds at 480p, into ``scale.json``.
+"""``python -m bench.scale``: estimated steps of 8, 64 and 512 GPUs on 3 and 10 seconds of 480p, into ``scale.json``.
 
 Nothing runs on a GPU. FLOPs, bytes and memory are those of ``models/plan.py``; the links are the vendors' figures.
 

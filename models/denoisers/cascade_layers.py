@@ -175,7 +175,7 @@ class TemporalAttention(nn.Module):
         films = whole_films(norm(x), len(cos))
         grid = *films.shape[1:3], 1
         qkv = self.qkv(films.flatten(1, 2)).unflatten(-1, (3, self.heads, -1))
-        rope = Rope(*(table[:, : grid[1]].flatten(0, 1) for table in (cos, sin)))
+        rope = Rope(cos[:, : grid[1]].flatten(0, 1), sin[:, : grid[1]].flatten(0, 1))
         y = self.proj(window_attention(qkv, grid, (grid[0], 1, 1), rope=rope)).unflatten(1, grid[:2])
         return x + own_frames(y, x.shape[2:4])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,7 +60,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         VQGANConfig(input_size=(2, 16, 16), channels=3, width=8, blocks=1, codes=64, discriminator=4)
     ),
     "uneven dit": lambda: DiT(DiTConfig(**UNEVEN, num_classes=3, class_dropout=0.5, learn_sigma=True)),
-    "uneven dit of one token a frame": lambda: DiT(DiTConfig(**UNEVEN | {"input_size": (5, 4, 4)}, num_classes=3)),
+    "uneven dit of a place": lambda: DiT(DiTConfig(**UNEVEN | {"input_size": (5, 4, 4)}, num_classes=3)),
     "uneven latte": lambda: DiT(DiTConfig(**UNEVEN, num_classes=3, attention="factorized", late_frames=True)),
     "uneven stdit": lambda: STDiT(STDiTConfig(**UNEVEN, num_classes=3)),
     "uneven stdit, text": lambda: STDiT(STDiTConfig(**UNEVEN, text_width=8, class_dropout=0.5)),
@@ -130,7 +130,7 @@ def gradients(loss: nn.Module, ranks: Ranks, x: torch.Tensor, y: Any, *, bf16: b
 def worst(
     *names: str, config: ParallelConfig, checkpointing: bool = False, bf16: bool = False
 ) -> dict[str, tuple[float, float]]:
-    """Of each model the relative error of the loss and the largest one of a gradient, on the processes of ``config``."""
+    """Of each model the relative error of the loss, and the largest one of a gradient, on several processes."""
 
     def compare(name: str, ranks: Ranks) -> tuple[float, float]:
         model, objective, x, y = made(name)
@@ -256,7 +256,7 @@ ROWS = [
     "uneven latte, frames",
     "uneven stdit, frames",
     "uneven walt, images",
-    "uneven dit of one token a frame, frames",
+    "uneven dit of a place, frames",
 ]
 MORE = [ParallelConfig(sequence=4), ParallelConfig(data=2, sequence=2), ParallelConfig(shard=2, sequence=2)]
 
