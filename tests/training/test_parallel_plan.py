@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import json
+import re
+import shlex
 from collections.abc import Callable
 
 import pytest
 import torch
 from ranks import on_ranks
 
+from bench import plans as bench_plans
+from bench.plans import FRAMES_PER_SECOND, PATH
+from bench.scale import Cluster, bandwidth, estimate, meshes
 from minisora_kernels import use_backend
 from models import plan
 from models.data.config import DataConfig
@@ -16,7 +23,7 @@ from models.denoisers.dit import DiTSettings
 from models.objectives.ddpm import DDPM
 from models.parallel.config import ParallelConfig
 from models.parallel.ranks import open_ranks
-from models.plan import PlanConfig, needs
+from models.plan import GPUS, Collective, Needs, PlanConfig, needs
 from models.protocols import System
 from models.training.config import TrainConfig
 from models.training.trainer import Trainer
@@ -91,3 +98,62 @@ def test_a_rank_needs_the_memory_of_the_plan(
     need = needs(planned, training=True)
     assert need.memory["activations"] > 0.2 * need.total
     assert need.total == pytest.approx(on_ranks(parallel.size, measure)[0], rel=0.1)
+
+
+RECIPE = re.compile(r"^# (\d) x (A100|A6000|RTX 4090), (\d+) seconds.*\n((?:.*\\\n)*.*)$", re.MULTILINE)
+NAMES = {"A100": "a100-80g", "A6000": "a6000-48g", "RTX 4090": "rtx4090-24g"}
+
+
+def test_every_recipe_of_the_docs_fits_its_gpus():
+    plans = json.loads(PATH.read_text())["plans"]
+    page = (PATH.parents[2] / "docs" / "training.md").read_text()
+    block = page.split("## One GPU to many")[1].split("```sh\n")[1].split("```")[0]
+    recipes = RECIPE.findall(block)
+    assert len(recipes) == block.count("models.train") > 5
+    for count, gpu, length, command in recipes:
+        words = shlex.split(command)
+        options = {word: value for word, value in zip(words, [*words[1:], ""], strict=True) if word.startswith("--")}
+        parallel = ParallelConfig(*(int(options.get(f"--parallel.{name}", 1)) for name in ParallelConfig().axes))
+        assert parallel.size == int(count) == int(options.get("--nproc-per-node", 1))
+        parts = int(options["--accumulation"]) * parallel.shares if "--accumulation" in options else parallel.shares
+        wanted = {
+            "model": options["--model"],
+            "gpu": NAMES[gpu],
+            "frames": int(length) * FRAMES_PER_SECOND,
+            "size": [480, 848],
+            "batch_size": int(options["--batch-size"]) / parts,
+            "parallel": parallel.axes,
+            "checkpointing": "--checkpointing" in options,
+            "precision": options["--precision"],
+        }
+        found = [plan for plan in plans if wanted.items() <= plan["config"].items()]
+        assert len(found) == 1 and found[0]["training"]["fits"], command
+
+
+@pytest.mark.slow
+def test_the_recorded_plans_are_those_of_the_code():
+    plans = json.loads(PATH.read_text())["plans"]
+    configs = bench_plans.configs()
+    assert [json.loads(json.dumps(dataclasses.asdict(config))) for config in configs] == [p["config"] for p in plans]
+    plan, config = min(zip(plans, configs, strict=True), key=lambda each: each[0]["training"]["bytes"])
+    assert needs(config, training=True).total == pytest.approx(plan["training"]["bytes"], rel=0.01)
+
+
+def test_what_computing_does_not_hide_is_waited_for():
+    cluster = Cluster("h200", per_node=8, link=100.0, network=10.0, source="")
+    in_node, over_nodes = ParallelConfig(data=4, sequence=2), ParallelConfig(data=8, sequence=2)
+    exchange, sums = Collective("alltoall", "activations", 2, 400), Collective("allreduce", "gradients", 8, 800)
+    assert exchange.received == 200 and sums.received == 2 * 7 * 100
+    assert bandwidth(cluster, in_node, exchange) == bandwidth(cluster, over_nodes, exchange) == 100
+    # Sums over all GPUs: in a row, so that the eight of a node share its network.
+    assert bandwidth(cluster, in_node, sums) == 100
+    assert bandwidth(cluster, over_nodes, sums._replace(ranks=16)) == 80
+    # Copies of a model that eight divide: one in each node.
+    assert bandwidth(cluster, ParallelConfig(data=8, shard=8), sums) == 10
+    config = PlanConfig("latte-s/1x2x2", "h200", parallel=in_node, utilization=0.5)
+    flops = int(GPUS["h200"].flops)
+    for efficiency, waited in ((1.0, 2 + 12), (0.5, 4 + 26)):
+        step = estimate(Needs({}, flops, 0, (exchange, sums)), config, cluster, efficiency)
+        assert step.compute == pytest.approx(2) and step.exposed == pytest.approx(waited)
+    shared = list(meshes(16, per_node=4, most_clips=8))
+    assert {mesh.size for mesh in shared} == {16} and {mesh.sequence for mesh in shared} == {2, 4}
