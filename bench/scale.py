@@ -28,7 +28,8 @@ from bench.harness import record
 from bench.plans import FRAMES_PER_SECOND
 from minisora_kernels.commands import command
 from models.parallel.config import ParallelConfig
-from models.plan import Collective, Needs, PlanConfig, Run, available, needs_of, seconds, work
+from models.parallel.traffic import Collective
+from models.plan import Needs, PlanConfig, Run, available, needs_of, seconds, work
 from models.runtime.arguments import read
 
 
@@ -108,7 +109,7 @@ def bandwidth(cluster: Cluster, parallel: ParallelConfig, each: Collective) -> f
     Neighbours divide tokens, then shards, then copies: a group is of GPUs in a row, but the copies of a divided model,
     which are as far apart as that is wide.
     """
-    apart = parallel.size // parallel.data if each.ranks == parallel.data and parallel.data < parallel.size else 1
+    apart = parallel.size // parallel.data if each.kind == "allreduce" and each.ranks < parallel.size else 1
     if each.ranks * apart <= cluster.per_node:
         return cluster.link
     return min(cluster.link, max(1, cluster.per_node // apart) * cluster.network)

@@ -25,10 +25,8 @@ against steps of 2 and 4 processes.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import Counter as Counts
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -45,6 +43,7 @@ from .denoisers.lora import LoRAConfig, adapt
 from .parallel.config import ParallelConfig
 from .parallel.sequence import Line, check_divisible, dividing
 from .parallel.shards import held
+from .parallel.traffic import Collective, Parameter, collectives, held_by, parameters_of, parts_of
 from .protocols import Model
 from .registry import SYSTEMS, build, configure
 from .runtime.arguments import read
@@ -142,32 +141,6 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-class Collective(NamedTuple):
-    """Bytes that a GPU gives to the collectives of one kind in a step, among ``ranks`` GPUs.
-
-    What it receives, in rings of n ranks that each are given g bytes:
-
-        allgather         (n - 1) g        of the others' parts
-        reduce_scatter    (n - 1) g / n    of sums that become its part
-        allreduce         2 (n - 1) g / n  a reduce_scatter, then an allgather
-        alltoall          (n - 1) g / n    all but its own
-
-    Source of the ring's counts: Patarasuk and Yuan 2009, J. Parallel Distrib. Comput. 69.
-    """
-
-    kind: str
-    what: str
-    ranks: int
-    given: int
-
-    @property
-    def received(self) -> float:
-        """Bytes that the GPU receives."""
-        n = self.ranks
-        share = {"allgather": n - 1.0, "reduce_scatter": (n - 1) / n, "allreduce": 2 * (n - 1) / n}
-        return self.given * share.get(self.kind, (n - 1) / n)
-
-
 class Needs(NamedTuple):
     """Of one GPU: bytes by what holds them, FLOPs, bytes moved by the ops, and what it sends."""
 
@@ -219,14 +192,6 @@ def _allocate(model: torch.nn.Module) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-class Parameter(NamedTuple):
-    """Its shape, the number of the unit that has it, None for none, and whether it is trained."""
-
-    shape: tuple[int, ...]
-    unit: int | None
-    trained: bool
-
-
 class Run(NamedTuple):
     """Of one step: bytes of activations, FLOPs, bytes moved, and what ranks that divide tokens give to collectives.
 
@@ -272,47 +237,6 @@ def _run(config: PlanConfig, *, training: bool, backend: str) -> Run:
     return Run(activations, tuple(arrivals), counter.flops, counter.moved, parameters_of(model), given)
 
 
-def parameters_of(model: Model) -> tuple[Parameter, ...]:
-    """What :func:`collectives` asks of a model."""
-    unit_of = {id(p): i for i, unit in enumerate(model.units()) for module in unit for p in module.parameters()}
-    return tuple(Parameter(tuple(p.shape), unit_of.get(id(p)), p.requires_grad) for p in model.parameters())
-
-
-def _held(parameters: Iterable[Parameter], parts: int) -> int:
-    """Numbers of parameters that each of so many GPUs holds."""
-    return sum(held(p.shape, parts) for p in parameters)
-
-
-def collectives(
-    parameters: tuple[Parameter, ...], given: dict[str, int], parallel: ParallelConfig, *, bf16: bool
-) -> tuple[Collective, ...]:
-    """What a GPU sends in a training step of one part (``accumulation`` 1): :mod:`models.parallel` in numbers.
-
-        copies     allreduce of the trained weights' gradients, fp32
-        shards     allgather of the units for the forward and for the backward, of the rest once;
-                   reduce_scatter of the gradients, fp32; allreduce of their parts among copies
-        sequence   alltoall in attention that crosses frames, allgather of the prediction: ``given``, bytes; its
-                   gradients are summed with those of copies or shards
-
-    Not counted: numbers that ranks agree on, a few bytes, and the buffers that DDP broadcasts once.
-    """
-    parts = _parts(parallel)
-    found = []
-    if parts > 1:
-        rest = _held((p for p in parameters if p.unit is None), parts)
-        units = _held(parameters, parts) - rest
-        gradients = 4 * _held((p for p in parameters if p.trained), parts)
-        found.append(Collective("allgather", "weights", parts, (4 if bf16 else 8) * units + 4 * rest))
-        found.append(Collective("reduce_scatter", "gradients", parts, parts * gradients))
-        found.append(Collective("allreduce", "gradients", parallel.data, gradients))
-    else:
-        gradients = 4 * sum(math.prod(p.shape) for p in parameters if p.trained)
-        found.append(Collective("allreduce", "gradients", parallel.size, gradients))
-    for kind, what in (("alltoall", "activations"), ("allgather", "prediction")):
-        found.append(Collective(kind, what, parallel.sequence, given.get(kind, 0)))
-    return tuple(each for each in found if each.ranks > 1 and each.given)
-
-
 def needs(config: PlanConfig, *, training: bool) -> Needs:
     """What a training step, or a guided step of sampling, needs of each GPU.
 
@@ -353,7 +277,7 @@ def needs_of(run: Run, config: PlanConfig, *, training: bool) -> Needs:
     parallel = config.parallel
     if not training:
         exchanged = collectives((), run.given, parallel, bf16=False)
-        weights = 4 * _held(run.parameters, 1)
+        weights = 4 * held_by(run.parameters, 1)
         return Needs({"weights": weights, "activations": run.activations}, run.flops, run.moved, exchanged)
     bf16 = config.precision == "bf16"
     memory = states(run, parallel, bf16=bf16)
@@ -367,13 +291,13 @@ def states(run: Run, parallel: ParallelConfig, *, bf16: bool) -> dict[str, float
     all the time, in DDP's buckets. ``gathered`` is what a sharded model has whole at a time: what no unit has, and the
     two largest units.
     """
-    parts = _parts(parallel)
-    weights = 4 * _held(run.parameters, parts)
-    trained = 4 * _held((p for p in run.parameters if p.trained), parts)
+    parts = parts_of(parallel)
+    weights = 4 * held_by(run.parameters, parts)
+    trained = 4 * held_by((p for p in run.parameters if p.trained), parts)
     most = there = 0
     for activations, number in run.arrivals:
         most = max(most, there + activations)
-        there += 4 * _held([run.parameters[number]], parts)
+        there += 4 * held_by([run.parameters[number]], parts)
     found: dict[str, float] = {
         "weights": weights,
         "gradients": trained if parts == 1 < parallel.size else max(most, there) - run.activations,
@@ -388,11 +312,6 @@ def states(run: Run, parallel: ParallelConfig, *, bf16: bool) -> dict[str, float
         rest = sizes.pop(None, 0)
         found["gathered"] = 4 * rest + (2 if bf16 else 4) * sum(sorted(sizes.values())[-2:])
     return found
-
-
-def _parts(parallel: ParallelConfig) -> int:
-    """How many GPUs a copy of the model is divided among."""
-    return parallel.shard * parallel.sequence if parallel.shard > 1 else 1
 
 
 def seconds(need: Needs, config: PlanConfig) -> float:

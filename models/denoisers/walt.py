@@ -181,7 +181,7 @@ class WALT(Denoiser):
         images = x.shape[2] - config.input_size[0]
         frame = self._frame_of_condition(images, x.device)
         vectors, last = self._modulations(self._condition(t, y, low_t, len(x), images), frame)
-        text, mask = self._text(y, len(x), images, frame) if self.text_embedder is not None else (None, None)
+        text = self._text(y, len(x), images, frame) if self.text_embedder is not None else None
 
         # Under autocast the embedding comes out in half precision; the residual stream keeps the parameters' dtype.
         x = self._embed(x, images, previous, low, self._known(x, past, past_frames) if config.past else None)
@@ -191,7 +191,7 @@ class WALT(Denoiser):
         x = sequence.own(x, 1, pieces)
         y = adaln(x, vectors[0].shift_msa, vectors[0].scale_msa)
         for block, own, (shift, scale, *_) in zip(self.blocks, vectors, [*vectors[1:], last], strict=True):
-            arguments = (x, y, text, mask, own, shift, scale, pieces)
+            arguments = (x, y, text, own, shift, scale, pieces)
             if self.checkpointing and torch.is_grad_enabled():
                 # A layer draws no random numbers, so there is no generator state to restore.
                 x, y = checkpoint(block, *arguments, False, use_reentrant=False, preserve_rng_state=False)

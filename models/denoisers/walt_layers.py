@@ -139,8 +139,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         y: Tensor,
-        text: Tensor | None,
-        mask: Tensor | None,
+        text: tuple[Tensor, Tensor] | None,
         own: Modulation,
         next_shift: Tensor,
         next_scale: Tensor,
@@ -152,8 +151,9 @@ class Block(nn.Module):
         if self.cross is None:
             x, y = gate_residual_adaln(x, branch, own.gate_msa, own.shift_mlp, own.scale_mlp)
         else:
+            assert text is not None
             x = gate_residual(x, branch, own.gate_msa)
-            x = x + self.cross(x, text, mask, pieces)
+            x = x + self.cross(x, *text, pieces)
             y = adaln(x, own.shift_mlp, own.scale_mlp)
         with recompute_adaln(y, x, own.shift_mlp, own.scale_mlp) if recompute_norms else nullcontext():
             branch = self.mlp(y)

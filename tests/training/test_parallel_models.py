@@ -30,7 +30,7 @@ from models.parallel.ranks import Ranks, open_ranks
 from models.parallel.replicas import Loss, replicas
 from models.parallel.sequence import check_divisible, dividing, own
 from models.parallel.shards import local, shard, whole
-from models.plan import collectives, parameters_of
+from models.parallel.traffic import collectives, parameters_of
 
 BATCH = 4
 SHAPE: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "channels": 3, "patch": (1, 4, 4)}

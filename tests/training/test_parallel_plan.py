@@ -23,7 +23,8 @@ from models.denoisers.dit import DiTSettings
 from models.objectives.ddpm import DDPM
 from models.parallel.config import ParallelConfig
 from models.parallel.ranks import open_ranks
-from models.plan import GPUS, Collective, Needs, PlanConfig, needs
+from models.parallel.traffic import Collective
+from models.plan import GPUS, Needs, PlanConfig, needs
 from models.protocols import System
 from models.training.config import TrainConfig
 from models.training.trainer import Trainer
@@ -145,6 +146,8 @@ def test_what_computing_does_not_hide_is_waited_for():
     exchange, sums = Collective("alltoall", "activations", 2, 400), Collective("allreduce", "gradients", 8, 800)
     assert exchange.received == 200 and sums.received == 2 * 7 * 100
     assert bandwidth(cluster, in_node, exchange) == bandwidth(cluster, over_nodes, exchange) == 100
+    assert bandwidth(cluster, ParallelConfig(data=2, sequence=2), exchange) == 100
+    assert bandwidth(cluster, ParallelConfig(data=8, sequence=8), exchange._replace(ranks=8)) == 100
     # Sums over all GPUs: in a row, so that the eight of a node share its network.
     assert bandwidth(cluster, in_node, sums) == 100
     assert bandwidth(cluster, over_nodes, sums._replace(ranks=16)) == 80
