@@ -78,7 +78,7 @@ class ScaleConfig:
     link_efficiency: float = 0.7
     """Share of the links' bytes/s that collectives reach: an assumption, not a measurement."""
     most_clips: int = 256
-    """The most clips that a step may have: of larger batches a training learns no faster."""
+    """The most clips that a step may have: how large a batch is of use, an assumption."""
     out: Path = record.RESULTS / "scale.json"
     """The file."""
 
