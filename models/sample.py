@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -277,6 +277,19 @@ def conditions_of(
     return Conditions(texts, encode(texts))
 
 
+def model_of(config: SampleConfig, checkpoint: Checkpoint, device: torch.device) -> Any:
+    """The model of the checkpoint.
+
+    Raises:
+        ValueError: more processes than its tokens can be divided among.
+    """
+    model = (checkpoint.merged() if config.merge else checkpoint).build(ema=not config.last_weights).to(device)
+    check_divisible(config.parallel.sequence, model.divisible())
+    if config.compile:
+        model.compile()
+    return model
+
+
 def run(config: SampleConfig) -> list[Path]:
     """Sample as configured, on all processes that torchrun started; returns the files, on the first.
 
@@ -307,10 +320,7 @@ def run(config: SampleConfig) -> list[Path]:
     decode = (
         None if checkpoint.encoder is None or config.latents else Decoder(checkpoint.encoder, device, config.encoder)
     )
-    model = (checkpoint.merged() if config.merge else checkpoint).build(ema=not config.last_weights).to(device)
-    check_divisible(config.parallel.sequence, model.divisible())
-    if config.compile:
-        model.compile()
+    model = model_of(config, checkpoint, device)
     with (
         open_ranks(shares_of(config), device) as ranks,
         serving_on(ranks, device, config.backend, config.verify),
@@ -330,12 +340,10 @@ def run(config: SampleConfig) -> list[Path]:
             low=in_training_units(start.low(config), model, decode, config.batch_size),
             **{name: getattr(config, name) for name in SAME_NAMES},
         )
-        clips = sample_clips(model, train.objective, request)
-        # All ranks that divide the tokens have the same clips.
-        parts = ranks.joined(clips if ranks.line.rank == 0 else None)
+        parts = ranks.joined(sample_clips(model, train.objective, request))
     if not parts:
         return []
-    clips = torch.cat([part for part in parts if part is not None])
+    clips = torch.cat(parts)
     paths = write_samples(folder, clips.numpy(), labels, checkpoint.classes, config.fps, overwrite=config.overwrite)
     print(f"{count} clips of {clips.shape[1]} frames from {path} (step {checkpoint.step}):")
     print(*said_of(labels, checkpoint), *(f"  {file}" for file in paths), sep="\n")

@@ -120,12 +120,15 @@ class Ranks:
                     raise ValueError(f"{name} is {value!r} on rank 0 and {others[name]!r} on rank {rank}")
 
     def joined(self, values: Any) -> list[Any]:
-        """The ranks' values in their order, on the first rank; nothing on the others."""
+        """The shares' values in their order, on the first rank; nothing on the others.
+
+        Ranks that divide the tokens of the same samples have the same values, of which those of the first are taken.
+        """
         if self.size == 1:
             return [values]
         found: list[Any] = [None] * self.size
-        dist.gather_object(values, found if self.first else None)
-        return found if self.first else []
+        dist.gather_object(values if self.line.rank == 0 else None, found if self.first else None)
+        return found[:: self.line.ranks] if self.first else []
 
 
 @contextlib.contextmanager
