@@ -13,6 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .runtime.recompute import Checkpointing
+
 
 class SmallClips(NamedTuple):
     """The small clips that a second stage makes large."""
@@ -76,7 +78,8 @@ class Model(nn.Module):
         config: what it was built from, with ``input_size`` and ``channels``.
         out_channels: channels of the output.
         null_class: the label of "no class"; None for a model without classes.
-        checkpointing: recompute in the backward instead of keeping activations.
+        checkpointing: recompute in the backward instead of keeping activations; "attention" or "products" names what
+            is kept all the same (:mod:`models.runtime.recompute`).
         any_size: take inputs of other sizes too, where ``takes_any_size``.
         takes_any_size: whether ``any_size`` may be set.
     """
@@ -84,7 +87,7 @@ class Model(nn.Module):
     config: Any
     out_channels: int
     null_class: int | None = None
-    checkpointing: bool = False
+    checkpointing: Checkpointing = False
     any_size: bool = False
     takes_any_size: ClassVar[bool] = False
 

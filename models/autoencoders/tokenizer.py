@@ -31,13 +31,13 @@ from typing import ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minisora_kernels import unpatchify
 
 from ..objectives.common import at_least_float32
 from ..objectives.reconstruction import Reconstruction
 from ..protocols import Autoencoder, BaseSettings, System
+from ..runtime.recompute import Checkpointing, recomputed
 from .discriminator import PatchDiscriminator
 from .tiles import Tile, ramp, starts
 
@@ -202,12 +202,9 @@ class Head(nn.Module):
 class Layers(nn.ModuleList):
     """Layers that hand on the memory; with ``checkpointing`` each is computed again in the backward."""
 
-    def forward(self, x: Tensor, memory: Memory | None = None, checkpointing: bool = False) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory | None = None, checkpointing: Checkpointing = False) -> Tensor:
         for layer in self:
-            if checkpointing and torch.is_grad_enabled() and memory is None:
-                x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, memory)
+            x = recomputed(layer, x, memory, checkpointing=checkpointing and memory is None)
         return x
 
 

@@ -30,7 +30,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minisora_kernels import adaln, gate_residual, gate_residual_adaln, unpatchify
 
@@ -38,6 +37,7 @@ from ..denoisers.layers import embed_patches
 from ..objectives.reconstruction import Reconstruction
 from ..parallel.norms import batch_norm
 from ..protocols import Autoencoder, BaseSettings, System
+from ..runtime.recompute import recomputed
 from .discriminator import PatchDiscriminator
 
 FACTOR = 4
@@ -251,9 +251,7 @@ class VQGAN(Autoencoder):
         return x if len(shape) == 4 else x.unflatten(0, (shape[0], -1)).transpose(1, 2)
 
     def _block(self, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, grid, use_reentrant=False, preserve_rng_state=False)
-        return block(x, grid)
+        return recomputed(block, x, grid, checkpointing=self.checkpointing)
 
 
 def systems() -> dict[str, System]:

@@ -9,12 +9,12 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minisora_kernels import Rope, grn, rope_3d, window_attention
 
 from ..objectives.common import at_least_float32
 from ..parallel import draws, sequence
+from ..runtime.recompute import Checkpointing, recomputed
 from .cascade_config import CascadeConfig
 from .layers import outputs_from
 
@@ -242,17 +242,14 @@ class Level(nn.Module):
             self.register_buffer("sin", rope.sin.unflatten(0, (frames, -1)), persistent=False)
 
     def forward(
-        self, x: Tensor, r: Tensor, condition: Condition | None, skip: Tensor | None, checkpointing: bool
+        self, x: Tensor, r: Tensor, condition: Condition | None, skip: Tensor | None, checkpointing: Checkpointing
     ) -> Tensor:
         for i in range(len(self.between) + 1):
             if i:
                 x = self.between[i - 1](x).to(x.dtype)
             for j in range(len(self.groups)):
                 arguments = (j, x, r, condition, None if j else skip)
-                if checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(self._group, *arguments, use_reentrant=False, preserve_rng_state=self.random)
-                else:
-                    x = self._group(*arguments)
+                x = recomputed(self._group, *arguments, checkpointing=checkpointing, random=self.random)
         return x
 
     def _group(self, index: int, x: Tensor, r: Tensor, condition: Condition | None, skip: Tensor | None) -> Tensor:

@@ -41,7 +41,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minisora_kernels import (
     adaln,
@@ -54,6 +53,7 @@ from ..objectives.ddpm import DDPM
 from ..objectives.flow import FlowMatching
 from ..parallel import sequence
 from ..protocols import BaseSettings, Denoiser, System
+from ..runtime.recompute import recomputed
 from .layers import (
     MLP,
     Attention,
@@ -307,7 +307,7 @@ class DiT(Denoiser):
             if self.checkpointing and torch.is_grad_enabled():
                 # A block draws no random numbers, so there is no generator state to restore.
                 arguments = (x, y, own, shift, scale, False, grid)
-                x, y = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                x, y = recomputed(block, *arguments, checkpointing=self.checkpointing)
             else:
                 x, y = block(x, y, own, shift, scale, grid=grid)
             if self.config.late_frames and block is self.blocks[0]:

@@ -50,7 +50,6 @@ from typing import ClassVar, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minisora_kernels import adaln, gate_residual, gate_residual_adaln, recompute_adaln, unpatchify
 from minisora_kernels.modules import mlp
@@ -58,6 +57,7 @@ from minisora_kernels.modules import mlp
 from ..objectives.ddpm import DDPM
 from ..parallel import sequence
 from ..protocols import BaseSettings, Denoiser, System
+from ..runtime.recompute import recomputed
 from .dit import SIZES, DiTConfig
 from .layers import (
     MLP,
@@ -333,7 +333,7 @@ class STDiT(Denoiser):
             arguments = (x, y, (text, mask), pos_time, own, shift, scale)
             if self.checkpointing and torch.is_grad_enabled():
                 # A block draws no random numbers, so there is no generator state to restore.
-                x, y = checkpoint(block, *arguments, False, use_reentrant=False, preserve_rng_state=False)
+                x, y = recomputed(block, *arguments, False, checkpointing=self.checkpointing)
             else:
                 x, y = block(*arguments)
             pos_time = None

@@ -45,7 +45,6 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minisora_kernels import (
     adaln,
@@ -56,6 +55,7 @@ from ..objectives.common import alpha_bars, at, expand, gaussian
 from ..objectives.ddpm import DDPM
 from ..parallel import draws, sequence
 from ..protocols import Denoiser, SmallClips, System
+from ..runtime.recompute import recomputed
 from .dit import SIZES
 from .layers import (
     FinalLayer,
@@ -194,7 +194,7 @@ class WALT(Denoiser):
             arguments = (x, y, text, own, shift, scale, pieces)
             if self.checkpointing and torch.is_grad_enabled():
                 # A layer draws no random numbers, so there is no generator state to restore.
-                x, y = checkpoint(block, *arguments, False, use_reentrant=False, preserve_rng_state=False)
+                x, y = recomputed(block, *arguments, False, checkpointing=self.checkpointing)
             else:
                 x, y = block(*arguments)
         patches = sequence.joined(self.final_layer.linear(y), 1, pieces)

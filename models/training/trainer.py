@@ -123,7 +123,8 @@ class Trainer:
             adapt(model, config.lora)
         if resume is not None:
             model.load_state_dict(resume.model)
-        model.checkpointing = config.checkpointing
+        kept = config.checkpointing_keeps
+        model.checkpointing = config.checkpointing if kept == "nothing" else kept
         ema = copy.deepcopy(model, {} if self.ranks.sharded else share_frozen(model)).eval().requires_grad_(False)
         if resume is not None:
             ema.load_state_dict(resume.ema)

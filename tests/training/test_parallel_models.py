@@ -31,6 +31,7 @@ from models.parallel.replicas import Loss, replicas
 from models.parallel.sequence import check_divisible, dividing, own
 from models.parallel.shards import local, shard, whole
 from models.parallel.traffic import collectives, parameters_of
+from models.runtime.recompute import Checkpointing
 
 BATCH = 4
 SHAPE: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "channels": 3, "patch": (1, 4, 4)}
@@ -128,7 +129,7 @@ def gradients(loss: nn.Module, ranks: Ranks, x: torch.Tensor, y: Any, *, bf16: b
 
 
 def worst(
-    *names: str, config: ParallelConfig, checkpointing: bool = False, bf16: bool = False
+    *names: str, config: ParallelConfig, checkpointing: Checkpointing = False, bf16: bool = False
 ) -> dict[str, tuple[float, float]]:
     """Of each model the relative error of the loss, and the largest one of a gradient, on several processes."""
 
@@ -156,7 +157,7 @@ def worst(
     return on_ranks(config.size, compare_all)[0]
 
 
-def agree(*names: str, config: ParallelConfig, checkpointing: bool = False) -> None:
+def agree(*names: str, config: ParallelConfig, checkpointing: Checkpointing = False) -> None:
     """Asserts that loss and gradients are those of one process."""
     for name, (loss, gradient) in worst(*names, config=config, checkpointing=checkpointing).items():
         assert loss < 1e-6 and gradient < 2e-5, name
@@ -164,7 +165,10 @@ def agree(*names: str, config: ParallelConfig, checkpointing: bool = False) -> N
 
 @pytest.mark.slow
 def test_shards_have_the_gradients_of_one_process():
-    agree(*(name for name in MODELS if "uneven" not in name), config=ParallelConfig(shard=2), checkpointing=True)
+    keeping = ["cascade", "dit", "walt, text"]
+    agree(*keeping, config=ParallelConfig(shard=2), checkpointing="products")
+    others = (name for name in MODELS if "uneven" not in name and name not in keeping)
+    agree(*others, config=ParallelConfig(shard=2), checkpointing=True)
 
 
 def test_shards_recompute_norms_as_one_process_does():
