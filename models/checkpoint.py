@@ -6,6 +6,10 @@ always whole. It is a ``torch.save`` archive of tensors, numbers, strings, lists
 (:func:`models.runtime.files.checksum`), which :func:`load` compares: torch reads an archive without a look at its sums.
 
 Tensors are mapped from the file, so that what nobody reads, as the optimizer in sampling, takes no memory.
+
+The checkpoint of a sharded run is a folder of that name, with a file for each part of weights, averages and optimizer
+states. The files are written into a folder under a temporary name, which is renamed when all are there. A tensor is the
+rows of all parts, one after the other. The first file has everything else. Every file is an archive as above.
 """
 
 from __future__ import annotations
@@ -17,8 +21,9 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -31,7 +36,7 @@ from minisora_kernels.commands import NO_MEMORY
 
 from .denoisers.lora import LoRAConfig, adapt, merged
 from .registry import build, config_from
-from .runtime.files import checksum, whole_file
+from .runtime.files import checksum, sync_folder, whole_file
 from .runtime.packages import package
 from .runtime.plain import merge
 
@@ -39,11 +44,32 @@ FORMAT = 2
 
 
 MAGIC = "minisora checkpoint"
+# What every part of a sharded checkpoint has some rows of.
+DIVIDED = ("model", "ema", "optimizer")
 # The comment at the end of the archive, and the record of a zip archive before it, which ends with its length.
 COMMENT = b"minisora sums %s\n"
 COMMENT_SIZE = len(COMMENT % bytes(64))
 END, END_SIZE = b"PK\5\6", 22
 _log = logging.getLogger(__name__)
+
+
+class Joined(Mapping[str, Tensor]):
+    """Tensors by name that are divided among parts; one is whole, and takes memory, while somebody holds it."""
+
+    def __init__(self, parts: list[Mapping[str, Tensor]]) -> None:
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> Tensor:
+        rows = [part[name] for part in self._parts if name in part]
+        if not rows:
+            raise KeyError(name)
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts[0])
+
+    def __len__(self) -> int:
+        return len(self._parts[0])
 
 
 class NotACheckpoint(ValueError):
@@ -70,8 +96,8 @@ class Checkpoint:
     config: dict[str, Any]
     classes: list[str]
     step: int
-    model: dict[str, Tensor]
-    ema: dict[str, Tensor]
+    model: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor]
     optimizer: dict[str, Any]
     rng: dict[str, Tensor]
     encoder: Mapping[str, Any] | None = None
@@ -142,6 +168,16 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}.pt"
 
 
+def part_of(path: Path, number: int, parts: int) -> Path:
+    """The file of a part, 0-based, of a sharded checkpoint."""
+    return path / f"part_{number:05d}_of_{parts:05d}.pt"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is the path of a checkpoint, a file or the folder of a sharded one, and not the folder of a run."""
+    return path.is_file() or any(path.glob("part_*.pt"))
+
+
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write the checkpoint into the folder and remove all but the newest ``keep``.
 
@@ -149,19 +185,55 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         OSError: it could not be written; nothing of it is left, and older checkpoints are untouched.
     """
     path = path_of(folder, checkpoint.step)
-    content = {"magic": MAGIC, "format": FORMAT}
-    content.update((item.name, getattr(checkpoint, item.name)) for item in fields(checkpoint))
+    before = path.rename(path.with_name(f"{path.name}.aside")) if path.is_dir() else None
+    _save_file(path, {item.name: _plain(getattr(checkpoint, item.name)) for item in fields(checkpoint)})
+    if before is not None:
+        shutil.rmtree(before)
+    _remove_old(folder, path, keep)
+    return path
+
+
+def save_part(path: Path, number: int, parts: int, checkpoint: Checkpoint) -> None:
+    """Write a part of a sharded checkpoint into the folder ``path``: the rows of the tensors that it has.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    names = DIVIDED if number else [item.name for item in fields(checkpoint)]
+    content = {name: getattr(checkpoint, name) for name in ("step", *names)}
+    _save_file(part_of(path, number, parts), content)
+
+
+def complete(path: Path, temporary: Path, keep: int) -> None:
+    """Give the folder ``temporary``, whose parts are all written, its name; remove all but the newest ``keep``."""
+    sync_folder(temporary)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+    _remove_old(path.parent, path, keep)
+
+
+def _save_file(path: Path, content: dict[str, Any]) -> None:
     try:
         with whole_file(path, "w+b") as file:
-            _write(content, file)
+            _write({"magic": MAGIC, "format": FORMAT} | content, file)
     except Exception as error:
         raise OSError(f"checkpoint {path} was not written: {error}") from error
-    for leftover in folder.glob("step_*.tmp"):
-        leftover.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """A value with dictionaries in place of what joins the parts of one."""
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _remove_old(folder: Path, path: Path, keep: int) -> None:
     # A file of a later step is a broken one that this run has resumed before; it must not count as the newest.
-    for old in sorted(file for file in folder.glob("step_*.pt") if file.name <= path.name)[:-keep]:
-        old.unlink(missing_ok=True)
-    return path
+    old = sorted(file for file in folder.glob("step_*.pt") if file.name <= path.name)[:-keep]
+    for each in [*folder.glob("step_*.tmp"), *old]:
+        if each.is_dir():
+            # Under its name it is whole until the last moment.
+            shutil.rmtree(each if each.suffix == ".tmp" else each.rename(each.with_name(f"{each.name}.tmp")))
+        else:
+            each.unlink(missing_ok=True)
 
 
 def _write(content: dict[str, Any], file: IO[bytes]) -> None:
@@ -206,10 +278,13 @@ def _has_checksum(path: Path) -> bool:
 
 
 def load(path: str | Path, *, compare: bool = True) -> Checkpoint:
-    """Read a checkpoint without executing anything in it. Its tensors are mapped from the file, copied when written to.
+    """Read a checkpoint without executing anything in it.
+
+    Tensors are mapped from the file, and copied when written to. Those of a sharded one are joined when they are asked
+    for.
 
     Args:
-        path: of the file.
+        path: of the file, or of the folder of a sharded one.
         compare: compare the checksum, which reads the whole file. Without, damage to tensors is not seen.
 
     Raises:
@@ -219,6 +294,35 @@ def load(path: str | Path, *, compare: bool = True) -> Checkpoint:
         OSError: a file that cannot be read.
     """
     path = Path(path)
+    content = _load_parts(path, compare=compare) if path.is_dir() else _load_file(path, compare=compare)
+    names = {item.name for item in fields(Checkpoint)}
+    return Checkpoint(**{name: value for name, value in content.items() if name in names})
+
+
+def _load_parts(path: Path, *, compare: bool) -> dict[str, Any]:
+    """The content of a sharded checkpoint; its tensors are joined when they are asked for."""
+    named = [match for file in path.iterdir() if (match := re.fullmatch(r"part_\d{5}_of_(\d{5})\.pt", file.name))]
+    if not named:
+        raise NotACheckpoint(f"{path} is not a file")
+    parts = int(named[0][1])
+    files = [(part_of(path, i, parts), DIVIDED if i else None) for i in range(parts)]
+    content, *others = (_load_file(file, required, compare=compare) for file, required in files)
+    if any(other["step"] != content["step"] for other in others):
+        raise NotACheckpoint(f"{path} is not a whole checkpoint: its parts are of different steps")
+    return content | {name: _joined([content[name], *(other[name] for other in others)]) for name in DIVIDED}
+
+
+def _joined(parts: list[Any]) -> Any:
+    """What a checkpoint has under a name, of the parts of it."""
+    if not isinstance(parts[0], dict):
+        return parts[0]
+    if parts[0] and all(isinstance(value, Tensor) for value in parts[0].values()):
+        return Joined(parts)
+    return {key: _joined([part[key] for part in parts if key in part]) for key in parts[0]}
+
+
+def _load_file(path: Path, required: Collection[str] | None = None, *, compare: bool) -> dict[str, Any]:
+    """The content of a file, which has what is ``required``: by default all fields that have no default."""
     if not path.is_file():
         raise NotACheckpoint(f"{path} is not a file")
     try:
@@ -230,11 +334,10 @@ def load(path: str | Path, *, compare: bool = True) -> Checkpoint:
         raise NotEnoughMemory(
             f"not enough memory to read {path}, which takes {path.stat().st_size / 2**20:,.0f} MiB; no damage was found"
         ) from error
-    _check_fields(path, content)
+    _check_fields(path, content, required)
     if checked is False:
         _log.warning("%s has no checksum, as older versions wrote it: some damage to it would not be seen", path)
-    names = {item.name for item in fields(Checkpoint)}
-    return Checkpoint(**{name: value for name, value in content.items() if name in names})
+    return content
 
 
 def _content(path: Path, checked: bool | None) -> Any:
@@ -263,15 +366,16 @@ def _content(path: Path, checked: bool | None) -> Any:
         raise NotACheckpoint(f"{path} is not a whole checkpoint: {error or type(error).__name__}") from error
 
 
-def _check_fields(path: Path, content: Any) -> None:
+def _check_fields(path: Path, content: Any, required: Collection[str] | None) -> None:
     """Raises ValueError unless this is a checkpoint of this version whose fields have the types of the class."""
     if not isinstance(content, dict) or content.get("magic") != MAGIC:
         raise NotACheckpoint(f"{path} is not a checkpoint of this trainer")
     if content.get("format") != FORMAT:
         raise ValueError(f"{path} has format version {content.get('format')}; this code reads version {FORMAT}")
-    # What has a default was added after the first checkpoints of this version.
-    required = [item.name for item in fields(Checkpoint) if item.default is item.default_factory is MISSING]
-    missing = sorted(set(required) - content.keys())
+    if required is None:
+        # What has a default was added after the first checkpoints of this version.
+        required = [item.name for item in fields(Checkpoint) if item.default is item.default_factory is MISSING]
+    missing = sorted({"step", *required} - content.keys())
     if missing:
         raise NotACheckpoint(f"{path} lacks {', '.join(missing)}")
     for name, hint in get_type_hints(Checkpoint).items():
@@ -315,5 +419,7 @@ def latest(folder: str | Path, *, compare: bool = True) -> tuple[Path, Checkpoin
 
 
 def open_checkpoint(path: Path, *, compare: bool = True) -> tuple[Path, Checkpoint]:
-    """A checkpoint file, or the newest one of a run's folder; ``compare`` as in :func:`load`."""
-    return latest(path, compare=compare) if path.is_dir() else (path, load(path, compare=compare))
+    """A checkpoint, or the newest one of a run's folder; ``compare`` as in :func:`load`."""
+    if path.is_dir() and not is_checkpoint(path):
+        return latest(path, compare=compare)
+    return path, load(path, compare=compare)

@@ -127,7 +127,7 @@ def publish(config: ConvertConfig) -> Path:
     layout = LAYOUTS[config.kind]
     weights = layout.write(checkpoint.merged())
     if config.adapters is not None:
-        weights |= layout.adapters(checkpoint.ema, config_from(checkpoint.config))
+        weights |= layout.adapters(dict(checkpoint.ema), config_from(checkpoint.config))
     if config.names == "diffusers" and layout.to_diffusers is not None:
         weights = layout.to_diffusers(weights)
     if config.adapters is not None:

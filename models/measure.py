@@ -100,7 +100,9 @@ def run(config: MeasureConfig) -> dict[str, float]:
     if isinstance(model, CausalTokenizer):
         measure_latents(model, _clips(training, config, device))
         measured = {name: getattr(model, name).cpu() for name in ("latent_mean", "latent_std")}
-        changed = dataclasses.replace(checkpoint, model=checkpoint.model | measured, ema=checkpoint.ema | measured)
+        changed = dataclasses.replace(
+            checkpoint, model={**checkpoint.model, **measured}, ema={**checkpoint.ema, **measured}
+        )
         with locked(path.parent):
             checkpoints.save(path.parent, changed, trained.keep)
     return {"psnr": ratios.mean().item(), "least psnr": ratios.min().item()}

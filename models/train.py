@@ -55,13 +55,14 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
         given = Path(start.resume)
         if given.is_dir() and is_unsaved(given):
             raise ValueError(f"{given} holds no whole checkpoint: start it again with the command that began it")
-        path, resume = (given, checkpoints.load(given)) if given.is_file() else checkpoints.latest(given)
+        alone = checkpoints.is_checkpoint(given)
+        path, resume = checkpoints.open_checkpoint(given)
         if not resume.optimizer:
             raise ValueError(f"{path} has weights only, of no training; start one from them with --init {given}")
         if is_first():
             print(f"resuming from {path}")
         # The folder may have been moved since.
-        default = dataclasses.replace(from_dict(resume.train), run=str(given.parent if given.is_file() else given))
+        default = dataclasses.replace(from_dict(resume.train), run=str(given.parent if alone else given))
     elif start.init is not None:
         # The trainer reads the weights, and compares the checksum.
         trained = from_dict(checkpoints.open_checkpoint(Path(start.init), compare=False)[1].train)

@@ -87,8 +87,9 @@ def identify(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if path.is_dir() and any(path.glob("step_*.pt")):
         path = checkpoints.latest(path)[0]
-    if path.is_file():
-        return {"kind": "checkpoint", "path": str(path.resolve()), "sha256": sha256_of(path)}
+    if checkpoints.is_checkpoint(path):
+        digest = sha256_of_folder(path) if path.is_dir() else sha256_of(path)
+        return {"kind": "checkpoint", "path": str(path.resolve()), "sha256": digest}
     if (path / "config.json").is_file():
         return {"kind": "diffusers", "path": str(path.resolve()), "sha256": sha256_of_folder(path)}
     raise ValueError(

@@ -66,11 +66,15 @@ class Ranks:
         line: the ranks that have the same samples, and divide their tokens.
         mesh: that a model is divided over, by all ranks of a copy of it, with an axis for copies if there are several;
             None if it is not divided.
+        parts: the number of parts of a divided model; 1 if it is not divided.
+        part: the one that this rank saves; None on ranks with other copies of it.
     """
 
     def __init__(self, config: ParallelConfig = ParallelConfig(), device: str = "cpu") -> None:  # noqa: B008 - frozen
         self.size, self.rank = config.size, 0
         self.share, self.line, self.mesh = Share(), Line(), None
+        self.part: int | None = 0
+        self.parts = 1
         if self.size == 1:
             return
         self.rank = dist.get_rank()
@@ -82,6 +86,8 @@ class Ranks:
             axes = {"data": config.data, "shard": config.shard * config.sequence}
             axes = {name: number for name, number in axes.items() if number > 1}
             self.mesh = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
+            self.parts = self.mesh["shard"].size()
+            self.part = self.rank if self.rank < self.parts else None
 
     @property
     def sharded(self) -> bool:
@@ -119,6 +125,10 @@ class Ranks:
                 if others[name] != value:
                     raise ValueError(f"{name} is {value!r} on rank 0 and {others[name]!r} on rank {rank}")
 
+    def meet(self) -> None:
+        """Return when all ranks have called it."""
+        self.any(False)
+
     def joined(self, values: Any) -> list[Any]:
         """The shares' values in their order, on the first rank; nothing on the others.
 
@@ -137,10 +147,10 @@ def serving_on(
 ) -> Iterator[None]:
     """As :func:`models.runtime.verification.serving`; the first rank verifies the kernels, and the others wait."""
     if not ranks.first:
-        ranks.any(False)
+        ranks.meet()
     with serving(device, backend, verify if ranks.first else "never", stored):
         if ranks.first:
-            ranks.any(False)
+            ranks.meet()
         yield
 
 

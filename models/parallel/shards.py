@@ -82,18 +82,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(state: Any, *, keep: bool) -> Any:
-    """A state with whole tensors in place of divided ones; of those that are divided only ranks that ``keep`` get them.
-
-    Every rank has to call it. A whole tensor is on the CPU, one at a time on the device.
-    """
-    if isinstance(state, DTensor):
-        gathered = state.full_tensor()
-        return gathered.cpu() if keep else gathered.new_empty(0)
+def part_of(state: Any, *, first: bool) -> Any:
+    """A copy of a state on the CPU, with this rank's rows of what is divided; only the ``first`` has what is not."""
+    if isinstance(state, Tensor):
+        return local(state).detach().to("cpu", copy=True)
     if isinstance(state, dict):
-        return {key: whole(value, keep=keep) for key, value in state.items()}
-    if isinstance(state, list):
-        return [whole(value, keep=keep) for value in state]
+        kept = {key: value for key, value in state.items() if first or isinstance(value, (DTensor, dict))}
+        return {key: part_of(value, first=first) for key, value in kept.items()}
     return state
 
 

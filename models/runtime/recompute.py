@@ -32,7 +32,7 @@ def recomputed(
     """
     if not checkpointing or not torch.is_grad_enabled():
         return part(*arguments)
-    selective = {}
+    selective: dict[str, Any] = {}
     if checkpointing is not True:
         policy = functools.partial(_policy, checkpointing)
         selective["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)

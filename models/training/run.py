@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..runtime.plain import as_plain
 from ..sampling.solvers import NotFinite
 from .config import TrainConfig, from_dict
 from .log import Log, Step
+from .saving import Saving
 from .trainer import Trainer
 
 _log = logging.getLogger(__name__)
@@ -139,6 +141,7 @@ class _Files:
         self.trainer, self.folder = trainer, folder
         self.path = checkpoints.path_of(folder, trainer.step)
         self.log: Log | None = None
+        self.saving = Saving(folder, trainer.ranks, config.keep)
         if trainer.ranks.first:
             write_whole(folder / "config.json", (json.dumps(as_plain(config), indent=2) + "\n").encode())
         if fresh:
@@ -159,8 +162,7 @@ class _Files:
         checkpoint = self.trainer.checkpoint()
         if self.log is not None:
             self.log.flush()
-        if self.trainer.ranks.first:
-            checkpoints.save(self.folder, checkpoint, self.trainer.config.keep)
+        self.saving.save(checkpoint)
 
     def rescue(self) -> None:
         """Save the steps since the last checkpoint, for an error ends the run; the error itself is the caller's."""
@@ -188,6 +190,7 @@ class _Files:
                 self.log.preview(self.trainer.step, sheet)
 
     def close(self) -> None:
+        self.saving.close()
         if self.log is not None:
             self.log.close()
 
@@ -206,6 +209,8 @@ def _train(trainer: Trainer, folder: Path, *, fresh: bool) -> Path:
                 stop = trainer.ranks.any(bool(received))
                 if last or stop or trainer.step % config.save_every == 0:
                     files.save()
+                if last or stop:
+                    files.saving.finish()
                 if stop and not last:
                     raise Stopped(received[0] if received else signal.SIGTERM, files.path)
                 if last or (config.preview.every and trainer.step % config.preview.every == 0):
@@ -223,7 +228,10 @@ def set_aside(folder: Path, step: int) -> None:
     for file in folder.glob("step_*.pt"):
         if file.name > checkpoints.path_of(folder, step).name:
             _log.warning("%s is of a later step; it is set aside as %s.aside", file, file.name)
-            file.rename(file.with_name(f"{file.name}.aside"))
+            aside = file.with_name(f"{file.name}.aside")
+            if aside.is_dir():
+                shutil.rmtree(aside)
+            file.rename(aside)
 
 
 def train_or_continue(config: TrainConfig) -> Path:

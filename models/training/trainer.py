@@ -33,7 +33,7 @@ from ..parallel.draws import sharing
 from ..parallel.ranks import Ranks
 from ..parallel.replicas import Loss, replicas, without_sums
 from ..parallel.sequence import check_divisible, dividing
-from ..parallel.shards import divided, shard, whole
+from ..parallel.shards import divided, part_of, shard
 from ..registry import build, config_from, configure
 from ..runtime.device import choose_device
 from ..runtime.plain import as_plain
@@ -258,10 +258,12 @@ class Trainer:
         self.step = saved.step
 
     def checkpoint(self) -> Checkpoint:
-        """The state of the run, which the first rank has whole; with shards every rank has to call this."""
-        model, ema, optimizer = (
-            whole(part.state_dict(), keep=self.ranks.first) for part in (self.model, self.ema, self.optimizer)
-        )
+        """The state of the run; with shards a copy of this rank's part of it, which steps do not change."""
+        states = [part.state_dict() for part in (self.model, self.ema, self.optimizer)]
+        memory = self.memory
+        if self.ranks.sharded:
+            *states, memory = (part_of(state, first=self.ranks.first) for state in (*states, memory))
+        model, ema, optimizer = states
         return Checkpoint(
             train=as_plain(self.config),
             config=as_plain(self.model.config),
@@ -272,7 +274,7 @@ class Trainer:
             optimizer=optimizer,
             rng=self._generators(),
             encoder=self.encoder,
-            memory=self.memory,
+            memory=memory,
             text_encoder=self.text_encoder,
             data_digest=self.data_digest,
             served=self.served | automatic.current_choices(),

@@ -98,7 +98,7 @@ def to_latte(checkpoint: Checkpoint) -> dict[str, Tensor]:
     if not isinstance(config, DiTConfig) or not config.late_frames or config.qk_norm or config.patch[0] != 1:
         raise ValueError("only a DiT with late_frames, patches of one frame and without qk_norm is Latte's")
     positions = weights["pos_embed"].unflatten(1, (config.grid[0], -1))[:, 0]
-    return weights | {"pos_embed": positions, PATCHES: weights[PATCHES].squeeze(2)}
+    return {**weights, "pos_embed": positions, PATCHES: weights[PATCHES].squeeze(2)}
 
 
 def to_dit(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -110,7 +110,7 @@ def to_dit(checkpoint: Checkpoint) -> dict[str, Tensor]:
     config = config_from(checkpoint.config)
     if not isinstance(config, DiTConfig) or not config.is_image or config.qk_norm or not config.num_classes:
         raise ValueError("only an image DiT with classes and without qk_norm has published names")
-    return checkpoint.ema
+    return dict(checkpoint.ema)
 
 
 def to_sit(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -56,4 +56,4 @@ def to_stdit(checkpoint: Checkpoint) -> dict[str, Tensor]:
     config, weights = config_from(checkpoint.config), checkpoint.ema
     if not isinstance(config, STDiTConfig) or not config.null_tokens or config.qk_norm:
         raise ValueError("only an STDiT with null_tokens and without qk_norm is Open-Sora's")
-    return weights | {"pos_embed": weights["pos_embed"][:, : math.prod(config.grid[1:])].clone()}
+    return {**weights, "pos_embed": weights["pos_embed"][:, : math.prod(config.grid[1:])].clone()}

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.checkpoint import Checkpoint, NotACheckpoint, NotEnoughMemory, latest, load, path_of, save
+from models.checkpoint import (
+    Checkpoint,
+    NotACheckpoint,
+    NotEnoughMemory,
+    complete,
+    latest,
+    load,
+    open_checkpoint,
+    path_of,
+    save,
+    save_part,
+)
 from models.denoisers.dit import DiT, DiTConfig
 from models.runtime.plain import as_plain
 from models.training.config import TrainConfig, from_dict
@@ -342,3 +354,50 @@ def test_kill_at_any_moment_leaves_the_newest_checkpoint(tmp_path):
     final = latest(tmp_path)[1].step
     assert final in (reported[-1], reported[-1] + 1)
     assert steps == sorted(steps) and steps[0] >= 1 and final > steps[0]
+
+
+def divide(folder: Path, checkpoint: Checkpoint, parts: int = 2) -> Path:
+    """The checkpoint with the rows of its weights and averages divided, as shards are."""
+    path, temporary = path_of(folder, checkpoint.step), folder / "writing.tmp"
+    temporary.mkdir()
+    for part in range(parts):
+        rows = {
+            name: {key: value.chunk(parts)[part] for key, value in getattr(checkpoint, name).items() if len(value) > 3}
+            for name in ("model", "ema")
+        }
+        rest = {
+            name: {key: value for key, value in getattr(checkpoint, name).items() if len(value) <= 3 and not part}
+            for name in rows
+        }
+        own = {name: rows[name] | rest[name] for name in rows}
+        save_part(temporary, part, parts, dataclasses.replace(checkpoint, **own))
+    complete(path, temporary, keep=2)
+    return path
+
+
+def test_a_sharded_checkpoint_is_that_of_one_file(tmp_path, caplog):
+    saved = make(3)
+    save(tmp_path, make(2), keep=2)
+    path = divide(tmp_path, saved)
+    assert path.is_dir() and len(list(path.iterdir())) == 2
+    assert latest(tmp_path)[0] == open_checkpoint(path)[0] == path
+    read = load(path)
+    for name in ("model", "ema"):
+        ours, theirs = getattr(saved, name), getattr(read, name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    built = read.build().state_dict()
+    assert all(torch.equal(value, saved.ema[key]) for key, value in built.items())
+    # As one file again, under the same name.
+    assert save(tmp_path, read, keep=2) == path and path.is_file()
+    assert torch.equal(load(path).ema["pos_embed"], saved.ema["pos_embed"])
+    # Without a part, with damage in one, or without a name: the one before is taken.
+    for damage in (Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-500] + bytes(500))):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+        damage(max(divide(tmp_path, saved).iterdir()))
+        assert latest(tmp_path)[1].step == 2
+        assert f"skipped: {path}/part_00001_of_00002.pt is not a" in caplog.text
+        caplog.clear()
+    path.rename(f"{path}.tmp")
+    assert latest(tmp_path)[1].step == 2
+    save(tmp_path, make(4), keep=1)
+    assert os.listdir(tmp_path) == ["step_00000004.pt"]

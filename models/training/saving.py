@@ -1,0 +1,83 @@
+"""Checkpoints of a run that trains: a file by the first rank, or a folder to which every rank adds its shard."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+
+from ..checkpoint import Checkpoint, complete, part_of, path_of, save, save_part
+from ..parallel.ranks import PATIENCE, Ranks
+
+# Seconds between two looks at the files of the others.
+PAUSE = 0.05
+
+
+class Saving:
+    """Writes the checkpoints of a run into its folder.
+
+    A file is on the disk when :meth:`save` returns. With shards a thread writes this rank's part while the training
+    goes on, and the folder gets its name once the first rank sees all parts; :meth:`finish` waits for that.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
+        self.folder, self.ranks, self.keep = folder, ranks, keep
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._given_up = threading.Event()
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write this rank's share of a checkpoint; with shards every rank has to call this.
+
+        Raises:
+            OSError: it, or the one before, could not be written.
+        """
+        if not self.ranks.sharded:
+            if self.ranks.first:
+                save(self.folder, checkpoint, self.keep)
+            return
+        self.finish()
+        path = path_of(self.folder, checkpoint.step)
+        temporary = path.with_name(f"{path.name}.tmp")
+        if self.ranks.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        self.ranks.meet()
+        if self.ranks.part is not None:
+            arguments = (path, temporary, self.ranks.part, checkpoint)
+            self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
+            self._thread.start()
+
+    def _write(self, path: Path, temporary: Path, part: int, checkpoint: Checkpoint) -> None:
+        parts = self.ranks.parts
+        try:
+            save_part(temporary, part, parts, checkpoint)
+            if part:
+                return
+            deadline = time.monotonic() + PATIENCE.total_seconds()
+            while not all(part_of(temporary, i, parts).exists() for i in range(parts)):
+                if self._given_up.wait(PAUSE) or time.monotonic() > deadline:
+                    raise OSError(f"checkpoint {path} was not written: other ranks did not write their parts")
+            complete(path, temporary, self.keep)
+        except Exception as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait until what this rank writes is on the disk, and on the first rank the whole checkpoint.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        """End the writing; a checkpoint whose other parts are not there is given up."""
+        self._given_up.set()
+        if self._thread is not None:
+            self._thread.join()
