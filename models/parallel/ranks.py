@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,19 @@ from .config import ParallelConfig
 from .draws import Share
 from .sequence import Line
 
-# A rank waits this long for the others, which write a checkpoint or a preview meanwhile.
-PATIENCE = timedelta(minutes=30)
+# Seconds that a rank waits for the others, which write a checkpoint or a preview meanwhile.
+PATIENCE = 1800
+# What a rank does, in the order of a step: who is earlier in it holds up the others.
+PLACES = ("saves a checkpoint", "samples a preview", "reads data", "computes gradients")
+
+
+class Place(NamedTuple):
+    """Where a rank stands: the step, 0-based, what it does there as a number and in words, and since when."""
+
+    step: int
+    order: int
+    doing: str
+    since: float
 
 
 def is_first() -> bool:
@@ -67,6 +79,7 @@ class Ranks:
         mesh: that a model is divided over, by all ranks of a copy of it, with an axis for copies if there are several;
             None if it is not divided.
         parts: the number of parts of a divided model; 1 if it is not divided.
+        place: where this rank stands.
         part: the one that this rank saves; None on ranks with other copies of it.
     """
 
@@ -75,6 +88,7 @@ class Ranks:
         self.share, self.line, self.mesh = Share(), Line(), None
         self.part: int | None = 0
         self.parts = 1
+        self.at(0, PLACES[0])
         if self.size == 1:
             return
         self.rank = dist.get_rank()
@@ -125,6 +139,10 @@ class Ranks:
                 if others[name] != value:
                     raise ValueError(f"{name} is {value!r} on rank 0 and {others[name]!r} on rank {rank}")
 
+    def at(self, step: int, doing: str) -> None:
+        """Note where this rank stands: what it does, one of ``PLACES``, in a step."""
+        self.place = Place(step, PLACES.index(doing), doing, time.monotonic())
+
     def meet(self) -> None:
         """Return when all ranks have called it."""
         self.any(False)
@@ -155,8 +173,10 @@ def serving_on(
 
 
 @contextlib.contextmanager
-def open_ranks(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
+def open_ranks(config: ParallelConfig, device: torch.device, patience: float = PATIENCE) -> Iterator[Ranks]:
     """The processes of a run, connected over NCCL on GPUs and over gloo on CPUs. They part when the block ends well.
+
+    What is sent fails when another rank takes part in it ``patience`` seconds too late.
 
     Raises:
         ValueError: torchrun started another number of processes than ``config`` has.
@@ -167,7 +187,7 @@ def open_ranks(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
         return
     # What is agreed on in a step is a number of the host: on GPUs it takes gloo's way.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE, device_id=device if device.type == "cuda" else None)
+    dist.init_process_group(backend, timeout=timedelta(seconds=patience), device_id=device if device.type == "cuda" else None)
     yield Ranks(config, device.type)
     dist.barrier()
     dist.destroy_process_group()

@@ -68,6 +68,7 @@ LEAST = {
     "save_every": 1,
     "keep": 1,
     "log_every": 1,
+    "patience": 1,
     "seed": 0,
 }
 
@@ -112,6 +113,8 @@ class TrainConfig:
     """On CUDA 'auto' verifies the kernels first where that was not done, with backend 'auto' only."""
     device: str = "auto"
     """Device: 'cpu', 'cuda', 'cuda:1' and so on. 'auto' is CUDA if there is a device, else the CPU."""
+    patience: int = 1800
+    """Number of seconds that processes wait for one that stands still, before the run ends and names it."""
     seed: int = 0
     """Seed of the weights, the data and the noise."""
     save_every: int = 1000
@@ -210,4 +213,5 @@ RESUMABLE = {
     "verify",
     "device",
     "parallel",
+    "patience",
 }

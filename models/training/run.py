@@ -18,6 +18,7 @@ import torch
 from .. import checkpoint as checkpoints
 from ..checkpoint import Checkpoint
 from ..parallel.ranks import Ranks, open_ranks, serving_on
+from ..parallel.watch import watching
 from ..runtime.device import check_backend, choose_device
 from ..runtime.files import locked, write_whole
 from ..runtime.plain import as_plain
@@ -96,7 +97,8 @@ def train(config: TrainConfig, resume: Checkpoint | None = None) -> Path:
     """
     device = choose_device(config.device)
     check_backend(config.backend, device)
-    with open_ranks(config.parallel, device) as ranks:
+    # A little later than the watch, which says then what the ranks wait for.
+    with open_ranks(config.parallel, device, 1.5 * config.patience) as ranks:
         return _train_on(ranks, device, config, resume)
 
 
@@ -158,6 +160,7 @@ class _Files:
 
     def save(self) -> None:
         """Write the lines of the steps so far, then the checkpoint."""
+        self.trainer.ranks.at(self.trainer.step, "saves a checkpoint")
         self.path = checkpoints.path_of(self.folder, self.trainer.step)
         checkpoint = self.trainer.checkpoint()
         if self.log is not None:
@@ -181,6 +184,7 @@ class _Files:
         """Write samples of the averaged model, which all ranks draw if they have a part of it each."""
         if self.log is None and not self.trainer.ranks.sharded:
             return
+        self.trainer.ranks.at(self.trainer.step, "samples a preview")
         try:
             sheet = self.trainer.preview()
         except NotFinite as error:  # of an average that has learned little yet, or of too much guidance
@@ -201,7 +205,7 @@ def _train(trainer: Trainer, folder: Path, *, fresh: bool) -> Path:
         raise ValueError(f"{folder} is complete, at step {trainer.step} of {config.steps}")
     files = _Files(trainer, folder, fresh=fresh)
     try:
-        with stop_signals() as received:
+        with stop_signals() as received, watching(trainer.ranks, config.patience):
             trainer.model.train()
             while trainer.step < config.steps:
                 files.add(trainer.train_step())

@@ -55,7 +55,7 @@ class Saving:
             save_part(temporary, part, parts, checkpoint)
             if part:
                 return
-            deadline = time.monotonic() + PATIENCE.total_seconds()
+            deadline = time.monotonic() + PATIENCE
             while not all(part_of(temporary, i, parts).exists() for i in range(parts)):
                 if self._given_up.wait(PAUSE) or time.monotonic() > deadline:
                     raise OSError(f"checkpoint {path} was not written: other ranks did not write their parts")

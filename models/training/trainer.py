@@ -331,7 +331,9 @@ class Trainer:
     def _gradients(self) -> tuple[Tensor, Tensor]:
         """The loss of the next batch and the norm of its gradient, which is clipped."""
         config = self.config
+        self.ranks.at(self.step, "reads data")
         x, y, low = self.batches.batch(self.step)
+        self.ranks.at(self.step, "computes gradients")
         tokens = len(x) * self.ranks.share.ranks * self._tokens(x.shape[2:])
         x = x.to(self.device, non_blocking=True)
         low = low.to(self.device, non_blocking=True) if low is not None and self.reads_low else None

@@ -291,3 +291,37 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path):
     assert f"stopped by SIGTERM; saved {folder}/step_{step:08d}.pt" in log
     assert f"torchrun --standalone --nproc-per-node 2 -m -- models.train --resume {folder}" in log
     assert log.count("continue with") == 1 and "tokens/s on 2 processes" in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["sleeps", "stops"])
+def test_a_rank_that_stands_still_is_named_with_its_step(how: str, tmp_path: Path):
+    config = merge(TINY, {"run": str(tmp_path / "run"), "parallel": {"data": 2}, "patience": 4})
+    stopped = tmp_path / "stopped"
+
+    def hang() -> None:
+        time.sleep(60 if how == "sleeps" else 1)
+        stopped.write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def run() -> None:
+        step = Batches.batch
+
+        def batch(self: Batches, number: int):
+            if number == 2 and os.environ["RANK"] == "1":
+                hang()
+            return step(self, number)
+
+        Batches.batch = batch
+        try:
+            train(config)
+        finally:
+            if how == "stops":
+                os.kill(int(stopped.read_text()), signal.SIGKILL)
+
+    told = {"sleeps": "stands in", "stops": "does not answer, and was last in"}[how]
+    message = rf"nothing moved for 4 s: rank 1 {told} step 2, where it reads data; rank 0 waits in step 2, where it comp"
+    with pytest.raises(RuntimeError, match=message):
+        on_ranks(2, run)
+    # Rank 0 saved the last whole step.
+    assert latest(tmp_path / "run")[1].step == 2
