@@ -9,7 +9,7 @@ Tensors are mapped from the file, so that what nobody reads, as the optimizer in
 
 The checkpoint of a sharded run is a folder of that name, with a file for each part of weights, averages and optimizer
 states. The files are written into a folder under a temporary name, which is renamed when all are there. A tensor is the
-rows of all parts, one after the other. The first file has everything else. Every file is an archive as above.
+rows of all parts along an axis, one after the other. The first file has everything else. Each is an archive as above.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -54,16 +54,20 @@ _log = logging.getLogger(__name__)
 
 
 class Joined(Mapping[str, Tensor]):
-    """Tensors by name that are divided among parts; one is whole, and takes memory, while somebody holds it."""
+    """Tensors by name that are divided among parts; one is whole, and takes memory, while somebody holds it.
 
-    def __init__(self, parts: list[Mapping[str, Tensor]]) -> None:
+    A part has the axis and its rows of a tensor that is divided. Only the first has what is not divided.
+    """
+
+    def __init__(self, parts: list[Mapping[str, Any]]) -> None:
         self._parts = parts
 
     def __getitem__(self, name: str) -> Tensor:
-        rows = [part[name] for part in self._parts if name in part]
-        if not rows:
-            raise KeyError(name)
-        return torch.cat(rows) if len(rows) > 1 else rows[0]
+        first = self._parts[0][name]
+        if isinstance(first, Tensor):
+            return first
+        axis, _ = first
+        return torch.cat([part[name][1] for part in self._parts], axis)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts[0])
@@ -305,8 +309,7 @@ def _load_parts(path: Path, *, compare: bool) -> dict[str, Any]:
     if not named:
         raise NotACheckpoint(f"{path} is not a file")
     parts = int(named[0][1])
-    files = [(part_of(path, i, parts), DIVIDED if i else None) for i in range(parts)]
-    content, *others = (_load_file(file, required, compare=compare) for file, required in files)
+    content, *others = (_load_file(part_of(path, i, parts), compare=compare, part=i) for i in range(parts))
     if any(other["step"] != content["step"] for other in others):
         raise NotACheckpoint(f"{path} is not a whole checkpoint: its parts are of different steps")
     return content | {name: _joined([content[name], *(other[name] for other in others)]) for name in DIVIDED}
@@ -316,13 +319,13 @@ def _joined(parts: list[Any]) -> Any:
     """What a checkpoint has under a name, of the parts of it."""
     if not isinstance(parts[0], dict):
         return parts[0]
-    if parts[0] and all(isinstance(value, Tensor) for value in parts[0].values()):
+    if parts[0] and all(isinstance(value, (Tensor, tuple)) for value in parts[0].values()):
         return Joined(parts)
     return {key: _joined([part[key] for part in parts if key in part]) for key in parts[0]}
 
 
-def _load_file(path: Path, required: Collection[str] | None = None, *, compare: bool) -> dict[str, Any]:
-    """The content of a file, which has what is ``required``: by default all fields that have no default."""
+def _load_file(path: Path, *, compare: bool, part: int | None = None) -> dict[str, Any]:
+    """The content of a file, of a part of a checkpoint or of all of it."""
     if not path.is_file():
         raise NotACheckpoint(f"{path} is not a file")
     try:
@@ -334,7 +337,7 @@ def _load_file(path: Path, required: Collection[str] | None = None, *, compare: 
         raise NotEnoughMemory(
             f"not enough memory to read {path}, which takes {path.stat().st_size / 2**20:,.0f} MiB; no damage was found"
         ) from error
-    _check_fields(path, content, required)
+    _check_fields(path, content, part)
     if checked is False:
         _log.warning("%s has no checksum, as older versions wrote it: some damage to it would not be seen", path)
     return content
@@ -366,19 +369,20 @@ def _content(path: Path, checked: bool | None) -> Any:
         raise NotACheckpoint(f"{path} is not a whole checkpoint: {error or type(error).__name__}") from error
 
 
-def _check_fields(path: Path, content: Any, required: Collection[str] | None) -> None:
+def _check_fields(path: Path, content: Any, part: int | None) -> None:
     """Raises ValueError unless this is a checkpoint of this version whose fields have the types of the class."""
     if not isinstance(content, dict) or content.get("magic") != MAGIC:
         raise NotACheckpoint(f"{path} is not a checkpoint of this trainer")
     if content.get("format") != FORMAT:
         raise ValueError(f"{path} has format version {content.get('format')}; this code reads version {FORMAT}")
-    if required is None:
-        # What has a default was added after the first checkpoints of this version.
-        required = [item.name for item in fields(Checkpoint) if item.default is item.default_factory is MISSING]
-    missing = sorted({"step", *required} - content.keys())
+    # What has a default was added after the first checkpoints of this version.
+    required = [item.name for item in fields(Checkpoint) if item.default is item.default_factory is MISSING]
+    missing = sorted(set(("step", *DIVIDED) if part else required) - content.keys())
     if missing:
         raise NotACheckpoint(f"{path} lacks {', '.join(missing)}")
     for name, hint in get_type_hints(Checkpoint).items():
+        if part is not None and name in DIVIDED:
+            hint = dict[str, Any]  # joined later
         if name in content and not _is(content[name], hint):
             raise NotACheckpoint(f"{path} has {name} of type {type(content[name]).__name__}; it must be {hint}")
     if content["step"] < 0:

@@ -47,24 +47,7 @@ from .parallel.traffic import Collective, Parameter, collectives, held_by, param
 from .protocols import Model
 from .registry import SYSTEMS, build, configure
 from .runtime.arguments import read
-
-
-class GPU(NamedTuple):
-    """Peaks of a GPU: bytes of memory, FLOP/s of dense bfloat16 products summed in fp32, bytes/s of memory."""
-
-    memory: float
-    flops: float
-    bandwidth: float
-    source: str
-
-
-GPUS = {
-    "a100-80g": GPU(80e9, 312e12, 2039e9, "NVIDIA A100 80GB SXM datasheet"),
-    "h100-80g": GPU(80e9, 989e12, 3350e9, "NVIDIA H100 SXM datasheet"),
-    "h200": GPU(141e9, 989e12, 4800e9, "NVIDIA H200 datasheet"),
-    "a6000-48g": GPU(48e9, 154.8e12, 768e9, "NVIDIA RTX A6000 datasheet"),
-    "rtx4090-24g": GPU(24e9, 165.2e12, 1008e9, "NVIDIA Ada GPU architecture whitepaper"),
-}
+from .runtime.gpus import GPUS
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@
     python -m models.train --init runs/dit-xl --data.source latents --run runs/mine
     python -m models.train --init runs/dit-xl --data.source latents --lora.rank 16 --run runs/mine
 
-A run's folder gets ``config.json``, checkpoints ``step_*.pt``, ``losses.csv``, ``previews/*.png`` and TensorBoard's
-``events.*``. A folder that exists is refused, unless a run ended in it before its first checkpoint. ``--resume RUN``
-continues from its newest whole checkpoint, ``--resume FILE`` from that one. The losses are bit for bit those of a run
-that was not stopped (on the same machine, with the same number of threads). If the data, the autoencoder or the text
-encoder have moved, give the new place with ``--data.source``, ``--encoder`` or ``--text.encoder``.
+A run's folder gets ``config.json``, checkpoints ``step_*.pt``, ``losses.csv``, ``metrics.jsonl``, ``previews/*.png``
+and TensorBoard's ``events.*``. A folder that exists is refused, unless a run ended in it before its first checkpoint.
+``--resume RUN`` continues from its newest whole checkpoint, ``--resume FILE`` from that one. The losses are bit for bit
+those of a run that was not stopped (on the same machine, with the same number of threads). If the data, the autoencoder
+or the text encoder have moved, give the new place with ``--data.source``, ``--encoder`` or ``--text.encoder``.
 
 SIGTERM, SIGHUP (a terminal that closes) and Ctrl-C end the step in hand, save, and leave with status 128 + signal; a
 second one leaves at once. An error saves as well, where the state of the last whole step is there.

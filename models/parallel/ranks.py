@@ -187,7 +187,9 @@ def open_ranks(config: ParallelConfig, device: torch.device, patience: float = P
         return
     # What is agreed on in a step is a number of the host: on GPUs it takes gloo's way.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=patience), device_id=device if device.type == "cuda" else None)
+    dist.init_process_group(
+        backend, timeout=timedelta(seconds=patience), device_id=device if device.type == "cuda" else None
+    )
     yield Ranks(config, device.type)
     dist.barrier()
     dist.destroy_process_group()

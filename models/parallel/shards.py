@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from .ranks import Ranks
@@ -39,11 +46,12 @@ def held(shape: Sequence[int], parts: int) -> int:
     return -(-shape[axis] // parts) * math.prod(shape) // shape[axis]
 
 
-def shard(model: Any, ranks: Ranks, *, bf16: bool) -> None:
+def shard(model: Any, ranks: Ranks, *, bf16: bool, offload: bool = False) -> None:
     """Divide the model's parameters over ``ranks.mesh``, in place.
 
     With ``bf16`` units are gathered in bfloat16, which autocast would round their weights to anyway. What belongs to no
-    unit stays float32, inputs are not rounded, and gradients are summed in float32.
+    unit stays float32, inputs are not rounded, and gradients are summed in float32. With ``offload`` the parts are
+    in the CPU's memory, weights and gradients, and a unit is copied to the GPU to be gathered.
     """
     mesh = ranks.mesh
     assert mesh is not None
@@ -53,10 +61,11 @@ def shard(model: Any, ranks: Ranks, *, bf16: bool) -> None:
         return Shard(divided_axis(parameter.shape, parts))
 
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    where = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
+    how: dict[str, Any] = {"mesh": mesh, "shard_placement_fn": placed, "offload_policy": where}
     for unit in model.units():
-        policy_of_unit = policy if bf16 else MixedPrecisionPolicy()
-        fully_shard(unit, mesh=mesh, shard_placement_fn=placed, mp_policy=policy_of_unit)
-    fully_shard(model, mesh=mesh, shard_placement_fn=placed)
+        fully_shard(unit, mp_policy=policy if bf16 else MixedPrecisionPolicy(), **how)
+    fully_shard(model, **how)
     if hasattr(model, "modulations"):
         register_fsdp_forward_method(model, "modulations")
     # Of outputs that are views: no block writes into them.
@@ -83,9 +92,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def part_of(state: Any, *, first: bool) -> Any:
-    """A copy of a state on the CPU, with this rank's rows of what is divided; only the ``first`` has what is not."""
+    """A copy of a state on the CPU: of a tensor that is divided the axis and this rank's rows, as ``models.checkpoint``
+    joins them; only the ``first`` has what is not divided.
+    """
+    if isinstance(state, DTensor):
+        axis = next(placement.dim for placement in state.placements if isinstance(placement, Shard))
+        return axis, state.to_local().detach().to("cpu", copy=True)
     if isinstance(state, Tensor):
-        return local(state).detach().to("cpu", copy=True)
+        return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
         kept = {key: value for key, value in state.items() if first or isinstance(value, (DTensor, dict))}
         return {key: part_of(value, first=first) for key, value in kept.items()}

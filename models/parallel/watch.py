@@ -37,8 +37,8 @@ class Watch:
 
     Args:
         ranks: of the run, whose :meth:`models.parallel.ranks.Ranks.at` the training calls.
-        patience: seconds in one place after which the thread says who holds up the others. The process ends after as long
-            again, unless the training moves on, or an error ended it.
+        patience: seconds in one place after which the thread says who holds up the others. After as many again it ends
+            the process, unless the training moved on, or an error ended it.
     """
 
     def __init__(self, ranks: Ranks, patience: float) -> None:

@@ -33,6 +33,8 @@ class OptimizerConfig:
     """Learning rate after the warm-up; 'cosine' and 'linear' reach 0 after the last step."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
+    offload: bool = False
+    """Keep the moments in the CPU's memory and step there; with shards the weights and gradients too."""
     ema: float = 0.9999
     """Decay of the EMA of the weights; early steps use the smaller (1 + step) / (10 + step)."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import logging
 import os
 import time
@@ -55,6 +56,26 @@ class Losses:
         self._file.close()
 
 
+class Metrics:
+    """``metrics.jsonl``: a line for every entry of the log, an object of numbers by name."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):  # the machine died on an incomplete one
+                if json.loads(line)["step"] < start:
+                    kept.append(line)
+        write_whole(path, "".join(f"{line}\n" for line in kept).encode())
+        self._file = open(path, "a")  # noqa: SIM115 - closed by close()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class Step(NamedTuple):
     """What a step of training returns. Loss and norm are still on the device."""
 
@@ -75,25 +96,31 @@ class Log:
         steps: of the whole run.
         every: steps from one entry to the next.
         processes: that train together; with several the tokens per second of each are logged too.
+        peak: FLOP/s of the GPU at its best; None where that is not known.
     """
 
-    def __init__(self, folder: Path, start: int, steps: int, every: int, processes: int = 1) -> None:
-        self.folder, self.every, self.processes = folder, every, processes
+    def __init__(
+        self, folder: Path, start: int, steps: int, every: int, processes: int = 1, peak: float | None = None
+    ) -> None:
+        self.folder, self.every, self.processes, self.peak = folder, every, processes, peak
         self.losses = Losses(folder / "losses.csv", start)
+        self.metrics = Metrics(folder / "metrics.jsonl", start)
         self.board = Board(folder, start)
         self.bar = progress_bar(total=steps, initial=start, desc=folder.name, unit="step")
         self.pending: list[tuple[int, Step]] = []
         self.tokens = self.counted = 0
+        self.flops = self.flops_before = 0
         self.waited = self.waited_before = 0.0
         self.since = time.perf_counter()
 
-    def add(self, number: int, step: Step, tokens: int, waited: float = 0.0) -> None:
+    def add(self, number: int, step: Step, tokens: int, waited: float = 0.0, flops: int = 0) -> None:
         """Note a step by its 0-based number, and write the pending ones if they are enough.
 
-        ``tokens`` are those of all steps so far, ``waited`` the seconds that they waited for data.
+        ``tokens`` are those of all steps so far, ``waited`` the seconds that they waited for data, ``flops`` what this
+        process computed.
         """
         self.pending.append((number, step))
-        self.tokens, self.waited = tokens, waited
+        self.tokens, self.waited, self.flops = tokens, waited, flops
         self.bar.update()
         if len(self.pending) >= self.every:
             self.flush()
@@ -104,9 +131,11 @@ class Log:
             return
         rows = [(number, step.loss.item(), step.norm.item(), step.rate) for number, step in self.pending]
         self.pending.clear()
-        speed = (self.tokens - self.counted) / (time.perf_counter() - self.since)
-        wait = (self.waited - self.waited_before) / len(rows)
-        self.counted, self.waited_before = self.tokens, self.waited
+        seconds = time.perf_counter() - self.since
+        speed = (self.tokens - self.counted) / seconds
+        waits = (self.waited - self.waited_before) / seconds
+        computed = self.flops - self.flops_before
+        self.counted, self.waited_before, self.flops_before = self.tokens, self.waited, self.flops
         self.losses.write(rows)
         step, loss, norm, rate = rows[-1]
         values = {
@@ -114,16 +143,21 @@ class Log:
             "gradient norm": norm,
             "learning rate": rate,
             "tokens/s": speed,
-            "seconds of waiting for data": wait,
+            "share of time waiting for data": waits,
         }
         if self.processes > 1:
             values["tokens/s per process"] = speed / self.processes
+        if self.peak is not None and computed:
+            values["MFU"] = computed / seconds / self.peak
+        self.metrics.write(step, values)
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         self.board.flush()
         mean = sum(row[1] for row in rows) / len(rows)
         each = f" on {self.processes} processes" if self.processes > 1 else ""
-        text = f"loss {mean:.4f}, {speed:,.0f} tokens/s{each}, {wait:.3f} s per step for data"
+        text = f"loss {mean:.4f}, {speed:,.0f} tokens/s{each}, {waits:.0%} of the time waiting for data"
+        if "MFU" in values:
+            text += f", MFU {values['MFU']:.0%}"
         self.bar.set_postfix_str(text, refresh=False)
         self.since = time.perf_counter()
 
@@ -141,4 +175,5 @@ class Log:
         """Close the files."""
         self.bar.close()
         self.board.close()
+        self.metrics.close()
         self.losses.close()

@@ -1,14 +1,43 @@
-"""The learning rate over the steps, and the exponential moving average of the weights."""
+"""AdamW beside the GPU, the learning rate over the steps, and the exponential moving average of the weights."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..parallel.shards import local
 from .config import TrainConfig
+
+
+class OffloadedAdamW(torch.optim.AdamW):
+    """AdamW whose moments are in the CPU's memory, with a copy of the weights, and which steps there.
+
+    Gradients are copied from the device, and the new weights to it. The state is that of ``torch.optim.AdamW``.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], **options: Any) -> None:
+        self._trained = list(parameters)
+        super().__init__([nn.Parameter(own.detach().to("cpu", copy=True)) for own in self._trained], **options)
+
+    def step(self, closure: Any = None) -> Any:
+        both = list(zip(self._trained, self.param_groups[0]["params"], strict=True))
+        for own, copied in both:
+            copied.grad = None if own.grad is None else own.grad.to("cpu")
+        result = super().step(closure)
+        with torch.no_grad():
+            for own, copied in both:
+                own.copy_(copied)
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for own in self._trained:
+            own.grad = None
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -115,6 +115,7 @@ def _train_on(ranks: Ranks, device: torch.device, config: TrainConfig, resume: C
         try:
             # The first batch proves that there is data before anything is written.
             trainer.batches.batch(trainer.step)
+            trainer.batches.waited = 0.0
             if ranks.first and not folder.exists():
                 folder.mkdir(parents=True)
                 stack.enter_context(locked(folder))
@@ -151,12 +152,13 @@ class _Files:
         elif trainer.ranks.first:
             set_aside(folder, trainer.step)
         if trainer.ranks.first:
-            self.log = Log(folder, trainer.step, config.steps, config.log_every, trainer.ranks.size)
+            self.log = Log(folder, trainer.step, config.steps, config.log_every, trainer.ranks.size, trainer.peak)
 
     def add(self, step: Step) -> None:
         """Note the step that was just made."""
         if self.log is not None:
-            self.log.add(self.trainer.step - 1, step, self.trainer.tokens, self.trainer.batches.waited)
+            trainer = self.trainer
+            self.log.add(trainer.step - 1, step, trainer.tokens, trainer.batches.waited, trainer.flops)
 
     def save(self) -> None:
         """Write the lines of the steps so far, then the checkpoint."""

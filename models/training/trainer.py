@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from minisora_kernels import automatic
+from minisora_kernels.counters import Counter
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..data.batches import Batch, Batches, BucketBatches, Prefetching
@@ -36,12 +37,13 @@ from ..parallel.sequence import check_divisible, dividing
 from ..parallel.shards import divided, part_of, shard
 from ..registry import build, config_from, configure
 from ..runtime.device import choose_device
+from ..runtime.gpus import peak_of
 from ..runtime.plain import as_plain
 from ..sampling.clips import ClipRequest, sample_clips
 from ..weights.start import start_from
 from .config import TrainConfig, from_dict
 from .log import Step
-from .optimizer import learning_rate, update_ema
+from .optimizer import OffloadedAdamW, learning_rate, update_ema
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +58,10 @@ class Trainer:
     def __init__(self, config: TrainConfig, resume: Checkpoint | None = None, ranks: Ranks | None = None) -> None:
         self.config, self.device = config, choose_device(config.device)
         self.ranks = ranks or Ranks()
+        if config.optimizer.offload and self.device.type == "cpu":
+            raise ValueError(
+                "optimizer.offload is True; on device 'cpu' it must be False: all is in its memory already"
+            )
         data = config.data
         self.source: Source = open_source(data)
         self.data_digest: str | None = self.source.digest
@@ -87,7 +93,9 @@ class Trainer:
         check_divisible(config.parallel.sequence, self.model.divisible(config.data.images))
         self.reads_low = self._reads_low()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
+        # What FSDP2 offloads is on the CPU already.
+        offload = config.optimizer.offload and not self.ranks.sharded
+        self.optimizer = (OffloadedAdamW if offload else torch.optim.AdamW)(
             self.trained,
             lr=config.optimizer.learning_rate,
             betas=config.optimizer.betas,
@@ -99,7 +107,10 @@ class Trainer:
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.batches = self._batches()
         self.step = 0
-        self.tokens = 0
+        self.tokens = self.flops = 0
+        # The table is of bfloat16 products.
+        self.peak = peak_of(self.device) if config.precision == "bf16" else None
+        self._products: dict[torch.Size, int] = {}
         self.sound = True  # False while a step changes the weights
         self.served = {} if resume is None else resume.served
         if resume is not None:
@@ -130,7 +141,7 @@ class Trainer:
             ema.load_state_dict(resume.ema)
         if self.ranks.sharded:
             for each in (model, ema):
-                shard(each, self.ranks, bf16=config.precision == "bf16")
+                shard(each, self.ranks, bf16=config.precision == "bf16", offload=config.optimizer.offload)
         return model, ema
 
     def _reads_low(self) -> bool:
@@ -307,12 +318,12 @@ class Trainer:
     def _undo(self) -> Callable[[], None]:
         """What brings back all that :meth:`_gradients` changes, as it is now."""
         generators, memory, buffers = self._generators(), self._copies(self.memory), self._copies(self.buffers)
-        tokens = self.tokens
+        tokens, flops = self.tokens, self.flops
 
         def undo() -> None:
             self.optimizer.zero_grad()
             self._set_generators(generators)
-            self.memory, self.tokens = memory, tokens
+            self.memory, self.tokens, self.flops = memory, tokens, flops
             for name, buffer in self.buffers.items():
                 buffer.copy_(buffers[name])
 
@@ -345,6 +356,7 @@ class Trainer:
             labels = labels.map(lambda part: part.unflatten(0, y.shape))
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         total = torch.zeros((), device=self.device)
+        forward = Counter() if self.peak is not None and x.shape not in self._products else None
         for i, part in enumerate(x.chunk(config.accumulation)):
             part_labels = None if labels is None else labels.chunk(config.accumulation)[i]
             part_low = None if low is None else low.chunk(config.accumulation)[i]
@@ -354,7 +366,10 @@ class Trainer:
                 dividing(self.ranks.line),
                 contextlib.nullcontext() if last else without_sums(self.loss),
             ):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                with (
+                    torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"),
+                    forward or contextlib.nullcontext(),
+                ):
                     loss = self.loss(part, part_labels, self.generator, self.memory, part_low)
                 loss = loss / config.accumulation
                 # Of the ranks that divide a sample the mean of gradients is taken, where their sum is asked for.
@@ -369,6 +384,10 @@ class Trainer:
                 f"step {self.step} has loss {total.item()} and gradient norm {norm.item()}; lower the learning rate, "
                 "or use fp32"
             )
+        if forward is not None:
+            self._products[x.shape] = forward.flops
+        # A product has two in the backward, or one if its weight is frozen.
+        self.flops += self._products.get(x.shape, 0) * (2 if config.lora.rank else 3)
         self.tokens += tokens
         return total, norm
 

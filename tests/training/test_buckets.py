@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import torch
 from test_data import film
 from torch import nn
 
+from minisora_kernels.counters import Counter as Products
 from models import checkpoint as checkpoints
 from models import registry
 from models.data.batches import BucketBatches
@@ -281,6 +283,31 @@ def test_the_speed_counts_the_tokens_of_every_bucket(tmp_path, monkeypatch):
     log.close()
     trainer.batches.close()
     assert logged["tokens/s"] == trainer.tokens / 2 and trainer.tokens > 0
+
+
+def test_the_share_of_the_peak_counts_no_product_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr("models.training.trainer.peak_of", lambda device: 1e9)
+    found = []
+    for checkpointing in (False, True):
+        run = tmp_path / str(checkpointing)
+        changes = {"run": str(run), "precision": "bf16", "checkpointing": checkpointing, "log_every": 2, "steps": 4}
+        trainer = Trainer(merge(TINY, changes))
+        log = Log(run.parent, 0, 4, 2, peak=trainer.peak)
+        totals = []
+        with Products() as counter:
+            for number in range(4):
+                step = trainer.train_step()
+                totals.append((trainer.flops, trainer.tokens))
+                log.add(number, step, trainer.tokens, flops=trainer.flops)
+        log.close()
+        trainer.batches.close()
+        found.append((trainer.flops, counter.flops))
+        line = json.loads((run.parent / "metrics.jsonl").read_text().splitlines()[-1])
+        flops, tokens = (last - before for last, before in zip(totals[3], totals[1], strict=True))
+        assert line["MFU"] == pytest.approx(line["tokens/s"] * flops / tokens / 1e9)
+    (counted, done), (again, recomputed) = found
+    # The gradient of the clips themselves is not computed.
+    assert counted == again and done < counted < 1.1 * done < recomputed
 
 
 @dataclass(frozen=True)

@@ -362,7 +362,11 @@ def divide(folder: Path, checkpoint: Checkpoint, parts: int = 2) -> Path:
     temporary.mkdir()
     for part in range(parts):
         rows = {
-            name: {key: value.chunk(parts)[part] for key, value in getattr(checkpoint, name).items() if len(value) > 3}
+            name: {
+                key: (axis := value.dim() - 1, value.chunk(parts, axis)[part])
+                for key, value in getattr(checkpoint, name).items()
+                if len(value) > 3
+            }
             for name in ("model", "ema")
         }
         rest = {

@@ -320,7 +320,9 @@ def test_a_rank_that_stands_still_is_named_with_its_step(how: str, tmp_path: Pat
                 os.kill(int(stopped.read_text()), signal.SIGKILL)
 
     told = {"sleeps": "stands in", "stops": "does not answer, and was last in"}[how]
-    message = rf"nothing moved for 4 s: rank 1 {told} step 2, where it reads data; rank 0 waits in step 2, where it comp"
+    message = (
+        rf"nothing moved for 4 s: rank 1 {told} step 2, where it reads data; rank 0 waits in step 2, where it comp"
+    )
     with pytest.raises(RuntimeError, match=message):
         on_ranks(2, run)
     # Rank 0 saved the last whole step.

@@ -129,7 +129,11 @@ def gradients(loss: nn.Module, ranks: Ranks, x: torch.Tensor, y: Any, *, bf16: b
 
 
 def worst(
-    *names: str, config: ParallelConfig, checkpointing: Checkpointing = False, bf16: bool = False
+    *names: str,
+    config: ParallelConfig,
+    checkpointing: Checkpointing = False,
+    bf16: bool = False,
+    offload: bool = False,
 ) -> dict[str, tuple[float, float]]:
     """Of each model the relative error of the loss, and the largest one of a gradient, on several processes."""
 
@@ -138,7 +142,7 @@ def worst(
         expected, exact = gradients(Loss(copy.deepcopy(model), objective), Ranks(), x, y, bf16=bf16)
         model.checkpointing = checkpointing
         if ranks.sharded:
-            shard(model, ranks, bf16=bf16)
+            shard(model, ranks, bf16=bf16, offload=offload)
             assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
             kept = sum(local(parameter).numel() for parameter in model.parameters())
             assert kept < 0.6 * sum(parameter.numel() for parameter in model.parameters())
@@ -158,9 +162,10 @@ def worst(
     return on_ranks(config.size, compare_all)[0]
 
 
-def agree(*names: str, config: ParallelConfig, checkpointing: Checkpointing = False) -> None:
+def agree(*names: str, config: ParallelConfig, checkpointing: Checkpointing = False, offload: bool = False) -> None:
     """Asserts that loss and gradients are those of one process."""
-    for name, (loss, gradient) in worst(*names, config=config, checkpointing=checkpointing).items():
+    found = worst(*names, config=config, checkpointing=checkpointing, offload=offload)
+    for name, (loss, gradient) in found.items():
         assert loss < 1e-6 and gradient < 2e-5, name
 
 
@@ -178,7 +183,7 @@ def test_shards_recompute_norms_as_one_process_does():
 
 @pytest.mark.slow
 def test_sharded_copies_have_the_gradients_of_one_process():
-    agree("dit", config=ParallelConfig(data=2, shard=2))
+    agree("dit", config=ParallelConfig(data=2, shard=2), offload=True)
 
 
 def test_copies_have_the_gradients_of_one_process():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import functools
@@ -33,7 +34,7 @@ from models.runtime.allocator import reuse_large_allocations
 from models.runtime.plain import as_plain, merge
 from models.train import main, parse
 from models.training.config import OptimizerConfig, PreviewConfig, TrainConfig, from_dict
-from models.training.optimizer import learning_rate, update_ema
+from models.training.optimizer import OffloadedAdamW, learning_rate, update_ema
 from models.training.options import load as load_config
 from models.training.presets import PRESETS
 from models.training.presets import preset as load_preset
@@ -185,7 +186,7 @@ def test_what_a_run_leaves(tmp_path):
     path = train(tiny(tmp_path / "run", preview={"every": 4}, keep=1))
     assert path == tmp_path / "run/step_00000008.pt"
     names = {file.name for file in (tmp_path / "run").iterdir() if not file.name.startswith("events")}
-    assert names == {"config.json", "losses.csv", "previews", path.name}
+    assert names == {"config.json", "losses.csv", "metrics.jsonl", "previews", path.name}
     assert load_config(tmp_path / "run/config.json") == tiny(tmp_path / "run", preview={"every": 4}, keep=1)
     for step in (4, 8):
         with av.open(str(tmp_path / f"run/previews/step_{step:08d}.png")) as container:
@@ -198,8 +199,12 @@ def test_what_a_run_leaves(tmp_path):
         "gradient norm",
         "learning rate",
         "tokens/s",
-        "seconds of waiting for data",
+        "share of time waiting for data",
     }
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    for tag in events.Tags()["scalars"]:
+        logged = [(line["step"], line[tag]) for line in lines]
+        assert logged == [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)]
     assert [event.step for event in events.Images("samples")] == [4, 8]
     logged = {event.step: event.value for event in events.Scalars("loss")}
     for row in rows(tmp_path / "run")[1:]:
@@ -587,3 +592,31 @@ def test_large_blocks_are_kept():
     # A fresh 20 MiB block costs 5120 faults of 4 KiB, a hundred thousand in all.
     assert done == "False" or int(faults) < 5120
     assert reuse_large_allocations() == (done == "True")
+
+
+def test_an_offloaded_optimizer_steps_like_the_other(tmp_path):
+    def trained(kind, resume=None, steps=3):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(5, 7)
+        if resume is not None:
+            layer.load_state_dict(resume[0])
+        optimizer = kind(layer.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
+        if resume is not None:
+            optimizer.load_state_dict(copy.deepcopy(resume[1]))
+        for number in range(steps):
+            optimizer.zero_grad()
+            torch.manual_seed(number)
+            layer(torch.randn(3, 5)).square().sum().backward()
+            optimizer.step()
+        return copy.deepcopy(layer.state_dict()), copy.deepcopy(optimizer.state_dict())
+
+    one = trained(torch.optim.AdamW)
+    for resume in (None, one):
+        weights, state = trained(torch.optim.AdamW, resume)
+        same, moments = trained(OffloadedAdamW, resume)
+        assert all(torch.equal(value, same[name]) for name, value in weights.items())
+        for number, values in state["state"].items():
+            assert all(torch.equal(value, moments["state"][number][name]) for name, value in values.items())
+    with pytest.raises(ValueError, match=r"optimizer.offload is True; on device 'cpu' it must be False"):
+        train(tiny(tmp_path / "run", optimizer={"offload": True}))
+    assert not (tmp_path / "run").exists()
