@@ -56,7 +56,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Checkpoint | None]:
         if given.is_dir() and is_unsaved(given):
             raise ValueError(f"{given} holds no whole checkpoint: start it again with the command that began it")
         alone = checkpoints.is_checkpoint(given)
-        path, resume = checkpoints.open_checkpoint(given)
+        path, resume = (given, checkpoints.load(given)) if alone else checkpoints.latest(given)
         if not resume.optimizer:
             raise ValueError(f"{path} has weights only, of no training; start one from them with --init {given}")
         if is_first():

@@ -7,7 +7,8 @@ import threading
 import time
 from pathlib import Path
 
-from ..checkpoint import Checkpoint, complete, part_of, path_of, save, save_part
+from .. import checkpoint as checkpoints
+from ..checkpoint import Checkpoint, part_of, path_of
 from ..parallel.ranks import PATIENCE, Ranks
 
 # Seconds between two looks at the files of the others.
@@ -35,7 +36,7 @@ class Saving:
         """
         if not self.ranks.sharded:
             if self.ranks.first:
-                save(self.folder, checkpoint, self.keep)
+                checkpoints.save(self.folder, checkpoint, self.keep)
             return
         self.finish()
         path = path_of(self.folder, checkpoint.step)
@@ -52,14 +53,14 @@ class Saving:
     def _write(self, path: Path, temporary: Path, part: int, checkpoint: Checkpoint) -> None:
         parts = self.ranks.parts
         try:
-            save_part(temporary, part, parts, checkpoint)
+            checkpoints.save_part(temporary, part, parts, checkpoint)
             if part:
                 return
             deadline = time.monotonic() + PATIENCE
             while not all(part_of(temporary, i, parts).exists() for i in range(parts)):
                 if self._given_up.wait(PAUSE) or time.monotonic() > deadline:
                     raise OSError(f"checkpoint {path} was not written: other ranks did not write their parts")
-            complete(path, temporary, self.keep)
+            checkpoints.complete(path, temporary, self.keep)
         except Exception as error:
             self._error = error
 

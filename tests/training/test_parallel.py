@@ -14,6 +14,7 @@ import pytest
 import torch
 from ranks import on_ranks
 
+from models import checkpoint as checkpoints
 from models.autoencoders.vqgan import VQGANSettings
 from models.checkpoint import latest
 from models.data.batches import Batches
@@ -32,6 +33,7 @@ from models.sample import SampleConfig
 from models.sample import run as sample
 from models.training.config import OptimizerConfig, PreviewConfig, TrainConfig
 from models.training.run import train
+from models.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = TrainConfig(
@@ -291,6 +293,37 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path):
     assert f"stopped by SIGTERM; saved {folder}/step_{step:08d}.pt" in log
     assert f"torchrun --standalone --nproc-per-node 2 -m -- models.train --resume {folder}" in log
     assert log.count("continue with") == 1 and "tokens/s on 2 processes" in log
+
+
+def test_shards_are_written_while_the_training_goes_on(tmp_path: Path):
+    folder = tmp_path / "run"
+
+    def run() -> list[bool]:
+        write, step, writing = checkpoints.save_part, Trainer.train_step, []
+
+        def slowly(*arguments) -> None:
+            time.sleep(1)
+            write(*arguments)
+
+        def watched(self: Trainer):
+            writing.append(any(folder.glob("step_*.tmp")))
+            return step(self)
+
+        checkpoints.save_part, Trainer.train_step = slowly, watched
+        train(merge(TINY, {"run": str(folder), "parallel": {"shard": 2}, "save_every": 4, "keep": 1}))
+        return writing
+
+    for writing in on_ranks(2, run):
+        assert writing[0] and writing[4] and len(writing) == 6
+    assert [path.name for path in folder.glob("step_*")] == ["step_00000006.pt"]
+    parts = sorted((folder / "step_00000006.pt").iterdir())
+    assert [part.name for part in parts] == ["part_00000_of_00002.pt", "part_00001_of_00002.pt"]
+    # Each has its rows alone; the first has what is not divided as well.
+    sizes = [sum(x.numel() for _, x in torch.load(part)["ema"].values()) for part in parts]
+    numbers = sum(x.numel() for x in latest(folder)[1].ema.values())
+    assert sum(sizes) == numbers and max(sizes) < 0.6 * numbers
+    files = sample(SampleConfig(folder, out=tmp_path / "clips", count=1, steps=2, device="cpu"))
+    assert any(file.suffix == ".npz" for file in files)
 
 
 @pytest.mark.slow
