@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -293,6 +294,26 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path):
     assert f"stopped by SIGTERM; saved {folder}/step_{step:08d}.pt" in log
     assert f"torchrun --standalone --nproc-per-node 2 -m -- models.train --resume {folder}" in log
     assert log.count("continue with") == 1 and "tokens/s on 2 processes" in log
+
+
+@pytest.mark.slow
+def test_adapters_and_compiled_models_train_alike_on_ranks(tmp_path: Path):
+    adapted = {"init": str(trained(tmp_path / "base", steps=1)), "lora": {"rank": 2}, "steps": 3}
+    one = trained(tmp_path / "one", **adapted)
+    for name, sizes in (("copies", (2,)), ("shards", (1, 2))):
+        some = trained(tmp_path / name, *sizes, **adapted)
+        torch.testing.assert_close(losses(some), losses(one), rtol=2e-5, atol=0)
+        assert_same_state(one, some, rtol=1e-3, atol=1e-4)
+
+    def compiled() -> int:
+        # Inductor would take a minute.
+        torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+        train(merge(TINY, {"run": str(tmp_path / "compiled"), "parallel": {"data": 2}, "compile": True, "steps": 3}))
+        return len(torch._dynamo.utils.counters["stats"])
+
+    assert all(on_ranks(2, compiled))
+    plain = trained(tmp_path / "plain", steps=3)
+    torch.testing.assert_close(losses(tmp_path / "compiled"), losses(plain), rtol=2e-5, atol=0)
 
 
 def test_shards_are_written_while_the_training_goes_on(tmp_path: Path):
