@@ -93,15 +93,7 @@ class Trainer:
         check_divisible(config.parallel.sequence, self.model.divisible(config.data.images))
         self.reads_low = self._reads_low()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        # What FSDP2 offloads is on the CPU already.
-        offload = config.optimizer.offload and not self.ranks.sharded
-        self.optimizer = (OffloadedAdamW if offload else torch.optim.AdamW)(
-            self.trained,
-            lr=config.optimizer.learning_rate,
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        self.optimizer = self._optimizer()
         self.objective = config.objective
         self.memory = self.objective.memory(self.device)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
@@ -120,6 +112,18 @@ class Trainer:
         self.loss = replicas(Loss(self.model, self.objective), self.ranks)
         if self.ranks.size > 1 and not self.ranks.sharded:
             self._rehearse()
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        options = self.config.optimizer
+        # What FSDP2 offloads is on the CPU already.
+        offload = options.offload and not self.ranks.sharded
+        return (OffloadedAdamW if offload else torch.optim.AdamW)(
+            self.trained,
+            lr=options.learning_rate,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
 
     def _models(self, built_from: Any, resume: Checkpoint | None) -> tuple[Any, Any]:
         """The model and its average, with the weights that the run starts from or goes on with."""
