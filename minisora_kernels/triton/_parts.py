@@ -10,11 +10,14 @@ from ._common import load, store
 from ._launch import Launch, plan
 
 ELEMENTS = tl.constexpr(2048)  # a tile's loads are in flight together: 16 elements a thread
+# Programs wanted for each sum: one for each multiprocessor of a large GPU. The partial sums were just written and lie in
+# the L2 cache, so a program may take less of a row than memory hands out at a time.
+PROGRAMS = 128
 
 
 @triton.jit
-def _sum(parts_ptr, out_ptr, block, parts, size, PARTS: tl.constexpr):
-    COLUMNS: tl.constexpr = ELEMENTS // PARTS
+def _sum(parts_ptr, out_ptr, block, parts, size, COLUMNS: tl.constexpr):
+    PARTS: tl.constexpr = ELEMENTS // COLUMNS
     columns = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     sums = tl.zeros((PARTS, COLUMNS), tl.float32)
     for first in range(0, parts, PARTS):
@@ -38,37 +41,43 @@ def _sum_parts(
     size1,
     count2,
     size2,
-    PARTS0: tl.constexpr,
-    PARTS1: tl.constexpr,
-    PARTS2: tl.constexpr,
+    COLUMNS0: tl.constexpr,
+    COLUMNS1: tl.constexpr,
+    COLUMNS2: tl.constexpr,
 ):
     block = tl.program_id(0)
-    blocks = tl.cdiv(size0, ELEMENTS // PARTS0)
+    blocks = tl.cdiv(size0, COLUMNS0)
     if block < blocks:
-        _sum(parts0_ptr, out0_ptr, block, count0, size0, PARTS0)
+        _sum(parts0_ptr, out0_ptr, block, count0, size0, COLUMNS0)
     if parts1_ptr is not None:
         block -= blocks
-        blocks = tl.cdiv(size1, ELEMENTS // PARTS1)
+        blocks = tl.cdiv(size1, COLUMNS1)
         if (block >= 0) & (block < blocks):
-            _sum(parts1_ptr, out1_ptr, block, count1, size1, PARTS1)
+            _sum(parts1_ptr, out1_ptr, block, count1, size1, COLUMNS1)
     if parts2_ptr is not None:
         block -= blocks
         if block >= 0:
-            _sum(parts2_ptr, out2_ptr, block, count2, size2, PARTS2)
+            _sum(parts2_ptr, out2_ptr, block, count2, size2, COLUMNS2)
+
+
+def _columns(count: int, size: int) -> int:
+    """Of a tile: few enough for PROGRAMS of them, two at least; no more than leave room for what rows there are."""
+    columns = ELEMENTS.value // min(triton.next_power_of_2(max(count, 1)), 16)
+    while columns > 2 and triton.cdiv(size, columns) < PROGRAMS:
+        columns //= 2
+    return columns
 
 
 @plan
 def _plan(sizes, dtypes, device) -> Launch:
-    numbers, parts, blocks = [], [], 0
+    numbers, columns, blocks = [], [], 0
     for all_of_them, size in sizes:
         count = all_of_them // size
-        # The fewer columns, the more rows at a time: enough programs, and few steps of each.
-        rows = min(triton.next_power_of_2(max(count, 1)), 128 if size <= 4096 else 16)
         numbers += [count, size]
-        parts.append(rows)
-        blocks += triton.cdiv(size, ELEMENTS.value // rows)
+        columns.append(_columns(count, size))
+        blocks += triton.cdiv(size, columns[-1])
     missing = 3 - len(sizes)
-    return Launch(_sum_parts, (blocks,), *numbers, *(0, 0) * missing, *parts, *(1,) * missing)
+    return Launch(_sum_parts, (blocks,), *numbers, *(0, 0) * missing, *columns, *(1,) * missing)
 
 
 def sum_parts(*sums: tuple[Tensor, Tensor] | None) -> None:

@@ -1,12 +1,15 @@
 """grn: equation and derivation in minisora_kernels/ops/grn.py.
 
-Forward: a program sums the squares of some columns over a part of the sites of a frame; one program a frame adds the
-parts up, takes the roots and their mean over the channels; the last kernel reads x again and writes y. Backward: the
-same with the sums of dy * a and dy, then dx; dweight and dbias are added up over the frames. So x (and dy) is read
-twice. Sums are in fp32 and their order depends on the shapes alone.
+Forward: a program sums the squares of some columns over a part of the sites of a frame; the next kernel adds the parts
+up and takes the roots, a program for some channels of a frame, which leaves their sum too; the last kernel adds those
+sums up for the mean, reads x again and writes y. Backward: the same with the sums of dy * a and dy, then dx; dweight and
+dbias are added up over the frames. So x (and dy) is read twice. Sums are in fp32 and their order depends on the shapes
+alone.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,8 +24,10 @@ ROWS, COLUMNS = 8, 256  # sites and channels of a tile: 16 elements a thread
 # Sites that a program takes: enough programs for one frame of 24x24 sites and 8192 channels to fill a large GPU, while
 # the partial sums are 3% of x in bfloat16.
 PART = 64
-DEPTH = 16  # parts that are added up at a time
-FRAMES, CHANNELS = 32, 32  # a tile of the sums over the frames, which are in float64
+# A tile of the second stages: parts that are added up at a time, and channels, few enough that one frame of 2560 channels
+# makes programs for a quarter of a large GPU's multiprocessors.
+DEPTH, CHANNELS = 32, 64
+FRAMES, FEW = 128, 8  # frames and channels of a tile of the sums over the frames, which are in float64
 
 
 @triton.jit
@@ -88,26 +93,42 @@ def _add_parts(parts_ptr, first, count, columns, WIDTH: tl.constexpr, DEPTH: tl.
     return tl.sum(sums, 0)
 
 
+@triton.jit
+def _block(WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's frame, its block of channels over all frames, and its channels."""
+    blocks: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    block = tl.program_id(0).to(tl.int64)
+    return block // blocks, block, tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+
+
+@triton.constexpr_function
+def _power_of_2(count):
+    return triton.next_power_of_2(count)
+
+
+@triton.jit
+def _mean(sums_ptr, frame, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Over the channels of a frame, from the sums of each block of them."""
+    blocks: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    block = tl.arange(0, _power_of_2(blocks))
+    return tl.div_rn(tl.sum(load(sums_ptr + frame * blocks + block, block < blocks), 0), WIDTH)
+
+
 @triton.jit(do_not_specialize=["parts"])
 def _norms(
     squares_ptr,
     norms_ptr,
-    inverse_ptr,
+    norm_sums_ptr,
     parts,
-    eps,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """G, and 1 / (mean(G) + eps), of a frame."""
-    frame = tl.program_id(0).to(tl.int64)
-    sums = tl.zeros((COLUMNS,), tl.float32)
-    for first in range(0, WIDTH, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
-        norms = tl.sqrt_rn(_add_parts(squares_ptr, frame * parts, parts, columns, WIDTH, DEPTH))
-        store(norms_ptr + frame * WIDTH + columns, norms, columns < WIDTH)
-        sums += norms
-    tl.store(inverse_ptr + frame, tl.div_rn(1.0, tl.div_rn(tl.sum(sums, 0), WIDTH) + eps))
+    """G, and its sum, of some channels of a frame."""
+    frame, block, columns = _block(WIDTH, COLUMNS)
+    norms = tl.sqrt_rn(_add_parts(squares_ptr, frame * parts, parts, columns, WIDTH, DEPTH))
+    store(norms_ptr + frame * WIDTH + columns, norms, columns < WIDTH)
+    tl.store(norm_sums_ptr + block, tl.sum(norms, 0))
 
 
 @triton.jit(do_not_specialize=["sites"])
@@ -116,19 +137,22 @@ def _fwd(
     weight_ptr,
     bias_ptr,
     norms_ptr,
-    inverse_ptr,
+    norm_sums_ptr,
     y_ptr,
     sites,
+    eps,
     GELU: tl.constexpr,
     WIDTH: tl.constexpr,
     PART: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     _, frame, begin, end, columns = _place(sites, WIDTH, PART, COLUMNS)
     there = columns < WIDTH
     norms = load(norms_ptr + frame * WIDTH + columns, there)
-    gain = 1 + load(weight_ptr + columns, there) * norms * tl.load(inverse_ptr + frame)
+    inverse = tl.div_rn(1.0, _mean(norm_sums_ptr, frame, WIDTH, CHANNELS) + eps)
+    gain = 1 + load(weight_ptr + columns, there) * norms * inverse
     bias = load(bias_ptr + columns, there)
     for site in range(begin, end, ROWS):
         at, mask = _tile(frame, site, end, columns, sites, WIDTH, ROWS)
@@ -139,8 +163,10 @@ def _fwd(
 def _products(
     dy_ptr,
     x_ptr,
+    norms_ptr,
     products_ptr,
     sums_ptr,
+    norm_sums_ptr,
     sites,
     GELU: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -161,6 +187,10 @@ def _products(
     tl.store(products_ptr + out, tl.sum(products, 0), columns < WIDTH)
     if sums_ptr is not None:
         tl.store(sums_ptr + out, tl.sum(sums, 0), columns < WIDTH)
+    if begin == 0:  # for the mean of G over the channels
+        blocks: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+        norms = load(norms_ptr + frame * WIDTH + columns, columns < WIDTH)
+        tl.store(norm_sums_ptr + frame * blocks + tl.program_id(0) % blocks, tl.sum(norms, 0))
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -169,35 +199,33 @@ def _frames(
     sums_ptr,
     weight_ptr,
     norms_ptr,
+    norm_sums_ptr,
     frame_products_ptr,
     frame_sums_ptr,
     inverse_ptr,
-    shared_ptr,
+    shared_sums_ptr,
     parts,
     eps,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SUMMED: tl.constexpr,
 ):
-    """The sums of a frame, 1 / (mean(G) + eps), and mean(weight * P * s), which without a weight nothing reads."""
-    frame = tl.program_id(0).to(tl.int64)
-    norm_sums = tl.zeros((COLUMNS,), tl.float32)
-    shared_sums = tl.zeros((COLUMNS,), tl.float32)
-    for first in range(0, WIDTH, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
-        there = columns < WIDTH
-        products = _add_parts(products_ptr, frame * parts, parts, columns, WIDTH, DEPTH)
-        norms = load(norms_ptr + frame * WIDTH + columns, there)
-        norm_sums += norms
-        if weight_ptr is not None:
-            shared_sums += load(weight_ptr + columns, there) * products * norms
-        store(frame_products_ptr + frame * WIDTH + columns, products, there)
-        if sums_ptr is not None:
-            sums = _add_parts(sums_ptr, frame * parts, parts, columns, WIDTH, DEPTH)
-            store(frame_sums_ptr + frame * WIDTH + columns, sums, there)
-    inverse = tl.div_rn(1.0, tl.div_rn(tl.sum(norm_sums, 0), WIDTH) + eps)
-    tl.store(inverse_ptr + frame, inverse)
-    tl.store(shared_ptr + frame, tl.div_rn(inverse * tl.sum(shared_sums, 0), WIDTH))
+    """The sums of some channels of a frame, and that of weight * P * G, which without a weight nothing reads; and the
+    frame's 1 / (mean(G) + eps), from sums of SUMMED channels.
+    """
+    frame, block, columns = _block(WIDTH, COLUMNS)
+    there = columns < WIDTH
+    products = _add_parts(products_ptr, frame * parts, parts, columns, WIDTH, DEPTH)
+    store(frame_products_ptr + frame * WIDTH + columns, products, there)
+    if sums_ptr is not None:
+        sums = _add_parts(sums_ptr, frame * parts, parts, columns, WIDTH, DEPTH)
+        store(frame_sums_ptr + frame * WIDTH + columns, sums, there)
+    if weight_ptr is not None:
+        shared = load(weight_ptr + columns, there) * products * load(norms_ptr + frame * WIDTH + columns, there)
+        tl.store(shared_sums_ptr + block, tl.sum(shared, 0))
+    if tl.program_id(0) % ((WIDTH + COLUMNS - 1) // COLUMNS) == 0:
+        tl.store(inverse_ptr + frame, tl.div_rn(1.0, _mean(norm_sums_ptr, frame, WIDTH, SUMMED) + eps))
 
 
 @triton.jit(do_not_specialize=["sites"])
@@ -208,7 +236,7 @@ def _bwd(
     norms_ptr,
     products_ptr,
     inverse_ptr,
-    shared_ptr,
+    shared_sums_ptr,
     dx_ptr,
     sites,
     GELU: tl.constexpr,
@@ -216,6 +244,7 @@ def _bwd(
     PART: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     _, frame, begin, end, columns = _place(sites, WIDTH, PART, COLUMNS)
     there = columns < WIDTH
@@ -223,7 +252,8 @@ def _bwd(
     norms = load(norms_ptr + frame * WIDTH + columns, there)
     inverse = tl.load(inverse_ptr + frame)
     gain = 1 + weight * norms * inverse
-    dnorm = inverse * (weight * load(products_ptr + frame * WIDTH + columns, there) - tl.load(shared_ptr + frame))
+    shared = inverse * _mean(shared_sums_ptr, frame, WIDTH, CHANNELS)
+    dnorm = inverse * (weight * load(products_ptr + frame * WIDTH + columns, there) - shared)
     pull = tl.where(norms > 0, tl.div_rn(dnorm, tl.where(norms > 0, norms, 1.0)), 0.0)  # dG / G
     for site in range(begin, end, ROWS):
         at, mask = _tile(frame, site, end, columns, sites, WIDTH, ROWS)
@@ -271,19 +301,20 @@ def _parameters(
 
 
 @plan
-def _forward_plan(x, weight, bias, out_dtype, gelu, eps, device) -> tuple[int, Launch, Launch, Launch]:
-    """The number of partial sums, and the launches."""
+def _forward_plan(x, weight, bias, out_dtype, gelu, eps, device) -> tuple[int, int, Launch, Launch, Launch]:
+    """The number of partial sums, that of the blocks of channels, and the launches."""
     x = dense("x", x)
     dense("weight", weight), dense("bias", bias)
     frames, sites, width = x.shape
-    parts = triton.cdiv(sites, PART)
+    parts, blocks = triton.cdiv(sites, PART), frames * triton.cdiv(width, CHANNELS)
     grid = (frames * parts * triton.cdiv(width, COLUMNS),)
-    numbers = (sites, gelu, width, PART, ROWS, COLUMNS)
+    numbers = (gelu, width, PART, ROWS, COLUMNS)
     return (
         frames * parts,
-        Launch(_squares, grid, *numbers),
-        Launch(_norms, (frames,), parts, eps, width, DEPTH, COLUMNS),
-        Launch(_fwd, grid, *numbers),
+        blocks,
+        Launch(_squares, grid, sites, *numbers),
+        Launch(_norms, (blocks,), parts, width, DEPTH, CHANNELS),
+        Launch(_fwd, grid, sites, eps, *numbers, CHANNELS),
     )
 
 
@@ -296,31 +327,42 @@ def grn_fwd(
     if x.numel() == 0:
         return y, norms.zero_()
     key = (signature(x), signature(weight), signature(bias), out_dtype, gelu, eps, x.get_device())
-    parts, squares, norm, forward = _forward_plan(*key)
+    parts, blocks, squares, norm, forward = _forward_plan(*key)
     scratch = x.new_empty((parts, width), dtype=torch.float32)
-    inverse = x.new_empty(frames, dtype=torch.float32)
+    norm_sums = x.new_empty(blocks, dtype=torch.float32)
     squares(x, scratch)
-    norm(scratch, norms, inverse)
-    forward(x, weight, bias, norms, inverse, y)
+    norm(scratch, norms, norm_sums)
+    forward(x, weight, bias, norms, norm_sums, y)
     return y, norms
 
 
+class _Backward(NamedTuple):
+    """The numbers of partial sums, and the launches."""
+
+    parts: int
+    blocks: tuple[int, int]  # of channels, as the first two kernels cut them
+    products: Launch
+    frames: Launch
+    backward: Launch
+    parameters: Launch
+
+
 @plan
-def _backward_plan(dy, x, weight, norms, gelu, eps, device) -> tuple[int, Launch, Launch, Launch, Launch]:
-    """The number of partial sums, and the launches."""
+def _backward_plan(dy, x, weight, norms, gelu, eps, device) -> _Backward:
     x = dense("x", x)
     for name, tensor in (("dy", dy), ("weight", weight), ("norms", norms)):
         dense(name, tensor)
     frames, sites, width = x.shape
-    parts = triton.cdiv(sites, PART)
-    grid = (frames * parts * triton.cdiv(width, COLUMNS),)
+    parts, wide, blocks = triton.cdiv(sites, PART), triton.cdiv(width, COLUMNS), triton.cdiv(width, CHANNELS)
+    grid = (frames * parts * wide,)
     numbers = (sites, gelu, width, PART, ROWS, COLUMNS)
-    return (
+    return _Backward(
         frames * parts,
+        (frames * wide, frames * blocks),
         Launch(_products, grid, *numbers),
-        Launch(_frames, (frames,), parts, eps, width, DEPTH, COLUMNS),
-        Launch(_bwd, grid, *numbers),
-        Launch(_parameters, (triton.cdiv(width, CHANNELS),), frames, width, FRAMES, CHANNELS),
+        Launch(_frames, (frames * blocks,), parts, eps, width, DEPTH, CHANNELS, COLUMNS),
+        Launch(_bwd, grid, *numbers, CHANNELS),
+        Launch(_parameters, (triton.cdiv(width, FEW),), frames, width, FRAMES, FEW),
     )
 
 
@@ -341,16 +383,15 @@ def grn_bwd(
     ]
     if x.numel() == 0:
         return given(x, (dx, *(None if gradient is None else gradient.zero_() for gradient in gradients)))
-    inputs = (dy, x, weight, norms)
-    parts, products, frames, backward, parameters = _backward_plan(*map(signature, inputs), gelu, eps, x.get_device())
+    launches = _backward_plan(*map(signature, (dy, x, weight, norms)), gelu, eps, x.get_device())
     kinds = (True, bias_dtype is not None)  # sums of dy * a, and of dy, for the bias alone
-    partial = [x.new_empty((parts, x.shape[2]), dtype=torch.float32) if kind else None for kind in kinds]
+    partial = [x.new_empty((launches.parts, x.shape[2]), dtype=torch.float32) if kind else None for kind in kinds]
     sums = [torch.empty_like(norms) if kind else None for kind in kinds]
-    inverse, shared = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
-    products(dy, x, *partial)
-    frames(*partial, weight, norms, *sums, inverse, shared)
+    inverse, norm_sums, shared_sums = (x.new_empty(count, dtype=torch.float32) for count in (x.shape[0], *launches.blocks))
+    launches.products(dy, x, norms, *partial, norm_sums)
+    launches.frames(*partial, weight, norms, norm_sums, *sums, inverse, shared_sums)
     if dx is not None:
-        backward(dy, x, weight, norms, sums[0], inverse, shared, dx)
+        launches.backward(dy, x, weight, norms, sums[0], inverse, shared_sums, dx)
     if weight_dtype is not None or bias_dtype is not None:
-        parameters(*sums, norms, inverse, *gradients)
+        launches.parameters(*sums, norms, inverse, *gradients)
     return given(x, (dx, *gradients))

@@ -38,8 +38,8 @@ NARROW = 80
 ROWS = 64
 # Programs at most that share the sum of a bias' gradient: some for every SM of the largest GPU; a partial sum is large.
 BIAS_PROGRAMS = 1024
-# The same for a weight, whose partial sums are small.
-WEIGHT_PROGRAMS = 8192
+# The same for a weight: four waves of a large GPU, whose partial sums are 2% of what such a backward moves at 4096 tokens.
+WEIGHT_PROGRAMS = 2048
 
 
 class Call:

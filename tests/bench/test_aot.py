@@ -63,6 +63,19 @@ def test_the_record_has_every_op_and_architecture_and_passes_its_own_rules():
     assert aot.RECORD.read_text() == aot.written(RECORD)
 
 
+def test_no_second_stage_leaves_most_of_a_gpu_idle():
+    """A quarter of the 132 multiprocessors of an H100 at least; counted in a process of its own, as above."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu.programs", "--op", "grn", "gelu_mlp", "norm_rope", "window_attention"],
+        cwd=aot.ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    counts = {kernel: int(count) for count, kernel in re.findall(r"(\d+) (\w+ \w+):", done.stdout)}
+    stages = {"grn _norms", "grn _frames", "grn _parameters"}
+    stages |= {f"{op} _sum_parts" for op in ("gelu_mlp", "norm_rope", "window_attention")}
+    assert {kernel: count for kernel, count in counts.items() if kernel in stages and count < 33} == {}
+    assert stages <= counts.keys()
+
+
 ONE = {"warps": 4, "registers": 100, "spilled": 0, "shared": 1024}
 NAME = "adaln bfloat16 _fwd: XL"
 
