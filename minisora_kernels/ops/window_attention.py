@@ -204,13 +204,14 @@ SHORT = 32
 # What a record tells apart: windows of up to SHORT tokens or longer ones, and the bias, else the norm or rotation.
 DETAILS = (("short plain", "short norm", "short bias"), ("long plain", "long norm", "long bias"))
 
-# Torch's scaled_dot_product_attention is not a route: it needs a copy of most windows, and separate passes for norms
-# and rotations. bench/ops/bench_window_attention.py times it on long windows.
+# Torch's attention is a route on GPUs alone, for windows that it takes as views: of others it would need a copy, and
+# separate passes for norms and rotations. bench/ops/bench_window_attention.py times it on long windows.
 ROUTES = (
     "cpu: one kernel for all windows. On CPUs with AVX-512 bfloat16 or AMX it multiplies bfloat16 as it is, elsewhere "
     "in float32. triton: windows of up to 32 tokens take one pass each way, and short ones share a program. Longer "
-    "windows take blocks of tokens; beyond 512 tokens norm and rotation have a pass of their own. flash-attn takes "
-    "long windows without a bias where it is installed."
+    "windows take blocks of tokens; beyond 512 tokens norm and rotation have a pass of their own. Torch's flash "
+    "attention takes those of more than 64 tokens that are runs of tokens and have no bias, and of more than 512 with "
+    "a norm or rotation, in float16 and bfloat16."
 )
 
 

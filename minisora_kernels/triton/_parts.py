@@ -10,8 +10,8 @@ from ._common import load, store
 from ._launch import Launch, plan
 
 ELEMENTS = tl.constexpr(2048)  # a tile's loads are in flight together: 16 elements a thread
-# Programs wanted for each sum: one for each multiprocessor of a large GPU. The partial sums were just written and lie in
-# the L2 cache, so a program may take less of a row than memory hands out at a time.
+# Programs wanted for each sum: one for each multiprocessor of a large GPU. The partial sums were just written and lie
+# in the L2 cache, so a program may take less of a row than memory hands out at a time.
 PROGRAMS = 128
 
 

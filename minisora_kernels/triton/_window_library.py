@@ -1,62 +1,87 @@
-"""Long windows without a bias by flash-attn, where it is installed; else _window_flash.py serves them.
+"""Long windows without a bias by torch's flash attention; _window_flash.py serves the others.
 
-flash-attn takes views, so windows must be runs of tokens that fill the grid, as spatial and joint ones do. It knows no
-norm, no rotation and no packed gradient: `prepare_kernel` goes before it, `finish_kernel` after its backward. What its
-forward saves has no place in the schema of the raw ops, so the backward runs it once more, and the saved softmax of
-this route is zeros. `deterministic` is asked for: the op's gradients have the same bits on every run.
+torch takes views, so windows must be runs of tokens that fill the grid, as spatial and joint ones do. It knows no norm,
+no rotation and no packed gradient: `prepare_kernel` goes before it, `finish_kernel` after its backward. Its logarithm
+of the sum of a query's exp(score) is kept as the pair (logarithm, 1) of maximum and sum, for the backward.
 
-Not run with flash-attn yet: the tests put torch's attention in its place.
+Not run on a GPU yet: the tests put torch's flash attention for CPUs in its place.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Callable
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._window_rows import load_angles, load_rows, norm_backward, store_dweight, store_rows, turn
 
-Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+MOST_WINDOWS = 65535  # of a launch: they are an axis of the grid on which CUDA has no more
+
+_mode = threading.Lock()
 
 
 @cache
-def _function(module: str) -> Callable | None:
-    parents = module.split(".")
-    found = all(importlib.util.find_spec(".".join(parents[: i + 1])) for i in range(len(parents)))
-    return importlib.import_module(module).flash_attn_func if found else None
+def serves(device: torch.device) -> bool:
+    """Whether torch has flash attention for the device."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
-def flash_attention(device: torch.device, head_dim: int) -> Attention | None:
-    """flash-attn's attention of q, k and v ``[batch, length, heads, head_dim]``, by the version made for the device."""
-    if device.type != "cuda" or head_dim > 256:
-        return None
-    major = torch.cuda.get_device_capability(device)[0]
-    if major < 8:
-        return None
-    newest = {9: "flash_attn_interface", 10: "flash_attn.cute" if head_dim in (64, 96, 128) else None}.get(major)
-    function = (newest and _function(newest)) or _function("flash_attn")
-    if function is None:
-        return None
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        result = function(q, k, v, softmax_scale=scale, deterministic=True)
-        return result[0] if isinstance(result, tuple) else result
-
-    return attend
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Of q, k and v ``[windows, length, heads, head_dim]``: the same of out, and pairs ``[windows, length, heads, 2]``
+    of a maximum and a sum that give the same probabilities.
+    """
+    out, logarithm = _forward(*(part.transpose(1, 2) for part in (q, k, v)), scale)
+    return out.transpose(1, 2).contiguous(), F.pad(logarithm.transpose(1, 2)[..., None], (0, 1), value=1.0)
 
 
-def gradients(attend: Attention, q: Tensor, k: Tensor, v: Tensor, scale: float, dout: Tensor) -> tuple[Tensor, ...]:
-    """dq, dk and dv ``[batch, length, heads, head_dim]``, contiguous."""
-    with torch.enable_grad():
-        q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
-        out = attend(q, k, v, scale)
-        return tuple(grad.contiguous() for grad in torch.autograd.grad(out, (q, k, v), dout.view(out.shape)))
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    """dq, dk and dv ``[windows, length, heads, head_dim]``, contiguous; the same bits on every run."""
+    logarithm = softmax[..., 0].transpose(1, 2).contiguous()
+    dout, q, k, v, out = (part.transpose(1, 2) for part in (dout, q, k, v, out))
+    with _deterministic():
+        grads = _backward(dout, q, k, v, out, logarithm, scale)
+    return tuple(grad.transpose(1, 2).contiguous() for grad in grads)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logarithm: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    unread = q.new_empty(0)  # the state of a random generator, for a dropout
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, logarithm, None, None, q.shape[2], k.shape[2], 0.0, False, unread, unread, scale=scale
+    )
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Within the block torch adds gradients up in one order. Its mode is that of all threads, so one at a time."""
+    with _mode:
+        before, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+        if before == 2:  # "error": the user asks for the same
+            yield
+            return
+        torch.set_deterministic_debug_mode(2)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(before)
+            torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])

@@ -387,7 +387,9 @@ def grn_bwd(
     kinds = (True, bias_dtype is not None)  # sums of dy * a, and of dy, for the bias alone
     partial = [x.new_empty((launches.parts, x.shape[2]), dtype=torch.float32) if kind else None for kind in kinds]
     sums = [torch.empty_like(norms) if kind else None for kind in kinds]
-    inverse, norm_sums, shared_sums = (x.new_empty(count, dtype=torch.float32) for count in (x.shape[0], *launches.blocks))
+    inverse, norm_sums, shared_sums = (
+        x.new_empty(count, dtype=torch.float32) for count in (x.shape[0], *launches.blocks)
+    )
     launches.products(dy, x, norms, *partial, norm_sums)
     launches.frames(*partial, weight, norms, norm_sums, *sums, inverse, shared_sums)
     if dx is not None:

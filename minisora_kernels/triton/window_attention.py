@@ -2,8 +2,8 @@
 
 The kernels read qkv, and write dqkv, where the projection left it: a program computes the addresses of its window's
 tokens. _window_short.py holds the kernels for windows of a tile, _window_flash.py those for longer ones, which loop
-over blocks of tokens, and _window_library.py leaves the longest to flash-attn. But for the latter, all choices here
-follow from shapes and dtype, never from the device.
+over blocks of tokens, and _window_library.py leaves those without a bias to torch's flash attention. But for the latter,
+all choices here follow from shapes and dtype, never from the device.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from ._window_rows import Form, boxes, narrow_pieces, wide_pieces
 # numbers per token and head; others by every program that reads them, one per 128 tokens of the window, twice in the
 # backward. By a count of bytes and instructions the two cost alike near 500 tokens.
 PREPARE_FROM = 512
+# Longer windows than this without a norm, a rotation or a bias go to torch's flash attention, as the reference's do;
+# with a norm or rotation those longer than PREPARE_FROM, which have passes before and after it in any case.
+LIBRARY_FROM = 64
 # Heads of the same tokens that a program takes, so that their rotary angles, as large as q and k, are read a quarter as
 # often.
 HEADS = 4
@@ -81,10 +84,10 @@ class Call:
 
     @property
     def dense(self) -> bool:
-        """Whether the windows are runs of tokens that fill the grid, without a bias: what flash-attn can take."""
+        """Whether the windows are long runs of tokens that fill the grid, without a bias, for flash attention to take."""
         size, _, width = self.box.axes[0]
-        runs = len(self.box.axes) == 1 and size % width == 0
-        long = self.box.length > PREPARE_FROM and self.items > 0
+        runs = len(self.box.axes) == 1 and size % width == 0 and 0 < self.items <= library.MOST_WINDOWS
+        long = self.box.length > LIBRARY_FROM and (self.prepared or not (self.form.norm or self.rotated))
         return long and runs and self.parameters.bias is None and not self.exact
 
     @cached_property
@@ -149,9 +152,9 @@ def window_attention_fwd(
     sizes, numbers = (t, h, w, wt, wh, ww), (norm, interleaved, scale, eps, precision_of(qkv.dtype))
     call = _call(signature(qkv), *map(signature, parameters), sizes, numbers, qkv.get_device())
     batch, tokens, _, heads, head_dim = qkv.shape
-    if (attend := _library(call, qkv)) is not None:
-        out = attend(*_views(call, qkv, _prepared(call, qkv, parameters)), scale)
-        return out.view(batch, tokens, heads * head_dim), qkv.new_zeros(batch, tokens, heads, 2, dtype=torch.float32)
+    if call.dense and library.serves(qkv.device):
+        out, softmax = library.forward(*_views(call, qkv, _prepared(call, qkv, parameters)), scale)
+        return out.view(batch, tokens, heads * head_dim), softmax.view(batch, tokens, heads, 2)
     out = qkv.new_empty(batch, tokens, heads * head_dim)
     softmax = qkv.new_empty(batch, tokens, heads, 2, dtype=torch.float32)
     if call.short:
@@ -175,8 +178,10 @@ def window_attention_bwd(
     if call.short:
         weights = backward.weight_parts(qkv, need_q, need_k)
         backward.short(qkv, dout, softmax, dqkv, *weights, bias_parts, *parameters)
-    elif (attend := _library(call, qkv)) is not None:
-        grads = library.gradients(attend, *_views(call, qkv, _prepared(call, qkv, parameters)), scale, dout)
+    elif call.dense and library.serves(qkv.device):
+        views = _views(call, qkv, _prepared(call, qkv, parameters))
+        d, o, pairs = (tensor.view(*views[0].shape[:3], -1) for tensor in (dout, out, softmax))
+        grads = library.backward(d, *views, o, pairs, scale)
         weights = backward.weight_parts(qkv, need_q, need_k, finish=True)
         backward.finish(qkv, *grads, dqkv, *weights, *parameters[:4])
     else:
@@ -328,11 +333,6 @@ def _prepared(call: Call, qkv: Tensor, parameters: tuple[Tensor | None, ...]) ->
     qk = qkv.new_empty(call.batch, call.tokens, 2, call.heads, call.form.head_dim)
     call.prepare(qkv, qk, *parameters[:4])
     return qk
-
-
-def _library(call: Call, qkv: Tensor) -> library.Attention | None:
-    """flash-attn's attention, where it can serve the call."""
-    return library.flash_attention(qkv.device, call.form.head_dim) if call.dense else None
 
 
 def _views(call: Call, qkv: Tensor, qk: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """What :mod:`minisora_kernels.verify` measured on a device, as a file that is trusted only if it is whole and of here.
 
-A record is JSON. Its name and its key say what it holds for: device, capability, torch, Triton, flash-attn, and the
+A record is JSON. Its name and its key say what it holds for: device, capability, torch, Triton, and the
 digest of the kernels' sources. Another torch, another GPU or another source finds no record. It lies in the user's
 cache folder; records of this project's machines come with the package, and those of CPUs hold for every CPU that has
 none of its own.
@@ -37,8 +37,6 @@ DTYPES = ("float32", "tf32", "bfloat16", "float16")
 COLUMNS = ("ours", "eager", "compile")
 # What a file says of an entry beside its fields, for who reads it; it must follow from them.
 DERIVED = ("use", "why", "use_in_compile", "why_in_compile")
-# flash-attn 2, 3 and 4, by the names under which they are installed.
-FLASH = ("flash-attn", "flashattn-hopper", "flash-attn-3", "flash-attn-4")
 PACKAGE = Path(__file__).parent.parent
 SHIPPED = Path(__file__).parent / "records"
 
@@ -56,13 +54,11 @@ class Key:
     capability: str
     torch: str
     triton: str
-    flash_attn: str
     digest: str
 
     def __str__(self) -> str:
         triton = "" if self.kind == "cpu" else f", Triton {self.triton}"
-        flash = "" if self.flash_attn == "none" else f", {self.flash_attn}"
-        return f"{self.device} with torch {self.torch.split('+')[0]}{triton}{flash}"
+        return f"{self.device} with torch {self.torch.split('+')[0]}{triton}"
 
     @property
     def file_name(self) -> str:
@@ -72,7 +68,6 @@ class Key:
             self.capability,
             f"torch{self.torch}",
             f"triton{self.triton}",
-            f"flash-{self.flash_attn}",
             self.digest[:16],
         )
         return "-".join(re.sub(r"[^a-z0-9.+]+", "_", part.lower()).strip("_") for part in parts) + ".json"
@@ -192,12 +187,6 @@ def _version(*names: str) -> str:
     return "none"
 
 
-def _flash_attn() -> str:
-    """What may serve long windows; see triton/_window_library.py."""
-    found = ((name, _version(name)) for name in FLASH)
-    return ", ".join(f"{name} {version}" for name, version in found if version != "none") or "none"
-
-
 @functools.cache
 def digest(kind: str) -> str:
     """Of what decides how a kernel computes: the sources of ops and of Triton's kernels, and the compiled library."""
@@ -229,10 +218,10 @@ def key(device: torch.device) -> Key:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         capability = f"cc{properties.major}.{properties.minor}"
-        return Key("cuda", properties.name, capability, version, triton, _flash_attn(), digest("cuda"))
+        return Key("cuda", properties.name, capability, version, triton, digest("cuda"))
     if backends.DEVICES["triton"] == "cpu":
-        return Key("interpreted", cpu_name(), "interpreter", version, triton, "none", digest("triton"))
-    return Key("cpu", cpu_name(), backends.cpu_capability(), version, "none", "none", digest("cpu"))
+        return Key("interpreted", cpu_name(), "interpreter", version, triton, digest("triton"))
+    return Key("cpu", cpu_name(), backends.cpu_capability(), version, "none", digest("cpu"))
 
 
 # ---- files

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import CASES
 from test_ops import judge
+from window_library import on_the_library
 
 from minisora_kernels import backends
 from minisora_kernels.verify.cases import Case, random_tensors
@@ -110,19 +111,11 @@ def test_long_windows_with_a_pass_of_its_own(case: Case, dtype: torch.dtype, ses
     judge(case, dtype, "triton")
 
 
-def test_what_goes_around_flash_attn(session, monkeypatch):
-    """torch's attention stands in for it."""
-    calls = []
-
-    def attend(q, k, v, scale):
-        calls.append(q.shape)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
-
+def test_what_goes_around_flash_attention(session, monkeypatch):
+    calls = on_the_library(library, monkeypatch)
     monkeypatch.setattr(windows, "PREPARE_FROM", 65)
-    monkeypatch.setattr(library, "flash_attention", lambda device, head_dim: attend)
     judge(PREPARED[0], torch.bfloat16, "triton")
-    assert calls
+    assert set(calls) == {"forward", "backward"}
 
 
 # ---- faults

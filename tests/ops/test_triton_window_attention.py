@@ -17,6 +17,7 @@ import torch
 from conftest import KERNEL_BACKENDS, on_triton
 from test_window_attention import DTYPES, assert_kernel, gradients, leaves
 from torch import Tensor
+from window_library import on_the_library
 
 from minisora_kernels import rope_3d, window_attention
 
@@ -144,23 +145,46 @@ def test_a_pass_of_its_own_for_norm_and_rotation(style, dtype, nan_filled, monke
 
 
 @pytest.mark.parametrize("style", STYLES, ids=str)
-def test_flash_attn_takes_long_windows_without_a_bias(style, nan_filled, monkeypatch):
-    """What goes before and after it; torch's attention stands in for it."""
-    calls = []
-
-    def attend(q, k, v, scale):
-        calls.append(q.shape)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
-
+def test_flash_attention_takes_long_windows_without_a_bias(style, nan_filled, monkeypatch):
+    calls = on_the_library(library, monkeypatch)
     monkeypatch.setattr(launchers, "PREPARE_FROM", 65)
-    monkeypatch.setattr(library, "flash_attention", lambda device, head_dim: attend)
     check(torch.bfloat16, 2, (3, 8, 9), (1, 8, 9), 2, 24, style)
-    assert calls == [(6, 72, 2, 24)] * 2
+    assert calls == ["forward", "backward"]
     check(torch.bfloat16, 1, (2, 8, 9), (1, 8, 9), 1, 8, biased=True)
     check(torch.bfloat16, 1, (1, 10, 9), (1, 8, 9), 1, 8)
     check(torch.float32, 1, (2, 8, 9), (1, 8, 9), 1, 8)
+    monkeypatch.setattr(launchers, "PREPARE_FROM", 72)
+    check(torch.bfloat16, 1, (1, 8, 9), (1, 8, 9), 1, 8, STYLES[1])
+    monkeypatch.setattr(library, "MOST_WINDOWS", 1)
+    check(torch.bfloat16, 1, (2, 8, 9), (1, 8, 9), 1, 8)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("mode", (0, 1, 2))
+def test_flash_attention_leaves_torch_as_it_was(mode, monkeypatch):
+    """Its backward asks for the same bits on every run, which is a mode of all of torch."""
+    calls = on_the_library(library, monkeypatch)
+    saved = [torch.randn(1, 65, 1, 8, dtype=torch.bfloat16) for _ in range(5)]
+    seen = []
+    monkeypatch.setattr(library, "_backward", lambda *call: seen.append(torch.get_deterministic_debug_mode()) or 1 / 0)
+    before = torch.get_deterministic_debug_mode()
+    try:
+        torch.set_deterministic_debug_mode(mode)
+        with pytest.raises(ZeroDivisionError):
+            library.backward(*saved, torch.ones(1, 65, 1, 2), 1.0)
+        assert (seen, torch.get_deterministic_debug_mode()) == ([2], mode) and calls == []
+        assert torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
+def test_flash_attention_has_the_signature_that_is_called():
+    """On tensors without memory: torch's own shapes of its GPU kernels."""
+    q, k, v = torch.empty(2, 65, 3, 4, 72, dtype=torch.bfloat16, device="meta").unbind(2)
+    out, softmax = library.forward(q, k, v, 0.1)
+    assert (out.shape, softmax.shape) == (q.shape, (2, 65, 4, 2))
+    for grad in library.backward(out, q, k, v, out, softmax, 0.1):
+        assert grad.shape == q.shape and grad.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import itertools
 import json
 import shutil
-import types
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 from verify_parts import CPU, KEY, ROOT, end, entry, needs_cpu, start
 
 from minisora_kernels import automatic, backends
@@ -96,7 +93,7 @@ def test_a_record_comes_back_as_it_was(tmp_path):
     )
     record.save(whole, path)
     assert record.load(path, KEY) == whole and path.stat().st_mode & 0o777 == 0o644
-    assert path.name.startswith("cuda-nvidia_h200-cc9.0-torch2.11.0+cu130-triton3.6.0-flash_none-abab")
+    assert path.name.startswith("cuda-nvidia_h200-cc9.0-torch2.11.0+cu130-triton3.6.0-abab")
     assert str(KEY) == "NVIDIA H200 with torch 2.11.0, Triton 3.6.0"
 
 
@@ -176,33 +173,6 @@ def test_a_named_record_that_is_not_there_is_warned_of(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="none.json is not used"):
         assert record.find(CPU) is None
     automatic.forget()
-
-
-def test_a_record_is_of_what_serves_long_windows(monkeypatch, tmp_path):
-    installed = {"triton": "3.6.0"}
-
-    def version(name):
-        if name not in installed:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return installed[name]
-
-    properties = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    keys = [record.key(torch.device("cuda", 0))]
-    for name, number in (("flash-attn", "2.8.3"), ("flash-attn", "2.9.0"), ("flash-attn-4", "4.0.0")):
-        installed[name] = number
-        keys.append(record.key(torch.device("cuda", 0)))
-    assert [found.flash_attn for found in keys] == [
-        "none",
-        "flash-attn 2.8.3",
-        "flash-attn 2.9.0",
-        "flash-attn 2.9.0, flash-attn-4 4.0.0",
-    ]
-    assert len({found.file_name for found in keys}) == 4 and str(keys[1]).endswith("Triton 3.6.0, flash-attn 2.8.3")
-    record.save(Record(keys[0], {}, ()), tmp_path / "record.json")
-    with pytest.raises(record.NotARecord, match=r"on flash_attn 'none'; this is flash_attn 'flash-attn 2"):
-        record.load(tmp_path / "record.json", keys[1])
 
 
 def test_the_digest_changes_with_the_sources(tmp_path, monkeypatch):

@@ -52,4 +52,4 @@ def entry(
     return Entry(backend, op, regime, not wrong, None if wrong else 0.5, wrong, "float32", times, ratio, compile_ratio)
 
 
-KEY = Key("cuda", "NVIDIA H200", "cc9.0", "2.11.0+cu130", "3.6.0", "none", "ab" * 32)
+KEY = Key("cuda", "NVIDIA H200", "cc9.0", "2.11.0+cu130", "3.6.0", "ab" * 32)
