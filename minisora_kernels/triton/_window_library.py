@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     """Of q, k and v ``[windows, length, heads, head_dim]``: the same of out, and pairs ``[windows, length, heads, 2]``
     of a maximum and a sum that give the same probabilities.
     """
-    out, logarithm = _forward(*(part.transpose(1, 2) for part in (q, k, v)), scale)
+    out, logarithm = _forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
     return out.transpose(1, 2).contiguous(), F.pad(logarithm.transpose(1, 2)[..., None], (0, 1), value=1.0)
 
 
@@ -70,18 +71,19 @@ def _backward(
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """Within the block torch adds gradients up in one order. Its mode is that of all threads, so one at a time."""
+    options: Any = torch.utils.deterministic
     with _mode:
-        before, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+        before, fill = torch.get_deterministic_debug_mode(), options.fill_uninitialized_memory
         if before == 2:  # "error": the user asks for the same
             yield
             return
         torch.set_deterministic_debug_mode(2)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        options.fill_uninitialized_memory = False
         try:
             yield
         finally:
             torch.set_deterministic_debug_mode(before)
-            torch.utils.deterministic.fill_uninitialized_memory = fill
+            options.fill_uninitialized_memory = fill
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])

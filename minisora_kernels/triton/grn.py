@@ -2,9 +2,9 @@
 
 Forward: a program sums the squares of some columns over a part of the sites of a frame; the next kernel adds the parts
 up and takes the roots, a program for some channels of a frame, which leaves their sum too; the last kernel adds those
-sums up for the mean, reads x again and writes y. Backward: the same with the sums of dy * a and dy, then dx; dweight and
-dbias are added up over the frames. So x (and dy) is read twice. Sums are in fp32 and their order depends on the shapes
-alone.
+sums up for the mean, reads x again and writes y. Backward: the same with the sums of dy * a and dy, then dx; dweight
+and dbias are added up over the frames. So x (and dy) is read twice. Sums are in fp32 and their order depends on the
+shapes alone.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ROWS, COLUMNS = 8, 256  # sites and channels of a tile: 16 elements a thread
 # Sites that a program takes: enough programs for one frame of 24x24 sites and 8192 channels to fill a large GPU, while
 # the partial sums are 3% of x in bfloat16.
 PART = 64
-# A tile of the second stages: parts that are added up at a time, and channels, few enough that one frame of 2560 channels
-# makes programs for a quarter of a large GPU's multiprocessors.
+# A tile of the second stages: parts that are added up at a time, and channels, few enough that one frame of 2560
+# channels makes programs for a quarter of a large GPU's multiprocessors.
 DEPTH, CHANNELS = 32, 64
 FRAMES, FEW = 128, 8  # frames and channels of a tile of the sums over the frames, which are in float64
 

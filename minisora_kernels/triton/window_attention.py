@@ -2,8 +2,8 @@
 
 The kernels read qkv, and write dqkv, where the projection left it: a program computes the addresses of its window's
 tokens. _window_short.py holds the kernels for windows of a tile, _window_flash.py those for longer ones, which loop
-over blocks of tokens, and _window_library.py leaves those without a bias to torch's flash attention. But for the latter,
-all choices here follow from shapes and dtype, never from the device.
+over blocks of tokens, and _window_library.py leaves those without a bias to torch's flash attention. But for the
+latter, all choices here follow from shapes and dtype, never from the device.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ NARROW = 80
 ROWS = 64
 # Programs at most that share the sum of a bias' gradient: some for every SM of the largest GPU; a partial sum is large.
 BIAS_PROGRAMS = 1024
-# The same for a weight: four waves of a large GPU, whose partial sums are 2% of what such a backward moves at 4096 tokens.
+# The same for a weight: about four waves of a large GPU. At 4096 tokens of 16 heads the partial sums are 4% of what such
+# a backward moves.
 WEIGHT_PROGRAMS = 2048
 
 
@@ -84,7 +85,7 @@ class Call:
 
     @property
     def dense(self) -> bool:
-        """Whether the windows are long runs of tokens that fill the grid, without a bias, for flash attention to take."""
+        """Whether the windows are long runs of tokens that fill the grid, without a bias: what torch can take."""
         size, _, width = self.box.axes[0]
         runs = len(self.box.axes) == 1 and size % width == 0 and 0 < self.items <= library.MOST_WINDOWS
         long = self.box.length > LIBRARY_FROM and (self.prepared or not (self.form.norm or self.rotated))
