@@ -92,15 +92,6 @@ def _passes(values: dict[str, Any]) -> int:
     return _blocks(values, window_attention.block_of(values["qkv"].dtype, values["qkv"].shape[-1], _length(values)))
 
 
-def _bias_passes(values: dict[str, Any]) -> int:
-    """Over q, k, v and dout for dbias."""
-    from minisora_kernels.triton import window_attention
-
-    if not values["need_bias"]:
-        return 0
-    return _blocks(values, window_attention.bias_block_of(values["qkv"].dtype, values["qkv"].shape[-1]))
-
-
 def _count(values: dict[str, Any]) -> int:
     """Of all samples; each reads the bias."""
     sides = ((values[n], values[f"w{n}"]) for n in "thw")
@@ -108,14 +99,8 @@ def _count(values: dict[str, Any]) -> int:
 
 
 def _bias_backward(values: dict[str, Any]) -> int:
-    """Long windows: for dq, for dk and dv, and once for every partial sum of dbias."""
-    from minisora_kernels.triton import window_attention
-
-    if not _long(values):
-        return _count(values)
-    blocks = _bias_passes(values) ** 2 * values["qkv"].shape[3]
-    chunks = max(1, min(_count(values), window_attention.BIAS_PROGRAMS // blocks)) if blocks else 0
-    return 2 * _count(values) + chunks
+    """Long windows: for dq, and for dk and dv."""
+    return _count(values) * (2 if _long(values) else 1)
 
 
 TRAFFIC = {
@@ -132,9 +117,9 @@ TRAFFIC = {
     ),
     "window_attention_bwd": Traffic(
         {
-            "dout": lambda values: 2 + _passes(values) + _bias_passes(values) if _long(values) else 1,
-            "qkv": lambda values: 5 / 3 + (_passes(values) + _bias_passes(values) if _long(values) else 0),
-            "softmax": lambda values: 1 + _passes(values) + _bias_passes(values) if _long(values) else 1,
+            "dout": lambda values: 2 + _passes(values) if _long(values) else 1,
+            "qkv": lambda values: 5 / 3 + (_passes(values) if _long(values) else 0),
+            "softmax": 1,
             "out": lambda values: int(_long(values)),
             "bias": _bias_backward,
         },

@@ -1,10 +1,11 @@
 """window_attention for windows of any length: blocks of queries against blocks of keys (FlashAttention-2, Dao 2023).
 
 Forward: a program takes a block of queries of one window and head through the window's keys, with an online softmax.
-Backward: a program takes a block of tokens twice, first as queries (dq), then as keys (dk, dv). The scores are
-recomputed for both, so that nothing is added up across programs; in one launch, so that a window's rows come from
-memory once and from the cache after that. The gradient goes on through rotation and norm in registers, and dqkv is
-written once, where qkv lies. A block of dbias belongs to one program per chunk of windows, which are taken in order.
+Backward: one launch takes blocks of queries (dq), a second one blocks of keys (dk, dv). Both make the scores again, so
+that nothing is added up across programs. The first leaves what the second needs of each query, side by side. The
+gradient goes on through rotation and norm in registers, and dqkv is written once, where qkv lies. A chunk of windows
+adds its part of dbias up in memory, in order, while it makes dq: a program reads and writes what no other does, and the
+L2 cache holds the parts of windows of 320 tokens.
 
 Keys are normed and turned by every block of queries that reads them, or once, by `prepare_kernel`: see PREPARE_FROM in
 window_attention.py.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import load, store
+from ._common import load
 from ._window_rows import (
     add_product,
     exp,
@@ -50,18 +51,19 @@ def _operand(qk, offset, token, valid, weight, cos, sin, eps, PREPARED: tl.const
 
 
 @triton.jit
-def _load_bias(bias, head, q_place, k_place, length):
-    """``bias[head, q, k]`` in fp32; one of the places is [n, 1], the other [1, n]."""
-    at = (head.to(tl.int64) * length + q_place) * length + k_place
-    return load(bias + at, (q_place < length) & (k_place < length))
+def _pairs(pointer, matrix, q_first, q, k_first, k, length):
+    """Where places q and k, counted from the first ones, meet in a matrix of a tensor [.., L, L], and if they do.
+
+    One of them is [n, 1], the other [1, n]. What is the same for all is added to the pointer.
+    """
+    first = (matrix.to(tl.int64) * length + q_first) * length + k_first
+    return pointer + first + (q * length + k), (q_first + q < length) & (k_first + k < length)
 
 
 @triton.jit
-def _load_softmax(softmax, delta, at, valid):
-    """What is kept of each query: maximum, 1 / sum, delta; such that a query that is not there weighs nothing."""
-    greatest = tl.load(softmax + 2 * at, mask=valid, other=float("inf"))
-    total = tl.load(softmax + 2 * at + 1, mask=valid, other=1.0)
-    return greatest, tl.div_rn(1.0, total), tl.load(delta + at, mask=valid, other=0.0)
+def _load_bias(bias, head, q_first, q, k_first, k, length):
+    at, here = _pairs(bias, head, q_first, q, k_first, k, length)
+    return load(at, here)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -108,8 +110,8 @@ def forward_kernel(
     if k_weight is not None:
         k_weight += head * FORM.k_step
 
-    q_place = first + tl.arange(0, BLOCK)
-    sample, q_token, q_valid = locate(item, q_place, box, FORM.window)
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, INNER)
+    sample, q_token, q_valid = locate(item, first + rows, box, FORM.window)
     start_row = sample.to(tl.int64) * tokens
     q_row = start_row + q_token
     q = _operand(qk, q_row * qk_step, q_token, q_valid, q_weight, cos, sin, eps, PREPARED, FORM)
@@ -117,14 +119,13 @@ def forward_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     acc = zeros(BLOCK, FORM.v)
     for start in range(0, keys, INNER):
-        k_place = start + tl.arange(0, INNER)
-        _, k_token, k_valid = locate(item, k_place, box, FORM.window)
+        _, k_token, k_valid = locate(item, start + columns, box, FORM.window)
         k_row = start_row + k_token
         k = _operand(qk + step, k_row * qk_step, k_token, k_valid, k_weight, cos, sin, eps, PREPARED, FORM)
         v = load_rows(v_rows, k_row * (3 * step), k_valid, FORM.v)
         s = inner(q, k, FORM) * scale
         if bias is not None:
-            s += _load_bias(bias, head, q_place[:, None], k_place[None, :], length)
+            s += _load_bias(bias, head, first, rows[:, None], start, columns[None, :], length)
         s = tl.where(k_valid[None, :], s, float("-inf"))
         top = tl.maximum(greatest, tl.max(s, 1))
         # The bias may have masked all keys of a query so far.
@@ -139,29 +140,90 @@ def forward_kernel(
     tl.store(softmax + pair, tl.join(greatest, total), mask=q_valid[:, None])
 
 
-@triton.jit(do_not_specialize=["rows"])
-def delta_kernel(dout, out, delta, rows, FORM: tl.constexpr, BLOCK: tl.constexpr):
-    """rowsum(dout * out), for every token and head."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    at = row * FORM.head_dim
-    d, o = load_rows(dout, at, row < rows, FORM.v), load_rows(out, at, row < rows, FORM.v)
-    tl.store(delta + row, row_sums(d, o), mask=row < rows)
+@triton.jit(do_not_specialize=[*LENGTHS, "items", "chunks"])
+def query_kernel(
+    qk, qkv, dout, out, softmax, kept, dqkv, dq_partial, dbias, q_weight, k_weight, cos, sin, bias, items, chunks,
+    tokens, heads, n0, n1, n2, s0, s1, s2, w0, scale, eps,
+    PREPARED: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """dq; what is kept of each query, [B, heads, 3, N]: maximum, 1 / sum and rowsum(dout * out); and dbias
+    [chunks, heads, L, L]. A program takes a block of a head in the windows of a chunk, one after the other.
+    """
+    box = (n0, n1, n2, s0, s1, s2, w0)
+    length = length_of(w0, FORM.window)
+    blocks = tl.cdiv(length, BLOCK)
+    first = tl.program_id(0) % blocks * BLOCK
+    head = tl.program_id(0) // blocks % heads
+    chunk = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    step = heads * FORM.head_dim
+    qk_step = step * (2 if PREPARED else 3)
+    qk += head * FORM.head_dim
+    qkv += head * FORM.head_dim
+    if q_weight is not None:
+        q_weight += head * FORM.q_step
+    if k_weight is not None:
+        k_weight += head * FORM.k_step
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, INNER)
+    begin = (chunk * items // chunks).to(tl.int32)
+    for item in range(begin, ((chunk + 1) * items // chunks).to(tl.int32)):
+        keys = extent(item, box, FORM.window)
+        keys = tl.where(first < keys, keys, 0)
+        sample, token, valid = locate(item, first + rows, box, FORM.window)
+        start_row = sample.to(tl.int64) * tokens
+        row = start_row + token
+        at = row * step + head * FORM.head_dim
+        d = load_rows(dout, at, valid, FORM.v)
+        delta = row_sums(d, load_rows(out, at, valid, FORM.v))
+        pair = softmax + 2 * (row * heads + head)
+        top = tl.load(pair, mask=valid, other=float("inf"))  # a query that is not there weighs nothing
+        inverse = tl.div_rn(1.0, tl.load(pair + 1, mask=valid, other=1.0))
+        of_head = kept + (sample.to(tl.int64) * heads + head) * 3 * tokens
+        tl.store(of_head + token, top, mask=valid)
+        tl.store(of_head + tokens + token, inverse, mask=valid)
+        tl.store(of_head + 2 * tokens + token, delta, mask=valid)
+        q = _operand(qk, row * qk_step, token, valid, q_weight, cos, sin, eps, PREPARED, FORM)
+        dq = zeros(BLOCK, FORM.qk)
+        written = tl.where(item > begin, INNER, 0)  # of dbias, by the windows before
+        # A partial sum of dbias has places that this window may have none for.
+        for start in range(0, keys if dbias is None else length, INNER):
+            _, k_token, k_valid = locate(item, start + columns, box, FORM.window)
+            k_row = start_row + k_token
+            k = _operand(qk + step, k_row * qk_step, k_token, k_valid, k_weight, cos, sin, eps, PREPARED, FORM)
+            v = load_rows(qkv + 2 * step, k_row * (3 * step), k_valid, FORM.v)
+            s = inner(q, k, FORM) * scale
+            if bias is not None:
+                s += _load_bias(bias, head, first, rows[:, None], start, columns[None, :], length)
+            s = tl.where(k_valid[None, :], s, float("-inf"))
+            p = exp(s - top[:, None]) * inverse[:, None]
+            ds = p * (inner(d, v, FORM) - delta[:, None])
+            dq = add_product(dq, ds, k, FORM)
+            if dbias is not None:
+                matrix = chunk * heads + head
+                part, here = _pairs(dbias, matrix, first, rows[:, None], start, columns[None, :], length)
+                total = load(part, here & (columns < written)[None, :])
+                tl.store(part, total + tl.where(valid[:, None] & k_valid[None, :], ds, 0.0), mask=here)
+        dq = turn(dq, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
+        dq, dweight = norm_backward(dq, scale, load_rows(qkv, row * (3 * step), valid, FORM.qk), q_weight, eps, FORM)
+        store_rows(dqkv + head * FORM.head_dim, row * (3 * step), valid, dq, FORM.qk)
+        # As if each window had programs of its own.
+        store_dweight(dq_partial, (item * heads + head) * blocks + tl.program_id(0) % blocks, dweight, FORM)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def backward_kernel(
-    qk, qkv, dout, softmax, delta, dqkv, dq_partial, dk_partial, q_weight, k_weight, cos, sin, bias, tokens, heads,
+def key_kernel(
+    qk, qkv, dout, kept, dqkv, dk_partial, q_weight, k_weight, cos, sin, bias, tokens, heads,
     n0, n1, n2, s0, s1, s2, w0, scale, eps,
     PREPARED: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
+    """dk and dv of a block; scores are [keys, queries]."""
     box = (n0, n1, n2, s0, s1, s2, w0)
     length = length_of(w0, FORM.window)
     blocks = tl.cdiv(length, BLOCK)
     first = tl.program_id(0) % blocks * BLOCK
     head = tl.program_id(0) // blocks % heads
     item = tl.program_id(0) // blocks // heads
-    last = extent(item, box, FORM.window)
-    last = tl.where(first < last, last, 0)
+    queries = extent(item, box, FORM.window)
+    queries = tl.where(first < queries, queries, 0)
     step = heads * FORM.head_dim
     qk_step = step * (2 if PREPARED else 3)
     qk += head * FORM.head_dim
@@ -172,99 +234,31 @@ def backward_kernel(
         q_weight += head * FORM.q_step
     if k_weight is not None:
         k_weight += head * FORM.k_step
-    # Partial sums of a weight are laid out [item, block, head, head_dim].
-    partial = (item * blocks + tl.program_id(0) % blocks) * heads + head
-
-    place = first + tl.arange(0, BLOCK)
-    sample, token, valid = locate(item, place, box, FORM.window)
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, INNER)
+    sample, token, valid = locate(item, first + rows, box, FORM.window)
     start_row = sample.to(tl.int64) * tokens
     row = start_row + token
-
-    # The block as queries.
-    q = _operand(qk, row * qk_step, token, valid, q_weight, cos, sin, eps, PREPARED, FORM)
-    d = load_rows(dout, row * step, valid, FORM.v)
-    top, inverse, delta_ = _load_softmax(softmax, delta, row * heads + head, valid)
-    dq = zeros(BLOCK, FORM.qk)
-    for start in range(0, last, INNER):
-        k_place = start + tl.arange(0, INNER)
-        _, k_token, k_valid = locate(item, k_place, box, FORM.window)
-        k_row = start_row + k_token
-        k = _operand(qk + step, k_row * qk_step, k_token, k_valid, k_weight, cos, sin, eps, PREPARED, FORM)
-        v = load_rows(qkv + 2 * step, k_row * (3 * step), k_valid, FORM.v)
-        s = inner(q, k, FORM) * scale
-        if bias is not None:
-            s += _load_bias(bias, head, place[:, None], k_place[None, :], length)
-        s = tl.where(k_valid[None, :], s, float("-inf"))
-        p = exp(s - top[:, None]) * inverse[:, None]
-        dq = add_product(dq, p * (inner(d, v, FORM) - delta_[:, None]), k, FORM)
-    dq = turn(dq, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
-    dq, dweight = norm_backward(dq, scale, load_rows(qkv, row * (3 * step), valid, FORM.qk), q_weight, eps, FORM)
-    store_rows(dqkv, row * (3 * step), valid, dq, FORM.qk)
-    store_dweight(dq_partial, partial, dweight, FORM)
-
-    # The block as keys; scores are [keys, queries].
+    kept += (sample.to(tl.int64) * heads + head) * 3 * tokens
     k = _operand(qk + step, row * qk_step, token, valid, k_weight, cos, sin, eps, PREPARED, FORM)
     v = load_rows(qkv + 2 * step, row * (3 * step), valid, FORM.v)
     dk = zeros(BLOCK, FORM.qk)
     dv = zeros(BLOCK, FORM.v)
-    for start in range(0, last, INNER):
-        q_place = start + tl.arange(0, INNER)
-        _, q_token, q_valid = locate(item, q_place, box, FORM.window)
+    for start in range(0, queries, INNER):
+        _, q_token, q_valid = locate(item, start + columns, box, FORM.window)
         q_row = start_row + q_token
-        qs = _operand(qk, q_row * qk_step, q_token, q_valid, q_weight, cos, sin, eps, PREPARED, FORM)
-        ds = load_rows(dout, q_row * step, q_valid, FORM.v)
-        tops, inverses, deltas = _load_softmax(softmax, delta, q_row * heads + head, q_valid)
-        s = inner(k, qs, FORM) * scale
+        q = _operand(qk, q_row * qk_step, q_token, q_valid, q_weight, cos, sin, eps, PREPARED, FORM)
+        d = load_rows(dout, q_row * step, q_valid, FORM.v)
+        top = tl.load(kept + q_token, mask=q_valid, other=float("inf"))  # a query that is not there weighs nothing
+        inverse = tl.load(kept + tokens + q_token, mask=q_valid, other=0.0)
+        delta = tl.load(kept + 2 * tokens + q_token, mask=q_valid, other=0.0)
+        s = inner(k, q, FORM) * scale
         if bias is not None:
-            s += _load_bias(bias, head, q_place[None, :], place[:, None], length)
-        p = exp(s - tops[None, :]) * inverses[None, :]
-        dv = add_product(dv, p, ds, FORM)
-        dk = add_product(dk, p * (inner(v, ds, FORM) - deltas[None, :]), qs, FORM)
+            s += _load_bias(bias, head, start, columns[None, :], first, rows[:, None], length)
+        p = exp(s - top[None, :]) * inverse[None, :]
+        dv = add_product(dv, p, d, FORM)
+        dk = add_product(dk, p * (inner(v, d, FORM) - delta[None, :]), q, FORM)
     store_rows(dqkv + 2 * step, row * (3 * step), valid, dv, FORM.v)
     dk = turn(dk, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
     dk, dweight = norm_backward(dk, scale, load_rows(qkv + step, row * (3 * step), valid, FORM.qk), k_weight, eps, FORM)
     store_rows(dqkv + step, row * (3 * step), valid, dk, FORM.qk)
-    store_dweight(dk_partial, partial, dweight, FORM)
-
-
-@triton.jit(do_not_specialize=[*LENGTHS, "items", "chunks"])
-def dbias_kernel(
-    qk, qkv, dout, softmax, delta, dbias, q_weight, k_weight, cos, sin, bias, items, chunks, tokens, heads,
-    n0, n1, n2, s0, s1, s2, w0, scale, eps,
-    PREPARED: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dbias [chunks, heads, L, L]: a program adds up a block of a head over the windows of a chunk."""
-    box = (n0, n1, n2, s0, s1, s2, w0)
-    length = length_of(w0, FORM.window)
-    blocks = tl.cdiv(length, BLOCK)
-    k_place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    q_place = tl.program_id(0) // blocks % blocks * BLOCK + tl.arange(0, BLOCK)
-    head = tl.program_id(0) // blocks // blocks % heads
-    chunk = (tl.program_id(0) // blocks // blocks // heads).to(tl.int64)
-    step = heads * FORM.head_dim
-    qk_step = step * (2 if PREPARED else 3)
-    qk += head * FORM.head_dim
-    qkv += head * FORM.head_dim
-    dout += head * FORM.head_dim
-    if q_weight is not None:
-        q_weight += head * FORM.q_step
-    if k_weight is not None:
-        k_weight += head * FORM.k_step
-    pair = _load_bias(bias, head, q_place[:, None], k_place[None, :], length)
-    total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for item in range((chunk * items // chunks).to(tl.int32), ((chunk + 1) * items // chunks).to(tl.int32)):
-        sample, q_token, q_valid = locate(item, q_place, box, FORM.window)
-        _, k_token, k_valid = locate(item, k_place, box, FORM.window)
-        q_row = sample.to(tl.int64) * tokens + q_token
-        k_row = sample.to(tl.int64) * tokens + k_token
-        q = _operand(qk, q_row * qk_step, q_token, q_valid, q_weight, cos, sin, eps, PREPARED, FORM)
-        k = _operand(qk + step, k_row * qk_step, k_token, k_valid, k_weight, cos, sin, eps, PREPARED, FORM)
-        top, inverse, delta_ = _load_softmax(softmax, delta, q_row * heads + head, q_valid)
-        p = exp(inner(q, k, FORM) * scale + pair - top[:, None]) * inverse[:, None]
-        d = load_rows(dout, q_row * step, q_valid, FORM.v)
-        v = load_rows(qkv + 2 * step, k_row * (3 * step), k_valid, FORM.v)
-        ds = p * (inner(d, v, FORM) - delta_[:, None])
-        total += tl.where(q_valid[:, None] & k_valid[None, :], ds, 0.0)
-    at = ((chunk * heads + head) * length + q_place[:, None]) * length + k_place[None, :]
-    here = (q_place < length)[:, None] & (k_place < length)[None, :]
-    store(dbias + at, total, here)
+    store_dweight(dk_partial, tl.program_id(0), dweight, FORM)

@@ -39,10 +39,11 @@ HEADS = 4
 NARROW = 80
 # Rows of a program of the passes that take rows one by one.
 ROWS = 64
-# Programs at most that share the sum of a bias' gradient: some for every SM of the largest GPU; a partial sum is large.
-BIAS_PROGRAMS = 1024
-# The same for a weight: about four waves of a large GPU. At 4096 tokens of 16 heads the partial sums are 4% of what such
-# a backward moves.
+# Programs at most that share the sum of a bias' gradient: some for every SM of the largest GPU; a partial sum is large,
+# and in long windows larger still: there two for every SM.
+BIAS_PROGRAMS, LONG_BIAS_PROGRAMS = 1024, 512
+# The same for a weight: about four waves of a large GPU. At 4096 tokens of 16 heads the partial sums are 4% of what
+# such a backward moves.
 WEIGHT_PROGRAMS = 2048
 
 
@@ -187,11 +188,10 @@ def window_attention_bwd(
         backward.finish(qkv, *grads, dqkv, *weights, *parameters[:4])
     else:
         qk = _prepared(call, qkv, parameters)
-        delta, weights = softmax.new_empty(softmax.shape[:3]), backward.weight_parts(qkv, need_q, need_k)
-        backward.delta(dout, out, delta)
-        backward.long(qk, qkv, dout, softmax, delta, dqkv, *weights, *parameters)
-        if bias_parts is not None:
-            backward.long_bias(qk, qkv, dout, softmax, delta, bias_parts, *parameters)
+        batch, tokens, heads, _ = softmax.shape
+        kept, weights = softmax.new_empty(batch, heads, 3, tokens), backward.weight_parts(qkv, need_q, need_k)
+        backward.of_queries(qk, qkv, dout, out, softmax, kept, dqkv, weights[0], bias_parts, *parameters)
+        backward.of_keys(qk, qkv, dout, kept, dqkv, weights[1], *parameters)
     parts = (*weights, bias_parts)
     dq_weight, dk_weight, dbias = (
         qkv.new_empty(0) if part is None else torch.empty_like(parameter)
@@ -220,11 +220,6 @@ def block_of(dtype: torch.dtype, head_dim: int, length: int) -> int:
     if dtype == torch.float32:
         return 32
     return 64 if head_dim > NARROW or length <= 64 else 128
-
-
-def bias_block_of(dtype: torch.dtype, head_dim: int) -> int:
-    """Rows and columns of a bias' gradient that a program adds up."""
-    return 32 if dtype == torch.float32 or head_dim > NARROW else 64
 
 
 def _blocks(call: Call, inner: int) -> tuple[int, int, int, int]:
@@ -258,10 +253,11 @@ class Backward:
             self._programs = chunks * groups
             self.dbias = (chunks * self._each, heads, length, length)
         else:
-            self._programs = call.items * heads * triton.cdiv(length, _blocks(call, 32)[0])
-            self._side = bias_block_of(call.qkv.dtype, call.form.head_dim)
-            self._bias_blocks = triton.cdiv(length, self._side) ** 2 * heads
-            self._chunks = max(1, min(call.items, BIAS_PROGRAMS // self._bias_blocks))
+            self._blocks = heads * triton.cdiv(length, _blocks(call, 32)[0])
+            self._programs = call.items * self._blocks
+            self._chunks = call.items
+            if with_dbias:
+                self._chunks = min(call.items, max(1, LONG_BIAS_PROGRAMS // self._blocks))
             self.dbias = (self._chunks, heads, length, length)
         self._finish_programs = triton.cdiv(call.batch * call.tokens, ROWS) * heads
 
@@ -283,28 +279,20 @@ class Backward:
         )  # fmt: skip
 
     @cached_property
-    def delta(self) -> Launch:
-        rows = self.call.batch * self.call.tokens * self.call.heads
-        return Launch(flash.delta_kernel, (triton.cdiv(rows, ROWS),), rows, self.call.constants, ROWS)
+    def of_queries(self) -> Launch:
+        return self._long(flash.query_kernel, self._chunks * self._blocks, self.call.items, self._chunks)
 
     @cached_property
-    def long(self) -> Launch:
+    def of_keys(self) -> Launch:
+        return self._long(flash.key_kernel, self._programs)
+
+    def _long(self, kernel, programs: int, *counts: int) -> Launch:
         call = self.call
         block, inner, warps, stages = _blocks(call, 32)
         return Launch(
-            flash.backward_kernel, (self._programs,),
+            kernel, (programs,), *counts,
             call.tokens, call.heads, *call.box.arguments, call.scale, call.eps,
             call.prepared, call.constants, block, inner, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-
-    @cached_property
-    def long_bias(self) -> Launch:
-        call = self.call
-        return Launch(
-            flash.dbias_kernel, (self._bias_blocks * self._chunks,),
-            call.items, self._chunks, call.tokens, call.heads, *call.box.arguments, call.scale, call.eps,
-            call.prepared, call.constants, self._side,
-            num_warps=8 if self._side == 64 else 4, num_stages=1,
         )  # fmt: skip
 
     @cached_property

@@ -200,7 +200,7 @@ def test_windows_cut_off_at_the_edge_with_a_bias(grid, window, dtype, nan_filled
 @pytest.mark.parametrize("grid", ((4, 1, 9), (66, 1, 3)), ids=("short", "long"))
 def test_sums_of_gradients_in_several_parts(grid, monkeypatch, nan_filled):
     """Chunks of tiles and windows, several to a program; heads of 24, for the error of 8 numbers is luck."""
-    for name in ("BIAS_PROGRAMS", "WEIGHT_PROGRAMS"):
+    for name in ("BIAS_PROGRAMS", "LONG_BIAS_PROGRAMS", "WEIGHT_PROGRAMS"):
         monkeypatch.setattr(launchers, name, 18)
     for style, biased in ((STYLES[1], False), (STYLES[2], False), (STYLES[1], True)):
         check(torch.float32, 1, grid, (grid[0], 1, 1), 1, 24, style, biased)
