@@ -48,7 +48,7 @@ GROWTH = 1.1
 WHOLLY = "sm_90"
 # Bound by their products, attention to more than 32 tokens and float32 without tensor cores may spill a little; all
 # others are bound by memory and must not.
-COMPUTE_BOUND = re.compile(r"(window_)?attention \w+ (forward|backward|dbias|query|key)_kernel|patch_embed float32")
+COMPUTE_BOUND = re.compile(r"(window_)?attention \w+ (forward|query|key)_kernel|patch_embed float32")
 # Those that should not and do: what matches a whole name, architecture first, by at most so many bytes a thread, with
 # the reason beside it.
 SPILLING: dict[str, int] = {

@@ -71,11 +71,6 @@ SHAPES = (
 )
 
 
-def _blocks(values: dict[str, Any], rows: int) -> int:
-    """Blocks of ``rows`` tokens that a long window is cut into; each passes over the whole window."""
-    return -(-_length(values) // rows)
-
-
 def _length(values: dict[str, Any]) -> int:
     return values["wt"] * values["wh"] * values["ww"]
 
@@ -86,10 +81,12 @@ def _long(values: dict[str, Any]) -> bool:
     return _length(values) > window_attention.SHORT
 
 
-def _passes(values: dict[str, Any]) -> int:
+def _passes(values: dict[str, Any], backward: bool) -> int:
+    """Blocks that a long window is cut into; each passes over the whole window."""
     from minisora_kernels.triton import window_attention
 
-    return _blocks(values, window_attention.block_of(values["qkv"].dtype, values["qkv"].shape[-1], _length(values)))
+    qkv, length = values["qkv"], _length(values)
+    return -(-length // window_attention.tiles_of(qkv.dtype, qkv.shape[-1], length)[backward].block)
 
 
 def _count(values: dict[str, Any]) -> int:
@@ -110,15 +107,15 @@ TRAFFIC = {
     # not counted in the interpreter), reading what was prepared counts as reading qkv. Edge windows count as whole.
     "window_attention_fwd": Traffic(
         {
-            "qkv": lambda values: (1 + 2 * _passes(values)) / 3 if _long(values) else 1,
+            "qkv": lambda values: (1 + 2 * _passes(values, False)) / 3 if _long(values) else 1,
             "bias": _count,
         },
         {"out": 1, "softmax": 1},
     ),
     "window_attention_bwd": Traffic(
         {
-            "dout": lambda values: 2 + _passes(values) if _long(values) else 1,
-            "qkv": lambda values: 5 / 3 + (_passes(values) if _long(values) else 0),
+            "dout": lambda values: 1 + _passes(values, True) if _long(values) else 1,
+            "qkv": lambda values: 5 / 3 + (_passes(values, True) if _long(values) else 0),
             "softmax": 1,
             "out": lambda values: int(_long(values)),
             "bias": _bias_backward,

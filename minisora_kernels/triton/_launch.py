@@ -15,7 +15,10 @@ from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from ..backends import INTERPRETED
 
 Result = TypeVar("Result")
 PLANS = 4096  # kept per function: buckets of many sizes and lengths are some hundreds of signatures
@@ -41,6 +44,12 @@ def forget_plans() -> None:
     """For whoever changes a constant that plans were made with."""
     for kept in _plans:
         kept.cache_clear()
+
+
+def architecture() -> int:
+    """What Triton compiles for: 90 for sm_90; 0 in the interpreter and for AMD."""
+    target = None if INTERPRETED else driver.active.get_current_target()
+    return target.arch if target is not None and target.backend == "cuda" else 0
 
 
 class Like(NamedTuple):

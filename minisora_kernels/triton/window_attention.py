@@ -3,7 +3,7 @@
 The kernels read qkv, and write dqkv, where the projection left it: a program computes the addresses of its window's
 tokens. _window_short.py holds the kernels for windows of a tile, _window_flash.py those for longer ones, which loop
 over blocks of tokens, and _window_library.py leaves those without a bias to torch's flash attention. But for the
-latter, all choices here follow from shapes and dtype, never from the device.
+latter and the tiles of long windows, all choices here follow from shapes and dtype, never from the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import _window_flash as flash
 from . import _window_library as library
 from . import _window_short as short
 from ._common import constants, precision_of
-from ._launch import Launch, Like, dense, plan, signature
+from ._launch import Launch, Like, architecture, dense, plan, signature
 from ._parts import sum_parts
 from ._window_rows import Form, boxes, narrow_pieces, wide_pieces
 
@@ -70,6 +70,7 @@ class Call:
         v = (narrow if box.length <= SHORT else wide_pieces)(0, head_dim)
         self.form = Form(box.inner, numbers.norm, not halves, head_dim, qk, v, numbers.precision, q_step, k_step)
         self.constants = constants(self.form)
+        self.tiles = tiles_of(qkv.dtype, head_dim, box.length)
 
     @property
     def short(self) -> bool:
@@ -112,11 +113,11 @@ class Call:
 
     @cached_property
     def long_forward(self) -> Launch:
-        block, inner, warps, stages = _blocks(self, 64)
+        tile = self.tiles[0]
         return Launch(
-            flash.forward_kernel, (self.items * self.heads * triton.cdiv(self.box.length, block),),
+            flash.forward_kernel, (self.items * self.heads * triton.cdiv(self.box.length, tile.block),),
             self.tokens, self.heads, *self.box.arguments, self.scale, self.eps,
-            self.prepared, self.constants, block, inner, num_warps=warps, num_stages=stages,
+            self.prepared, self.constants, tile.block, tile.inner, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
@@ -215,22 +216,30 @@ def _short_warps(call: Call, tile: int, plain: bool) -> int:
     return min(tile // 16 * shared, 8)
 
 
-def block_of(dtype: torch.dtype, head_dim: int, length: int) -> int:
-    """Rows of a window of ``length`` tokens that a program takes, as registers and shared memory allow."""
+class Tile(NamedTuple):
+    """Of long windows: rows that a program keeps, and rows that it takes at a step; warps and stages."""
+
+    block: int
+    inner: int
+    warps: int
+    stages: int
+
+
+# By the architecture, 0 for the others: what compiles without spills there with a bias. None was measured.
+FORWARD = {0: Tile(128, 64, 8, 2), 90: Tile(64, 64, 4, 2)}
+BACKWARD = {0: Tile(64, 32, 8, 1), 90: Tile(64, 32, 4, 2)}
+
+
+def tiles_of(dtype: torch.dtype, head_dim: int, length: int) -> tuple[Tile, Tile]:
+    """Of the forward and of the backward, as registers and shared memory allow."""
     if dtype == torch.float32:
-        return 32
-    return 64 if head_dim > NARROW or length <= 64 else 128
-
-
-def _blocks(call: Call, inner: int) -> tuple[int, int, int, int]:
-    """For long windows: rows of a block, rows at a step, warps and stages."""
-    head_dim = call.form.head_dim
-    block = block_of(call.qkv.dtype, head_dim, call.box.length)
-    if block == 128:
-        return block, inner, 8, 2
-    if block == 64:  # with 4 warps, and heads wider than NARROW with more rows at a step, they would spill
-        return block, inner // 2 if head_dim > NARROW else 32, 8, 1
-    return block, 32, 4, 1
+        return Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
+    if head_dim > NARROW:
+        return Tile(64, 32, 8, 1), Tile(64, 16, 8, 1)
+    if length <= 64:
+        return Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)
+    target = architecture()
+    return FORWARD.get(target, FORWARD[0]), BACKWARD.get(target, BACKWARD[0])
 
 
 class Backward:
@@ -253,7 +262,7 @@ class Backward:
             self._programs = chunks * groups
             self.dbias = (chunks * self._each, heads, length, length)
         else:
-            self._blocks = heads * triton.cdiv(length, _blocks(call, 32)[0])
+            self._blocks = heads * triton.cdiv(length, call.tiles[1].block)
             self._programs = call.items * self._blocks
             self._chunks = call.items
             if with_dbias:
@@ -288,11 +297,11 @@ class Backward:
 
     def _long(self, kernel, programs: int, *counts: int) -> Launch:
         call = self.call
-        block, inner, warps, stages = _blocks(call, 32)
+        tile = call.tiles[1]
         return Launch(
             kernel, (programs,), *counts,
             call.tokens, call.heads, *call.box.arguments, call.scale, call.eps,
-            call.prepared, call.constants, block, inner, num_warps=warps, num_stages=stages,
+            call.prepared, call.constants, tile.block, tile.inner, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     @cached_property

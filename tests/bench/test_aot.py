@@ -103,7 +103,7 @@ def test_what_got_worse_is_named(new, complaint):
 
 def test_what_may_spill_is_what_products_bind_or_what_is_named(monkeypatch):
     for kernel, complains in (
-        ("window_attention bfloat16 backward_kernel: spatial", False),
+        ("window_attention bfloat16 query_kernel: spatial", False),
         ("window_attention bfloat16 short_backward_kernel: temporal", True),
         ("attention bfloat16 key_kernel: head_dim 72", False),
         ("attention bfloat16 norm_backward_kernel: norm", True),
