@@ -351,7 +351,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
     Forward-mode derivatives go through ``apply``, which refuses them: a raw op would drop them in silence.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return function.apply(*arguments)
     return function.forward(_NoContext(), *arguments)
 

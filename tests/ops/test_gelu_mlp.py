@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import KERNEL_BACKENDS
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 
 from minisora_kernels import backends, gelu_mlp
 from minisora_kernels.testing import assert_as_accurate
@@ -52,6 +52,16 @@ def test_values_and_gradients(shape, hidden, out, dtype, bias, backend):
     assert kernel["y"].shape == (*shape[:-1], out)
     for name in exact:
         assert_as_accurate(name, kernel[name], reference[name], exact[name])
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_compiled_without_gradients_keeps_no_activation(backend):
+    arguments = parameters((2, 3, 8), 16, 8)
+    recorded = AotEagerAndRecordGraphs()
+    with torch.no_grad():
+        torch.compile(gelu_mlp, backend=recorded, fullgraph=True)(*arguments, backend=backend)
+    (call,) = recorded.fw_graphs[0].graph.find_nodes(op="call_function", target=torch.ops.minisora.gelu_mlp_fwd.default)
+    assert call.args[-1] is False  # keep
 
 
 def activation(h):
