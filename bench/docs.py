@@ -25,7 +25,7 @@ from typing import Any
 
 from bench import plots as drawing
 from bench.harness.record import RESULTS, ROOT, key, load
-from bench.harness.report import NO_RATIO, about, counted, markdown, milliseconds, of_roofline, ratio
+from bench.harness.report import NO_RATIO, about, commits, counted, markdown, milliseconds, of_roofline, ratio
 from minisora_kernels.commands import command
 
 MARKERS = re.compile(r"(<!-- table: (?P<words>[^>]*?) -->\n)(?P<content>.*?)(<!-- /table -->)", re.DOTALL)
@@ -355,8 +355,8 @@ def fuse(results: Path, machine: str) -> list[str]:
     about_machine = record["machine"]
     return [
         "",
-        f"{about_machine['cpu']}, {record['threads']} threads; torch {record['versions']['torch']}, commit "
-        f"{record['commit']}{' with changes' * record['dirty']}, {record['date'][:10]} ([record]({path})). The time of "
+        f"{about_machine['cpu']}, {record['threads']} threads; torch {record['versions']['torch']}, "
+        f"{commits(record)}, {record['date'][:10]} ([record]({path})). The time of "
         "eager over that of the column: above 1 the column is faster. Kept: bytes that the forward of the fused model "
         "keeps for its backward, over those of eager.",
         "",

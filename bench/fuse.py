@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import minisora_kernels as mk
 from bench.fuse_models import MODELS
-from bench.harness.record import RESULTS, head, machine, path_of, save
+from bench.harness.record import RESULTS, head, machine, merged, path_of, save
 from bench.harness.report import aligned
 from bench.harness.session import BOTH, DTYPES, FWD
 from minisora_kernels.commands import command
@@ -214,12 +214,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
     parser.add_argument("--no-compile", action="store_true", help="leave out what needs a C++ compiler")
     parser.add_argument("--save", action="store_true", help="write bench/results/MACHINE/fuse.json")
+    parser.add_argument(
+        "--save-into", action="store_true", help="let --save replace those cases alone that this run times"
+    )
     parser.add_argument("--save-as", type=Path, help="write this file")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         raise ValueError(f"--rounds is {options.rounds}; it must be at least 1")
     if options.threads < 1:
         raise ValueError(f"--threads is {options.threads}; it must be at least 1")
+    if options.save_into and not options.save:
+        raise ValueError("--save-into says what --save does; give both")
+    device = torch.device("cpu")
+    own = path_of(machine(device), "fuse", RESULTS)
+    before = json.loads(own.read_text()) if options.save_into else None
     torch.set_num_threads(options.threads)
     cases = []
     for name in options.models:
@@ -228,9 +236,10 @@ def main(arguments: list[str]) -> int:
                 cases.append(measure(name, dtype, direction, options.rounds, not options.no_compile))
                 print(json.dumps(cases[-1]), file=sys.stderr)
     print("\n".join(lines(cases)))
-    device = torch.device("cpu")
     record = {**head(device, "default"), "threads": options.threads, "cases": cases}
-    path = options.save_as or (path_of(machine(device), "fuse", RESULTS) if options.save else None)
+    if before is not None:
+        record = merged(record, before)
+    path = options.save_as or (own if options.save else None)
     if path is not None:
         save(record, path, over=True)
     return 0

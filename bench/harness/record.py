@@ -110,8 +110,9 @@ def make(
     return {**head(device, allocator), "quick": quick, "ceilings": ceilings, "cases": cases}
 
 
-def key(case: dict[str, Any]) -> tuple[str, str, str, str]:
-    return case["op"], case["shape"], case["dtype"], case["direction"]
+def key(case: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells cases apart: an op and its shape, or a model; dtype and direction."""
+    return tuple(case.get(part) for part in ("op", "shape", "model", "dtype", "direction"))
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def merged(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         ValueError: the two are of different machines, versions or settings.
     """
     for what in ("machine", "python", "torch", "cuda", "threads", "allocator", "quick"):
-        before, now = ({**record, **record["versions"]}[what] for record in (old, new))
+        before, now = ({**record, **record["versions"]}.get(what) for record in (old, new))
         if before != now:
             raise ValueError(f"the record that is there has {what} {before}, this run {now}")
     again = {key(case): case for case in new["cases"]}

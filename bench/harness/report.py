@@ -125,16 +125,20 @@ def ceilings(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def commits(record: dict[str, Any]) -> str:
+    """The commit that a record is of, and those of the cases that were not run again."""
+    earlier = Counter(case["commit"] for case in record["cases"] if "commit" in case)
+    others = "".join(f" ({count} cases of {commit})" for commit, count in earlier.items())
+    return f"commit {record['commit']}{' with changes' * record['dirty']}{others}"
+
+
 def about(record: dict[str, Any]) -> str:
     machine, versions = record["machine"], record["versions"]
     hardware = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores, {machine['capability']}"
-    changes = " with changes" if record["dirty"] else ""
     host = ", free pages go back to the host" if machine.get("host_takes_free_pages") else ""
-    earlier = Counter(case["commit"] for case in record["cases"] if "commit" in case)
-    changes += "".join(f" ({count} cases of {commit})" for commit, count in earlier.items())
     return (
-        f"{hardware}; torch {versions['torch']}, Python {versions['python']}, {record['threads']} threads, commit "
-        f"{record['commit']}{changes}, {record['date'][:10]}, allocator {record['allocator']}, transparent huge pages "
+        f"{hardware}; torch {versions['torch']}, Python {versions['python']}, {record['threads']} threads, "
+        f"{commits(record)}, {record['date'][:10]}, allocator {record['allocator']}, transparent huge pages "
         f"{machine['huge_pages']}{host}"
     )
 

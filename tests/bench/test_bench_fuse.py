@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,10 +32,12 @@ def test_the_table_of_a_record(tmp_path: Path):
         "dirty": False,
     }
     record = {**parts, "date": "2026-01-02T03:04", "cases": [{**case, "kept": {"full": 0.8, "LoRA": 1.0}}]}
+    record["cases"].append({**case, "direction": "fwd", "commit": "def"})
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "fuse.json").write_text(json.dumps(record))
     text = "\n".join(docs.TABLES["fuse"](tmp_path, "here"))
     assert re.search(r"\| Wan +\| float32 +\| fwd\+bwd +\| - +\| 1.25 +\| - +\| 0.80 +\| 1.00 +\| 5 +\|", text), text
+    assert "commit abc (1 cases of def)" in text
     assert list(docs.unshown([""], tmp_path)) == ["<!-- table: fuse here -->"]
 
 
@@ -49,6 +52,22 @@ def test_a_model_is_measured_and_recorded(tmp_path: Path, capsys: pytest.Capture
     assert 0 < both["kept"]["full"] < 1 and 0 < both["kept"]["LoRA"] < 2
     assert both["left"] == {}
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_part_that_is_run_again_replaces_its_cases_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def measure(name: str, dtype: str, direction: str, rounds: int, compiled: bool) -> dict[str, Any]:
+        return dict(model=name, dtype=dtype, direction=direction, rounds=rounds, ratios={}, found={})
+
+    monkeypatch.setattr(fuse, "RESULTS", tmp_path)
+    monkeypatch.setattr(fuse, "measure", measure)
+    for words in ("--rounds 1 --save", "--directions fwd --rounds 2 --save --save-into"):
+        assert fuse.main(["--models", "Wan", "--dtypes", "float32", *words.split()]) == 0
+    (path,) = tmp_path.glob("*/fuse.json")
+    cases = json.loads(path.read_text())["cases"]
+    assert [(case["direction"], case["rounds"], "commit" in case) for case in cases] == [
+        ("fwd", 2, False),
+        ("fwd+bwd", 1, True),
+    ]
 
 
 def test_a_column_that_computes_something_else_is_refused():
