@@ -140,9 +140,9 @@ def gelu_mlp(
     """The MLP of a block: ``y = gelu(x w1^T + b1) w2^T + b2``. It saves the pre-activation only.
 
     Every tensor is differentiable. Torch computes the matrix products on every backend; the kernels compute what lies
-    between them, forward and backward. On a CPU a chunk of tokens goes through both products at a time, so the
-    activation stays in the caches. The kernels give the same bits for any number of threads. Torch's products repeat
-    for the same number of threads.
+    between them, forward and backward. On a CPU a chunk of tokens goes through both products at a time, which
+    bounds the memory of the activation. The kernels give the same bits for any number of threads. Torch's products
+    repeat for the same number of threads.
 
     Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415).
 
