@@ -190,7 +190,12 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     path = path_of(folder, checkpoint.step)
     before = path.rename(path.with_name(f"{path.name}.aside")) if path.is_dir() else None
-    _save_file(path, {item.name: _plain(getattr(checkpoint, item.name)) for item in fields(checkpoint)})
+    try:
+        _save_file(path, {item.name: _plain(getattr(checkpoint, item.name)) for item in fields(checkpoint)})
+    except OSError:
+        if before is not None:
+            before.rename(path)
+        raise
     if before is not None:
         shutil.rmtree(before)
     _remove_old(folder, path, keep)

@@ -204,7 +204,7 @@ class Layers(nn.ModuleList):
 
     def forward(self, x: Tensor, memory: Memory | None = None, checkpointing: Checkpointing = False) -> Tensor:
         for layer in self:
-            x = recomputed(layer, x, memory, checkpointing=checkpointing and memory is None)
+            x = recomputed(layer, x, memory, checkpointing=checkpointing if memory is None else False)
         return x
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ..runtime.verification import serving
 from .config import ParallelConfig
@@ -108,6 +109,11 @@ class Ranks:
         """Whether a model is divided among ranks."""
         return self.mesh is not None
 
+    def groups(self) -> list[dist.ProcessGroup]:
+        """The groups beside that of all ranks."""
+        groups = [] if self.mesh is None else self.mesh.get_all_groups()
+        return [group for group in (self.share.group, self.line.group, *groups) if group is not None]
+
     @property
     def first(self) -> bool:
         """Whether this process writes the run's files."""
@@ -190,6 +196,9 @@ def open_ranks(config: ParallelConfig, device: torch.device, patience: float = P
     dist.init_process_group(
         backend, timeout=timedelta(seconds=patience), device_id=device if device.type == "cuda" else None
     )
-    yield Ranks(config, device.type)
+    ranks = Ranks(config, device.type)
+    for group in ranks.groups():
+        _set_pg_timeout(timedelta(seconds=patience), group)
+    yield ranks
     dist.barrier()
     dist.destroy_process_group()

@@ -23,9 +23,7 @@ def _policy(kept: str, _: Any, op: Any, *arguments: Any, **options: Any) -> Chec
     return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recomputed(
-    part: Callable[..., Any], *arguments: Any, checkpointing: Checkpointing | None, random: bool = False
-) -> Any:
+def recomputed(part: Callable[..., Any], *arguments: Any, checkpointing: Checkpointing, random: bool = False) -> Any:
     """``part(*arguments)``; the backward computes it again as ``checkpointing`` says, if that is on.
 
     ``random`` is for a part that draws random numbers, which are drawn alike.

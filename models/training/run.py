@@ -164,6 +164,7 @@ class _Files:
         """Write the lines of the steps so far, then the checkpoint."""
         self.trainer.ranks.at(self.trainer.step, "saves a checkpoint")
         self.path = checkpoints.path_of(self.folder, self.trainer.step)
+        self.saving.finish()
         checkpoint = self.trainer.checkpoint()
         if self.log is not None:
             self.log.flush()

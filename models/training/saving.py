@@ -29,16 +29,15 @@ class Saving:
         self._given_up = threading.Event()
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write this rank's share of a checkpoint; with shards every rank has to call this.
+        """Write this rank's share of a checkpoint, after the one before is finished; with shards every rank calls this.
 
         Raises:
-            OSError: it, or the one before, could not be written.
+            OSError: a file that could not be written.
         """
         if not self.ranks.sharded:
             if self.ranks.first:
                 checkpoints.save(self.folder, checkpoint, self.keep)
             return
-        self.finish()
         path = path_of(self.folder, checkpoint.step)
         temporary = path.with_name(f"{path.name}.tmp")
         if self.ranks.first:
