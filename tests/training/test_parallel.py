@@ -314,6 +314,7 @@ def test_adapters_and_compiled_models_train_alike_on_ranks(tmp_path: Path):
         assert_same_state(one, some, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_shards_are_written_while_the_training_goes_on(tmp_path: Path):
     folder = tmp_path / "run"
 
