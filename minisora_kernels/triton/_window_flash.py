@@ -177,10 +177,10 @@ def query_kernel(
         pair = softmax + 2 * (row * heads + head)
         top = tl.load(pair, mask=valid, other=float("inf"))  # a query that is not there weighs nothing
         inverse = tl.div_rn(1.0, tl.load(pair + 1, mask=valid, other=1.0))
-        of_head = kept + (sample.to(tl.int64) * heads + head) * 3 * tokens
-        tl.store(of_head + token, top, mask=valid)
-        tl.store(of_head + tokens + token, inverse, mask=valid)
-        tl.store(of_head + 2 * tokens + token, delta, mask=valid)
+        of_head = (sample.to(tl.int64) * heads + head) * 3 * tokens
+        tl.store(kept + (of_head + token), top, mask=valid)
+        tl.store(kept + (of_head + tokens + token), inverse, mask=valid)
+        tl.store(kept + (of_head + 2 * tokens + token), delta, mask=valid)
         q = _operand(qk, row * qk_step, token, valid, q_weight, cos, sin, eps, PREPARED, FORM)
         dq = zeros(BLOCK, FORM.qk)
         written = tl.where(item > begin, INNER, 0)  # of dbias, by the windows before
@@ -238,7 +238,7 @@ def key_kernel(
     sample, token, valid = locate(item, first + rows, box, FORM.window)
     start_row = sample.to(tl.int64) * tokens
     row = start_row + token
-    kept += (sample.to(tl.int64) * heads + head) * 3 * tokens
+    of_head = (sample.to(tl.int64) * heads + head) * 3 * tokens
     k = _operand(qk + step, row * qk_step, token, valid, k_weight, cos, sin, eps, PREPARED, FORM)
     v = load_rows(qkv + 2 * step, row * (3 * step), valid, FORM.v)
     dk = zeros(BLOCK, FORM.qk)
@@ -248,9 +248,10 @@ def key_kernel(
         q_row = start_row + q_token
         q = _operand(qk, q_row * qk_step, q_token, q_valid, q_weight, cos, sin, eps, PREPARED, FORM)
         d = load_rows(dout, q_row * step, q_valid, FORM.v)
-        top = tl.load(kept + q_token, mask=q_valid, other=float("inf"))  # a query that is not there weighs nothing
-        inverse = tl.load(kept + tokens + q_token, mask=q_valid, other=0.0)
-        delta = tl.load(kept + 2 * tokens + q_token, mask=q_valid, other=0.0)
+        # A query that is not there weighs nothing.
+        top = tl.load(kept + (of_head + q_token), mask=q_valid, other=float("inf"))
+        inverse = tl.load(kept + (of_head + tokens + q_token), mask=q_valid, other=0.0)
+        delta = tl.load(kept + (of_head + 2 * tokens + q_token), mask=q_valid, other=0.0)
         s = inner(k, q, FORM) * scale
         if bias is not None:
             s += _load_bias(bias, head, start, columns[None, :], first, rows[:, None], length)

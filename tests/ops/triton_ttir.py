@@ -12,17 +12,19 @@ import sys
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from bench.aot import set_target
+from bench.gpu.architectures import ARCHITECTURES
 from minisora_kernels.triton import patch_embed
 from minisora_kernels.triton import window_attention as launchers
 
 
 def compile_only(self, *arguments, grid, warmup, **options):
     """What a launch would run: the kernel is compiled for what it is given, and printed."""
-    target = GPUTarget("cuda", 90, 32)
+    target = driver.active.get_current_target()
     backend = make_backend(target)
     bound, specialization, _ = create_function_from_signature(self.signature, self.params, backend)(
         *arguments, **options
@@ -33,6 +35,7 @@ def compile_only(self, *arguments, grid, warmup, **options):
 
 
 JITFunction.run = compile_only
+set_target(ARCHITECTURES["sm_90"])
 length, precision = int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
 if precision is not None:
     torch.set_float32_matmul_precision(precision)
