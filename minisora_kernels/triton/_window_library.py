@@ -62,7 +62,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logarithm: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    unread = q.new_empty(0)  # the state of a random generator, for a dropout
+    unread = q.new_empty(2, dtype=torch.uint64)  # the state of a random generator, for a dropout
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, logarithm, None, None, q.shape[2], k.shape[2], 0.0, False, unread, unread, scale=scale
     )
