@@ -110,9 +110,9 @@ def make(
     return {**head(device, allocator), "quick": quick, "ceilings": ceilings, "cases": cases}
 
 
-def key(case: dict[str, Any]) -> tuple[Any, ...]:
+def key(case: dict[str, Any]) -> tuple[str, ...]:
     """What tells cases apart: an op and its shape, or a model; dtype and direction."""
-    return tuple(case.get(part) for part in ("op", "shape", "model", "dtype", "direction"))
+    return tuple(case[part] for part in ("op", "shape", "model", "dtype", "direction") if part in case)
 
 
 def load(path: str | Path) -> dict[str, Any]:
