@@ -225,7 +225,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By the architecture, 0 for the others: what compiles without spills there with a bias. None was measured.
+# By the architecture, 0 for the others: what Triton 3.7.1 compiles without spills for heads of 72 and a bias, on sm_80
+# and sm_90. None was measured.
 FORWARD = {0: Tile(128, 64, 8, 2), 90: Tile(64, 64, 4, 2)}
 BACKWARD = {0: Tile(64, 32, 8, 1), 90: Tile(64, 32, 4, 2)}
 
