@@ -148,6 +148,30 @@ def compiled(results: Path) -> list[str]:
     ]
 
 
+def nvcc(results: Path) -> list[str]:
+    """Per direction and head_dim of csrc/cuda: the most of what nvcc recorded."""
+    record = json.loads((results / "nvcc.json").read_text())
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in record["kernels"]["sm_90"]:
+        found = re.search(r"(forward|backward): head_dim (\d+)", name)
+        groups.setdefault((found[1], int(found[2])) if found else ("sums", 0), []).append(name)
+    rows = []
+    for (way, head_dim), names in sorted(groups.items()):
+        cells = []
+        for sm in record["kernels"]:
+            kernels = [kernel for name, kernel in record["kernels"][sm].items() if name in names]
+            most = [max(kernel[what] for kernel in kernels) for what in ("registers", "spilled", "stack", "shared")]
+            cells.append(f"{most[0]} / {most[1]} B / {most[2]} B / {most[3] / 1024:.0f} KiB")
+        rows.append((f"{way}, {head_dim}" if head_dim else way, str(len(names)), *cells))
+    return [
+        "",
+        f"Compiled by nvcc {record['nvcc']}; **not run on a GPU**.",
+        "",
+        *markdown(("`window_attention`", "kernels", *record["kernels"]), rows),
+        "",
+    ]
+
+
 TRAINED_BY = {"ddpm": "DDPM", "flow": "flow matching", "logsnr": "diffusion over the logSNR"}
 
 
@@ -392,6 +416,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
         steps,
         digits,
         compiled,
+        nvcc,
         plans,
         scale,
         inductor,
@@ -406,6 +431,7 @@ SHOWN_BY = {
     "systems.json": "systems",
     "digits.json": "digits",
     "aot.json": "compiled",
+    "nvcc.json": "nvcc",
     "plans.json": "plans",
     "scale.json": "scale",
     "inductor.json": "inductor",

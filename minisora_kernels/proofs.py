@@ -14,8 +14,9 @@ WORDS = {
     "interpreted": "Triton's interpreter ran the Python of the kernels; values and gradients by the tolerance rule",
     "executed as IR": "what Triton's compiler made of them was executed on a CPU, by the same rule, without races or "
     "accesses out of bounds",
-    "emulated": "their CUDA C++ ran on a CPU, every thread emulated, by the same rule",
-    "compiled": "they were compiled to machine code for every architecture of bench/results/aot.json, or by nvcc",
+    "emulated": "their CUDA C++ and PTX ran on a CPU, every thread emulated, by the same rule, without races or "
+    "accesses out of bounds",
+    "compiled": "they were compiled to machine code for every architecture of bench/results/aot.json or nvcc.json",
     "run": "they ran on a GPU, and the record is committed",
 }
 

@@ -56,8 +56,8 @@ void with_form(ScalarType dtype, bool exact, F f) {
   with_type(dtype, [&](auto tag) { exact ? f(tag, Exact{}) : f(tag, Tanh{}); });
 }
 
-// Tokens per chunk and thread. They bound the memory that lies between the two products. Torch lays a weight out anew in
-// every product: with tiles, a bfloat16 product of 128 rows takes up to twice the time per row.
+// Tokens per chunk and thread. They bound the memory that lies between the two products. Torch lays a weight out anew
+// in every product: with tiles, a bfloat16 product of 128 rows takes up to twice the time per row.
 constexpr int64_t kRowsPerThread = 2048;
 constexpr int64_t kRows = 32; // of one task; db1 is a sum over this many tokens, then over those sums in order
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import architecture_refusal, beside, compute_dtype, kernel_refusal, number
+from ..checks import beside, compute_dtype, kernel_refusal, number
 from ..derivatives import once
 from ..modulation import (
     Norm,
@@ -153,17 +153,11 @@ def _kernels(x, shift, scale, weight, bias, index=None):
     return kernel_refusal(x=x, shift=shift, scale=scale, weight=weight, bias=bias)
 
 
-def _cuda(x, shift, scale, weight, bias, index=None):
-    if index is not None:
-        return "it takes no index"
-    return _kernels(x, shift, scale, weight, bias) or architecture_refusal(x.device.index)
-
-
 def _triton(x, shift, scale, weight, bias, index=None):
     return triton_refusal(x, shift=shift, scale=scale, weight=weight, bias=bias)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "cuda": _cuda, "triton": _triton}
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
 
 
 @shortcut

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import check_tensor, compute_dtype, kernel_refusal, number, sizes
+from ..checks import architecture_refusal, check_tensor, compute_dtype, kernel_refusal, number, sizes
 from ..derivatives import once
 from ..flops import formula
 from ..modulation import Norm, asked_for
@@ -195,7 +195,25 @@ def _triton(qkv, q_weight, k_weight, bias):
     return _kernels(qkv, q_weight, k_weight, bias)
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _triton}
+# What csrc/cuda/window_attention.cu is compiled for.
+CUDA_HEAD_DIMS = (64, 72, 96, 128)
+CUDA_LONGEST = 64
+
+
+def _cuda(qkv, q_weight, k_weight, bias):
+    if qkv.dtype not in (torch.bfloat16, torch.float16):
+        return f"qkv has dtype {qkv.dtype}; the CUDA kernels take bfloat16 and float16"
+    if qkv.shape[-1] not in CUDA_HEAD_DIMS:
+        return f"head_dim is {qkv.shape[-1]}; the CUDA kernels take {', '.join(map(str, CUDA_HEAD_DIMS))}"
+    return _kernels(qkv, q_weight, k_weight, bias) or architecture_refusal(qkv.device.index)
+
+
+def _cuda_long(*_):
+    return f"the CUDA kernels take windows of up to {CUDA_LONGEST} tokens"
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "cuda": _cuda, "triton": _triton}
+_LONG_BACKENDS: backends.Table = {**BACKENDS, "cuda": _cuda_long}
 
 # Triton takes windows of at most this many tokens in one tile of scores, which a program keeps in registers. With 64 a
 # backward with a bias, a norm or rotation spilled hundreds of bytes per thread.
@@ -211,7 +229,8 @@ ROUTES = (
     "in float32. triton: windows of up to 32 tokens take one pass each way, and short ones share a program. Longer "
     "windows take blocks of tokens; beyond 512 tokens norm and rotation have a pass of their own. Torch's flash "
     "attention takes those of more than 64 tokens that are runs of tokens and have no bias, and of more than 512 with "
-    "a norm or rotation, in float16 and bfloat16."
+    "a norm or rotation, in float16 and bfloat16. cuda: windows of up to 64 tokens of 16-bit numbers, with heads of "
+    "64, 72, 96 or 128 channels, on tensor cores."
 )
 
 
@@ -316,9 +335,11 @@ def window_attention(
     eps = number("window_attention", "eps", eps, 0)
     qkv = qkv.to(compute_dtype(qkv))
     kind = 2 if bias is not None else 1 if qk_norm is not None or rope is not None else 0
-    detail = (DETAILS[1] if window[0] * window[1] * window[2] > SHORT else DETAILS[0])[kind]
+    length = window[0] * window[1] * window[2]
+    detail = (DETAILS[1] if length > SHORT else DETAILS[0])[kind]
+    table = _LONG_BACKENDS if length > CUDA_LONGEST else BACKENDS
     call = (qkv, q_weight, k_weight, bias)
-    chosen = backends.choose("window_attention", BACKENDS, qkv.device, backend, *call, detail=detail)
+    chosen = backends.choose("window_attention", table, qkv.device, backend, *call, detail=detail)
     if chosen == "reference":
         with torch.autocast(qkv.device.type, enabled=False):
             return reference(

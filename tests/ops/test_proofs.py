@@ -70,9 +70,13 @@ def test_the_words_of_triton_are_true(op: str):
 @pytest.mark.parametrize("op", [op for op in ops() if "cuda" in table_of(op)])
 def test_the_words_of_cuda_are_true(op: str):
     words = proofs.PROOFS["cuda"]
-    text = (ROOT / "tests" / "packaging" / "test_cuda_build.py").read_text()
+    tests = ROOT / "tests" / "packaging"
     assert "tests/packaging/test_cuda_build.py" in commands("check-gpu-code")
-    assert ("emulated" in words) == bool(re.search(rf"ops import .*\b{op}\b", text))
+    assert "emulated_windows.py" in (tests / "test_cuda_build.py").read_text()
+    emulated = (tests / "emulated_windows.py").read_text()
+    assert ("emulated" in words) == bool(re.search(rf"ops import .*\b{op}\b", emulated))
+    compiled = json.loads((RESULTS / "nvcc.json").read_text())["kernels"]
+    assert ("compiled" in words) == all(any(op in name for name in kernels) for kernels in compiled.values())
     assert ("run" in words) == run_on_a_gpu(op, "cuda")
 
 

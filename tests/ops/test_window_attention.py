@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minisora_kernels as mk
-from minisora_kernels import Rope, rope_3d, window_attention
+from minisora_kernels import Rope, backends, rope_3d, window_attention
 from minisora_kernels.testing import assert_as_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -437,6 +437,23 @@ def test_what_the_kernels_refuse_goes_to_the_reference(head_dim, dtype, reason, 
     assert not ran.kernel
     with pytest.raises(ValueError, match=reason):
         window_attention(qkv, (2, 2, 2), (2, 1, 1), backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("length", "head_dim", "dtype", "reason"),
+    [
+        (16, 72, torch.float32, "qkv has dtype torch.float32; the CUDA kernels take bfloat16 and float16"),
+        (16, 80, torch.bfloat16, "head_dim is 80; the CUDA kernels take 64, 72, 96, 128"),
+        (65, 72, torch.bfloat16, "the CUDA kernels take windows of up to 64 tokens"),
+    ],
+)
+def test_what_cuda_refuses(length, head_dim, dtype, reason, monkeypatch):
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    qkv = torch.zeros(1, length, 3, 1, head_dim, dtype=dtype)
+    with pytest.raises(ValueError, match=reason):
+        window_attention(qkv, (length, 1, 1), (length, 1, 1), backend="cuda")
+    with pytest.raises(ValueError, match="it does not run on cpu tensors"):  # what it does not refuse
+        window_attention(torch.zeros(1, 64, 3, 1, 72).bfloat16(), (64, 1, 1), (64, 1, 1), backend="cuda")
 
 
 @kernels
