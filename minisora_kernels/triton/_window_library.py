@@ -4,7 +4,7 @@ torch takes views, so windows must be runs of tokens that fill the grid, as spat
 no rotation and no packed gradient: `prepare_kernel` goes before it, `finish_kernel` after its backward. Its logarithm
 of the sum of a query's exp(score) is kept as the pair (logarithm, 1) of maximum and sum, for the backward.
 
-Not run on a GPU yet: the tests put torch's flash attention for CPUs in its place.
+The tests put torch's flash attention for CPUs in its place.
 """
 
 from __future__ import annotations

@@ -207,27 +207,35 @@ def _train(trainer: Trainer, folder: Path, *, fresh: bool) -> Path:
     if not fresh and trainer.step >= config.steps:
         raise ValueError(f"{folder} is complete, at step {trainer.step} of {config.steps}")
     files = _Files(trainer, folder, fresh=fresh)
-    try:
-        with stop_signals() as received, watching(trainer.ranks, config.patience):
-            trainer.model.train()
-            while trainer.step < config.steps:
-                files.add(trainer.train_step())
-                last = trainer.step == config.steps
-                stop = trainer.ranks.any(bool(received))
-                if last or stop or trainer.step % config.save_every == 0:
-                    files.save()
-                if last or stop:
-                    files.saving.finish()
-                if stop and not last:
-                    raise Stopped(received[0] if received else signal.SIGTERM, files.path)
-                if last or (config.preview.every and trainer.step % config.preview.every == 0):
-                    files.preview()
-    except Exception:
-        files.rescue()
-        raise
-    finally:
-        files.close()
+    # torchrun ends the ranks by a signal when one dies, which must not end the saving of the others' last step.
+    with stop_signals() as received:
+        try:
+            with watching(trainer.ranks, config.patience):
+                _train_steps(trainer, files, received)
+        except Exception:
+            files.rescue()
+            raise
+        finally:
+            files.close()
     return files.path
+
+
+def _train_steps(trainer: Trainer, files: _Files, received: list[int]) -> None:
+    """Train until the last step, or until a rank has received a signal."""
+    config = trainer.config
+    trainer.model.train()
+    while trainer.step < config.steps:
+        files.add(trainer.train_step())
+        last = trainer.step == config.steps
+        stop = trainer.ranks.any(bool(received))
+        if last or stop or trainer.step % config.save_every == 0:
+            files.save()
+        if last or stop:
+            files.saving.finish()
+        if stop and not last:
+            raise Stopped(received[0] if received else signal.SIGTERM, files.path)
+        if last or (config.preview.every and trainer.step % config.preview.every == 0):
+            files.preview()
 
 
 def set_aside(folder: Path, step: int) -> None:
