@@ -6,6 +6,7 @@ What is in a batch never depends on what was read before, so a resumed run sees 
 from __future__ import annotations
 
 import functools
+import gc
 import signal
 import sys
 import time
@@ -44,7 +45,7 @@ class Prefetching(ABC, Dataset[Batch]):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch and not workers else None
         self._ahead: dict[int, Future[Batch]] = {}
         # Of the processes: the batches that follow, and the last one that was taken, with its step.
-        self._coming: Iterator[Batch] | None = None
+        self._coming: Any = None
         self._taken: tuple[int, Batch] | None = None
 
     def batch(self, step: int) -> Batch:
@@ -74,7 +75,7 @@ class Prefetching(ABC, Dataset[Batch]):
                 prefetch_factor=max(1, self.prefetch // self.workers),
                 generator=torch.Generator(),  # else it would draw from the generator that drops labels
             )
-            self._coming = iter(loader)
+            self._coming = _started(loader)
         self._taken = step, next(self._coming)
         return self._taken[1]
 
@@ -93,13 +94,29 @@ class Prefetching(ABC, Dataset[Batch]):
 
     def close(self) -> None:
         """End the thread or the processes."""
-        self._coming = None
+        if self._coming is not None:
+            self._coming._shutdown_workers()  # which ignore the signal that would end them with this process
+            self._coming = None
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
     @abstractmethod
     def make(self, step: int) -> Batch:
         """The batch, made now."""
+
+
+def _started(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """The loader's batches; its processes start now.
+
+    A process is a copy of this one without its threads. What the garbage collector finds here it must not free there: a
+    film's decoder, for one, would wait for threads of its own.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
+import os
 from pathlib import Path
 
 import av
@@ -317,6 +319,34 @@ def test_processes_make_the_batches_that_a_thread_makes():
     with pytest.raises(ValueError, match=r"clip \d+ cannot be read"):
         broken.batch(0)
     broken.close()
+
+
+def test_processes_free_nothing_of_the_one_that_started_them(tmp_path):
+    """The decoder of a film waits for threads that a copy of the process does not have."""
+
+    class Noted:
+        def __init__(self, name: str) -> None:
+            self.itself, self.name = self, name
+
+        def __del__(self) -> None:
+            (tmp_path / f"{self.name}-{os.getpid()}").touch()
+
+    class Collecting(MovingDigits):
+        def clip(self, index, rng):
+            held.clear()
+            gc.collect()
+            return super().clip(index, rng)
+
+    held = [Noted("held")]
+    gc.disable()
+    try:
+        Noted("garbage")
+        processes = Batches(Collecting(frames=2, size=(16, 16)), 3, 5, workers=1)
+        processes.batch(0)
+        processes.close()
+    finally:
+        gc.enable()
+    assert [path.name for path in tmp_path.iterdir()] == [f"garbage-{os.getpid()}"]
 
 
 def test_an_epoch_sees_every_item_once_and_the_next_one_differs():
