@@ -41,7 +41,7 @@ def fewest(of: Sequence[str] = ()) -> dict[str, tuple[int, str]]:
     return found
 
 
-@command(failed=1)
+@command()
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", nargs="+", default=ops(), choices=ops(), help="of these ops alone")

@@ -73,7 +73,7 @@ def check_divisible(ranks: int, counts: Mapping[str, int]) -> None:
 
 def _sizes(count: int) -> list[int]:
     """How many of ``count`` each rank has."""
-    even, more = divmod(count, _line.ranks)
+    even, more = count // _line.ranks, count % _line.ranks  # Dynamo knows no divmod of a symbolic size
     return [even + (rank < more) for rank in range(_line.ranks)]
 
 
