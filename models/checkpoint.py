@@ -210,7 +210,8 @@ def save_part(path: Path, number: int, parts: int, checkpoint: Checkpoint) -> No
     """
     names = DIVIDED if number else [item.name for item in fields(checkpoint)]
     content = {name: getattr(checkpoint, name) for name in ("step", *names)}
-    _save_file(part_of(path, number, parts), content)
+    # The folder may have another name as soon as all parts have theirs.
+    _save_file(part_of(path, number, parts), content, sync_name=False)
 
 
 def complete(path: Path, temporary: Path, keep: int) -> None:
@@ -221,9 +222,9 @@ def complete(path: Path, temporary: Path, keep: int) -> None:
     _remove_old(path.parent, path, keep)
 
 
-def _save_file(path: Path, content: dict[str, Any]) -> None:
+def _save_file(path: Path, content: dict[str, Any], *, sync_name: bool = True) -> None:
     try:
-        with whole_file(path, "w+b") as file:
+        with whole_file(path, "w+b", sync_name=sync_name) as file:
             _write({"magic": MAGIC, "format": FORMAT} | content, file)
     except Exception as error:
         raise OSError(f"checkpoint {path} was not written: {error}") from error

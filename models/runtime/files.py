@@ -29,11 +29,11 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, mode: str = "wb") -> Iterator[IO[bytes]]:
+def whole_file(path: Path, mode: str = "wb", *, sync_name: bool = True) -> Iterator[IO[bytes]]:
     """A binary file to write, which gets its name, and is on the disk, when the block ends without an error.
 
     Until then its name ends in ``.tmp``. An error removes it and leaves what had the name before; what a kill leaves is
-    replaced by the next try.
+    replaced by the next try. Without ``sync_name`` the caller flushes the name, which is the folder's.
 
     Raises:
         OSError: it could not be written; names the file.
@@ -45,7 +45,8 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        if sync_name:
+            sync_folder(path.parent)
     except (Exception, KeyboardInterrupt) as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from models.checkpoint import (
     latest,
     load,
     open_checkpoint,
+    part_of,
     path_of,
     save,
     save_part,
@@ -405,3 +406,17 @@ def test_a_sharded_checkpoint_is_that_of_one_file(tmp_path, caplog):
     assert latest(tmp_path)[1].step == 2
     save(tmp_path, make(4), keep=1)
     assert os.listdir(tmp_path) == ["step_00000004.pt"]
+
+
+def test_the_first_rank_may_rename_the_folder_as_soon_as_it_sees_the_last_part(tmp_path, monkeypatch):
+    temporary, whole = tmp_path / "step.tmp", tmp_path / "step"
+    temporary.mkdir()
+    replace = os.replace
+
+    def replace_and_rename(old, new):
+        replace(old, new)
+        temporary.rename(whole)
+
+    monkeypatch.setattr(os, "replace", replace_and_rename)
+    save_part(temporary, 1, 2, make(1))
+    assert part_of(whole, 1, 2).exists()
