@@ -205,8 +205,8 @@ def query_kernel(
         dq = turn(dq, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
         dq, dweight = norm_backward(dq, scale, load_rows(qkv, row * (3 * step), valid, FORM.qk), q_weight, eps, FORM)
         store_rows(dqkv + head * FORM.head_dim, row * (3 * step), valid, dq, FORM.qk)
-        # As if each window had programs of its own.
-        store_dweight(dq_partial, (item * heads + head) * blocks + tl.program_id(0) % blocks, dweight, FORM)
+        # Partial sums of a weight are laid out [item, block, head, head_dim].
+        store_dweight(dq_partial, (item * blocks + tl.program_id(0) % blocks) * heads + head, dweight, FORM)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -262,4 +262,4 @@ def key_kernel(
     dk = turn(dk, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
     dk, dweight = norm_backward(dk, scale, load_rows(qkv + step, row * (3 * step), valid, FORM.qk), k_weight, eps, FORM)
     store_rows(dqkv + step, row * (3 * step), valid, dk, FORM.qk)
-    store_dweight(dk_partial, tl.program_id(0), dweight, FORM)
+    store_dweight(dk_partial, (item * blocks + tl.program_id(0) % blocks) * heads + head, dweight, FORM)
