@@ -109,6 +109,8 @@ def row_by_index(index, token, mask, rows):
     return tl.minimum(tl.maximum(row, 0), rows - 1).to(tl.int32)
 
 
+# The numbers that tell a kernel its runs. It is not compiled anew for others.
+RUN_NUMBERS = ("tokens", "row_tokens", "run_tokens", "index_rows", "index_sample", "first_sample")
 SORTED = 1024  # tokens that a program of the sort looks at in one go
 
 

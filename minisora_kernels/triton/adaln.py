@@ -27,6 +27,7 @@ from ._launch import Launch, Like, dense, plan, signature
 from ._rows import (
     BACKWARD,
     FORWARD,
+    RUN_NUMBERS,
     Backward,
     Runs,
     add,
@@ -153,18 +154,7 @@ def _fwd(
         store(y_ptr + at + column[c], y, mask)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "tokens",
-        "row_tokens",
-        "run_tokens",
-        "index_rows",
-        "index_sample",
-        "first_sample",
-        "gate_tokens",
-        "scale_tokens",
-    ]
-)
+@triton.jit(do_not_specialize=[*RUN_NUMBERS, "gate_tokens", "scale_tokens"])
 def _bwd(
     dresidual_ptr,
     dy_ptr,

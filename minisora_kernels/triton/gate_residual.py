@@ -18,6 +18,7 @@ from ._launch import Launch, Like, dense, plan, signature
 from ._rows import (
     BACKWARD,
     FORWARD,
+    RUN_NUMBERS,
     Backward,
     Runs,
     add,
@@ -78,17 +79,7 @@ def _fwd(
         store(y_ptr + here, load(x_ptr + here, mask) + gated, mask)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "tokens",
-        "row_tokens",
-        "run_tokens",
-        "index_rows",
-        "index_sample",
-        "first_sample",
-        "gate_tokens",
-    ]
-)
+@triton.jit(do_not_specialize=[*RUN_NUMBERS, "gate_tokens"])
 def _bwd(
     dy_ptr,
     branch_ptr,
