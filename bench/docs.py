@@ -274,6 +274,32 @@ def plans(results: Path) -> list[str]:
     return ["", f"`python -m bench.plans`, {versions}; **not run on a GPU**.", "", *lines, ""]
 
 
+def processes(results: Path, machine: str) -> list[str]:
+    """What a training gains by a second process on a CPU."""
+    record = json.loads((results / machine / "processes.json").read_text())
+    config, seconds, speed, ceiling = (record[name] for name in ("config", "seconds", "speed", "ceiling"))
+    count = record["processes"]
+    rows = [
+        ("one", f"{config['clips']}", f"{seconds['alone']:.2f} s", ""),
+        (f"{count}, one model", f"{count * config['clips']}", f"{seconds['together']:.2f} s", _between(speed)),
+        (f"{count}, a model each", f"{count * config['clips']}", f"{seconds['apart']:.2f} s", _between(ceiling)),
+    ]
+    where = record["machine"]
+    return [
+        "",
+        f"A DiT of {record['parameters'] / 1e6:.1f} million parameters, in bfloat16; {record['tokens']} tokens per "
+        f"process and step; {where['cpu']}, {where['cores']} cores, torch {record['versions']['torch']}, "
+        f"commit {record['commit']}.",
+        "",
+        *markdown(("processes with one thread", "clips per step", "a step", "speed"), rows),
+        "",
+    ]
+
+
+def _between(values: dict[str, float]) -> str:
+    return f"{values['median']:.2f} ({values['q1']:.2f} to {values['q3']:.2f})"
+
+
 def scale(results: Path) -> list[str]:
     """Which parallelism to take on many GPUs, and where the time of a step goes."""
     record = json.loads((results / "scale.json").read_text())
@@ -418,6 +444,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
         compiled,
         nvcc,
         plans,
+        processes,
         scale,
         inductor,
         host,
@@ -433,6 +460,7 @@ SHOWN_BY = {
     "aot.json": "compiled",
     "nvcc.json": "nvcc",
     "plans.json": "plans",
+    "processes.json": "processes",
     "scale.json": "scale",
     "inductor.json": "inductor",
     "host.json": "host",

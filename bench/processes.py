@@ -33,6 +33,8 @@ from models.runtime.arguments import read
 from models.training.config import TrainConfig
 from models.training.trainer import Trainer
 
+COMMAND = "torchrun --standalone --nproc-per-node 2 -m -- bench.processes"
+
 
 @dataclass(frozen=True)
 class ProcessesConfig:
@@ -48,9 +50,19 @@ class ProcessesConfig:
     """Write ``processes.json`` of this machine under bench/results."""
 
 
+def gains(rounds: list[tuple[float, float, float]], count: int) -> dict[str, dict[str, float]]:
+    """Seconds of a step, speed and ceiling from those of each round: alone, together, and each with its own model."""
+    alone, together, apart = zip(*rounds, strict=True)
+    return {
+        "seconds": {"alone": median(alone), "together": median(together), "apart": median(apart)},
+        "speed": spread([count * one / all_ for one, all_ in zip(alone, together, strict=True)]),
+        "ceiling": spread([count * one / all_ for one, all_ in zip(alone, apart, strict=True)]),
+    }
+
+
 @command()
 def main(arguments: list[str]) -> None:
-    bench = read(ProcessesConfig, "torchrun --standalone --nproc-per-node 2 -m -- bench.processes", __doc__, arguments)
+    bench = read(ProcessesConfig, COMMAND, __doc__, arguments)
     count = processes()
     if count == 1:
         raise ValueError(
@@ -82,7 +94,6 @@ def main(arguments: list[str]) -> None:
         rounds = [(seconds(alone, ranks.first), seconds(together), seconds(alone)) for _ in range(bench.rounds + 1)]
         if not ranks.first:
             return
-    singles, pairs, apart = zip(*rounds[1:], strict=True)
     head = record.head(torch.device("cpu"), "reuse")
     result = {
         **{key: head[key] for key in ("format", "date", "commit", "dirty", "machine", "versions")},
@@ -90,9 +101,7 @@ def main(arguments: list[str]) -> None:
         "config": {name: value for name, value in dataclasses.asdict(bench).items() if name != "save"},
         "tokens": together.tokens // together.step // count,
         "parameters": sum(parameter.numel() for parameter in together.trained),
-        "seconds": {"alone": median(singles), "together": median(pairs), "apart": median(apart)},
-        "speed": spread([count * one / all_ for one, all_ in zip(singles, pairs, strict=True)]),
-        "ceiling": spread([count * one / all_ for one, all_ in zip(singles, apart, strict=True)]),
+        **gains(rounds[1:], count),
     }
     print(json.dumps(record.round_floats(result), indent=1))
     if bench.save:
