@@ -368,24 +368,25 @@ def own_path(device: torch.device) -> Path | None:
     return None if folder is None else folder / "verified" / key(device).file_name
 
 
-def _shipped(wanted: Key) -> tuple[Path, Key | None] | None:
-    """A record of ours and what it must be of: of a CPU the one with the nearest instruction set, of whatever CPU."""
+def _shipped(wanted: Key) -> list[tuple[Path, Key | None]]:
+    """Records of ours and what they must be of: of CPUs all, of whatever CPU, the nearest instruction set first."""
     if wanted.kind != "cpu":
         path = SHIPPED / wanted.file_name
-        return (path, wanted) if path.exists() else None
+        return [(path, wanted)] if path.exists() else []
     order = list(backends.VARIANTS)
+    if wanted.capability not in order:
+        return []
     there = [name for name in order if (SHIPPED / f"cpu-{name}.json").exists()]
-    if wanted.capability not in order or not there:
-        return None
-    nearest = min(there, key=lambda name: abs(order.index(name) - order.index(wanted.capability)))
-    return SHIPPED / f"cpu-{nearest}.json", None
+    there.sort(key=lambda name: abs(order.index(name) - order.index(wanted.capability)))
+    return [(SHIPPED / f"cpu-{name}.json", None) for name in there]
 
 
 @functools.cache
 def find(device: torch.device) -> tuple[Record, Path] | None:
     """The record that holds for this device; what is there and cannot be trusted is warned of and passed over.
 
-    What one's own record does not say, because it is of some ops only, the record of the package says.
+    What one's own record does not say, because it is of some ops only, the records of the package say; what that of the
+    nearest instruction set does not say, the next one says.
     """
     if backends.VERIFIED == "0":
         return None
@@ -394,9 +395,8 @@ def find(device: torch.device) -> tuple[Record, Path] | None:
     places: list[tuple[Path, Key | None]] = []
     if own is not None:
         places.append((own, wanted))
-    shipped = None if named else _shipped(wanted)
-    if shipped is not None:
-        places.append(shipped)
+    if not named:
+        places += _shipped(wanted)
     found: tuple[Record, Path] | None = None
     for path, expected in places:
         try:

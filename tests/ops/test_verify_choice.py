@@ -188,7 +188,8 @@ def test_the_record_that_comes_with_the_package_holds_for_every_cpu(monkeypatch,
     monkeypatch.setattr(backends, "VERIFIED", None)
     elsewhere = replace(record.key(CPU), device="Another CPU", torch="2.10.0", digest="00")
     slow, fast = entry(ratio=[1.2, 1.3]), entry(ratio=[0.5, 0.6])
-    record.save(Record(replace(elsewhere, capability="AVX2"), {}, (fast,)), record.SHIPPED / "cpu-AVX2.json")
+    further = entry(op="gate_residual", ratio=[1.2, 1.3])
+    record.save(Record(replace(elsewhere, capability="AVX2"), {}, (fast, further)), record.SHIPPED / "cpu-AVX2.json")
     record.save(
         Record(replace(elsewhere, capability="AVX512_BF16"), {}, (slow,)), record.SHIPPED / "cpu-AVX512_BF16.json"
     )
@@ -199,6 +200,7 @@ def test_the_record_that_comes_with_the_package_holds_for_every_cpu(monkeypatch,
         automatic.forget()
         assert record.find(CPU)[1].name == f"cpu-{name}.json"
         assert served(mk.adaln, X, GATE, GATE) == ("cpu" if name == "AVX2" else "reference")
+        assert served(mk.gate_residual, X, X, GATE) == "reference"  # which the other record says
     own = record.own_path(CPU)
     record.save(Record(record.key(CPU), {}, (slow,)), own)
     automatic.forget()
