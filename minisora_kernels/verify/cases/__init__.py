@@ -1,7 +1,7 @@
 """Calls of every op: those that :mod:`..right` checks, and those that :mod:`..faster` times.
 
-An op has a file beside this one, with ``cases()`` and ``speed_cases(random, tokens)``. tests/cases has more cases, by
-the same builders.
+An op has a file beside this one, with ``cases(draw)`` and ``speed_cases(random, tokens)``. tests/cases has more cases,
+by the same builders.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def files_of_ops() -> list[ModuleType]:
     return [importlib.import_module(f"{__package__}.{stem}") for stem in stems]
 
 
-def checked() -> list[Case]:
-    """What :mod:`..right` checks."""
-    return [case for file in files_of_ops() for case in file.cases()]
+def checked(draw: int = 0) -> list[Case]:
+    """What :mod:`..right` checks, with other numbers for every ``draw``."""
+    return [case for file in files_of_ops() for case in file.cases(draw)]
 
 
 def speed_cases(random: Random, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:

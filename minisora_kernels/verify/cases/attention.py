@@ -61,9 +61,9 @@ def attention(
     return Case("attention", name, tensors, call, dict.fromkeys(constants, torch.float32), constants)
 
 
-def cases() -> list[Case]:
+def cases(draw: int = 0) -> list[Case]:
     """What :mod:`..right` checks: every kernel and every branch of its launcher, on as few numbers as show it."""
-    random = random_tensors(8)
+    random = random_tensors(8 + 100 * draw)
     nan = attention(random, "beside-nan", 2, 5, 12, 2, 8)
     nan.tensors["q"][0, 3, 1, 2] = float("nan")
     nan.has_nan = True

@@ -32,9 +32,9 @@ def grn(
     )
 
 
-def cases() -> list[Case]:
+def cases(draw: int = 0) -> list[Case]:
     """What :mod:`..right` checks: every kernel and every branch of its launcher, on as few numbers as show it."""
-    random = random_tensors(6)
+    random = random_tensors(6 + 100 * draw)
     return [
         grn(random, "frames", 2, 3 * 20, 24, 3),
         grn(random, "odd", 3, 35, 77, 5, "gelu"),

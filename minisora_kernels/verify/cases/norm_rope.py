@@ -57,9 +57,9 @@ def norm_rope(
     return Case("norm_rope", name, tensors, call, dict.fromkeys(constants, torch.float32), constants)
 
 
-def cases() -> list[Case]:
+def cases(draw: int = 0) -> list[Case]:
     """What :mod:`..right` checks: every kernel and every branch of its launcher, on as few numbers as show it."""
-    random = random_tensors(7)
+    random = random_tensors(7 + 100 * draw)
     nan = norm_rope(random, "beside-nan", 2, 9, 3, 8, "rms", True, 2, 0, "token")
     nan.tensors["x"][0, 4, 1, 3] = float("nan")
     nan.has_nan = True

@@ -33,9 +33,9 @@ def patch_embed(
     return Case("patch_embed", name, tensors, lambda t, **kwargs: mk.patch_embed(**t, **kwargs))
 
 
-def cases() -> list[Case]:
+def cases(draw: int = 0) -> list[Case]:
     """What :mod:`..right` checks: every kernel and every branch of its launcher, on as few numbers as show it."""
-    random = random_tensors(2)
+    random = random_tensors(2 + 100 * draw)
     return [
         patch_embed(random, "latents", 2, 4, (3, 6, 10), (1, 2, 2), 24),
         patch_embed(random, "tubelets", 3, 4, (4, 6, 6), (2, 2, 2), 40),
