@@ -103,11 +103,12 @@ class Model(nn.Module):
         """
         return []
 
-    def divisible(self, images: int = 0) -> dict[str, int]:
+    def divisible(self, images: int = 0, size: tuple[int, ...] | None = None) -> dict[str, int]:
         """What ranks that divide the tokens of a sample get parts of, by name; nothing for a model without tokens.
 
         Args:
             images: how many follow each clip.
+            size: frames, height and width of a sample that ``any_size`` allows, if not those of ``config.input_size``.
         """
         return {}
 

@@ -197,7 +197,7 @@ class Cascade(Denoiser):
         x = unpatchify(self.output(norm(z)).flatten(1, 3), grid, config.patch, self.out_channels)
         return sequence.joined(x, 2, count)
 
-    def divisible(self, images: int = 0) -> dict[str, int]:
+    def divisible(self, images: int = 0, size: tuple[int, ...] | None = None) -> dict[str, int]:
         places = min(math.prod(grid[1:]) for grid in self.config.grids)
         return {"frames of tokens": self.config.grid[0], "places of a frame": places}
 

@@ -324,9 +324,9 @@ class DiT(Denoiser):
         blocks: Any = self.blocks
         return [*([block.adaLN_modulation] for block in blocks), *([block.attn, block.mlp] for block in blocks)]
 
-    def divisible(self, images: int = 0) -> dict[str, int]:
+    def divisible(self, images: int = 0, size: tuple[int, ...] | None = None) -> dict[str, int]:
         config = self.config
-        frames, height, width = config.grid
+        frames, height, width = config.grid if size is None else self._grid_of(size)
         by_heads = {"heads": config.heads} if config.attention == "joint" else {"places of a frame": height * width}
         return {"frames of tokens": frames, **by_heads}
 
@@ -341,7 +341,11 @@ class DiT(Denoiser):
             expected = ", ".join(map(str, (config.channels, *config.input_size)))
             other = f", or other multiples of the patch {config.patch}" if self.any_size else ""
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, {expected}]{other}")
-        t, h, w = (1,) * (3 - len(sizes)) + tuple(int(n) // p for n, p in zip(sizes, config.patch, strict=True))
+        return self._grid_of(sizes)
+
+    def _grid_of(self, sizes: tuple[int, ...]) -> Grid:
+        patch = self.config.patch
+        t, h, w = (1,) * (3 - len(patch)) + tuple(int(n) // p for n, p in zip(sizes[-len(patch) :], patch, strict=True))
         return t, h, w
 
     def _positions_of(self, grid: Grid) -> Tensor:

@@ -345,7 +345,7 @@ class STDiT(Denoiser):
         # The tables of the blocks are read before the first block.
         return [list(block.children()) for block in self.blocks]
 
-    def divisible(self, images: int = 0) -> dict[str, int]:
+    def divisible(self, images: int = 0, size: tuple[int, ...] | None = None) -> dict[str, int]:
         frames, height, width = self.config.grid
         return {"frames of tokens": frames, "places of a frame": height * width}
 

@@ -200,7 +200,7 @@ class WALT(Denoiser):
         patches = sequence.joined(self.final_layer.linear(y), 1, pieces)
         return unpatchify(patches, grid, config.patch, self.out_channels)
 
-    def divisible(self, images: int = 0) -> dict[str, int]:
+    def divisible(self, images: int = 0, size: tuple[int, ...] | None = None) -> dict[str, int]:
         frames, height, width = self.config.grid
         divided = {"frames and images": frames + images} if images else {"tokens": frames * height * width}
         return {**divided, "heads": self.config.heads}

@@ -190,16 +190,15 @@ class Trainer:
         named = "data.buckets"
         if cells:
             named = f"data.source {config.data.source!r}, whose buckets are in cells of latents,"
-        if self.ranks.line.ranks > 1:
-            raise ValueError(f"{named} has several sizes; with parallel.sequence it must have one")
         if not self.model.takes_any_size:
             raise ValueError(f"{named} needs a model for inputs of any size; {config.model.name!r} has one size")
         self.model.any_size = True
         for frames, height, width in buckets:
             try:
                 configure(config.model, self.source.shape[0], frames, (height, width), len(self.classes))
+                check_divisible(config.parallel.sequence, self.model.divisible(size=(frames, height, width)))
             except ValueError as error:
-                message = f"{named} has {(frames, height, width)}, which the model cannot take: {error}"
+                message = f"{named} has {(frames, height, width)}, which this run cannot take: {error}"
                 raise ValueError(message) from error
         sources = self.source.split(config.data.buckets)
         sizes = self._bucket_sizes(sources, self.ranks.share.ranks)

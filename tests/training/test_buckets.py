@@ -342,7 +342,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path, monkeypatch):
         ({"data": {"buckets": []}}, "batch_tokens is 60; it is for buckets only, use batch_size"),
         ({"batch_tokens": 23}, r"batch_tokens is 23; bucket \(4, 16, 24\) needs 1 sample of 24 tokens"),
         ({"accumulation": 3}, r"batch_tokens is 60; bucket \(4, 16, 24\) needs 3 samples of 24 tokens"),
-        ({"data": {"buckets": [[2, 20, 16]]}}, r"data.buckets has \(2, 20, 16\), which the model cannot take: patch"),
+        ({"data": {"buckets": [[2, 20, 16]]}}, r"data.buckets has \(2, 20, 16\), which this run cannot take: patch"),
     ):
         with pytest.raises(ValueError, match=reason):
             Trainer(merge(TINY, changes))

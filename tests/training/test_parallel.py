@@ -163,6 +163,20 @@ def test_ranks_share_the_batches_of_every_bucket(tmp_path: Path):
         trained(odd, 1, batch_tokens=60, data=sizes)
 
 
+@pytest.mark.slow
+def test_ranks_divide_the_samples_of_every_bucket(tmp_path: Path):
+    changes = {"steps": 4, "batch_tokens": 48, "data": {"buckets": [[2, 16, 16], [5, 16, 24], [3, 24, 16]]}}
+    one, two = (losses(trained(tmp_path / str(ranks), sequence=ranks, **changes)) for ranks in (1, 2))
+    torch.testing.assert_close(two, one, rtol=2e-5, atol=0)
+
+
+def test_a_bucket_with_fewer_frames_than_ranks_is_refused(tmp_path: Path):
+    data, parallel = DataConfig(buckets=((2, 16, 16), (1, 16, 24))), ParallelConfig(sequence=2)
+    config = dataclasses.replace(TINY, data=data, batch_tokens=48, parallel=parallel, run=str(tmp_path / "run"))
+    with pytest.raises(RuntimeError, match=r"\(1, 16, 24\), which .* parallel.sequence is 2; .* it must be at most 1"):
+        on_ranks(2, lambda: train(config))
+
+
 def test_ranks_divide_what_one_process_reads_and_draws():
     source = MovingDigits(frames=1, size=(16, 16))
     whole = Batches(source, 8, seed=3, prefetch=0).batch(5)
