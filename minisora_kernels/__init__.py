@@ -9,6 +9,7 @@ from .ops.attention import attention as attention
 from .ops.gate_residual import gate_residual as gate_residual
 from .ops.gate_residual_adaln import gate_residual_adaln as gate_residual_adaln
 from .ops.gelu_mlp import gelu_mlp as gelu_mlp
+from .ops.glu_mlp import glu_mlp as glu_mlp
 from .ops.grn import grn as grn
 from .ops.guided_step import Coefficients as Coefficients
 from .ops.guided_step import guided_step as guided_step
@@ -32,6 +33,7 @@ __all__ = [
     "gate_residual",
     "gate_residual_adaln",
     "gelu_mlp",
+    "glu_mlp",
     "grn",
     "guided_step",
     "modules",

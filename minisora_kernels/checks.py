@@ -97,6 +97,31 @@ def sizes(op: str, name: str, value: Any) -> tuple[int, ...]:
     return items
 
 
+def check_flag(op: str, name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} is {value!r}; it must be True or False")
+
+
+def check_weight(op: str, name: str, weight: Any, x: Tensor, layout: str, columns: int) -> None:
+    """Raise unless ``weight`` is a matrix beside x with so many columns; ``layout`` says what it must be."""
+    check_tensor(op, name, weight, x)
+    if weight.dim() != 2 or weight.shape[1] != columns:
+        meaning = layout.rpartition(", ")[2].rstrip("]")
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(weight.shape)}; it must be {layout} with {meaning} = {columns}"
+        )
+
+
+def check_bias(op: str, name: str, bias: Any, x: Tensor, size: int) -> None:
+    """Raise unless ``bias`` is None, or a vector beside x of that size."""
+    if bias is None:
+        return
+    check_tensor(op, name, bias, x)
+    if bias.dim() != 1 or bias.shape[0] != size:
+        raise ValueError(f"{op}: {name} has shape {tuple(bias.shape)}; it must be [{size}]")
+
+
 def kernel_refusal(**tensors: Tensor | None) -> str | None:
     """Return why a kernel that computes in fp32 cannot take these tensors, or None if it can."""
     for tensor in tensors.values():

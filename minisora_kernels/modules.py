@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from .ops.adaln import adaln
 from .ops.attention import attention
 from .ops.gate_residual import gate_residual
 from .ops.gelu_mlp import gelu_mlp
+from .ops.glu_mlp import ACTIVATIONS, Activation, gated, glu_mlp
 from .ops.patch_embed import patch_embed
 from .ops.window_attention import Rope, window_attention
 
@@ -115,6 +117,48 @@ class GeluMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return mlp(x, self.fc1, self.fc2)
+
+
+class GluMLP(nn.Module):
+    """Linear, a gated linear unit, Linear, with the state dict of timm's ``GluMlp``: ``fc1``, of both halves, and ``fc2``.
+
+    Where one of them is no plain ``nn.Linear`` any more (LoRA, a quantised weight, a hook), it is called as it is.
+
+    Args:
+        dim: Width of a token.
+        hidden: Width of a half, which timm's ``hidden_features`` is twice of.
+        out: Width of the result, or None for ``dim``.
+        bias: Whether the Linears have a bias.
+        activation: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
+        gate_first: Whether the first half is the gate.
+
+    Examples:
+        >>> GluMLP(64, 128)(torch.randn(2, 12, 64)).shape
+        torch.Size([2, 12, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        out: int | None = None,
+        bias: bool = True,
+        activation: Activation = "silu",
+        gate_first: bool = True,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"GluMLP: activation is {activation!r}; it may be {', '.join(map(repr, ACTIVATIONS))}")
+        self.activation: Activation = activation
+        self.gate_first = gate_first
+        self.fc1, self.fc2 = nn.Linear(dim, 2 * hidden, bias), nn.Linear(hidden, dim if out is None else out, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fc1, fc2 = self.fc1, self.fc2
+        if is_plain(fc1, fc2):
+            options: dict[str, Any] = dict(activation=self.activation, gate_first=self.gate_first)
+            return glu_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, **options)
+        return fc2(gated(*fc1(x).chunk(2, dim=-1), self.activation, self.gate_first))
 
 
 class GatedResidual(nn.Module):

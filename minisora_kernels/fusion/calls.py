@@ -18,6 +18,7 @@ from ..ops import attention as _attention
 from ..ops import gate_residual as _gate_residual
 from ..ops import gate_residual_adaln as _gate_residual_adaln
 from ..ops import gelu_mlp as _gelu_mlp
+from ..ops import glu_mlp as _glu_mlp
 from ..ops import norm_rope as _norm_rope
 from ..ops import patch_embed as _patch_embed
 from ..ops import window_attention as _window_attention
@@ -89,6 +90,19 @@ def gelu_mlp(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
     return _gelu_mlp.gelu_mlp(x, w1, b1, w2, b2, **options)
+
+
+def glu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w3: Tensor | None,
+    b3: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    return _glu_mlp.glu_mlp(x, w1, b1, w2, b2, w3=w3, b3=b3, **options)
 
 
 def patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:

@@ -35,14 +35,15 @@ for _name in (
     *("add", "sub", "mul", "div", "pow", "square", "sqrt", "rsqrt", "mean", "var", "addcmul", "matmul", "bmm"),
     *("layer_norm", "rms_norm", "linear", "gelu", "dropout", "conv2d", "conv3d", "softmax", "transpose", "permute"),
     *("unsqueeze", "squeeze", "reshape", "flatten", "unflatten", "unbind", "chunk", "split", "stack", "cat", "clone"),
-    *("neg", "cos", "sin", "sum", "repeat_interleave", "empty", "empty_like", "zeros", "zeros_like"),
+    *("silu", "sigmoid", "narrow", "neg", "cos", "sin", "sum", "repeat_interleave"),
+    *("empty", "empty_like", "zeros", "zeros_like"),
 ):
     for _module in (torch, F):
         if hasattr(_module, _name):
             FUNCTIONS[getattr(_module, _name)] = _name
 
 # Whose patterns look for inputs by their names too; other functions are known with inputs by position only.
-BY_KEYWORD = {"linear", "gelu", "dropout", "softmax", "scaled_dot_product_attention", "conv2d", "conv3d"}
+BY_KEYWORD = {"linear", "gelu", "silu", "dropout", "softmax", "scaled_dot_product_attention", "conv2d", "conv3d"}
 
 # Nodes that show the same numbers, or a part of them, under another shape.
 VIEWS = {"view", "reshape", "unflatten", "flatten", "transpose", "permute", "unbind", "chunk", "split", "getitem"}

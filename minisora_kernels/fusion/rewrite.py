@@ -13,13 +13,13 @@ from . import calls
 from .attention import match_attention
 from .graph import Nodes, Reader, dtype, is_cast, kind, plain, storage, value
 from .match import Match, Permuted, Replayed
-from .products import match_mlp, match_patches
+from .products import match_glu, match_mlp, match_patches
 from .report import Site
 from .rows import join, match_adaln, match_gate, match_scaled
 from .serve import Choice, Unserved
 
 # What is larger comes first: a modulation holds a norm that is scaled alone, and is itself a sum of a product.
-FAMILIES = (match_attention, match_patches, match_mlp, match_adaln, match_scaled, match_gate)
+FAMILIES = (match_attention, match_patches, match_mlp, match_glu, match_adaln, match_scaled, match_gate)
 
 
 def rewrite(module: fx.GraphModule, choice: Choice, root: str) -> list[Site]:

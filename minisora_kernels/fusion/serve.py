@@ -12,7 +12,10 @@ from .. import automatic, backends
 from ..forcing import forced
 
 MODES = ("auto", "on")
-OPS = ("adaln", "attention", "gate_residual", "gate_residual_adaln", "gelu_mlp", "patch_embed", "window_attention")
+OPS = (
+    *("adaln", "attention", "gate_residual", "gate_residual_adaln"),
+    *("gelu_mlp", "glu_mlp", "patch_embed", "window_attention"),
+)
 
 
 class Unserved(ValueError):

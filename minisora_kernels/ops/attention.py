@@ -26,12 +26,12 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import check_tensor, compute_dtype, kernel_refusal, number
+from ..checks import check_flag, check_tensor, compute_dtype, kernel_refusal, number
 from ..derivatives import once
 from ..flops import formula
 from ..modulation import Norm, asked_for
 from . import norm_rope as rows
-from .norm_rope import NORMS, Rope, check_flag, check_norm, check_rope, dense, in_rows, tables
+from .norm_rope import NORMS, Rope, check_norm, check_rope, dense, in_rows, tables
 
 INTEGERS = (torch.int64, torch.int32)
 

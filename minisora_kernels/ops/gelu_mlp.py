@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import cast, check_tensor, kernel_refusal, linear_dtype
+from ..checks import cast, check_bias, check_tensor, check_weight, kernel_refusal, linear_dtype
 from ..derivatives import once
 from ..flops import formula
 from ..sharding import token_local
@@ -174,22 +174,12 @@ def gelu_mlp(
     if approximate not in ("none", "tanh"):
         raise ValueError(f"{op}: approximate is {approximate!r}; it may be 'none' or 'tanh'")
     check_tensor(op, "x", x)
-    check_tensor(op, "w1", w1, x)
-    check_tensor(op, "w2", w2, x)
     if x.dim() < 1:
         raise ValueError(f"{op}: x must be [..., D], got a scalar")
-    if w1.dim() != 2 or w1.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: w1 has shape {tuple(w1.shape)}; it must be [hidden, D] with D = {x.shape[-1]}")
-    if w2.dim() != 2 or w2.shape[1] != w1.shape[0]:
-        raise ValueError(
-            f"{op}: w2 has shape {tuple(w2.shape)}; it must be [D_out, hidden] with hidden = {w1.shape[0]}"
-        )
-    for name, b, w in (("b1", b1, w1), ("b2", b2, w2)):
-        if b is None:
-            continue
-        check_tensor(op, name, b, x)
-        if b.dim() != 1 or b.shape[0] != w.shape[0]:
-            raise ValueError(f"{op}: {name} has shape {tuple(b.shape)}; it must be [{w.shape[0]}]")
+    check_weight(op, "w1", w1, x, "[hidden, D]", x.shape[-1])
+    check_bias(op, "b1", b1, x, w1.shape[0])
+    check_weight(op, "w2", w2, x, "[D_out, hidden]", w1.shape[0])
+    check_bias(op, "b2", b2, x, w2.shape[0])
     dtype = linear_dtype(op, x, w1=w1, b1=b1, w2=w2, b2=b2)
     x, w1, w2 = cast(x, dtype), cast(w1, dtype), cast(w2, dtype)
     b1, b2 = None if b1 is None else cast(b1, dtype), None if b2 is None else cast(b2, dtype)

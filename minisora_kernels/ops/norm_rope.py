@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import check_tensor, compute_dtype, kernel_refusal, number, sizes, whole
+from ..checks import check_flag, check_tensor, compute_dtype, kernel_refusal, number, sizes, whole
 from ..derivatives import once
 from ..modulation import Norm, asked_for
 
@@ -56,8 +56,7 @@ class Rope(NamedTuple):
             >>> Rope.from_pairs(angle.cos(), angle.sin()).cos.shape
             torch.Size([12, 8])
         """
-        if not isinstance(interleaved, bool):
-            raise TypeError(f"Rope.from_pairs: interleaved is {interleaved!r}; it must be True or False")
+        check_flag("Rope.from_pairs", "interleaved", interleaved)
         halves = []
         for name, table in (("cos", cos), ("sin", sin)):
             check_tensor("Rope.from_pairs", name, table, cos, "cos")
@@ -135,8 +134,7 @@ def rope_3d(
         raise ValueError(f"rope_3d: grid is {grid}; it must be three positive numbers (T, H, W)")
     if theta <= 0:
         raise ValueError(f"rope_3d: theta is {theta}; it must be positive")
-    if not isinstance(interleaved, bool):
-        raise TypeError(f"rope_3d: interleaved is {interleaved!r}; it must be True or False")
+    check_flag("rope_3d", "interleaved", interleaved)
     if head_dim % 2 or head_dim <= 0:
         raise ValueError(f"rope_3d: head_dim is {head_dim}; it must be even and positive")
     if split is None:
@@ -307,12 +305,6 @@ def check_rope(op: str, rope: object, x: Tensor, name: str) -> Rope:
             f"{op}: rope.sin has shape {tuple(rope.sin.shape)}; it must be that of rope.cos, {tuple(rope.cos.shape)}"
         )
     return Rope(tables[0], tables[1], rope.interleaved)
-
-
-def check_flag(op: str, name: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{op}: {name} is {value!r}; it must be True or False")
 
 
 def in_rows(x: Tensor) -> Tensor:

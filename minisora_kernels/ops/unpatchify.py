@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import kernel_refusal, sizes, whole
+from ..checks import check_flag, kernel_refusal, sizes, whole
 from ..derivatives import once
 from ..modulation import check_tokens
 from ..shortcut import shortcut
@@ -128,8 +128,7 @@ def unpatchify(
             f"unpatchify: tokens have shape {tuple(tokens.shape)}; grid {tuple(grid)}, patch {tuple(patch)} and "
             f"{channels} channels need [B, {count}, {width}]"
         )
-    if not isinstance(channels_first, bool):
-        raise TypeError(f"unpatchify: channels_first is {channels_first!r}; it must be True or False")
+    check_flag("unpatchify", "channels_first", channels_first)
     chosen = backends.choose("unpatchify", BACKENDS, tokens.device, backend, tokens)
     if chosen == "reference":
         video = reference(tokens, grid3, patch3, channels, channels_first)

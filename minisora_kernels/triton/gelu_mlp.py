@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._activations import GELU, GELU_TANH, activated, activated_and_slope
 from ._common import load, store
 from ._launch import Launch, dense, plan, signature
 from ._parts import sum_parts
@@ -30,41 +31,13 @@ ROWS, COLUMNS = 8, 256  # a tile backward
 # Programs backward. Enough for several on each multiprocessor of a large GPU; the partial sums stay small beside h.
 PROGRAMS = 2048
 
-# exp(-2u) = exp2(h * (LINEAR + CUBIC * h^2)) with u = sqrt(2 / pi) * (h + 0.044715 * h^3)
-LINEAR = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634)
-CUBIC = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634 * 0.044715)
-# 2 du/dh = SLOPE + SLOPE_SQUARED * h^2
-SLOPE = tl.constexpr(2 * 0.7978845608028654)
-SLOPE_SQUARED = tl.constexpr(6 * 0.7978845608028654 * 0.044715)
-
 
 @triton.jit
-def _sigmoid(h, dtype: tl.constexpr):
-    """exp(-2u), and s = sigmoid(2u) = (1 + tanh(u)) / 2, which keeps its digits where tanh(u) is near -1."""
-    e = tl.exp2(h * (LINEAR + CUBIC * (h * h)))
-    if dtype == tl.float32:
-        s = tl.div_rn(1.0, 1.0 + e)
-    else:  # an error of 2 units in the last place of fp32 is nothing
-        s = 1.0 / (1.0 + e)
-    return e, s
-
-
-@triton.jit
-def _distribution(h):
-    """Phi(h), the normal distribution."""
-    return 0.5 + 0.5 * tl.erf(h * 0.7071067811865476)
-
-
-@triton.jit
-def _fwd(h_ptr, a_ptr, size, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+def _fwd(h_ptr, a_ptr, size, FORM: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
     h = load(h_ptr + offsets, mask)
-    if EXACT:
-        s = _distribution(h)
-    else:
-        _, s = _sigmoid(h, h_ptr.dtype.element_ty)
-    store(a_ptr + offsets, h * s, mask)
+    store(a_ptr + offsets, activated(h, FORM, h_ptr.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["size", "chunk"])
@@ -75,7 +48,7 @@ def _bwd(
     sums_ptr,
     size,
     chunk,
-    EXACT: tl.constexpr,
+    FORM: tl.constexpr,
     HIDDEN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -90,18 +63,9 @@ def _bwd(
         mask = (rows[:, None] < size) & (columns[None, :] < HIDDEN)
         h = load(h_ptr + offsets, mask)
         da = load(grad_ptr + offsets, mask)
-        if EXACT:
-            s = _distribution(h)
-            hs = h * s
-            slope = s + h * (0.3989422804014327 * tl.exp(-0.5 * h * h))
-        else:
-            e, s = _sigmoid(h, h_ptr.dtype.element_ty)
-            hs = h * s
-            # 1 - s loses digits where s is near 1, and e may be inf where s is 0
-            complement = tl.where(s < 0.5, 1.0 - s, e * s)
-            slope = s + hs * complement * (SLOPE + SLOPE_SQUARED * (h * h))
+        activation, slope = activated_and_slope(h, FORM, h_ptr.dtype.element_ty)
         if a_ptr is not None:
-            store(a_ptr + offsets, hs, mask)
+            store(a_ptr + offsets, activation, mask)
         dh = da * slope
         store(grad_ptr + offsets, dh, mask)
         if sums_ptr is not None:
@@ -110,9 +74,13 @@ def _bwd(
         tl.store(sums_ptr + part * HIDDEN + columns, tl.sum(sums, 0), columns < HIDDEN)
 
 
+def _form(exact: bool) -> int:
+    return (GELU if exact else GELU_TANH).value
+
+
 @plan
 def _forward_plan(size, dtype, exact, device) -> Launch:
-    return Launch(_fwd, (triton.cdiv(size, BLOCK),), size, exact, BLOCK)
+    return Launch(_fwd, (triton.cdiv(size, BLOCK),), size, _form(exact), BLOCK)
 
 
 def gelu_mlp_fwd(
@@ -132,7 +100,7 @@ def _backward_plan(h, dtype, exact, device) -> tuple[int, Launch | None]:
     blocks = max(triton.cdiv(hidden, COLUMNS), 1)
     chunk = triton.cdiv(triton.cdiv(size, ROWS), max(PROGRAMS // blocks, 1)) * ROWS
     parts = triton.cdiv(size, max(chunk, 1))
-    return parts, Launch(_bwd, (parts * blocks,), size, chunk, exact, hidden, ROWS, COLUMNS) if hidden else None
+    return parts, Launch(_bwd, (parts * blocks,), size, chunk, _form(exact), hidden, ROWS, COLUMNS) if hidden else None
 
 
 def gelu_mlp_bwd(
