@@ -28,6 +28,7 @@ def calls() -> dict[str, tuple[Call, Call]]:
     x, branch = torch.randn(1, 4, 16), torch.randn(1, 4, 16)
     shift, scale, gate = torch.randn(3, 1, 1, 16).unbind(0)
     w1, b1, w2, b2 = torch.randn(32, 16), torch.randn(32), torch.randn(16, 32), torch.randn(16)
+    down = torch.randn(16, 16)
     qkv = torch.randn(1, 4, 3, 2, 8)
     q, k, v = qkv.unbind(2)
     video, weight, bias = torch.randn(1, 4, 1, 4, 4), torch.randn(16, 4, 1, 2, 2), torch.randn(16)
@@ -39,6 +40,10 @@ def calls() -> dict[str, tuple[Call, Call]]:
     def attended() -> torch.Tensor:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def gated() -> torch.Tensor:
+        gate, value = F.linear(x, w1, b1).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * value, down, b2)
 
     def responded() -> torch.Tensor:
         norms = x.norm(dim=1, keepdim=True)
@@ -55,6 +60,10 @@ def calls() -> dict[str, tuple[Call, Call]]:
         "gelu_mlp": (
             lambda: mk.gelu_mlp(x, w1, b1, w2, b2),
             lambda: F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2),
+        ),
+        "glu_mlp": (
+            lambda: mk.glu_mlp(x, w1, b1, down, b2),
+            gated,
         ),
         "grn": (lambda: mk.grn(x, weights, biases), responded),
         "norm_rope": (

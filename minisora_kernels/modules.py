@@ -120,7 +120,7 @@ class GeluMLP(nn.Module):
 
 
 class GluMLP(nn.Module):
-    """Linear, a gated linear unit, Linear, with the state dict of timm's ``GluMlp``: ``fc1``, of both halves, and ``fc2``.
+    """Linear, a gated linear unit, Linear, with the state dict of timm's ``GluMlp``: ``fc1`` of both halves, ``fc2``.
 
     Where one of them is no plain ``nn.Linear`` any more (LoRA, a quantised weight, a hook), it is called as it is.
 

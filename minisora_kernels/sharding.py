@@ -4,7 +4,7 @@
     by token     tokens are split; rows are whole, and their gradients sums, too. Only with one row a sample, or with an
                  index, which is split with the tokens: a device cannot tell else which rows its tokens read
 
-``gelu_mlp`` is split by sample, or by token where its tokens are a matrix. Its weights are whole.
+``gelu_mlp`` and ``glu_mlp`` are split by sample, or by token where their tokens are a matrix. Their weights are whole.
 
 A rule belongs to a raw op; an op's file asks for it. torch's table of them is filled when somebody imports
 ``torch.distributed.tensor``.

@@ -18,7 +18,7 @@ SLOPE_SQUARED = tl.constexpr(6 * 0.7978845608028654 * 0.044715)
 
 @triton.jit
 def _sigmoid(h, FORM: tl.constexpr, dtype: tl.constexpr):
-    """exp(-v) and s = sigmoid(v), with v = h, or 2u: s = (1 + tanh(u)) / 2 keeps its digits where tanh(u) is near -1."""
+    """exp(-v), s = sigmoid(v) of v = h or v = 2u: s = (1 + tanh(u)) / 2, with its digits where tanh(u) is near -1."""
     if FORM == SILU:
         e = tl.exp2(h * -LOG2E)
     else:

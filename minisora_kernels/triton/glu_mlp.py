@@ -1,11 +1,11 @@
-"""glu_mlp: the gated activation in one pass over h, and its backward in one pass over h and da. The products are torch's.
+"""glu_mlp: the gated activation in one pass over h, its backward in one over h and da. The products are torch's.
 
-A row of h has two halves, gate and value. Forward, a program takes some columns of some rows: it reads both halves once
-and writes a; over the first half where h is not kept, for then nothing reads that again. Backward, it takes some columns
-of a chunk of rows: it reads both halves and da once, writes a and both halves of dh, of which the first holds da before,
-and sums dh over its rows in fp32; the chunks are then added in order. So dh is not read again for db1, a is not kept,
-and da has no memory of its own. Both are bound by memory: accesses are of 16 bytes, and sums stay in registers until
-the chunk ends.
+A row of h has two halves, gate and value. Forward, a program takes some columns of some rows: it reads both halves
+once and writes a; over the first half where h is not kept, for then nothing reads that again. Backward, it takes some
+columns of a chunk of rows: it reads both halves and da once, writes a and both halves of dh, of which the first holds
+da before, and sums dh over its rows in fp32; the chunks are then added in order. So dh is not read again for db1, a is
+not kept, and da has no memory of its own. Both are bound by memory: accesses are of 16 bytes, and sums stay in
+registers until the chunk ends.
 """
 
 from __future__ import annotations

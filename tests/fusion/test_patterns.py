@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -56,6 +57,19 @@ CROSS = dict(q=(B, 4, N, 8), k=(B, 4, 5, 8), v=(B, 4, 5, 8))
 KEYS = torch.tensor([[True] * 5, [True, False, True, True, False]])  # of two samples
 MLP = dict(x=(B, N, D), w1=(H, D), w2=(D, H))
 GATE = dict(x=(B, N, D), y=(B, N, D), g=(B, 1, D))
+GLU = dict(x=(B, N, D), w1=(2 * H, D), b1=(2 * H,), w2=(D, H), b2=(D,))
+HALVES = dict(x=(B, N, D), w1=(H, D), w2=(D, H), w3=(H, D))
+
+
+def glu(halves: Callable[[Tensor], tuple[Tensor, Tensor]], act: Callable[[Tensor], Tensor] = F.silu) -> Callable:
+    """Linear, a gated linear unit, Linear; ``halves`` splits into the gate and the other half."""
+
+    def mlp(x, w1, b1, w2, b2):
+        gate, value = halves(F.linear(x, w1, b1))
+        return F.linear(act(gate) * value, w2, b2)
+
+    return mlp
+
 
 FOUND = {
     "layer": (ONE, lambda x, a, b: layer(x) * (1 + a) + b, {"adaln": 1}),
@@ -141,6 +155,42 @@ FOUND = {
             input=F.gelu(input=F.linear(input=x, weight=w1, bias=b1), approximate="tanh"), weight=w2
         ),
         {"gelu_mlp": 1},
+    ),
+    "glu": (GLU, glu(lambda h: h.chunk(2, dim=-1)), {"glu_mlp": 1}),
+    "glu, gate last": (GLU, glu(lambda h: h.chunk(2, dim=-1)[::-1], F.gelu), {"glu_mlp": 1}),
+    "glu by split": (GLU, glu(lambda h: torch.split(h, H, -1)), {"glu_mlp": 1}),
+    "glu by sizes": (GLU, glu(lambda h: h.split([H, H], dim=2)), {"glu_mlp": 1}),
+    "glu by slices": (GLU, glu(lambda h: (h[..., :H], h[..., H:])), {"glu_mlp": 1}),
+    "glu by narrow": (GLU, glu(lambda h: (h.narrow(-1, H, H), torch.narrow(h, 2, 0, H))), {"glu_mlp": 1}),
+    "glu by an axis": (GLU, glu(lambda h: h.unflatten(-1, (2, H)).unbind(-2)), {"glu_mlp": 1}),
+    "glu by a view": (GLU, glu(lambda h: (h.view(B, N, 2, H)[:, :, 1], h.view(B, N, 2, H)[..., 0, :])), {"glu_mlp": 1}),
+    "glu of copies": (GLU, glu(lambda h: tuple(p.contiguous() for p in h.chunk(2, -1))), {"glu_mlp": 1}),
+    "glu, tanh": (GLU, glu(lambda h: h.chunk(2, -1), lambda g: F.gelu(g, approximate="tanh")), {"glu_mlp": 1}),
+    "glu, silu written out": (GLU, glu(lambda h: h.chunk(2, -1), lambda g: g * torch.sigmoid(g)), {"glu_mlp": 1}),
+    "glu, silu in float32": (
+        GLU,
+        glu(lambda h: h.chunk(2, -1), lambda g: F.silu(g.float()).to(g.dtype)),
+        {"glu_mlp": 1},
+    ),
+    "glu, sigmoid in float32": (
+        GLU,
+        glu(lambda h: h.chunk(2, -1), lambda g: g.float().sigmoid().to(g.dtype).mul(g)),
+        {"glu_mlp": 1},
+    ),
+    "glu with dropout that is off": (
+        dict(x=(B, N, D), w1=(2 * H, D), w2=(D, H)),
+        lambda x, w1, w2: F.linear(F.dropout((h := F.linear(x, w1).chunk(2, -1))[0] * F.silu(h[1]), 0.0, True), w2),
+        {"glu_mlp": 1},
+    ),
+    "glu of two weights": (
+        HALVES,
+        lambda x, w1, w2, w3: F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2),
+        {"glu_mlp": 1},
+    ),
+    "glu of two weights, the value first": (
+        HALVES | dict(b1=(H,), b3=(H,)),
+        lambda x, w1, w2, w3, b1, b3: F.linear(F.linear(x, w3, b3) * F.gelu(F.linear(x, w1, b1)), w2),
+        {"glu_mlp": 1},
     ),
     "patches": (
         dict(x=(B, 3, 4, 8, 8), w=(D, 3, 2, 4, 4), b=(D,)),
@@ -413,6 +463,20 @@ def rounded_between(x, a, b):
     return layer(x).bfloat16() * (1 + a) + b
 
 
+def half_written(x, w1, b1, w2, b2):
+    gate, value = F.linear(x, w1, b1).chunk(2, dim=-1)
+    gate = F.silu(gate)
+    value.mul_(2)
+    return F.linear(gate * value, w2, b2)
+
+
+def gate_without_gradients(x, w1, b1, w2, b2):
+    gate, value = F.linear(x, w1, b1).chunk(2, dim=-1)
+    with torch.no_grad():
+        gate = F.silu(gate)
+    return F.linear(gate * value, w2, b2)
+
+
 WRITTEN, SWITCHED = "written in place", "switched between"
 QKV = dict(q=(B, 4, N, 8), k=(B, 4, N, 8), v=(B, 4, N, 8))
 LEFT = {
@@ -428,6 +492,27 @@ LEFT = {
         MLP,
         lambda x, w1, w2: F.linear(a := F.gelu(F.linear(x, w1), approximate="tanh"), w2) + a.mean(),
         "something else reads",
+    ),
+    "a gate read twice": (
+        GLU,
+        lambda x, w1, b1, w2, b2: (
+            F.linear((g := F.silu((h := F.linear(x, w1, b1).chunk(2, -1))[0])) * h[1], w2, b2) + g.mean()
+        ),
+        "something else reads",
+    ),
+    "both halves read": (
+        GLU,
+        lambda x, w1, b1, w2, b2: (
+            F.linear(F.silu((h := F.linear(x, w1, b1)).chunk(2, -1)[0]) * h.chunk(2, -1)[1], w2, b2) + h.mean()
+        ),
+        "something else reads",
+    ),
+    "a half written": (GLU, half_written, WRITTEN),
+    "a gate without gradients": (GLU, gate_without_gradients, SWITCHED),
+    "a gate that is rounded": (
+        GLU,
+        glu(lambda h: h.chunk(2, -1), lambda g: F.silu(g.bfloat16()).float()),
+        "rounds to torch.bfloat16",
     ),
     "a mask": (
         QKV,
@@ -528,6 +613,22 @@ OTHERS = {
     ),
     "overlapping patches": (dict(x=(B, 3, 8, 8), w=(D, 3, 3, 3)), lambda x, w: F.conv2d(x, w, stride=2)),
     "relu": (MLP, lambda x, w1, w2: F.linear(F.relu(F.linear(x, w1)), w2)),
+    "a sigmoid alone": (GLU, glu(lambda h: h.chunk(2, -1), torch.sigmoid)),
+    "every other channel": (GLU, glu(lambda h: h.unflatten(-1, (H, 2)).unbind(-1))),
+    "one half twice": (GLU, glu(lambda h: (h[..., :H], h[..., :H]))),
+    "halves that overlap": (GLU, glu(lambda h: (h[..., :H], h[..., H // 2 : H + H // 2]))),
+    "a gate that is detached": (GLU, glu(lambda h: (h[..., :H].detach(), h[..., H:]))),
+    "a gate of other tokens": (
+        HALVES,
+        lambda x, w1, w2, w3: F.linear(F.silu(F.linear(x, w1)) * F.linear(x.flip(1), w3), w2),
+    ),
+    "one Linear twice": (MLP, lambda x, w1, w2: F.linear(F.silu(h := F.linear(x, w1)) * h, w2)),
+    "the sigmoid of the other half": (
+        GLU,
+        lambda x, w1, b1, w2, b2: F.linear(
+            (h := F.linear(x, w1, b1).chunk(2, -1))[0] * torch.sigmoid(h[1]) * h[1].tanh(), w2, b2
+        ),
+    ),
 }
 
 
@@ -567,9 +668,12 @@ def test_a_linear_to_one_number_and_no_tokens_are_left():
         assert model(q, q, q).shape == q.shape
 
 
-def test_dropout_in_training_is_left():
+@pytest.mark.parametrize("gated", [False, True])
+def test_dropout_in_training_is_left(gated: bool):
     def mlp(x, w1, w2):
-        return F.linear(F.dropout(F.gelu(F.linear(x, w1), approximate="tanh"), 0.3, True), w2)
+        h = F.linear(x, w1)
+        h = F.silu(h[..., : H // 2]) * h[..., H // 2 :] if gated else F.gelu(h, approximate="tanh")
+        return F.linear(F.dropout(h, 0.3, True), w2[:, : h.shape[-1]])
 
     given, model = [each.detach() for each in inputs(**MLP).values()], Function(mlp)
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ CALLS = {
     "gate_residual": (X, lambda x, **o: mk.gate_residual(X, x, ROW + x[:, 0], **o)),
     "gate_residual_adaln": (X, lambda x, **o: mk.gate_residual_adaln(x, x, ROW, ROW, ROW, **o)[1]),
     "gelu_mlp": (X, lambda x, **o: mk.gelu_mlp(x, W1, None, W2, None, **o)),
+    "glu_mlp": (X, lambda x, **o: mk.glu_mlp(x, W1, None, W2[:, :12], None, **o)),
     "grn": (X, lambda x, **o: mk.grn(x, WEIGHT, WEIGHT, **o)),
     "norm_rope": (Q, lambda x, **o: mk.norm_rope(x, norm="rms", rope=mk.Rope(ANGLE.cos(), ANGLE.sin()), **o)),
     "patch_embed": (CLIP, lambda x, **o: mk.patch_embed(x, KERNEL, **o).square()),
@@ -225,6 +226,7 @@ def test_weights_of_another_dtype_are_refused_as_by_a_linear(backend):
     half = torch.bfloat16
     calls = {
         "w1": lambda o: mk.gelu_mlp(X, W1.to(half), None, W2, None, backend=backend),
+        "w3": lambda o: mk.glu_mlp(X, W1, None, W2, None, w3=W1.to(half), backend=backend),
         "b2": lambda o: mk.gelu_mlp(X, W1, None, W2, WEIGHT.to(half), backend=backend),
         "weight": lambda o: mk.patch_embed(CLIP, KERNEL.to(half), backend=backend),
         "bias": lambda o: mk.patch_embed(CLIP, KERNEL, WEIGHT.to(half), backend=backend),

@@ -27,7 +27,7 @@ def counted(case, backend: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
-@pytest.mark.parametrize("case", [case for case in CASES if case.op in ("gelu_mlp", "patch_embed")], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.op in ("gelu_mlp", "glu_mlp", "patch_embed")], ids=str)
 def test_products_count_as_in_plain_pytorch(case, backend: str):
     assert counted(case, backend) == counted(case, "reference")
 

@@ -37,6 +37,9 @@ KEPT = {
         "branch_bias": "residual scale weight statistics gate",
     },
     "gelu_mlp": {"x": "w1 w2 h", "w1": "x w2 h", "b1": "w2 h", "w2": "h", "b2": ""},
+    "glu_mlp": {"x": "w1 w3 w2 halves", "w2": "halves", "b2": ""}
+    | dict.fromkeys(("w1", "w3"), "x w2 halves")
+    | dict.fromkeys(("b1", "b3"), "w2 halves"),
     "grn": {"x": "x weight norms", "weight": "x norms", "bias": ""},
     "norm_rope": dict.fromkeys(("x", "weight", "bias"), "x weight bias cos sin"),
     "patch_embed": {"x": "weight", "weight": "x", "bias": "", "pos": ""},
@@ -56,6 +59,7 @@ MADE = {
     "statistics": lambda t: 8 * t["x"].shape[:2].numel(),
     "residual": lambda t: t["x"].nbytes,
     "h": lambda t: t["x"].shape[:-1].numel() * t["b1"].nbytes,
+    "halves": lambda t: 2 * t["x"].shape[:-1].numel() * t["w2"][0].nbytes,
     "norms": lambda t: 4 * t["x"].numel(),
     "lengths": lambda t: 8 * t["q"].shape[0],
     "out": lambda t: queries(t).nbytes,
@@ -80,6 +84,7 @@ def chosen() -> list[Case]:
                 "branch-bias",
                 "shared",
                 "exact",
+                "apart",
                 "norm-cross",
                 "layer-across",
             ):
@@ -171,6 +176,8 @@ def test_no_gradient_is_computed_that_is_not_asked_for(case: Case, backend: str)
             # without a gate the gradient of the branch is that of x
             ungated = op == "gate_residual_adaln_bwd" and "gate" not in case.tensors
             taken = {"x" if ungated and name == "branch" else name for name in asked}
+            if op == "glu_mlp_bwd":  # one result for both halves
+                taken |= {name.replace("3", "1") for name in asked}
             if op == "attention_bwd":  # the gradient of a norm's weight comes from that of what it was taken of
                 taken = {name[0] for name in asked}
             for label, tensor in zip(RETURNS[op], results, strict=True):
@@ -185,6 +192,7 @@ RETURNS = {
     "gate_residual_adaln_bwd": ("x", "branch", "gate", "branch_bias", "shift", "scale", "weight", "bias"),
     "attention_bwd": ("q", "k", "v"),
     "gelu_mlp_bwd": ("x", "w2", "w1", "b1"),
+    "glu_mlp_bwd": ("x", "w2", "w1", "b1"),
     "grn_bwd": ("x", "weight", "bias"),
     "norm_rope_bwd": ("x", "weight", "bias"),
     "patch_embed_bwd": ("weight", "bias", "pos"),

@@ -26,6 +26,18 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+class GluMlp(nn.Module):
+    """timm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(32, 96), nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, gate = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(first * F.gelu(gate))
+
+
 class Attention(nn.Module):
     """timm's, with a norm."""
 
@@ -88,6 +100,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Call, Callable[[], nn.Module], C
         (X, ROWS),
     ),
     "GeluMLP": (Mlp, lambda module, x: module(x), lambda: modules.GeluMLP(32, 64), lambda module, x: module(x), (X,)),
+    "GluMLP": (
+        GluMlp,
+        lambda module, x: module(x),
+        lambda: modules.GluMLP(32, 48, activation="gelu", gate_first=False),
+        lambda module, x: module(x),
+        (X,),
+    ),
     "GatedResidual": (
         nn.Identity,
         lambda module, x, y, rows: x + rows[:, None, :32] * y,
@@ -144,12 +163,13 @@ class Adapted(nn.Linear):
         return super().forward(x) + 1
 
 
-def test_an_adapter_or_a_hook_on_a_linear_of_the_mlp_runs():
-    mlp = modules.GeluMLP(32, 64)
+@pytest.mark.parametrize("make", [modules.GeluMLP, modules.GluMLP])
+def test_an_adapter_or_a_hook_on_a_linear_of_the_mlp_runs(make):
+    mlp = make(32, 64)
     before = mlp(X)
     mlp.fc2.register_forward_hook(lambda module, inputs, y: y + 1)
     torch.testing.assert_close(mlp(X), before + 1)
-    mlp = modules.GeluMLP(32, 64)
+    mlp = make(32, 64)
     adapted = Adapted(64, 32)
     adapted.load_state_dict(mlp.fc2.state_dict())
     before, mlp.fc2 = mlp(X), adapted
@@ -159,6 +179,7 @@ def test_an_adapter_or_a_hook_on_a_linear_of_the_mlp_runs():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: modules.GluMLP(32, 64, activation="relu"), "activation is 'relu'; it may be 'silu', 'gelu', "),
         (lambda: modules.PatchEmbed3d(4, 32, (2, 2)), r"patch is \(2, 2\); it must be three numbers"),
         (lambda: modules.AdaLayerNorm(32, norm="batch"), "norm is 'batch'; it may be 'layer' or 'rms'"),
         (lambda: modules.AdaLayerNorm(32, norm="rms", elementwise_affine=True, bias=True), "bias is True"),

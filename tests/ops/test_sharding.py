@@ -31,6 +31,9 @@ CALLS = {
         backend="cpu",
     )[1],
     "gelu_mlp": lambda t: mk.gelu_mlp(t["x"], t["w1"], t["b1"], t["w2"], t["b2"], backend="cpu"),
+    "glu_mlp": lambda t: mk.glu_mlp(
+        t["x"], t["w1"], t["b1"], t["w2"], t["b2"], w3=t["w1"].sin(), b3=t["b1"].sin(), backend="cpu"
+    ),
 }
 
 
@@ -81,6 +84,7 @@ def on_this_process(rank: int, store: str) -> None:
             for dim in (0, 1):
                 assert compare("gate_residual_adaln", dim, rows=3, index=index), (index.shape, dim)
         compare("gelu_mlp", 1)
+        compare("glu_mlp", 1)
     finally:
         dist.destroy_process_group()
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     backends.unavailable("cpu") is not None or DEVICE != "cpu", reason="no CPU kernels serve here"
 )
 OPS = (
-    *("adaln", "gate_residual", "gate_residual_adaln", "gelu_mlp"),
+    *("adaln", "gate_residual", "gate_residual_adaln", "gelu_mlp", "glu_mlp"),
     *("grn", "patch_embed", "unpatchify", "window_attention"),
 )
 
@@ -68,6 +68,7 @@ def test_what_takes_it(monkeypatch):
         "names": lambda: mk.gate_residual(x, branch=tokens(4), gate=row, branch_bias=bias),
         "None": lambda: mk.gate_residual_adaln(x, tokens(4), None, row, eps=1e-5),
         "a grid": lambda: mk.unpatchify(x, (1, 3, 4), (1, 2, 2), 4),
+        "a third weight": lambda: mk.glu_mlp(x, tokens(5, 32, 16), None, tokens(6, 8, 32), None, w3=tokens(8, 32, 16)),
         "a vector": lambda: mk.gelu_mlp(x[0, 0], tokens(5, 32, 16), None, tokens(6, 8, 32), tokens(7, 8)),
     }
     for name, call in calls.items():
