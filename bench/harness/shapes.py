@@ -54,6 +54,13 @@ def model_tokens(size: str, clip: Triple, batch: int, per_frame: bool = False, *
     return Tokens(name, batch, prod(tokens(*clip)), SIZES[size]["width"], clip[0] if per_frame else 1, **options)
 
 
+# What goes through an MLP.
+MLPS = (
+    model_tokens("S", (16, 256, 256), 1),
+    model_tokens("B", (16, 256, 256), 1, quick=True),
+    model_tokens("XL", (16, 256, 256), 1, dtypes=LONG),
+)
+
 # Where a model modulates its tokens by rows; two of them for what has no rows of its own.
 MODULATED = (
     model_tokens("XL", (16, 256, 256), 2, quick=True),

@@ -12,13 +12,9 @@ import minisora_kernels as mk
 from bench.gpu.launches import Launch, meta
 from bench.gpu.traffic import Traffic
 from bench.harness.session import Problem, Random, cases
-from bench.harness.shapes import LONG, Tokens, model_tokens
+from bench.harness.shapes import MLPS, Tokens
 
-SHAPES = (
-    model_tokens("S", (16, 256, 256), 1),
-    model_tokens("B", (16, 256, 256), 1, quick=True),
-    model_tokens("XL", (16, 256, 256), 1, dtypes=LONG),
-)
+SHAPES = MLPS
 
 TRAFFIC = {
     # Around torch's matrix products: h and a. The first half of dh holds da before.

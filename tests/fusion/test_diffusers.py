@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from fusion_parts import check, counts, first_of, in_dtype, randomise
 from torch import nn
-from video_models import CASES
+from video_models import CASES, noise
 
 import minisora_kernels as mk
 
@@ -19,7 +20,7 @@ diffusers = pytest.importorskip("diffusers")
 
 pytestmark = [pytest.mark.usefixtures("nothing_compiled"), pytest.mark.slow]
 
-# Norms, gates, MLPs, attentions and patch embeddings; a joined norm and gate counts as both.
+# Norms, gates, MLPs of both kinds, attentions and patch embeddings; a joined norm and gate counts as both.
 FOUND = {
     "DiT": (5, 4, 2, 2, 1),
     "PixArt": (5, 4, 3, 4, 1),
@@ -36,8 +37,10 @@ FOUND = {
     "SanaVideo": (5, 4, 1, 2, 1),
     "Cosmos": (7, 6, 2, 4, 0),
     "Kandinsky5": (9, 8, 3, 5, 0),
-    "Mochi": (4, 4, 0, 0, 1),
+    "Mochi": (4, 4, 3, 0, 1),
     "Flux": (11, 10, 4, 4, 0),
+    "Flux2": (9, 8, 4, 3, 0),
+    "Lumina2": (0, 0, 3, 0, 0),
     "SD3": (9, 7, 3, 3, 1),
     "QwenImage": (9, 8, 4, 2, 0),
 }
@@ -48,7 +51,7 @@ def parts(found: dict[str, int]) -> tuple[int, ...]:
     joined = both["gate_residual_adaln"]
     attentions = both["attention"] + both["window_attention"]
     norms, gates = both["adaln"] + joined, both["gate_residual"] + joined
-    return norms, gates, both["gelu_mlp"], attentions, both["patch_embed"]
+    return norms, gates, both["gelu_mlp"] + both["glu_mlp"], attentions, both["patch_embed"]
 
 
 def made(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -65,7 +68,7 @@ def call(model: nn.Module, **inputs: Any) -> torch.Tensor:
 # Its code rounds q and k to bfloat16 in any dtype, so a last bit before that becomes one of bfloat16.
 ROUNDS = {"Kandinsky5"}
 # With its norms in bfloat16, Mochi rounds between norm and modulation: those norms stay.
-FEWER = {"Mochi": (2, 4, 0, 0, 1)}
+FEWER = {"Mochi": (2, 4, 3, 0, 1)}
 # Attentions that turn q and k themselves. In the others q and k turn in thirds of a head (Allegro), or not at all.
 TURNED = {
     **{"CogVideoX": 2, "Wan": 2, "Wan per token": 2, "SkyReels": 2, "WanVACE": 4},
@@ -103,6 +106,51 @@ def test_bfloat16(name: str, ropes: list[Any]):
     fused = check(made(name, dtype), CASES[name].inputs(dtype), call, draws=2, whole=True)
     assert parts(counts(fused.sites)) == FEWER.get(name, FOUND[name]), fused.report()
     assert turned(ropes, 2) == TURNED_BFLOAT16.get(name, 0)
+
+
+# MLPs of tokens of width 32: the module of diffusers.models, the class, its arguments.
+GATED = {
+    "SwiGLU": ("attention", "FeedForward", dict(dim=32, activation_fn="swiglu")),
+    "GEGLU": ("attention", "FeedForward", dict(dim=32, activation_fn="geglu")),
+    "AuraFlow": ("transformers.auraflow_transformer_2d", "AuraFlowFeedForward", dict(dim=32, hidden_dim=96)),
+    "Cosmos3": ("transformers.transformer_cosmos3", "Cosmos3VLTextMLP", dict(hidden_size=32, intermediate_size=64)),
+    "Flux2": ("transformers.transformer_flux2", "Flux2FeedForward", dict(dim=32)),
+    "HiDream": ("transformers.transformer_hidream_image", "HiDreamImageFeedForwardSwiGLU", dict(dim=32, hidden_dim=96)),
+    "Krea2": ("transformers.transformer_krea2", "Krea2SwiGLU", dict(dim=32, hidden_dim=64)),
+    "Lumina2": ("attention", "LuminaFeedForward", dict(dim=32, inner_dim=64, multiple_of=8)),
+    "OmniGen": ("transformers.transformer_omnigen", "OmniGenFeedForward", dict(hidden_size=32, intermediate_size=64)),
+    "QwenImage21": (
+        "transformers.transformer_qwenimage21",
+        "QwenImage21SwiGLUFeedForward",
+        dict(hidden_size=32, mlp_hidden_size=64),
+    ),
+    "ZImage": ("transformers.transformer_z_image", "FeedForward", dict(dim=32, hidden_dim=64)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", GATED)
+def test_gated_mlps(name: str, dtype: torch.dtype):
+    module, cls, options = GATED[name]
+    mlp = getattr(importlib.import_module(f"diffusers.models.{module}"), cls)(**options)
+    randomise(mlp)
+    fused = check(mlp.to(dtype), {"x": noise(2, 12, 32, dtype=dtype)})
+    assert counts(fused.sites) == {"glu_mlp": 1}, fused.report()
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu"])
+def test_a_gated_mlp_under_autocast_is_as_near_as_in_eager(activation: str):
+    from diffusers.models.attention import FeedForward
+
+    mlp = FeedForward(32, activation_fn=activation)
+    randomise(mlp)
+
+    def cast(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.float32):
+            return model(x).to(x.dtype)
+
+    fused = check(mlp, {"x": noise(2, 12, 32)}, cast)
+    assert counts(fused.sites) == {"glu_mlp": 1}, fused.report()
 
 
 def test_checkpointing():

@@ -470,6 +470,12 @@ def half_written(x, w1, b1, w2, b2):
     return F.linear(gate * value, w2, b2)
 
 
+def tokens_written(x, w1, b1, w2, b2):
+    gate, value = F.linear(x, w1, b1).chunk(2, dim=-1)
+    x.zero_()
+    return F.linear(F.silu(gate) * value, w2, b2)
+
+
 def gate_without_gradients(x, w1, b1, w2, b2):
     gate, value = F.linear(x, w1, b1).chunk(2, dim=-1)
     with torch.no_grad():
@@ -507,7 +513,8 @@ LEFT = {
         ),
         "something else reads",
     ),
-    "a half written": (GLU, half_written, WRITTEN),
+    "a half written": (GLU, half_written, "something else reads"),
+    "tokens written": (GLU, tokens_written, WRITTEN),
     "a gate without gradients": (GLU, gate_without_gradients, SWITCHED),
     "a gate that is rounded": (
         GLU,

@@ -328,6 +328,48 @@ CASES = {
             txt_ids=torch.zeros(TEXT, 3),
         ),
     ),
+    "Flux2": Case(
+        "Flux2Transformer2DModel",
+        dict(
+            in_channels=8,
+            num_layers=2,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        lambda dtype: dict(
+            hidden_states=noise(B, 16, 8, dtype=dtype),
+            encoder_hidden_states=noise(B, TEXT, 16, dtype=dtype, seed=1),
+            timestep=steps(dtype) / 1000,
+            img_ids=torch.arange(64.0).reshape(16, 4) % 5,
+            txt_ids=torch.zeros(TEXT, 4),
+        ),
+    ),
+    "Lumina2": Case(
+        "Lumina2Transformer2DModel",
+        dict(
+            sample_size=8,
+            in_channels=4,
+            hidden_size=32,
+            num_layers=1,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=2,
+            multiple_of=32,
+            axes_dim_rope=(4, 6, 6),
+            axes_lens=(32, 32, 32),
+            cap_feat_dim=16,
+        ),
+        images(
+            4,
+            encoder_hidden_states=lambda dtype: noise(B, TEXT, 16, dtype=dtype, seed=1),
+            encoder_attention_mask=torch.ones(B, TEXT, dtype=torch.bool),
+        ),
+    ),
     "SD3": Case(
         "SD3Transformer2DModel",
         dict(
