@@ -1,11 +1,13 @@
 """glu_mlp: the gated activation in one pass over h, its backward in one over h and da. The products are torch's.
 
 A row of h has two halves, gate and value. Forward, a program takes some columns of some rows: it reads both halves
-once and writes a; over the first half where h is not kept, for then nothing reads that again. Backward, it takes some
-columns of a chunk of rows: it reads both halves and da once, writes a and both halves of dh, of which the first holds
-da before, and sums dh over its rows in fp32; the chunks are then added in order. So dh is not read again for db1, a is
-not kept, and da has no memory of its own. Both are bound by memory: accesses are of 16 bytes, and sums stay in
-registers until the chunk ends.
+once and writes a. Backward, it takes some columns of a chunk of rows: it reads both halves and da once, writes a and
+both halves of dh, of which the first holds da before, and sums dh over its rows in fp32; the chunks are then added in
+order. So dh is not read again for db1, a is not kept, and da has no memory of its own. Both are bound by memory:
+accesses are of 16 bytes, and sums stay in registers until the chunk ends.
+
+a has memory of its own where h is not kept, too. Over the first half of h it would have another stride, and a product
+may round in another way: a forward without gradients would differ from one that keeps h.
 """
 
 from __future__ import annotations
@@ -37,7 +39,6 @@ def _fwd(
     FORM: tl.constexpr,
     GATE: tl.constexpr,
     HIDDEN: tl.constexpr,
-    STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -48,7 +49,7 @@ def _fwd(
     halves = rows[:, None] * (2 * HIDDEN) + columns[None, :]
     g = load(h_ptr + halves + GATE, mask)
     u = load(h_ptr + halves + (HIDDEN - GATE), mask)
-    store(a_ptr + rows[:, None] * STRIDE + columns[None, :], activated(g, FORM, h_ptr.dtype.element_ty) * u, mask)
+    store(a_ptr + rows[:, None] * HIDDEN + columns[None, :], activated(g, FORM, h_ptr.dtype.element_ty) * u, mask)
 
 
 @triton.jit(do_not_specialize=["size", "chunk"])
@@ -94,19 +95,21 @@ def _bwd(
 
 
 @plan
-def _forward_plan(h, a, activation, gate_first, device) -> Launch | None:
+def _forward_plan(h, activation, gate_first, device) -> Launch | None:
     """The launch; none for no columns, which no kernel can be made for."""
     h = dense("h", h)
     size, hidden = h.shape[0], h.shape[1] // 2
     grid = (triton.cdiv(size, ROWS) * triton.cdiv(hidden, COLUMNS),)
-    numbers = (activation, 0 if gate_first else hidden, hidden, a[1][0], ROWS, COLUMNS)
+    numbers = (activation, 0 if gate_first else hidden, hidden, ROWS, COLUMNS)
     return Launch(_fwd, grid, size, *numbers) if hidden else None
 
 
-def _activate(h: Tensor, a: Tensor, activation: int, gate_first: bool) -> None:
-    launch = _forward_plan(signature(h), signature(a), activation, gate_first, h.get_device())
+def _activated(h: Tensor, activation: int, gate_first: bool) -> Tensor:
+    a = h.new_empty(h.shape[0], h.shape[1] // 2)
+    launch = _forward_plan(signature(h), activation, gate_first, h.get_device())
     if launch is not None:
         launch(h, a)
+    return a
 
 
 def glu_mlp_fwd(
@@ -129,9 +132,8 @@ def glu_mlp_fwd(
         h = x.new_empty(rows.shape[0], 2 * hidden)
         for half, w, b in ((h[:, :hidden], w1, b1), (h[:, hidden:], w3, b3)):
             torch.mm(rows, w.t(), out=half) if b is None else torch.addmm(b, rows, w.t(), out=half)
-    a = h.new_empty(h.shape[0], hidden) if keep else h[:, :hidden]
-    _activate(h, a, activation, gate_first)
-    return F.linear(a, w2, b2).view(*x.shape[:-1], w2.shape[0]), h if keep else h.new_empty(0, 0)
+    y = F.linear(_activated(h, activation, gate_first), w2, b2)
+    return y.view(*x.shape[:-1], w2.shape[0]), h if keep else h.new_empty(0, 0)
 
 
 @plan
@@ -159,11 +161,9 @@ def glu_mlp_bwd(
     need_b1: bool,
 ) -> tuple[Tensor, ...]:
     hidden = h.shape[1] // 2
-    a = h.new_empty(h.shape[0], hidden) if need_a else None
     if w2 is None:
-        if a is not None:
-            _activate(h, a, activation, gate_first)
-        return given(h, (None, a, None, None))
+        return given(h, (None, _activated(h, activation, gate_first) if need_a else None, None, None))
+    a = h.new_empty(h.shape[0], hidden) if need_a else None
     dh = torch.empty_like(h)
     torch.mm(dy, w2, out=dh[:, :hidden])
     parts, launch = _backward_plan(signature(h), activation, gate_first, h.get_device())

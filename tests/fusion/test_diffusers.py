@@ -37,10 +37,10 @@ FOUND = {
     "SanaVideo": (5, 4, 1, 2, 1),
     "Cosmos": (7, 6, 2, 4, 0),
     "Kandinsky5": (9, 8, 3, 5, 0),
-    "Mochi": (4, 4, 3, 0, 1),
+    "Mochi": (4, 4, 2, 0, 1),
     "Flux": (11, 10, 4, 4, 0),
-    "Flux2": (9, 8, 4, 3, 0),
-    "Lumina2": (0, 0, 3, 0, 0),
+    "Flux2": (10, 9, 4, 3, 0),
+    "Lumina2": (5, 6, 3, 3, 0),
     "SD3": (9, 7, 3, 3, 1),
     "QwenImage": (9, 8, 4, 2, 0),
 }
@@ -68,16 +68,16 @@ def call(model: nn.Module, **inputs: Any) -> torch.Tensor:
 # Its code rounds q and k to bfloat16 in any dtype, so a last bit before that becomes one of bfloat16.
 ROUNDS = {"Kandinsky5"}
 # With its norms in bfloat16, Mochi rounds between norm and modulation: those norms stay.
-FEWER = {"Mochi": (2, 4, 3, 0, 1)}
+FEWER = {"Mochi": (2, 4, 2, 0, 1)}
 # Attentions that turn q and k themselves. In the others q and k turn in thirds of a head (Allegro), or not at all.
 TURNED = {
     **{"CogVideoX": 2, "Wan": 2, "Wan per token": 2, "SkyReels": 2, "WanVACE": 4},
-    **{"HunyuanVideo": 2, "LTX": 2, "Cosmos": 2, "Flux": 4},
+    **{"HunyuanVideo": 2, "LTX": 2, "Cosmos": 2, "Flux": 4, "Flux2": 3},
 }
 # Attentions that norm q and k themselves. Where text and video have norms of their own, those stay.
 NORMED = {
     **{"CogVideoX": 2, "Wan": 4, "Wan per token": 4, "SkyReels": 4, "WanVACE": 8},
-    **{"HunyuanVideo": 2, "LTX": 4, "SanaVideo": 2, "Cosmos": 2, "Flux": 2, "SD3": 1},
+    **{"HunyuanVideo": 2, "LTX": 4, "SanaVideo": 2, "Cosmos": 2, "Flux": 2, "Flux2": 1, "SD3": 1},
 }
 TURNED_BFLOAT16 = TURNED | {"Kandinsky5": 3}
 
