@@ -158,7 +158,8 @@ class GluMLP(nn.Module):
         if is_plain(fc1, fc2):
             options: dict[str, Any] = dict(activation=self.activation, gate_first=self.gate_first)
             return glu_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, **options)
-        return fc2(gated(*fc1(x).chunk(2, dim=-1), self.activation, self.gate_first))
+        first, second = fc1(x).chunk(2, dim=-1)
+        return fc2(gated(first, second, self.activation, self.gate_first))
 
 
 class GatedResidual(nn.Module):

@@ -91,7 +91,7 @@ def match_glu(node: fx.Node) -> Match | None:
         parameters = _weights(first, node, *([] if second is None else [second]))
         if parameters is None:
             return None
-        w1, b1, w2, b2, w3, b3 = (*parameters, *([None, None] if second is None else []))
+        w1, b1, w2, b2, w3, b3 = [*parameters, None, None] if second is None else parameters
         left = left or _read_elsewhere(trail, node) or _narrowed(trail, node)
         if any(dtype(each) != dtype(node) for each in (first, second or first)):
             left = left or "dtypes change between"
