@@ -39,9 +39,9 @@ def glu_mlp(
     return Case("glu_mlp", name, tensors, call, any_threads=False)
 
 
-def cases() -> list[Case]:
+def cases(draw: int = 0) -> list[Case]:
     """What :mod:`..right` checks: every kernel and every branch of its launcher, on as few numbers as show it."""
-    random = random_tensors(12)
+    random = random_tensors(12 + 100 * draw)
     return [
         glu_mlp(random, "tokens", (2, 17, 32), 128, 32),
         glu_mlp(random, "odd-widths", (2, 17, 24), 45, 7, gate_first=False),
