@@ -116,7 +116,8 @@ class TrainConfig:
     device: str = "auto"
     """Device: 'cpu', 'cuda', 'cuda:1' and so on. 'auto' is CUDA if there is a device, else the CPU."""
     patience: int = 1800
-    """Number of seconds that processes wait for one that stands still, before the run ends and names it."""
+    """Number of seconds that processes wait for one that stands still, or for its part of a checkpoint, before the run
+    ends and names it."""
     seed: int = 0
     """Seed of the weights, the data and the noise."""
     save_every: int = 1000

@@ -144,7 +144,7 @@ class _Files:
         self.trainer, self.folder = trainer, folder
         self.path = checkpoints.path_of(folder, trainer.step)
         self.log: Log | None = None
-        self.saving = Saving(folder, trainer.ranks, config.keep)
+        self.saving = Saving(folder, trainer.ranks, config.keep, config.patience)
         if trainer.ranks.first:
             write_whole(folder / "config.json", (json.dumps(as_plain(config), indent=2) + "\n").encode())
         if fresh:

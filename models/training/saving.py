@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import checkpoint as checkpoints
 from ..checkpoint import Checkpoint, part_of, path_of
-from ..parallel.ranks import PATIENCE, Ranks
+from ..parallel.ranks import Ranks
 
 # Seconds between two looks at the files of the others.
 PAUSE = 0.05
@@ -19,11 +19,12 @@ class Saving:
     """Writes the checkpoints of a run into its folder.
 
     A file is on the disk when :meth:`save` returns. With shards a thread writes this rank's part while the training
-    goes on, and the folder gets its name once the first rank sees all parts; :meth:`finish` waits for that.
+    goes on, and the folder gets its name once the first rank sees all parts; :meth:`finish` waits for that. It is
+    given up ``patience`` seconds after its start, with an error that names whose part is not there; earlier ones stay.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
-        self.folder, self.ranks, self.keep = folder, ranks, keep
+    def __init__(self, folder: Path, ranks: Ranks, keep: int, patience: float) -> None:
+        self.folder, self.ranks, self.keep, self.patience = folder, ranks, keep, patience
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._given_up = threading.Event()
@@ -50,15 +51,17 @@ class Saving:
             self._thread.start()
 
     def _write(self, path: Path, temporary: Path, part: int, checkpoint: Checkpoint) -> None:
-        parts = self.ranks.parts
+        parts, deadline = self.ranks.parts, time.monotonic() + self.patience
         try:
             checkpoints.save_part(temporary, part, parts, checkpoint)
             if part:
                 return
-            deadline = time.monotonic() + PATIENCE
-            while not all(part_of(temporary, i, parts).exists() for i in range(parts)):
-                if self._given_up.wait(PAUSE) or time.monotonic() > deadline:
-                    raise OSError(f"checkpoint {path} was not written: other ranks did not write their parts")
+            while missing := [i for i in range(parts) if not part_of(temporary, i, parts).exists()]:
+                late = time.monotonic() > deadline
+                if late or self._given_up.wait(PAUSE):
+                    waited = f" within {self.patience:g} s" if late else ""
+                    ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+                    raise OSError(f"checkpoint {path} was not written: {ranks} wrote no part of it{waited}")
             checkpoints.complete(path, temporary, self.keep)
         except Exception as error:
             self._error = error
@@ -70,6 +73,8 @@ class Saving:
             OSError: it could not be written.
         """
         if self._thread is not None:
+            # A wait of its own: the watch would say less than the thread, which ends before it.
+            self.ranks.at(self.ranks.place.step, "saves a checkpoint")
             self._thread.join()
             self._thread = None
         if self._error is not None:

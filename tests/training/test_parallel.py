@@ -400,3 +400,29 @@ def test_a_rank_that_stands_still_is_named_with_its_step(how: str, tmp_path: Pat
         on_ranks(2, run)
     # Rank 0 saved the last whole step, unless the other had a part of it.
     assert latest(tmp_path / "run")[1].step == (2 if how == "sleeps" else 0)
+
+
+@pytest.mark.slow
+def test_a_rank_that_writes_no_part_is_named_and_earlier_checkpoints_stay(tmp_path: Path):
+    changes = {"parallel": {"shard": 2}, "save_every": 2, "patience": 8}
+    config = merge(TINY, {"run": str(tmp_path / "run")} | changes)
+
+    def run() -> None:
+        write = checkpoints.save_part
+
+        def late(path: Path, number: int, parts: int, checkpoint: checkpoints.Checkpoint) -> None:
+            if number == 1 and checkpoint.step == 4:
+                time.sleep(60)
+            write(path, number, parts, checkpoint)
+
+        checkpoints.save_part = late
+        train(config)
+
+    message = r"OSError: checkpoint \S*step_00000004.pt was not written: rank 1 wrote no part of it within 8 s"
+    with pytest.raises(RuntimeError, match=message):
+        on_ranks(2, run)
+    assert [path.name for path in sorted((tmp_path / "run").glob("step_*.pt"))] == [
+        "step_00000000.pt",
+        "step_00000002.pt",
+    ]
+    assert latest(tmp_path / "run")[1].step == 2
