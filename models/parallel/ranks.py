@@ -119,6 +119,11 @@ class Ranks:
         """Whether this process writes the run's files."""
         return self.rank == 0
 
+    @property
+    def previews(self) -> bool:
+        """Whether this process takes part in samples that the first one shows."""
+        return self.sharded or self.share.rank == 0
+
     def mean(self, value: Tensor) -> Tensor:
         """The mean of the ranks' values."""
         if self.size > 1:

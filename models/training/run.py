@@ -184,8 +184,8 @@ class _Files:
             _log.warning("the steps since the last checkpoint are lost: %s", error)
 
     def preview(self) -> None:
-        """Write samples of the averaged model, which all ranks draw if they have a part of it each."""
-        if self.log is None and not self.trainer.ranks.sharded:
+        """Write samples of the averaged model, drawn by the ranks that have a part of it, or of the clips."""
+        if not self.trainer.ranks.previews:
             return
         self.trainer.ranks.at(self.trainer.step, "samples a preview")
         try:

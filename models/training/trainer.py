@@ -438,7 +438,8 @@ class Trainer:
             decode=self.decode,
             low=low,
         )
-        return contact_sheet(sample_clips(self.ema, self.objective, request).numpy())
+        with dividing(self.ranks.line):
+            return contact_sheet(sample_clips(self.ema, self.objective, request).numpy())
 
     def _first(self) -> Batch:
         """The first clips of the run, as many as a preview shows."""

@@ -130,6 +130,40 @@ def test_the_statistics_of_a_batch_norm_are_of_all_ranks(tmp_path: Path):
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 2), pytest.param((1, 2, 2), marks=pytest.mark.slow)])
+def test_ranks_that_divide_tokens_draw_a_preview_together(sizes: tuple[int, int, int], tmp_path: Path):
+    def sheets(folder: Path, *sizes: int) -> list[tuple[int, np.ndarray]]:
+        """Of each rank that draws: the most tokens that a block of its model had, and the preview."""
+        parallel = dict(zip(("data", "shard", "sequence"), sizes, strict=True))
+        config = merge(
+            TINY, {"run": str(folder), "parallel": parallel, "steps": 1, "preview": {"count": 3, "steps": 2}}
+        )
+
+        def run() -> list[tuple[int, np.ndarray]]:
+            draw, found = Trainer.preview, []
+
+            def watched(self: Trainer) -> np.ndarray:
+                tokens = []
+                hook = self.ema.blocks[0].register_forward_pre_hook(lambda _, given: tokens.append(given[0].shape[1]))
+                found.append((0, draw(self)))
+                hook.remove()
+                found[-1] = (max(tokens), found[-1][1])
+                return found[-1][1]
+
+            Trainer.preview = watched
+            train(config)
+            return found
+
+        return [sheet for each in on_ranks(config.parallel.size, run) for sheet in each]
+
+    ((tokens, one),) = sheets(tmp_path / "one", 1, 1, 1)
+    drawn = sheets(tmp_path / "some", *sizes)
+    assert len(drawn) == sizes[1] * sizes[2] and {found for found, _ in drawn} == {tokens // 2}
+    for _, sheet in drawn:
+        assert np.abs(sheet.astype(int) - one.astype(int)).max() <= 1
+    assert len(list((tmp_path / "some" / "previews").glob("*.png"))) == 1
+
+
 def test_ranks_divide_the_clips_that_are_sampled(tmp_path: Path):
     model = trained(tmp_path / "run", steps=2)
 

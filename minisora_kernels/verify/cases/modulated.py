@@ -91,7 +91,7 @@ def with_bias(random: Random, *row: Any) -> Iterator[Case]:
 
 def cases(draw: int = 0) -> list[Case]:
     """What :mod:`..right` checks: every kernel and every branch of its launcher, on as few numbers as show it."""
-    random = random_tensors(0 + 100 * draw)
+    random = random_tensors(100 * draw)
     return [
         *modulated(random, "per-sample", 2, 17, 96, 1, 1),
         *modulated(random, "mixed-rows", 1, 12, 16, 6, 4, True),
