@@ -7,6 +7,7 @@ divided when its backward is over. The model says which modules make a unit (:me
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,9 @@ def shard(model: Any, ranks: Ranks, *, bf16: bool, offload: bool = False) -> Non
     With ``bf16`` units are gathered in bfloat16, which autocast would round their weights to anyway. What belongs to no
     unit stays float32, inputs are not rounded, and gradients are summed in float32. With ``offload`` the parts are
     in the CPU's memory, weights and gradients, and a unit is copied to the GPU to be gathered.
+
+    While a unit runs forward, the next one is gathered. With checkpointing it is not: a part that is computed again
+    would gather a unit whose backward is over. In the backward FSDP2 gathers ahead by itself, in the reversed order.
     """
     mesh = ranks.mesh
     assert mesh is not None
@@ -63,9 +67,13 @@ def shard(model: Any, ranks: Ranks, *, bf16: bool, offload: bool = False) -> Non
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     where = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     how: dict[str, Any] = {"mesh": mesh, "shard_placement_fn": placed, "offload_policy": where}
-    for unit in model.units():
+    units = model.units()
+    for unit in units:
         fully_shard(unit, mp_policy=policy if bf16 else MixedPrecisionPolicy(), **how)
     fully_shard(model, **how)
+    if not model.checkpointing:
+        for unit, after in itertools.pairwise(units):
+            unit[0].set_modules_to_forward_prefetch([after[0]])
     if hasattr(model, "modulations"):
         register_fsdp_forward_method(model, "modulations")
     # Of outputs that are views: no block writes into them.

@@ -260,6 +260,53 @@ def test_a_step_of_four_ranks_sends_what_the_plan_says(config: ParallelConfig):
     sent("uneven latte", config)
 
 
+class Order(TorchDispatchMode):
+    """How many units were asked for inside the block when each of a model's was through its forward."""
+
+    def __init__(self, units: list[list[nn.Module]]) -> None:
+        super().__init__()
+        self.gathered, self.asked = 0, [0] * len(units)
+        for number, unit in enumerate(units):
+            unit[-1].register_forward_hook(lambda *_, number=number: self.note(number))
+
+    def note(self, number: int) -> None:
+        self.asked[number] = self.asked[number] or self.gathered  # that of the forward, not of a recomputation
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.gathered += func.namespace == "c10d" and "allgather" in func._schema.name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+def test_a_unit_is_gathered_while_the_one_before_runs_and_values_stay():
+    def steps(
+        name: str, ranks: Ranks, *, checkpointing: bool, ahead: bool
+    ) -> tuple[list[int], float, list[torch.Tensor]]:
+        model, objective, x, y = made(name)
+        model.checkpointing = checkpointing
+        shard(model, ranks, bf16=False)
+        units = model.units()
+        if not ahead:
+            for unit in units:
+                unit[0].set_modules_to_forward_prefetch([])
+        with Order(units) as order:
+            loss, found = gradients(Loss(model, objective), ranks, x, y, bf16=False)
+        return order.asked, loss, [local(each) for each in found if each is not None]
+
+    def compare() -> None:
+        with open_ranks(ParallelConfig(shard=2), torch.device("cpu")) as ranks:
+            for name in ("latte", "stdit", "walt, text", "cascade"):
+                one, loss, exact = steps(name, ranks, checkpointing=False, ahead=False)
+                asked, same, got = steps(name, ranks, checkpointing=False, ahead=True)
+                count = len(one)
+                assert one == [2 + i for i in range(count)]  # what no unit has comes first
+                assert asked == [2 + min(i + 1, count - 1) for i in range(count)]
+                assert same == loss and all(torch.equal(a, b) for a, b in zip(exact, got, strict=True))
+                assert steps(name, ranks, checkpointing=True, ahead=True)[0] == one
+
+    on_ranks(2, compare)
+
+
 DIVIDED = ["uneven dit", "uneven latte", "uneven stdit, text", "uneven walt", "uneven walt, text", "uneven cascade"]
 # A modulation for each frame, or for each token, which here are the same.
 ROWS = [
