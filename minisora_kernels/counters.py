@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from .scratch import SCRATCH
+
 
 def saved_bytes(forward: Callable[[], Any], inputs: list[Tensor]) -> int:
     """Bytes that ``forward`` keeps alive for its backward.
@@ -62,6 +64,13 @@ FLOPS = {
         flop_registry[aten._scaled_dot_product_flash_attention_backward]
     ),
 }
+
+
+def scratch_bytes(op: Any, arguments: tuple) -> int:
+    """Bytes that an op holds while it runs, beside its arguments and results; 0 for an op that does not say."""
+    library, name = op.name().split(".")[0].split("::")
+    return SCRATCH[name](*arguments) if library.startswith("minisora") and name in SCRATCH else 0
+
 
 # They return memory without writing it.
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}

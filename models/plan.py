@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 
 from minisora_kernels import use_backend
 from minisora_kernels.commands import command
-from minisora_kernels.counters import Counter
+from minisora_kernels.counters import Counter, scratch_bytes
 
 from .denoisers.lora import LoRAConfig, adapt
 from .parallel.config import ParallelConfig
@@ -101,6 +101,7 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         outside = {
+    What an op of this package holds while it runs counts until it returns.
             leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
         }
         for leaf in tree_leaves(result):
@@ -112,9 +113,7 @@ class Alive(TorchDispatchMode):
                     self.now += storage.nbytes()
                     self.peak = max(self.peak, self.now)
                     weakref.finalize(storage, self._freed, key, storage.nbytes())
-        if func is torch.ops.minisora.gelu_mlp_fwd.default:  # what lies between its products is gone when it returns
-            x, w1 = args[:2]
-            self.peak = max(self.peak, self.now + x.shape[:-1].numel() * w1.shape[0] * x.element_size())
+        self.peak = max(self.peak, self.now + scratch_bytes(func, args))
         return result
 
     def mark(self) -> int:

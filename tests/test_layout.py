@@ -66,6 +66,7 @@ def test_the_public_names_are_the_ops_and_their_helpers():
         "ops",
         "proofs",
         "recompute",
+        "scratch",
         "sharding",
         "shortcut",
         "testing",

@@ -26,6 +26,7 @@ from ..backends import define, kernels, register_fake
 from ..checks import cast, check_bias, check_tensor, check_weight, kernel_refusal, linear_dtype
 from ..derivatives import once
 from ..flops import formula
+from ..scratch import scratch
 from ..sharding import token_local
 from ..shortcut import shortcut
 
@@ -83,6 +84,16 @@ def _(x, w1, b1, w2, b2, *options, **out):
 @formula("gelu_mlp_bwd")
 def _(dy, h, w1, w2, *options, **out):
     return 2 * h[0] * h[1] * ((0 if w1 is None else w1[1]) + (0 if w2 is None else dy[1]))
+
+
+@scratch("gelu_mlp_fwd")
+def _(x, w1, *options):
+    return math.prod(x.shape[:-1]) * w1.shape[0] * x.element_size()  # a; on a CPU of a chunk of tokens
+
+
+@scratch("gelu_mlp_bwd")
+def _(dy, h, w1, w2, exact, need_a, need_dh, need_b1):
+    return 0 if need_dh or w2 is None else h.numel() * h.element_size()  # dh; on a CPU of a chunk of tokens
 
 
 class _GeluMLP(torch.autograd.Function):

@@ -9,6 +9,7 @@ from conftest import KERNEL_BACKENDS
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 
 from minisora_kernels import backends, gelu_mlp
+from minisora_kernels.counters import scratch_bytes
 from minisora_kernels.testing import assert_as_accurate
 
 UNAVAILABLE = backends.unavailable("cpu")
@@ -52,6 +53,36 @@ def test_values_and_gradients(shape, hidden, out, dtype, bias, backend):
     assert kernel["y"].shape == (*shape[:-1], out)
     for name in exact:
         assert_as_accurate(name, kernel[name], reference[name], exact[name])
+
+
+def allocated(function) -> int:
+    """The most bytes that are there at a time in a call, beside what it returns."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        results = function()
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak - sum(result.nbytes for result in results)
+
+
+@pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
+def test_it_says_what_it_holds_while_it_runs():
+    tokens, hidden = 1024, 64  # fewer tokens than a chunk
+    x, w1, b1, w2, b2 = (each.detach() for each in parameters((2, tokens // 2, 8), hidden, 8))
+    dy, h = torch.randn(tokens, 8), torch.randn(tokens, hidden)
+    activation, library = 4 * tokens * hidden, torch.ops.minisora
+    for raw, arguments, held in (
+        (library.gelu_mlp_fwd, (x, w1, b1, w2, b2, False, True), activation),
+        (library.gelu_mlp_fwd, (x, w1, b1, w2, b2, True, False), activation),
+        (library.gelu_mlp_bwd, (dy, h, w1, w2, False, True, True, False), 0),
+        (library.gelu_mlp_bwd, (dy, h, w1, w2, False, False, False, False), activation),
+        (library.gelu_mlp_bwd, (dy, h, None, None, False, True, False, False), 0),
+    ):
+        assert scratch_bytes(raw.default, arguments) == held
+        assert allocated(lambda raw=raw, arguments=arguments: raw(*arguments)) == pytest.approx(held, abs=1 << 14)
+    assert scratch_bytes(torch.ops.aten.add.Tensor, (x, x)) == 0
 
 
 @pytest.mark.parametrize("backend", KERNELS)
