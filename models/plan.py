@@ -10,6 +10,8 @@ with its kernels, autocast and checkpointing, not a formula; tests/models/test_p
                gradients, optimizer and EMA are of what is trained, with --lora-rank of the adapters alone, but for a
                sharded EMA, which is of all; of the gradients, those that are there when there is most in all;
                with --parallel.shard + gathered: what belongs to no unit, and the two largest units (parallel/shards.py)
+    host     = with --optimizer.offload, in the CPU's memory for each GPU: the moments, and copies of the weights and
+               gradients; with shards the weights, gradients, EMA and moments themselves, which the GPU then lacks
     sampling = weights + activations of one guided step
     seconds  = FLOPs / (peak FLOP/s * utilization) + bytes moved by the ops / peak bytes/s
     received = bytes that a GPU gets from others in a step, by collective (Collective)
@@ -27,10 +29,13 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter as Counts
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+import tyro
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,6 +53,7 @@ from .protocols import Model
 from .registry import SYSTEMS, build, configure
 from .runtime.arguments import read
 from .runtime.gpus import GPUS
+from .runtime.recompute import Kept, chosen
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,10 @@ class PlanConfig:
     """Plain PyTorch, or the kernels."""
     checkpointing: bool = False
     """Recompute the blocks in the backward."""
+    checkpointing_keeps: Kept = "nothing"
+    """With checkpointing: outputs that are kept all the same, those of attention, or of attention and products."""
+    offload: Annotated[bool, tyro.conf.arg(name="optimizer.offload")] = False
+    """Keep the moments in the CPU's memory, with shards the weights, gradients and averages too."""
     lora_rank: int = 0
     """Rank of adapters on all Linears, which alone are trained; 0 trains all weights."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -91,6 +101,7 @@ class Alive(TorchDispatchMode):
     """The most bytes that tensors made inside the block held at a time.
 
     A storage counts once, in full, from the op that returns it until it is freed; that of an argument does not count.
+    What an op of this package holds while it runs counts until it returns.
     """
 
     def __init__(self) -> None:
@@ -101,7 +112,6 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         outside = {
-    What an op of this package holds while it runs counts until it returns.
             leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
         }
         for leaf in tree_leaves(result):
@@ -127,12 +137,13 @@ class Alive(TorchDispatchMode):
 
 
 class Needs(NamedTuple):
-    """Of one GPU: bytes by what holds them, FLOPs, bytes moved by the ops, and what it sends."""
+    """Of one GPU: bytes by what holds them, FLOPs, bytes moved by the ops, what it sends, and bytes of the CPU."""
 
     memory: dict[str, float]
     flops: int
     moved: int
     collectives: tuple[Collective, ...] = ()
+    host: Mapping[str, float] = MappingProxyType({})
 
     @property
     def total(self) -> float:
@@ -199,7 +210,7 @@ def _run(config: PlanConfig, *, training: bool, backend: str) -> Run:
         model, x, t, y = _model(config, training=training)
         check_divisible(line.ranks, model.divisible())
         model.train(training)
-        model.checkpointing = config.checkpointing
+        model.checkpointing = chosen(config.checkpointing, config.checkpointing_keeps)
         if not training:
             x, t = torch.cat((x, x)), torch.cat((t, t))
             y = None if y is None else torch.cat((y, y))
@@ -265,8 +276,10 @@ def needs_of(run: Run, config: PlanConfig, *, training: bool) -> Needs:
         weights = 4 * held_by(run.parameters, 1)
         return Needs({"weights": weights, "activations": run.activations}, run.flops, run.moved, exchanged)
     bf16 = config.precision == "bf16"
-    memory = states(run, parallel, bf16=bf16)
-    return Needs(memory, run.flops, run.moved, collectives(run.parameters, run.given, parallel, bf16=bf16))
+    memory, host = states(run, parallel, bf16=bf16), dict[str, float]()
+    if config.offload:
+        memory, host = offloaded(memory, sharded=parts_of(parallel) > 1)
+    return Needs(memory, run.flops, run.moved, collectives(run.parameters, run.given, parallel, bf16=bf16), host)
 
 
 def states(run: Run, parallel: ParallelConfig, *, bf16: bool) -> dict[str, float]:
@@ -299,6 +312,16 @@ def states(run: Run, parallel: ParallelConfig, *, bf16: bool) -> dict[str, float
     return found
 
 
+def offloaded(memory: dict[str, float], *, sharded: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """What ``--optimizer.offload`` leaves of :func:`states` on a GPU, and what the CPU's memory has for it then."""
+    trained = memory["optimizer"] / 2
+    host = {"weights": trained, "gradients": trained, "optimizer": 2 * trained}
+    if not sharded:  # copies of weights and gradients, beside the moments
+        return {name: size for name, size in memory.items() if name != "optimizer"}, host
+    host |= {name: memory[name] for name in ("weights", "ema")}
+    return {name: size for name, size in memory.items() if name not in host}, host
+
+
 def seconds(need: Needs, config: PlanConfig) -> float:
     """Seconds that the FLOPs and the bytes take at the peaks of the GPU."""
     gpu = GPUS[config.gpu]
@@ -324,6 +347,9 @@ def report(config: PlanConfig) -> str:
             f"{'training' if training else 'sampling'}: {need.total / 1e9:.2f} GB a GPU ({parts}) {fits} in "
             f"{available(config) / 1e9:.1f} GB"
         )
+        if need.host:
+            parts = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in need.host.items())
+            lines.append(f"  and {sum(need.host.values()) / 1e9:.2f} GB of the CPU's memory for each GPU ({parts})")
         if training:
             clips = config.batch_size * parallel.shares / step
             lines.append(

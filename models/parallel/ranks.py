@@ -20,7 +20,7 @@ from .config import ParallelConfig
 from .draws import Share
 from .sequence import Line
 
-# Seconds that a rank waits for the others, which write a checkpoint or a preview meanwhile.
+# Seconds that a rank waits for the others where no option says how long, as in sampling.
 PATIENCE = 1800
 # What a rank does, in the order of a step: who is earlier in it holds up the others.
 PLACES = ("saves a checkpoint", "samples a preview", "reads data", "computes gradients")

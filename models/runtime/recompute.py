@@ -16,6 +16,22 @@ Checkpointing = bool | Literal["attention", "products"]
 attention and matrix products, whose outputs are kept."""
 
 
+Kept = Literal["nothing", "attention", "products"]
+
+
+def chosen(checkpointing: bool, keeps: Kept) -> Checkpointing:
+    """The options ``checkpointing`` and ``checkpointing_keeps`` as one.
+
+    Raises:
+        ValueError: something is kept, and nothing is computed again.
+    """
+    if keeps == "nothing":
+        return checkpointing
+    if not checkpointing:
+        raise ValueError(f"checkpointing_keeps is {keeps!r}; without checkpointing it must be 'nothing'")
+    return keeps
+
+
 def _policy(kept: str, _: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
     # What has a formula is a product or attention, of torch or of this package.
     packet = getattr(op, "overloadpacket", op)

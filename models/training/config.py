@@ -15,6 +15,7 @@ from ..objectives.reconstruction import Reconstruction
 from ..parallel.config import ParallelConfig
 from ..registry import Objective, Settings
 from ..runtime.plain import merge
+from ..runtime.recompute import Kept, chosen
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class TrainConfig:
     """'bf16' is autocast; weights, EMA and optimizer stay fp32. On CUDA 'fp32' uses TF32 products."""
     checkpointing: bool = False
     """Recompute the blocks in the backward instead of saving their activations."""
-    checkpointing_keeps: Literal["nothing", "attention", "products"] = "nothing"
+    checkpointing_keeps: Kept = "nothing"
     """With checkpointing: outputs that are saved all the same, those of attention, or of attention and products."""
     compile: bool = False
     """Compile the model with torch.compile."""
@@ -141,10 +142,7 @@ class TrainConfig:
         if self.data.buckets and self.batch_tokens < 1:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; with data.buckets it must be at least 1")
         self._check_shares()
-        if self.checkpointing_keeps != "nothing" and not self.checkpointing:
-            raise ValueError(
-                f"checkpointing_keeps is {self.checkpointing_keeps!r}; without checkpointing it must be 'nothing'"
-            )
+        chosen(self.checkpointing, self.checkpointing_keeps)
         for name in ("shard", "sequence"):
             if self.compile and self.parallel.axes[name] > 1:
                 raise ValueError(f"compile is True; with parallel.{name} {self.parallel.axes[name]} it must be False")

@@ -40,6 +40,12 @@ class OffloadedAdamW(torch.optim.AdamW):
             own.grad = None
 
 
+def check_offload(config: TrainConfig, device: torch.device) -> None:
+    """Raises ValueError where there is nothing to offload from."""
+    if config.optimizer.offload and device.type == "cpu":
+        raise ValueError("optimizer.offload is True; on device 'cpu' it must be False: all is in its memory already")
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Of 0-based ``step``: linear warm-up, then constant, or half a cosine or a line to 0 after the last step."""
     optimizer = config.optimizer

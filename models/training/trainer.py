@@ -39,11 +39,12 @@ from ..registry import build, config_from, configure
 from ..runtime.device import choose_device
 from ..runtime.gpus import peak_of
 from ..runtime.plain import as_plain
+from ..runtime.recompute import chosen
 from ..sampling.clips import ClipRequest, sample_clips
 from ..weights.start import start_from
 from .config import TrainConfig, from_dict
 from .log import Step
-from .optimizer import OffloadedAdamW, learning_rate, update_ema
+from .optimizer import OffloadedAdamW, check_offload, learning_rate, update_ema
 
 _log = logging.getLogger(__name__)
 
@@ -58,10 +59,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, resume: Checkpoint | None = None, ranks: Ranks | None = None) -> None:
         self.config, self.device = config, choose_device(config.device)
         self.ranks = ranks or Ranks()
-        if config.optimizer.offload and self.device.type == "cpu":
-            raise ValueError(
-                "optimizer.offload is True; on device 'cpu' it must be False: all is in its memory already"
-            )
+        check_offload(config, self.device)
         data = config.data
         self.source: Source = open_source(data)
         self.data_digest: str | None = self.source.digest
@@ -138,8 +136,7 @@ class Trainer:
             adapt(model, config.lora)
         if resume is not None:
             model.load_state_dict(resume.model)
-        kept = config.checkpointing_keeps
-        model.checkpointing = config.checkpointing if kept == "nothing" else kept
+        model.checkpointing = chosen(config.checkpointing, config.checkpointing_keeps)
         ema = copy.deepcopy(model, {} if self.ranks.sharded else share_frozen(model)).eval().requires_grad_(False)
         if resume is not None:
             ema.load_state_dict(resume.ema)
@@ -415,6 +412,7 @@ class Trainer:
         """A contact sheet of the averaged model's samples, uint8 ``[H, W, 3]``; does not disturb the training.
 
         An autoencoder's are reconstructions of the first clips of the run; a second stage makes those large again.
+        Ranks that divide the tokens of a clip in the training do so here, and all of them call this.
         """
         preview = self.config.preview
         if isinstance(self.objective, Reconstruction):

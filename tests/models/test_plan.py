@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from models.parallel.config import ParallelConfig
 from models.plan import GPUS, PlanConfig, main, needs, seconds
 
 ROOT = Path(__file__).parent.parent.parent
+KEEPS_ATTENTION = {"checkpointing": True, "checkpointing_keeps": "attention"}
+KEEPS_PRODUCTS = {"checkpointing": True, "checkpointing_keeps": "products"}
 SMALL = PlanConfig("latte-s/1x2x2", "rtx4090-24g", frames=4, size=(256, 256), classes=10)
 
 # In a process of its own: the most memory that a step needs beyond what was there before it, in bytes.
@@ -23,6 +26,7 @@ import torch
 from minisora_kernels import use_backend
 from models import plan
 from models.runtime.plain import merge
+from models.runtime.recompute import chosen
 values = json.loads(sys.argv[1])
 config, training = merge(plan.PlanConfig("latte-s/1x2x2", "h200"), values["config"]), values["training"]
 torch.manual_seed(0)
@@ -36,7 +40,7 @@ def peak_of_a_step():
     model, x, t, y = plan._model(config, training=training)
     x.normal_(), t.uniform_(0, 1000)
     model.train(training)
-    model.checkpointing = config.checkpointing
+    model.checkpointing = chosen(config.checkpointing, config.checkpointing_keeps)
     if not training:
         x, t, y = torch.cat((x, x)), torch.cat((t, t)), torch.cat((y, y))
     for parameter in model.parameters():
@@ -70,6 +74,9 @@ def measured(config: PlanConfig, training: bool) -> int:
         ({}, True),
         ({"backend": "kernels"}, True),
         pytest.param({"backend": "kernels", "checkpointing": True}, True, marks=pytest.mark.slow),
+        pytest.param({"backend": "kernels", **KEEPS_ATTENTION}, True, marks=pytest.mark.slow),
+        pytest.param({"backend": "kernels", **KEEPS_PRODUCTS}, True, marks=pytest.mark.slow),
+        pytest.param(KEEPS_PRODUCTS, True, marks=pytest.mark.slow),
         pytest.param({"precision": "fp32", "batch_size": 2}, True, marks=pytest.mark.slow),
         pytest.param({"model": "vdit-s/2x2x2", "frames": 8}, True, marks=pytest.mark.slow),
         ({"backend": "kernels"}, False),
@@ -108,10 +115,27 @@ def test_states_are_shared_as_asked_and_the_work_grows_with_the_clip():
     assert needs(dataclasses.replace(SMALL, checkpointing=True), training=True).flops > 1.2 * alone.flops
 
 
+@pytest.mark.slow
+def test_what_is_offloaded_is_in_the_memory_of_the_cpu():
+    for parallel in (ParallelConfig(), ParallelConfig(shard=4)):
+        config = dataclasses.replace(SMALL, parallel=parallel)
+        kept, moved = (needs(dataclasses.replace(config, offload=on), training=True) for on in (False, True))
+        trained = kept.memory["optimizer"] / 2
+        host = {"weights": trained, "gradients": trained, "optimizer": 2 * trained}
+        gone = {"optimizer"}
+        if parallel.shard > 1:
+            host |= {"weights": kept.memory["weights"], "ema": kept.memory["ema"]}
+            gone = {"optimizer", "weights", "gradients", "ema"}
+        assert kept.host == {} and moved.host == host
+        assert moved.memory == {name: size for name, size in kept.memory.items() if name not in gone}
+
+
 def test_the_program_says_whether_it_fits(capsys):
     main(["--model", "latte-s/1x2x2", "--gpu", "rtx4090-24g", "--frames", "2"])
     said = capsys.readouterr().out
     assert "fits in 21.6 GB" in said and "assumed: 50% of the FLOP/s" in said and GPUS["rtx4090-24g"].source in said
+    main(["--model", "latte-s/1x2x2", "--gpu", "rtx4090-24g", "--frames", "2", "--optimizer.offload"])
+    assert re.search(r"and 0\.\d\d GB of the CPU's memory for each GPU \(weights 0\.\d\d \+ ", capsys.readouterr().out)
     main(["--model", "vdit-xl/1x2x2", "--gpu", "rtx4090-24g", "--frames", "2", "--batch-size", "64"])
     assert "training" in (said := capsys.readouterr().out) and "does NOT fit" in said
 
@@ -124,6 +148,7 @@ def test_the_program_says_whether_it_fits(capsys):
         ({"frames": 0}, "frames is 0; it must be at least 1"),
         ({"parallel": ParallelConfig(sequence=5)}, "sequence is 5; each rank needs a part of frames of tokens .4., pl"),
         ({"utilization": 1.5}, "utilization is 1.5"),
+        ({"checkpointing_keeps": "attention"}, "checkpointing_keeps is 'attention'; without checkpointing it must be"),
         ({"model": "dit-s/2"}, "that of an image model"),
     ],
 )

@@ -26,7 +26,8 @@ from models.parallel.ranks import open_ranks
 from models.parallel.traffic import Collective
 from models.plan import GPUS, Needs, PlanConfig, needs
 from models.protocols import System
-from models.training.config import TrainConfig
+from models.training import trainer
+from models.training.config import OptimizerConfig, TrainConfig
 from models.training.trainer import Trainer
 
 SMALL = DiTSettings(width=128, depth=4, heads=4, patch=(1, 2, 2), attention="factorized", learn_sigma=True)
@@ -48,15 +49,17 @@ def allocated(function: Callable[[], object]) -> tuple[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("parallel", "precision", "checkpointing"),
+    ("parallel", "precision", "checkpointing", "offload"),
     [
-        (ParallelConfig(shard=2), "fp32", False),
-        (ParallelConfig(shard=2, sequence=2), "bf16", True),  # the first rank has two of three frames
+        (ParallelConfig(shard=2), "fp32", False, False),
+        (ParallelConfig(shard=2, sequence=2), "bf16", True, False),  # the first rank has two of three frames
+        (ParallelConfig(), "fp32", False, True),
+        (ParallelConfig(shard=2), "fp32", False, True),
     ],
     ids=str,
 )
 def test_a_rank_needs_the_memory_of_the_plan(
-    parallel: ParallelConfig, precision: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+    parallel: ParallelConfig, precision: str, checkpointing: bool, offload: bool, monkeypatch: pytest.MonkeyPatch
 ):
     config = TrainConfig(
         data=DataConfig(frames=FRAMES, size=(32, 32)),
@@ -65,6 +68,7 @@ def test_a_rank_needs_the_memory_of_the_plan(
         batch_size=2 * parallel.shares,
         parallel=parallel,
         checkpointing=checkpointing,
+        optimizer=OptimizerConfig(offload=offload),
         precision=precision,
         device="cpu",
     )
@@ -76,6 +80,8 @@ def test_a_rank_needs_the_memory_of_the_plan(
             made.append(Trainer(config, None, ranks))
             made[0].train_step()
 
+        # Here the memory that is offloaded to is that which is offloaded from.
+        trainer.check_offload = lambda *_: None
         with use_backend("reference"), open_ranks(parallel, torch.device("cpu")) as ranks:
             kept, _ = allocated(begin)
             _, peak = allocated(made[0].train_step)
@@ -93,11 +99,14 @@ def test_a_rank_needs_the_memory_of_the_plan(
         batch_size=2,
         parallel=parallel,
         checkpointing=checkpointing,
+        offload=offload,
         precision=precision,
     )
     need = needs(planned, training=True)
-    assert need.memory["activations"] > 0.2 * need.total
-    assert need.total == pytest.approx(on_ranks(parallel.size, measure)[0], rel=0.1)
+    # On a CPU a gradient is copied nowhere, and a part of one is there after the activations are gone.
+    total = need.total + sum(size for name, size in need.host.items() if name != "gradients")
+    assert need.memory["activations"] > 0.2 * total
+    assert total == pytest.approx(on_ranks(parallel.size, measure)[0], rel=0.02 if offload else 0.1)
 
 
 RECIPE = re.compile(r"^# (\d) x (A100|A6000|RTX 4090), (\d+) seconds.*\n((?:.*\\\n)*.*)$", re.MULTILINE)
