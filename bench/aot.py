@@ -32,6 +32,7 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.gpu.ahead import bytes_ahead
 from bench.gpu.architectures import ARCHITECTURES, Architecture
 from bench.gpu.traffic import bytes_moved, named
 from bench.harness.record import RESULTS, ROOT
@@ -67,6 +68,9 @@ SPILLING: dict[str, int] = {
     # Around flash attention a program holds q, k and their gradients of 64 tokens.
     r"sm_90 window_attention bfloat16 finish_kernel: .*head_dim 128.*": 272,
 }
+# Those that must read ahead: the backwards whose shapes are the benches' have as many bytes in flight, on every
+# multiprocessor, while they compute. An H200 reads at its full speed with 26 KB.
+AHEAD, LEAST_AHEAD = re.compile(r"(adaln|gate_residual|gate_residual_adaln) \w+ _bwd: \w+/2 .*"), 26_000
 # "tf32" is float32 whose products may be rounded, as torch.set_float32_matmul_precision("high") has it.
 PRECISIONS = {**DTYPES, "float16": torch.float16, "tf32": torch.float32}
 
@@ -220,7 +224,7 @@ def kernels_of(
             kept.append(compiled)
             name = f"{label} {self.__name__}: {call}"
             more = sum(other.split(" #")[0] == name for other in found)
-            found[f"{name} #{more + 1}" if more else name] = resources(compiled, architecture)
+            found[f"{name} #{more + 1}" if more else name] = resources(compiled, architecture, bool(AHEAD.match(name)))
         return compiled
 
     def begin(op: str, name: str, dtype: str) -> None:
@@ -235,8 +239,8 @@ def kernels_of(
     return {"kernels": found, "traffic": traffic}
 
 
-def resources(compiled: Any, architecture: Architecture) -> dict[str, Any]:
-    """What the compiler made of a kernel, or its error.
+def resources(compiled: Any, architecture: Architecture, ahead: bool = False) -> dict[str, Any]:
+    """What the compiler made of a kernel, or its error; with ``ahead``, what a multiprocessor has in flight, in bytes.
 
     A stack in a kernel that indexes no array is what registers spill to. On AMD, registers are the vector ones.
     """
@@ -254,17 +258,18 @@ def resources(compiled: Any, architecture: Architecture) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        tool = [nvidia.cuobjdump.path, "-res-usage", *(["-sass"] if ahead else []), file.name]
+        text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.findall(rf"{word}:(\d+)", text)[0]) for word in ("REG", "STACK", "LOCAL"))
-    return {
-        "warps": warps,
-        "registers": registers,
-        "spilled": stack + local,
-        "shared": shared,
-        "occupancy": round(architecture.occupancy(warps, registers, shared), 2),
-    }
+    occupancy = architecture.occupancy(warps, registers, shared)
+    found = {"warps": warps, "registers": registers, "spilled": stack + local, "shared": shared}
+    found["occupancy"] = round(occupancy, 2)
+    if ahead:
+        from minisora_kernels.triton._rows import WARPS
+
+        programs = min(round(occupancy * architecture.warps / warps), WARPS // warps)
+        found["ahead"] = programs * bytes_ahead(text, 32 * warps)
+    return found
 
 
 def everything(names: Sequence[str] = tuple(ARCHITECTURES), brief: bool = False) -> dict[str, Any]:
@@ -338,6 +343,8 @@ def _wrong(name: str, values: dict[str, Any], architecture: Architecture, same_t
     may_spill = not same_triton or not architecture.nvidia or COMPUTE_BOUND.match(name.split(" ", 1)[1])
     if values["spilled"] > allowed and not may_spill:
         found.append(f"spills {values['spilled']} bytes a thread")
+    if values.get("ahead", LEAST_AHEAD) < LEAST_AHEAD:
+        found.append(f"{values['ahead']} bytes in flight on a multiprocessor, there must be {LEAST_AHEAD}")
     if values["shared"] > architecture.shared_per_block:
         found.append(f"{values['shared']} bytes of shared memory, there are {architecture.shared_per_block}")
     return found

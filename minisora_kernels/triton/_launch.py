@@ -52,6 +52,11 @@ def architecture() -> int:
     return target.arch if target is not None and target.backend == "cuda" else 0
 
 
+def multiprocessors(device: int) -> int:
+    """Of a GPU by its number; 132, an H100's, where there is none."""
+    return 132 if device < 0 else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 class Like(NamedTuple):
     """What a plan knows of a tensor."""
 

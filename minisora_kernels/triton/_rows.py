@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import load, store
-from ._launch import Launch, Like, dense
+from ._launch import Launch, Like, architecture, dense, multiprocessors
 
 # The most columns of a token that a thread holds, and the most tokens that a program takes at a time. A backward, with
 # sums for two or three parameters in registers too, has room for two to four blocks of it on a multiprocessor, and
@@ -39,6 +39,17 @@ FORWARD, BACKWARD = (96, 128), (24, 16)
 # once. With MIN_RUN tokens the partial sums are 17% of what the backward of adaln in bfloat16 reads and writes, with
 # MAX_RUN 4%.
 MIN_RUN, MAX_RUN, RUNS = 8, 32, 384
+
+# A backward copies the tokens of the next tiles to shared memory while it computes: as many tiles as have so many
+# bytes. Two programs of a multiprocessor then have 26 KB in flight, with which an H200 reads at its full speed.
+AHEAD = 13 << 10
+# Warps of a backward on a multiprocessor: registers hold as many of the most that a kernel may have. So all programs
+# are there at once, none waits for another to end, and each takes equally many runs.
+WARPS = 8
+# Shared memory of a multiprocessor in KiB, by architecture, of which a program may have all but one; newer ones than
+# sm_80 that are not named have 100.
+SHARED = {80: 164, 90: 228, 100: 228}
+SCRATCH = 3 << 10  # of it, for what threads exchange, and what the system keeps
 
 
 class Tile(NamedTuple):
@@ -58,6 +69,26 @@ def tile_of(width: int, itemsize: int, held: int, rows: int) -> tuple[Tile, int]
     lanes = min(lanes, triton.next_power_of_2(triton.cdiv(width, vector)))
     rows = min(max(128 // lanes, 1), rows)
     return Tile(width, rows, lanes, vector), max(rows * lanes // 32, 1)
+
+
+class Depth(NamedTuple):
+    """How far a backward reads ahead: the stages of its loop, tiles ahead and 2, or 1; programs there at once."""
+
+    stages: int
+    programs: int
+
+
+def depth_of(tile: Tile, warps: int, *dtypes: torch.dtype) -> Depth:
+    """For tiles of tokens of ``dtypes``; those that do not fit the shared memory are not read ahead."""
+    target = architecture()
+    shared = (SHARED.get(target, 100) << 10) if target >= 80 else 0
+    programs = max(WARPS // warps, 1)
+    width = sum(tile.lanes * _vector(tile, c) for c in range(chunks(tile)))
+    each = tile.rows * width * sum(dtype.itemsize for dtype in dtypes)
+    ahead = min(triton.cdiv(AHEAD, each), (shared - SCRATCH) // each - 1)
+    if ahead < 1:
+        return Depth(1, programs)
+    return Depth(ahead + 2, min(programs, shared // ((ahead + 1) * each + SCRATCH)))
 
 
 @triton.constexpr_function
@@ -97,6 +128,16 @@ def mask_of(live, column, tile: tl.constexpr, c: tl.constexpr):
 
 
 @triton.jit
+def kept(row, column, tile: tl.constexpr):
+    """A row of a parameter for each token of a tile, in its own dtype: what a program holds through a run."""
+    out = ()
+    for c in tl.static_range(chunks(tile)):
+        mask = mask_of(tl.arange(0, tile.rows)[:, None, None] >= 0, column[c], tile, c)
+        out = out + (tl.load(row + column[c], mask, other=0.0),)
+    return out
+
+
+@triton.jit
 def row_of(parameter, sample_stride, row_stride, sample, token, row_tokens):
     """Where the row of a token of a sample begins."""
     return parameter + sample.to(tl.int64) * sample_stride + (token // row_tokens).to(tl.int64) * row_stride
@@ -110,7 +151,7 @@ def row_by_index(index, token, mask, rows):
 
 
 # The numbers that tell a kernel its runs. It is not compiled anew for others.
-RUN_NUMBERS = ("tokens", "row_tokens", "run_tokens", "index_rows", "index_sample", "first_sample")
+RUN_NUMBERS = ("runs", "tokens", "row_tokens", "run_tokens", "index_rows", "index_sample", "first_sample")
 SORTED = 1024  # tokens that a program of the sort looks at in one go
 
 
@@ -140,11 +181,11 @@ def _sort(index_ptr, first_ptr, order_ptr, tokens, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sorted_run_of(index_ptr, first_ptr, order_ptr, index_sample, first_sample, index_rows, tokens, run_tokens):
-    """This program's run of sorted tokens: its first place and the one after its last, its sample, and its row."""
+def sorted_run_of(run, index_ptr, first_ptr, order_ptr, index_sample, first_sample, index_rows, tokens, run_tokens):
+    """A run of sorted tokens: its first place and the one after its last, its sample, and its row."""
     blocks = tl.cdiv(tokens, run_tokens)
-    sample = tl.program_id(0) // (blocks + index_rows)
-    number = tl.program_id(0) % (blocks + index_rows)
+    sample = run // (blocks + index_rows)
+    number = run % (blocks + index_rows)
     whole = number < blocks  # begins at a multiple of the length
     index = index_ptr + sample.to(tl.int64) * index_sample
     token = tl.load(order_ptr + sample.to(tl.int64) * index_sample + number * run_tokens, whole, other=0)
@@ -156,11 +197,11 @@ def sorted_run_of(index_ptr, first_ptr, order_ptr, index_sample, first_sample, i
 
 
 @triton.jit
-def run_of(tokens, row_tokens, run_tokens):
-    """This program's run: its first token and the one after its last, over all samples; its sample, and begin there."""
+def run_of(run, tokens, row_tokens, run_tokens):
+    """A run: its first token and the one after its last, over all samples; its sample, and begin there."""
     row_runs = tl.cdiv(row_tokens, run_tokens)
-    row = tl.program_id(0) // row_runs
-    begin = row * row_tokens + tl.program_id(0) % row_runs * run_tokens
+    row = run // row_runs
+    begin = row * row_tokens + run % row_runs * run_tokens
     end = tl.minimum(begin + run_tokens, (row + 1) * row_tokens)
     return begin, end, begin // tokens, begin % tokens
 
@@ -180,13 +221,13 @@ def add(sums, c: tl.constexpr, value):
 
 
 @triton.jit
-def store_sum(out_ptr, sums_ptr, SLOT: tl.constexpr, value, column, mask, tile: tl.constexpr):
-    """``value`` is a chunk of this run's sum: of the gradient itself, or a partial sum where there is a slot for it."""
-    at = tl.program_id(0).to(tl.int64) * tile.width + column
+def store_sum(out_ptr, sums_ptr, SLOT: tl.constexpr, run, runs, value, column, mask, tile: tl.constexpr):
+    """``value`` is a chunk of a run's sum: of the gradient itself, or a partial sum where there is a slot for it."""
+    at = tl.cast(run, tl.int64) * tile.width + column
     if SLOT is None:
         store(out_ptr + at, value, mask)
     else:
-        slots = SLOT * tl.num_programs(0).to(tl.int64) * tile.width
+        slots = SLOT * runs.to(tl.int64) * tile.width
         tl.store(sums_ptr + slots + at, value, mask)
 
 
@@ -327,6 +368,10 @@ class Runs:
             self.slots.append(len(self._rows) if partial else None)
             if partial:
                 self._rows.append(numbers // self._width)
+
+    def programs(self, depth: Depth, device: int) -> int:
+        """Those that take the runs, equally many each, all at once on a device."""
+        return triton.cdiv(self.count, triton.cdiv(self.count, multiprocessors(device) * depth.programs))
 
     @property
     def added(self) -> tuple[int | None, ...]:

@@ -34,8 +34,10 @@ from ._rows import (
     chunks,
     columns,
     dense_index,
+    depth_of,
     given,
     gradient_of,
+    kept,
     mask_of,
     max_itemsize,
     padded,
@@ -179,6 +181,7 @@ def _bwd(
     dweight_ptr,
     dbias_ptr,
     sums_ptr,
+    runs,
     tokens,
     row_tokens,
     run_tokens,
@@ -204,139 +207,157 @@ def _bwd(
     SCALE_SLOT: tl.constexpr,
     WEIGHT_SLOT: tl.constexpr,
     BIAS_SLOT: tl.constexpr,
+    STAGES: tl.constexpr,
     tile: tl.constexpr,
 ):
     column = columns(tile)
     member = tl.arange(0, tile.rows)[:, None, None]
-    if order_ptr is None:
-        begin, end, sample, place = run_of(tokens, row_tokens, run_tokens)
-    else:
-        begin, end, sample, place = sorted_run_of(
-            index_ptr, first_ptr, order_ptr, index_sample, first_sample, index_rows, tokens, run_tokens
-        )
-    if scale_ptr is not None and not SCALE_PER_TOKEN:
-        scale = row_of(scale_ptr, scale_sample, scale_row, sample, place, scale_tokens)
-    if gate_ptr is not None and not GATE_PER_TOKEN:
-        gate = row_of(gate_ptr, gate_sample, gate_row, sample, place, gate_tokens)
-    sum_dy = zeros(tile)
-    sum_da = zeros(tile)
-    sum_h = zeros(tile)  # of dy * h, or of da * h where every token has a scale of its own
-    sum_gate = zeros(tile)
-    sum_branch = zeros(tile)
+    for run in range(tl.program_id(0), runs, tl.num_programs(0)):
+        if order_ptr is None:
+            begin, end, sample, place = run_of(run, tokens, row_tokens, run_tokens)
+        else:
+            begin, end, sample, place = sorted_run_of(
+                run, index_ptr, first_ptr, order_ptr, index_sample, first_sample, index_rows, tokens, run_tokens
+            )
+        if scale_ptr is not None and not SCALE_PER_TOKEN:
+            scale = row_of(scale_ptr, scale_sample, scale_row, sample, place, scale_tokens)
+            scales = kept(scale, column, tile)
+        if gate_ptr is not None and not GATE_PER_TOKEN:
+            gates = kept(row_of(gate_ptr, gate_sample, gate_row, sample, place, gate_tokens), column, tile)
+        if weight_ptr is not None:
+            weights = kept(weight_ptr, column, tile)
+        if bias_ptr is not None and SCALE_PER_TOKEN:
+            biases = kept(bias_ptr, column, tile)
+        if branch_bias_ptr is not None:
+            branch_biases = kept(branch_bias_ptr, column, tile)
+        sum_dy = zeros(tile)
+        sum_da = zeros(tile)
+        sum_h = zeros(tile)  # of dy * h, or of da * h where every token has a scale of its own
+        sum_gate = zeros(tile)
+        sum_branch = zeros(tile)
 
-    for first in range(begin, end, tile.rows):
-        token = first + member
-        live = token < end
-        if order_ptr is not None:
-            order = order_ptr + sample.to(tl.int64) * index_sample
-            token = sample * tokens + tl.load(order + token, live, other=0)
-        at = token.to(tl.int64) * tile.width
-        if scale_ptr is not None and SCALE_PER_TOKEN:
-            scale = row_of(scale_ptr, scale_sample, scale_row, sample, place + token - begin, 1)
-        if gate_ptr is not None and GATE_PER_TOKEN:
-            gate = row_of(gate_ptr, gate_sample, gate_row, sample, place + token - begin, 1)
-        rstd = tl.load(rstd_ptr + token, live, other=0.0)
-        mean = tl.zeros([tile.rows, 1, 1], tl.float32)
-        if not RMS:
-            mean = tl.load(mean_ptr + token, live, other=0.0)
+        # What is kept of rows stays as it is: the compiler would hold it in fp32, in twice the registers.
+        for first in tl.range(begin, end, tile.rows, num_stages=STAGES, disable_licm=True):
+            token = first + member
+            live = token < end
+            if order_ptr is not None:
+                order = order_ptr + sample.to(tl.int64) * index_sample
+                token = sample * tokens + tl.load(order + token, live, other=0)
+            at = token.to(tl.int64) * tile.width
+            if scale_ptr is not None and SCALE_PER_TOKEN:
+                scale_ = row_of(scale_ptr, scale_sample, scale_row, sample, place + token - begin, 1)
+            if gate_ptr is not None and GATE_PER_TOKEN:
+                gate_ = row_of(gate_ptr, gate_sample, gate_row, sample, place + token - begin, 1)
+            rstd = tl.load(rstd_ptr + token, live, other=0.0)
+            mean = tl.zeros([tile.rows, 1, 1], tl.float32)
+            if not RMS:
+                mean = tl.load(mean_ptr + token, live, other=0.0)
 
-        hs = ()
-        dhs = ()
-        sum_dh = tl.zeros([tile.rows, tile.lanes], tl.float32)
-        sum_dh_h = tl.zeros([tile.rows, tile.lanes], tl.float32)
-        for c in tl.static_range(chunks(tile)):
-            mask = mask_of(live, column[c], tile, c)
-            here = at + column[c]
-            dy = load(dy_ptr + here, mask)
-            h = (load(x_ptr + here, mask) - mean) * rstd
-            da = dy
-            if scale_ptr is not None:
-                da *= 1 + load(scale + column[c], mask)
-            dh = da
-            a = h
-            if weight_ptr is not None:
-                weight = load(weight_ptr + column[c], mask)
-                dh *= weight
-                a *= weight
-            if bias_ptr is not None:
-                a += load(bias_ptr + column[c], mask)
-            if SUM_DY:
-                sum_dy = add(sum_dy, c, dy)
-            if dshift_ptr is not None and SHIFT_PER_TOKEN:
-                store(dshift_ptr + here, dy, mask)
-            if SCALE_PER_TOKEN:
-                if dscale_ptr is not None:
-                    store(dscale_ptr + here, dy * a, mask)
-                if dbias_ptr is not None:
-                    sum_da = add(sum_da, c, da)
-                if dweight_ptr is not None:
-                    sum_h = add(sum_h, c, da * h)
-            elif SUM_H:
-                sum_h = add(sum_h, c, dy * h)
-            hs = hs + (h,)
-            dhs = dhs + (dh,)
-            sum_dh += tl.sum(dh, 2)
-            sum_dh_h += tl.sum(dh * h, 2)
-
-        if THROUGH:
-            # joined: one exchange between warps for both
-            mean_dh, mean_dh_h = tl.split(tl.div_rn(tl.sum(tl.join(sum_dh, sum_dh_h), 1)[:, None, None], tile.width))
+            hs = ()
+            dhs = ()
+            sum_dh = tl.zeros([tile.rows, tile.lanes], tl.float32)
+            sum_dh_h = tl.zeros([tile.rows, tile.lanes], tl.float32)
             for c in tl.static_range(chunks(tile)):
                 mask = mask_of(live, column[c], tile, c)
                 here = at + column[c]
-                dx = dhs[c] - hs[c] * mean_dh_h
-                if not RMS:
-                    dx -= mean_dh
-                dx *= rstd
-                if dresidual_ptr is not None:
-                    dx += load(dresidual_ptr + here, mask)
-                if dgate_ptr is not None:
-                    branch = load(branch_ptr + here, mask)
-                    if branch_bias_ptr is not None:
-                        branch += load(branch_bias_ptr + column[c], mask)
-                    dgate = dx * branch
-                    if GATE_PER_TOKEN:
-                        store(dgate_ptr + here, dgate, mask)
+                dy = load(dy_ptr + here, mask)
+                h = (load(x_ptr + here, mask) - mean) * rstd
+                da = dy
+                if scale_ptr is not None:
+                    if SCALE_PER_TOKEN:
+                        da *= 1 + load(scale_ + column[c], mask)
                     else:
-                        sum_gate = add(sum_gate, c, dgate)
-                if dx_ptr is not None:
-                    store(dx_ptr + here, dx, mask)
-                if gate_ptr is not None:
-                    dx *= load(gate + column[c], mask)
-                if dbranch_ptr is not None:
-                    store(dbranch_ptr + here, dx, mask)
-                if dbranch_bias_ptr is not None:
-                    sum_branch = add(sum_branch, c, dx)
-
-    for c in tl.static_range(chunks(tile)):
-        mask = mask_of(True, column[c], tile, c)
-        total = tl.sum(sum_dy[c], 0)[None]
-        total_h = tl.sum(sum_h[c], 0)[None]
-        if dshift_ptr is not None and not SHIFT_PER_TOKEN:
-            store_sum(dshift_ptr, sums_ptr, SHIFT_SLOT, total, column[c], mask, tile)
-        if SCALE_PER_TOKEN:
-            total = tl.sum(sum_da[c], 0)[None]
-        else:
-            if dscale_ptr is not None:
-                dscale = total_h
+                        da *= 1 + scales[c].to(tl.float32)
+                dh = da
+                a = h
                 if weight_ptr is not None:
-                    dscale *= load(weight_ptr + column[c], mask)
-                if bias_ptr is not None:
-                    dscale += load(bias_ptr + column[c], mask) * total
-                store_sum(dscale_ptr, sums_ptr, SCALE_SLOT, dscale, column[c], mask, tile)
-            if scale_ptr is not None:
-                one_plus_scale = 1 + load(scale + column[c], mask)
-                total *= one_plus_scale
-                total_h *= one_plus_scale
-        if dweight_ptr is not None:
-            store_sum(dweight_ptr, sums_ptr, WEIGHT_SLOT, total_h, column[c], mask, tile)
-        if dbias_ptr is not None:
-            store_sum(dbias_ptr, sums_ptr, BIAS_SLOT, total, column[c], mask, tile)
-        if dgate_ptr is not None and not GATE_PER_TOKEN:
-            store_sum(dgate_ptr, sums_ptr, GATE_SLOT, tl.sum(sum_gate[c], 0)[None], column[c], mask, tile)
-        if dbranch_bias_ptr is not None:
-            total = tl.sum(sum_branch[c], 0)[None]
-            store_sum(dbranch_bias_ptr, sums_ptr, BRANCH_BIAS_SLOT, total, column[c], mask, tile)
+                    weight = weights[c].to(tl.float32)
+                    dh *= weight
+                    a *= weight
+                if SUM_DY:
+                    sum_dy = add(sum_dy, c, dy)
+                if dshift_ptr is not None and SHIFT_PER_TOKEN:
+                    store(dshift_ptr + here, dy, mask)
+                if SCALE_PER_TOKEN:
+                    if dscale_ptr is not None:
+                        if bias_ptr is not None:
+                            a += biases[c].to(tl.float32)
+                        store(dscale_ptr + here, dy * a, mask)
+                    if dbias_ptr is not None:
+                        sum_da = add(sum_da, c, da)
+                    if dweight_ptr is not None:
+                        sum_h = add(sum_h, c, da * h)
+                elif SUM_H:
+                    sum_h = add(sum_h, c, dy * h)
+                hs = hs + (h,)
+                dhs = dhs + (dh,)
+                sum_dh += tl.sum(dh, 2)
+                sum_dh_h += tl.sum(dh * h, 2)
+
+            if THROUGH:
+                # joined: one exchange between warps for both
+                joined = tl.sum(tl.join(sum_dh, sum_dh_h), 1)[:, None, None]
+                mean_dh, mean_dh_h = tl.split(tl.div_rn(joined, tile.width))
+                for c in tl.static_range(chunks(tile)):
+                    mask = mask_of(live, column[c], tile, c)
+                    here = at + column[c]
+                    dx = dhs[c] - hs[c] * mean_dh_h
+                    if not RMS:
+                        dx -= mean_dh
+                    dx *= rstd
+                    if dresidual_ptr is not None:
+                        dx += load(dresidual_ptr + here, mask)
+                    if dgate_ptr is not None:
+                        branch = load(branch_ptr + here, mask)
+                        if branch_bias_ptr is not None:
+                            branch += branch_biases[c].to(tl.float32)
+                        dgate = dx * branch
+                        if GATE_PER_TOKEN:
+                            store(dgate_ptr + here, dgate, mask)
+                        else:
+                            sum_gate = add(sum_gate, c, dgate)
+                    if dx_ptr is not None:
+                        store(dx_ptr + here, dx, mask)
+                    if gate_ptr is not None:
+                        if GATE_PER_TOKEN:
+                            dx *= load(gate_ + column[c], mask)
+                        else:
+                            dx *= gates[c].to(tl.float32)
+                    if dbranch_ptr is not None:
+                        store(dbranch_ptr + here, dx, mask)
+                    if dbranch_bias_ptr is not None:
+                        sum_branch = add(sum_branch, c, dx)
+
+        for c in tl.static_range(chunks(tile)):
+            mask = mask_of(True, column[c], tile, c)
+            total = tl.sum(sum_dy[c], 0)[None]
+            total_h = tl.sum(sum_h[c], 0)[None]
+            if dshift_ptr is not None and not SHIFT_PER_TOKEN:
+                store_sum(dshift_ptr, sums_ptr, SHIFT_SLOT, run, runs, total, column[c], mask, tile)
+            if SCALE_PER_TOKEN:
+                total = tl.sum(sum_da[c], 0)[None]
+            else:
+                if dscale_ptr is not None:
+                    dscale = total_h
+                    if weight_ptr is not None:
+                        dscale *= load(weight_ptr + column[c], mask)
+                    if bias_ptr is not None:
+                        dscale += load(bias_ptr + column[c], mask) * total
+                    store_sum(dscale_ptr, sums_ptr, SCALE_SLOT, run, runs, dscale, column[c], mask, tile)
+                if scale_ptr is not None:
+                    one_plus_scale = 1 + load(scale + column[c], mask)
+                    total *= one_plus_scale
+                    total_h *= one_plus_scale
+            if dweight_ptr is not None:
+                store_sum(dweight_ptr, sums_ptr, WEIGHT_SLOT, run, runs, total_h, column[c], mask, tile)
+            if dbias_ptr is not None:
+                store_sum(dbias_ptr, sums_ptr, BIAS_SLOT, run, runs, total, column[c], mask, tile)
+            if dgate_ptr is not None and not GATE_PER_TOKEN:
+                total_gate = tl.sum(sum_gate[c], 0)[None]
+                store_sum(dgate_ptr, sums_ptr, GATE_SLOT, run, runs, total_gate, column[c], mask, tile)
+            if dbranch_bias_ptr is not None:
+                total = tl.sum(sum_branch[c], 0)[None]
+                store_sum(dbranch_bias_ptr, sums_ptr, BRANCH_BIAS_SLOT, run, runs, total, column[c], mask, tile)
 
 
 @plan
@@ -416,7 +437,8 @@ def _backward_plan(
 ) -> Backward:
     dy, x, branch = dense("dy", dy), dense("x", x), dense("branch", branch)
     weight, bias = dense("weight", weight), dense("bias", bias)
-    for name, each in (("dresidual", dresidual), ("branch_bias", branch_bias), ("mean", mean), ("rstd", rstd)):
+    dresidual = dense("dresidual", dresidual)
+    for name, each in (("branch_bias", branch_bias), ("mean", mean), ("rstd", rstd)):
         dense(name, each)
     gate, scale, index = gate and Like(*gate), scale and Like(*scale), dense("index", index)
     batch, tokens, width = x.shape
@@ -427,6 +449,8 @@ def _backward_plan(
     written = [dtype for (dtype, _), each in zip(gradients, per_token, strict=True) if each]
     written += [like.dtype for like, each in zip(read, per_token, strict=True) if each and like is not None]
     held = [dy.dtype, x.dtype, asked.branch, branch and branch.dtype, *written]
+    rows_of_tokens = (like if each else None for like, each in zip(read, per_token, strict=True))
+    loaded = [each.dtype for each in (dy, x, dresidual, branch, *rows_of_tokens) if each is not None]
     tile, warps = tile_of(width, max_itemsize(*(dtype for dtype in held if dtype is not None)), *BACKWARD)
     gate_shape, *shapes = [None if dtype is None else (batch, rows, width) for dtype, rows in gradients]
     bias_shape, *affine = [
@@ -435,9 +459,11 @@ def _backward_plan(
     runs = Runs(x.shape, tile, [count for count in counts if count], (gate_shape, bias_shape, *shapes, *affine), index)
     summed_shift = asked.shift is not None and not per_token[1]
     summed_scale, summed_bias = (each is not None and not per_token[2] for each in (asked.scale, asked.bias))
+    depth = depth_of(tile, warps, *loaded)
     first = Launch(
         _bwd,
-        (runs.count,),
+        (runs.programs(depth, device),),
+        runs.count,
         tokens,
         runs.row_tokens,
         runs.run_tokens,
@@ -453,6 +479,7 @@ def _backward_plan(
         summed_scale or (asked.weight is not None and not per_token[2]),
         *per_token,
         *runs.slots,
+        depth.stages,
         constants(tile),
         num_warps=warps,
     )

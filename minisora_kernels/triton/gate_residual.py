@@ -25,8 +25,10 @@ from ._rows import (
     chunks,
     columns,
     dense_index,
+    depth_of,
     given,
     gradient_of,
+    kept,
     mask_of,
     max_itemsize,
     row_by_index,
@@ -92,6 +94,7 @@ def _bwd(
     dgate_ptr,
     dbranch_bias_ptr,
     sums_ptr,
+    runs,
     tokens,
     row_tokens,
     run_tokens,
@@ -104,53 +107,62 @@ def _bwd(
     PER_TOKEN: tl.constexpr,
     GATE_SLOT: tl.constexpr,
     BIAS_SLOT: tl.constexpr,
+    STAGES: tl.constexpr,
     tile: tl.constexpr,
 ):
     column = columns(tile)
     member = tl.arange(0, tile.rows)[:, None, None]
-    if order_ptr is None:
-        begin, end, sample, place = run_of(tokens, row_tokens, run_tokens)
-    else:
-        begin, end, sample, place = sorted_run_of(
-            index_ptr, first_ptr, order_ptr, index_sample, first_sample, index_rows, tokens, run_tokens
-        )
-    if gate_ptr is not None and not PER_TOKEN:
-        gate = row_of(gate_ptr, gate_sample, gate_row, sample, place, gate_tokens)
-    sum_gate = zeros(tile)
-    sum_bias = zeros(tile)
-    for first in range(begin, end, tile.rows):
-        token = first + member
-        live = token < end
-        if order_ptr is not None:
-            order = order_ptr + sample.to(tl.int64) * index_sample
-            token = sample * tokens + tl.load(order + token, live, other=0)
-        at = token.to(tl.int64) * tile.width
-        if gate_ptr is not None and PER_TOKEN:
-            gate = row_of(gate_ptr, gate_sample, gate_row, sample, place + token - begin, 1)
+    for run in range(tl.program_id(0), runs, tl.num_programs(0)):
+        if order_ptr is None:
+            begin, end, sample, place = run_of(run, tokens, row_tokens, run_tokens)
+        else:
+            begin, end, sample, place = sorted_run_of(
+                run, index_ptr, first_ptr, order_ptr, index_sample, first_sample, index_rows, tokens, run_tokens
+            )
+        if gate_ptr is not None and not PER_TOKEN:
+            gates = kept(row_of(gate_ptr, gate_sample, gate_row, sample, place, gate_tokens), column, tile)
+        if branch_bias_ptr is not None:
+            branch_biases = kept(branch_bias_ptr, column, tile)
+        sum_gate = zeros(tile)
+        sum_bias = zeros(tile)
+        for first in tl.range(begin, end, tile.rows, num_stages=STAGES, disable_licm=True):
+            token = first + member
+            live = token < end
+            if order_ptr is not None:
+                order = order_ptr + sample.to(tl.int64) * index_sample
+                token = sample * tokens + tl.load(order + token, live, other=0)
+            at = token.to(tl.int64) * tile.width
+            if gate_ptr is not None and PER_TOKEN:
+                gate = row_of(gate_ptr, gate_sample, gate_row, sample, place + token - begin, 1)
+            for c in tl.static_range(chunks(tile)):
+                mask = mask_of(live, column[c], tile, c)
+                here = at + column[c]
+                dy = load(dy_ptr + here, mask)
+                if gate_ptr is not None:
+                    if PER_TOKEN:
+                        dbranch = dy * load(gate + column[c], mask)
+                    else:
+                        dbranch = dy * gates[c].to(tl.float32)
+                    if dbranch_ptr is not None:
+                        store(dbranch_ptr + here, dbranch, mask)
+                    if dbranch_bias_ptr is not None:
+                        sum_bias = add(sum_bias, c, dbranch)
+                if dgate_ptr is not None:
+                    branch = load(branch_ptr + here, mask)
+                    if branch_bias_ptr is not None:
+                        branch += branch_biases[c].to(tl.float32)
+                    if PER_TOKEN:
+                        store(dgate_ptr + here, dy * branch, mask)
+                    else:
+                        sum_gate = add(sum_gate, c, dy * branch)
         for c in tl.static_range(chunks(tile)):
-            mask = mask_of(live, column[c], tile, c)
-            here = at + column[c]
-            dy = load(dy_ptr + here, mask)
-            if gate_ptr is not None:
-                dbranch = dy * load(gate + column[c], mask)
-                if dbranch_ptr is not None:
-                    store(dbranch_ptr + here, dbranch, mask)
-                if dbranch_bias_ptr is not None:
-                    sum_bias = add(sum_bias, c, dbranch)
-            if dgate_ptr is not None:
-                branch = load(branch_ptr + here, mask)
-                if branch_bias_ptr is not None:
-                    branch += load(branch_bias_ptr + column[c], mask)
-                if PER_TOKEN:
-                    store(dgate_ptr + here, dy * branch, mask)
-                else:
-                    sum_gate = add(sum_gate, c, dy * branch)
-    for c in tl.static_range(chunks(tile)):
-        mask = mask_of(True, column[c], tile, c)
-        if dgate_ptr is not None and not PER_TOKEN:
-            store_sum(dgate_ptr, sums_ptr, GATE_SLOT, tl.sum(sum_gate[c], 0)[None], column[c], mask, tile)
-        if dbranch_bias_ptr is not None:
-            store_sum(dbranch_bias_ptr, sums_ptr, BIAS_SLOT, tl.sum(sum_bias[c], 0)[None], column[c], mask, tile)
+            mask = mask_of(True, column[c], tile, c)
+            if dgate_ptr is not None and not PER_TOKEN:
+                total = tl.sum(sum_gate[c], 0)[None]
+                store_sum(dgate_ptr, sums_ptr, GATE_SLOT, run, runs, total, column[c], mask, tile)
+            if dbranch_bias_ptr is not None:
+                total = tl.sum(sum_bias[c], 0)[None]
+                store_sum(dbranch_bias_ptr, sums_ptr, BIAS_SLOT, run, runs, total, column[c], mask, tile)
 
 
 @plan
@@ -187,9 +199,12 @@ def _backward_plan(dy, branch, gate, branch_bias, index, dbranch, gate_rows, nee
     gradients = ((batch, rows, width) if gate_rows else None, (width,) if need_bias else None)
     runs = Runs(dy.shape, tile, (rows,), gradients, index)
     per_token = rows == tokens and index is None
-    numbers = (tokens, runs.row_tokens, runs.run_tokens, runs.index_rows, *runs.strides)
+    numbers = (runs.count, tokens, runs.row_tokens, runs.run_tokens, runs.index_rows, *runs.strides)
     numbers += (1 if index else tokens // rows, *strides_of("gate", gate))
-    first = Launch(_bwd, (runs.count,), *numbers, per_token, *runs.slots, constants(tile), num_warps=warps)
+    loaded = (dy, branch, gate if per_token else None)
+    depth = depth_of(tile, warps, *(each.dtype for each in loaded if each is not None))
+    grid = (runs.programs(depth, device),)
+    first = Launch(_bwd, grid, *numbers, per_token, *runs.slots, depth.stages, constants(tile), num_warps=warps)
     return Backward(first, runs)
 
 

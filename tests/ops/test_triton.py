@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 import torch
-from cases import Case
+from cases import CASES, Case
 from conftest import on_triton
 from test_ops import outputs, run
 
@@ -149,6 +149,26 @@ def test_rows_over_several_runs_repeat_their_bits(op: str, rows: int, nan_filled
     first = check(case, BF16)
     for name, value in run(case, BF16, "triton").items():
         assert torch.equal(value, first[name]), f"{name} changes from run to run"
+
+
+INDEXED = [case for case in CASES if case.op in OPS and case.name in ("index", "index-of-rows-without-tokens")]
+
+
+@pytest.mark.parametrize(
+    "case", [rows_case(op, 3, 99, 72, (rows,) * 3, affine=True) for op in OPS for rows in (1, 3)] + INDEXED, ids=str
+)
+def test_the_bits_are_those_of_the_runs_however_many_programs_take_them(case: Case, monkeypatch, nan_filled):
+    from minisora_kernels.triton import _launch, _rows
+
+    found = []
+    for most in (1, 2, 5, 1000):
+        monkeypatch.setattr(_rows.Runs, "programs", lambda self, *_, most=most: min(self.count, most))
+        _launch.forget_plans()
+        found.append(run(case, BF16, "triton"))
+    _launch.forget_plans()
+    for other in found[1:]:
+        for name, value in found[0].items():
+            assert torch.equal(value, other[name]), f"{name} changes with the number of programs"
 
 
 @pytest.mark.parametrize(
