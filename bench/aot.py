@@ -343,7 +343,7 @@ def _wrong(name: str, values: dict[str, Any], architecture: Architecture, same_t
     may_spill = not same_triton or not architecture.nvidia or COMPUTE_BOUND.match(name.split(" ", 1)[1])
     if values["spilled"] > allowed and not may_spill:
         found.append(f"spills {values['spilled']} bytes a thread")
-    if values.get("ahead", LEAST_AHEAD) < LEAST_AHEAD:
+    if same_triton and values.get("ahead", LEAST_AHEAD) < LEAST_AHEAD:
         found.append(f"{values['ahead']} bytes in flight on a multiprocessor, there must be {LEAST_AHEAD}")
     if values["shared"] > architecture.shared_per_block:
         found.append(f"{values['shared']} bytes of shared memory, there are {architecture.shared_per_block}")

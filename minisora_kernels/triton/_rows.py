@@ -30,19 +30,18 @@ from torch import Tensor
 from ._common import load, store
 from ._launch import Launch, Like, architecture, dense, multiprocessors
 
-# The most columns of a token that a thread holds, and the most tokens that a program takes at a time. A backward, with
-# sums for two or three parameters in registers too, has room for two to four blocks of it on a multiprocessor, and
-# takes few tokens because a tile does not reach over the end of a row.
+# The most columns of a token that a thread holds, and the most tokens that a program takes at a time. A backward has
+# sums for two or three parameters and rows of one or two in registers too, and takes few tokens because a tile does not
+# reach over the end of a row.
 FORWARD, BACKWARD = (96, 128), (24, 16)
 
-# Runs are as long as makes RUNS of them, three blocks for every multiprocessor of a large GPU, which holds them all at
-# once. With MIN_RUN tokens the partial sums are 17% of what the backward of adaln in bfloat16 reads and writes, with
-# MAX_RUN 4%.
+# Runs are as long as makes RUNS of them, two or three for every multiprocessor of a large GPU. With MIN_RUN tokens the
+# partial sums are 17% of what the backward of adaln in bfloat16 reads and writes, with MAX_RUN 4%.
 MIN_RUN, MAX_RUN, RUNS = 8, 32, 384
 
 # A backward copies the tokens of the next tiles to shared memory while it computes: as many tiles as have so many
-# bytes. Two programs of a multiprocessor then have 26 KB in flight, with which an H200 reads at its full speed.
-AHEAD = 13 << 10
+# bytes. With them in flight on every multiprocessor an H200 reads at its full speed, by an estimate.
+AHEAD = 26_000
 # Warps of a backward on a multiprocessor: registers hold as many of the most that a kernel may have. So all programs
 # are there at once, none waits for another to end, and each takes equally many runs.
 WARPS = 8
@@ -83,8 +82,9 @@ def depth_of(tile: Tile, warps: int, *dtypes: torch.dtype) -> Depth:
     target = architecture()
     shared = (SHARED.get(target, 100) << 10) if target >= 80 else 0
     programs = max(WARPS // warps, 1)
-    width = sum(tile.lanes * _vector(tile, c) for c in range(chunks(tile)))
-    each = tile.rows * width * sum(dtype.itemsize for dtype in dtypes)
+    whole, rest = divmod(tile.width, tile.lanes * tile.vector)
+    columns = whole * tile.vector + triton.next_power_of_2(triton.cdiv(rest, tile.lanes))  # of a thread
+    each = tile.rows * tile.lanes * columns * sum(dtype.itemsize for dtype in dtypes)
     ahead = min(triton.cdiv(AHEAD, each), (shared - SCRATCH) // each - 1)
     if ahead < 1:
         return Depth(1, programs)

@@ -12,6 +12,8 @@ from conftest import on_triton
 from test_ops import outputs, run
 
 import minisora_kernels as mk
+from bench.harness.shapes import MODULATED as SHAPES
+from bench.harness.shapes import on_device
 from minisora_kernels import backends
 from minisora_kernels.modulation import TRITON_WIDEST
 from minisora_kernels.testing import assert_as_accurate
@@ -149,6 +151,38 @@ def test_rows_over_several_runs_repeat_their_bits(op: str, rows: int, nan_filled
     first = check(case, BF16)
     for name, value in run(case, BF16, "triton").items():
         assert torch.equal(value, first[name]), f"{name} changes from run to run"
+
+
+LARGER = [on_device(shape, torch.device("cuda")) for shape in SHAPES]  # what runs on a GPU
+
+
+@pytest.mark.parametrize("multiprocessors", (108, 128, 132, 144))
+@pytest.mark.parametrize("architecture", (80, 89, 90, 100, 120))
+@pytest.mark.parametrize("shape", (*SHAPES, *LARGER), ids=lambda shape: shape.name)
+def test_no_program_of_a_backward_waits_or_works_much_longer(shape, architecture, multiprocessors, monkeypatch):
+    """All are on the GPU at once, with equally many tokens, and read ahead 26 KB for every multiprocessor."""
+    from minisora_kernels.triton import _rows
+
+    monkeypatch.setattr(_rows, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(_rows, "architecture", lambda: architecture)
+    parameter = (shape.batch, shape.rows, shape.width)
+    for dtype in (getattr(torch, name) for name in shape.dtypes):
+        for read in (2, 4):  # tensors of tokens: adaln and gate_residual, and gate_residual_adaln
+            tile, warps = tile_of(shape.width, dtype.itemsize, *BACKWARD)
+            depth = _rows.depth_of(tile, warps, *[dtype] * read)
+            size = torch.Size((shape.batch, shape.count, shape.width))
+            runs = _rows.Runs(size, tile, [shape.rows], [parameter] * 2, None)
+            programs = runs.programs(depth, 0)
+            assert programs <= multiprocessors * depth.programs and depth.programs * warps <= 8
+            ahead = (depth.stages - 2) * tile.rows * shape.width * dtype.itemsize * read
+            assert programs * ahead >= 26_000 * multiprocessors
+            row_runs = runs.count // (shape.batch * shape.rows)
+            tokens = [
+                min(runs.run_tokens, runs.row_tokens - run % row_runs * runs.run_tokens) for run in range(runs.count)
+            ]
+            assert sum(tokens) == shape.batch * shape.count
+            longest = max(sum(tokens[first::programs]) for first in range(programs))
+            assert longest <= 1.1 * sum(tokens) / programs
 
 
 INDEXED = [case for case in CASES if case.op in OPS and case.name in ("index", "index-of-rows-without-tokens")]
