@@ -7,7 +7,8 @@ a tensor ``[rows, lanes, vector]``, the tokens are a tuple of chunks. A thread h
 over D is one within the thread, then one over the lanes, which needs no shared memory while they are of one warp.
 
 A sum over tokens has two stages: a program adds up a run of neighbouring tokens in registers and leaves a partial sum,
-a second kernel adds those of a row. Runs, and so the order of every sum, depend on shapes and dtypes alone.
+a second kernel adds those of a row. Runs, and so the order of every sum, depend on shapes and dtypes alone. How many
+programs take them depends on the GPU: as many as it holds at once, with equally many runs each.
 
 With an index of the tokens' rows, a kernel first sorts the tokens by row. Runs are then of neighbours in that order:
 one begins at every multiple of its length, and one more where a row begins between two of those. So their number, which

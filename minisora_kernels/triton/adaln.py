@@ -3,8 +3,9 @@
 Forward: a program takes some tokens. It reads x (and the branch) once, keeps it in registers for the mean, the centred
 squares and the result, and writes y (and the residual) and the statistics once.
 
-Backward: a program takes a run of tokens that share their rows of the modulation, a few at a time. It reads every
-activation once, writes dx (and dbranch) once and keeps fp32 sums in registers. With P = sum dy and Q = sum dy * h,
+Backward: a program takes runs of tokens that share their rows of the modulation, a few tokens at a time. It keeps the
+rows and fp32 sums in registers, reads every activation once, ahead of what it computes, and writes dx (and dbranch)
+once. With P = sum dy and Q = sum dy * h,
 
     dshift = P      dscale = weight * Q + bias * P      dweight = (1 + scale) * Q      dbias = (1 + scale) * P
 
