@@ -35,6 +35,7 @@ from ._launch import Launch, Like, architecture, dense, multiprocessors
 # sums for two or three parameters and rows of one or two in registers too, and takes few tokens because a tile does not
 # reach over the end of a row.
 FORWARD, BACKWARD = (96, 128), (24, 16)
+MANY_SUMS = 12, 16  # a backward with four sums or more, of tokens that then still fit 16 warps
 
 # Runs are as long as makes RUNS of them, two or three for every multiprocessor of a large GPU. With MIN_RUN tokens the
 # partial sums are 17% of what the backward of adaln in bfloat16 reads and writes, with MAX_RUN 4%.

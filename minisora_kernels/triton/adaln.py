@@ -28,6 +28,7 @@ from ._launch import Launch, Like, dense, plan, signature
 from ._rows import (
     BACKWARD,
     FORWARD,
+    MANY_SUMS,
     RUN_NUMBERS,
     Backward,
     Runs,
@@ -452,14 +453,22 @@ def _backward_plan(
     held = [dy.dtype, x.dtype, asked.branch, branch and branch.dtype, *written]
     rows_of_tokens = (like if each else None for like, each in zip(read, per_token, strict=True))
     loaded = [each.dtype for each in (dy, x, dresidual, branch, *rows_of_tokens) if each is not None]
-    tile, warps = tile_of(width, max_itemsize(*(dtype for dtype in held if dtype is not None)), *BACKWARD)
+    summed_gate, summed_shift, summed_scale = (
+        dtype is not None and not each for (dtype, _), each in zip(gradients, per_token, strict=True)
+    )
+    summed_bias, summed_weight = (each is not None and not per_token[2] for each in (asked.bias, asked.weight))
+    sum_dy = summed_shift or summed_bias or (summed_scale and bias is not None)
+    sum_h = summed_scale or summed_weight
+    # With a scale a token, weight and bias have sums of their own.
+    sums = [sum_dy, sum_h, summed_gate, asked.branch_bias is not None]
+    sums += [each is not None and per_token[2] for each in (asked.bias, asked.weight)]
+    itemsize = max_itemsize(*(dtype for dtype in held if dtype is not None))
+    tile, warps = tile_of(width, itemsize, *(MANY_SUMS if sum(sums) > 3 and width <= 4096 else BACKWARD))
     gate_shape, *shapes = [None if dtype is None else (batch, rows, width) for dtype, rows in gradients]
     bias_shape, *affine = [
         None if dtype is None else (width,) for dtype in (asked.branch_bias, asked.weight, asked.bias)
     ]
     runs = Runs(x.shape, tile, [count for count in counts if count], (gate_shape, bias_shape, *shapes, *affine), index)
-    summed_shift = asked.shift is not None and not per_token[1]
-    summed_scale, summed_bias = (each is not None and not per_token[2] for each in (asked.scale, asked.bias))
     depth = depth_of(tile, warps, *loaded)
     first = Launch(
         _bwd,
@@ -476,8 +485,8 @@ def _backward_plan(
         *strides_of("scale", scale),
         rms,
         asked.x or any(dtype is not None for dtype in (asked.branch, asked.gate, asked.branch_bias)),
-        summed_shift or summed_bias or (summed_scale and bias is not None),
-        summed_scale or (asked.weight is not None and not per_token[2]),
+        sum_dy,
+        sum_h,
         *per_token,
         *runs.slots,
         depth.stages,
