@@ -265,9 +265,10 @@ def resources(compiled: Any, architecture: Architecture, ahead: bool = False) ->
     found = {"warps": warps, "registers": registers, "spilled": stack + local, "shared": shared}
     found["occupancy"] = round(occupancy, 2)
     if ahead:
-        from minisora_kernels.triton._rows import WARPS
+        from minisora_kernels.triton import _tiles
 
-        programs = min(round(occupancy * architecture.warps / warps), WARPS // warps)
+        wanted = _tiles.sizes(_tiles.AHEAD).warps // warps
+        programs = min(round(occupancy * architecture.warps / warps), wanted)
         found["ahead"] = programs * bytes_ahead(text, 32 * warps)
     return found
 

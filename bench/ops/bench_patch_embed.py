@@ -33,10 +33,18 @@ SHAPES = (
 
 
 def _video(values: dict[str, Any]) -> int:
+    """Once per group of columns."""
+    from minisora_kernels.triton import patch_embed
+
+    weight = values["weight"]
+    return -(-weight.shape[0] // patch_embed.columns_of(weight))
+
+
+def _video_again(values: dict[str, Any]) -> int:
     """Once per block of columns."""
     from minisora_kernels.triton import patch_embed
 
-    return -(-values["weight" if "weight" in values else "dweight"].shape[0] // patch_embed.COLUMNS)
+    return -(-values["dweight"].shape[0] // patch_embed.COLUMNS)
 
 
 def _dy(values: dict[str, Any]) -> int:
@@ -59,7 +67,7 @@ def _dy_to_video(values: dict[str, Any]) -> int:
 TRAFFIC = {
     # What is read more than once comes mostly from the caches.
     "patch_embed_fwd": Traffic({"x": _video}, {"y": 1}),
-    "patch_embed_bwd": Traffic({"x": _video, "dy": _dy}, {}),
+    "patch_embed_bwd": Traffic({"x": _video_again, "dy": _dy}, {}),
     "patch_embed_video": Traffic({"dy": _dy_to_video}, {"dx": 1}),
 }
 
@@ -113,6 +121,7 @@ def launches() -> Iterator[Launch]:
     for patch in ((1, 2, 2), (1, 16, 16)):
         yield Launch(f"C 4 {patch} tf32", partial(_patches, 4, patch, 1152, True, True), TF32)
     yield Launch("D 33", partial(_patches, 4, (1, 2, 2), 33, True, True))
+    yield Launch("D 33, pixels", partial(_patches, 3, (1, 16, 16), 33, True, True))
 
 
 # Small and odd: what the sanitizer runs.

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ._common import load, store
 from ._launch import Launch, Like, architecture, dense, multiprocessors
+from ._tiles import AHEAD, sizes
 
 # The most columns of a token that a thread holds, and the most tokens that a program takes at a time. A backward has
 # sums for two or three parameters and rows of one or two in registers too, and takes few tokens because a tile does not
@@ -41,12 +42,6 @@ MANY_SUMS = 12, 16  # a backward with four sums or more, of tokens that then sti
 # partial sums are 17% of what the backward of adaln in bfloat16 reads and writes, with MAX_RUN 4%.
 MIN_RUN, MAX_RUN, RUNS = 8, 32, 384
 
-# A backward copies the tokens of the next tiles to shared memory while it computes: as many tiles as have so many
-# bytes. With them in flight on every multiprocessor an H200 reads at its full speed, by an estimate.
-AHEAD = 26_000
-# Warps of a backward on a multiprocessor: registers hold as many of the most that a kernel may have. So all programs
-# are there at once, none waits for another to end, and each takes equally many runs.
-WARPS = 8
 # Shared memory of a multiprocessor in KiB, by architecture, of which a program may have all but one; newer ones than
 # sm_80 that are not named have 100.
 SHARED = {80: 164, 90: 228, 100: 228}
@@ -80,14 +75,17 @@ class Depth(NamedTuple):
 
 
 def depth_of(tile: Tile, warps: int, *dtypes: torch.dtype) -> Depth:
-    """For tiles of tokens of ``dtypes``; those that do not fit the shared memory are not read ahead."""
-    target = architecture()
+    """For tiles of tokens of ``dtypes``: as many tiles ahead as have the bytes wanted, or as fit the shared memory.
+
+    They are copied there while a program computes, so that what it waits for is on its way.
+    """
+    target, wanted = architecture(), sizes(AHEAD)
     shared = (SHARED.get(target, 100) << 10) if target >= 80 else 0
-    programs = max(WARPS // warps, 1)
+    programs = max(wanted.warps // warps, 1)
     whole, rest = divmod(tile.width, tile.lanes * tile.vector)
     columns = whole * tile.vector + triton.next_power_of_2(triton.cdiv(rest, tile.lanes))  # of a thread
     each = tile.rows * tile.lanes * columns * sum(dtype.itemsize for dtype in dtypes)
-    ahead = min(triton.cdiv(AHEAD, each), (shared - SCRATCH) // each - 1)
+    ahead = min(triton.cdiv(wanted.bytes, each), (shared - SCRATCH) // each - 1)
     if ahead < 1:
         return Depth(1, programs)
     return Depth(ahead + 2, min(programs, shared // ((ahead + 1) * each + SCRATCH)))

@@ -2,8 +2,8 @@
 
 Forward: a program takes some tokens, reads x and the branch once and writes y once. Backward: a program takes runs of
 tokens that share a row of the gate, reads dy and the branch once, ahead of what it computes, writes dbranch once and
-adds up dgate and the gradient of the bias in fp32 registers; _rows.py adds up the runs. The gradient of a gate with a row a token is written
-with its token. With an index of rows, runs are of tokens that _rows.py has sorted.
+adds up dgate and the gradient of the bias in fp32 registers; _rows.py adds up the runs. The gradient of a gate with a
+row a token is written with its token. With an index of rows, runs are of tokens that _rows.py has sorted.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ tile.
 
 Forward, a program makes a tile of tokens x columns of y, for one sample after the other. Writing y takes most of the
 time. What samples share, bias and position rows, is read once, and so is the weight where a patch fits one tile of
-elements. A longer patch (pixels) is an ordinary product, and its position rows come from the caches again.
+elements. A longer patch (pixels) is an ordinary product: a program makes one tile, of some tokens of one sample and a
+third of their columns, so that the video is read three times. Programs that share position rows are neighbours.
 
 Backward, a program sums dy^T patches over a chunk of tiles of tokens in fp32, and from the same tiles of dy its part of
 dbias; the parts are then added in order. dpos reads dy once more: most models freeze pos. dx, which training on data
@@ -18,18 +19,22 @@ pos in a pass of their own. Not measured.
 from __future__ import annotations
 
 from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import dot, load, precision_of, store
+from ._common import constants, dot, load, precision_of, store
 from ._launch import Launch, Like, dense, plan, signature
 from ._parts import sum_parts
 from ._rows import given
+from ._tiles import PRODUCT, sizes
+from ._window_rows import Piece, wide_pieces
 
 COLUMNS = 128  # of y and dy in a tile; divides the widths of all models
+GATHERED = 3  # times that a long patch is read, forward
 SHORT = 256  # bytes of a patch that fits one tile
 # Products of float32 are added in chains of at most this many elements, whose sums are added then: one chain of 768 is
 # three times as far from exact as torch.
@@ -57,15 +62,63 @@ def _places(k, stride_c, stride_t, stride_h, stride_w, PT: tl.constexpr, PH: tl.
 
 
 @triton.jit
-def _addend(bias_ptr, pos_ptr, n, d, tokens, WIDTH: tl.constexpr):
+def _addend(bias_ptr, pos_ptr, n, d, there, tokens, WIDTH: tl.constexpr):
     """What every sample adds to its products: a tile [tokens, columns], or a scalar."""
     total = 0.0
     if bias_ptr is not None:
-        total += load(bias_ptr + d, d < WIDTH)[None, :]
+        total += load(bias_ptr + d, there)[None, :]
     if pos_ptr is not None:
-        mask = (n[:, None] < tokens) & (d[None, :] < WIDTH)
+        mask = (n[:, None] < tokens) & there[None, :]
         total += load(pos_ptr + n.to(tl.int64)[:, None] * WIDTH + d[None, :], mask)
     return total
+
+
+@triton.jit
+def _columns(first, GROUP: tl.constexpr, i: tl.constexpr, WIDTH: tl.constexpr):
+    """The columns of piece ``i`` of a group that begins at ``first``, and whether there are such."""
+    column = GROUP.pieces[i][0] + tl.arange(0, GROUP.pieces[i][1])
+    return first + column, (column < GROUP.pieces[i][2]) & (first + column < WIDTH)
+
+
+@triton.jit
+def _zeros(TOKENS: tl.constexpr, GROUP: tl.constexpr):
+    out = ()
+    for i in tl.static_range(len(GROUP.pieces)):
+        out = out + (tl.zeros((TOKENS, GROUP.pieces[i][1]), tl.float32),)
+    return out
+
+
+@triton.jit
+def _products(
+    of_x,
+    weight_ptr,
+    d0,
+    start,
+    end,
+    LENGTH: tl.constexpr,
+    PT: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Elements ``start`` to ``end`` of patches times the weight, piece by piece; patches are read once for all."""
+    parts = _zeros(TOKENS, GROUP)
+    for k0 in range(start, end, ELEMENTS):
+        k = k0 + tl.arange(0, ELEMENTS)
+        places = _places(k, of_x[2][0], of_x[2][1], of_x[2][2], of_x[2][3], PT, PH, PW)
+        here = k < LENGTH
+        x = tl.load(of_x[0] + places[None, :], of_x[1] & here[None, :], other=0.0)
+        sums = ()
+        for i in tl.static_range(len(GROUP.pieces)):
+            d, there = _columns(d0, GROUP, i, WIDTH)
+            w = tl.load(weight_ptr + d[None, :] * LENGTH + k[:, None], here[:, None] & there[None, :], other=0.0)
+            sums = sums + (dot(x, w, parts[i], PRECISION),)
+        parts = sums
+    return parts
 
 
 @triton.jit(do_not_specialize=["batch", "samples", "tokens", "height", "width"])
@@ -91,49 +144,56 @@ def _fwd(
     PW: tl.constexpr,
     WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
     ELEMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    SHORT: tl.constexpr,
 ):
     program = tl.program_id(0)
-    column_blocks: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
-    d = program % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    program //= column_blocks
-    token_blocks = tl.cdiv(tokens, TOKENS)
-    n = program % token_blocks * TOKENS + tl.arange(0, TOKENS)
-    first = program // token_blocks * samples
+    groups: tl.constexpr = (WIDTH + GROUP.width - 1) // GROUP.width
+    d0 = program % groups * GROUP.width
+    program //= groups
+    chunks = tl.cdiv(batch, samples)
+    first = program % chunks * samples  # neighbours share the position rows of their tokens
+    n = program // chunks * TOKENS + tl.arange(0, TOKENS)
 
     starts = x_ptr + _starts(n, height, width, stride_t, stride_h, stride_w, PT, PH, PW)
     elements = tl.arange(0, ELEMENTS)
-    fits: tl.constexpr = LENGTH <= ELEMENTS
-    if fits:
+    if SHORT:
+        d, there = _columns(d0, GROUP, 0, WIDTH)
         places = _places(elements, stride_c, stride_t, stride_h, stride_w, PT, PH, PW)
         x_mask = (n[:, None] < tokens) & (elements[None, :] < LENGTH)
-        w_mask = (elements[:, None] < LENGTH) & (d[None, :] < WIDTH)
+        w_mask = (elements[:, None] < LENGTH) & there[None, :]
         w = tl.load(weight_ptr + d[None, :] * LENGTH + elements[:, None], w_mask, other=0.0)
-        addend = _addend(bias_ptr, pos_ptr, n, d, tokens, WIDTH)
-    for b in range(first.to(tl.int64), tl.minimum(batch, first + samples)):
-        y = tl.zeros((TOKENS, COLUMNS), tl.float32)
-        if fits:
+        addend = _addend(bias_ptr, pos_ptr, n, d, there, tokens, WIDTH)
+        y_mask = (n[:, None] < tokens) & there[None, :]
+        for b in range(first.to(tl.int64), tl.minimum(batch, first + samples)):
             x = tl.load(starts[:, None] + (b * stride_b + places)[None, :], x_mask, other=0.0)
-            y = dot(x, w, y, PRECISION)
+            y = dot(x, w, tl.zeros((TOKENS, GROUP.pieces[0][1]), tl.float32), PRECISION)
+            store(y_ptr + (b * tokens + n)[:, None] * WIDTH + d[None, :], y + addend, y_mask)
+    else:
+        b = first.to(tl.int64)
+        of_x = (starts[:, None] + b * stride_b, n[:, None] < tokens, (stride_c, stride_t, stride_h, stride_w))
+        if x_ptr.dtype.element_ty == tl.float32:
+            ys = _zeros(TOKENS, GROUP)
+            for start in range(0, LENGTH, CHAIN):
+                end = tl.minimum(start + CHAIN, LENGTH)
+                parts = _products(
+                    of_x, weight_ptr, d0, start, end, LENGTH, PT, PH, PW, WIDTH, TOKENS, GROUP, ELEMENTS, PRECISION
+                )
+                sums = ()
+                for i in tl.static_range(len(GROUP.pieces)):
+                    sums = sums + (ys[i] + parts[i],)
+                ys = sums
         else:
-            chain: tl.constexpr = CHAIN if x_ptr.dtype.element_ty == tl.float32 else LENGTH
-            for start in range(0, LENGTH, chain):
-                part = tl.zeros((TOKENS, COLUMNS), tl.float32)
-                for k0 in range(start, tl.minimum(start + chain, LENGTH), ELEMENTS):
-                    k = k0 + elements
-                    places = _places(k, stride_c, stride_t, stride_h, stride_w, PT, PH, PW)
-                    x_mask = (n[:, None] < tokens) & (k[None, :] < LENGTH)
-                    w_mask = (k[:, None] < LENGTH) & (d[None, :] < WIDTH)
-                    x = tl.load(starts[:, None] + (b * stride_b + places)[None, :], x_mask, other=0.0)
-                    w = tl.load(weight_ptr + d[None, :] * LENGTH + k[:, None], w_mask, other=0.0)
-                    part = dot(x, w, part, PRECISION)
-                y += part
-            addend = _addend(bias_ptr, pos_ptr, n, d, tokens, WIDTH)
-        y_mask = (n[:, None] < tokens) & (d[None, :] < WIDTH)
-        y_ptrs = y_ptr + (b * tokens + n)[:, None] * WIDTH + d[None, :]
-        store(y_ptrs, y + addend, y_mask)
+            ys = _products(
+                of_x, weight_ptr, d0, 0, LENGTH, LENGTH, PT, PH, PW, WIDTH, TOKENS, GROUP, ELEMENTS, PRECISION
+            )
+        for i in tl.static_range(len(GROUP.pieces)):
+            d, there = _columns(d0, GROUP, i, WIDTH)
+            y_mask = (n[:, None] < tokens) & there[None, :]
+            y = ys[i] + _addend(bias_ptr, pos_ptr, n, d, there, tokens, WIDTH)
+            store(y_ptr + (b * tokens + n)[:, None] * WIDTH + d[None, :], y, y_mask)
 
 
 @triton.jit(do_not_specialize=["tiles", "chunk", "tokens", "height", "width"])
@@ -239,13 +299,29 @@ def _bwd_x(
     store(dx_ptr + starts[:, None] + places[None, :], dx, dx_mask)
 
 
-def _numbers(x: Like, weight: Like, tile: tuple[int, int, int], precision: str) -> tuple[int, tuple[int | str, ...]]:
+class Group(NamedTuple):
+    """Columns of y that a program makes, in pieces whose widths are powers of two; kernels get its ``constants``."""
+
+    width: int
+    pieces: tuple[Piece, ...]
+
+
+def is_short(weight: Tensor | Like) -> bool:
+    """Whether a patch fits one tile, forward."""
+    return prod(weight.shape[1:]) * weight.dtype.itemsize <= SHORT
+
+
+def columns_of(weight: Tensor | Like) -> int:
+    """Columns of y that a program makes."""
+    return COLUMNS if is_short(weight) else triton.cdiv(weight.shape[0], GATHERED)
+
+
+def _numbers(x: Like, weight: Like, tile: tuple[Any, ...], precision: str) -> tuple[int, tuple[Any, ...]]:
     """The number of tokens; and what all kernels take last, for tiles of so many tokens, columns and elements."""
     width, channels, *patch = weight.shape
     frames, height, across = (n // p for n, p in zip(x.shape[2:], patch, strict=True))
     count = frames * height * across
-    constants: tuple[int | str, ...] = (channels * prod(patch), *patch, width, *tile, precision)
-    return count, (count, height, across, *x.stride, *constants)
+    return count, (count, height, across, *x.stride, channels * prod(patch), *patch, width, *tile, precision)
 
 
 def elements_of(weight: Tensor | Like, most: int) -> int:
@@ -258,18 +334,20 @@ def _forward_plan(x, weight, bias, pos, precision, device) -> tuple[Launch, int]
     """The launch, and the number of tokens."""
     x, weight = Like(*x), dense("weight", weight)
     dense("bias", bias), dense("pos", pos)
-    batch, length, itemsize = x.shape[0], prod(weight.shape[1:]), x.dtype.itemsize
-    # Short: small tiles, so that some programs of a multiprocessor write while others wait. Long: blocks of 64 bytes
-    # of elements, so that four stages fit the shared memory of every GPU.
-    short = length * itemsize <= SHORT
-    tile = (
-        (32, COLUMNS, max(16, triton.next_power_of_2(length))) if short else (256 // itemsize, COLUMNS, 64 // itemsize)
-    )
+    short, columns, batch, itemsize = is_short(weight), columns_of(weight), x.shape[0], x.dtype.itemsize
+    long = sizes(PRODUCT)
+    group = constants(Group(columns, wide_pieces(0, columns)))
+    # Short: small tiles, so that some programs of a multiprocessor write while others wait.
+    if short:
+        tile = 32, group, max(16, triton.next_power_of_2(prod(weight.shape[1:])))
+    else:
+        tile = long.tokens * 2 // itemsize, group, long.bytes // itemsize
     tokens, numbers = _numbers(x, weight, tile, precision)
-    tiles = triton.cdiv(weight.shape[0], COLUMNS) * triton.cdiv(tokens, tile[0])
-    samples = triton.cdiv(batch, triton.cdiv(PROGRAMS, tiles))
-    grid = (tiles * triton.cdiv(batch, max(samples, 1)),)
-    return Launch(_fwd, grid, batch, samples, *numbers, num_warps=8, num_stages=4), tokens
+    tiles = triton.cdiv(weight.shape[0], columns) * triton.cdiv(tokens, tile[0])
+    samples = max(triton.cdiv(batch, triton.cdiv(PROGRAMS, tiles)), 1) if short else 1
+    grid = (tiles * triton.cdiv(batch, samples),)
+    warps, stages = (8, 4) if short else (long.warps, long.stages)
+    return Launch(_fwd, grid, batch, samples, *numbers, short, num_warps=warps, num_stages=stages), tokens
 
 
 def patch_embed_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from window_library import on_the_library
 from minisora_kernels import backends
 from minisora_kernels.verify.cases import Case, random_tensors
 from minisora_kernels.verify.cases.modulated import modulated
+from minisora_kernels.verify.cases.patch_embed import patch_embed
 from minisora_kernels.verify.cases.window_attention import window_attention
 
 if backends.EXECUTOR != "ir":
@@ -54,6 +55,8 @@ FURTHER = [
     )
 ]
 FURTHER += modulated(random_tensors(1), "widest", 1, 2, 5120, 1, 1, True)
+# Two, for they are executed in either dtype in turns.
+FURTHER += [patch_embed(random_tensors(2), f"long-{i}", 1, 3, (1, 16, 16), (1, 16, 16), 3, True, False) for i in (1, 2)]
 EXECUTED = [case for case in CASES if max(t.numel() for t in case.tensors.values()) <= SMALL] + FURTHER
 
 

@@ -1,0 +1,57 @@
+"""Sizes that kernels are launched with and that do not change a bit of what they compute: by architecture, frozen.
+
+0 stands for every architecture that is not named. The compile record holds what the compiler makes of them. `python -m
+bench.gpu --step tune` measures :data:`CANDIDATES` on a GPU and writes this file anew; nothing is measured while kernels
+run. What is here was chosen by counts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+from ._launch import architecture
+
+
+class Ahead(NamedTuple):
+    """Of the backwards of modulated tokens: bytes that a program reads ahead, and warps on a multiprocessor."""
+
+    bytes: int
+    warps: int
+
+
+class Product(NamedTuple):
+    """Of patch_embed's forward for long patches: tokens of a tile, half of them in float32, bytes of a patch at a step,
+    warps and stages.
+    """
+
+    tokens: int
+    bytes: int
+    warps: int
+    stages: int
+
+
+Sizes = TypeVar("Sizes", Ahead, Product)
+
+# With 26 KB in flight on every multiprocessor an H200 reads at its full speed, by an estimate. Registers hold 8 warps
+# of the most that a kernel may have: all programs are there at once, and none waits for another to end.
+AHEAD = {
+    0: Ahead(bytes=26000, warps=8),
+}
+# The most tokens that Triton 3.7.1 compiles without spills with 384 columns; 57 KiB of shared memory on sm_80.
+PRODUCT = {
+    0: Product(tokens=64, bytes=64, warps=8, stages=3),
+}
+
+CANDIDATES = {
+    "AHEAD": [Ahead(bytes_, warps) for bytes_ in (13_000, 26_000, 40_000) for warps in (4, 8, 12)],
+    "PRODUCT": [
+        Product(tokens, bytes_, warps, stages)
+        for tokens, warps in ((32, 4), (32, 8), (64, 8), (128, 8))
+        for bytes_, stages in ((32, 4), (64, 3), (64, 4))
+    ],
+}
+
+
+def sizes(table: dict[int, Sizes]) -> Sizes:
+    """Of the architecture that Triton compiles for."""
+    return table.get(architecture(), table[0])
