@@ -4,12 +4,13 @@
     verify      ``python -m minisora_kernels verify``: right and faster, and the record that the automatic choice reads
     sanitizer   bench/gpu/sanitized.py under compute-sanitizer, of the CUDA toolkit: memcheck, then racecheck
     quick       the benches of ``--quick``: device time and host time, against eager PyTorch and torch.compile
+    tune        candidates for the sizes of kernels, timed in turns: a new minisora_kernels/triton/_tiles.py
     op:NAME     all benches of that op; of window_attention one kind of windows: op:window_attention:temporal
 
 Each step leaves ``DIR/<step>.json``, what it printed beside it, and its bench record, if it makes one, under
 ``DIR/results``. A step whose file is there, whole and of the same commit and machine, is not run again unless
-``--again`` asks for it. Without ``--step`` all run. Exit status: that of the first step that failed; the others run all
-the same. A step that takes longer than ``--limit`` seconds is ended, and has failed.
+``--again`` asks for it. Without ``--step`` all run but tune. Exit status: that of the first step that failed; the
+others run all the same. A step that takes longer than ``--limit`` seconds is ended, and has failed.
 
 ``--dry-run`` goes the same way without a GPU: a few cases, on the CPU or in Triton's interpreter, and no sanitizer.
 Not run on a GPU yet.
@@ -159,6 +160,12 @@ def quick(step: Step) -> Result:
     return benches(step, "quick", ["bench", "--quick"], "unpatchify and fwd and not bwd" if step.dry else "")
 
 
+def tuning(step: Step) -> Result:
+    path = step.out / "results" / "_tiles.py"
+    status = step.run(sys.executable, "-m", "bench.gpu.tune", "--out", str(path))
+    return status, {"why": f"{step.stem}.txt"} if status else {"tiles": str(path.relative_to(step.out))}
+
+
 def of_op(step: Step) -> Result:
     _, op, *kind = step.name.split(":")
     expression = kind[0] if kind else ""
@@ -200,6 +207,7 @@ def figures(case: dict[str, Any]) -> dict[str, Any]:
 
 
 STEPS: dict[str, Callable[[Step], Result]] = {"tests": tests, "verify": verify, "sanitizer": sanitizer, "quick": quick}
+ASKED = {"tune": tuning}  # what runs by name alone
 
 
 def op_steps() -> list[str]:
@@ -210,7 +218,7 @@ def op_steps() -> list[str]:
 
 
 def step_name(text: str) -> str:
-    allowed = [*STEPS, *op_steps()]
+    allowed = [*STEPS, *ASKED, *op_steps()]
     if text not in allowed:
         raise argparse.ArgumentTypeError(f"step is {text!r}; it may be one of {', '.join(allowed)}")
     return text
@@ -241,7 +249,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 def perform(step: Step, here: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
-    status, results = STEPS.get(step.name, of_op)(step)
+    status, results = (STEPS | ASKED).get(step.name, of_op)(step)
     found = {"step": step.name, "status": status, "seconds": time.monotonic() - started, **here, "results": results}
     write(step.path, found)
     return found
@@ -258,6 +266,8 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="a few cases of each step, without a GPU")
     options = parser.parse_args(arguments)
+    if options.dry_run and not ASKED.keys().isdisjoint(options.step):
+        parser.error("--dry-run is not for tune, which times candidates on a GPU")
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; --dry-run needs none")
     out = options.out.resolve()
