@@ -13,8 +13,8 @@ namespace minisora {
 
 // ---- activations: the value, and with it the slope
 
-// s = sigmoid(2u) of -u, and q = exp(-u). exp_u20 may saturate below inf; q^2 does not, so h * s is nan for h = -inf,
-// as in torch.
+// From -u: q = exp(-u), and s = sigmoid(2u) = 1 / (1 + q^2). exp_u20 may saturate below inf; q^2 does not, so h * s is
+// nan for h = -inf, as in torch.
 struct Sigmoid {
   Vec q, s;
 
@@ -57,7 +57,7 @@ struct ExactGelu {
   }
 };
 
-// h * s with u = h / 2
+// silu(h) = h * s with u = h / 2
 struct Silu {
   static Vec value(Vec h) { return h * Sigmoid(h * Vec(-0.5f)).s; }
 
@@ -181,12 +181,13 @@ struct Before {
   std::optional<Tensor> b1, w3, b3;
 };
 
-// A step between the products has `kParts`, how many times as wide as a row of a one of h is, and computes a row:
+// A row of h is kParts times as wide as one of a. Between the products an op's step computes a row:
 //   forward(h, a, hidden)
-//   backward(h, a, dh, sums, hidden): a again, if it is not null; and dh over da, which lies where dh begins, if that
-//   is not null, of which `sums`, if they are not null, add up the rows
+//   backward(h, a, dh, sums, hidden)
+// The backward makes a again, and dh, over da, which lies where the row of dh begins; it adds dh to the sums. What is
+// not asked for is null. with_step(f) calls f(step).
 
-// y, and h if it is kept. with_step(f) calls f(step).
+// y, and h if it is kept.
 template <int64_t kParts, class F>
 std::tuple<Tensor, Tensor> mlp_fwd(
     const Tensor& x, const Before& before, const Tensor& w2, const std::optional<Tensor>& b2, bool keep, F with_step) {
