@@ -7,7 +7,7 @@ run. What is here was chosen by counts.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ._launch import architecture
 
@@ -42,7 +42,7 @@ PRODUCT = {
     0: Product(tokens=64, bytes=64, warps=8, stages=3),
 }
 
-CANDIDATES = {
+CANDIDATES: dict[str, list[Any]] = {
     "AHEAD": [Ahead(bytes_, warps) for bytes_ in (13_000, 26_000, 40_000) for warps in (4, 8, 12)],
     "PRODUCT": [
         Product(tokens, bytes_, warps, stages)
