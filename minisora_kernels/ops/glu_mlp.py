@@ -28,6 +28,7 @@ from ..backends import define, kernels, register_fake
 from ..checks import cast, check_bias, check_flag, check_tensor, check_weight, kernel_refusal, linear_dtype
 from ..derivatives import once
 from ..flops import formula
+from ..scratch import scratch
 from ..sharding import token_local
 from ..shortcut import shortcut
 
@@ -100,6 +101,17 @@ def _(x, w1, b1, w3, b3, w2, *options, **out):
 @formula("glu_mlp_bwd")
 def _(dy, h, w1, w3, w2, *options, **out):
     return h[0] * h[1] * ((0 if w1 is None else 2 * w1[1]) + (0 if w2 is None else dy[1]))
+
+
+@scratch("glu_mlp_fwd")
+def _(x, w1, b1, w3, b3, w2, b2, activation, gate_first, keep):
+    h = 2 * math.prod(x.shape[:-1]) * w2.shape[1] * x.element_size()
+    return h // 2 if keep else h  # a, or h, whose first half a takes; on a CPU both, of a chunk of tokens
+
+
+@scratch("glu_mlp_bwd")
+def _(dy, h, w1, w3, w2, activation, gate_first, need_a, need_dh, need_b1):
+    return 0 if need_dh or w2 is None else h.numel() * h.element_size()  # dh; on a CPU of a chunk of tokens
 
 
 class _GluMLP(torch.autograd.Function):

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import KERNEL_BACKENDS
+from test_gelu_mlp import allocated
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 
 from minisora_kernels import backends, glu_mlp
+from minisora_kernels.counters import scratch_bytes
 from minisora_kernels.ops.glu_mlp import ACTIVATIONS
 from minisora_kernels.testing import assert_as_accurate
 
@@ -294,3 +296,20 @@ def test_raw_ops_refuse_what_they_cannot_index(backend):
 def test_arguments_that_do_not_fit_are_named(change, error, message):
     with pytest.raises(error, match=f"glu_mlp: {message}"):
         glu_mlp(**(parameters() | change))
+
+
+@pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
+def test_it_says_what_it_holds_while_it_runs():
+    tokens, hidden = 1024, 64  # fewer tokens than a chunk
+    x, w1, b1, w2, b2 = (each.detach() for each in parameters((2, tokens // 2, 8), hidden, 8).values())
+    dy, h = torch.randn(tokens, 8), torch.randn(tokens, 2 * hidden)
+    half, library = 4 * tokens * hidden, torch.ops.minisora
+    for raw, arguments, held, on_cpu in (
+        (library.glu_mlp_fwd, (x, w1, b1, None, None, w2, b2, 0, True, True), half, half),
+        (library.glu_mlp_fwd, (x, w1, b1, None, None, w2, b2, 0, True, False), 2 * half, 3 * half),
+        (library.glu_mlp_bwd, (dy, h, w1, None, w2, 0, True, True, True, False), 0, 0),
+        (library.glu_mlp_bwd, (dy, h, w1, None, w2, 0, True, False, False, False), 2 * half, 2 * half),
+        (library.glu_mlp_bwd, (dy, h, None, None, None, 0, True, True, False, False), 0, 0),
+    ):
+        assert scratch_bytes(raw.default, arguments) == held
+        assert allocated(lambda raw=raw, arguments=arguments: raw(*arguments)) == pytest.approx(on_cpu, abs=1 << 14)
