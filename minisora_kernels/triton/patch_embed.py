@@ -341,7 +341,7 @@ def _forward_plan(x, weight, bias, pos, precision, device) -> tuple[Launch, int]
     if short:
         tile = 32, group, max(16, triton.next_power_of_2(prod(weight.shape[1:])))
     else:
-        tile = long.tokens * 2 // itemsize, group, long.bytes // itemsize
+        tile = long.tokens * 2 // itemsize, group, max(16, long.bytes // itemsize)
     tokens, numbers = _numbers(x, weight, tile, precision)
     tiles = triton.cdiv(weight.shape[0], columns) * triton.cdiv(tokens, tile[0])
     samples = max(triton.cdiv(batch, triton.cdiv(PROGRAMS, tiles)), 1) if short else 1

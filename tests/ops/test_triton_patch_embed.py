@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import on_triton
 
+from bench.harness.shapes import on_device
+from bench.ops.bench_patch_embed import SHAPES
 from minisora_kernels import patch_embed
 from minisora_kernels.testing import assert_as_accurate
 
@@ -150,6 +153,21 @@ def test_keeps_the_video_and_the_weight_only(patch):
         y = patch_embed(x, weight, bias, pos, backend="triton")
     assert saved == {x.untyped_storage().data_ptr(), weight.untyped_storage().data_ptr()}
     assert type(y.grad_fn).__name__ == "_PatchEmbedBackward"
+
+
+def test_pixels_are_read_three_times_by_programs_of_one_tile_each(launcher):
+    """On a GPU the benches' 16x16 pixels take six waves of one program a multiprocessor, or more."""
+    from minisora_kernels.triton._launch import signature
+    from minisora_kernels.triton._tiles import PRODUCT
+
+    (shape,) = (shape for shape in SHAPES if shape.patch == (1, 16, 16))
+    shape = on_device(shape, torch.device("cuda"))
+    x = torch.empty(shape.batch, shape.channels, *shape.size, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(shape.width, shape.channels, *shape.patch, dtype=torch.bfloat16, device="meta")
+    assert math.ceil(shape.width / launcher.columns_of(weight)) == 3
+    launch, tokens = launcher._forward_plan(signature(x), signature(weight), None, None, "ieee", -1)
+    tiles = shape.batch * math.ceil(tokens / PRODUCT[0].tokens) * 3
+    assert launch._grid == (tiles,) and tiles >= 6 * 144
 
 
 def test_launchers_name_what_is_not_contiguous():
