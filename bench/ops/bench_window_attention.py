@@ -233,6 +233,7 @@ def launches() -> Iterator[Launch]:
     for style in (BIASED, Style("rms", 1, halves=False, bias=True)):
         yield spatial(1024, 64, style)
     yield temporal(16, 72, Style("layer", 1))  # whose padding must stay zero
+    yield temporal(16, 72, Style("layer", 2, halves=True, bias=True))  # whose halves are padded each
     yield spatial(1024, 64, FULL, ("float32",))
     yield temporal(6, 8, FULL, BOTH)  # the narrowest head
     for style in (PLAIN, FULL):

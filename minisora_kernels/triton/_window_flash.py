@@ -26,6 +26,7 @@ from ._window_rows import (
     load_angles,
     load_rows,
     locate,
+    moments,
     norm_backward,
     prepare,
     row_sums,
@@ -46,7 +47,7 @@ def _operand(qk, offset, token, valid, weight, cos, sin, eps, PREPARED: tl.const
     rows = load_rows(qk, offset, valid, FORM.qk)
     if not PREPARED:
         angles = load_angles(cos, sin, token, valid, FORM)
-        rows = prepare(rows, weight, angles, eps, FORM)
+        rows = prepare(rows, moments(rows, eps, FORM), weight, angles, FORM)
     return rows
 
 
@@ -84,7 +85,7 @@ def prepare_kernel(
     for part in tl.static_range(2):
         first = part * step + head * FORM.head_dim
         x = load_rows(qkv + first, row.to(tl.int64) * (3 * step), valid, FORM.qk)
-        x = prepare(x, weights[part], angles, eps, FORM)
+        x = prepare(x, moments(x, eps, FORM), weights[part], angles, FORM)
         store_rows(qk + first, row.to(tl.int64) * (2 * step), valid, x, FORM.qk)
 
 
@@ -203,7 +204,8 @@ def query_kernel(
                 total = load(part, here & (columns < written)[None, :])
                 tl.store(part, total + tl.where(valid[:, None] & k_valid[None, :], ds, 0.0), mask=here)
         dq = turn(dq, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
-        dq, dweight = norm_backward(dq, scale, load_rows(qkv, row * (3 * step), valid, FORM.qk), q_weight, eps, FORM)
+        x = load_rows(qkv, row * (3 * step), valid, FORM.qk)
+        dq, dweight = norm_backward(dq, scale, x, moments(x, eps, FORM), q_weight, FORM)
         store_rows(dqkv + head * FORM.head_dim, row * (3 * step), valid, dq, FORM.qk)
         # Partial sums of a weight are laid out [item, block, head, head_dim].
         store_dweight(dq_partial, (item * blocks + tl.program_id(0) % blocks) * heads + head, dweight, FORM)
@@ -260,6 +262,7 @@ def key_kernel(
         dk = add_product(dk, p * (inner(v, d, FORM) - delta[None, :]), q, FORM)
     store_rows(dqkv + 2 * step, row * (3 * step), valid, dv, FORM.v)
     dk = turn(dk, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
-    dk, dweight = norm_backward(dk, scale, load_rows(qkv + step, row * (3 * step), valid, FORM.qk), k_weight, eps, FORM)
+    x = load_rows(qkv + step, row * (3 * step), valid, FORM.qk)
+    dk, dweight = norm_backward(dk, scale, x, moments(x, eps, FORM), k_weight, FORM)
     store_rows(dqkv + step, row * (3 * step), valid, dk, FORM.qk)
     store_dweight(dk_partial, (item * blocks + tl.program_id(0) % blocks) * heads + head, dweight, FORM)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._window_rows import load_angles, load_rows, norm_backward, store_dweight, store_rows, turn
+from ._window_rows import load_angles, load_rows, moments, norm_backward, store_dweight, store_rows, turn
 
 MOST_WINDOWS = 65535  # of a launch: they are an axis of the grid on which CUDA has no more
 
@@ -109,7 +109,8 @@ def finish_kernel(
     for part in tl.static_range(2):
         grad = [piece.to(tl.float32) for piece in load_rows(grads[part], at, valid, FORM.qk)]
         x = load_rows(qkv + part * step, packed, valid, FORM.qk)
-        grad, dweight = norm_backward(turn(grad, angles, FORM.interleaved, True), 1.0, x, weights[part], eps, FORM)
+        grad = turn(grad, angles, FORM.interleaved, True)
+        grad, dweight = norm_backward(grad, 1.0, x, moments(x, eps, FORM), weights[part], FORM)
         store_rows(dqkv + part * step, packed, valid, grad, FORM.qk)
         store_dweight(partials[part], tl.program_id(0), dweight, FORM)
     store_rows(dqkv + 2 * step, packed, valid, load_rows(dv, at, valid, FORM.v), FORM.v)

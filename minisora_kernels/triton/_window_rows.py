@@ -244,6 +244,15 @@ def totals(rows):
 
 
 @triton.jit
+def column_sums(rows):
+    """The sum of all rows, [1, width] a piece."""
+    result = ()
+    for i in tl.static_range(len(rows)):
+        result += (tl.sum(rows[i], 0)[None, :],)
+    return result
+
+
+@triton.jit
 def row_sums(a, b):
     """``rowsum(a * b)`` in fp32."""
     result = ()
@@ -318,28 +327,39 @@ def turn(rows, angles, INTERLEAVED: tl.constexpr, BACK: tl.constexpr):
 
 
 @triton.jit
-def centre(rows, eps, FORM: tl.constexpr):
-    """The rows in fp32, less their means for norm 2 (layer); and 1 / their root mean square."""
-    x = [row.to(tl.float32) for row in rows]
-    if FORM.norm == 2:
-        mean = tl.div_rn(totals(x), FORM.head_dim)[:, None]
-        centred = ()
-        for i in tl.static_range(len(rows)):
+def centred(rows, known, FORM: tl.constexpr):
+    """The rows in fp32, for norm 2 (layer) less their means."""
+    result = ()
+    for i in tl.static_range(len(rows)):
+        x = rows[i].to(tl.float32)
+        if FORM.norm == 2:
+            x -= known[0]
             if FORM.qk[i][0] + FORM.qk[i][1] > FORM.qk[i][2]:  # padding stays zero
-                centred += (tl.where((columns(FORM.qk[i]) < FORM.qk[i][2])[None, :], x[i] - mean, 0.0),)
-            else:
-                centred += (x[i] - mean,)
-        x = centred
-    return x, inverse_root(tl.div_rn(row_sums(x, x), FORM.head_dim) + eps)
+                x = tl.where((columns(FORM.qk[i]) < FORM.qk[i][2])[None, :], x, 0.0)
+        result += (x,)
+    return result
 
 
 @triton.jit
-def prepare(rows, weight, angles, eps, FORM: tl.constexpr):
-    """Rows of q or k as they are multiplied: ``rotate(norm(x) * weight)`` in fp32, rounded once."""
+def moments(rows, eps, FORM: tl.constexpr):
+    """What the norm needs to know of each row, [rows, 1] in fp32: its mean for norm 2 (layer), and 1 / the root mean
+    square of what is left. Without a norm it is nothing.
+    """
+    known = ()
+    if FORM.norm == 2:
+        known += (tl.div_rn(totals([row.to(tl.float32) for row in rows]), FORM.head_dim)[:, None],)
+    if FORM.norm != 0:
+        x = centred(rows, known, FORM)
+        known += (inverse_root(tl.div_rn(row_sums(x, x), FORM.head_dim) + eps)[:, None],)
+    return known
+
+
+@triton.jit
+def prepare(rows, known, weight, angles, FORM: tl.constexpr):
+    """Rows of q or k, given their `moments`, as they are multiplied: ``rotate(norm(x) * weight)``, rounded once."""
     result = rows
     if FORM.norm != 0:
-        x, rstd = centre(rows, eps, FORM)
-        result = scaled(x, rstd[:, None])
+        result = scaled(centred(rows, known, FORM), known[FORM.norm - 1])
         if weight is not None:
             result = products(result, load_weight(weight, FORM.qk))
     result = turn(result, angles, FORM.interleaved, False)
@@ -347,8 +367,9 @@ def prepare(rows, weight, angles, eps, FORM: tl.constexpr):
 
 
 @triton.jit
-def norm_backward(grad, scale, rows, weight, eps, FORM: tl.constexpr):
-    """The gradient of rows, given ``scale * grad`` of ``norm(rows) * weight``; and of the weight, row by row.
+def norm_backward(grad, scale, rows, known, weight, FORM: tl.constexpr):
+    """The gradient of rows, given their `moments` and ``scale * grad`` of ``norm(rows) * weight``; and of the weight,
+    row by row.
 
     With x the rows less their means, h = x * rstd, dh = grad * weight, it is rstd * (dh - mean(dh) - h * mean(dh * h)).
     """
@@ -356,12 +377,12 @@ def norm_backward(grad, scale, rows, weight, eps, FORM: tl.constexpr):
     if FORM.norm == 0:
         grad = scaled(grad, scale)
     else:
-        x, rstd = centre(rows, eps, FORM)
-        grad = scaled(grad, (rstd * scale)[:, None])
+        x, rstd = centred(rows, known, FORM), known[FORM.norm - 1]
+        grad = scaled(grad, rstd * scale)
         if weight is not None:
             dweight = products(grad, x)
             grad = products(grad, load_weight(weight, FORM.qk))
-        along = tl.div_rn(row_sums(grad, x) * rstd * rstd, FORM.head_dim)[:, None]
+        along = tl.div_rn(row_sums(grad, x)[:, None] * rstd * rstd, FORM.head_dim)
         if FORM.norm == 2:
             mean = tl.div_rn(totals(grad), FORM.head_dim)[:, None]
         dx = ()
@@ -380,7 +401,7 @@ def store_dweight(pointer, row, dweight, FORM: tl.constexpr):
     of dweight.
     """
     if pointer is not None:
+        dweight = column_sums(dweight)
         for i in tl.static_range(len(dweight)):
-            column = columns(FORM.qk[i])
-            at = row.to(tl.int64) * FORM.head_dim + column
-            tl.store(pointer + at, tl.sum(dweight[i], 0), mask=column < FORM.qk[i][2])
+            column = columns(FORM.qk[i])[None, :]
+            tl.store(pointer + row.to(tl.int64) * FORM.head_dim + column, dweight[i], mask=column < FORM.qk[i][2])

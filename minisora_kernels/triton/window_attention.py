@@ -32,10 +32,8 @@ PREPARE_FROM = 512
 # Longer windows than this without a norm, a rotation or a bias go to torch's flash attention, as the reference's do;
 # with a norm or rotation those longer than PREPARE_FROM, which have passes before and after it in any case.
 LIBRARY_FROM = 64
-# Heads of the same tokens that a program takes, so that their rotary angles, as large as q and k, are read a quarter as
-# often.
-HEADS = 4
-# Wider heads take more registers than blocks and warps of this many channels leave.
+# Wider heads, in short windows with the padding of their pieces, take more registers than blocks and warps of this many
+# channels leave.
 NARROW = 80
 # Rows of a program of the passes that take rows one by one.
 ROWS = 64
@@ -64,10 +62,13 @@ class Call:
         q_step, k_step = (
             head_dim if weight is not None and len(weight.shape) == 2 else 0 for weight in (q_weight, k_weight)
         )
-        narrow = partial(narrow_pieces, width=32 if head_dim > NARROW else 16)
+        parts = ((0, head_dim // 2), (head_dim // 2, head_dim)) if halves else ((0, head_dim),)
+        padded = sum(triton.cdiv(end - first, 16) * 16 for first, end in parts)
+        self.broad = (padded if self.short else head_dim) > NARROW
+        narrow = partial(narrow_pieces, width=32 if self.broad else 16)
         cut = narrow if box.length <= PREPARE_FROM else wide_pieces
-        qk = cut(0, head_dim // 2) + cut(head_dim // 2, head_dim) if halves else cut(0, head_dim)
-        v = (narrow if box.length <= SHORT else wide_pieces)(0, head_dim)
+        qk = tuple(piece for part in parts for piece in cut(*part))
+        v = (narrow if self.short else wide_pieces)(0, head_dim)
         self.form = Form(box.inner, numbers.norm, not halves, head_dim, qk, v, numbers.precision, q_step, k_step)
         self.constants = constants(self.form)
         self.tiles = tiles_of(qkv.dtype, head_dim, box.length)
@@ -98,9 +99,9 @@ class Call:
         tile = _tile(self.box.length)
         each = tile // self.box.length
         return Launch(
-            short.short_forward_kernel, (triton.cdiv(self.items, each) * triton.cdiv(self.heads, HEADS),),
+            short.short_forward_kernel, (triton.cdiv(self.items, each) * self.heads,),
             self.items, self.tokens, self.heads, *self.box.arguments, self.scale, self.eps,
-            each > 1, self.constants, tile, HEADS, num_warps=_short_warps(self, tile, True), num_stages=1,
+            each > 1, self.constants, tile, num_warps=_short_warps(self, tile, True), num_stages=1,
         )  # fmt: skip
 
     @cached_property
@@ -212,7 +213,7 @@ def _short_warps(call: Call, tile: int, plain: bool) -> int:
     """Warps of a tile: 16 rows each, the least of a product, or several that share them, where they would spill."""
     if call.exact:
         return 4
-    shared = (1 if plain else 2) * (2 if call.form.head_dim > NARROW else 1)
+    shared = (1 if plain else 2) * (2 if call.broad else 1)
     return min(tile // 16 * shared, 8)
 
 
@@ -253,14 +254,11 @@ class Backward:
             self._tile = _tile(length)
             self._each = self._tile // length
             tiles = triton.cdiv(call.items, self._each)
-            # A sum over tokens of one head stays in a program's registers.
-            self._per_program = 1 if with_dbias or call.form.q_step or call.form.k_step else HEADS
-            groups = triton.cdiv(heads, self._per_program)
             weighted = call.parameters.q_weight is not None or call.parameters.k_weight is not None
-            most = BIAS_PROGRAMS if with_dbias else WEIGHT_PROGRAMS if weighted else tiles * groups
-            self._per_chunk = max(1, triton.cdiv(tiles * groups, max(1, most)))
+            most = BIAS_PROGRAMS if with_dbias else WEIGHT_PROGRAMS if weighted else tiles * heads
+            self._per_chunk = max(1, triton.cdiv(tiles * heads, max(1, most)))
             chunks = max(1, triton.cdiv(tiles, self._per_chunk))
-            self._programs = chunks * groups
+            self._programs = chunks * heads
             self.dbias = (chunks * self._each, heads, length, length)
         else:
             self._blocks = heads * triton.cdiv(length, call.tiles[1].block)
@@ -284,7 +282,7 @@ class Backward:
         return Launch(
             short.short_backward_kernel, (self._programs,),
             self._per_chunk, call.items, call.tokens, call.heads, *call.box.arguments, call.scale, call.eps,
-            self._each > 1, call.constants, self._tile, self._per_program,
+            self._each > 1, call.constants, self._tile,
             num_warps=_short_warps(call, self._tile, plain), num_stages=1,
         )  # fmt: skip
 

@@ -206,10 +206,6 @@ def test_sums_of_gradients_in_several_parts(grid, monkeypatch, nan_filled):
         check(torch.float32, 1, grid, (grid[0], 1, 1), 1, 24, style, biased)
 
 
-def test_heads_that_fill_no_program(nan_filled):
-    check(torch.float32, 1, (4, 1, 3), (4, 1, 1), 5, 8, STYLES[1])
-
-
 @pytest.mark.parametrize("device", ("cpu", "meta"))
 def test_heads_too_wide_for_shared_memory_are_refused_by_their_shape(device):
     table = importlib.import_module("minisora_kernels.ops.window_attention").BACKENDS
