@@ -66,9 +66,11 @@ class Call:
         padded = sum(triton.cdiv(end - first, 16) * 16 for first, end in parts)
         self.broad = (padded if self.short else head_dim) > NARROW
         narrow = partial(narrow_pieces, width=32 if self.broad else 16)
-        cut = narrow if box.length <= PREPARE_FROM else wide_pieces
+        # Without tensor cores a product keeps both of its operands in registers: there it takes less of a row at once.
+        wide = narrow if self.exact else wide_pieces
+        cut = narrow if box.length <= PREPARE_FROM else wide
         qk = tuple(piece for part in parts for piece in cut(*part))
-        v = (narrow if self.short else wide_pieces)(0, head_dim)
+        v = (narrow if self.short else wide)(0, head_dim)
         self.form = Form(box.inner, numbers.norm, not halves, head_dim, qk, v, numbers.precision, q_step, k_step)
         self.constants = constants(self.form)
         self.tiles = tiles_of(qkv.dtype, head_dim, box.length)
@@ -235,7 +237,7 @@ BACKWARD = {0: Tile(64, 32, 8, 1), 90: Tile(64, 32, 4, 2)}
 def tiles_of(dtype: torch.dtype, head_dim: int, length: int) -> tuple[Tile, Tile]:
     """Of the forward and of the backward, as registers and shared memory allow."""
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
+        return Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)
     if head_dim > NARROW:
         return Tile(64, 32, 8, 1), Tile(64, 16, 8, 1)
     if length <= 64:
