@@ -191,7 +191,7 @@ def test_names_are_unique_and_every_op_is_there():
     cases = [(name, shape.name, dtype, direction) for _, name, shape, dtype, direction in all_cases()]
     assert len(cases) == len(set(cases)) and len(cases) > 150
     quick = [shape for *_, shape, dtype, _ in all_cases() if shape.quick and dtype == "bfloat16"]
-    assert len(quick) < 30
+    assert len(quick) <= 30
 
 
 def test_every_shape_fits_its_op():
