@@ -45,6 +45,7 @@ MIN_RUN, MAX_RUN, RUNS = 8, 32, 384
 # Shared memory of a multiprocessor in KiB, by architecture, of which a program may have all but one; newer ones than
 # sm_80 that are not named have 100.
 SHARED = {80: 164, 90: 228, 100: 228}
+TILES_AHEAD = 4  # at most: each has addresses in registers
 SCRATCH = 3 << 10  # of it, for what threads exchange, and what the system keeps
 
 
@@ -85,7 +86,7 @@ def depth_of(tile: Tile, warps: int, *dtypes: torch.dtype) -> Depth:
     whole, rest = divmod(tile.width, tile.lanes * tile.vector)
     columns = whole * tile.vector + triton.next_power_of_2(triton.cdiv(rest, tile.lanes))  # of a thread
     each = tile.rows * tile.lanes * columns * sum(dtype.itemsize for dtype in dtypes)
-    ahead = min(triton.cdiv(wanted.bytes, each), (shared - SCRATCH) // each - 1)
+    ahead = min(triton.cdiv(wanted.bytes, each), (shared - SCRATCH) // each - 1, TILES_AHEAD)
     if ahead < 1:
         return Depth(1, programs)
     return Depth(ahead + 2, min(programs, shared // ((ahead + 1) * each + SCRATCH)))

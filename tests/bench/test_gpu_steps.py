@@ -73,7 +73,10 @@ def test_what_is_not_whole_runs_again(spoil, steps, tmp_path):
 def test_what_a_step_is_called(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(tmp_path, "--step", "op:nothing")
-    assert "step is 'op:nothing'; it may be one of tests, verify, sanitizer, quick, op:adaln" in capsys.readouterr().err
+    assert (
+        "step is 'op:nothing'; it may be one of tests, verify, sanitizer, quick, tune, op:adaln"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_step_that_takes_too_long_is_ended_with_what_it_started(tmp_path):
