@@ -45,8 +45,8 @@ MIN_RUN, MAX_RUN, RUNS = 8, 32, 384
 # Shared memory of a multiprocessor in KiB, by architecture, of which a program may have all but one; newer ones than
 # sm_80 that are not named have 100.
 SHARED = {80: 164, 90: 228, 100: 228}
-TILES_AHEAD = 4  # at most: each has addresses in registers
 SCRATCH = 3 << 10  # of it, for what threads exchange, and what the system keeps
+TILES_AHEAD = 4  # at most, for each has addresses in registers
 
 
 class Tile(NamedTuple):
