@@ -37,7 +37,7 @@ $(VENV)/.native-%: $(VENV)/.torch pyproject.toml setup.py build_backend/backend.
 	MINISORA_CPU=native; export MINISORA_CPU; $(BUILD) && $(INSTALL) '.[$*]'
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*.h csrc/*/*)
 	$(BUILD)
 	$(INSTALL) '.[train,test,lint]' '$(TRITON)'
 	@touch $@
@@ -103,7 +103,7 @@ docs-serve: docs
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*/* tools/templates/*.cpp
+	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*/* tools/templates/*.cpp
 	$(BIN)/mypy
 
 types: $(VENV)/.installed
@@ -111,7 +111,7 @@ types: $(VENV)/.installed
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*/* tools/templates/*.cpp
+	$(BIN)/clang-format -i csrc/*.h csrc/*/* tools/templates/*.cpp
 
 # The GPU code without a GPU. Triton's kernels run in the interpreters of the newest and the oldest Triton; they are compiled
 # by the oldest, the newest and TRITON. csrc/cuda is emulated, and csrc is compiled against the headers of the oldest torch

@@ -67,8 +67,8 @@ def sources(backend: str) -> list[str]:
 
 def digest(backend: str) -> str:
     """Of all sources of a backend; minisora_kernels/backends.py compares it with the checkout that it is in."""
-    total = hashlib.sha256()
-    for path in sorted((ROOT / "csrc" / backend).glob("[!.]*")):
+    total, folder = hashlib.sha256(), ROOT / "csrc" / backend
+    for path in sorted([*folder.parent.glob("[!.]*.h"), *folder.glob("[!.]*")]):
         total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()
 

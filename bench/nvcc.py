@@ -42,7 +42,7 @@ _ENTRY = re.compile(
 def digest() -> str:
     """Of what is compiled: the sources without comments and white space."""
     total = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted([*SOURCES.parent.glob("*.h"), *SOURCES.iterdir()]):
         text = re.sub(r"//.*", "", path.read_text())
         total.update(path.name.encode() + b"\0" + re.sub(r"\s+", "", text).encode() + b"\0")
     return total.hexdigest()
@@ -108,8 +108,9 @@ def compiled(architecture: str) -> dict[str, dict[str, int]]:
     result: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for source in sources(architecture, Path(folder)):
-            flags = ["-std=c++20", "-O3", abi, "-DUSE_CUDA", f"-I{include}", "--expt-relaxed-constexpr"]
-            flags += ["-gencode", f"arch=compute_{number},code={architecture}", "-Xptxas", "-v", "-c", str(source)]
+            flags = ["-std=c++20", "-O3", abi, "-DUSE_CUDA", f"-I{include}", f"-I{SOURCES}"]
+            flags += ["--expt-relaxed-constexpr", "-gencode", f"arch=compute_{number},code={architecture}"]
+            flags += ["-Xptxas", "-v", "-c", str(source)]
             done = subprocess.run([str(NVCC), *flags, "-o", f"{folder}/a.o"], capture_output=True, text=True)
             if done.returncode:
                 raise ValueError(f"nvcc does not compile {source} for {architecture}: {done.stderr[-1000:]}")

@@ -187,7 +187,7 @@ def build_record() -> dict:
 def _digest(folder: Path) -> str:
     """As in setup.py."""
     total = hashlib.sha256()
-    for path in sorted(folder.glob("[!.]*")):
+    for path in sorted([*folder.parent.glob("[!.]*.h"), *folder.glob("[!.]*")]):
         total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()
 

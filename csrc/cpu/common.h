@@ -22,6 +22,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "../check.h"
+
 namespace minisora {
 
 using torch::headeronly::ScalarType;
@@ -46,18 +48,6 @@ inline void check_dtype(const Tensor& tensor, const char* name) {
       dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
       " must be float32, bfloat16 or float16");
   STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
-}
-
-inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(
-      tensor.dim() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(), " dimensions, got ",
-      tensor.dim());
-  int64_t dim = 0;
-  for (const int64_t size : shape) {
-    STD_TORCH_CHECK(
-        tensor.size(dim) == size, name, " must have size ", size, " in dimension ", dim, ", got ", tensor.size(dim));
-    ++dim;
-  }
 }
 
 // A dense tensor of one of the three dtypes; the kernels index it without strides.

@@ -24,6 +24,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "../check.h"
 #include "warp.h"
 
 namespace minisora {
@@ -948,15 +949,7 @@ __global__ void __launch_bounds__(kWarp* kSumLanes) window_attention_sums(Sums s
 void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape, const Tensor& qkv) {
   STD_TORCH_CHECK(tensor.is_cuda(), name, " must be on a CUDA device");
   STD_TORCH_CHECK(tensor.get_device_index() == qkv.get_device_index(), name, " must be on the device of qkv");
-  STD_TORCH_CHECK(
-      tensor.dim() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(), " dimensions, got ",
-      tensor.dim());
-  int64_t dim = 0;
-  for (const int64_t size : shape) {
-    STD_TORCH_CHECK(
-        tensor.size(dim) == size, name, " must have size ", size, " in dimension ", dim, ", got ", tensor.size(dim));
-    ++dim;
-  }
+  check_shape(tensor, name, shape);
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
 

@@ -47,6 +47,7 @@ def libraries(tmp_path_factory):
         flags = runpy.run_path(str(ROOT / "setup.py"))["VARIANTS"]["cpu_avx512_bf16"]
     common = [*CXX, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-w", *flags, "-include"]
     common += [str(Path(__file__).parent / "amx_emulation.h"), f"-I{torch_folder / 'include'}"]
+    common.append(f"-I{ROOT / 'csrc' / 'cpu'}")  # of ../check.h, which is not copied
     compilations = []
     for name, (ops, (file, old, new)) in LIBRARIES.items():
         sources = shutil.copytree(ROOT / "csrc" / "cpu", folder / name)

@@ -44,7 +44,8 @@ def translated(folder: Path, include: Path | str) -> list[str]:
     cuda_on_cpu.write(ROOT / "csrc" / "cuda", folder)
     flags = ["-std=c++20", "-O0", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
     (source,) = folder.glob("*.cu")
-    return [CXX, *flags, f"-I{include}", "-include", str(folder / "emulation.h"), "-x", "c++", str(source)]
+    flags += [f"-I{include}", f"-I{ROOT / 'csrc' / 'cuda'}"]  # of ../check.h, which is not copied
+    return [CXX, *flags, "-include", str(folder / "emulation.h"), "-x", "c++", str(source)]
 
 
 @pytest.mark.slow
