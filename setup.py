@@ -11,8 +11,9 @@ last build is not compiled again, whichever way that build was started.
 Environment variables:
     MINISORA_CPU        0: no CPU kernels; native: only the library that this CPU loads; names of VARIANTS with commas
                         between them: only those; not set, or 1: every library that the compiler knows
-    MINISORA_CUDA=0     do not build the CUDA kernels; MINISORA_CUDA=1: build them even against a torch without CUDA
-                        (a compile check: such a library cannot be loaded)
+    MINISORA_CUDA       0: no CUDA kernels; 1: build them into a checkout too whose torch has no CUDA, which does not
+                        load them; not set: where nvcc is, into every wheel, and into a checkout whose torch has CUDA
+    CUDA_HOME           the CUDA toolkit; not set: that of the nvcc on the path, or else /usr/local/cuda
     TORCH_CUDA_ARCH_LIST  architectures for nvcc, as torch spells them; default below
     CXX, MAX_JOBS       as usual
 """
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -63,6 +65,14 @@ def find_torch() -> Path | None:
 def sources(backend: str) -> list[str]:
     pattern = "*.cu" if backend == "cuda" else "*.cpp"
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / backend).glob(pattern))
+
+
+def find_nvcc() -> tuple[str | None, str]:
+    """nvcc, and where it was looked for."""
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        return shutil.which(f"{home}/bin/nvcc"), f"CUDA_HOME is {home!r}, which has no bin/nvcc"
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"), "put it on the path, or set CUDA_HOME"
 
 
 def digest(backend: str) -> str:
@@ -210,23 +220,30 @@ class Build(build_ext):
 
     def build_cuda(self, package: Path, torch: Path | None) -> dict:
         wanted = os.environ.get("MINISORA_CUDA")
-        nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
         if wanted == "0":
             return {"not_built": "MINISORA_CUDA=0"}
         if torch is None:
             return {"not_built": "no torch was found to build against"}
-        if wanted != "1" and not (torch / "lib" / "libtorch_cuda.so").exists():
+        # A wheel may be installed beside another build of this torch, a checkout is not.
+        if wanted != "1" and self.inplace and not (torch / "lib" / "libtorch_cuda.so").exists():
             return {"not_built": "this torch is a CPU build"}
+        nvcc, tried = find_nvcc()
         if nvcc is None:
-            return {"not_built": "nvcc was not found"}
+            return {"not_built": f"nvcc was not found: {tried}"}
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         common = [nvcc, "-std=c++20", "-O3", "-Xcompiler", "-fPIC", STABLE_ABI, "-DUSE_CUDA", f"-I{torch / 'include'}"]
         common += ["-Xcompiler", "-Wall", "--expt-relaxed-constexpr", "--threads", "0", *gencode(architectures)]
-        needed = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
-        if (torch / "lib" / "libtorch_cuda.so").exists():
-            needed.append("-ltorch_cuda")
-        library = Library("cuda", sources("cuda"), common, [nvcc, "-shared"], needed)
-        failed = self.ninja("cuda", [library], ["cuda"], package)
+        # A torch without CUDA lacks one library to link with. An empty one of its name stands in: nothing is read of
+        # it but the name, by which the loader finds the library of the torch that runs.
+        stub = self.folder / "cuda" / "stub" / "libtorch_cuda.so"
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        named = ["-Xlinker", f"-soname={stub.name}", "-x", "c++", os.devnull, "-o", str(stub)]
+        failed = self.call([nvcc, "-shared", *named])
+        # CUDA's runtime is linked in, and all of torch is kept: an import needs no CUDA library.
+        link = [nvcc, "-shared", "--cudart", "static", "-Xlinker", "--no-as-needed"]
+        needed = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", f"-L{stub.parent}", "-ltorch_cuda"]
+        library = Library("cuda", sources("cuda"), common, link, needed)
+        failed = failed or self.ninja("cuda", [library], ["cuda"], package)
         if failed:
             return {"not_built": failed}
         return {"compiler": version_line([nvcc, "--version"], "release"), "architectures": architectures}
@@ -284,6 +301,13 @@ class Build(build_ext):
         return failure(shlex.join(command), done.stderr.splitlines()) if done.returncode else None
 
 
+class Wheel(bdist_wheel):
+    """A wheel for every Python: the libraries call torch and no Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 def failure(command: str, output: list[str]) -> str:
     output = [line for line in output if not line.startswith(("[", "ninja: "))]
     errors = [line for line in output if "error" in line] or output[-3:]
@@ -315,4 +339,7 @@ def version_line(command: list[str], word: str) -> str:
 
 
 # One extension stands for both libraries, so that setuptools runs the command and makes a wheel of this platform.
-setup(ext_modules=[Extension("minisora_kernels._kernels", sources=[])], cmdclass={"build_ext": Build})
+setup(
+    ext_modules=[Extension("minisora_kernels._kernels", sources=[])],
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+)

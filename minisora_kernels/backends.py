@@ -223,6 +223,19 @@ def _load(name: str, variant: str | None, wanted: str) -> str | None:
     return None
 
 
+def _packaged() -> str:
+    """What would load the CUDA kernels that are in the package; nothing if there are none."""
+    record = build_record()
+    architectures = record.get("cuda", {}).get("architectures")
+    if architectures is None:
+        return ""
+    built = ".".join(record["torch"]["version"].split(".")[:2])
+    return (
+        f"; the package has kernels for compute capabilities {architectures}: torch {built} with CUDA loads them, on "
+        "such a GPU"
+    )
+
+
 def cpu_capability() -> str:
     """The instruction set that the CPU kernels may use here: a key of :data:`VARIANTS`, or what torch calls less.
 
@@ -255,7 +268,7 @@ def _load_libraries() -> None:
     else:
         _unavailable["cpu"] = _load("cpu", variant, f"no library for {capability}")
     if torch.version.cuda is None:
-        _unavailable["cuda"] = f"torch {torch.__version__} has no CUDA"
+        _unavailable["cuda"] = f"torch {torch.__version__} has no CUDA" + _packaged()
     else:
         _unavailable["cuda"] = _load("cuda", "cuda", "no CUDA library")
 
@@ -276,7 +289,7 @@ def unavailable(name: str) -> str | None:
         if torch.version.hip is not None:  # torch calls these GPUs "cuda" too
             return "not run on AMD GPUs"
         if not torch.cuda.is_available():
-            return "torch finds no CUDA device"
+            return "torch finds no CUDA device" + (_packaged() if name == "cuda" else "")
     return reason
 
 

@@ -207,6 +207,28 @@ def test_progress_shows_on_the_terminal_though_pip_keeps_the_output(checkout):
         assert f"[{number}] cpu_avx2".encode() in shown
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_beside_a_torch_without_cuda_a_wheel_has_cuda_kernels_and_a_checkout_those_that_are_asked_for(tmp_path):
+    home = tmp_path / "cuda"
+    cuda = {"MINISORA_CPU": "0", "CUDA_HOME": str(home)}
+    record = build(tmp_path, MINISORA_CUDA="", **cuda)["cuda"]
+    assert record == {"not_built": f"nvcc was not found: CUDA_HOME is {str(home)!r}, which has no bin/nvcc"}
+    (home / "bin").mkdir(parents=True)
+    os.rename(fake_compiler(tmp_path, "-) ;;"), home / "bin" / "nvcc")
+    record = build(tmp_path, MINISORA_CUDA="", TORCH_CUDA_ARCH_LIST="9.0", **cuda)["cuda"]
+    assert record["architectures"] == "9.0" and (tmp_path / "minisora_kernels" / "_cuda.so").exists()
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    (tmp_path / "csrc" / "cuda" / "one.cu").write_text("")
+    for asked, built in (("", False), ("1", True)):
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        environment = os.environ | cuda | {"MINISORA_CUDA": asked}
+        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
+        record = json.loads((tmp_path / "minisora_kernels" / "build_record.json").read_text())["cuda"]
+        assert ("architectures" in record) == built and (tmp_path / "minisora_kernels" / "_cuda.so").exists() == built
+        assert built or record == {"not_built": "this torch is a CPU build"}
+
+
 AVX512 = "fma f16c avx2 avx512f avx512bw avx512vl avx512dq"
 
 
