@@ -55,16 +55,13 @@ COMPUTE_BOUND = re.compile(r"(window_)?attention \w+ (forward|query|key)_kernel|
 SPILLING: dict[str, int] = {
     # ptxas prefers another block on the multiprocessor to the last registers.
     r"sm_\d+ window_attention float32 short_backward_kernel: .*": 40,
+    r"sm_90 window_attention bfloat16 short_backward_kernel: temporal 5 head_dim 64 bias": 8,
     r"sm_(90|120) gate_residual bfloat16 _bwd: .*": 8,
     r"sm_90 (adaln|gate_residual_adaln) bfloat16 _bwd: frozen tokens": 8,
     r"sm_90 norm_rope bfloat16 norm_backward_kernel: angles per head": 8,
     # A token of 8192 channels, or four parameters of a token: the columns of a thread and their sums do not fit.
     r"sm_90 (adaln|gate_residual_adaln) \w+ _bwd: (D 8192|affine per token)": 128,
     r"sm_90 norm_rope \w+ norm_backward_kernel: 64x128 across heads layer": 8,
-    # Several windows in a tile, or heads of 96 and 128: rows, their norm and three products are alive at once.
-    r"sm_90 window_attention bfloat16 short_backward_kernel: (temporal (5|16|24)|edges) .*": 48,
-    # The same with a layer norm, or rotated by halves: the means, and both halves of a row, are alive besides.
-    r"sm_90 window_attention bfloat16 short_backward_kernel: .*(layer|halves).*": 448,
     # Around flash attention a program holds q, k and their gradients of 64 tokens.
     r"sm_90 window_attention bfloat16 finish_kernel: .*head_dim 128.*": 272,
 }
