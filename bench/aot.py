@@ -57,10 +57,9 @@ SPILLING: dict[str, int] = {
     r"sm_\d+ window_attention float32 short_backward_kernel: .*": 40,
     r"sm_90 window_attention bfloat16 short_backward_kernel: temporal 5 head_dim 64 bias": 8,
     r"sm_(90|120) gate_residual bfloat16 _bwd: .*": 8,
-    r"sm_90 (adaln|gate_residual_adaln) bfloat16 _bwd: frozen tokens": 8,
     r"sm_90 norm_rope bfloat16 norm_backward_kernel: angles per head": 8,
     # A token of 8192 channels: the columns of a thread and their sums do not fit.
-    r"sm_90 gate_residual_adaln \w+ _bwd: D 8192": 288,
+    r"sm_90 gate_residual_adaln \w+ _bwd: D 8192": 176,
     r"sm_90 norm_rope \w+ norm_backward_kernel: 64x128 across heads layer": 8,
     # Around flash attention a program holds q, k and their gradients of 64 tokens.
     r"sm_90 window_attention bfloat16 finish_kernel: .*head_dim 128.*": 272,

@@ -37,6 +37,7 @@ from ._tiles import AHEAD, sizes
 # reach over the end of a row.
 FORWARD, BACKWARD = (96, 128), (24, 16)
 MANY_SUMS = 12, 16  # a backward with four sums or more, of tokens that then still fit 16 warps
+KEPT = tl.constexpr(4096)  # columns of the widest tokens whose rows a backward keeps
 
 # Runs are as long as makes RUNS of them, two or three for every multiprocessor of a large GPU. With MIN_RUN tokens the
 # partial sums are 17% of what the backward of adaln in bfloat16 reads and writes, with MAX_RUN 4%.
@@ -130,12 +131,26 @@ def mask_of(live, column, tile: tl.constexpr, c: tl.constexpr):
 
 @triton.jit
 def kept(row, column, tile: tl.constexpr):
-    """A row of a parameter for each token of a tile, in its own dtype: what a program holds through a run."""
+    """A row of a parameter for each token of a tile, in its own dtype: what a program holds through a run.
+
+    Of wide tokens, whose rows do not fit the registers, where it lies.
+    """
     out = ()
     for c in tl.static_range(chunks(tile)):
-        mask = mask_of(tl.arange(0, tile.rows)[:, None, None] >= 0, column[c], tile, c)
-        out = out + (tl.load(row + column[c], mask, other=0.0),)
+        each = row + column[c]
+        if tile.width <= KEPT:
+            each = tl.load(each, mask_of(tl.arange(0, tile.rows)[:, None, None] >= 0, column[c], tile, c), other=0.0)
+        out = out + (each,)
     return out
+
+
+@triton.jit
+def chunk_of(rows, c: tl.constexpr, mask, tile: tl.constexpr):
+    """Chunk ``c`` of what :func:`kept` returned, in fp32."""
+    value = rows[c]
+    if tile.width > KEPT:
+        value = tl.load(value, mask, other=0.0)
+    return value.to(tl.float32)
 
 
 @triton.jit

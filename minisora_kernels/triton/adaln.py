@@ -33,6 +33,7 @@ from ._rows import (
     Backward,
     Runs,
     add,
+    chunk_of,
     chunks,
     columns,
     dense_index,
@@ -269,11 +270,11 @@ def _bwd(
                     if SCALE_PER_TOKEN:
                         da *= 1 + load(scale_ + column[c], mask)
                     else:
-                        da *= 1 + scales[c].to(tl.float32)
+                        da *= 1 + chunk_of(scales, c, mask, tile)
                 dh = da
                 a = h
                 if weight_ptr is not None:
-                    weight = weights[c].to(tl.float32)
+                    weight = chunk_of(weights, c, mask, tile)
                     dh *= weight
                     a *= weight
                 if SUM_DY:
@@ -283,7 +284,7 @@ def _bwd(
                 if SCALE_PER_TOKEN:
                     if dscale_ptr is not None:
                         if bias_ptr is not None:
-                            a += biases[c].to(tl.float32)
+                            a += chunk_of(biases, c, mask, tile)
                         store(dscale_ptr + here, dy * a, mask)
                     if dbias_ptr is not None:
                         sum_da = add(sum_da, c, da)
@@ -312,7 +313,7 @@ def _bwd(
                     if dgate_ptr is not None:
                         branch = load(branch_ptr + here, mask)
                         if branch_bias_ptr is not None:
-                            branch += branch_biases[c].to(tl.float32)
+                            branch += chunk_of(branch_biases, c, mask, tile)
                         dgate = dx * branch
                         if GATE_PER_TOKEN:
                             store(dgate_ptr + here, dgate, mask)
@@ -324,7 +325,7 @@ def _bwd(
                         if GATE_PER_TOKEN:
                             dx *= load(gate_ + column[c], mask)
                         else:
-                            dx *= gates[c].to(tl.float32)
+                            dx *= chunk_of(gates, c, mask, tile)
                     if dbranch_ptr is not None:
                         store(dbranch_ptr + here, dx, mask)
                     if dbranch_bias_ptr is not None:

@@ -22,6 +22,7 @@ from ._rows import (
     Backward,
     Runs,
     add,
+    chunk_of,
     chunks,
     columns,
     dense_index,
@@ -142,7 +143,7 @@ def _bwd(
                     if PER_TOKEN:
                         dbranch = dy * load(gate + column[c], mask)
                     else:
-                        dbranch = dy * gates[c].to(tl.float32)
+                        dbranch = dy * chunk_of(gates, c, mask, tile)
                     if dbranch_ptr is not None:
                         store(dbranch_ptr + here, dbranch, mask)
                     if dbranch_bias_ptr is not None:
@@ -150,7 +151,7 @@ def _bwd(
                 if dgate_ptr is not None:
                     branch = load(branch_ptr + here, mask)
                     if branch_bias_ptr is not None:
-                        branch += branch_biases[c].to(tl.float32)
+                        branch += chunk_of(branch_biases, c, mask, tile)
                     if PER_TOKEN:
                         store(dgate_ptr + here, dy * branch, mask)
                     else:
