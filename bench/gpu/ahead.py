@@ -13,7 +13,7 @@ import re
 COPY = "LDGSTS"
 BITS = re.compile(r"LDGSTS\S*\.(64|128)\b")
 WAIT = re.compile(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)")
-JUMP = re.compile(r"\bBRA (0x[0-9a-f]+)")
+JUMP = re.compile(r"\bBRA\S* (?:!?U?P\d+, )?(0x[0-9a-f]+)")
 TURNS = 16  # of a loop, until the groups in flight are those of every turn
 
 

@@ -24,6 +24,11 @@ LOOP = """
 """
 
 
+@pytest.mark.parametrize("jump", ["BRA.U !UP0, 0x30", "@!P6 BRA !P5, 0x30", "BRA.U UP1, 0x30"])
+def test_a_jump_may_have_a_predicate_before_its_place(jump):
+    assert bytes_ahead(LOOP.replace("@!P6 BRA 0x30", jump).format(wait="0x2", outer="0x0"), 128) == 128 * 20
+
+
 @pytest.mark.parametrize(("wait", "bytes_of_a_thread"), [("0x0", 0), ("0x1", 4), ("0x2", 20), ("0x4", 40), ("0x5", 44)])
 def test_what_the_wait_lets_go_on_counts_and_copies_of_single_threads_do_not(wait, bytes_of_a_thread):
     assert bytes_ahead(LOOP.format(wait=wait, outer="0x0"), 128) == 128 * bytes_of_a_thread
