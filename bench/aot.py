@@ -13,6 +13,7 @@ Tritons whose record this is not.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -56,6 +57,8 @@ SPILLING: dict[str, int] = {
     # ptxas prefers another block on the multiprocessor to the last registers.
     r"sm_\d+ window_attention float32 short_backward_kernel: .*": 40,
     r"sm_90 window_attention bfloat16 short_backward_kernel: temporal 5 head_dim 64 bias": 8,
+    r"sm_90 window_attention tf32 short_forward_kernel: temporal 32 head_dim 64 rms weight pairs": 8,
+    r"sm_8\d adaln float32 _bwd: XL/2 16x256x256 b2": 8,
     r"sm_(90|120) gate_residual bfloat16 _bwd: .*": 8,
     r"sm_90 norm_rope bfloat16 norm_backward_kernel: angles per head": 8,
     # A token of 8192 channels: the columns of a thread and their sums do not fit.
@@ -301,9 +304,22 @@ def everything(names: Sequence[str] = tuple(ARCHITECTURES), brief: bool = False)
     return {
         "triton": triton.__version__,
         "torch": torch.__version__,
+        "sources": sources(),
         "kernels": kernels,
         "traffic": joined(longest_first[0], "traffic"),
     }
+
+
+def sources() -> str:
+    """A digest of what decides what is compiled: the code of the kernels and of the calls that launch them.
+
+    Comments, docstrings and white space are no code.
+    """
+    total = hashlib.sha256()
+    for path in sorted([*(ROOT / "minisora_kernels" / "triton").glob("*.py"), *(ROOT / "bench" / "ops").glob("*.py")]):
+        code = re.sub(r'""".*?"""|#[^\n]*|\s+', "", path.read_text(), flags=re.DOTALL)
+        total.update(path.name.encode() + b"\0" + code.encode() + b"\0")
+    return total.hexdigest()
 
 
 def complaints(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
