@@ -27,7 +27,7 @@ CALLS = {
     "gate_residual": (X, lambda x, **o: mk.gate_residual(X, x, ROW + x[:, 0], **o)),
     "gate_residual_adaln": (X, lambda x, **o: mk.gate_residual_adaln(x, x, ROW, ROW, ROW, **o)[1]),
     "gelu_mlp": (X, lambda x, **o: mk.gelu_mlp(x, W1, None, W2, None, **o)),
-    "glu_mlp": (X, lambda x, **o: mk.glu_mlp(x, W1, None, W2[:, :12], None, **o)),
+    "glu_mlp": (X, lambda x, **o: mk.glu_mlp(x, W1 / 8, None, W2[:, :12], None, **o)),
     "grn": (X, lambda x, **o: mk.grn(x, WEIGHT, WEIGHT, **o)),
     "norm_rope": (Q, lambda x, **o: mk.norm_rope(x, norm="rms", rope=mk.Rope(ANGLE.cos(), ANGLE.sin()), **o)),
     "patch_embed": (CLIP, lambda x, **o: mk.patch_embed(x, KERNEL, **o).square()),

@@ -515,7 +515,7 @@ def test_an_autoencoder_encodes_every_bucket_and_a_run_on_them_goes_on(tmp_path,
     config = TrainConfig(str(tmp_path / "run"), DataConfig(str(tmp_path / "z")), LATENT, steps=9, batch_tokens=80)
     with pytest.raises(
         ValueError,
-        match=r"data.source '.*z', whose buckets are in cells of latents, has \(4, 6, 6\), which the .* patch",
+        match=r"data.source '.*z', whose buckets are in cells of latents, has \(4, 6, 6\), which this run .* patch",
     ):
         Trainer(merge(config, {"model": {"patch": (1, 2, 4)}}))
     config = replace(config, preview=PreviewConfig(count=1, steps=1), save_every=5)
