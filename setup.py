@@ -302,7 +302,7 @@ class Build(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """A wheel for every Python: the libraries call torch and no Python."""
+    """A wheel for every Python that the package takes: the libraries call torch and no Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

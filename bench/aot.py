@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -68,8 +69,8 @@ SPILLING: dict[str, int] = {
     r"sm_90 window_attention bfloat16 finish_kernel: .*head_dim 128.*": 272,
 }
 # Those that must read ahead: the backwards whose shapes are the benches' have as many bytes in flight, on every
-# multiprocessor, while they compute. An H200 reads at its full speed with 26 KB.
-AHEAD, LEAST_AHEAD = re.compile(r"(adaln|gate_residual|gate_residual_adaln) \w+ _bwd: \w+/2 .*"), 26_000
+# multiprocessor, while they compute. An H200 reads at its full speed with 26 KB, by an estimate.
+READS_AHEAD, LEAST_AHEAD = re.compile(r"(adaln|gate_residual|gate_residual_adaln) \w+ _bwd: \w+/2 .*"), 26_000
 # "tf32" is float32 whose products may be rounded, as torch.set_float32_matmul_precision("high") has it.
 PRECISIONS = {**DTYPES, "float16": torch.float16, "tf32": torch.float32}
 
@@ -223,7 +224,9 @@ def kernels_of(
             kept.append(compiled)
             name = f"{label} {self.__name__}: {call}"
             more = sum(other.split(" #")[0] == name for other in found)
-            found[f"{name} #{more + 1}" if more else name] = resources(compiled, architecture, bool(AHEAD.match(name)))
+            found[f"{name} #{more + 1}" if more else name] = resources(
+                compiled, architecture, bool(READS_AHEAD.match(name))
+            )
         return compiled
 
     def begin(op: str, name: str, dtype: str) -> None:
@@ -266,7 +269,7 @@ def resources(compiled: Any, architecture: Architecture, ahead: bool = False) ->
     if ahead:
         from minisora_kernels.triton import _tiles
 
-        wanted = _tiles.sizes(_tiles.AHEAD).warps // warps
+        wanted = max(_tiles.sizes(_tiles.AHEAD).warps // warps, 1)
         programs = min(round(occupancy * architecture.warps / warps), wanted)
         found["ahead"] = programs * bytes_ahead(text, 32 * warps)
     return found
@@ -311,13 +314,17 @@ def everything(names: Sequence[str] = tuple(ARCHITECTURES), brief: bool = False)
 
 
 def sources() -> str:
-    """A digest of what decides what is compiled: the code of the kernels and of the calls that launch them.
+    """A digest of what decides what is compiled: the code of the kernels, the ops, and the calls that launch them.
 
-    Comments, docstrings and white space are no code.
+    Comments, docstrings, empty lines and spaces within a line are no code.
     """
+    folders = ("minisora_kernels/triton", "minisora_kernels/ops", "bench/ops", "bench/harness")
+    further = ("bench/gpu/launches.py", "models/denoisers/dit.py")
+    paths = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
     total = hashlib.sha256()
-    for path in sorted([*(ROOT / "minisora_kernels" / "triton").glob("*.py"), *(ROOT / "bench" / "ops").glob("*.py")]):
-        code = re.sub(r'""".*?"""|#[^\n]*|\s+', "", path.read_text(), flags=re.DOTALL)
+    for path in sorted([*paths, *filter(Path.exists, (ROOT / name for name in further))]):
+        code = re.sub(r'""".*?"""|#[^\n]*', "", path.read_text(), flags=re.DOTALL)
+        code = re.sub(r"(?<=\S)[ \t]+|\n\s*(?=\n)", "", code).strip()
         total.update(path.name.encode() + b"\0" + code.encode() + b"\0")
     return total.hexdigest()
 

@@ -122,6 +122,9 @@ class GeluMLP(nn.Module):
 class GluMLP(nn.Module):
     """Linear, a gated linear unit, Linear, with the state dict of timm's ``GluMlp``: ``fc1`` of both halves, ``fc2``.
 
+    timm's ``SwiGLUPacked`` is the default here; GEGLU is ``activation="gelu", gate_first=False``. The sigmoid that is
+    timm's default is not among the activations.
+
     Where one of them is no plain ``nn.Linear`` any more (LoRA, a quantised weight, a hook), it is called as it is.
 
     Args:

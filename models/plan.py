@@ -53,7 +53,7 @@ from .protocols import Model
 from .registry import SYSTEMS, build, configure
 from .runtime.arguments import read
 from .runtime.gpus import GPUS
-from .runtime.recompute import Kept, chosen
+from .runtime.recompute import Keeps, chosen
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class PlanConfig:
     """Plain PyTorch, or the kernels."""
     checkpointing: bool = False
     """Recompute the blocks in the backward."""
-    checkpointing_keeps: Kept = "nothing"
+    checkpointing_keeps: Keeps = "nothing"
     """With checkpointing: outputs that are kept all the same, those of attention, or of attention and products."""
     offload: Annotated[bool, tyro.conf.arg(name="optimizer.offload")] = False
     """Keep the moments in the CPU's memory, with shards the weights, gradients and averages too."""

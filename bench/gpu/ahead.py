@@ -46,4 +46,4 @@ def _least(body: list[str], threads: int) -> int:
                 groups = groups[-1 - int(wait[1], 16) :]
             elif text.startswith("BAR.SYNC"):
                 found.append(sum(groups))
-    return min(found)
+    return min(found, default=0)

@@ -121,6 +121,8 @@ def launches() -> Iterator[Launch]:
     for patch in ((1, 2, 2), (1, 16, 16)):
         yield Launch(f"C 4 {patch} tf32", partial(_patches, 4, patch, 1152, True, True), TF32)
     yield Launch("D 33", partial(_patches, 4, (1, 2, 2), 33, True, True))
+    yield Launch("D 3072, pixels", partial(_patches, 3, (1, 16, 16), 3072, True, True))
+    yield Launch("D 5120, C 36", partial(_patches, 36, (1, 2, 2), 5120, True, True))
     yield Launch("D 33, pixels", partial(_patches, 3, (1, 16, 16), 33, True, True))
 
 

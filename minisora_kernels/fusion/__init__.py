@@ -98,9 +98,9 @@ def fuse(
 
     Args:
         model: Any module. ``model(...)`` takes the ops; ``model.forward(...)`` does not.
-        ops: Names of the ops that may be put in: ``"adaln"``, ``"gate_residual"``, ``"gate_residual_adaln"`` (which
-            joins the two before), ``"gelu_mlp"``, ``"glu_mlp"``, ``"patch_embed"``, ``"window_attention"``; None for
-            all.
+        ops: Names of the ops that may be put in: ``"adaln"``, ``"attention"``, ``"gate_residual"``,
+            ``"gate_residual_adaln"`` (which joins adaln and the one before), ``"gelu_mlp"``, ``"glu_mlp"``,
+            ``"patch_embed"``, ``"window_attention"``; None for all.
         backend: Backend of every op, or None for the automatic choice.
         mode: ``"auto"`` leaves a site where the record of the device prefers plain PyTorch. ``"on"`` takes any kernel
             that serves the call, and raises from the call of the model where there is none.

@@ -43,7 +43,7 @@ PRODUCT = {
 }
 
 CANDIDATES: dict[str, list[Any]] = {
-    "AHEAD": [Ahead(bytes_, warps) for bytes_ in (13_000, 26_000, 40_000) for warps in (4, 8, 12)],
+    "AHEAD": [Ahead(bytes_, warps) for bytes_ in (26_000, 40_000) for warps in (4, 8)],
     "PRODUCT": [
         Product(tokens, bytes_, warps, stages)
         for tokens, warps in ((32, 4), (32, 8), (64, 8), (128, 8))

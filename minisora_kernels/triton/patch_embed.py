@@ -34,7 +34,7 @@ from ._tiles import PRODUCT, sizes
 from ._window_rows import Piece, wide_pieces
 
 COLUMNS = 128  # of y and dy in a tile; divides the widths of all models
-GATHERED = 3  # times that a long patch is read, forward
+GATHERED, WIDEST = 3, 384  # times that a long patch is read forward, at least; columns of a program, at most
 SHORT = 256  # bytes of a patch that fits one tile
 # Products of float32 are added in chains of at most this many elements, whose sums are added then: one chain of 768 is
 # three times as far from exact as torch.
@@ -313,7 +313,8 @@ def is_short(weight: Tensor | Like) -> bool:
 
 def columns_of(weight: Tensor | Like) -> int:
     """Columns of y that a program makes."""
-    return COLUMNS if is_short(weight) else triton.cdiv(weight.shape[0], GATHERED)
+    width = weight.shape[0]
+    return COLUMNS if is_short(weight) else triton.cdiv(width, max(GATHERED, triton.cdiv(width, WIDEST)))
 
 
 def _numbers(x: Like, weight: Like, tile: tuple[Any, ...], precision: str) -> tuple[int, tuple[Any, ...]]:

@@ -407,7 +407,11 @@ def find(device: torch.device) -> tuple[Record, Path] | None:
             if named or not isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 warnings.warn(f"minisora_kernels: the record {path} is not used: {error}", stacklevel=2)
             continue
-        found = (record, path) if found is None else (record.merged(found[0].entries, found[0].made), found[1])
+        if found is None:
+            found = record, path
+        else:
+            merged = record.merged(found[0].entries, found[0].made)
+            found = replace(merged, key=found[0].key), found[1]
     return found
 
 

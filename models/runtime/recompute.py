@@ -16,10 +16,11 @@ Checkpointing = bool | Literal["attention", "products"]
 attention and matrix products, whose outputs are kept."""
 
 
-Kept = Literal["nothing", "attention", "products"]
+Keeps = Literal["nothing", "attention", "products"]
+"""Outputs that checkpointing keeps all the same."""
 
 
-def chosen(checkpointing: bool, keeps: Kept) -> Checkpointing:
+def chosen(checkpointing: bool, keeps: Keeps) -> Checkpointing:
     """The options ``checkpointing`` and ``checkpointing_keeps`` as one.
 
     Raises:

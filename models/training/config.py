@@ -15,7 +15,7 @@ from ..objectives.reconstruction import Reconstruction
 from ..parallel.config import ParallelConfig
 from ..registry import Objective, Settings
 from ..runtime.plain import merge
-from ..runtime.recompute import Kept, chosen
+from ..runtime.recompute import Keeps, chosen
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class TrainConfig:
     """'bf16' is autocast; weights, EMA and optimizer stay fp32. On CUDA 'fp32' uses TF32 products."""
     checkpointing: bool = False
     """Recompute the blocks in the backward instead of saving their activations."""
-    checkpointing_keeps: Kept = "nothing"
+    checkpointing_keeps: Keeps = "nothing"
     """With checkpointing: outputs that are saved all the same, those of attention, or of attention and products."""
     compile: bool = False
     """Compile the model with torch.compile."""

@@ -73,7 +73,7 @@ class Saving:
             OSError: it could not be written.
         """
         if self._thread is not None:
-            # A wait of its own: the watch would say less than the thread, which ends before it.
+            # Begins the watch's wait anew: the thread gives up first, and its error names the rank.
             self.ranks.at(self.ranks.place.step, "saves a checkpoint")
             self._thread.join()
             self._thread = None

@@ -43,6 +43,8 @@ def test_a_comment_changes_no_digest_and_code_does(tmp_path, monkeypatch):
     first = digest('def f(x):\n    """Adds."""\n    return x + 1\n')
     assert digest('def f(x):\n    """Adds one."""\n    # in place\n    return x  + 1\n') == first
     assert digest('def f(x):\n    """Adds."""\n    return x + 2\n') != first
+    inside, outside = (digest(f"for i in x:\n    y = i\n{indent}z = y\n") for indent in ("    ", ""))
+    assert inside != outside
 
 
 def test_the_record_is_of_the_triton_that_torch_requires():

@@ -27,7 +27,7 @@ class Mlp(nn.Module):
 
 
 class GluMlp(nn.Module):
-    """timm's."""
+    """timm's, with GELU."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -199,6 +199,7 @@ def test_the_record_that_comes_with_the_package_holds_for_every_cpu(monkeypatch,
         )
         automatic.forget()
         assert record.find(CPU)[1].name == f"cpu-{name}.json"
+        assert record.find(CPU)[0].key.capability == name
         assert served(mk.adaln, X, GATE, GATE) == ("cpu" if name == "AVX2" else "reference")
         assert served(mk.gate_residual, X, X, GATE) == "reference"  # which the other record says
     own = record.own_path(CPU)
