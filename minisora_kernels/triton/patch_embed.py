@@ -313,8 +313,7 @@ def is_short(weight: Tensor | Like) -> bool:
 
 def columns_of(weight: Tensor | Like) -> int:
     """Columns of y that a program makes."""
-    width = weight.shape[0]
-    return COLUMNS if is_short(weight) else triton.cdiv(width, max(GATHERED, triton.cdiv(width, WIDEST)))
+    return COLUMNS if is_short(weight) else min(triton.cdiv(weight.shape[0], GATHERED), WIDEST)
 
 
 def _numbers(x: Like, weight: Like, tile: tuple[Any, ...], precision: str) -> tuple[int, tuple[Any, ...]]:
