@@ -146,7 +146,7 @@ gpu-compiled-oldest:
 	$(ON_OLDEST) $(BIN)/python -m bench.aot --quick --architectures sm_90
 
 gpu-compiled-newest:
-	$(ON_NEWEST) $(BIN)/python -m bench.aot --quick --architectures sm_90
+	$(ON_NEWEST) $(BIN)/python -m bench.aot --architectures sm_80
 
 gpu-compiled:
 	$(BIN)/python -m pytest tests/bench/test_aot.py
