@@ -1,6 +1,6 @@
 """What raw ops hold while they run, beside their arguments and results: a dispatch mode does not see it.
 
-An op's file declares it. ``counters.scratch_bytes`` reads it.
+An op's file declares it, but for sums of gradients, which are small. ``counters.scratch_bytes`` reads it.
 """
 
 from __future__ import annotations

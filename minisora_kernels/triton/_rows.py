@@ -70,7 +70,10 @@ def tile_of(width: int, itemsize: int, held: int, rows: int) -> tuple[Tile, int]
 
 
 class Depth(NamedTuple):
-    """How far a backward reads ahead: the stages of its loop, tiles ahead and 2, or 1; programs there at once."""
+    """How far a backward reads ahead: ``stages`` of its loop, the tiles read ahead plus 2, or 1 where none is.
+
+    ``programs`` are on a multiprocessor at once.
+    """
 
     stages: int
     programs: int

@@ -1,4 +1,4 @@
-"""Sizes that kernels are launched with and that leave the order of every sum as it is: by architecture, frozen.
+"""Sizes that kernels are launched with, by architecture, frozen. They leave the order of sums over tokens as it is.
 
 0 stands for every architecture that is not named. The compile record holds what the compiler makes of them. `python -m
 bench.gpu --step tune` measures :data:`CANDIDATES` on a GPU and writes this file anew; nothing is measured while kernels
