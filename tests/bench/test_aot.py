@@ -87,7 +87,7 @@ def test_the_backwards_of_modulated_tokens_read_ahead():
     """By the machine code of their loops, counted when the record was made."""
     for architecture in (each for each in aot.ARCHITECTURES.values() if each.nvidia):
         kernels = RECORD["kernels"][architecture.name]
-        found = {name: values.get("ahead", 0) for name, values in kernels.items() if aot.AHEAD.match(name)}
+        found = {name: values.get("ahead", 0) for name, values in kernels.items() if aot.READS_AHEAD.match(name)}
         assert {name.split()[0] for name in found} == {"adaln", "gate_residual", "gate_residual_adaln"}
         assert {name: ahead for name, ahead in found.items() if ahead < aot.LEAST_AHEAD} == {}, architecture.name
 
