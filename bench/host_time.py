@@ -3,8 +3,8 @@
 Every op runs forward and backward through the real launch path: op, dispatcher, launcher, Triton's launch, down to the
 driver, in whose place stands bench/stub_driver.c. Nothing is computed. Tensors are small and lie in the CPU's memory.
 Recorded are the launches of a call and its thread CPU time, also as a ratio to a bare Triton launch of the same run,
-which is what machines have in common. ``--save`` writes the record anew; without it an op is an error that launches
-more than the record says, or whose ratio grew by more than a quarter.
+in which a slow day cancels. ``--save`` writes the record anew; without it an op is an error that launches more than the
+record says, or, on the record's processor, whose ratio grew by more than half.
 
 What a GPU adds is not in it: the driver's own work for a launch, and the change of the current device.
 """
@@ -39,7 +39,7 @@ from minisora_kernels.commands import command
 
 RECORD = RESULTS / "host.json"
 SOURCE = Path(__file__).with_name("stub_driver.c")
-GROWTH = 1.25
+GROWTH = 1.5
 CALLS, ROUNDS, TRIES = 100, 9, 4
 TARGET = ("cuda", 90, 32)  # what the stub says it is
 
@@ -201,10 +201,11 @@ def head() -> dict[str, Any]:
 def complaints(new: dict[str, Any], old: dict[str, Any]) -> dict[str, list[str]]:
     """What is wrong with the calls of ``new`` beside the record ``old``, by name.
 
-    Times are compared for the same Triton and torch alone: they are part of what is timed.
+    Times are compared for the same Triton, torch and processor alone: another processor has other ratios, up to 1.4 times
+    these.
     """
     found: dict[str, list[str]] = {}
-    same = all(new[what] == old[what] for what in ("torch", "triton"))
+    same = all(new[what] == old[what] for what in ("torch", "triton", "cpu"))
     for name, directions in new["calls"].items():
         for direction, call in directions.items():
             record = old["calls"].get(name, {}).get(direction)
