@@ -15,7 +15,7 @@ WORDS = {
     "executed as IR": "what Triton's compiler made of them was executed on a CPU, by the same rule, without races or "
     "accesses out of bounds",
     "emulated": "their CUDA C++ and PTX ran on a CPU, every thread emulated, by the same rule, without races or "
-    "accesses out of bounds",
+    "accesses out of bounds; calls of cuBLASLt reached a stand-in that is written from its documentation",
     "compiled": "they were compiled to machine code for every architecture of bench/results/aot.json or nvcc.json",
     "run": "they ran on a GPU, and the record is committed",
 }

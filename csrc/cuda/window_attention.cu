@@ -25,6 +25,7 @@
 #include <type_traits>
 
 #include "../check.h"
+#include "tensors.h"
 #include "warp.h"
 
 namespace minisora {
@@ -974,12 +975,6 @@ struct Shape {
   }
 };
 
-// A tensor whose first number lies at a multiple of 16 bytes, as copies of 16 bytes need it.
-Tensor aligned(const Tensor& tensor) {
-  if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0) return tensor;
-  return torch::stable::clone(tensor);
-}
-
 Input input_of(
     const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape, const Tensor& qkv) {
   if (!tensor) return {nullptr, ScalarType::Float};
@@ -1079,10 +1074,6 @@ void launch(
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
   check_cuda(cudaGetLastError());
-}
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
 }
 
 Tensor empty_like_if(bool asked, const std::optional<Tensor>& tensor, const Tensor& qkv) {

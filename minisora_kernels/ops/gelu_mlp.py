@@ -23,7 +23,15 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import cast, check_bias, check_tensor, check_weight, kernel_refusal, linear_dtype
+from ..checks import (
+    architecture_refusal,
+    cast,
+    check_bias,
+    check_tensor,
+    check_weight,
+    kernel_refusal,
+    linear_dtype,
+)
 from ..derivatives import once
 from ..flops import formula
 from ..scratch import scratch
@@ -134,7 +142,34 @@ def _kernels(x, *_):
     return kernel_refusal(x=x)  # the others have its dtype
 
 
-BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "triton": _kernels}
+def _cuda(x, w1, b1, w2, b2):
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"x has dtype {x.dtype}; cuBLASLt's GELU takes bfloat16 and float16"
+    for name, width in (("D", x.shape[-1]), ("hidden", w1.shape[0]), ("D_out", w2.shape[0])):
+        if width < 8 or width % 8:
+            return f"{name} is {width}; cuBLASLt's GELU takes multiples of 8"
+    return architecture_refusal(x.device.index)
+
+
+def _cuda_exact(*_):
+    return "approximate is 'none'; cuBLASLt has the tanh form of GELU alone"
+
+
+BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "cuda": _cuda, "triton": _kernels}
+_EXACT_BACKENDS: backends.Table = {**BACKENDS, "cuda": _cuda_exact}
+
+# By count cuBLASLt's epilogues save 2 of 8 passes over [tokens, hidden] between the products: the forward writes h and
+# a and reads neither (2 of 3), the backward reads h, writes dh, and has a computed again (4 of 5). At D 1152 and 8192
+# tokens in bfloat16 a pass is 75 MB, and the products are 522 GFLOP. At 1.75 TB/s and 250 TFLOP/s, as an A100 may reach
+# them, the two passes are an estimated 4% of the time of the MLP.
+#
+# Whether cuBLASLt loses nothing elsewhere depends on the GPU. FusedMLP of flash-attention
+# (flash_attn/ops/fused_dense.py) says that the epilogues are slower than separate passes on H100, and does without them
+# there alone; llm.c's pull request 338 found them slower in bfloat16. So the record of the GPU decides.
+ROUTES = (
+    "cpu and triton: torch computes the products, a kernel what lies between them. cuda: cuBLASLt's products with bias "
+    "and GELU, forward and backward, for the tanh form of 16-bit numbers and widths that are multiples of 8."
+)
 
 
 @shortcut
@@ -150,10 +185,10 @@ def gelu_mlp(
 ) -> Tensor:
     """The MLP of a block: ``y = gelu(x w1^T + b1) w2^T + b2``. It saves the pre-activation only.
 
-    Every tensor is differentiable. Torch computes the matrix products on every backend; the kernels compute what lies
-    between them, forward and backward. On a CPU a chunk of tokens goes through both products at a time, which
-    bounds the memory of the activation. The kernels give the same bits for any number of threads. Torch's products
-    repeat for the same number of threads.
+    Every tensor is differentiable. Torch computes the matrix products; the kernels compute what lies between them,
+    forward and backward. On the backend ``cuda`` cuBLASLt computes both together. On a CPU a chunk of tokens goes
+    through both products at a time, which bounds the memory of the activation. The kernels give the same bits for any
+    number of threads. Torch's products repeat for the same number of threads.
 
     Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415).
 
@@ -194,7 +229,8 @@ def gelu_mlp(
     dtype = linear_dtype(op, x, w1=w1, b1=b1, w2=w2, b2=b2)
     x, w1, w2 = cast(x, dtype), cast(w1, dtype), cast(w2, dtype)
     b1, b2 = None if b1 is None else cast(b1, dtype), None if b2 is None else cast(b2, dtype)
-    chosen = backends.choose(op, BACKENDS, x.device, backend, x, w1, b1, w2, b2)
+    table = _EXACT_BACKENDS if approximate == "none" else BACKENDS
+    chosen = backends.choose(op, table, x.device, backend, x, w1, b1, w2, b2)
     if chosen == "reference":
         return reference(x, w1, b1, w2, b2, approximate=approximate)
     return backends.apply(_GeluMLP, x, w1, b1, w2, b2, approximate == "none", chosen)

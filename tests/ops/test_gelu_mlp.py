@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -262,6 +264,24 @@ def test_every_output_element_is_written(backend, nan_filled):
     for size in (1, 9, 4096, 4097, 8195):
         h = torch.linspace(-4, 4, size)
         assert all(result.isfinite().all() for result in (activation(h), *slope(h[None], torch.ones(1, size))))
+
+
+@pytest.mark.parametrize(
+    ("width", "hidden", "out", "dtype", "approximate", "reason"),
+    [
+        (16, 32, 16, torch.float32, "tanh", "x has dtype torch.float32; cuBLASLt's GELU takes bfloat16 and float16"),
+        (12, 32, 16, torch.bfloat16, "tanh", "D is 12; cuBLASLt's GELU takes multiples of 8"),
+        (16, 33, 16, torch.float16, "tanh", "hidden is 33; cuBLASLt's GELU takes multiples of 8"),
+        (16, 32, 0, torch.bfloat16, "tanh", "D_out is 0; cuBLASLt's GELU takes multiples of 8"),
+        (16, 32, 16, torch.bfloat16, "none", "approximate is 'none'; cuBLASLt has the tanh form of GELU alone"),
+        (16, 32, 16, torch.bfloat16, "tanh", "it does not run on cpu tensors"),  # what it does not refuse
+    ],
+)
+def test_what_cuda_refuses(width, hidden, out, dtype, approximate, reason, monkeypatch):
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    arguments = parameters((2, 3, width), hidden, out, dtype=dtype)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        gelu_mlp(*arguments, approximate=approximate, backend="cuda")
 
 
 @pytest.mark.parametrize("backend", KERNELS)

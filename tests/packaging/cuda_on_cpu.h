@@ -544,6 +544,10 @@ int no_stream(int, void** stream) {
   *stream = nullptr;
   return 0;
 }
+int some_blas_handle(void** handle) {
+  *handle = handle;
+  return 0;
+}
 namespace torch::stable::accelerator {
 struct NoGuard {
   explicit NoGuard(int) {}
@@ -557,6 +561,7 @@ struct NoGuard {
 #define __launch_bounds__(...)
 #define DeviceGuard NoGuard
 #define aoti_torch_get_current_cuda_stream no_stream
+#define torch_get_current_cuda_blas_handle some_blas_handle
 #define is_cuda is_cpu
 #define CUDA CPU
 #define minisora minisora_emulated

@@ -1,7 +1,8 @@
-"""csrc/cuda without a GPU: nvcc compiled it for every architecture without spilling, and its kernels, run on the CPU by
-an emulation of threads and of PTX (cuda_on_cpu.py), give what the reference gives.
+"""csrc/cuda without a GPU: nvcc compiled it for every architecture without spilling, and run on the CPU it gives what
+the reference gives: kernels by an emulation of threads and of PTX (cuda_on_cpu.py), what calls cuBLASLt before a
+stand-in for that (cublaslt_on_cpu.cpp).
 
-The emulation says nothing about nvcc's code or about speed.
+The emulation says nothing about nvcc's code, about cuBLASLt's, or about speed.
 """
 
 from __future__ import annotations
@@ -38,42 +39,113 @@ BUILT = ";".join(ARCHITECTURES) + "+PTX"
 SANITIZERS = "address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow"
 
 
-def translated(folder: Path, include: Path | str) -> list[str]:
-    """A command that compiles csrc/cuda, translated for a CPU into ``folder``, but for what it makes of it."""
+# What runs each file of csrc/cuda on the CPU.
+EMULATED = {"window_attention": "emulated_windows.py", "gelu_mlp": "emulated_mlp.py"}
+
+
+def translated(op: str, folder: Path, include: Path | str) -> list[str]:
+    """A command that compiles a file of csrc/cuda, translated for a CPU into ``folder``, but for what it makes."""
     assert CXX is not None
     cuda_on_cpu.write(ROOT / "csrc" / "cuda", folder)
     flags = ["-std=c++20", "-O0", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
-    (source,) = folder.glob("*.cu")
     flags += [f"-I{include}", f"-I{ROOT / 'csrc' / 'cuda'}"]  # of ../check.h, which is not copied
-    return [CXX, *flags, "-include", str(folder / "emulation.h"), "-x", "c++", str(source)]
+    return [CXX, *flags, "-include", str(folder / "emulation.h"), "-x", "c++", str(folder / f"{op}.cu")]
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_file_is_emulated():
+    assert EMULATED.keys() == {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler was found")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulation switches stacks of x86-64")
-def test_emulated_kernels_are_right_under_sanitizers(tmp_path: Path):
-    """Everything in emulated_windows.py, in a process that has AddressSanitizer from its start on."""
+@pytest.mark.parametrize("op", EMULATED)
+def test_what_is_emulated_is_right_under_sanitizers(op: str, tmp_path: Path):
+    """Everything in the file of ``EMULATED``, in a process that has AddressSanitizer from its start on."""
     torch_folder = Path(torch.__file__).parent
-    command = translated(tmp_path, torch_folder / "include")
-    with (tmp_path / "window_attention.cu").open("a") as file:  # the record's shared memory is what the kernels ask for
-        for d, tile, (parts, keeps) in product((64, 72, 96, 128), (16, 32, 64), ((3, "false"), (4, "true"))):
-            bytes_ = nvcc.shared(d, tile, parts == 4)
-            file.write(f"static_assert(minisora::Layout<{d}, {tile}, {parts}>::bytes({keeps}) == {bytes_});\n")
-    library = tmp_path / "emulated.so"
-    command += ["-shared", "-o", str(library), f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]
-    done = subprocess.run(
-        [*command, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    command = translated(op, tmp_path, torch_folder / "include")
+    if op == "window_attention":
+        with (tmp_path / f"{op}.cu").open("a") as file:  # the record's shared memory is what the kernels ask for
+            for d, tile, (parts, keeps) in product((64, 72, 96, 128), (16, 32, 64), ((3, "false"), (4, "true"))):
+                bytes_ = nvcc.shared(d, tile, parts == 4)
+                file.write(f"static_assert(minisora::Layout<{d}, {tile}, {parts}>::bytes({keeps}) == {bytes_});\n")
+    made = ["-shared", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]
+    # A library of its own, as cuBLASLt is: its symbols are found when the other one is loaded.
+    stand_in, library = tmp_path / "libcublasLt.so", tmp_path / "emulated.so"
+    flags = ["-std=c++20", "-O1", "-fPIC", f"-I{torch_folder / 'include'}", *made]
+    run([str(CXX), *flags, str(ROOT / "tests" / "packaging" / "cublaslt_on_cpu.cpp"), "-o", str(stand_in)])
+    needed = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-x", "none", "-Wl,--no-as-needed", str(stand_in)]
+    run([*command, "-o", str(library), *made, *needed])
     # AddressSanitizer passes exceptions on if the C++ library, which libubsan needs, is there before it.
     names = [[str(CXX), f"-print-file-name={name}"] for name in ("libasan.so", "libubsan.so")]
     found = [subprocess.run(name, capture_output=True, text=True, check=True).stdout.strip() for name in names]
     environment = os.environ | {"LD_PRELOAD": ":".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
     environment |= {"MINISORA_EMULATED": str(library), "OMP_NUM_THREADS": "1"}
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=sys"]
-    tests.append(str(ROOT / "tests" / "packaging" / "emulated_windows.py"))
+    tests.append(str(ROOT / "tests" / "packaging" / EMULATED[op]))
     done = subprocess.run(tests, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
+
+
+# The constants of csrc/cuda/cublaslt.h by NVIDIA's names.
+CUBLASLT = {
+    "kFloat32": "CUDA_R_32F",
+    "kFloat16": "CUDA_R_16F",
+    "kBFloat16": "CUDA_R_16BF",
+    "kSumFloat32": "CUBLAS_COMPUTE_32F",
+    "kTransposed": "CUBLAS_OP_T",
+    "kTransposeA": "CUBLASLT_MATMUL_DESC_TRANSA",
+    "kEpilogue": "CUBLASLT_MATMUL_DESC_EPILOGUE",
+    "kBiasPointer": "CUBLASLT_MATMUL_DESC_BIAS_POINTER",
+    "kAuxPointer": "CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER",
+    "kAuxStep": "CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD",
+    "kMostWorkspace": "CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES",
+    "kReductions": "CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK",
+    **{f"kAlignments[{i}]": f"CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_{name}_BYTES" for i, name in enumerate("ABCD")},
+    "kPlain": "CUBLASLT_EPILOGUE_DEFAULT",
+    "kBias": "CUBLASLT_EPILOGUE_BIAS",
+    "kGelu": "CUBLASLT_EPILOGUE_GELU",
+    "kGelu | lt::kBias": "CUBLASLT_EPILOGUE_GELU_BIAS",
+    "kGelu | lt::kAux": "CUBLASLT_EPILOGUE_GELU_AUX",
+    "kGelu | lt::kAux | lt::kBias": "CUBLASLT_EPILOGUE_GELU_AUX_BIAS",
+    "kGeluGradient": "CUBLASLT_EPILOGUE_DGELU",
+    "kGeluGradient | lt::kBiasGradient": "CUBLASLT_EPILOGUE_DGELU_BGRAD",
+}
+
+
+@pytest.mark.skipif(CXX is None, reason="no C++ compiler was found")
+def test_cublaslt_is_declared_as_its_header_has_it(tmp_path: Path):
+    """By the header of a toolkit, of NVIDIA's packages in this environment, or of CPATH."""
+    include = [str(Path(nvcc.NVCC).resolve().parents[1] / "include")] if nvcc.NVCC else []
+    include += [str(path) for path in Path(torch.__file__).parents[1].glob("nvidia/*/include")]
+    command = [str(CXX), "-std=c++20", "-fsyntax-only", *(f"-I{path}" for path in include), "-x", "c++"]
+    source = tmp_path / "declared.cpp"
+    source.write_text("#include <cublasLt.h>\n")
+    if subprocess.run([*command, str(source)], capture_output=True).returncode:
+        pytest.skip("cublasLt.h was not found")
+    header = ROOT / "csrc" / "cuda" / "cublaslt.h"
+    functions = sorted(set(re.findall(r"\b(cublasLt\w+)\(", header.read_text())))
+    assert len(functions) == 11
+    used = set(re.findall(r"\blt::(k\w+)", (ROOT / "csrc" / "cuda" / "gelu_mlp.cu").read_text()))
+    assert used <= set(re.findall(r"k\w+", " ".join(CUBLASLT)))
+    lines = ["#include <array>", "#include <cublasLt.h>", "template <class R, class... A>"]
+    lines += ["constexpr std::array<size_t, sizeof...(A)> sizes(R (*)(A...)) { return {sizeof(A)...}; }"]
+    lines += [f"constexpr auto their_{name} = sizes({name});\n#define {name} our_{name}" for name in functions]
+    lines += [f'#include "{header}"', "using namespace minisora;"]
+    lines += [f"static_assert(sizes(our_{name}) == their_{name});" for name in functions]
+    lines += [f"static_assert((lt::{ours}) == {theirs});" for ours, theirs in CUBLASLT.items()]
+    lines += ["static_assert(sizeof(lt::Algorithm) == sizeof(cublasLtMatmulAlgo_t));"]
+    lines += ["static_assert(sizeof(lt::Choice) == sizeof(cublasLtMatmulHeuristicResult_t));"]
+    for ours, theirs in (("workspace", "workspaceSize"), ("status", "state"), ("waves", "wavesCount")):
+        offset = f"offsetof(cublasLtMatmulHeuristicResult_t, {theirs})"
+        lines += [f"static_assert(offsetof(lt::Choice, {ours}) == {offset});"]
+    source.write_text("\n".join(lines) + "\n")
+    run([*command, "-Wno-deprecated-enum-enum-conversion", str(source)])
 
 
 @pytest.mark.parametrize(
@@ -173,15 +245,12 @@ class TestOldestTorch:
     @pytest.mark.parametrize("source", sorted((ROOT / "csrc/cpu").glob("*.cpp")), ids=lambda path: path.stem)
     def test_the_cpu_kernels_compile(self, variables, source: Path):
         flags = [*variables["VARIANTS"]["cpu_amx"], "-fopenmp-simd", "-w", f"-I{OLDEST}"]
-        self.compile([CXX, "-std=c++20", "-fsyntax-only", *flags, str(source)])
+        run([CXX, "-std=c++20", "-fsyntax-only", *flags, str(source)])
 
     @pytest.mark.skipif(CXX is None, reason="no C++ compiler was found")
-    def test_the_cuda_kernels_compile(self, tmp_path: Path):
-        self.compile([*translated(tmp_path, str(OLDEST)), "-fsyntax-only"])
-
-    def compile(self, command: list[str]) -> None:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    @pytest.mark.parametrize("op", EMULATED)
+    def test_the_cuda_kernels_compile(self, op: str, tmp_path: Path):
+        run([*translated(op, tmp_path, str(OLDEST)), "-fsyntax-only"])
 
 
 def _triton_cuobjdump() -> str | None:

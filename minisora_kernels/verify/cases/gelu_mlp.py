@@ -40,6 +40,7 @@ def cases(draw: int = 0) -> list[Case]:
         gelu_mlp(random, "tokens", (2, 17, 32), 128, 32),
         gelu_mlp(random, "odd-widths", (2, 17, 24), 90, 7),
         gelu_mlp(random, "no-bias", (3, 5, 8), 33, 7, False),
+        gelu_mlp(random, "no-bias-even-widths", (3, 5, 16), 40, 24, False),
         gelu_mlp(random, "exact", (2, 17, 32), 128, 32, True, "none"),
         replace(gelu_mlp(random, "offset", (2, 17, 32), 64, 32), layout="offset"),
     ]
