@@ -80,7 +80,7 @@ def show() -> None:
     print("\nhow the kernels for GPUs were proven:")
     for line in proofs.lines({op: table_of(op) for op in ops()}):
         print(f"  {line}")
-    print("\norder of the automatic choice:")
+    print("\norder of the automatic choice, where a record does not know a faster one:")
     for kind, order in backends.PREFERENCE.items():
         print(f"{kind:>10}: {', then '.join(order)}")
     built = backends.build_record()

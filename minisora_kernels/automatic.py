@@ -120,7 +120,9 @@ for _function in (_order_in_compile, _served_in_compile):
 def _order(
     op: str, has: tuple[str, ...], device: torch.device, regime: str, *, compiling: bool = False
 ) -> tuple[str, ...]:
-    """The backends in turn; why the others are not among them is logged, and the user told once if none is."""
+    """The backends in turn, the fastest first; why the others are not among them is logged, and the user told once if
+    none is.
+    """
     allowed, refused = [], {}
     kept = _kept.get(_label(op, regime, compiling))
     for name in backends.PREFERENCE.get(device.type, ("reference",)):
@@ -136,6 +138,11 @@ def _order(
     if told and len(told) == len(refused) and allowed == ["reference"]:  # no record has judged a kernel
         name, reason = min(told, key=lambda pair: refused[pair[0]][0] != "not verified")
         _warn_once(device.type, f"minisora_kernels runs plain PyTorch instead of {name} kernels: {reason}")
+    if len(allowed) > 2:  # kernels beside the reference
+        from .verify import record
+
+        times = {name: record.share(name, op, device, regime, compiling) for name in allowed if name != "reference"}
+        allowed = [*sorted(times, key=lambda name: times[name]), "reference"]
     if kept in allowed:
         allowed = [kept, *(name for name in allowed if name != kept)]
     return tuple(allowed)

@@ -6,10 +6,11 @@
 - ``triton``: Triton kernels (``minisora_kernels/triton``).
 
 An explicit choice (``backend=``, :func:`use_backend` or the environment variable ``MINISORA_BACKEND``, read once at
-import) runs or raises the reason. An automatic choice takes the first backend of :data:`PREFERENCE` that is built, has
-the op, does not refuse the call, and is right and faster here by the record of ``python -m minisora_kernels verify``
-(see ``verify/record.py``; ``MINISORA_VERIFIED=PATH`` names another record, ``MINISORA_VERIFIED=0`` takes none). Each
-refusal is logged once at INFO level. Records are read when an op first asks for one, never at import.
+import) runs or raises the reason. An automatic choice takes the fastest backend of :data:`PREFERENCE` that is built,
+has the op, does not refuse the call, and is right and faster than plain PyTorch here, by the record of
+``python -m minisora_kernels verify`` (see ``verify/record.py``; ``MINISORA_VERIFIED=PATH`` names another record,
+``MINISORA_VERIFIED=0`` takes none). Each refusal is logged once at INFO level. Records are read when an op first asks
+for one, never at import.
 
 For tests, ``TRITON_INTERPRET=1`` or ``MINISORA_EXECUTE_IR=1`` has Triton's kernels executed on CPU tensors (see
 :data:`EXECUTOR`).
@@ -37,7 +38,8 @@ from .forcing import force, forced
 Name = Literal["reference", "cpu", "cuda", "triton"]
 BACKENDS: tuple[Name, ...] = get_args(Name)
 
-# The automatic order per device type; any other device is served by the reference.
+# What an automatic choice may take per device type, in this order where the record says of none that it is faster; any
+# other device is served by the reference.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 # The library of CPU kernels for what cpu_capability() says, the least first; setup.py builds all that the compiler can.

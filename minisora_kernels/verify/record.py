@@ -434,6 +434,14 @@ def refusal(backend: str, op: str, device: torch.device, regime: str, compiling:
     return status, entry.why_in_compile if compiling else entry.why
 
 
+def share(backend: str, op: str, device: torch.device, regime: str, compiling: bool) -> float:
+    """Our time over eager's, or over torch.compile's; 1 where nobody timed it."""
+    found = find(device)
+    entry = None if found is None else found[0].by_regime.get((backend, op, regime))
+    ratio = None if entry is None else entry.compile_ratio if compiling else entry.ratio
+    return 1.0 if ratio is None else ratio[0]
+
+
 def _eager(entry: Entry) -> tuple[str, str] | None:
     """Of a C++ kernel that was not timed beside torch.compile: what holds outside."""
     return None if entry.status in ("used", "not timed", "undecided") else (entry.status, entry.why)

@@ -114,6 +114,28 @@ def test_within_compile_what_refuses_a_call_has_not_served_it(holds):
             assert within == backend
 
 
+def test_of_two_kernels_the_faster_one_goes_first(holds, monkeypatch):
+    monkeypatch.setattr(backends, "PREFERENCE", {"cpu": ("triton", "cpu", "reference")})
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    holds(
+        entry("triton", ratio=[0.8, 0.9], compile_ratio=[0.6, 0.7]),
+        entry("cpu", ratio=[0.7, 0.8], compile_ratio=[0.65, 0.7]),
+        entry("triton", "grn", ratio=[0.8, 0.9]),
+        entry("cpu", "grn", wrong="odd: y"),
+        entry("triton", "unpatchify", ratio=[0.9, 0.95]),
+    )
+
+    def order(op: str, compiling: bool = False) -> tuple[str, ...]:
+        return automatic._order(op, ("reference", "cpu", "triton"), CPU, "float32 forward", compiling=compiling)
+
+    assert order("adaln") == ("cpu", "triton", "reference")
+    assert order("adaln", compiling=True) == ("triton", "cpu", "reference")
+    assert order("grn") == ("triton", "reference")
+    assert order("unpatchify") == ("triton", "cpu", "reference")  # nobody timed the other one
+    with automatic.keep({"adaln float32 forward": "triton"}):
+        assert order("adaln") == ("triton", "cpu", "reference")
+
+
 def test_a_record_covers_a_precision_once_it_has_every_op_in_it():
     ops = sorted({op for op, _, _ in regimes()})
     whole = Record(KEY, {}, tuple(entry("triton", op, "tf32 forward") for op in ops))
