@@ -234,6 +234,9 @@ def launches() -> Iterator[Launch]:
         yield spatial(1024, 64, style)
     yield temporal(16, 72, Style("layer", 1))  # whose padding must stay zero
     yield temporal(16, 72, Style("layer", 2, halves=True, bias=True))  # whose halves are padded each
+    for style in (Style("rms", 1, halves=True), Style(halves=True)):
+        yield temporal(24, 72, style)
+        yield temporal(48, 72, style)
     yield spatial(1024, 64, FULL, ("float32",))
     yield temporal(6, 8, FULL, BOTH)  # the narrowest head
     for style in (PLAIN, FULL):

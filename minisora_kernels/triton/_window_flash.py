@@ -28,12 +28,14 @@ from ._window_rows import (
     locate,
     moments,
     norm_backward,
+    paired,
     prepare,
     row_sums,
     scaled,
     store_dweight,
     store_rows,
     turn,
+    unpaired,
     zeros,
 )
 
@@ -47,8 +49,25 @@ def _operand(qk, offset, token, valid, weight, cos, sin, eps, PREPARED: tl.const
     rows = load_rows(qk, offset, valid, FORM.qk)
     if not PREPARED:
         angles = load_angles(cos, sin, token, valid, FORM)
-        rows = prepare(rows, moments(rows, eps, FORM), weight, angles, FORM)
+        rows = paired(prepare(rows, moments(rows, eps, FORM), weight, angles, FORM), FORM)
     return rows
+
+
+@triton.jit
+def _turned_back(grad, cos, sin, token, valid, PREPARED: tl.constexpr, FORM: tl.constexpr):
+    """The gradient of an operand before its rotation."""
+    if not PREPARED:
+        grad = unpaired(grad, FORM)
+    return turn(grad, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
+
+
+@triton.jit
+def _zeros_like(rows):
+    """Zeros for the gradient of an operand."""
+    result = ()
+    for i in tl.static_range(len(rows)):
+        result += (tl.zeros(rows[i].shape, tl.float32),)
+    return result
 
 
 @triton.jit
@@ -183,7 +202,7 @@ def query_kernel(
         tl.store(kept + (of_head + tokens + token), inverse, mask=valid)
         tl.store(kept + (of_head + 2 * tokens + token), delta, mask=valid)
         q = _operand(qk, row * qk_step, token, valid, q_weight, cos, sin, eps, PREPARED, FORM)
-        dq = zeros(BLOCK, FORM.qk)
+        dq = _zeros_like(q)
         written = tl.where(item > begin, INNER, 0)  # of dbias, by the windows before
         # A partial sum of dbias has places that this window may have none for.
         for start in range(0, keys if dbias is None else length, INNER):
@@ -203,7 +222,7 @@ def query_kernel(
                 part, here = _pairs(dbias, matrix, first, rows[:, None], start, columns[None, :], length)
                 total = load(part, here & (columns < written)[None, :])
                 tl.store(part, total + tl.where(valid[:, None] & k_valid[None, :], ds, 0.0), mask=here)
-        dq = turn(dq, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
+        dq = _turned_back(dq, cos, sin, token, valid, PREPARED, FORM)
         x = load_rows(qkv, row * (3 * step), valid, FORM.qk)
         dq, dweight = norm_backward(dq, scale, x, moments(x, eps, FORM), q_weight, FORM)
         store_rows(dqkv + head * FORM.head_dim, row * (3 * step), valid, dq, FORM.qk)
@@ -243,7 +262,7 @@ def key_kernel(
     of_head = (sample.to(tl.int64) * heads + head) * 3 * tokens
     k = _operand(qk + step, row * qk_step, token, valid, k_weight, cos, sin, eps, PREPARED, FORM)
     v = load_rows(qkv + 2 * step, row * (3 * step), valid, FORM.v)
-    dk = zeros(BLOCK, FORM.qk)
+    dk = _zeros_like(k)
     dv = zeros(BLOCK, FORM.v)
     for start in range(0, queries, INNER):
         _, q_token, q_valid = locate(item, start + columns, box, FORM.window)
@@ -261,7 +280,7 @@ def key_kernel(
         dv = add_product(dv, p, d, FORM)
         dk = add_product(dk, p * (inner(v, d, FORM) - delta[None, :]), q, FORM)
     store_rows(dqkv + 2 * step, row * (3 * step), valid, dv, FORM.v)
-    dk = turn(dk, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
+    dk = _turned_back(dk, cos, sin, token, valid, PREPARED, FORM)
     x = load_rows(qkv + step, row * (3 * step), valid, FORM.qk)
     dk, dweight = norm_backward(dk, scale, x, moments(x, eps, FORM), k_weight, FORM)
     store_rows(dqkv + step, row * (3 * step), valid, dk, FORM.qk)

@@ -7,7 +7,8 @@ for ``j < width``, of which those from ``end`` on are padding, read as zero and 
 
 The pieces of q and k follow the rotation, so that the two channels of a pair meet in one thread, in the layouts of
 loads and of products alike: "interleaved" pairs are neighbours inside a piece, and for "half" the two halves of
-head_dim are cut alike, which pairs piece i with piece i + n/2. Hence no shuffle and no second load, in both directions.
+head_dim are cut alike, which pairs piece i with piece i + n/2. Hence a rotation takes no shuffle and no second load, in
+both directions.
 """
 
 from __future__ import annotations
@@ -322,6 +323,38 @@ def turn(rows, angles, INTERLEAVED: tl.constexpr, BACK: tl.constexpr):
                 a, b = rows[i], rows[i + len(rows) // 2]
                 result += (a * cos - b * sin,)
                 second += (a * sin + b * cos,)
+        result += second
+    return result
+
+
+@triton.jit
+def paired(rows, FORM: tl.constexpr):
+    """Rows as products take them: for "half" the two channels of a pair are neighbours, in pieces of twice the width. A
+    sum over channels is the same in any order.
+
+    The rotation so ends with an exchange between threads. Else Triton would turn the rows in the layout of the product,
+    where several warps hold each row, and spill up to 4 KB per thread.
+    """
+    result = rows
+    if not FORM.interleaved:
+        result = ()
+        for i in tl.static_range(len(rows) // 2):
+            a, b = rows[i], rows[i + len(rows) // 2]
+            result += (tl.join(a, b).reshape(a.shape[0], 2 * a.shape[1]),)
+    return result
+
+
+@triton.jit
+def unpaired(rows, FORM: tl.constexpr):
+    """The reverse of `paired`."""
+    result = rows
+    if not FORM.interleaved:
+        result = ()
+        second = ()
+        for i in tl.static_range(len(rows)):
+            a, b = rows[i].reshape(rows[i].shape[0], rows[i].shape[1] // 2, 2).split()
+            result += (a,)
+            second += (b,)
         result += second
     return result
 

@@ -32,8 +32,8 @@ PREPARE_FROM = 512
 # Longer windows than this without a norm, a rotation or a bias go to torch's flash attention, as the reference's do;
 # with a norm or rotation those longer than PREPARE_FROM, which have passes before and after it in any case.
 LIBRARY_FROM = 64
-# Wider heads take more registers than blocks and warps of this many channels leave. So do, in tiles of 16 places, rows
-# that are rotated by halves, both of which are alive at once, and those of a layer norm.
+# Wider heads take more registers than blocks and warps of this many channels leave. So do, in short windows, rows that
+# are rotated by halves, both of which are alive at once, and in tiles of 16 places those of a layer norm.
 NARROW = 80
 # Rows of a program of the passes that take rows one by one.
 ROWS = 64
@@ -63,7 +63,8 @@ class Call:
             head_dim if weight is not None and len(weight.shape) == 2 else 0 for weight in (q_weight, k_weight)
         )
         parts = ((0, head_dim // 2), (head_dim // 2, head_dim)) if halves else ((0, head_dim),)
-        self.broad = head_dim > NARROW or (box.length <= 16 and (halves or numbers.norm == 2))
+        wide_rows = (halves and self.short) or (numbers.norm == 2 and box.length <= 16)
+        self.broad = head_dim > NARROW or wide_rows
         narrow = partial(narrow_pieces, width=32 if self.broad else 16)
         # Without tensor cores a product keeps both of its operands in registers: there it takes less of a row at once.
         wide = narrow if self.exact else wide_pieces
