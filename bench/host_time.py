@@ -201,8 +201,8 @@ def head() -> dict[str, Any]:
 def complaints(new: dict[str, Any], old: dict[str, Any]) -> dict[str, list[str]]:
     """What is wrong with the calls of ``new`` beside the record ``old``, by name.
 
-    Times are compared for the same Triton, torch and processor alone: another processor has other ratios, up to 1.4 times
-    these.
+    Times are compared for the same Triton, torch and processor alone. Another processor has other ratios, up to 1.4
+    times these.
     """
     found: dict[str, list[str]] = {}
     same = all(new[what] == old[what] for what in ("torch", "triton", "cpu"))

@@ -140,7 +140,13 @@ print(json.dumps(through))
 
 
 CALL = {"launches": 3, "us": 100.0, "ratio": 20.0}
-RECORD = {"cpu": "0", "torch": "1", "triton": "2", "bare": 5.0, "calls": {"adaln": {"fwd": CALL, "fwd+bwd": dict(CALL)}}}
+RECORD = {
+    "cpu": "0",
+    "torch": "1",
+    "triton": "2",
+    "bare": 5.0,
+    "calls": {"adaln": {"fwd": CALL, "fwd+bwd": dict(CALL)}},
+}
 
 
 def changed(**change: float) -> dict:
