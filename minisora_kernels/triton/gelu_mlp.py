@@ -5,9 +5,7 @@ Backward, a program takes some columns of a chunk of rows: it reads h and da onc
 dh over its rows in fp32; the chunks are then added in order. So dh is not read again for db1, and a is not kept.
 Both are bound by memory: accesses are of 16 bytes, and sums stay in registers until the chunk ends.
 
-The GELU that cuBLASLt can apply at the end of a product (``torch._addmm_activation``, the tanh form on CUDA) would save
-a pass where h is not kept, but rounds only once: a forward without gradients, or the first one of a checkpoint, would
-differ from one that keeps h.
+The backend ``cuda`` leaves bias and GELU to cuBLASLt, which applies them at the end of a product.
 """
 
 from __future__ import annotations
@@ -23,13 +21,11 @@ from torch import Tensor
 from ._activations import GELU, GELU_TANH, activated, activated_and_slope
 from ._common import load, store
 from ._launch import Launch, dense, plan, signature
-from ._parts import sum_parts
+from ._parts import chunks, sum_parts
 from ._rows import given
 
 BLOCK = 2048  # elements of h a program takes forward: 16 a thread
 ROWS, COLUMNS = 8, 256  # a tile backward
-# Programs backward. Enough for several on each multiprocessor of a large GPU; the partial sums stay small beside h.
-PROGRAMS = 2048
 
 
 @triton.jit
@@ -98,8 +94,7 @@ def _backward_plan(h, dtype, exact, device) -> tuple[int, Launch | None]:
     h = dense("h", h)
     size, hidden = h.shape
     blocks = max(triton.cdiv(hidden, COLUMNS), 1)
-    chunk = triton.cdiv(triton.cdiv(size, ROWS), max(PROGRAMS // blocks, 1)) * ROWS
-    parts = triton.cdiv(size, max(chunk, 1))
+    chunk, parts = chunks(size, blocks, ROWS)
     return parts, Launch(_bwd, (parts * blocks,), size, chunk, _form(exact), hidden, ROWS, COLUMNS) if hidden else None
 
 

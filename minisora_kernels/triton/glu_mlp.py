@@ -23,12 +23,10 @@ from torch import Tensor
 from ._activations import activated, activated_and_slope
 from ._common import load, store
 from ._launch import Launch, dense, plan, signature
-from ._parts import sum_parts
+from ._parts import chunks, sum_parts
 from ._rows import given
 
 ROWS, COLUMNS = 8, 128  # a tile: half of gelu_mlp's, for two halves of a row are in registers
-# Programs backward. Enough for several on each multiprocessor of a large GPU; the partial sums stay small beside h.
-PROGRAMS = 2048
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -142,8 +140,7 @@ def _backward_plan(h, activation, gate_first, device) -> tuple[int, Launch | Non
     h = dense("h", h)
     size, hidden = h.shape[0], h.shape[1] // 2
     blocks = max(triton.cdiv(hidden, COLUMNS), 1)
-    chunk = triton.cdiv(triton.cdiv(size, ROWS), max(PROGRAMS // blocks, 1)) * ROWS
-    parts = triton.cdiv(size, max(chunk, 1))
+    chunk, parts = chunks(size, blocks, ROWS)
     numbers = (activation, 0 if gate_first else hidden, hidden, ROWS, COLUMNS)
     return parts, Launch(_bwd, (parts * blocks,), size, chunk, *numbers) if hidden else None
 
