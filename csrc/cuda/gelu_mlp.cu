@@ -80,7 +80,8 @@ struct Product {
 
 void run(const Product& product) {
   STD_TORCH_CHECK(
-      cublasLtMatmul != nullptr, "gelu_mlp: this build of torch has no cuBLASLt that other libraries can call");
+      cublasLtMatmul != nullptr,
+      "gelu_mlp: this build of torch has no cuBLASLt that other libraries can call; take another backend for this op");
   const ScalarType dtype = product.out.scalar_type();
   const int64_t count = product.out.size(0), m = product.out.size(1), k = product.tokens.size(1);
 
@@ -115,7 +116,7 @@ void run(const Product& product) {
       "cublasLtMatmulAlgoGetHeuristic");
   STD_TORCH_CHECK(
       found == 1 && choice.status == 0, "gelu_mlp: cuBLASLt has no algorithm for a product of ", m, " x ", count, " x ",
-      k, " with epilogue ", product.epilogue);
+      k, " with epilogue ", product.epilogue, "; take another backend for this op");
 
   // The same algorithm where the input of GELU is not kept, so that the bits are the same: a checkpoint's first forward
   // keeps nothing, the second one does. An algorithm that needs to write it writes it to nobody.
@@ -165,7 +166,7 @@ Tensor ready(const Tensor& tensor, const char* name, std::initializer_list<int64
 void check_call(const Tensor& first, bool exact, std::initializer_list<int64_t> widths) {
   const ScalarType dtype = first.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "cuBLASLt takes bfloat16 and float16");
-  STD_TORCH_CHECK(!exact, "cuBLASLt has the tanh form of GELU alone");
+  STD_TORCH_CHECK(!exact, "cuBLASLt has one form of GELU, which stands for the tanh form");
   for (const int64_t width : widths) {
     STD_TORCH_CHECK(width > 0 && width % 8 == 0, "widths must be multiples of 8, got ", width);
   }
@@ -197,15 +198,17 @@ std::tuple<Tensor, Tensor> gelu_mlp_fwd(
   const Tensor first = ready(w1, "w1", {hidden, width}, x), second = ready(w2, "w2", {out, hidden}, x);
   if (b1) b1 = ready(*b1, "b1", {hidden}, x);
   if (b2) b2 = ready(*b2, "b2", {out}, x);
-  Tensor y = empty(x, {count, out}, dtype), a = empty(x, {count, hidden}, dtype);
+  // y is no view of another tensor: a caller may write to it in place, where autograd refuses that of a view.
+  const Tensor y = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
+  Tensor rows = torch::stable::view(y, {count, out}), a = empty(x, {count, hidden}, dtype);
   Tensor h = keep ? empty(x, {count, hidden}, dtype) : empty(x, {0, 0}, dtype);
   if (count > 0) {
     const auto data = [](const std::optional<Tensor>& bias) { return bias ? bias->mutable_data_ptr() : nullptr; };
     const uint32_t gelu = lt::kGelu | lt::kAux | (b1 ? lt::kBias : 0);
     run({tokens, first, true, a, gelu, data(b1), keep ? h.mutable_data_ptr() : nullptr});
-    run({a, second, true, y, b2 ? lt::kBias : lt::kPlain, data(b2), nullptr});
+    run({a, second, true, rows, b2 ? lt::kBias : lt::kPlain, data(b2), nullptr});
   }
-  return {torch::stable::view(y, shape), h};
+  return {y, h};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(

@@ -172,7 +172,10 @@ class _LongPatchEmbed(torch.autograd.Function):
         if x.dtype == torch.bfloat16 and weight[0].numel() <= LONGEST_BF16_FORWARD:
             return kernels(ctx.backend).patch_embed_fwd(x, weight, bias, pos)
         patches = kernels(ctx.backend).patch_embed_gather(x, *patch)
-        y = F.linear(patches, weight.flatten(1), bias).view(x.shape[0], _tokens(x.shape, *patch), weight.shape[0])
+        # y is no view of another tensor: a caller may write to it in place, where autograd refuses that of a view.
+        y = x.new_empty(x.shape[0], _tokens(x.shape, *patch), weight.shape[0])
+        rows, columns = y.view(-1, y.shape[2]), weight.flatten(1).t()
+        torch.mm(patches, columns, out=rows) if bias is None else torch.addmm(bias, patches, columns, out=rows)
         return y if pos is None else y.add_(pos)
 
     @staticmethod

@@ -13,17 +13,6 @@ ELEMENTS = tl.constexpr(2048)  # a tile's loads are in flight together: 16 eleme
 # Programs wanted for each sum: one for each multiprocessor of a large GPU. The partial sums were just written and lie
 # in the L2 cache, so a program may take less of a row than memory hands out at a time.
 PROGRAMS = 128
-# Programs of a backward that leave partial sums of tokens: several for each multiprocessor of a large GPU. The partial
-# sums stay small beside the tokens.
-BACKWARD_PROGRAMS = 2048
-
-
-def chunks(size: int, blocks: int, rows: int) -> tuple[int, int]:
-    """How many of ``size`` tokens a program sums in a backward, in tiles of ``rows``, where ``blocks`` programs share
-    the columns; and the number of partial sums.
-    """
-    chunk = triton.cdiv(triton.cdiv(size, rows), max(BACKWARD_PROGRAMS // blocks, 1)) * rows
-    return chunk, triton.cdiv(size, max(chunk, 1))
 
 
 @triton.jit

@@ -21,7 +21,8 @@ from torch import Tensor
 from ._activations import GELU, GELU_TANH, activated, activated_and_slope
 from ._common import load, store
 from ._launch import Launch, dense, plan, signature
-from ._parts import chunks, sum_parts
+from ._mlp import chunks, last_linear
+from ._parts import sum_parts
 from ._rows import given
 
 BLOCK = 2048  # elements of h a program takes forward: 16 a thread
@@ -85,7 +86,7 @@ def gelu_mlp_fwd(
     h = F.linear(x, w1, b1)
     a = torch.empty_like(h) if keep else h
     _forward_plan(h.numel(), h.dtype, exact, h.get_device())(h, a)
-    return F.linear(a, w2, b2), h.view(math.prod(x.shape[:-1]), w1.shape[0]) if keep else h.new_empty(0, 0)
+    return last_linear(x, a, w2, b2), h.view(math.prod(x.shape[:-1]), w1.shape[0]) if keep else h.new_empty(0, 0)
 
 
 @plan

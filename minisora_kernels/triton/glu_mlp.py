@@ -23,7 +23,8 @@ from torch import Tensor
 from ._activations import activated, activated_and_slope
 from ._common import load, store
 from ._launch import Launch, dense, plan, signature
-from ._parts import chunks, sum_parts
+from ._mlp import chunks, last_linear, linear
+from ._parts import sum_parts
 from ._rows import given
 
 ROWS, COLUMNS = 8, 128  # a tile: half of gelu_mlp's, for two halves of a row are in registers
@@ -129,9 +130,8 @@ def glu_mlp_fwd(
     else:
         h = x.new_empty(rows.shape[0], 2 * hidden)
         for half, w, b in ((h[:, :hidden], w1, b1), (h[:, hidden:], w3, b3)):
-            torch.mm(rows, w.t(), out=half) if b is None else torch.addmm(b, rows, w.t(), out=half)
-    y = F.linear(_activated(h, activation, gate_first), w2, b2)
-    return y.view(*x.shape[:-1], w2.shape[0]), h if keep else h.new_empty(0, 0)
+            linear(rows, w, b, half)
+    return last_linear(x, _activated(h, activation, gate_first), w2, b2), h if keep else h.new_empty(0, 0)
 
 
 @plan

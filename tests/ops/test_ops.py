@@ -157,6 +157,14 @@ def test_strided_and_expanded_inputs(case: Case, backend: str):
 
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("case", [case for case in CASES if case.differentiable], ids=str)
+def test_a_caller_may_write_to_a_result_in_place(case: Case, backend: str):
+    """Autograd refuses it of a view that an op makes inside. A backward raises then, where the op keeps its result."""
+    for value in outputs(case.call(case.leaves(torch.float32), backend=backend)):
+        value.add_(1.0)
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 @pytest.mark.parametrize("case", ONE_CASE, ids=str)
 def test_autocast_gives_the_dtype_of_the_reference(case: Case, backend: str):
     results = []

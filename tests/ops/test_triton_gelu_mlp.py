@@ -59,7 +59,7 @@ def test_extreme_values_behave_as_in_torch(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_tiles_of_rows_and_columns(dtype, monkeypatch, nan_filled):
     launcher = importlib.import_module("minisora_kernels.triton.gelu_mlp")
-    monkeypatch.setattr("minisora_kernels.triton._parts.BACKWARD_PROGRAMS", 6)
+    monkeypatch.setattr("minisora_kernels.triton._mlp.PROGRAMS", 6)
     rows, hidden, width = 41, 2 * launcher.COLUMNS + 3, 5
     h, dy = (3 * torch.randn(rows, hidden)).to(dtype), torch.randn(rows, width).to(dtype)
     w1, w2 = torch.randn(hidden, width).to(dtype) / 4, torch.randn(width, hidden).to(dtype)
