@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ops.attention import DETAILS as APART_DETAILS
-from ..ops.window_attention import DETAILS, SHORT
+from ..ops.window_attention import CUDA_LONGEST, DETAILS, LONG_BACKENDS, SHORT
 from . import calls
 from .graph import VIEWS, Nodes, argument, beneath, dtype, equal, kind, order_of, pair, shape, storage, value
 from .match import Match, Permuted
@@ -142,6 +142,7 @@ def _match(
             dict(rotation=rotation, sizes=(sizes[1], sizes[3])),
             dict(qkv=q, q_weight=parameters[0], k_weight=parameters[1], bias=None),
             detail=DETAILS[_hint(sizes[-2]) > SHORT][norm is not None or rotation is not None],
+            table=LONG_BACKENDS if _hint(sizes[-2]) > CUDA_LONGEST else None,
         )
     else:
         shapes = [_by_heads(each) for each in qkv]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from ..backends import Table
 from .graph import Nodes
 
 
@@ -56,6 +57,7 @@ class Match:
         keywords: Its keyword arguments; the pass adds a backend to ``options``.
         served: What the predicates of the op take, by name: nodes, of which the first has the dtype of the regime.
         detail: What tells regimes of the op apart.
+        table: Which backends can serve such a call; None for the op's ``BACKENDS``.
         left: Why the site must be left as it is; empty if nothing speaks against it.
         options: Those of the op, by name.
         less: A match with less in it, for where something stands between the nodes of this one.
@@ -70,6 +72,7 @@ class Match:
     keywords: dict[str, Any]
     served: dict[str, Any]
     detail: str = ""
+    table: Table | None = None
     left: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     less: Match | None = None

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx
 
+from ..ops.gelu_mlp import EXACT_BACKENDS
 from . import calls
 from .graph import VIEWS, Nodes, argument, beneath, dtype, equal, kind, pair, shape, storage, value
 from .match import Match
@@ -59,7 +60,7 @@ def match_mlp(node: fx.Node) -> Match | None:
     if dtype(first) != dtype(gelu) or dtype(first) != dtype(node):
         left = left or "dtypes change between"
     w1, b1, w2, b2 = parameters
-    x = argument(first, 0, "input")
+    x, approximate = argument(first, 0, "input"), argument(gelu, 1, "approximate", "none")
     return Match(
         "gelu_mlp",
         node,
@@ -68,8 +69,9 @@ def match_mlp(node: fx.Node) -> Match | None:
         (x, w1, b1, w2, b2),
         {},
         dict(x=first, w1=w1, b1=b1, w2=w2, b2=b2),  # the first Linear has the dtype that autocast gives x
+        table=EXACT_BACKENDS if approximate == "none" else None,
         left=left,
-        options=dict(approximate=argument(gelu, 1, "approximate", "none")),
+        options=dict(approximate=approximate),
     )
 
 

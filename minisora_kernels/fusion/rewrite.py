@@ -104,7 +104,7 @@ def _judge(match: Match, reader: Reader, choice: Choice) -> tuple[str | None, st
         return None, match.left
     call = {name: each if isinstance(each, Tensor) else value(each) for name, each in match.served.items()}
     result = value(match.result)
-    return choice.serve(match.op, call, result is not None and result.requires_grad, match.detail)
+    return choice.serve(match.op, call, result is not None and result.requires_grad, match.detail, match.table)
 
 
 def _read(match: Match) -> Nodes:

@@ -60,7 +60,9 @@ class Choice:
                 raise RuntimeError(f"{name}: backend {backend!r} is not available: {missing}")
         return cls(chosen, backend, mode, compiling)
 
-    def serve(self, op: str, call: Mapping[str, Tensor | None], both: bool, detail: str) -> tuple[str | None, str]:
+    def serve(
+        self, op: str, call: Mapping[str, Tensor | None], both: bool, detail: str, table: backends.Table | None = None
+    ) -> tuple[str | None, str]:
         """The backend for a call with these (fake) tensors, or None and the reason.
 
         Args:
@@ -68,10 +70,11 @@ class Choice:
             call: The tensors that its predicates take, in their order; the first has the dtype of the regime.
             both: Whether a gradient follows.
             detail: What else tells regimes of the op apart.
+            table: Which backends can serve such a call; None for the op's ``BACKENDS``.
 
         Raises Unserved where the mode asks for a kernel.
         """
-        table = importlib.import_module(f"..ops.{op}", __package__).BACKENDS
+        table = table or importlib.import_module(f"..ops.{op}", __package__).BACKENDS
         tensors = list(call.values())
         first = tensors[0]
         assert first is not None

@@ -96,7 +96,9 @@ def _(dy, h, w1, w2, *options, **out):
 
 @scratch("gelu_mlp_fwd")
 def _(x, w1, *options):
-    return math.prod(x.shape[:-1]) * w1.shape[0] * x.element_size()  # a; on a CPU of a chunk of tokens
+    # a; on a CPU of a chunk of tokens. Not counted: 32 MiB at most that cuBLASLt works in, and h where it cannot do
+    # without.
+    return math.prod(x.shape[:-1]) * w1.shape[0] * x.element_size()
 
 
 @scratch("gelu_mlp_bwd")
@@ -152,11 +154,11 @@ def _cuda(x, w1, b1, w2, b2):
 
 
 def _cuda_exact(*_):
-    return "approximate is 'none'; cuBLASLt has the tanh form of GELU alone"
+    return "approximate is 'none'; cuBLASLt has one form of GELU, which stands for the tanh form, as in torch"
 
 
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "cuda": _cuda, "triton": _kernels}
-_EXACT_BACKENDS: backends.Table = {**BACKENDS, "cuda": _cuda_exact}
+EXACT_BACKENDS: backends.Table = {**BACKENDS, "cuda": _cuda_exact}
 
 # By count cuBLASLt's epilogues save 2 of 8 passes over [tokens, hidden] between the products: the forward writes h and
 # a and reads neither (2 of 3), the backward reads h, writes dh, and has a computed again (4 of 5). At D 1152 and 8192
@@ -167,8 +169,9 @@ _EXACT_BACKENDS: backends.Table = {**BACKENDS, "cuda": _cuda_exact}
 # (flash_attn/ops/fused_dense.py) says that the epilogues are slower than separate passes on H100, and does without them
 # there alone; llm.c's pull request 338 found them slower in bfloat16. So the record of the GPU decides.
 ROUTES = (
-    "cpu and triton: torch computes the products, a kernel what lies between them. cuda: cuBLASLt's products with bias "
-    "and GELU, forward and backward, for the tanh form of 16-bit numbers and widths that are multiples of 8."
+    "cpu and triton: torch computes the products, a kernel what lies between them. cuda: cuBLASLt computes the "
+    "products of tokens with bias, GELU and its gradient, for the tanh form of 16-bit numbers and widths that are "
+    "multiples of 8; torch computes the gradients of the weights."
 )
 
 
@@ -186,9 +189,10 @@ def gelu_mlp(
     """The MLP of a block: ``y = gelu(x w1^T + b1) w2^T + b2``. It saves the pre-activation only.
 
     Every tensor is differentiable. Torch computes the matrix products; the kernels compute what lies between them,
-    forward and backward. On the backend ``cuda`` cuBLASLt computes both together. On a CPU a chunk of tokens goes
-    through both products at a time, which bounds the memory of the activation. The kernels give the same bits for any
-    number of threads. Torch's products repeat for the same number of threads.
+    forward and backward. On the backend ``cuda`` cuBLASLt computes the products of tokens with bias, GELU and its
+    gradient, and torch the gradients of the weights. On a CPU a chunk of tokens goes through both products at a time,
+    which bounds the memory of the activation. The kernels give the same bits for any number of threads. Torch's
+    products repeat for the same number of threads.
 
     Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415).
 
@@ -229,7 +233,7 @@ def gelu_mlp(
     dtype = linear_dtype(op, x, w1=w1, b1=b1, w2=w2, b2=b2)
     x, w1, w2 = cast(x, dtype), cast(w1, dtype), cast(w2, dtype)
     b1, b2 = None if b1 is None else cast(b1, dtype), None if b2 is None else cast(b2, dtype)
-    table = _EXACT_BACKENDS if approximate == "none" else BACKENDS
+    table = EXACT_BACKENDS if approximate == "none" else BACKENDS
     chosen = backends.choose(op, table, x.device, backend, x, w1, b1, w2, b2)
     if chosen == "reference":
         return reference(x, w1, b1, w2, b2, approximate=approximate)

@@ -213,7 +213,7 @@ def _cuda_long(*_):
 
 
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernels, "cuda": _cuda, "triton": _triton}
-_LONG_BACKENDS: backends.Table = {**BACKENDS, "cuda": _cuda_long}
+LONG_BACKENDS: backends.Table = {**BACKENDS, "cuda": _cuda_long}
 
 # Triton takes windows of at most this many tokens in one tile of scores, which a program keeps in registers. With 64 a
 # backward with a bias, a norm or rotation spilled hundreds of bytes per thread.
@@ -337,7 +337,7 @@ def window_attention(
     kind = 2 if bias is not None else 1 if qk_norm is not None or rope is not None else 0
     length = window[0] * window[1] * window[2]
     detail = (DETAILS[1] if length > SHORT else DETAILS[0])[kind]
-    table = _LONG_BACKENDS if length > CUDA_LONGEST else BACKENDS
+    table = LONG_BACKENDS if length > CUDA_LONGEST else BACKENDS
     call = (qkv, q_weight, k_weight, bias)
     chosen = backends.choose("window_attention", table, qkv.device, backend, *call, detail=detail)
     if chosen == "reference":

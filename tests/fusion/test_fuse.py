@@ -289,6 +289,26 @@ def test_on_raises_where_no_kernel_serves():
     assert counts(fused.sites) == {"adaln": 5, "gelu_mlp": 2}
 
 
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_a_site_is_left_where_the_backend_refuses_an_option(approximate: str, monkeypatch: pytest.MonkeyPatch):
+    """cuBLASLt has one form of GELU. The refused call is never made."""
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    monkeypatch.setattr(backends, "DEVICES", {"cpu": "cpu", "cuda": "cpu"})
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(approximate=approximate), nn.Linear(32, 16)).bfloat16()
+    served: list[str] = []
+    monkeypatch.setattr(
+        "minisora_kernels.fusion.calls.gelu_mlp",
+        lambda x, *_, options: served.append(options["backend"]) or torch.zeros_like(x),
+    )
+    with mk.fuse(model, backend="cuda") as fused:
+        model(torch.randn(2, 16, dtype=torch.bfloat16))
+    if approximate == "tanh":
+        assert counts(fused.sites) == {"gelu_mlp": 1} and set(served) == {"cuda"}
+    else:
+        assert counts(fused.sites) == {} and not served
+        assert any("approximate is 'none'" in reason for reason in reasons(fused.sites))
+
+
 def test_the_report():
     model = made()
     with mk.fuse(model, backend="cpu") as fused:
