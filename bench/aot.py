@@ -59,8 +59,8 @@ SPILLING: dict[str, int] = {
     r"sm_\d+ window_attention float32 short_backward_kernel: .*": 40,
     r"sm_90 window_attention bfloat16 short_backward_kernel: temporal 5 head_dim 64 bias": 8,
     r"sm_90 window_attention tf32 short_forward_kernel: temporal 32 head_dim 64 rms weight pairs": 8,
-    # Rows turned by halves, without a norm, are turned in the layout of a product after all.
-    r"sm_90 window_attention \w+ short_(for|back)ward_kernel: temporal 24 head_dim 72 halves": 64,
+    # Rows turned by halves, without a norm, are turned in the layout of a product.
+    r"sm_90 window_attention bfloat16 short_(for|back)ward_kernel: temporal 24 head_dim 72 halves": 64,
     r"sm_8\d adaln float32 _bwd: XL/2 16x256x256 b2": 8,
     r"sm_(90|120) gate_residual bfloat16 _bwd: .*": 8,
     r"sm_90 norm_rope bfloat16 norm_backward_kernel: angles per head": 8,

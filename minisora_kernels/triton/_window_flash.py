@@ -44,20 +44,21 @@ LENGTHS = ["tokens", "n0", "n1", "n2", "s0", "s1", "s2"]
 
 
 @triton.jit
-def _operand(qk, offset, token, valid, weight, cos, sin, eps, PREPARED: tl.constexpr, FORM: tl.constexpr):
+def _operand(
+    qk, offset, token, valid, weight, cos, sin, eps, PREPARED: tl.constexpr, PAIRED: tl.constexpr, FORM: tl.constexpr
+):
     """Rows of q or k as they are multiplied, read from where they were prepared, or prepared here."""
     rows = load_rows(qk, offset, valid, FORM.qk)
     if not PREPARED:
         angles = load_angles(cos, sin, token, valid, FORM)
-        rows = paired(prepare(rows, moments(rows, eps, FORM), weight, angles, FORM), FORM)
+        rows = paired(prepare(rows, moments(rows, eps, FORM), weight, angles, FORM), PAIRED, FORM)
     return rows
 
 
 @triton.jit
 def _turned_back(grad, cos, sin, token, valid, PREPARED: tl.constexpr, FORM: tl.constexpr):
     """The gradient of an operand before its rotation."""
-    if not PREPARED:
-        grad = unpaired(grad, FORM)
+    grad = unpaired(grad, not PREPARED, FORM)
     return turn(grad, load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
 
 
@@ -134,14 +135,14 @@ def forward_kernel(
     sample, q_token, q_valid = locate(item, first + rows, box, FORM.window)
     start_row = sample.to(tl.int64) * tokens
     q_row = start_row + q_token
-    q = _operand(qk, q_row * qk_step, q_token, q_valid, q_weight, cos, sin, eps, PREPARED, FORM)
+    q = _operand(qk, q_row * qk_step, q_token, q_valid, q_weight, cos, sin, eps, PREPARED, False, FORM)
     greatest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     acc = zeros(BLOCK, FORM.v)
     for start in range(0, keys, INNER):
         _, k_token, k_valid = locate(item, start + columns, box, FORM.window)
         k_row = start_row + k_token
-        k = _operand(qk + step, k_row * qk_step, k_token, k_valid, k_weight, cos, sin, eps, PREPARED, FORM)
+        k = _operand(qk + step, k_row * qk_step, k_token, k_valid, k_weight, cos, sin, eps, PREPARED, False, FORM)
         v = load_rows(v_rows, k_row * (3 * step), k_valid, FORM.v)
         s = inner(q, k, FORM) * scale
         if bias is not None:
@@ -201,14 +202,14 @@ def query_kernel(
         tl.store(kept + (of_head + token), top, mask=valid)
         tl.store(kept + (of_head + tokens + token), inverse, mask=valid)
         tl.store(kept + (of_head + 2 * tokens + token), delta, mask=valid)
-        q = _operand(qk, row * qk_step, token, valid, q_weight, cos, sin, eps, PREPARED, FORM)
+        q = _operand(qk, row * qk_step, token, valid, q_weight, cos, sin, eps, PREPARED, True, FORM)
         dq = _zeros_like(q)
         written = tl.where(item > begin, INNER, 0)  # of dbias, by the windows before
         # A partial sum of dbias has places that this window may have none for.
         for start in range(0, keys if dbias is None else length, INNER):
             _, k_token, k_valid = locate(item, start + columns, box, FORM.window)
             k_row = start_row + k_token
-            k = _operand(qk + step, k_row * qk_step, k_token, k_valid, k_weight, cos, sin, eps, PREPARED, FORM)
+            k = _operand(qk + step, k_row * qk_step, k_token, k_valid, k_weight, cos, sin, eps, PREPARED, True, FORM)
             v = load_rows(qkv + 2 * step, k_row * (3 * step), k_valid, FORM.v)
             s = inner(q, k, FORM) * scale
             if bias is not None:
@@ -260,14 +261,14 @@ def key_kernel(
     start_row = sample.to(tl.int64) * tokens
     row = start_row + token
     of_head = (sample.to(tl.int64) * heads + head) * 3 * tokens
-    k = _operand(qk + step, row * qk_step, token, valid, k_weight, cos, sin, eps, PREPARED, FORM)
+    k = _operand(qk + step, row * qk_step, token, valid, k_weight, cos, sin, eps, PREPARED, True, FORM)
     v = load_rows(qkv + 2 * step, row * (3 * step), valid, FORM.v)
     dk = _zeros_like(k)
     dv = zeros(BLOCK, FORM.v)
     for start in range(0, queries, INNER):
         _, q_token, q_valid = locate(item, start + columns, box, FORM.window)
         q_row = start_row + q_token
-        q = _operand(qk, q_row * qk_step, q_token, q_valid, q_weight, cos, sin, eps, PREPARED, FORM)
+        q = _operand(qk, q_row * qk_step, q_token, q_valid, q_weight, cos, sin, eps, PREPARED, True, FORM)
         d = load_rows(dout, q_row * step, q_valid, FORM.v)
         # A query that is not there weighs nothing.
         top = tl.load(kept + (of_head + q_token), mask=q_valid, other=float("inf"))

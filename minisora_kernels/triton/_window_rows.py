@@ -328,15 +328,14 @@ def turn(rows, angles, INTERLEAVED: tl.constexpr, BACK: tl.constexpr):
 
 
 @triton.jit
-def paired(rows, FORM: tl.constexpr):
-    """Rows as products take them: for "half" the two channels of a pair are neighbours, in pieces of twice the width. A
-    sum over channels is the same in any order.
+def paired(rows, PAIRED: tl.constexpr, FORM: tl.constexpr):
+    """Rows of "half" for a product: the two channels of a pair are neighbours, in pieces of twice the width.
 
-    The rotation so ends with an exchange between threads. Else Triton would turn the rows in the layout of the product,
-    where several warps hold each row, and spill up to 4 KB per thread.
+    The rotation then ends with an exchange between threads. Without one Triton turns the rows of large tiles in the
+    layout of the product, where several warps hold each row, and spills up to 4 KB per thread.
     """
     result = rows
-    if not FORM.interleaved:
+    if PAIRED and not FORM.interleaved:
         result = ()
         for i in tl.static_range(len(rows) // 2):
             a, b = rows[i], rows[i + len(rows) // 2]
@@ -345,10 +344,10 @@ def paired(rows, FORM: tl.constexpr):
 
 
 @triton.jit
-def unpaired(rows, FORM: tl.constexpr):
+def unpaired(rows, PAIRED: tl.constexpr, FORM: tl.constexpr):
     """The reverse of `paired`."""
     result = rows
-    if not FORM.interleaved:
+    if PAIRED and not FORM.interleaved:
         result = ()
         second = ()
         for i in tl.static_range(len(rows)):

@@ -4,8 +4,7 @@ A program takes a tile of TILE places, which holds TILE // L windows of one head
 all its keys; scores across windows are masked. What that wastes costs less than tiles with empty rows: by a count of
 bytes and operations these kernels are bound by memory. Each row is read once and written once, in both directions: the
 backward needs neither the output (delta is the rowsum of P * dP, and all of P is here) nor a second pass. It makes the
-root mean squares of q and k again: read from the forward, the kernel for 16 tokens of 64 channels compiles to 11% more
-instructions and 255 registers instead of 167, for a sum over a row also keeps Triton from a worse layout.
+root mean squares of q and k again: the sums over rows keep Triton from a layout that takes more registers.
 
 A program takes one head. Triton would keep what several heads share, as rotary angles, in registers, which then spill.
 Programs of the same tokens are neighbours, so that these come from the caches. Where a gradient is summed over tokens
@@ -107,9 +106,9 @@ def short_forward_kernel(
         k_weight += head * FORM.k_step
     angles = load_angles(cos, sin, token, valid, FORM)
     q = load_rows(qkv, at, valid, FORM.qk)
-    q = paired(prepare(q, moments(q, eps, FORM), q_weight, angles, FORM), FORM)
+    q = prepare(q, moments(q, eps, FORM), q_weight, angles, FORM)
     k = load_rows(qkv + step, at, valid, FORM.qk)
-    k = paired(prepare(k, moments(k, eps, FORM), k_weight, angles, FORM), FORM)
+    k = prepare(k, moments(k, eps, FORM), k_weight, angles, FORM)
     v = load_rows(qkv + 2 * step, at, valid, FORM.v)
     s = inner(q, k, FORM) * scale
     if bias is not None:
@@ -153,10 +152,10 @@ def short_backward_kernel(
         angles = load_angles(cos, sin, token, valid, FORM)
         q = load_rows(qkv, at, valid, FORM.qk)
         of_q = moments(q, eps, FORM)
-        q = paired(prepare(q, of_q, q_weight, angles, FORM), FORM)
+        q = paired(prepare(q, of_q, q_weight, angles, FORM), TILE > 16, FORM)
         k = load_rows(qkv + step, at, valid, FORM.qk)
         of_k = moments(k, eps, FORM)
-        k = paired(prepare(k, of_k, k_weight, angles, FORM), FORM)
+        k = paired(prepare(k, of_k, k_weight, angles, FORM), TILE > 16, FORM)
         v = load_rows(qkv + 2 * step, at, valid, FORM.v)
         d = load_rows(dout, row * step + head * FORM.head_dim, valid, FORM.v)
         pair = softmax + 2 * (row * heads + head)
@@ -173,13 +172,13 @@ def short_backward_kernel(
         if dbias_partial is not None:
             dpair += ds
         grad = _product(ds, k, seen, PACKED, FORM)
-        grad = turn(unpaired(grad, FORM), load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
+        grad = turn(unpaired(grad, TILE > 16, FORM), load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
         grad, dweight = norm_backward(grad, scale, load_rows(qkv, at, valid, FORM.qk), of_q, q_weight, FORM)
         store_rows(dqkv, at, valid, grad, FORM.qk)
         if dq_partial is not None:
             dq_weight = sums(dq_weight, column_sums(dweight))
         grad = _product(tl.trans(ds), q, seen, PACKED, FORM)
-        grad = turn(unpaired(grad, FORM), load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
+        grad = turn(unpaired(grad, TILE > 16, FORM), load_angles(cos, sin, token, valid, FORM), FORM.interleaved, True)
         grad, dweight = norm_backward(grad, scale, load_rows(qkv + step, at, valid, FORM.qk), of_k, k_weight, FORM)
         store_rows(dqkv + step, at, valid, grad, FORM.qk)
         if dk_partial is not None:
