@@ -135,12 +135,15 @@ if torch.version.cuda is None:
     torch.ops.load_library(str(pathlib.Path(mk.__file__).parent / "_cuda.so"))
 print(torch._C._dispatch_has_kernel_for_dispatch_key("minisora::window_attention_fwd", "CUDA"))
 """
-STREAM = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+STREAM_AND_HANDLE = """
+extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }
+extern "C" int torch_get_current_cuda_blas_handle(void**) { return 1; }
+"""
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
 def test_its_cuda_library_needs_torch_alone(wheel, python, tmp_path):
-    """Not CUDA's own libraries; and of torch only what is promised to stay, with the one function of its streams."""
+    """Not CUDA's own libraries; of torch only what is promised to stay, and its functions for a stream and a handle."""
     with zipfile.ZipFile(wheel) as archive:
         library = archive.extract("minisora_kernels/_cuda.so", tmp_path)
     needed = [line.split()[0] for line in run("ldd", library, cwd=tmp_path).splitlines()]
@@ -149,9 +152,9 @@ def test_its_cuda_library_needs_torch_alone(wheel, python, tmp_path):
     symbols = run("nm", "--dynamic", "--undefined-only", "--demangle", library, cwd=tmp_path)
     assert not [line for line in symbols.splitlines() if " c10::" in line or " at::" in line or " torch::" in line]
     stand_in = tmp_path / "libtorch_cuda.so"
-    (tmp_path / "stream.cpp").write_text(STREAM)
+    (tmp_path / "torch_cuda.cpp").write_text(STREAM_AND_HANDLE)
     compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
-    command = (compiler, "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "stream.cpp", "-o", stand_in)
+    command = (compiler, "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "torch_cuda.cpp", "-o", stand_in)
     run(*command, cwd=tmp_path)
     assert run(python, "-c", LOAD, stand_in, cwd=tmp_path, PYTHONPATH="").strip() == "True"
 
