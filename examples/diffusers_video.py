@@ -1,5 +1,6 @@
 """A video transformer of diffusers, sampled for a few steps with and without the ops.
 
+    pip install -e '.[pretrained]'
     python examples/diffusers_video.py
 
 The weights are random and the model is small, so that nothing is downloaded. With a pipeline it is the same one line:

@@ -80,9 +80,9 @@ def show() -> None:
     print("\nhow the kernels for GPUs were proven:")
     for line in proofs.lines({op: table_of(op) for op in ops()}):
         print(f"  {line}")
-    print("\norder of the automatic choice, where a record does not know a faster one:")
+    print("\nbackends of the automatic choice, of which the record's fastest serves:")
     for kind, order in backends.PREFERENCE.items():
-        print(f"{kind:>10}: {', then '.join(order)}")
+        print(f"{kind:>10}: {', '.join(order)}")
     built = backends.build_record()
     print(f"\nbuild record: {'' if built else 'none; the package was not installed with pip'}")
     for part, facts in built.items():

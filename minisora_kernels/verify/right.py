@@ -2,8 +2,8 @@
 
 Every case is run in float32 and bfloat16, one of an op in float16. Values and every gradient are held against float64
 by the tolerance rule. What the kernel does not write shows as NaN. Its inputs and outputs lie in larger buffers, whose
-margins must stay. The bits must be the same once more, beside other work, and without gradients, as in the first
-forward of a checkpoint. On a GPU a captured graph must give, on new inputs, the bits of a call.
+margins must stay. The bits must be the same once more and beside other work. They must be the same without gradients
+too, as in the first forward of a checkpoint. On a GPU a captured graph must give, on new inputs, the bits of a call.
 """
 
 from __future__ import annotations
