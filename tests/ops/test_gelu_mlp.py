@@ -273,7 +273,7 @@ def test_every_output_element_is_written(backend, nan_filled):
         (12, 32, 16, torch.bfloat16, "tanh", "D is 12; cuBLASLt's GELU takes multiples of 8"),
         (16, 33, 16, torch.float16, "tanh", "hidden is 33; cuBLASLt's GELU takes multiples of 8"),
         (16, 32, 0, torch.bfloat16, "tanh", "D_out is 0; cuBLASLt's GELU takes multiples of 8"),
-        (16, 32, 16, torch.bfloat16, "none", "approximate is 'none'; cuBLASLt has the tanh form of GELU alone"),
+        (16, 32, 16, torch.bfloat16, "none", "approximate is 'none'; cuBLASLt has one form of GELU"),
         (16, 32, 16, torch.bfloat16, "tanh", "it does not run on cpu tensors"),  # what it does not refuse
     ],
 )
