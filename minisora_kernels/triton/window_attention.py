@@ -59,6 +59,9 @@ class Call:
         if bias is not None and bias.shape != (wanted := (self.heads, box.length, box.length)):
             raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [heads, L, L] = {list(wanted)}")
         halves = cos is not None and not numbers.interleaved
+        # A backward takes halves by pairs, and so adds scores in another order than the forward. In float32 that would
+        # show in the probabilities; there it reads them prepared.
+        self.apart = self.exact and halves and box.length > 16
         q_step, k_step = (
             head_dim if weight is not None and len(weight.shape) == 2 else 0 for weight in (q_weight, k_weight)
         )
@@ -77,7 +80,7 @@ class Call:
 
     @property
     def short(self) -> bool:
-        return self.box.length <= SHORT
+        return self.box.length <= SHORT and not self.apart
 
     @property
     def rotated(self) -> bool:
@@ -86,7 +89,7 @@ class Call:
     @property
     def prepared(self) -> bool:
         """Whether q and k are normed and turned by a pass of its own."""
-        return self.box.length > PREPARE_FROM and (self.form.norm != 0 or self.rotated)
+        return self.apart or (self.box.length > PREPARE_FROM and (self.form.norm != 0 or self.rotated))
 
     @property
     def dense(self) -> bool:
