@@ -38,8 +38,8 @@ from .forcing import force, forced
 Name = Literal["reference", "cpu", "cuda", "triton"]
 BACKENDS: tuple[Name, ...] = get_args(Name)
 
-# What an automatic choice may take per device type, in this order where the record says of none that it is faster; any
-# other device is served by the reference.
+# What an automatic choice may take per device type, in the order that settles a tie; any other device is served by the
+# reference.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 # The library of CPU kernels for what cpu_capability() says, the least first; setup.py builds all that the compiler can.

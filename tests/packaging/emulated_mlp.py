@@ -1,15 +1,11 @@
-"""csrc/cuda/gelu_mlp.cu by values, gradients and bits, before a stand-in for cuBLASLt (cublaslt_on_cpu.cpp).
-
-tests/packaging/test_cuda_build.py runs this file in a process that has AddressSanitizer from its start on:
-``MINISORA_EMULATED`` is the library of the raw ops, for CPU tensors.
-"""
+"""csrc/cuda/gelu_mlp.cu by values, gradients and bits, before a stand-in for cuBLASLt (cublaslt_on_cpu.cpp)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from itertools import product
 
+import emulated
 import pytest
 import torch
 from torch import Tensor
@@ -17,11 +13,7 @@ from torch import Tensor
 from minisora_kernels.ops import gelu_mlp
 from minisora_kernels.testing import assert_as_accurate
 
-library = torch.library.Library("minisora_emulated", "DEF")
-for name in ("gelu_mlp_fwd", "gelu_mlp_bwd"):
-    library.define(str(getattr(torch.ops.minisora, name).default._schema).removeprefix("minisora::"))
-torch.ops.load_library(os.environ["MINISORA_EMULATED"])
-ops = torch.ops.minisora_emulated
+ops = emulated.load("gelu_mlp_fwd", "gelu_mlp_bwd")
 
 BF16, F16 = torch.bfloat16, torch.float16
 NAMES = ("x", "w1", "b1", "w2", "b2")

@@ -1,15 +1,11 @@
-"""csrc/cuda/window_attention.cu by values and gradients, order of threads, and planted faults.
-
-tests/packaging/test_cuda_build.py runs this file in a process that has AddressSanitizer from its start on:
-``MINISORA_EMULATED`` is the library of the raw ops, for CPU tensors.
-"""
+"""csrc/cuda/window_attention.cu by values and gradients, order of threads, and planted faults."""
 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
+import emulated
 import pytest
 import torch
 from torch import Tensor
@@ -20,11 +16,7 @@ from minisora_kernels.ops import window_attention
 from minisora_kernels.ops.norm_rope import NORMS
 from minisora_kernels.testing import assert_as_accurate
 
-library = torch.library.Library("minisora_emulated", "DEF")
-for name in ("window_attention_fwd", "window_attention_bwd"):
-    library.define(str(getattr(torch.ops.minisora, name).default._schema).removeprefix("minisora::"))
-torch.ops.load_library(os.environ["MINISORA_EMULATED"])
-ops = torch.ops.minisora_emulated
+ops = emulated.load("window_attention_fwd", "window_attention_bwd")
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = ("qkv", "q_weight", "k_weight", "bias")
