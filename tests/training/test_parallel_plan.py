@@ -8,10 +8,12 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from itertools import accumulate
 
 import pytest
 import torch
 from ranks import on_ranks
+from torch.distributed.tensor import DTensor
 
 from bench import plans as bench_plans
 from bench.plans import FRAMES_PER_SECOND, PATH
@@ -34,17 +36,26 @@ SMALL = DiTSettings(width=128, depth=4, heads=4, patch=(1, 2, 2), attention="fac
 FRAMES = 3
 
 
-def allocated(function: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that are allocated in a call and not freed, and the most there were at a time."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        function()
-        gc.collect()
-    now = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return now, peak
+def held() -> int:
+    """Bytes of all tensors that Python knows."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not isinstance(each, DTensor)]
+    storages = {each.data_ptr(): each.nbytes() for each in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storages.values())
+
+
+def most_allocated(function: Callable[[], object]) -> int:
+    """The most bytes that are allocated at a time in one of three calls, beside those from before it.
+
+    What a thread of gloo frees is not always seen to be freed, so a call may seem to need more than it does.
+    """
+    peaks = []
+    for _ in range(3):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            function()
+        sizes = [each.nbytes() for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
+        peaks.append(max(accumulate(sizes)))
+    return min(peaks)
 
 
 @pytest.mark.slow
@@ -74,18 +85,13 @@ def test_a_rank_needs_the_memory_of_the_plan(
     )
 
     def measure() -> int:
-        made: list[Trainer] = []
-
-        def begin() -> None:
-            made.append(Trainer(config, None, ranks))
-            made[0].train_step()
-
         # Here the memory that is offloaded to is that which is offloaded from.
         trainer.check_offload = lambda *_: None
         with use_backend("reference"), open_ranks(parallel, torch.device("cpu")) as ranks:
-            kept, _ = allocated(begin)
-            _, peak = allocated(made[0].train_step)
-        return kept + peak
+            before = held()
+            begun = Trainer(config, None, ranks)
+            begun.train_step()
+            return held() - before + most_allocated(begun.train_step)
 
     monkeypatch.setitem(plan.SYSTEMS, "small", System(SMALL, DDPM()))
     planned = PlanConfig(
@@ -106,7 +112,7 @@ def test_a_rank_needs_the_memory_of_the_plan(
     # On a CPU a gradient is copied nowhere, and a part of one is there after the activations are gone.
     total = need.total + sum(size for name, size in need.host.items() if name != "gradients")
     assert need.memory["activations"] > 0.2 * total
-    assert total == pytest.approx(on_ranks(parallel.size, measure)[0], rel=0.02 if offload else 0.1)
+    assert total == pytest.approx(on_ranks(parallel.size, measure)[0], rel=0.02 if offload else 0.05)
 
 
 RECIPE = re.compile(r"^# (\d) x (A100|A6000|RTX 4090), (\d+) seconds.*\n((?:.*\\\n)*.*)$", re.MULTILINE)
