@@ -28,13 +28,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch.autograd import forward_ad
 
 from .forcing import force, forced
 
+R = TypeVar("R")
 Name = Literal["reference", "cpu", "cuda", "triton"]
 BACKENDS: tuple[Name, ...] = get_args(Name)
 
@@ -148,7 +149,7 @@ def register_fake(name: str) -> Callable[[Callable], Callable]:
 
 
 class _Watch(threading.local):
-    """Who is told of the raw ops that this thread calls: a list of their overloads, arguments and results, or None."""
+    """Who is told what this thread calls: a list of raw ops or references, arguments and results; or None."""
 
     def __init__(self) -> None:  # in every thread; Dynamo would not guard on an attribute of the class
         self.calls: list[tuple[Any, tuple, Any]] | None = None
@@ -164,20 +165,24 @@ class _Watched:
         self._library, self._calls = library, calls
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        raw = getattr(self._library, name).default
+        return functools.partial(_noted, self._calls, getattr(self._library, name).default)
 
-        def call(*arguments: Any) -> Any:
-            result = raw(*arguments)
-            self._calls.append((raw, arguments, result))
-            return result
 
-        return call
+def _noted(calls: list[tuple[Any, tuple, Any]], function: Callable[..., R], *arguments: Any) -> R:
+    result = function(*arguments)
+    calls.append((function, arguments, result))
+    return result
 
 
 def kernels(name: str) -> Any:
     """The raw ops of backend ``name``, as attributes."""
     library = torch.ops.minisora_triton if name == "triton" else torch.ops.minisora
     return library if watch.calls is None else _Watched(library, watch.calls)
+
+
+def plain(reference: Callable[..., R], *arguments: Any) -> R:
+    """The result of an op's reference, noted as that of a raw op is."""
+    return reference(*arguments) if watch.calls is None else _noted(watch.calls, reference, *arguments)
 
 
 def build_record() -> dict:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch._C import _get_obj_in_tls, _is_key_in_tls, _stash_obj_in_tls
 
 _INHERITED = "inherited"
 _KEY = "minisora_kernels.use_backend"
@@ -36,8 +37,8 @@ def forced_eagerly(default: str | None) -> str | None:
         return name
     # The backward on a GPU, which may run a forward again, is in a thread of autograd's. torch hands it the state of
     # the thread that called backward().
-    if torch._C._is_key_in_tls(_KEY):
-        handed = torch._C._get_obj_in_tls(_KEY)
+    if _is_key_in_tls(_KEY):
+        handed = _get_obj_in_tls(_KEY)
         if handed is not None and handed[0] != threading.get_ident():
             return handed[1]
     return default
@@ -52,10 +53,10 @@ def force(name: str | None) -> Iterator[None]:
         finally:
             _choice.name = previous
         return
-    handed = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
-    torch._C._stash_obj_in_tls(_KEY, (threading.get_ident(), name))
+    handed = _get_obj_in_tls(_KEY) if _is_key_in_tls(_KEY) else None
+    _stash_obj_in_tls(_KEY, (threading.get_ident(), name))
     try:
         yield
     finally:
         _choice.name = previous
-        torch._C._stash_obj_in_tls(_KEY, handed)
+        _stash_obj_in_tls(_KEY, handed)

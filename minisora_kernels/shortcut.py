@@ -1,10 +1,11 @@
-"""A call without gradients that is like an earlier one goes straight to its raw op.
+"""A call without gradients that is like an earlier one goes straight to its raw op or reference.
 
 Checks and the choice of a backend take longer than a small kernel. What they find depends on the signature of a call
 alone: the class, dtype, device, shape and strides of each tensor, what dispatches it (autocast, a transform, a mode),
-the other arguments, and the backend that is forced. So the first call of a signature is recorded: which raw op it
-called, with what, and what of its results it returned. Later ones compare the signature, in one call of torch's guard,
-and call the raw op. Any other call, with every error, takes the way of the first.
+the other arguments, and the backend that is forced. So the first call of a signature is recorded: which raw op or
+reference it called, with what, and what of its results it returned. Later ones compare the signature, in one call of
+torch's guard, and call the same. A small raw op is called without the dispatcher. Any other call, with every error,
+takes the way of the first; so does one that a profiler looks at, which the dispatcher tells.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
+from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from . import backends
 from .forcing import forced_eagerly
@@ -34,6 +36,9 @@ View = tuple[int, tuple[int, ...], tuple[int, ...]]  # its place, size and strid
 # Signatures that are kept per op, forced backend and names of arguments; the last come first.
 KEPT = 8
 
+# Numbers in the tensors of a small call. Its kernel takes microseconds, in which it keeps the GIL.
+SMALL = 4096
+
 _NUMBERS = (type(None), bool, int, float, str)
 _all: list[dict[tuple, list[_Path]]] = []
 
@@ -45,8 +50,8 @@ class _Path(NamedTuple):
     tensors: Callable[[tuple], tuple] | None
     constants: Callable[[tuple], tuple]  # the other values
     given: tuple
-    raw: Callable[..., Any] | None  # None: the call takes the long way
-    picked: Callable[[tuple], tuple] | None = None  # the leading arguments of the raw op
+    serve: Callable[..., Any] | None  # None: the call takes the long way
+    picked: Callable[[tuple], tuple] | None = None  # the leading arguments of ``serve``
     views: tuple[View, ...] = ()  # those of them that are views
     rest: tuple = ()  # the other arguments
     finish: Callable[[Any], Any] | None = None
@@ -59,7 +64,7 @@ def shortcut(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*arguments: P.args, **options: P.kwargs) -> R:
-        if is_compiling() or is_grad_enabled() or forward_ad._current_level >= 0:
+        if is_grad_enabled() or is_dynamo_compiling() or forward_ad._current_level >= 0 or _profiler_enabled():
             return function(*arguments, **options)
         name = forced_eagerly(backends.FORCED)
         if options:
@@ -67,17 +72,17 @@ def shortcut(function: Callable[P, R]) -> Callable[P, R]:
             key: tuple = (name, len(arguments), *options)
         else:
             values, key = arguments, (name, len(arguments))
-        for check, tensors, constants, given, raw, picked, views, rest, finish in paths.get(key, ()):
+        for check, tensors, constants, given, serve, picked, views, rest, finish in paths.get(key, ()):
             if not check(*(values if tensors is None else tensors(values))):
                 continue
             if given and not _same(constants(values), given):
                 continue
-            if raw is None:
+            if serve is None:
                 return function(*arguments, **options)
             found = values if picked is None else picked(values)
             if views:
                 found = _viewed(found, views)
-            result = raw(*found + rest)
+            result = serve(*found, *rest)
             return result if finish is None else finish(result)
         if _can_record(values):
             return _record(paths.setdefault(key, []), function, values, arguments, options)
@@ -118,6 +123,8 @@ def _can_record(values: tuple) -> bool:
     for value in values:
         if isinstance(value, Tensor):
             if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or not value.numel():
+                return False
+            if not value.is_floating_point():  # the op looks at its numbers
                 return False
             if value.is_cuda and value.dtype == torch.float32:  # the choice depends on a setting of torch's too
                 return False
@@ -168,7 +175,7 @@ def _getter(places: Sequence[int | None]) -> Callable[[tuple], tuple]:
 
 def _replay(call: tuple[Any, tuple, Any], values: tuple, places: list[int], result: Any) -> tuple | None:
     """What of a :class:`_Path` leads from the values to the result; None if another way than this was taken."""
-    raw, arguments, results = call
+    function, arguments, results = call
     starts = {values[i].data_ptr(): i for i in places}
     picked: list[int | None] = []
     views = []
@@ -190,7 +197,17 @@ def _replay(call: tuple[Any, tuple, Any], values: tuple, places: list[int], resu
     if finish is False:
         return None
     get = None if picked == list(range(len(values))) else _getter(picked)
-    return raw._op, get, tuple(views), arguments[head:], finish
+    serve = _kernel(function, [values[i] for i in places]) if isinstance(function, torch._ops.OpOverload) else function
+    return serve, get, tuple(views), arguments[head:], finish
+
+
+def _kernel(raw: torch._ops.OpOverload, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    """The kernel of a small call, else the dispatcher, which lets other threads run meanwhile."""
+    if sum(tensor.numel() for tensor in tensors) > SMALL:
+        return raw._op
+    key = tensors[0].device.type.upper()
+    kernel = torch.library.get_kernel(raw, key)
+    return functools.partial(kernel.call_boxed, torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)))
 
 
 def _finish(results: Any, result: Any) -> Any:

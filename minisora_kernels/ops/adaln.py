@@ -49,7 +49,6 @@ def reference(
     x: Tensor,
     shift: Tensor | None,
     scale: Tensor | None,
-    *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     index: Tensor | None = None,
@@ -190,7 +189,8 @@ def adaln(
         weight: Affine weight ``[D]`` of the norm.
         bias: Affine bias ``[D]`` of the norm; only with ``norm="layer"``.
         index: The row of each token, ``[N]`` or ``[B, N]``, int64 or int32. ``shift`` and ``scale`` then have the same
-            R, which may be any. No gradient of ``[B, N, D]`` is made on the way to theirs.
+            R, which may be any. No gradient of ``[B, N, D]`` is made on the way to theirs. Nobody looks at it on a
+            GPU, where the kernels take the nearest row, or inside torch.compile.
         norm: ``"layer"`` or ``"rms"``.
         eps: Constant added to the variance, or to the mean square of ``"rms"``.
         backend: Backend to run, or None for the automatic choice.
@@ -202,8 +202,7 @@ def adaln(
         ValueError: A shape, device or option does not fit, ``index`` names a row that is not there, or the chosen
             backend refuses the call.
         TypeError: An argument is not a dense floating-point tensor, or an option not a number.
-        RuntimeError: The chosen backend is not available, or a call like an earlier one has such an ``index``. Nobody
-            looks at the index on a GPU: its kernels take the nearest row.
+        RuntimeError: The chosen backend is not available.
 
     Examples:
         >>> x, c = torch.randn(2, 12, 64), torch.randn(2, 128)
@@ -227,7 +226,7 @@ def adaln(
     weight, bias = affine("adaln", "weight", weight, x), affine("adaln", "bias", bias, x)
     chosen = backends.choose("adaln", BACKENDS, x.device, backend, x, shift, scale, weight, bias, index)
     if chosen == "reference":
-        y = reference(x, shift, scale, weight=weight, bias=bias, index=index, norm=norm, eps=eps)
+        y = backends.plain(reference, x, shift, scale, weight, bias, index, norm, eps)
     else:
         dtype = compute_dtype(x)
         options = (norm == "rms", eps, dtype, chosen)

@@ -30,6 +30,7 @@ from ..checks import check_flag, check_tensor, compute_dtype, kernel_refusal, nu
 from ..derivatives import once
 from ..flops import formula
 from ..modulation import Norm, asked_for
+from ..shortcut import shortcut
 from . import norm_rope as rows
 from .norm_rope import NORMS, Rope, check_norm, check_rope, dense, in_rows, tables
 
@@ -177,6 +178,7 @@ def _check_lengths(op: str, lengths: Tensor, keys: int) -> None:
         raise ValueError(f"{op}: lengths is {lengths.tolist()}; each must be from 0 to the {keys} tokens of k")
 
 
+@shortcut
 def attention(
     q: Tensor,
     k: Tensor,
@@ -281,12 +283,11 @@ def attention(
     chosen = backends.choose(op, BACKENDS, q.device, backend, q, k, v, *parameters, detail=detail)
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
-            options: Any = dict(norm=qk_norm, across_heads=across_heads, rope=rope, eps=eps)
-            q = rows.reference(q, weight=q_weight, bias=q_bias, **options)
-            k = rows.reference(k, weight=k_weight, bias=k_bias, **options)
+            q = rows.reference(q, q_weight, q_bias, qk_norm, across_heads, rope, eps)
+            k = rows.reference(k, k_weight, k_bias, qk_norm, across_heads, rope, eps)
             if lengths is not None:
                 mask = torch.arange(keys, device=k.device) < lengths[:, None]
-            return reference(q, k, v, mask, scale)
+            return backends.plain(reference, q, k, v, mask, scale)
     index = None
     if mask is not None:
         lengths, index = mask.sum(1), mask.byte().argsort(dim=1, descending=True, stable=True)

@@ -160,7 +160,7 @@ def gate_residual(
         ValueError: A shape or device does not fit, ``index`` names a row that is not there, or the chosen backend
             refuses the call.
         TypeError: An argument is not a dense floating-point tensor, or an option not a number.
-        RuntimeError: The chosen backend is not available, or ``index`` is wrong in a later call; see :func:`adaln`.
+        RuntimeError: The chosen backend is not available.
 
     Examples:
         >>> x, branch, gate = torch.ones(1, 4, 8), torch.ones(1, 4, 8), torch.full((1, 8), 0.5)
@@ -182,6 +182,6 @@ def gate_residual(
     branch_bias = affine("gate_residual", "branch_bias", branch_bias, x)
     chosen = backends.choose("gate_residual", BACKENDS, x.device, backend, x, branch, gate, branch_bias, index)
     if chosen == "reference":
-        return reference(x, branch, gate, branch_bias, index)
+        return backends.plain(reference, x, branch, gate, branch_bias, index)
     tokens = x.contiguous(), beside(branch, x.dtype).contiguous()
     return backends.apply(_GateResidual, *tokens, gate, branch_bias, index, chosen)

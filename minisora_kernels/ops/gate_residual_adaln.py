@@ -49,7 +49,6 @@ def reference(
     gate: Tensor | None,
     shift: Tensor | None,
     scale: Tensor | None,
-    *,
     branch_bias: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -59,7 +58,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """The two references, one after the other. ``gate``, ``shift`` and ``scale`` are ``[B, R, D]`` or None."""
     residual = gate_residual.reference(x, branch, gate, branch_bias, index)
-    y = adaln.reference(residual, shift, scale, weight=weight, bias=bias, index=index, norm=norm, eps=eps)
+    y = adaln.reference(residual, shift, scale, weight, bias, index, norm, eps)
     return residual, y.to(output_dtype(x, branch))
 
 
@@ -239,7 +238,7 @@ def gate_residual_adaln(
         ValueError: A shape, device or option does not fit, ``index`` names a row that is not there, or the chosen
             backend refuses the call.
         TypeError: An argument is not a dense floating-point tensor, or an option not a number.
-        RuntimeError: The chosen backend is not available, or ``index`` is wrong in a later call; see :func:`adaln`.
+        RuntimeError: The chosen backend is not available.
 
     Examples:
         >>> x, branch = torch.randn(2, 12, 64), torch.randn(2, 12, 64)
@@ -270,8 +269,8 @@ def gate_residual_adaln(
     call = x, branch, gate, shift, scale, weight, bias, branch_bias, index
     chosen = backends.choose(op, BACKENDS, x.device, backend, *call)
     if chosen == "reference":
-        tensors = dict(branch_bias=branch_bias, weight=weight, bias=bias, index=index)
-        residual, y = reference(x, branch, gate, shift, scale, **tensors, norm=norm, eps=eps)
+        tensors = x, branch, gate, shift, scale, branch_bias, weight, bias, index
+        residual, y = backends.plain(reference, *tensors, norm, eps)
     else:
         options = (norm == "rms", eps, output_dtype(x, branch), chosen)
         tokens = x.contiguous(), beside(branch, x.dtype).contiguous()

@@ -45,7 +45,6 @@ def reference(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    *,
     approximate: Literal["none", "tanh"] = "tanh",
 ) -> Tensor:
     """The equation in plain PyTorch."""
@@ -236,5 +235,5 @@ def gelu_mlp(
     table = EXACT_BACKENDS if approximate == "none" else BACKENDS
     chosen = backends.choose(op, table, x.device, backend, x, w1, b1, w2, b2)
     if chosen == "reference":
-        return reference(x, w1, b1, w2, b2, approximate=approximate)
+        return backends.plain(reference, x, w1, b1, w2, b2, approximate)
     return backends.apply(_GeluMLP, x, w1, b1, w2, b2, approximate == "none", chosen)

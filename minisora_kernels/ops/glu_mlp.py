@@ -50,7 +50,6 @@ def reference(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    *,
     w3: Tensor | None = None,
     b3: Tensor | None = None,
     activation: Activation = "silu",
@@ -248,5 +247,5 @@ def glu_mlp(
     x, w1, b1, w3, b3, w2, b2 = tensors  # type: ignore[assignment]
     chosen = backends.choose(op, BACKENDS, x.device, backend, x, w1, b1, w3, b3, w2, b2)
     if chosen == "reference":
-        return reference(x, w1, b1, w2, b2, w3=w3, b3=b3, activation=activation, gate_first=gate_first)
+        return backends.plain(reference, x, w1, b1, w2, b2, w3, b3, activation, gate_first)
     return backends.apply(_GluMLP, x, w1, b1, w3, b3, w2, b2, activation, gate_first, chosen)

@@ -35,7 +35,7 @@ from ..modulation import asked_for, check_tokens, gradient_dtype
 from ..shortcut import shortcut
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False, eps: float = 1e-6) -> Tensor:
+def reference(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, eps: float = 1e-6) -> Tensor:
     """The equation in plain PyTorch. ``x`` is frames ``[F, N, C]``."""
     out_dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
@@ -159,7 +159,7 @@ def grn(
     chosen = backends.choose("grn", BACKENDS, x.device, backend, x, weight, bias)
     frames = x.reshape(batch * groups, tokens // groups, width)
     if chosen == "reference":
-        y = reference(frames, weight, bias, gelu=activation == "gelu", eps=eps)
+        y = backends.plain(reference, frames, weight, bias, activation == "gelu", eps)
     else:
         dtype = compute_dtype(x)
         tensors = beside(frames, dtype).contiguous(), weight.contiguous(), bias.contiguous()

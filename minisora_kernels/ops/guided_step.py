@@ -174,6 +174,6 @@ def guided_step(
     coefficients = coefficients.contiguous().expand(batch, 5)
     chosen = backends.choose("guided_step", BACKENDS, x.device, backend, x, cond, null, z, coefficients)
     if chosen == "reference":
-        return reference(x, cond, null, z, coefficients, channels)
+        return backends.plain(reference, x, cond, null, z, coefficients, channels)
     null, z = (None if tensor is None else tensor.contiguous() for tensor in (null, z))
     return kernels(chosen).guided_step_fwd(x.contiguous(), cond.contiguous(), null, z, coefficients, channels)

@@ -27,6 +27,7 @@ from ..backends import define, kernels, register_fake
 from ..checks import check_flag, check_tensor, compute_dtype, kernel_refusal, number, sizes, whole
 from ..derivatives import once
 from ..modulation import Norm, asked_for
+from ..shortcut import shortcut
 
 NORMS = {None: 0, "rms": 1, "layer": 2}
 
@@ -187,10 +188,9 @@ def normalise(
 
 def reference(
     x: Tensor,
-    *,
-    norm: Norm | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    norm: Norm | None,
     across_heads: bool,
     rope: Rope | None,
     eps: float,
@@ -346,6 +346,7 @@ def check_norm(op: str, norm_name: str, norm: object, like: tuple[Tensor, str], 
             )
 
 
+@shortcut
 def norm_rope(
     x: Tensor,
     *,
@@ -403,9 +404,7 @@ def norm_rope(
     chosen = backends.choose(op, BACKENDS, x.device, backend, x, weight, bias, detail=detail)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            return reference(
-                x, norm=norm, weight=weight, bias=bias, across_heads=across_heads, rope=rope, eps=eps
-            ).contiguous()
+            return backends.plain(reference, x, weight, bias, norm, across_heads, rope, eps).contiguous()
     cos, sin, interleaved = tables(rope)
     return backends.apply(
         _NormRope, in_rows(x), dense(weight), dense(bias), cos, sin, NORMS[norm], across_heads, interleaved, eps, chosen

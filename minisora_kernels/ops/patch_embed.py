@@ -289,7 +289,7 @@ def patch_embed(
     detail = "short" if weight[0].numel() <= LONGEST_PATCH else "long"
     chosen = backends.choose("patch_embed", BACKENDS, x.device, backend, x, weight, bias, pos, detail=detail)
     if chosen == "reference":
-        return reference(x, weight, bias, pos)
+        return backends.plain(reference, x, weight, bias, pos)
     weight = weight.contiguous()
     bias, pos = (None if p is None else p.contiguous() for p in (bias, pos))
     if chosen == "triton":  # its kernels take patches of any length

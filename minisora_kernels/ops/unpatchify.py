@@ -131,7 +131,7 @@ def unpatchify(
     check_flag("unpatchify", "channels_first", channels_first)
     chosen = backends.choose("unpatchify", BACKENDS, tokens.device, backend, tokens)
     if chosen == "reference":
-        video = reference(tokens, grid3, patch3, channels, channels_first)
+        video = backends.plain(reference, tokens, grid3, patch3, channels, channels_first)
     else:
         video = backends.apply(_Unpatchify, tokens.contiguous(), grid3, patch3, channels, channels_first, chosen)
     return video.squeeze(2) if len(grid) == 2 else video

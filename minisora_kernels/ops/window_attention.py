@@ -61,16 +61,15 @@ def boxes(grid: Sequence[int], window: Sequence[int]) -> list[tuple[tuple[int, i
 
 def reference(
     qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    bias: Tensor | None,
     grid: Grid,
     window: Grid,
-    *,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    qk_norm: Norm | None = None,
-    rope: Rope | None = None,
-    bias: Tensor | None = None,
+    qk_norm: Norm | None,
+    rope: Rope | None,
     scale: float,
-    eps: float = 1e-6,
+    eps: float,
 ) -> Tensor:
     """The equation in plain PyTorch: norm, rotate, permute to windows, attend, permute back."""
     batch, tokens, _, heads, head_dim = qkv.shape
@@ -342,18 +341,7 @@ def window_attention(
     chosen = backends.choose("window_attention", table, qkv.device, backend, *call, detail=detail)
     if chosen == "reference":
         with torch.autocast(qkv.device.type, enabled=False):
-            return reference(
-                qkv,
-                grid,
-                window,
-                q_weight=q_weight,
-                k_weight=k_weight,
-                qk_norm=qk_norm,
-                rope=rope,
-                bias=bias,
-                scale=scale,
-                eps=eps,
-            )
+            return backends.plain(reference, qkv, q_weight, k_weight, bias, grid, window, qk_norm, rope, scale, eps)
     cos, sin, interleaved = None, None, True
     if rope is not None:
         cos, sin, interleaved = rope.cos.float(), rope.sin.float(), rope.interleaved

@@ -1,7 +1,9 @@
-"""A repeated call takes the shortcut to its raw op, and differs in nothing: results, errors, backends."""
+"""A repeated call takes the shortcut, and differs in nothing: results, errors, backends, what looks on."""
 
 from __future__ import annotations
 
+import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +14,7 @@ from cases import CASES
 from conftest import DEVICE
 from test_ops import outputs
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import minisora_kernels as mk
 from minisora_kernels import automatic, backends, shortcut
@@ -20,8 +23,8 @@ pytestmark = pytest.mark.skipif(
     backends.unavailable("cpu") is not None or DEVICE != "cpu", reason="no CPU kernels serve here"
 )
 OPS = (
-    *("adaln", "gate_residual", "gate_residual_adaln", "gelu_mlp", "glu_mlp"),
-    *("grn", "patch_embed", "unpatchify", "window_attention"),
+    *("adaln", "attention", "gate_residual", "gate_residual_adaln", "gelu_mlp", "glu_mlp"),
+    *("grn", "norm_rope", "patch_embed", "unpatchify", "window_attention"),
 )
 
 
@@ -44,16 +47,17 @@ def tokens(seed: int = 0, *shape: int) -> Tensor:
     return torch.randn(shape or (2, 12, 16), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("case", [case for case in CASES if case.op in OPS and case.name != "a-clip"], ids=str)
-def test_the_same_bits_from_other_tensors(case):
+def test_the_same_bits_from_other_tensors(case, backend: backends.Name):
     """The second call has other numbers in tensors of the same signature."""
     with torch.no_grad():
         first = {name: leaf.detach() for name, leaf in case.leaves(torch.bfloat16).items()}
-        case.call(first, backend="cpu")
+        case.call(first, backend=backend)
         second = case.laid({name: (leaf * 0.5 + 0.25).to(leaf.dtype) for name, leaf in first.items()})
-        found = outputs(case.call(second, backend="cpu"))
+        found = outputs(case.call(second, backend=backend))
         shortcut.forget()
-        expected = outputs(case.call(second, backend="cpu"))
+        expected = outputs(case.call(second, backend=backend))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == theirs.shape and ours.stride() == theirs.stride() and ours.dtype == theirs.dtype
         assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
@@ -70,6 +74,10 @@ def test_what_takes_it(monkeypatch):
         "a grid": lambda: mk.unpatchify(x, (1, 3, 4), (1, 2, 2), 4),
         "a third weight": lambda: mk.glu_mlp(x, tokens(5, 32, 16), None, tokens(6, 8, 32), None, w3=tokens(8, 32, 16)),
         "a vector": lambda: mk.gelu_mlp(x[0, 0], tokens(5, 32, 16), None, tokens(6, 8, 32), tokens(7, 8)),
+        "q, k and v": lambda: mk.attention(*tokens(5, 2, 4, 3, 2, 8).unbind(2), backend="cpu"),
+        "a norm": lambda: mk.norm_rope(tokens(5, 2, 4, 2, 8), norm="rms", weight=tokens(6, 8), backend="cpu"),
+        "the reference": lambda: mk.adaln(x, row, tokens(3, 2, 16), backend="reference"),
+        "the reference of two": lambda: mk.gate_residual_adaln(x, tokens(4), row, backend="reference"),
     }
     for name, call in calls.items():
         assert recorded(call, monkeypatch), name
@@ -88,12 +96,21 @@ def test_what_does_not(monkeypatch):
         "a parameter": lambda: mk.adaln(torch.nn.Parameter(x), row, tokens(2, 2, 16), eps=1),
         "no tokens": lambda: mk.adaln(x[:, :0], row, tokens(2, 2, 16), eps=1),
         "float64": lambda: mk.adaln(x.double(), row, tokens(2, 2, 16), eps=1),
+        "an index": lambda: mk.adaln(x, tokens(1, 2, 3, 16), eps=1, index=torch.zeros(12, dtype=torch.int64)),
+        "lengths": lambda: mk.attention(*tokens(5, 2, 4, 3, 2, 8).unbind(2), lengths=torch.tensor([1, 2])),
     }
     for name, call in others.items():
         assert recorded(call, monkeypatch), name
+    for name in ("an index", "lengths"):  # the op looks at the numbers each time
+        assert recorded(others[name], monkeypatch), name
     same = lambda: mk.adaln(x, row, tokens(2, 2, 16), eps=1)  # noqa: E731
     assert not recorded(same, monkeypatch)
-    for around in (torch.enable_grad(), torch.autocast("cpu"), mk.use_backend("reference")):
+    for around in (
+        torch.enable_grad(),
+        torch.autocast("cpu"),
+        mk.use_backend("reference"),
+        FlopCounterMode(display=False),
+    ):
         with around:
             assert recorded(same, monkeypatch), around
     assert not recorded(same, monkeypatch)
@@ -146,6 +163,41 @@ def test_transforms_and_modes_see_the_op():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.raises(NotImplementedError, match="forward mode AD"):  # a raw op would drop the derivative
             mk.gate_residual(dual, x * 2, row)
+
+
+@torch.no_grad()
+def test_who_counts_and_who_profiles_sees_the_op():
+    x, w1, w2 = tokens(), tokens(5, 32, 16), tokens(6, 8, 32)
+    call = lambda: mk.gelu_mlp(x, w1, None, w2, None, backend="cpu")  # noqa: E731
+    call()
+    with FlopCounterMode(display=False) as counter:
+        call()
+    assert counter.get_total_flops() == 2 * 24 * 32 * (16 + 8)
+    with torch.profiler.profile() as profile:
+        call()
+    assert "minisora::gelu_mlp_fwd" in {event.key for event in profile.key_averages()}
+
+
+@torch.no_grad()
+def test_other_threads_run_beside_a_large_call():
+    x = torch.zeros(1, 1 << 16, 64)
+    mk.adaln(x, backend="cpu")
+    done = threading.Event()
+    counted = 0
+
+    def count() -> None:
+        nonlocal counted
+        while not done.is_set():
+            time.sleep(1e-4)
+            counted += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    for _ in range(20):
+        mk.adaln(x, backend="cpu")
+    done.set()
+    thread.join()
+    assert counted > 40, counted  # with the GIL held, about one per call
 
 
 @torch.no_grad()
