@@ -30,6 +30,10 @@ TURNS, GAIN = 15, 0.03
 TIMED = {
     "AHEAD": ("gate_residual_adaln", "XL/2 16x256x256 b2", True),
     "PRODUCT": ("patch_embed", "3x16x256x256 patch 1x16x16", False),
+    "ATTENTION_FORWARD": ("attention", "cross 512 text 16x72 b2", False),
+    "ATTENTION_BACKWARD": ("attention", "cross 512 text 16x72 b2", True),
+    "WINDOW_FORWARD": ("window_attention", "W.A.L.T 5x8x8 b2 16x72 bias", False),
+    "WINDOW_BACKWARD": ("window_attention", "W.A.L.T 5x8x8 b2 16x72 bias", True),
 }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ._common import constants, precision_of
 from ._launch import Launch, Like, dense, empty_gradient, plan, signature, strides_of
+from ._tiles import ATTENTION_BACKWARD, ATTENTION_FORWARD, Blocks, sizes
 from ._window_rows import (
     Piece,
     add_product,
@@ -48,20 +49,13 @@ class Form(NamedTuple):
     unit: int  # of strides, see `strides_of`
 
 
-class Tile(NamedTuple):
-    """Rows that a program keeps, and rows that it takes at a step; warps and stages."""
-
-    block: int
-    inner: int
-    warps: int
-    stages: int
-
-
-def tiles_of(dtype: torch.dtype, head_dim: int) -> tuple[Tile, Tile]:
+def tiles_of(dtype: torch.dtype, head_dim: int) -> tuple[Blocks, Blocks]:
     """Of the forward and of the backward, as registers and shared memory allow."""
     if dtype == torch.float32:
-        return Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)
-    return Tile(128, 64, 8, 2), Tile(64 if head_dim > NARROW else 128, 32, 8, 2)
+        return Blocks(32, 32, 8, 1), Blocks(32, 16, 8, 1)
+    if head_dim > NARROW:
+        return Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)
+    return sizes(ATTENTION_FORWARD), sizes(ATTENTION_BACKWARD)
 
 
 def pieces_of(dtype: torch.dtype, head_dim: int) -> tuple[Piece, ...]:
@@ -239,7 +233,7 @@ class Call:
         self._form = constants(Form(head_dim, pieces_of(q.dtype, head_dim), precision, strides.unit))
         self._numbers = (self.tokens, self.keys, self.heads, *strides.steps, scale)
 
-    def _launch(self, kernel, rows: int, tile: Tile) -> Launch:
+    def _launch(self, kernel, rows: int, tile: Blocks) -> Launch:
         return Launch(
             kernel, (self.batch * self.heads * triton.cdiv(rows, tile.block),),
             *self._numbers, self._form, tile.block, tile.inner, num_warps=tile.warps, num_stages=tile.stages,

@@ -20,8 +20,9 @@ from . import _window_flash as flash
 from . import _window_library as library
 from . import _window_short as short
 from ._common import constants, precision_of
-from ._launch import Launch, Like, architecture, dense, plan, signature
+from ._launch import Launch, Like, dense, plan, signature
 from ._parts import sum_parts
+from ._tiles import WINDOW_BACKWARD, WINDOW_FORWARD, Blocks, sizes
 from ._window_rows import Form, boxes, narrow_pieces, wide_pieces
 
 # None of these was measured on a GPU.
@@ -222,31 +223,15 @@ def _short_warps(call: Call, tile: int, plain: bool) -> int:
     return min(tile // 16 * shared, 8)
 
 
-class Tile(NamedTuple):
-    """Of long windows: rows that a program keeps, and rows that it takes at a step; warps and stages."""
-
-    block: int
-    inner: int
-    warps: int
-    stages: int
-
-
-# By the architecture, 0 for the others: what Triton 3.7.1 compiles without spills for heads of 72 and a bias, on sm_80
-# and sm_90. None was measured.
-FORWARD = {0: Tile(128, 64, 8, 2), 90: Tile(64, 64, 4, 2)}
-BACKWARD = {0: Tile(64, 32, 8, 1), 90: Tile(64, 32, 4, 2)}
-
-
-def tiles_of(dtype: torch.dtype, head_dim: int, length: int) -> tuple[Tile, Tile]:
-    """Of the forward and of the backward, as registers and shared memory allow."""
+def tiles_of(dtype: torch.dtype, head_dim: int, length: int) -> tuple[Blocks, Blocks]:
+    """Of the forward and of the backward of long windows, as registers and shared memory allow."""
     if dtype == torch.float32:
-        return Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)
+        return Blocks(32, 32, 8, 1), Blocks(32, 16, 8, 1)
     if head_dim > NARROW:
-        return Tile(64, 32, 8, 1), Tile(64, 16, 8, 1)
+        return Blocks(64, 32, 8, 1), Blocks(64, 16, 8, 1)
     if length <= 64:
-        return Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)
-    target = architecture()
-    return FORWARD.get(target, FORWARD[0]), BACKWARD.get(target, BACKWARD[0])
+        return Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1)
+    return sizes(WINDOW_FORWARD), sizes(WINDOW_BACKWARD)
 
 
 class Backward:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import pytest
+import torch
 
+from bench.aot import on_meta_tensors, set_target
 from bench.gpu import steps, tune
+from bench.gpu.architectures import ARCHITECTURES
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -66,7 +70,11 @@ def test_sizes_that_serve_now_must_work(tiles):
 
 
 def test_the_file_is_written_with_what_was_found(tiles):
-    sizes = {"AHEAD": tiles.Ahead(40_000, 8), "PRODUCT": tiles.Product(64, 64, 8, 3)}
+    sizes = {
+        "AHEAD": tiles.Ahead(40_000, 8),
+        "PRODUCT": tiles.Product(64, 64, 8, 3),
+        "WINDOW_FORWARD": tiles.Blocks(128, 32, 4, 2),
+    }
     text = tune.written(
         Path(tiles.__file__).read_text(), 90, {name: tune.Found(each, {}) for name, each in sizes.items()}
     )
@@ -82,6 +90,32 @@ def test_every_table_is_timed_and_has_candidates(tiles):
     assert tune.TIMED.keys() == tiles.CANDIDATES.keys()
     for name, candidates in tiles.CANDIDATES.items():
         assert set(getattr(tiles, name).values()) <= set(candidates)
+
+
+@pytest.mark.parametrize("table", sorted(tune.TIMED))
+def test_each_candidate_changes_what_the_timed_call_launches(table: str, tiles):
+    from triton.runtime.jit import JITFunction
+
+    from minisora_kernels.triton import _launch
+
+    launches: list[tuple] = []
+
+    def note(self: JITFunction, *args, grid, warmup, **options) -> None:
+        numbers = [each for each in args if not isinstance(each, torch.Tensor)]
+        launches.append((self.__name__, grid, str(numbers), str(options)))
+
+    set_target(ARCHITECTURES["sm_90"])
+    found = []
+    with on_meta_tensors(), patch.object(JITFunction, "run", note):
+        call = tune.call_of(table, torch.device("meta"))
+        for sizes in tiles.CANDIDATES[table]:
+            with patch.dict(getattr(tiles, table), {90: sizes}):
+                _launch.forget_plans()
+                launches.clear()
+                call()
+                found.append(tuple(launches))
+    _launch.forget_plans()
+    assert len(set(found)) == len(found)
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
