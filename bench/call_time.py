@@ -33,6 +33,8 @@ def calls() -> dict[str, tuple[Call, Call]]:
     q, k, v = qkv.unbind(2)
     video, weight, bias = torch.randn(1, 4, 1, 4, 4), torch.randn(16, 4, 1, 2, 2), torch.randn(16)
     weights, biases = torch.randn(16), torch.randn(16)
+    latents, cond, null = torch.randn(3, 1, 4, 1, 4, 4).unbind(0)
+    packed = torch.tensor([4.0, 0.9, 0.1, 0.0, 0.0])
 
     def normed(x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (16,), None, None, 1e-6) * (1 + scale) + shift
@@ -66,6 +68,10 @@ def calls() -> dict[str, tuple[Call, Call]]:
             gated,
         ),
         "grn": (lambda: mk.grn(x, weights, biases), responded),
+        "guided_step": (
+            lambda: mk.guided_step(latents, cond, packed, null=null),
+            lambda: 0.9 * latents + 0.1 * (null + 4.0 * (cond - null)),
+        ),
         "norm_rope": (
             lambda: mk.norm_rope(q, norm="rms", weight=weights[:8]),
             lambda: F.rms_norm(q, (8,), weights[:8], 1e-6),

@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import backends
 from ..backends import define, kernels, register_fake
 from ..checks import check_tensor, gradient_refusal, kernel_refusal, number, whole
+from ..shortcut import shortcut
 
 
 class Coefficients(NamedTuple):
@@ -94,6 +95,7 @@ def _kernel(x, cond, null, z, coefficients):
 BACKENDS: backends.Table = {"reference": lambda *_: None, "cpu": _kernel, "triton": _kernel}
 
 
+@shortcut
 def guided_step(
     x: Tensor,
     cond: Tensor,

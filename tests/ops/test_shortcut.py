@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 OPS = (
     *("adaln", "attention", "gate_residual", "gate_residual_adaln", "gelu_mlp", "glu_mlp"),
-    *("grn", "norm_rope", "patch_embed", "unpatchify", "window_attention"),
+    *("grn", "guided_step", "norm_rope", "patch_embed", "unpatchify", "window_attention"),
 )
 
 
@@ -76,6 +76,7 @@ def test_what_takes_it(monkeypatch):
         "a vector": lambda: mk.gelu_mlp(x[0, 0], tokens(5, 32, 16), None, tokens(6, 8, 32), tokens(7, 8)),
         "q, k and v": lambda: mk.attention(*tokens(5, 2, 4, 3, 2, 8).unbind(2), backend="cpu"),
         "a norm": lambda: mk.norm_rope(tokens(5, 2, 4, 2, 8), norm="rms", weight=tokens(6, 8), backend="cpu"),
+        "packed coefficients": lambda: mk.guided_step(tokens(), tokens(1), torch.ones(5), null=tokens(2)),
         "the reference": lambda: mk.adaln(x, row, tokens(3, 2, 16), backend="reference"),
         "the reference of two": lambda: mk.gate_residual_adaln(x, tokens(4), row, backend="reference"),
     }
