@@ -51,9 +51,9 @@ class _Path(NamedTuple):
     constants: Callable[[tuple], tuple]  # the other values
     given: tuple
     serve: Callable[..., Any] | None  # None: the call takes the long way
-    picked: Callable[[tuple], tuple] | None = None  # the leading arguments of ``serve``
+    more: tuple = ()  # what ``serve`` takes beside the values
+    picked: Callable[[tuple], tuple] | None = None  # the arguments of ``serve``, of both; None: all in their order
     views: tuple[View, ...] = ()  # those of them that are views
-    rest: tuple = ()  # the other arguments
     finish: Callable[[Any], Any] | None = None
 
 
@@ -70,19 +70,23 @@ def shortcut(function: Callable[P, R]) -> Callable[P, R]:
         if options:
             values: tuple = (*arguments, *options.values())
             key: tuple = (name, len(arguments), *options)
+            rope = options.get("rope")
+            if isinstance(rope, tuple):  # its parts count as arguments
+                values = (*[value for value in values if value is not rope], *rope)
+                key = (*key, type(rope))
         else:
             values, key = arguments, (name, len(arguments))
-        for check, tensors, constants, given, serve, picked, views, rest, finish in paths.get(key, ()):
+        for check, tensors, constants, given, serve, more, picked, views, finish in paths.get(key, ()):
             if not check(*(values if tensors is None else tensors(values))):
                 continue
             if given and not _same(constants(values), given):
                 continue
             if serve is None:
                 return function(*arguments, **options)
-            found = values if picked is None else picked(values)
+            found = values + more if picked is None else picked(values + more)
             if views:
                 found = _viewed(found, views)
-            result = serve(*found, *rest)
+            result = serve(*found)
             return result if finish is None else finish(result)
         if _can_record(values):
             return _record(paths.setdefault(key, []), function, values, arguments, options)
@@ -128,14 +132,15 @@ def _can_record(values: tuple) -> bool:
                 return False
             if value.is_cuda and value.dtype == torch.float32:  # the choice depends on a setting of torch's too
                 return False
-        elif isinstance(value, tuple):
-            if not all(type(item) in _NUMBERS for item in value):
-                return False
-        elif type(value) not in _NUMBERS:
+        elif not _is_constant(value):
             return False
     if torch.is_autocast_enabled(tensors[0].device.type):  # its dtype is in no signature
         return False
     return len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+
+
+def _is_constant(value: object) -> bool:
+    return type(value) in _NUMBERS or (isinstance(value, tuple) and all(type(item) in _NUMBERS for item in value))
 
 
 def _record(kept: list[_Path], function: Callable, values: tuple, arguments: tuple, options: dict) -> Any:
@@ -162,29 +167,28 @@ def _record(kept: list[_Path], function: Callable, values: tuple, arguments: tup
     return result
 
 
-def _getter(places: Sequence[int | None]) -> Callable[[tuple], tuple]:
-    """What takes the values of these places, and None for None."""
-    there = [place for place in places if place is not None]
-    if len(there) < len(places):
-        inner = itemgetter(*(-1 if place is None else place for place in places))
-        return lambda values: inner((*values, None))
-    if len(there) > 1:
-        return itemgetter(*there)
-    return itemgetter(slice(there[0], there[0] + 1) if there else slice(0))  # a single one would be no tuple
+def _getter(places: Sequence[int]) -> Callable[[tuple], tuple]:
+    """What takes the values of these places."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))  # a single one would be no tuple
 
 
 def _replay(call: tuple[Any, tuple, Any], values: tuple, places: list[int], result: Any) -> tuple | None:
     """What of a :class:`_Path` leads from the values to the result; None if another way than this was taken."""
     function, arguments, results = call
     starts = {values[i].data_ptr(): i for i in places}
-    picked: list[int | None] = []
+    picked: list[int] = []
+    more: list[Any] = []
     views = []
-    head = 1 + max(i for i, argument in enumerate(arguments) if isinstance(argument, Tensor))
-    for place, argument in enumerate(arguments[:head]):
-        if argument is None:
-            picked.append(None)
+    for place, argument in enumerate(arguments):
+        if not isinstance(argument, Tensor):
+            if not _is_constant(argument) and not isinstance(argument, torch.dtype):
+                return None
+            picked.append(len(values) + len(more))
+            more.append(argument)
             continue
-        if not isinstance(argument, Tensor) or argument.data_ptr() not in starts:
+        if argument.data_ptr() not in starts:
             return None
         source = starts[argument.data_ptr()]
         value = values[source]
@@ -196,9 +200,9 @@ def _replay(call: tuple[Any, tuple, Any], values: tuple, places: list[int], resu
     finish = _finish(results, result)
     if finish is False:
         return None
-    get = None if picked == list(range(len(values))) else _getter(picked)
+    get = None if picked == list(range(len(values) + len(more))) else _getter(picked)
     serve = _kernel(function, [values[i] for i in places]) if isinstance(function, torch._ops.OpOverload) else function
-    return serve, get, tuple(views), arguments[head:], finish
+    return serve, tuple(more), get, tuple(views), finish
 
 
 def _kernel(raw: torch._ops.OpOverload, tensors: Sequence[Tensor]) -> Callable[..., Any]:

@@ -28,6 +28,13 @@ OPS = (
 )
 
 
+def tokens(seed: int = 0, *shape: int) -> Tensor:
+    return torch.randn(shape or (2, 12, 16), generator=torch.Generator().manual_seed(seed))
+
+
+QKV = tokens(5, 2, 4, 3, 2, 8), (4, 1, 1), (4, 1, 1)
+
+
 @pytest.fixture(autouse=True)
 def afresh() -> None:
     shortcut.forget()
@@ -41,10 +48,6 @@ def recorded(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> bool:
     call()
     monkeypatch.setattr(backends, "choose", choose)
     return bool(ways)
-
-
-def tokens(seed: int = 0, *shape: int) -> Tensor:
-    return torch.randn(shape or (2, 12, 16), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -76,6 +79,11 @@ def test_what_takes_it(monkeypatch):
         "a vector": lambda: mk.gelu_mlp(x[0, 0], tokens(5, 32, 16), None, tokens(6, 8, 32), tokens(7, 8)),
         "q, k and v": lambda: mk.attention(*tokens(5, 2, 4, 3, 2, 8).unbind(2), backend="cpu"),
         "a norm": lambda: mk.norm_rope(tokens(5, 2, 4, 2, 8), norm="rms", weight=tokens(6, 8), backend="cpu"),
+        "a bias": lambda: mk.window_attention(*QKV, bias=tokens(6, 2, 4, 4), backend="cpu"),
+        "weights and rotation": lambda: mk.window_attention(
+            *QKV, qk_norm="rms", q_weight=tokens(6, 8), rope=mk.rope_3d((4, 1, 1), 8), backend="cpu"
+        ),
+        "rotation": lambda: mk.norm_rope(tokens(5, 2, 4, 2, 8), rope=mk.rope_3d((4, 1, 1), 8), backend="cpu"),
         "packed coefficients": lambda: mk.guided_step(tokens(), tokens(1), torch.ones(5), null=tokens(2)),
         "the reference": lambda: mk.adaln(x, row, tokens(3, 2, 16), backend="reference"),
         "the reference of two": lambda: mk.gate_residual_adaln(x, tokens(4), row, backend="reference"),
@@ -139,6 +147,21 @@ def test_errors_are_those_of_the_first_call():
         for call, error, message in wrong:
             with pytest.raises(error, match=message):
                 call()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_other_tables_are_read(backend: backends.Name):
+    ropes = [mk.rope_3d((4, 1, 1), 8, theta=theta) for theta in (10.0, 100.0)]
+    ropes.append(ropes[1]._replace(interleaved=False))
+    found = [mk.window_attention(*QKV, rope=rope, backend=backend) for _ in range(2) for rope in ropes]
+    for rope, first, second in zip(ropes, found, found[3:], strict=False):
+        shortcut.forget()
+        expected = mk.window_attention(*QKV, rope=rope, backend=backend)
+        assert torch.equal(first, expected) and torch.equal(second, expected)
+    for wrong in (ropes[0][:2], (*ropes[0][:2], 1), ropes[0]._replace(cos=None), "rope"):
+        with pytest.raises((TypeError, ValueError), match="window_attention: rope"):
+            mk.window_attention(*QKV, rope=wrong, backend=backend)
 
 
 @torch.no_grad()
