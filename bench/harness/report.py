@@ -128,8 +128,8 @@ def ceilings(record: dict[str, Any]) -> list[str]:
 def commits(record: dict[str, Any]) -> str:
     """The commit that a record is of, and those of the cases that were not run again."""
     earlier = Counter(case["commit"] for case in record["cases"] if "commit" in case)
-    others = "".join(f" ({count} cases of {commit})" for commit, count in earlier.items())
-    return f"commit {record['commit']}{' with changes' * record['dirty']}{others}"
+    others = ", ".join(f"{count} cases of {commit}" for commit, count in earlier.items())
+    return f"commit {record['commit']}{' with changes' * record['dirty']}{f' ({others})' if others else ''}"
 
 
 def about(record: dict[str, Any]) -> str:
