@@ -211,7 +211,7 @@ def _kernel(raw: torch._ops.OpOverload, tensors: Sequence[Tensor]) -> Callable[.
         return raw._op
     key = tensors[0].device.type.upper()
     kernel = torch.library.get_kernel(raw, key)
-    return functools.partial(kernel.call_boxed, torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)))
+    return functools.partial(kernel.call_boxed, torch.DispatchKeySet(getattr(torch.DispatchKey, key)))
 
 
 def _finish(results: Any, result: Any) -> Any:
