@@ -89,15 +89,16 @@ def test_kill_in_the_middle_leaves_the_old_record_and_no_lock(cache, tmp_path):
 
 PLANTED = {
     # a gradient that is wrong by 1%
-    "grn.py": ("        return *asked_for(needs, found), *(None,) * 4",
-               "        return *asked_for(needs, (found[0], found[1] * 1.01, found[2])), *(None,) * 4"),
-    # right and slow
-    "guided_step.py": ("    return kernels(chosen).guided_step_fwd(",
-                       "    __import__('time').sleep(0.02)\n    return kernels(chosen).guided_step_fwd("),
+    "grn.py": {"        return *asked_for(needs, found), *(None,) * 4":
+               "        return *asked_for(needs, (found[0], found[1] * 1.01, found[2])), *(None,) * 4"},
+    # right and slow, in every call
+    "guided_step.py": {"    return kernels(chosen).guided_step_fwd(":
+                       "    __import__('time').sleep(0.02)\n    return kernels(chosen).guided_step_fwd(",
+                       "@shortcut\n": ""},
     # a crash
-    "unpatchify.py": ("        video = backends.apply(_Unpatchify,",
+    "unpatchify.py": {"        video = backends.apply(_Unpatchify,":
                       "        __import__('os').kill(__import__('os').getpid(), 11)\n"
-                      "        video = backends.apply(_Unpatchify,"),
+                      "        video = backends.apply(_Unpatchify,"},
 }  # fmt: skip
 
 
@@ -106,11 +107,13 @@ PLANTED = {
 def test_wrong_slow_and_crashing_kernels_are_named_and_not_used_and_a_home_may_be_read_only(tmp_path):
     root = tmp_path / "tree"
     shutil.copytree(ROOT / "minisora_kernels", root / "minisora_kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    for name, (old, new) in PLANTED.items():
+    for name, changes in PLANTED.items():
         path = root / "minisora_kernels" / "ops" / name
         text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new))
+        for old, new in changes.items():
+            assert old in text
+            text = text.replace(old, new)
+        path.write_text(text)
     ops = ("grn", "guided_step", "unpatchify", "gate_residual")
     printed = end(start("verify", "--op", *ops, *QUICK, root=root, XDG_CACHE_HOME="/dev/null"), status=1)
     for op, wanted in (("grn", "wrong here"), ("unpatchify", "wrong here"), ("guided_step", "slower here")):
