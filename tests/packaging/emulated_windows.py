@@ -95,8 +95,8 @@ def reference(case: Case, tensors: dict[str, Tensor | None], exact: bool) -> dic
     rope = case.angles()
     if rope is not None and exact:
         rope = rope._replace(cos=rope.cos.double(), sin=rope.sin.double())
-    options = {"qk_norm": case.norm, "rope": rope, "scale": case.head_dim**-0.5}
-    out = window_attention.reference(**leaves, grid=case.grid, window=case.window, **options)
+    given = (leaves.get(name) for name in NAMES)
+    out = window_attention.reference(*given, case.grid, case.window, case.norm, rope, case.head_dim**-0.5, 1e-6)
     out.backward(dout)
     return {"out": out.detach()} | {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
