@@ -360,7 +360,7 @@ def _check_built(op: str, name: str) -> None:
 class _NoContext:
     """A context for an ``autograd.Function`` without a backward: it asks for no gradient and drops what it gets."""
 
-    needs_input_grad = (False,) * 16
+    needs_input_grad = (False,) * 32  # no op has as many inputs
 
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
         pass

@@ -1,11 +1,11 @@
 """A call without gradients that is like an earlier one goes straight to its raw op or reference.
 
 Checks and the choice of a backend take longer than a small kernel. What they find depends on the signature of a call
-alone: the class, dtype, device, shape and strides of each tensor, what dispatches it (autocast, a transform, a mode),
+alone: the class, dtype, device, shape and strides of each tensor, what dispatches it (autocast, a transform, a trace),
 the other arguments, and the backend that is forced. So the first call of a signature is recorded: which raw op or
 reference it called, with what, and what of its results it returned. Later ones compare the signature, in one call of
 torch's guard, and call the same. A small raw op is called without the dispatcher. Any other call, with every error,
-takes the way of the first; so does one that a profiler looks at, which the dispatcher tells.
+takes the way of the first. So does a call under a profiler, which records what the dispatcher tells it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 View = tuple[int, tuple[int, ...], tuple[int, ...]]  # its place, size and stride
 
-# Signatures that are kept per op, forced backend and names of arguments; the last come first.
+# Signatures that are kept per op, forced backend and names of arguments: the first that come. To record one takes
+# longer than a call, so none makes room for another.
 KEPT = 8
 
 # Numbers in the tensors of a small call. Its kernel takes microseconds, in which it keeps the GIL.
@@ -88,8 +89,9 @@ def shortcut(function: Callable[P, R]) -> Callable[P, R]:
                 found = _viewed(found, views)
             result = serve(*found)
             return result if finish is None else finish(result)
-        if _can_record(values):
-            return _record(paths.setdefault(key, []), function, values, arguments, options)
+        kept = paths.setdefault(key, [])
+        if len(kept) < KEPT and _can_record(values):
+            return _record(kept, function, values, arguments, options)
         return function(*arguments, **options)
 
     return call
@@ -124,11 +126,15 @@ def _can_record(values: tuple) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
+    if not _plain_dispatch():
+        return False
     for value in values:
         if isinstance(value, Tensor):
             if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or not value.numel():
                 return False
             if not value.is_floating_point():  # the op looks at its numbers
+                return False
+            if value.is_nested or value.is_neg():  # it has no shape, or the dispatcher turns its signs
                 return False
             if value.is_cuda and value.dtype == torch.float32:  # the choice depends on a setting of torch's too
                 return False
@@ -139,8 +145,16 @@ def _can_record(values: tuple) -> bool:
     return len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
 
 
+def _plain_dispatch() -> bool:
+    """Whether this thread has nothing between a call and the kernels, such as a trace or a capture."""
+    keys = torch._C._dispatch_tls_local_include_set()
+    for usual in (torch.DispatchKey.BackendSelect, torch.DispatchKey.ADInplaceOrView):
+        keys = keys.remove(usual)
+    return keys.raw_repr() == 0
+
+
 def _is_constant(value: object) -> bool:
-    return type(value) in _NUMBERS or (isinstance(value, tuple) and all(type(item) in _NUMBERS for item in value))
+    return type(value) in _NUMBERS or (type(value) is tuple and all(type(item) in _NUMBERS for item in value))
 
 
 def _record(kept: list[_Path], function: Callable, values: tuple, arguments: tuple, options: dict) -> Any:
@@ -162,8 +176,7 @@ def _record(kept: list[_Path], function: Callable, values: tuple, arguments: tup
     constants = _getter(others)
     signature = check, _getter(places) if others else None, constants, constants(values)
     replay = _replay(calls[0], values, places, result) if len(calls) == 1 else None
-    kept.insert(0, _Path(*signature, None) if replay is None else _Path(*signature, *replay))
-    del kept[KEPT:]
+    kept.append(_Path(*signature, None) if replay is None else _Path(*signature, *replay))
     return result
 
 

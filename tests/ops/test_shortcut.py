@@ -14,6 +14,7 @@ from cases import CASES
 from conftest import DEVICE
 from test_ops import outputs
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import minisora_kernels as mk
@@ -141,6 +142,7 @@ def test_errors_are_those_of_the_first_call():
         (lambda: mk.unpatchify(x, (True, 3, 4), (1, 2, 2), 4, channels_first=True), TypeError, "grid is True"),
         (lambda: mk.unpatchify(x, (1, 3, 4), (1, 2, 2), 4, channels_first=1), TypeError, "channels_first is 1"),
         (lambda: mk.adaln(x, row, 1.0), TypeError, "adaln: scale must be a tensor, got float"),
+        (lambda: mk.adaln(torch.nested.nested_tensor([x[0]])), TypeError, "adaln: x must be a dense tensor"),
         (lambda: mk.adaln(x, row, epsilon=1), TypeError, "unexpected keyword argument 'epsilon'"),
     ]
     for _ in range(2):
@@ -225,13 +227,37 @@ def test_other_threads_run_beside_a_large_call():
 
 
 @torch.no_grad()
+def test_traces_and_captures_hold_the_op():
+    x, s, other = tokens(), tokens(1, 2, 16), tokens(2)
+    call = lambda x: mk.adaln(mk.adaln(x, s, backend="cpu"), s, backend="cpu") + x  # noqa: E731
+    expected = call(other)
+    for known in (False, True):
+        if not known:
+            shortcut.forget()
+        traced = torch.jit.trace(call, (x,), check_trace=False)
+        torch.testing.assert_close(traced(other), expected)
+        captured = make_fx(call, pre_dispatch=True)(x)
+        torch.testing.assert_close(captured(other), expected)
+        call(x)
+
+
+@torch.no_grad()
+def test_signs_that_are_not_turned_yet():
+    x, s = tokens(), tokens(1, 2, 16)
+    for first in (torch._neg_view(x), x):
+        shortcut.forget()
+        mk.adaln(first, s, backend="cpu")
+        for _ in range(2):
+            torch.testing.assert_close(mk.adaln(torch._neg_view(x), s, backend="cpu"), mk.adaln(-x, s, backend="cpu"))
+
+
+@torch.no_grad()
 def test_as_many_signatures_as_are_kept(monkeypatch):
     x = [tokens(0, 1, count + 1, 16) for count in range(2 * shortcut.KEPT)]
     for each in x:
         mk.adaln(each)
-    taken = [not recorded(lambda each=each: mk.adaln(each), monkeypatch) for each in x[-shortcut.KEPT :]]
-    assert all(taken)
-    assert recorded(lambda: mk.adaln(x[0]), monkeypatch)
+    taken = [not recorded(lambda each=each: mk.adaln(each), monkeypatch) for each in x]
+    assert taken == [True] * shortcut.KEPT + [False] * shortcut.KEPT
 
 
 @torch.no_grad()
