@@ -103,6 +103,11 @@ def check_flag(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} is {value!r}; it must be True or False")
 
 
+def as_matrix(x: Tensor) -> Tensor:
+    """``x [..., D]`` as ``[tokens, D]``; D may be 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def check_weight(op: str, name: str, weight: Any, x: Tensor, layout: str, columns: int) -> None:
     """Raise unless ``weight`` is a matrix beside x with so many columns; ``layout`` says what it must be."""
     check_tensor(op, name, weight, x)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_flag
 from .modulation import Norm
 from .ops.adaln import adaln
 from .ops.attention import attention
@@ -152,6 +153,7 @@ class GluMLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"GluMLP: activation is {activation!r}; it may be {', '.join(map(repr, ACTIVATIONS))}")
+        check_flag("GluMLP", "gate_first", gate_first)
         self.activation: Activation = activation
         self.gate_first = gate_first
         self.fc1, self.fc2 = nn.Linear(dim, 2 * hidden, bias), nn.Linear(hidden, dim if out is None else out, bias)

@@ -25,6 +25,7 @@ from .. import backends
 from ..backends import define, kernels, register_fake
 from ..checks import (
     architecture_refusal,
+    as_matrix,
     cast,
     check_bias,
     check_tensor,
@@ -123,14 +124,14 @@ class _GeluMLP(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any):
         x, w1, w2, h = ctx.saved_tensors
         need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
-        dy = gradients[0].reshape(-1, gradients[0].shape[-1]).contiguous()
+        dy = as_matrix(gradients[0]).contiguous()
         if h is None:
             return None, None, None, None, dy.sum(0), None, None
         asked = (ctx.exact, need_w2, need_w1, need_b1)
         dx, a, dh, db1 = kernels(ctx.backend).gelu_mlp_bwd(dy, h, w1, w2, *asked)
         return (
             dx.view(ctx.shape) if need_x else None,
-            dh.t() @ x.reshape(-1, x.shape[-1]) if need_w1 else None,
+            dh.t() @ as_matrix(x) if need_w1 else None,
             db1 if need_b1 else None,
             dy.t() @ a if need_w2 else None,
             dy.sum(0) if need_b2 else None,

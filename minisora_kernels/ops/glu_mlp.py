@@ -25,7 +25,16 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import define, kernels, register_fake
-from ..checks import cast, check_bias, check_flag, check_tensor, check_weight, kernel_refusal, linear_dtype
+from ..checks import (
+    as_matrix,
+    cast,
+    check_bias,
+    check_flag,
+    check_tensor,
+    check_weight,
+    kernel_refusal,
+    linear_dtype,
+)
 from ..derivatives import once
 from ..flops import formula
 from ..scratch import scratch
@@ -138,16 +147,16 @@ class _GluMLP(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any):
         x, w1, w3, w2, h = ctx.saved_tensors
         need_x, need_w1, need_b1, need_w3, need_b3, need_w2, need_b2 = ctx.needs_input_grad[:7]
-        dy = gradients[0].reshape(-1, gradients[0].shape[-1]).contiguous()
+        dy = as_matrix(gradients[0]).contiguous()
         if h is None:
             return None, None, None, None, None, None, dy.sum(0), None, None, None
         asked = (*ctx.options, need_w2, need_w1 or need_w3, need_b1 or need_b3)
         dx, a, dh, db1 = kernels(ctx.backend).glu_mlp_bwd(dy, h, w1, w3, w2, *asked)
         return (
             dx.view(ctx.shape) if need_x else None,
-            dh[:, : ctx.made].t() @ x.reshape(-1, x.shape[-1]) if need_w1 else None,
+            dh[:, : ctx.made].t() @ as_matrix(x) if need_w1 else None,
             db1[: ctx.made] if need_b1 else None,
-            dh[:, ctx.made :].t() @ x.reshape(-1, x.shape[-1]) if need_w3 else None,
+            dh[:, ctx.made :].t() @ as_matrix(x) if need_w3 else None,
             db1[ctx.made :] if need_b3 else None,
             dy.t() @ a if need_w2 else None,
             dy.sum(0) if need_b2 else None,

@@ -404,7 +404,8 @@ def norm_rope(
     chosen = backends.choose(op, BACKENDS, x.device, backend, x, weight, bias, detail=detail)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            return backends.plain(reference, x, weight, bias, norm, across_heads, rope, eps).contiguous()
+            y = backends.plain(reference, x, weight, bias, norm, across_heads, rope, eps).contiguous()
+            return y.clone() if y is x else y
     cos, sin, interleaved = tables(rope)
     return backends.apply(
         _NormRope, in_rows(x), dense(weight), dense(bias), cos, sin, NORMS[norm], across_heads, interleaved, eps, chosen

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import KERNEL_BACKENDS
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 
-from minisora_kernels import backends, gelu_mlp
+from minisora_kernels import backends, gelu_mlp, glu_mlp
 from minisora_kernels.counters import scratch_bytes
 from minisora_kernels.testing import assert_as_accurate
 
@@ -386,3 +386,19 @@ def test_the_two_forms_differ_and_there_is_no_third(backend):
     assert not torch.allclose(gelu_mlp(x, w1, b1, w2, b2, backend=backend), exact, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="approximate is 'erf'; it may be 'none' or 'tanh'"):
         gelu_mlp(x, w1, b1, w2, b2, approximate="erf")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("width", "out"), [(0, 8), (8, 0)])
+def test_gradients_of_no_channels(width: int, out: int, backend: str):
+    if backends.unavailable(backend) is not None:
+        pytest.skip("no CPU kernels")
+    shapes = ((2, 3, width), (16, width), (16,), (out, 16), (out,))
+    leaves = [torch.ones(shape, requires_grad=True) for shape in shapes]
+    for op in (gelu_mlp, glu_mlp):
+        w2 = leaves[3] if op is gelu_mlp else leaves[3][:, :8].detach().requires_grad_()
+        given = [*leaves[:3], w2, leaves[4]]
+        y = op(*given, backend=backend)
+        assert y.shape == (2, 3, out)
+        gradients = torch.autograd.grad(y, given, torch.ones_like(y))
+        assert [gradient.shape for gradient in gradients] == [leaf.shape for leaf in given]

@@ -10,7 +10,7 @@ import torch
 from conftest import DEVICE, KERNEL_BACKENDS, Seen
 from torch import Tensor
 
-from minisora_kernels import Rope, norm_rope, rope_3d
+from minisora_kernels import Rope, backends, norm_rope, rope_3d
 from minisora_kernels.testing import assert_as_accurate
 
 kernels = pytest.mark.parametrize(
@@ -305,3 +305,14 @@ X, TABLE = torch.zeros(2, 5, 3, 8), torch.zeros(5, 4)
 def test_errors_name_the_argument(x, options, error, message):
     with pytest.raises(error, match=f"{message}"):
         norm_rope(x, **options)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_result_is_never_the_argument(backend: str):
+    if backends.unavailable(backend) is not None:
+        pytest.skip("no CPU kernels")
+    x = torch.ones(1, 2, 2, 8)
+    for _ in range(2):
+        with torch.no_grad():
+            norm_rope(x, backend=backend).add_(1)
+    assert x.eq(1).all()
