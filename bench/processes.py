@@ -6,7 +6,7 @@ the first process trains alone while the others wait, all train one model togeth
     speed   = processes * time alone / time together
     ceiling = processes * time alone / time of all, each with a model of its own
 
-The ceiling is what the machine gives: memory and caches are shared. What lacks to it is the sum of the gradients.
+The ceiling is what the machine gives: memory and caches are shared. The gap to it is the time to sum gradients.
 """
 
 from __future__ import annotations
