@@ -124,8 +124,6 @@ def _can_record(values: tuple) -> bool:
     tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors or guards is None:
         return False
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
-        return False
     if not _plain_dispatch():
         return False
     for value in values:
@@ -146,7 +144,7 @@ def _can_record(values: tuple) -> bool:
 
 
 def _plain_dispatch() -> bool:
-    """Whether this thread has nothing between a call and the kernels, such as a trace or a capture."""
+    """Whether this thread has nothing between a call and the kernels, such as a mode, a transform or a trace."""
     keys = torch._C._dispatch_tls_local_include_set()
     for usual in (torch.DispatchKey.BackendSelect, torch.DispatchKey.ADInplaceOrView):
         keys = keys.remove(usual)

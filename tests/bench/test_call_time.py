@@ -8,8 +8,8 @@ import torch
 from bench import call_time
 from minisora_kernels import backends
 
-# Measured on idle cores: 0.36 to 1.40. Without the shortcut gate_residual, gelu_mlp and attention took 2.8 times
-# eager's.
+# Above what idle cores measure, for other machines. Without the shortcut gate_residual, gelu_mlp and attention took 2.8
+# times eager's.
 BOUND = 1.8
 
 
